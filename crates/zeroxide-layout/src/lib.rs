@@ -1,1 +1,24 @@
-//! Under construction.
+//! Where every element of the training state lies: dtypes, state formats, the flat layout of a unit,
+//! shards, tiles and extents.
+//!
+//! This crate is arithmetic only. It allocates nothing but the small tables that describe a layout,
+//! touches no memory, file or device, and contains no `unsafe`. Offsets and lengths are `u64`, counted
+//! in *elements* unless a name says `bytes`.
+
+#![forbid(unsafe_code)]
+
+mod align;
+mod dtype;
+mod error;
+mod extent;
+mod format;
+mod tiling;
+mod unit;
+
+pub use align::{PAGE, align_up, checked_align_up, checked_align_up_usize};
+pub use dtype::Dtype;
+pub use error::LayoutError;
+pub use extent::{BlockId, Extent, ExtentMap};
+pub use format::{Component, Format, StateLayout};
+pub use tiling::{TILE_QUANTUM, Tiling};
+pub use unit::{Location, PARAM_ALIGN, ParamPiece, ParamShape, SHARD_ALIGN, UnitLayout};

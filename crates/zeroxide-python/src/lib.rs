@@ -1,1 +1,29 @@
-//! Under construction.
+//! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
+
+mod errors;
+mod offload;
+mod process;
+mod spec;
+mod window;
+
+use pyo3::prelude::*;
+
+/// Rust core of zeroxide.
+#[pymodule]
+mod _core {
+    #[pymodule_export]
+    use crate::offload::PyOffload;
+    #[pymodule_export]
+    use crate::process::{drop_clean_text, isa, keep_freed_memory, resident};
+    #[pymodule_export]
+    use crate::spec::TensorSpec;
+    #[pymodule_export]
+    use crate::window::PyWindow;
+
+    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

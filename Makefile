@@ -1,0 +1,94 @@
+# The only list of commands: README, CONTRIBUTING and continuous integration call nothing else.
+# A bare machine needs Python 3.11 or later with venv, cargo (rust-toolchain 1.95 or later) and the package registries.
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+VENV := .venv
+BIN := $(VENV)/bin
+CARGO ?= cargo
+# The first interpreter that is new enough; `make PYTHON=/path/to/python ...` overrides it.
+PYTHON ?= $(shell for each in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$each -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$each && break; done)
+
+# What `make train` runs; `make train TRAIN_ARGS="--model gpt2 --steps 5 --out runs/short"` overrides it.
+TRAIN_ARGS ?= --model gpt2 --offload nvme:runs/gpt2/nvme --host-memory 2GiB --steps 60 --out runs/gpt2
+# Passed on to pytest: `make test-py PYTEST_ARGS="tests/unit -k config"`.
+PYTEST_ARGS ?=
+
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -path '*/src/*' -o -name Cargo.toml)
+PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
+	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
+
+# PyO3 builds against one interpreter, whichever command compiles it, so that nothing is compiled twice for another.
+export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
+
+.PHONY: train test test-rust test-py test-slow lint fmt bench develop clean help
+
+train: $(VENV)/.wheel ## Train GPT-2 124M from scratch under a memory budget, with its state on disk
+	$(BIN)/zeroxide train $(TRAIN_ARGS)
+
+test: test-rust test-py ## Run all tests that take minutes together
+
+test-rust: $(BIN)/python ## Run the Rust tests
+	$(CARGO) test --locked --workspace
+
+test-py: $(VENV)/.wheel $(VENV)/.tools ## Run the Python tests against the wheel
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.wheel $(VENV)/.tools ## Run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+lint: $(VENV)/.wheel $(VENV)/.tools ## Check formatting, lints, types, layers and the stub of the extension module
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	PYTHONPATH=python $(BIN)/lint-imports
+	$(BIN)/python -m mypy.stubtest zeroxide._core
+
+fmt: $(VENV)/.tools ## Format Rust and Python, and apply the fixes that are safe
+	$(CARGO) fmt --all
+	$(BIN)/ruff check --fix-only
+	$(BIN)/ruff format
+
+bench: $(VENV)/.wheel $(VENV)/.tools ## Run the benchmarks; each prints one JSON line a result
+	$(BIN)/python -m benches
+
+develop: $(VENV)/.wheel $(VENV)/.tools ## Install the working tree itself, so that Python edits act at once
+	rm -f $(VENV)/.wheel
+	$(BIN)/maturin develop --release --locked
+
+clean: ## Remove everything that was built or installed here
+	rm -rf $(VENV) dist target python/zeroxide/_core*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+
+help: ## List the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# Each stamp below is remade only when what it was made from has changed.
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later with venv found; set PYTHON=/path/to/python" >&2; exit 1; }
+	@command -v $(CARGO) >/dev/null || { echo "make: cargo not found; install Rust 1.95 or later" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.maturin: requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet -c requirements-dev.txt maturin
+	@touch $@
+
+dist/.built: $(RUST_SOURCES) $(PYTHON_SOURCES) | $(VENV)/.maturin
+	rm -rf dist
+	$(BIN)/maturin build --release --locked --out dist
+	@touch $@
+
+# The second command replaces a wheel of the same version, which the first takes for up to date.
+$(VENV)/.wheel: dist/.built requirements-dev.txt
+	wheel=$$(ls dist/*.whl) && $(BIN)/pip install --quiet -c requirements-dev.txt "$$wheel[train]"
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	@touch $@
+
+$(VENV)/.tools: requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,158 @@
+//! Unique ownership of a byte range.
+#![expect(unsafe_code, reason = "slices over memory that the region owns")]
+
+use std::fmt;
+use std::ops::{Deref, DerefMut, Range};
+use std::sync::Arc;
+
+use crate::MemoryError;
+use crate::region::Region;
+
+/// The unique owner of a byte range of an [`Arena`](crate::Arena) or a [`Window`](crate::Window).
+///
+/// A lease keeps its memory alive whatever happens to the arena or window it came from, so it can be
+/// moved into an operation that the kernel or a device finishes later. Dropping it gives the range back.
+/// Bytes are those the previous owner left, zero at first.
+#[must_use = "dropping a lease gives its range back"]
+pub struct Lease {
+    region: Arc<Region>,
+    range: Range<usize>,
+}
+
+impl Lease {
+    /// The lease of `range`, which the caller has taken from the region's free list, where there is
+    /// memory under it.
+    pub(crate) fn new(region: Arc<Region>, range: Range<usize>) -> Self {
+        Self { region, range }
+    }
+
+    /// Bytes owned.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Whether the lease owns no byte, which only [`split_off`](Self::split_off) can make.
+    pub fn is_empty(&self) -> bool {
+        self.range.is_empty()
+    }
+
+    /// Offset of the first byte in the arena or window, in bytes.
+    pub fn offset(&self) -> usize {
+        self.range.start
+    }
+
+    /// Address of the first byte.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.address()
+    }
+
+    /// Address of the first byte, for writing.
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
+        self.address()
+    }
+
+    /// Cuts the lease in two: `self` keeps the first `at` bytes, the rest is returned.
+    ///
+    /// # Panics
+    /// When `at` exceeds the length.
+    pub fn split_off(&mut self, at: usize) -> Self {
+        assert!(
+            at <= self.len(),
+            "split at {at} of a lease of {} bytes",
+            self.len()
+        );
+        let middle = self.range.start + at;
+        let rest = Self {
+            region: Arc::clone(&self.region),
+            range: middle..self.range.end,
+        };
+        self.range.end = middle;
+        rest
+    }
+
+    /// The bytes as elements of `T`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Misaligned`] when address or length is not a multiple of the element's size.
+    pub fn as_slice_of<T: Pod>(&self) -> Result<&[T], MemoryError> {
+        let elements = self.elements_of::<T>()?;
+        // SAFETY: as in `deref`; address and length were checked, and every bit pattern is a T.
+        Ok(unsafe { std::slice::from_raw_parts(self.address().cast::<T>(), elements) })
+    }
+
+    /// The bytes as mutable elements of `T`.
+    ///
+    /// # Errors
+    /// [`MemoryError::Misaligned`] when address or length is not a multiple of the element's size.
+    pub fn as_mut_slice_of<T: Pod>(&mut self) -> Result<&mut [T], MemoryError> {
+        let elements = self.elements_of::<T>()?;
+        // SAFETY: as in `deref_mut`; address and length were checked, and every bit pattern is a T.
+        Ok(unsafe { std::slice::from_raw_parts_mut(self.address().cast::<T>(), elements) })
+    }
+
+    fn address(&self) -> *mut u8 {
+        self.region.base().as_ptr().wrapping_add(self.range.start)
+    }
+
+    fn elements_of<T: Pod>(&self) -> Result<usize, MemoryError> {
+        let size = size_of::<T>();
+        let (address, len) = (self.address().addr(), self.len());
+        if address.is_multiple_of(size) && len.is_multiple_of(size) {
+            return Ok(len / size);
+        }
+        Err(MemoryError::Misaligned {
+            element: std::any::type_name::<T>(),
+            size,
+            address,
+            len,
+        })
+    }
+}
+
+impl Deref for Lease {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: the region's free list gave the range to this lease alone, the region keeps memory
+        // under it while it is taken, and anonymous memory is always initialised.
+        unsafe { std::slice::from_raw_parts(self.address(), self.len()) }
+    }
+}
+
+impl DerefMut for Lease {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`; `&mut self` makes the borrow exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.address(), self.len()) }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        self.region.give_back(self.range.clone());
+    }
+}
+
+impl fmt::Debug for Lease {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Lease")
+            .field("address", &self.as_ptr())
+            .field("len", &self.len())
+            .finish()
+    }
+}
+
+mod sealed {
+    /// Types without padding for which every bit pattern is a value.
+    pub trait Sealed {}
+}
+
+/// Element types that a lease's bytes can be viewed as. Any bytes are valid values of them.
+pub trait Pod: sealed::Sealed + Copy + Send + Sync + 'static {}
+
+macro_rules! pod {
+    ($($element:ty),*) => { $(
+        impl sealed::Sealed for $element {}
+        impl Pod for $element {}
+    )* };
+}
+pod!(u8, u16, u32, u64, f32);

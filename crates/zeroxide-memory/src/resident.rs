@@ -1,0 +1,167 @@
+//! What the process really uses, as the kernel counts it.
+#![expect(unsafe_code, reason = "drops pages of file mappings")]
+
+use std::fs::File;
+use std::io::{self, BufRead, BufReader};
+
+use crate::map::drop_file_pages;
+
+/// Resident memory of the process, in bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Resident {
+    /// All resident memory (`VmRSS`).
+    pub rss: u64,
+    /// Anonymous memory: payload, heap, stacks (`RssAnon`).
+    pub anon: u64,
+    /// Files and shared memory: libraries, page-cache mappings (`RssFile` + `RssShmem`).
+    pub file: u64,
+    /// The highest `rss` so far (`VmHWM`).
+    pub peak: u64,
+}
+
+/// Resident memory of this process, from `/proc/self/status`.
+///
+/// # Errors
+/// When the file cannot be read or lacks a field.
+pub fn resident_bytes() -> io::Result<Resident> {
+    parse_status(BufReader::new(File::open("/proc/self/status")?))
+}
+
+/// Drops the pages of program text from the resident set: code that was touched only while modules were
+/// imported. What is needed again comes back from the page cache by a minor fault. Returns the bytes
+/// dropped.
+///
+/// Only private file mappings that are readable, executable and not writable are touched, and of those
+/// only the ones in which the kernel counts no anonymous page: no byte of them differs from the file.
+///
+/// Call it while no other thread loads or unloads libraries: a mapping is looked up first and dropped
+/// after.
+///
+/// # Errors
+/// When the kernel's list of mappings cannot be read, or a mapping cannot be dropped.
+pub fn drop_clean_text() -> io::Result<u64> {
+    let mappings = clean_text(BufReader::new(File::open("/proc/self/smaps")?))?;
+    let mut dropped = 0;
+    for text in mappings {
+        // SAFETY: `clean_text` returns private file mappings without modified pages; that they stay so
+        // until here is asked of the caller.
+        unsafe { drop_file_pages(text.start, text.len) }?;
+        dropped += text.resident;
+    }
+    Ok(dropped)
+}
+
+fn parse_status(status: impl BufRead) -> io::Result<Resident> {
+    let mut fields = [None; 5];
+    for line in status.lines() {
+        let line = line?;
+        for (name, value) in ["VmRSS:", "RssAnon:", "RssFile:", "RssShmem:", "VmHWM:"]
+            .iter()
+            .zip(&mut fields)
+        {
+            if let Some(rest) = line.strip_prefix(name) {
+                *value = Some(kib(rest)?);
+            }
+        }
+    }
+    match fields {
+        [Some(rss), Some(anon), Some(file), Some(shared), Some(peak)] => Ok(Resident {
+            rss,
+            anon,
+            file: file + shared,
+            peak,
+        }),
+        _ => Err(invalid(
+            "/proc/self/status",
+            "VmRSS, RssAnon, RssFile, RssShmem or VmHWM is missing",
+        )),
+    }
+}
+
+/// A text mapping that holds nothing but what its file holds.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct CleanText {
+    start: usize,
+    len: usize,
+    resident: u64,
+}
+
+/// One line of `smaps`.
+enum Line<'a> {
+    /// Starts a private, executable, not writable mapping of an existing file.
+    Text(CleanText),
+    /// Starts a mapping of any other kind.
+    Other,
+    /// A field of the mapping started last.
+    Field(&'a str, &'a str),
+}
+
+fn clean_text(smaps: impl BufRead) -> io::Result<Vec<CleanText>> {
+    let mut found = Vec::new();
+    // The text mapping whose fields are being read.
+    let mut current: Option<CleanText> = None;
+    for line in smaps.lines() {
+        let line = line?;
+        match parse_line(&line)? {
+            Line::Text(text) => current = Some(text),
+            Line::Other => current = None,
+            Line::Field(name, value) => {
+                let Some(text) = &mut current else { continue };
+                match name {
+                    "Rss" => text.resident = kib(value)?,
+                    "Anonymous" if kib(value)? > 0 => current = None,
+                    // The last field of a mapping. Locked and huge-page mappings cannot be dropped.
+                    "VmFlags" => {
+                        let fixed = value
+                            .split_whitespace()
+                            .any(|flag| ["lo", "ht", "pf"].contains(&flag));
+                        found.extend(current.take().filter(|text| text.resident > 0 && !fixed));
+                    }
+                    _ => {}
+                }
+            }
+        }
+    }
+    Ok(found)
+}
+
+fn parse_line(line: &str) -> io::Result<Line<'_>> {
+    let mut words = line.split_whitespace();
+    let (range, mode) = (words.next().unwrap_or(""), words.next().unwrap_or(""));
+    if range.ends_with(':') {
+        return Ok(line
+            .split_once(':')
+            .map_or(Line::Other, |(name, value)| Line::Field(name, value)));
+    }
+    let path = words.nth(3).unwrap_or("");
+    if mode != "r-xp" || !path.starts_with('/') || line.ends_with("(deleted)") {
+        return Ok(Line::Other);
+    }
+    let address = |text| usize::from_str_radix(text, 16).ok();
+    let bounds = range
+        .split_once('-')
+        .and_then(|(start, end)| Some((address(start)?, address(end)?)));
+    let (start, end) = bounds.ok_or_else(|| invalid("/proc/self/smaps", line))?;
+    Ok(Line::Text(CleanText {
+        start,
+        len: end - start,
+        resident: 0,
+    }))
+}
+
+/// Bytes of a `123 kB` field.
+fn kib(value: &str) -> io::Result<u64> {
+    value
+        .trim()
+        .strip_suffix("kB")
+        .and_then(|number| number.trim().parse::<u64>().ok())
+        .map(|kib| kib * 1024)
+        .ok_or_else(|| invalid("a size in /proc", value))
+}
+
+fn invalid(what: &str, text: &str) -> io::Error {
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{what}: not understood: {text}"),
+    )
+}

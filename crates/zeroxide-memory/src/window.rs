@@ -1,0 +1,264 @@
+//! A fixed address range under which memory comes and goes.
+#![expect(unsafe_code, reason = "changes what lies under an address range")]
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use zeroxide_layout::{PAGE, checked_align_up_usize};
+
+use crate::frames::{FRAME, Frame};
+use crate::map::Mapping;
+use crate::region::{Backing, Region};
+use crate::{Bucket, Budget, Lease, MemoryError};
+
+/// Where the bytes of a window are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum WindowState {
+    /// Nowhere: no memory is used and any access faults.
+    Empty,
+    /// In frames of a [`FramePool`](crate::FramePool), whose pages lie under the window until
+    /// [`Window::unmap`].
+    Mapped,
+    /// In memory of the window's own, until the window is gone.
+    Home,
+}
+
+impl fmt::Display for WindowState {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Empty => "empty",
+            Self::Mapped => "mapped",
+            Self::Home => "home",
+        })
+    }
+}
+
+/// A fixed, 2 MiB aligned address range for one unit's flat weights.
+///
+/// Tensors are made once over [`base`](Window::base) and keep their address; which memory lies under
+/// them is decided by [`map`](Window::map), [`unmap`](Window::unmap) and
+/// [`make_home`](Window::make_home). Whoever uses those addresses has to know that the window is mapped,
+/// and must not touch a range that a [`Lease`] owns.
+///
+/// When the window is dropped while leases on it are alive, its memory stays until the last of them is
+/// gone.
+#[derive(Debug)]
+pub struct Window {
+    region: Arc<Region>,
+    len: usize,
+}
+
+impl Window {
+    /// Reserves addresses for `bytes` (rounded up to 4 KiB). Uses no memory.
+    ///
+    /// # Errors
+    /// [`MemoryError::InvalidRequest`] for 0 bytes, [`MemoryError::Os`].
+    pub fn reserve(bytes: usize) -> Result<Self, MemoryError> {
+        let invalid = || MemoryError::InvalidRequest {
+            what: "window size",
+            got: bytes,
+            expected: "more than 0",
+        };
+        let len = checked_align_up_usize(bytes, PAGE).ok_or_else(invalid)?;
+        let whole = checked_align_up_usize(len, FRAME)
+            .filter(|&n| n > 0)
+            .ok_or_else(invalid)?;
+        let mapping = Mapping::reserve(whole)?;
+        Ok(Self {
+            region: Region::new(mapping, len, Backing::Empty),
+            len,
+        })
+    }
+
+    /// First byte. The address never changes; there is memory under it only while the window
+    /// [`is_mapped`](Window::is_mapped).
+    pub fn base(&self) -> *mut u8 {
+        self.region.base().as_ptr()
+    }
+
+    /// Bytes, a multiple of 4 KiB.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether the window has no bytes, which none has.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Frames that [`map`](Window::map) needs.
+    pub fn frames(&self) -> usize {
+        self.len.div_ceil(FRAME)
+    }
+
+    /// Where the bytes are.
+    ///
+    /// # Errors
+    /// [`MemoryError::Forked`].
+    pub fn state(&self) -> Result<WindowState, MemoryError> {
+        Ok(state_of(&self.region.lock()?.backing))
+    }
+
+    /// Whether there is memory under the window, from frames or of its own. False in a forked child.
+    pub fn is_mapped(&self) -> bool {
+        self.state().is_ok_and(|state| state != WindowState::Empty)
+    }
+
+    /// Moves the pages of `frames` under the window, in their order. The bytes are those the frames last
+    /// held, zero at first.
+    ///
+    /// # Errors
+    /// [`MemoryError::FrameCount`] unless the frames cover the window exactly,
+    /// [`MemoryError::WrongState`] unless the window is empty, [`MemoryError::Forked`], or
+    /// [`MemoryError::Os`]. After any of them the frames are back in their pool; after the last, their
+    /// bytes are undefined.
+    pub fn map(&mut self, frames: Vec<Frame>) -> Result<(), MemoryError> {
+        let mut state = self.region.lock()?;
+        if frames.len() != self.frames() {
+            return Err(MemoryError::FrameCount {
+                need: self.frames(),
+                got: frames.len(),
+            });
+        }
+        expect_state(&state.backing, WindowState::Empty, "map", "empty")?;
+        let window = self.region.mapping();
+        let mut moved = 0;
+        let result = frames.iter().enumerate().try_for_each(|(index, frame)| {
+            let (home, offset) = frame.home();
+            // SAFETY: a frame's slot is reachable through the frame alone, and an empty window has no
+            // lease; addresses from `base` are unused by its contract.
+            unsafe { home.move_pages(offset, FRAME, window, index * FRAME) }?;
+            moved += 1;
+            Ok(())
+        });
+        if let Err(error) = result {
+            let mut frames = frames;
+            frames.truncate(moved);
+            // What cannot be sealed stays with its frames, so that its bytes stay counted.
+            if move_home(window, &frames)
+                .and_then(|()| seal(window))
+                .is_err()
+            {
+                state.backing = Backing::Frames(frames);
+            }
+            return Err(error);
+        }
+        state.backing = Backing::Frames(frames);
+        Ok(())
+    }
+
+    /// Moves the pages back to their frames and returns these; any access to the window faults
+    /// afterwards. The frames keep their bytes.
+    ///
+    /// # Errors
+    /// [`MemoryError::WrongState`] unless frames are mapped, [`MemoryError::LeasesAlive`] while an
+    /// operation owns a part of the window, [`MemoryError::Forked`], or [`MemoryError::Os`]: then the
+    /// window is still mapped, with undefined bytes, and the call can be repeated.
+    pub fn unmap(&mut self) -> Result<Vec<Frame>, MemoryError> {
+        let mut state = self.region.lock()?;
+        expect_state(&state.backing, WindowState::Mapped, "unmap", "mapped")?;
+        let bytes = state.free.taken();
+        if bytes > 0 {
+            return Err(MemoryError::LeasesAlive {
+                operation: "unmap",
+                bytes,
+            });
+        }
+        let Backing::Frames(frames) = &state.backing else {
+            return Ok(Vec::new());
+        };
+        move_home(self.region.mapping(), frames)?;
+        seal(self.region.mapping())?;
+        match std::mem::replace(&mut state.backing, Backing::Empty) {
+            Backing::Frames(frames) => Ok(frames),
+            Backing::Empty | Backing::Owned(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Puts memory of its own under the window, zeroed and for good, with huge pages advised. Its bytes
+    /// (those of [`len`](Window::len)) count in `bucket` until the window is gone.
+    ///
+    /// # Errors
+    /// [`MemoryError::WrongState`] unless the window is empty, [`MemoryError::OverBudget`],
+    /// [`MemoryError::Forked`], [`MemoryError::Os`].
+    pub fn make_home(&mut self, budget: &Budget, bucket: Bucket) -> Result<(), MemoryError> {
+        let mut state = self.region.lock()?;
+        expect_state(&state.backing, WindowState::Empty, "make home of", "empty")?;
+        let reservation = budget.reserve(bucket, self.len as u64)?;
+        // SAFETY: an empty window has no lease, and addresses from `base` are unused by its contract.
+        unsafe { self.region.mapping().commit(self.len) }?;
+        state.backing = Backing::Owned(reservation);
+        Ok(())
+    }
+
+    /// Leases `range` (bytes of the window) to an operation that reads or writes it in place.
+    ///
+    /// # Errors
+    /// [`MemoryError::OutOfRange`] for an empty range or one outside the window,
+    /// [`MemoryError::WrongState`] when there is no memory under the window,
+    /// [`MemoryError::RangeBusy`] when a live lease overlaps it, [`MemoryError::Forked`].
+    pub fn lease(&self, range: Range<usize>) -> Result<Lease, MemoryError> {
+        let mut state = self.region.lock()?;
+        let Range { start, end } = range;
+        if start >= end || end > self.len {
+            return Err(MemoryError::OutOfRange {
+                start,
+                end,
+                len: self.len,
+            });
+        }
+        if matches!(state.backing, Backing::Empty) {
+            return Err(MemoryError::WrongState {
+                operation: "lease from",
+                state: WindowState::Empty,
+                expected: "mapped or home",
+            });
+        }
+        if !state.free.take(start..end) {
+            return Err(MemoryError::RangeBusy { start, end });
+        }
+        Ok(Lease::new(Arc::clone(&self.region), start..end))
+    }
+}
+
+/// Moves the pages under the window's first frames back to where the frames live. Called with no lease
+/// alive: under the region's lock after checking it, or when the region is dropped.
+pub(crate) fn move_home(window: &Mapping, frames: &[Frame]) -> Result<(), MemoryError> {
+    frames.iter().enumerate().try_for_each(|(index, frame)| {
+        let (home, offset) = frame.home();
+        // SAFETY: no lease is alive, and the home slot is reachable through the frame alone.
+        unsafe { window.move_pages(index * FRAME, FRAME, home, offset) }
+    })
+}
+
+/// Makes any access to the window fault. Called with no lease alive.
+fn seal(window: &Mapping) -> Result<(), MemoryError> {
+    // SAFETY: no lease is alive; a use of `base` from here on is what the fault is for.
+    unsafe { window.seal() }
+}
+
+fn state_of(backing: &Backing) -> WindowState {
+    match backing {
+        Backing::Empty => WindowState::Empty,
+        Backing::Frames(_) => WindowState::Mapped,
+        Backing::Owned(_) => WindowState::Home,
+    }
+}
+
+fn expect_state(
+    backing: &Backing,
+    wanted: WindowState,
+    operation: &'static str,
+    expected: &'static str,
+) -> Result<(), MemoryError> {
+    let state = state_of(backing);
+    if state == wanted {
+        return Ok(());
+    }
+    Err(MemoryError::WrongState {
+        operation,
+        state,
+        expected,
+    })
+}

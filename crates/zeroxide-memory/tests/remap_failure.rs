@@ -1,0 +1,87 @@
+//! The kernel refuses to move pages: nothing is lost, no address is given away.
+//!
+//! One test alone in its process, since it lowers a limit of the whole process.
+
+use zeroxide_memory::{Bucket, Budget, FRAME, FramePool, MemoryError, Window};
+
+/// Lets the process have no more writable memory of its own than `bytes`.
+fn limit_data(bytes: libc::rlim_t) -> libc::rlim_t {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: writes to a local.
+    assert_eq!(
+        unsafe { libc::getrlimit(libc::RLIMIT_DATA, &raw mut limit) },
+        0
+    );
+    let before = limit.rlim_cur;
+    limit.rlim_cur = bytes;
+    // SAFETY: reads a local; the limit is only a number to the kernel.
+    assert_eq!(
+        unsafe { libc::setrlimit(libc::RLIMIT_DATA, &raw const limit) },
+        0
+    );
+    before
+}
+
+/// Whether the kernel has a mapping at every page of the range.
+fn reserved(start: usize, len: usize) -> bool {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mut end = start;
+    for line in maps.lines() {
+        let (range, _) = line.split_once(' ').unwrap();
+        let (from, to) = range.split_once('-').unwrap();
+        let parse = |text| usize::from_str_radix(text, 16).unwrap();
+        if parse(from) <= end && end < parse(to) {
+            end = parse(to);
+        }
+    }
+    end >= start + len
+}
+
+#[test]
+fn a_refused_move_loses_no_address_and_no_frame() {
+    let budget = Budget::new(None);
+    let pool = FramePool::new(&budget, Bucket::Gathered, 3).unwrap();
+    let mut window = Window::reserve(2 * FRAME).unwrap();
+    let (base, len) = (window.base().addr(), window.len());
+
+    let frames = pool.take(2).unwrap();
+    let before = limit_data(0);
+    let refused = window.map(frames);
+    limit_data(before);
+    assert!(
+        matches!(refused, Err(MemoryError::Os { .. })),
+        "{refused:?}"
+    );
+    assert!(reserved(base, len));
+    assert!(!window.is_mapped());
+    assert_eq!(pool.free(), 3);
+
+    // The same window and frames work once the limit is gone.
+    window.map(pool.take(2).unwrap()).unwrap();
+    window.lease(0..len).unwrap().fill(1);
+
+    let before = limit_data(0);
+    let refused = window.unmap();
+    limit_data(before);
+    assert!(
+        matches!(refused, Err(MemoryError::Os { .. })),
+        "{refused:?}"
+    );
+    assert!(window.is_mapped() && reserved(base, len));
+    assert_eq!(pool.free(), 1);
+    drop(window.unmap().unwrap());
+    assert_eq!(pool.free(), 3);
+    let mut whole = Window::reserve(3 * FRAME).unwrap();
+    whole.map(pool.take(3).unwrap()).unwrap();
+    whole.lease(0..3 * FRAME).unwrap().fill(2);
+
+    // Dropped while no page can move home: the frames' homes are unusable, so they are not handed out.
+    let before = limit_data(0);
+    drop(whole);
+    limit_data(before);
+    assert_eq!(pool.free(), 0);
+    assert_eq!(budget.total().current, 3 * FRAME as u64);
+}

@@ -1,0 +1,304 @@
+//! The one object behind every call: units, memory, disk and threads, and how they come to be.
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::{Duration, Instant};
+
+use zeroxide_layout::{BlockId, Component, Dtype, StateLayout, Tiling, UnitLayout};
+use zeroxide_memory::{Arena, Bucket, Budget, FRAME, FramePool, Lease, Window};
+use zeroxide_optim::Pool;
+use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
+
+use crate::error::{OffloadError, Result, misuse};
+use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
+use crate::transfer::{CachedTile, Fill};
+use crate::unit::{StateBlocks, Unit};
+use crate::weights::{Residence, Weights};
+
+/// Tiles of units that never touch the disk are this many times longer: there is nothing to overlap with.
+const HOST_TILE_FACTOR: u64 = 8;
+/// Tiles of one unit that the staging ring must hold at least: one being updated, one moving.
+const MIN_TILES_IN_RING: u64 = 2;
+
+/// The disk side: present when anything is at home there.
+pub(crate) struct Disk {
+    pub(crate) store: BlockStore,
+    pub(crate) queue: Arc<dyn Queue>,
+    /// Staging memory: every byte between disk and compute that is not a window.
+    pub(crate) ring: Arena,
+    pub(crate) arrivals: (Sender<Completion>, Receiver<Completion>),
+}
+
+pub(crate) struct Core {
+    pub(crate) units: Vec<Unit>,
+    pub(crate) state_layout: StateLayout,
+    pub(crate) compute: Dtype,
+    pub(crate) grad: Dtype,
+    pub(crate) pool: Pool,
+    pub(crate) budget: Budget,
+    pub(crate) frames: Option<FramePool>,
+    pub(crate) disk: Option<Disk>,
+    pub(crate) clock: u64,
+    pub(crate) steps: u64,
+    pub(crate) poisoned: Option<(u64, String)>,
+    pub(crate) fill: Option<Fill>,
+    pub(crate) cache: Vec<CachedTile>,
+    pub(crate) waited: Duration,
+}
+
+impl Core {
+    pub(crate) fn new(settings: Settings, specs: &[UnitSpec]) -> Result<Self> {
+        let state_layout = StateLayout::new(settings.compute, settings.format)?;
+        let budget = Budget::new(settings.limit);
+        let pool = Pool::new(settings.threads);
+        let mut layouts = Vec::with_capacity(specs.len());
+        for spec in specs {
+            layouts.push(UnitLayout::new(&spec.params, 1)?);
+        }
+        let grads = GradArena::new(&budget, settings.grad, specs, &layouts)?;
+        let states = StateArena::new(&budget, state_layout, specs, &layouts)?;
+        let frames = frame_pool(&budget, &settings, specs, &layouts)?;
+        let mut blocks = Vec::new();
+        let mut units = Vec::with_capacity(specs.len());
+        for (index, (spec, layout)) in specs.iter().zip(layouts).enumerate() {
+            let trainable = layout.trainable_len();
+            let touches_disk = spec.weights == WeightHome::Disk || (spec.state == StateHome::Disk && trainable > 0);
+            let tile = if touches_disk { settings.tile_elements } else { settings.tile_elements * HOST_TILE_FACTOR };
+            let weights = make_weights(&budget, settings.compute, spec, &layout)?;
+            let state = match spec.state {
+                _ if trainable == 0 => StateBlocks::None,
+                StateHome::Disk => StateBlocks::Disk { moments_are_zero: true },
+                StateHome::Host => StateBlocks::Host { blocks: states.blocks(trainable)? },
+            };
+            let id = u32::try_from(index).map_err(|_| OffloadError::Misuse {
+                call: "new",
+                what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
+            })?;
+            for (component, element) in state_layout.components() {
+                let size = *element as u64;
+                let elements = match component {
+                    Component::Weight if spec.weights == WeightHome::Disk => layout.len(),
+                    Component::Weight => continue,
+                    _ if matches!(state, StateBlocks::Disk { .. }) => trainable,
+                    _ => continue,
+                };
+                blocks.push(BlockSpec {
+                    id: BlockId { unit: id, component: *component },
+                    bytes: elements * size,
+                    tile_bytes: tile * size,
+                });
+            }
+            let grad = match spec.weights {
+                WeightHome::Borrowed => None,
+                _ if trainable == 0 => None,
+                _ => Some(grads.lease(trainable)?),
+            };
+            units.push(Unit {
+                name: spec.name.clone(),
+                weight_tiles: Tiling::new(layout.len(), tile)?,
+                state_tiles: Tiling::new(trainable, tile)?,
+                layout,
+                weights,
+                state,
+                grad,
+                params: Unit::param_states(&spec.params),
+            });
+        }
+        let disk = if blocks.is_empty() { None } else { Some(Disk::open(&budget, &settings, state_layout, blocks)?) };
+        Ok(Self {
+            units,
+            state_layout,
+            compute: settings.compute,
+            grad: settings.grad,
+            pool,
+            budget,
+            frames,
+            disk,
+            clock: 0,
+            steps: 0,
+            poisoned: None,
+            fill: None,
+            cache: Vec::new(),
+            waited: Duration::ZERO,
+        })
+    }
+
+    pub(crate) fn check_usable(&self) -> Result<()> {
+        match &self.poisoned {
+            Some((step, cause)) => Err(OffloadError::Poisoned { step: *step, cause: cause.clone() }),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn check_unit(&self, call: &'static str, unit: usize) -> Result<()> {
+        if unit < self.units.len() {
+            return Ok(());
+        }
+        misuse(call, format!("unit {unit} of {}", self.units.len()))
+    }
+
+    pub(crate) fn check_param(&self, call: &'static str, unit: usize, param: usize) -> Result<()> {
+        self.check_unit(call, unit)?;
+        let count = self.units[unit].params.len();
+        if param < count {
+            return Ok(());
+        }
+        misuse(call, format!("parameter {param} of {count} in unit {}", self.units[unit].name))
+    }
+
+    /// The disk side; only called for blocks whose home is the disk.
+    pub(crate) fn disk(&self) -> &Disk {
+        self.disk.as_ref().expect("a block at home on disk implies a store")
+    }
+
+    /// Bytes of one element of a component.
+    pub(crate) fn element_bytes(&self, component: Component) -> usize {
+        element_bytes(self.state_layout, component)
+    }
+}
+
+/// Bytes of one element of `component` in `layout`.
+pub(crate) fn element_bytes(layout: StateLayout, component: Component) -> usize {
+    layout.element_bytes(component).unwrap_or(0)
+}
+
+/// Receives one completion, adding the time spent waiting to `waited`.
+pub(crate) fn receive(receiver: &Receiver<Completion>, waited: &mut Duration) -> Result<Completion> {
+    if let Ok(completion) = receiver.try_recv() {
+        return Ok(completion);
+    }
+    let start = Instant::now();
+    let completion = receiver.recv();
+    *waited += start.elapsed();
+    completion.map_err(|_| OffloadError::Misuse { call: "wait", what: "the I/O engine ended with work in flight".into() })
+}
+
+/// Byte range of an element range.
+pub(crate) fn byte_range(range: &std::ops::Range<u64>, element: usize) -> std::ops::Range<usize> {
+    to_usize(range.start) * element..to_usize(range.end) * element
+}
+
+/// Element counts fit in memory, so they fit in `usize`.
+pub(crate) fn to_usize(value: u64) -> usize {
+    usize::try_from(value).expect("layouts are checked against the address space")
+}
+
+fn make_weights(budget: &Budget, compute: Dtype, spec: &UnitSpec, layout: &UnitLayout) -> Result<Weights> {
+    let bytes = to_usize(layout.len()) * compute.size();
+    Ok(match spec.weights {
+        WeightHome::Borrowed => Weights::Borrowed { lent: None },
+        WeightHome::Disk => Weights::Disk { window: Window::reserve(bytes)?, residence: Residence::Away },
+        WeightHome::Host => {
+            let mut window = Window::reserve(bytes)?;
+            window.make_home(budget, Bucket::Weights)?;
+            Weights::Host { window }
+        }
+    })
+}
+
+fn frame_pool(
+    budget: &Budget,
+    settings: &Settings,
+    specs: &[UnitSpec],
+    layouts: &[UnitLayout],
+) -> Result<Option<FramePool>> {
+    let largest = specs
+        .iter()
+        .zip(layouts)
+        .filter(|(spec, _)| spec.weights == WeightHome::Disk)
+        .map(|(spec, layout)| (to_usize(layout.len()) * settings.compute.size(), &spec.name))
+        .max();
+    let Some((largest, name)) = largest else { return Ok(None) };
+    let frames = to_usize(settings.gathered_bytes).div_ceil(FRAME);
+    if frames * FRAME < largest {
+        return Err(OffloadError::NoFrames {
+            unit: name.clone(),
+            need: largest as u64,
+            held: 0,
+            capacity: (frames * FRAME) as u64,
+        });
+    }
+    Ok(Some(FramePool::new(budget, Bucket::Gathered, frames)?))
+}
+
+impl Disk {
+    fn open(budget: &Budget, settings: &Settings, layout: StateLayout, blocks: Vec<BlockSpec>) -> Result<Self> {
+        let per_element: usize = layout.components().iter().map(|(_, bytes)| *bytes).sum();
+        let longest = blocks.iter().map(|block| block.tile_bytes.min(block.bytes) as usize).max().unwrap_or(0);
+        let tile = (settings.tile_elements as usize * per_element).min(longest * layout.components().len());
+        let need = tile as u64 * MIN_TILES_IN_RING;
+        if settings.staging_bytes < need {
+            return misuse(
+                "new",
+                format!("the staging ring has {} bytes and needs {need}: two tiles of {tile}", settings.staging_bytes),
+            );
+        }
+        let queue = open_queue(settings.engine.clone(), settings.queue_depth)?;
+        let store = BlockStore::create(StoreOptions {
+            directories: settings.directories.clone(),
+            job: settings.job.clone(),
+            blocks,
+            queue: Arc::clone(&queue),
+        })?;
+        let ring = Arena::new(budget, Bucket::Staging, to_usize(settings.staging_bytes))?;
+        Ok(Self { store, queue, ring, arrivals: channel() })
+    }
+}
+
+/// One mapping for all gradients.
+struct GradArena {
+    arena: Option<Arena>,
+    dtype: Dtype,
+}
+
+impl GradArena {
+    fn new(budget: &Budget, dtype: Dtype, specs: &[UnitSpec], layouts: &[UnitLayout]) -> Result<Self> {
+        let elements: u64 = specs
+            .iter()
+            .zip(layouts)
+            .filter(|(spec, _)| spec.weights != WeightHome::Borrowed)
+            .map(|(_, layout)| layout.trainable_len())
+            .sum();
+        let bytes = to_usize(elements) * dtype.size();
+        let arena = if bytes == 0 { None } else { Some(Arena::new(budget, Bucket::Gradients, bytes)?) };
+        Ok(Self { arena, dtype })
+    }
+
+    fn lease(&self, elements: u64) -> Result<Lease> {
+        let arena = self.arena.as_ref().expect("sized from the same units");
+        Ok(arena.lease(to_usize(elements) * self.dtype.size(), zeroxide_layout::PAGE)?)
+    }
+}
+
+/// One mapping for all optimizer state at home in host memory.
+struct StateArena {
+    arena: Option<Arena>,
+    layout: StateLayout,
+}
+
+impl StateArena {
+    fn new(budget: &Budget, layout: StateLayout, specs: &[UnitSpec], layouts: &[UnitLayout]) -> Result<Self> {
+        let elements: u64 = specs
+            .iter()
+            .zip(layouts)
+            .filter(|(spec, _)| spec.state == StateHome::Host)
+            .map(|(_, layout)| layout.trainable_len())
+            .sum();
+        let bytes = to_usize(elements) * Self::state_components(layout).map(|(_, bytes)| bytes).sum::<usize>();
+        let arena = if bytes == 0 { None } else { Some(Arena::new(budget, Bucket::Optimizer, bytes)?) };
+        Ok(Self { arena, layout })
+    }
+
+    fn state_components(layout: StateLayout) -> impl Iterator<Item = (Component, usize)> {
+        layout.components().iter().copied().filter(|(component, _)| *component != Component::Weight)
+    }
+
+    fn blocks(&self, elements: u64) -> Result<Vec<(Component, Lease)>> {
+        let arena = self.arena.as_ref().expect("sized from the same units");
+        Self::state_components(self.layout)
+            .map(|(component, bytes)| {
+                Ok((component, arena.lease(to_usize(elements) * bytes, zeroxide_layout::PAGE)?))
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,58 @@
+//! What can go wrong between the tiers.
+
+use thiserror::Error;
+use zeroxide_layout::LayoutError;
+use zeroxide_memory::MemoryError;
+use zeroxide_storage::StorageError;
+
+/// Failures of the offload layer. Storage and memory errors pass through with all they carry.
+#[derive(Debug, Error)]
+pub enum OffloadError {
+    /// A disk operation or a checksum failed.
+    #[error(transparent)]
+    Storage(#[from] StorageError),
+    /// A budget, a mapping or a fork stood in the way.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// The shapes do not make a layout.
+    #[error(transparent)]
+    Layout(#[from] LayoutError),
+    /// Every frame is held by units that are in use.
+    #[error(
+        "unit {unit} needs {need} bytes of gathered memory; {held} of {capacity} are held by units in use: \
+         raise the memory for gathered units or split the unit"
+    )]
+    NoFrames {
+        /// The unit to be gathered.
+        unit: String,
+        /// Bytes it takes.
+        need: u64,
+        /// Bytes that units in use hold.
+        held: u64,
+        /// Bytes there are.
+        capacity: u64,
+    },
+    /// An earlier step failed half way: some tiles hold the new state, some the old one.
+    #[error("optimizer step {step} failed half way and its state is mixed; resume from the last checkpoint ({cause})")]
+    Poisoned {
+        /// The step that failed.
+        step: u64,
+        /// The error it failed with.
+        cause: String,
+    },
+    /// A call that the present state does not allow: a mistake in the caller's code.
+    #[error("{call}: {what}")]
+    Misuse {
+        /// The call refused.
+        call: &'static str,
+        /// Why.
+        what: String,
+    },
+}
+
+/// Short form of every result here.
+pub type Result<T> = std::result::Result<T, OffloadError>;
+
+pub(crate) fn misuse<T>(call: &'static str, what: impl Into<String>) -> Result<T> {
+    Err(OffloadError::Misuse { call, what: what.into() })
+}

@@ -1,0 +1,245 @@
+//! Bringing a unit's weights under its window, and letting them go again.
+//!
+//! A released unit keeps its frames until another unit needs them. Training scans the units forth and back, so the
+//! unit used longest ago is the one needed last: reclaiming the oldest keeps exactly those that come next.
+
+use std::sync::Mutex;
+
+use zeroxide_layout::{BlockId, Component};
+use zeroxide_memory::{FRAME, Frame, Lease};
+use zeroxide_storage::Completion;
+
+use crate::core::{Core, byte_range, receive, to_usize};
+use crate::error::{OffloadError, Result};
+use crate::weights::{Residence, Weights};
+
+const TILE_BITS: u32 = 32;
+
+impl Core {
+    /// Makes the unit's weights readable under its window and holds them there. Idempotent.
+    pub(crate) fn gather(&mut self, unit: usize) -> Result<()> {
+        self.check_usable()?;
+        self.check_unit("gather", unit)?;
+        self.poll_arrivals();
+        if matches!(self.residence(unit), Some(Residence::Away)) && !self.fetch(unit, true)? {
+            return Err(self.no_frames(unit));
+        }
+        if matches!(self.residence(unit), Some(Residence::Arriving { .. })) {
+            self.await_arrival(unit)?;
+        }
+        self.clock += 1;
+        let clock = self.clock;
+        if let Some(Residence::Here { pinned, used }) = self.residence_mut(unit) {
+            *pinned = true;
+            *used = clock;
+        }
+        Ok(())
+    }
+
+    /// Starts reading the unit if there is room for it; returns whether it is here or on its way.
+    pub(crate) fn prefetch(&mut self, unit: usize) -> Result<bool> {
+        self.check_usable()?;
+        self.check_unit("prefetch", unit)?;
+        self.poll_arrivals();
+        match self.residence(unit) {
+            Some(Residence::Away) => self.fetch(unit, false),
+            _ => Ok(true),
+        }
+    }
+
+    /// Lets the unit's frames be taken by another unit. Idempotent.
+    pub(crate) fn release(&mut self, unit: usize) -> Result<()> {
+        self.check_unit("release", unit)?;
+        self.clock += 1;
+        let clock = self.clock;
+        if let Some(Residence::Here { pinned, used }) = self.residence_mut(unit) {
+            *pinned = false;
+            *used = clock;
+        }
+        Ok(())
+    }
+
+    /// Waits for every read under way into a window.
+    pub(crate) fn settle_arrivals(&mut self) -> Result<()> {
+        for unit in 0..self.units.len() {
+            if matches!(self.residence(unit), Some(Residence::Arriving { .. })) {
+                self.await_arrival(unit)?;
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn residence(&self, unit: usize) -> Option<&Residence> {
+        match &self.units[unit].weights {
+            Weights::Disk { residence, .. } => Some(residence),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn residence_mut(&mut self, unit: usize) -> Option<&mut Residence> {
+        match &mut self.units[unit].weights {
+            Weights::Disk { residence, .. } => Some(residence),
+            _ => None,
+        }
+    }
+
+    /// Puts frames under the window of a unit that is away. `forced` also empties units that were only prefetched.
+    pub(crate) fn map_frames(&mut self, unit: usize, forced: bool) -> Result<bool> {
+        let bytes = to_usize(self.units[unit].layout.len()) * self.compute.size();
+        let Some(frames) = self.take_frames(bytes.div_ceil(FRAME), unit, forced)? else { return Ok(false) };
+        let Weights::Disk { window, .. } = &mut self.units[unit].weights else { return Ok(true) };
+        window.map(frames)?;
+        Ok(true)
+    }
+
+    fn fetch(&mut self, unit: usize, forced: bool) -> Result<bool> {
+        if !self.map_frames(unit, forced)? {
+            return Ok(false);
+        }
+        let element = self.compute.size();
+        let id = weight_block(unit);
+        let mut pending = 0;
+        let mut failed = None;
+        let this = &self.units[unit];
+        let window = this.weights.window().expect("mapped above");
+        let disk = self.disk();
+        for tile in 0..this.weight_tiles.count() {
+            let buffer = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
+            let tag = ((unit as u64) << TILE_BITS) | u64::from(tile);
+            match disk.store.start_read(id, tile, buffer, tag, &disk.arrivals.0) {
+                Ok(()) => pending += 1,
+                Err(error) => {
+                    failed = Some(error);
+                    break;
+                }
+            }
+        }
+        if let Some(residence) = self.residence_mut(unit) {
+            *residence = Residence::Arriving { pending, failed };
+        }
+        Ok(true)
+    }
+
+    fn take_frames(&mut self, count: usize, wanted_by: usize, forced: bool) -> Result<Option<Vec<Frame>>> {
+        loop {
+            let pool = self.frames.as_ref().expect("a unit at home on disk implies frames");
+            if let Some(frames) = pool.take(count) {
+                return Ok(Some(frames));
+            }
+            if let Some(oldest) = self.oldest_released(wanted_by) {
+                self.evict(oldest)?;
+            } else if let Some(arriving) = forced.then(|| self.any_arriving(wanted_by)).flatten() {
+                self.await_arrival(arriving)?;
+            } else {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn oldest_released(&self, except: usize) -> Option<usize> {
+        (0..self.units.len())
+            .filter(|unit| *unit != except)
+            .filter_map(|unit| match self.residence(unit) {
+                Some(Residence::Here { pinned: false, used }) => Some((*used, unit)),
+                _ => None,
+            })
+            .min()
+            .map(|(_, unit)| unit)
+    }
+
+    fn any_arriving(&self, except: usize) -> Option<usize> {
+        (0..self.units.len())
+            .find(|unit| *unit != except && matches!(self.residence(*unit), Some(Residence::Arriving { .. })))
+    }
+
+    /// Takes the frames away from a unit that nobody uses; its bytes are on disk.
+    pub(crate) fn evict(&mut self, unit: usize) -> Result<()> {
+        if let Weights::Disk { window, residence } = &mut self.units[unit].weights {
+            drop(window.unmap()?);
+            *residence = Residence::Away;
+        }
+        Ok(())
+    }
+
+    fn poll_arrivals(&mut self) {
+        while let Some(completion) = self.disk.as_ref().and_then(|disk| disk.arrivals.1.try_recv().ok()) {
+            self.note_arrival(completion);
+        }
+    }
+
+    fn note_arrival(&mut self, completion: Completion) {
+        let unit = to_usize(completion.tag >> TILE_BITS);
+        if let Some(Residence::Arriving { pending, failed }) = self.residence_mut(unit) {
+            *pending -= 1;
+            if let Err(error) = completion.result {
+                failed.get_or_insert(error);
+            }
+        }
+    }
+
+    /// Waits until the unit's reads are done and verified; afterwards it is here and not pinned.
+    fn await_arrival(&mut self, unit: usize) -> Result<()> {
+        while matches!(self.residence(unit), Some(Residence::Arriving { pending, .. }) if *pending > 0) {
+            let disk = self.disk.as_ref().expect("reads are in flight");
+            let completion = receive(&disk.arrivals.1, &mut self.waited)?;
+            self.note_arrival(completion);
+        }
+        let failed = match self.residence_mut(unit) {
+            Some(Residence::Arriving { failed, .. }) => failed.take(),
+            _ => None,
+        };
+        let outcome = match failed {
+            Some(error) => Err(error.into()),
+            None => self.verify_window(unit),
+        };
+        self.clock += 1;
+        let used = self.clock;
+        if let Some(residence) = self.residence_mut(unit) {
+            *residence = Residence::Here { pinned: false, used };
+        }
+        if outcome.is_err() {
+            self.evict(unit)?;
+        }
+        outcome
+    }
+
+    fn verify_window(&self, unit: usize) -> Result<()> {
+        let this = &self.units[unit];
+        let window = this.weights.window().expect("only windows receive reads");
+        let element = self.compute.size();
+        let mut tiles = Vec::new();
+        for tile in 0..this.weight_tiles.count() {
+            let lease = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
+            tiles.push(Mutex::new((lease, Ok(()))));
+        }
+        let store = &self.disk().store;
+        self.pool.run(tiles.len(), |index| {
+            let mut guard = tiles[index].lock().expect("each task has its own tile");
+            let (lease, outcome): &mut (Lease, std::result::Result<(), _>) = &mut guard;
+            *outcome = store.verify(weight_block(unit), u32::try_from(index).expect("counted as u32"), lease);
+        });
+        for tile in tiles {
+            tile.into_inner().expect("the pool has returned").1?;
+        }
+        Ok(())
+    }
+
+    fn no_frames(&self, unit: usize) -> OffloadError {
+        let pool = self.frames.as_ref().expect("a unit at home on disk implies frames");
+        OffloadError::NoFrames {
+            unit: self.units[unit].name.clone(),
+            need: self.units[unit].layout.len() * self.compute.size() as u64,
+            held: ((pool.capacity() - pool.free()) * FRAME) as u64,
+            capacity: (pool.capacity() * FRAME) as u64,
+        }
+    }
+}
+
+pub(crate) fn weight_block(unit: usize) -> BlockId {
+    block(unit, Component::Weight)
+}
+
+pub(crate) fn block(unit: usize, component: Component) -> BlockId {
+    BlockId { unit: u32::try_from(unit).expect("counted at creation"), component }
+}
+

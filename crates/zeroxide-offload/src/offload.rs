@@ -1,0 +1,223 @@
+//! The public face of the crate: one lock around the state, and nothing else.
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::Duration;
+
+use zeroxide_memory::{Anchor, Bucket, Budget, Usage};
+use zeroxide_optim::{AdamParams, Grad};
+use zeroxide_storage::IoCounters;
+
+use crate::core::Core;
+use crate::error::{OffloadError, Result, misuse};
+use crate::landing::GradNorm;
+use crate::settings::{Settings, UnitSpec};
+use crate::step::StepReport;
+use crate::transfer::Part;
+use crate::weights::{Lent, Weights};
+
+/// Traffic between disk and memory since the start.
+#[derive(Clone, Debug)]
+pub struct IoReport {
+    /// What the queue has moved.
+    pub counters: IoCounters,
+    /// Time in which compute stood still for the disk.
+    pub waited: Duration,
+    /// The engine in use, in words.
+    pub engine: String,
+}
+
+/// Units of parameters, their tiers, and the optimizer over them.
+pub struct Offload {
+    core: Mutex<Option<Core>>,
+    budget: Budget,
+}
+
+impl Offload {
+    /// Reserves all memory and disk space. Weights are undefined until they are filled; moments start at zero.
+    pub fn new(settings: Settings, units: &[UnitSpec]) -> Result<Self> {
+        let core = Core::new(settings, units)?;
+        let budget = core.budget.clone();
+        Ok(Self { core: Mutex::new(Some(core)), budget })
+    }
+
+    fn with<T>(&self, call: &'static str, work: impl FnOnce(&mut Core) -> Result<T>) -> Result<T> {
+        match self.lock().as_mut() {
+            Some(core) => work(core),
+            None => misuse(call, "already closed"),
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Core>> {
+        // A panic under the lock is a bug; the state may be half changed, so it is not used again.
+        self.core.lock().expect("a call panicked and left the state undefined")
+    }
+
+    /// Address range of a unit's flat weights: (address, bytes, what keeps the range reserved).
+    /// `None` for units of borrowed weights.
+    pub fn window(&self, unit: usize) -> Result<Option<(usize, usize, Anchor)>> {
+        self.with("window", |core| {
+            core.check_unit("window", unit)?;
+            let this = &core.units[unit];
+            let bytes = crate::core::to_usize(this.layout.len()) * core.compute.size();
+            Ok(this.weights.window().map(|window| (window.base() as usize, bytes, window.anchor())))
+        })
+    }
+
+    /// Offset of a parameter in its unit's flat weights, in elements.
+    pub fn param_offset(&self, unit: usize, param: usize) -> Result<u64> {
+        self.with("param_offset", |core| {
+            core.check_param("param_offset", unit, param)?;
+            Ok(core.units[unit].layout.offset(param))
+        })
+    }
+
+    /// Puts a parameter into one of the groups that [`step`](Self::step) is given.
+    pub fn set_group(&self, unit: usize, param: usize, group: usize) -> Result<()> {
+        self.with("set_group", |core| {
+            core.check_param("set_group", unit, param)?;
+            core.units[unit].params[param].group = group;
+            Ok(())
+        })
+    }
+
+    /// See [`Part`]: starts to fill one part of a unit.
+    pub fn fill_begin(&self, unit: usize, part: Part) -> Result<()> {
+        self.with("fill_begin", |core| core.fill_begin(unit, part))
+    }
+
+    /// Gives elements `start..` of one parameter of the unit being filled.
+    pub fn fill_param(&self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
+        self.with("fill_param", |core| core.fill_param(unit, param, start, values))
+    }
+
+    /// Writes what was filled to where it is at home.
+    pub fn fill_commit(&self, unit: usize) -> Result<()> {
+        self.with("fill_commit", |core| core.fill_commit(unit))
+    }
+
+    /// Reads elements `start..` of one parameter as fp32.
+    pub fn read_param(&self, unit: usize, param: usize, part: Part, start: u64, out: &mut [f32]) -> Result<()> {
+        self.with("read_param", |core| core.read_param(unit, param, part, start, out))
+    }
+
+    /// Updates made so far to one parameter.
+    pub fn updates(&self, unit: usize, param: usize) -> Result<u64> {
+        self.with("updates", |core| core.updates(unit, param))
+    }
+
+    /// Sets the number of updates made so far to one parameter.
+    pub fn set_updates(&self, unit: usize, param: usize, updates: u64) -> Result<()> {
+        self.with("set_updates", |core| core.set_updates(unit, param, updates))
+    }
+
+    /// Makes a unit's weights readable and holds them. Idempotent.
+    pub fn gather(&self, unit: usize) -> Result<()> {
+        self.with("gather", |core| core.gather(unit))
+    }
+
+    /// Starts reading a unit if there is room; returns whether it is here or on its way.
+    pub fn prefetch(&self, unit: usize) -> Result<bool> {
+        self.with("prefetch", |core| core.prefetch(unit))
+    }
+
+    /// Lets a unit's memory be taken by another one. Idempotent.
+    pub fn release(&self, unit: usize) -> Result<()> {
+        self.with("release", |core| core.release(unit))
+    }
+
+    /// Takes one parameter's gradient; with `norm`, also its part of the global norm.
+    pub fn land(&self, unit: usize, param: usize, source: Grad<'_>, norm: bool) -> Result<()> {
+        self.with("land", |core| core.land(unit, param, source, norm))
+    }
+
+    /// The norm of all gradients that have landed.
+    pub fn grad_norm(&self) -> Result<GradNorm> {
+        self.with("grad_norm", |core| Ok(core.grad_norm()))
+    }
+
+    /// Forgets all gradients that have landed.
+    pub fn clear_gradients(&self) -> Result<()> {
+        self.with("clear_gradients", |core| {
+            core.clear_gradients();
+            Ok(())
+        })
+    }
+
+    /// Lends weight and gradient of the only parameter of a unit until the next step ends.
+    pub fn lend(&self, unit: usize, lent: Lent) -> Result<()> {
+        self.with("lend", |core| {
+            core.check_unit("lend", unit)?;
+            let this = &mut core.units[unit];
+            let numel = crate::core::to_usize(this.layout.numel(0));
+            let (weight, grad) = (numel * core.compute.size(), numel * lent.grad_dtype.size());
+            if this.params.len() != 1 || lent.weight.len() != weight || lent.grad.len() != grad {
+                return misuse(
+                    "lend",
+                    format!(
+                        "{}: expected one parameter of {weight} bytes and {grad} of gradient, got {} and {}",
+                        this.name,
+                        lent.weight.len(),
+                        lent.grad.len()
+                    ),
+                );
+            }
+            let Weights::Borrowed { lent: place } = &mut this.weights else {
+                return misuse("lend", format!("{} keeps its own weights", this.name));
+            };
+            *place = Some(lent);
+            this.params[0].landed = true;
+            Ok(())
+        })
+    }
+
+    /// One update of every parameter whose gradient has landed; `grad_scale` multiplies the gradients.
+    pub fn step(&self, groups: &[AdamParams], grad_scale: f64) -> Result<StepReport> {
+        self.with("step", |core| {
+            let outcome = core.step(groups, grad_scale);
+            for unit in &mut core.units {
+                if let Weights::Borrowed { lent } = &mut unit.weights {
+                    *lent = None;
+                }
+            }
+            outcome
+        })
+    }
+
+    /// Payload bytes of a bucket. Never blocks on a running call.
+    pub fn usage(&self, bucket: Bucket) -> Usage {
+        self.budget.usage(bucket)
+    }
+
+    /// Payload bytes of all buckets.
+    pub fn total_usage(&self) -> Usage {
+        self.budget.total()
+    }
+
+    /// Traffic so far; `None` where nothing is at home on disk.
+    pub fn io(&self) -> Result<Option<IoReport>> {
+        self.with("io", |core| {
+            Ok(core.disk.as_ref().map(|disk| IoReport {
+                counters: disk.queue.counters(),
+                waited: core.waited,
+                engine: disk.queue.describe(),
+            }))
+        })
+    }
+
+    /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent.
+    pub fn close(&self) -> Result<()> {
+        let Some(mut core) = self.lock().take() else { return Ok(()) };
+        // Reads in flight write into windows: they end before the windows go.
+        let settled = core.settle_arrivals();
+        core.cache.clear();
+        if let Some(disk) = core.disk.take() {
+            disk.queue.close();
+            disk.store.close()?;
+        }
+        match settled {
+            // Weights that will never be read again do not matter at the end.
+            Ok(()) | Err(OffloadError::Storage(_)) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+}

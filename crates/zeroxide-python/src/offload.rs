@@ -1,0 +1,271 @@
+//! `Offload` for Python. The GIL is released around every call that can take long.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use zeroxide_layout::{Dtype, Format, ParamShape};
+use zeroxide_memory::Bucket;
+use zeroxide_offload::{Lent, Offload, Part, Settings, StateHome, UnitSpec, WeightHome};
+use zeroxide_optim::AdamParams;
+use zeroxide_storage::EngineKind;
+
+use crate::errors::map;
+use crate::spec::TensorSpec;
+use crate::window::PyWindow;
+
+/// (name, [(elements, trainable)], home of the weights, home of the optimizer state)
+type UnitTuple = (String, Vec<(u64, bool)>, String, String);
+/// (lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)
+type GroupTuple = (f64, f64, f64, f64, f64, bool, bool);
+
+/// Units of parameters, their tiers, and the optimizer over them.
+#[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
+pub(crate) struct PyOffload {
+    inner: Arc<Offload>,
+}
+
+#[pymethods]
+impl PyOffload {
+    #[new]
+    #[pyo3(signature = (*, units, limit, threads, compute, format, grad, tile_elements, staging_bytes, gathered_bytes,
+                        engine, queue_depth, directories, job))]
+    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
+    fn new(
+        py: Python<'_>,
+        units: Vec<UnitTuple>,
+        limit: Option<u64>,
+        threads: usize,
+        compute: &str,
+        format: &str,
+        grad: &str,
+        tile_elements: u64,
+        staging_bytes: u64,
+        gathered_bytes: u64,
+        engine: &str,
+        queue_depth: usize,
+        directories: Vec<PathBuf>,
+        job: String,
+    ) -> PyResult<Self> {
+        let settings = Settings {
+            limit,
+            threads,
+            compute: parse_dtype(compute)?,
+            format: match format {
+                "fp32" => Format::Fp32,
+                "split" => Format::Split,
+                other => return Err(unknown("format", other, "fp32 or split")),
+            },
+            grad: parse_dtype(grad)?,
+            tile_elements,
+            staging_bytes,
+            gathered_bytes,
+            engine: match engine {
+                "auto" => EngineKind::Auto,
+                "io_uring" => EngineKind::IoUring,
+                "threads" => EngineKind::Threads,
+                other => return Err(unknown("engine", other, "auto, io_uring or threads")),
+            },
+            queue_depth,
+            directories,
+            job,
+        };
+        let specs = units.into_iter().map(unit_spec).collect::<PyResult<Vec<_>>>()?;
+        let made = py.detach(|| Offload::new(settings, &specs));
+        Ok(Self { inner: Arc::new(map(py, made)?) })
+    }
+
+    /// The unit's flat weights as a buffer; `None` where the weights are the caller's.
+    fn window(&self, py: Python<'_>, unit: usize) -> PyResult<Option<PyWindow>> {
+        let found = map(py, self.inner.window(unit))?;
+        Ok(found.map(|(address, bytes, anchor)| PyWindow { address, bytes, _anchor: anchor }))
+    }
+
+    /// Offset of a parameter in its unit's flat weights, in elements.
+    fn param_offset(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<u64> {
+        map(py, self.inner.param_offset(unit, param))
+    }
+
+    /// Puts a parameter into one of the groups given to `step`.
+    fn set_group(&self, py: Python<'_>, unit: usize, param: usize, group: usize) -> PyResult<()> {
+        map(py, self.inner.set_group(unit, param, group))
+    }
+
+    /// Starts to fill "weights", "exp_avg" or "exp_avg_sq" of a unit; what is not filled becomes zero.
+    fn fill_begin(&self, py: Python<'_>, unit: usize, part: &str) -> PyResult<()> {
+        let part = parse_part(part)?;
+        let done = py.detach(|| self.inner.fill_begin(unit, part));
+        map(py, done)
+    }
+
+    /// Gives elements `start..` of one parameter of the unit being filled, as fp32.
+    fn fill_param(&self, py: Python<'_>, unit: usize, param: usize, start: u64, values: &TensorSpec) -> PyResult<()> {
+        let values = values.f32()?;
+        let done = py.detach(|| self.inner.fill_param(unit, param, start, values));
+        map(py, done)
+    }
+
+    /// Writes what was filled to where it is at home.
+    fn fill_commit(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        let done = py.detach(|| self.inner.fill_commit(unit));
+        map(py, done)
+    }
+
+    /// Reads elements `start..` of one parameter into an fp32 tensor.
+    fn read_param(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        part: &str,
+        start: u64,
+        out: &TensorSpec,
+    ) -> PyResult<()> {
+        let part = parse_part(part)?;
+        let out = out.f32_mut()?;
+        let done = py.detach(|| self.inner.read_param(unit, param, part, start, out));
+        map(py, done)
+    }
+
+    /// Updates made so far to one parameter.
+    fn updates(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<u64> {
+        map(py, self.inner.updates(unit, param))
+    }
+
+    /// Sets the number of updates made so far to one parameter.
+    fn set_updates(&self, py: Python<'_>, unit: usize, param: usize, updates: u64) -> PyResult<()> {
+        map(py, self.inner.set_updates(unit, param, updates))
+    }
+
+    /// Makes a unit's weights readable and holds them there. Idempotent.
+    fn gather(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        let done = py.detach(|| self.inner.gather(unit));
+        map(py, done)
+    }
+
+    /// Starts reading a unit if there is room; whether it is here or on its way.
+    fn prefetch(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
+        let done = py.detach(|| self.inner.prefetch(unit));
+        map(py, done)
+    }
+
+    /// Lets a unit's memory be taken by another one. Idempotent.
+    fn release(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        let done = py.detach(|| self.inner.release(unit));
+        map(py, done)
+    }
+
+    /// Takes one parameter's gradient; with `norm`, also its part of the global norm.
+    fn land(&self, py: Python<'_>, unit: usize, param: usize, grad: &TensorSpec, norm: bool) -> PyResult<()> {
+        let source = grad.grad();
+        let done = py.detach(|| self.inner.land(unit, param, source, norm));
+        map(py, done)
+    }
+
+    /// (sum of squares, any infinity or NaN, parameters with a gradient)
+    fn grad_norm(&self, py: Python<'_>) -> PyResult<(f64, bool, usize)> {
+        let norm = map(py, py.detach(|| self.inner.grad_norm()))?;
+        Ok((norm.sum_squares, norm.nonfinite, norm.landed))
+    }
+
+    /// Forgets all gradients that have landed.
+    fn clear_gradients(&self, py: Python<'_>) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.clear_gradients()))
+    }
+
+    /// Lends weight and gradient of the only parameter of a unit until the next step ends.
+    fn lend(&self, py: Python<'_>, unit: usize, weight: &TensorSpec, grad: &TensorSpec) -> PyResult<()> {
+        let lent = Lent { weight: weight.lease(py), grad: grad.lease(py), grad_dtype: grad.dtype() };
+        map(py, self.inner.lend(unit, lent))
+    }
+
+    /// One update of every parameter whose gradient has landed. Returns (tiles, elements) updated.
+    fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<(u64, u64)> {
+        let groups: Vec<AdamParams> = groups
+            .into_iter()
+            .map(|(lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)| AdamParams {
+                lr,
+                beta1,
+                beta2,
+                eps,
+                weight_decay,
+                decoupled,
+                bias_correction,
+            })
+            .collect();
+        let report = py.detach(|| self.inner.step(&groups, grad_scale));
+        let report = map(py, report)?;
+        Ok((report.tiles, report.elements))
+    }
+
+    /// Payload bytes per bucket: {name: (current, peak)}, and "total".
+    fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let result = PyDict::new(py);
+        for bucket in Bucket::ALL {
+            let usage = self.inner.usage(bucket);
+            result.set_item(bucket.name(), (usage.current, usage.peak))?;
+        }
+        let total = self.inner.total_usage();
+        result.set_item("total", (total.current, total.peak))?;
+        Ok(result)
+    }
+
+    /// Disk traffic since the start; `None` where nothing is at home on disk.
+    fn io<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let Some(report) = map(py, py.detach(|| self.inner.io()))? else { return Ok(None) };
+        let result = PyDict::new(py);
+        let counters = &report.counters;
+        result.set_item("read_bytes", counters.read_bytes)?;
+        result.set_item("write_bytes", counters.write_bytes)?;
+        result.set_item("reads", counters.reads)?;
+        result.set_item("writes", counters.writes)?;
+        result.set_item("read_seconds", counters.read_busy.as_secs_f64())?;
+        result.set_item("write_seconds", counters.write_busy.as_secs_f64())?;
+        result.set_item("wait_seconds", report.waited.as_secs_f64())?;
+        result.set_item("engine", report.engine)?;
+        Ok(Some(result))
+    }
+
+    /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let done = py.detach(|| self.inner.close());
+        map(py, done)
+    }
+}
+
+fn unit_spec((name, params, weights, state): UnitTuple) -> PyResult<UnitSpec> {
+    Ok(UnitSpec {
+        name,
+        params: params.into_iter().map(|(numel, trainable)| ParamShape { numel, trainable }).collect(),
+        weights: match weights.as_str() {
+            "host" => WeightHome::Host,
+            "disk" => WeightHome::Disk,
+            "borrowed" => WeightHome::Borrowed,
+            other => return Err(unknown("home of weights", other, "host, disk or borrowed")),
+        },
+        state: match state.as_str() {
+            "host" => StateHome::Host,
+            "disk" => StateHome::Disk,
+            other => return Err(unknown("home of the optimizer state", other, "host or disk")),
+        },
+    })
+}
+
+fn parse_dtype(name: &str) -> PyResult<Dtype> {
+    Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))
+}
+
+fn parse_part(name: &str) -> PyResult<Part> {
+    match name {
+        "weights" => Ok(Part::Weights),
+        "exp_avg" => Ok(Part::ExpAvg),
+        "exp_avg_sq" => Ok(Part::ExpAvgSq),
+        other => Err(unknown("part", other, "weights, exp_avg or exp_avg_sq")),
+    }
+}
+
+fn unknown(what: &str, got: &str, expected: &str) -> PyErr {
+    PyValueError::new_err(format!("unknown {what} {got:?}: expected {expected}"))
+}

@@ -1,0 +1,36 @@
+//! What concerns the process as a whole.
+
+use pyo3::exceptions::PyOSError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+/// Resident memory of this process in bytes, as the operating system counts it: rss, anon, file, peak.
+#[pyfunction]
+pub(crate) fn resident(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
+    let found = zeroxide_memory::resident_bytes().map_err(|error| PyOSError::new_err(error.to_string()))?;
+    let result = PyDict::new(py);
+    result.set_item("rss", found.rss)?;
+    result.set_item("anon", found.anon)?;
+    result.set_item("file", found.file)?;
+    result.set_item("peak", found.peak)?;
+    Ok(result)
+}
+
+/// Tells the C allocator to keep freed memory in the process; whether it could be told.
+#[pyfunction]
+pub(crate) fn keep_freed_memory() -> bool {
+    zeroxide_memory::keep_freed_memory()
+}
+
+/// Drops clean pages of shared libraries from the resident set; they come back from the page cache when needed.
+/// Returns the bytes dropped.
+#[pyfunction]
+pub(crate) fn drop_clean_text(py: Python<'_>) -> PyResult<u64> {
+    py.detach(zeroxide_memory::drop_clean_text).map_err(|error| PyOSError::new_err(error.to_string()))
+}
+
+/// Instruction set of the optimizer kernels: "avx512", "avx2" or "baseline".
+#[pyfunction]
+pub(crate) fn isa() -> &'static str {
+    zeroxide_optim::isa().name()
+}

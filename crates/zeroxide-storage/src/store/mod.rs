@@ -1,0 +1,427 @@
+//! The block store: preallocated, checksummed tiles of training state in one or more directories.
+//!
+//! ```text
+//! <directory>/<job>/LOCK        locked while the run lives; names it
+//!                   header      generation and block table, checksummed, replaced by rename
+//!                   blocks.bin  the tiles, each at a fixed offset that is a multiple of 4096
+//! ```
+//!
+//! The data is scratch: it belongs to the run that made it. What a dead run left under the same job
+//! name is taken over and overwritten; a live run's directory is refused.
+
+mod checksums;
+mod header;
+mod lock;
+mod placement;
+mod scratch;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use zeroxide_layout::BlockId;
+use zeroxide_memory::Lease;
+
+use crate::error::StorageError;
+use crate::file::DiskFile;
+use crate::process::Origin;
+use crate::queue::{Completion, OpKind, Operation, Queue};
+
+pub use checksums::checksum;
+pub use placement::BlockSpec;
+
+use checksums::Checksums;
+use header::Header;
+use placement::{Home, Placement};
+use scratch::Scratch;
+
+/// What a store is made of.
+pub struct StoreOptions {
+    /// The directories over which tiles are striped; a missing one is made if its parent exists.
+    pub directories: Vec<PathBuf>,
+    /// Name of the scratch directory in each of them; unique among the runs that share a directory.
+    pub job: String,
+    /// The blocks to hold.
+    pub blocks: Vec<BlockSpec>,
+    /// What moves the bytes.
+    pub queue: Arc<dyn Queue>,
+    /// Whether the scratch directories are removed when the store is closed or dropped.
+    pub ephemeral: bool,
+}
+
+/// Stores blocks tile by tile.
+///
+/// Reads and writes go through the queue and are answered on the channel given with each. The store
+/// keeps the checksum of what was last handed over for each tile; whoever receives a tile compares it
+/// with [`verify`](Self::verify), on the thread of its choice. A tile that is being written is not read
+/// before its completion: that order is the caller's to keep.
+///
+/// Dropping a store releases its directories as [`close`](Self::close) does, ignoring errors.
+pub struct BlockStore {
+    queue: Arc<dyn Queue>,
+    placement: Placement,
+    checksums: Checksums,
+    files: Vec<Arc<DiskFile>>,
+    /// The header of the first directory at generation zero; those of the others differ in their number.
+    header: Header,
+    generation: AtomicU64,
+    /// Held while headers are replaced.
+    advancing: Mutex<()>,
+    scratch: Vec<Scratch>,
+    release: Release,
+    origin: Origin,
+}
+
+/// What is still to be done with the scratch directories.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Release {
+    /// Remove them.
+    Remove,
+    /// Leave them where they are.
+    Keep,
+}
+
+impl BlockStore {
+    /// Makes the scratch directories, locks them, and preallocates room for all blocks. Nothing is
+    /// left behind when that fails.
+    ///
+    /// # Errors
+    ///
+    /// Each names the path or block at fault: [`StorageError::JobName`], [`StorageError::Layout`],
+    /// [`StorageError::DuplicateDirectory`], [`StorageError::NotADirectory`],
+    /// [`StorageError::MissingParent`], [`StorageError::ReadOnly`], [`StorageError::Foreign`],
+    /// [`StorageError::InUse`], [`StorageError::NoSpace`], [`StorageError::File`].
+    pub fn create(options: StoreOptions) -> Result<Self, StorageError> {
+        let StoreOptions {
+            directories,
+            job,
+            blocks,
+            queue,
+            ephemeral,
+        } = options;
+        check_job(&job)?;
+        let placement = Placement::new(&blocks, directories.len())?;
+        let mut store = Self {
+            queue,
+            checksums: Checksums::new(placement.len()),
+            placement,
+            files: Vec::with_capacity(directories.len()),
+            header: Header {
+                generation: 0,
+                directory: 0,
+                directories: directories.len(),
+                blocks: blocks.iter().map(Into::into).collect(),
+            },
+            generation: AtomicU64::new(0),
+            advancing: Mutex::new(()),
+            scratch: Vec::with_capacity(directories.len()),
+            // Until the store is complete, dropping it must leave nothing behind.
+            release: Release::Remove,
+            origin: Origin::here(),
+        };
+        let mut seen = Vec::with_capacity(directories.len());
+        for root in &directories {
+            let canonical = root.canonicalize().unwrap_or_else(|_| root.clone());
+            if seen.contains(&canonical) {
+                return Err(StorageError::DuplicateDirectory { path: root.clone() });
+            }
+            seen.push(canonical);
+            store.scratch.push(Scratch::open(root, &job)?);
+        }
+        for (scratch, bytes) in store.scratch.iter().zip(store.placement.bytes()) {
+            store.files.push(scratch.allocate(*bytes)?);
+        }
+        store.write_headers(0)?;
+        store.release = if ephemeral {
+            Release::Remove
+        } else {
+            Release::Keep
+        };
+        Ok(store)
+    }
+
+    /// Starts reading a tile into `buffer`; the completion carries `tag`.
+    ///
+    /// # Errors
+    ///
+    /// The buffer comes back with [`StorageError::UnknownTile`], [`StorageError::TileLength`],
+    /// [`StorageError::NeverWritten`], or what the queue says.
+    pub fn start_read(
+        &self,
+        block: BlockId,
+        tile: u32,
+        buffer: Lease,
+        tag: u64,
+        reply: &Sender<Completion>,
+    ) -> Result<(), (StorageError, Lease)> {
+        let (index, home) = match self.locate(block, tile, buffer.len()) {
+            Ok(located) => located,
+            Err(error) => return Err((error, buffer)),
+        };
+        if self.checksums.get(index).is_none() {
+            return Err((self.never_written(block, tile, home), buffer));
+        }
+        self.submit(OpKind::Read, home, buffer, tag, reply)
+    }
+
+    /// Starts writing `buffer` to a tile, after taking its checksum on the calling thread; the
+    /// completion carries `tag`. After a failed write the tile does not verify.
+    ///
+    /// # Errors
+    ///
+    /// The buffer comes back with [`StorageError::UnknownTile`], [`StorageError::TileLength`], or what
+    /// the queue says; the tile is then as it was.
+    pub fn start_write(
+        &self,
+        block: BlockId,
+        tile: u32,
+        buffer: Lease,
+        tag: u64,
+        reply: &Sender<Completion>,
+    ) -> Result<(), (StorageError, Lease)> {
+        let crc = checksum(&buffer);
+        self.start_write_with_crc(block, tile, buffer, crc, tag, reply)
+    }
+
+    /// As [`start_write`](Self::start_write), with the [`checksum`] of the buffer taken before.
+    ///
+    /// # Errors
+    ///
+    /// As [`start_write`](Self::start_write).
+    pub fn start_write_with_crc(
+        &self,
+        block: BlockId,
+        tile: u32,
+        buffer: Lease,
+        crc: u64,
+        tag: u64,
+        reply: &Sender<Completion>,
+    ) -> Result<(), (StorageError, Lease)> {
+        let (index, home) = match self.locate(block, tile, buffer.len()) {
+            Ok(located) => located,
+            Err(error) => return Err((error, buffer)),
+        };
+        // Set before the operation starts, since its completion may be acted on at once.
+        let before = self.checksums.replace(index, Some(crc));
+        let outcome = self.submit(OpKind::Write, home, buffer, tag, reply);
+        if outcome.is_err() {
+            self.checksums.replace(index, before);
+        }
+        outcome
+    }
+
+    /// Compares a tile that was read with what was last written there.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::Corrupt`] with both checksums when they differ, [`StorageError::UnknownTile`],
+    /// [`StorageError::TileLength`], [`StorageError::NeverWritten`].
+    pub fn verify(&self, block: BlockId, tile: u32, bytes: &[u8]) -> Result<(), StorageError> {
+        let (index, home) = self.locate(block, tile, bytes.len())?;
+        let Some(expected) = self.checksums.get(index) else {
+            return Err(self.never_written(block, tile, home));
+        };
+        let got = checksum(bytes);
+        if got == expected {
+            return Ok(());
+        }
+        let path = self.file(home).path().to_path_buf();
+        Err(StorageError::Corrupt {
+            path,
+            block,
+            tile,
+            offset: home.offset,
+            expected,
+            got,
+        })
+    }
+
+    /// How many tiles a block has; zero for a block the store does not hold.
+    pub fn tiles(&self, block: BlockId) -> u32 {
+        self.placement.tiles(block).unwrap_or(0)
+    }
+
+    /// Length of a tile in bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::UnknownTile`] when the store has no such tile.
+    pub fn tile_len(&self, block: BlockId, tile: u32) -> Result<usize, StorageError> {
+        self.placement
+            .find(block, tile)
+            .map(|(_, home)| home.length)
+    }
+
+    /// Bytes preallocated over all directories.
+    pub fn bytes(&self) -> u64 {
+        self.placement.bytes().iter().sum()
+    }
+
+    /// The data files, one for each directory.
+    pub fn files(&self) -> &[Arc<DiskFile>] {
+        &self.files
+    }
+
+    /// The scratch directories, `<directory>/<job>` for each directory.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.scratch.iter().map(Scratch::path)
+    }
+
+    /// What the user should be told about the making of this store, a line each: directories of dead
+    /// runs that were taken over, file systems without direct I/O.
+    pub fn notes(&self) -> Vec<String> {
+        let takeovers = self.scratch.iter().filter_map(Scratch::note);
+        let buffered = self.files.iter().filter(|file| !file.is_direct()).map(|file| {
+            let path = file.path().display();
+            format!("{path} is on a file system without direct I/O: transfers go through the page cache")
+        });
+        takeovers.chain(buffered).collect()
+    }
+
+    /// How often the store has been advanced.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
+    /// Counts the generation up by one, in every directory's header, and returns it.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::Forked`], or the error of the first header that could not be replaced; the
+    /// generation is then as it was.
+    pub fn advance(&self) -> Result<u64, StorageError> {
+        self.origin.check()?;
+        let _advancing = self
+            .advancing
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let next = self.generation() + 1;
+        self.write_headers(next)?;
+        self.generation.store(next, Ordering::Release);
+        Ok(next)
+    }
+
+    /// Removes the scratch directories if the store is ephemeral, and releases their locks. Operations
+    /// still in flight end normally, on files that no longer have a name.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::File`] for the first thing that could not be removed.
+    pub fn close(mut self) -> Result<(), StorageError> {
+        self.release()
+    }
+
+    fn release(&mut self) -> Result<(), StorageError> {
+        // A forked child holds the parent's lock without owning it.
+        let release = std::mem::replace(&mut self.release, Release::Keep);
+        if release == Release::Keep || !self.origin.is_here() {
+            return Ok(());
+        }
+        let outcomes: Vec<_> = self.scratch.iter().map(Scratch::remove).collect();
+        outcomes.into_iter().collect()
+    }
+
+    fn write_headers(&self, generation: u64) -> Result<(), StorageError> {
+        for (directory, scratch) in self.scratch.iter().enumerate() {
+            Header {
+                generation,
+                directory,
+                ..self.header.clone()
+            }
+            .write(scratch.path())?;
+        }
+        Ok(())
+    }
+
+    /// Finds a tile and checks that a buffer of `length` bytes is meant for it.
+    fn locate(
+        &self,
+        block: BlockId,
+        tile: u32,
+        length: usize,
+    ) -> Result<(usize, Home), StorageError> {
+        // Before the lock of the checksums, which another thread may have held at the fork.
+        self.origin.check()?;
+        let (index, home) = self.placement.find(block, tile)?;
+        if length == home.length {
+            Ok((index, home))
+        } else {
+            Err(StorageError::TileLength {
+                block,
+                tile,
+                expected: home.length,
+                got: length,
+            })
+        }
+    }
+
+    fn never_written(&self, block: BlockId, tile: u32, home: Home) -> StorageError {
+        let path = self.file(home).path().to_path_buf();
+        StorageError::NeverWritten { path, block, tile }
+    }
+
+    fn file(&self, home: Home) -> &Arc<DiskFile> {
+        &self.files[home.directory]
+    }
+
+    fn submit(
+        &self,
+        kind: OpKind,
+        home: Home,
+        buffer: Lease,
+        tag: u64,
+        reply: &Sender<Completion>,
+    ) -> Result<(), (StorageError, Lease)> {
+        let operation = Operation {
+            kind,
+            file: Arc::clone(self.file(home)),
+            offset: home.offset,
+            buffer,
+            tag,
+            reply: reply.clone(),
+        };
+        self.queue
+            .submit(operation)
+            .map_err(|(error, operation)| (error, operation.buffer))
+    }
+}
+
+impl Drop for BlockStore {
+    fn drop(&mut self) {
+        // Whoever wants to know closes the store.
+        let _ = self.release();
+    }
+}
+
+impl fmt::Debug for BlockStore {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("BlockStore")
+            .field(
+                "directories",
+                &self.scratch.iter().map(Scratch::path).collect::<Vec<_>>(),
+            )
+            .field("tiles", &self.placement.len())
+            .field("bytes", &self.bytes())
+            .finish_non_exhaustive()
+    }
+}
+
+fn check_job(job: &str) -> Result<(), StorageError> {
+    let reason = if job.is_empty() {
+        "it is empty"
+    } else if job == "." || job == ".." {
+        "it names the directory itself or its parent"
+    } else if job.contains(['/', '\0']) {
+        "it contains a slash or a NUL"
+    } else if job.len() > 200 {
+        "it is longer than 200 bytes"
+    } else {
+        return Ok(());
+    };
+    Err(StorageError::JobName {
+        job: job.into(),
+        reason,
+    })
+}

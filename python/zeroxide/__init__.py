@@ -1,0 +1,36 @@
+"""zeroxide: train PyTorch models whose state does not fit, from host memory and NVMe, under a byte budget.
+
+Names are imported when they are first used, so that importing the package costs next to nothing beyond torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from zeroxide.engine import Engine
+    from zeroxide.errors import ZeroxideError
+    from zeroxide.initialize import initialize
+    from zeroxide.optim import AdamW
+
+__all__ = ["AdamW", "Engine", "ZeroxideError", "__version__", "initialize"]
+
+_HOMES = {
+    "AdamW": "zeroxide.optim",
+    "Engine": "zeroxide.engine",
+    "ZeroxideError": "zeroxide.errors",
+    "initialize": "zeroxide.initialize",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from zeroxide._core import __version__
+
+        return __version__
+    if name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module 'zeroxide' has no attribute {name!r}")

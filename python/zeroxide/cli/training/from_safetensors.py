@@ -1,0 +1,199 @@
+"""Weights from the safetensors files of a model directory, read a piece at a time.
+
+A file is read with plain positioned reads into one small buffer. Mapping it, as is usual, would leave every page that
+was touched in the process's resident set: as much memory as the weights take.
+
+Format: https://huggingface.co/docs/safetensors - eight bytes of header length (little-endian), that many bytes of
+JSON (name -> dtype, shape, data_offsets relative to the end of the header), then the data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zeroxide.errors import ModelError, StorageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["FromSafetensors"]
+
+_PIECE_BYTES = 8 << 20
+_LARGEST_HEADER = 100_000_000
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where one tensor lies: `offset` and `num_bytes` in `path`, row-major."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offset: int
+    num_bytes: int
+
+
+class FromSafetensors:
+    """A weight source over the files of a directory. `unexpected` names tensors that the model has no place for.
+
+    Every parameter must be found, under its own name, under the name of a parameter it is tied to, or with the name of
+    the base model added or removed. Raises `ModelError` where one is missing or has another shape, `StorageError`
+    where a file cannot be read.
+    """
+
+    def __init__(self, model: PreTrainedModel, directory: Path) -> None:
+        entries: dict[str, _Entry] = {}
+        for path in _files(directory):
+            entries.update(_read_header(path))
+        aliases = _aliases(model)
+        self._found: dict[str, _Entry] = {}
+        used: set[str] = set()
+        missing: list[str] = []
+        for names in aliases.values():
+            stored = next(
+                (key for name in names for key in _stored_names(name, model.base_model_prefix) if key in entries), None
+            )
+            if stored is None:
+                missing.append(names[0])
+                continue
+            used.update(key for name in names for key in _stored_names(name, model.base_model_prefix))
+            entry = entries[stored]
+            shape = tuple(model.get_parameter(names[0]).shape)
+            if entry.shape != shape:
+                raise ModelError(
+                    f"{entry.path.name}: {stored} has shape {list(entry.shape)}, the model wants {list(shape)}",
+                    name=names[0],
+                )
+            self._found.update(dict.fromkeys(names, entry))
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            raise ModelError(
+                f"{directory} lacks weights for {', '.join(missing[:3])}{more}; "
+                "without any safetensors file the model is trained from scratch",
+                name=missing[0],
+            )
+        self.unexpected = tuple(sorted(set(entries) - used - _ignored(model, entries)))
+        self._load_buffers(model, entries)
+
+    def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, torch.nn.Module]) -> None:
+        """Fill `tensors` (full parameter name -> CPU tensor) in place. `modules` are not needed here."""
+        del modules
+        for name, tensor in tensors.items():
+            _read_into(self._found[name], tensor)
+
+    def _load_buffers(self, model: PreTrainedModel, entries: dict[str, _Entry]) -> None:
+        persistent = model.state_dict(keep_vars=True)
+        for name, buffer in model.named_buffers():
+            stored = next((key for key in _stored_names(name, model.base_model_prefix) if key in entries), None)
+            if stored is not None and name in persistent and entries[stored].shape == tuple(buffer.shape):
+                _read_into(entries[stored], buffer)
+
+
+def _files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if not index.exists():
+        single = directory / "model.safetensors"
+        return [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    try:
+        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted({str(name) for name in table.values()})
+    except OSError as error:
+        raise StorageError(f"cannot read {index}: {error.strerror}", path=index, errno=error.errno) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise ModelError(f"{index} is damaged: it names no files") from None
+    for name in names:
+        if os.path.basename(name) != name:
+            raise ModelError(f"{index} names a file outside the model directory: {name}")
+        if not (directory / name).is_file():
+            raise ModelError(f"{index} names {name}, which is missing")
+    return [directory / name for name in names]
+
+
+def _read_header(path: Path) -> dict[str, _Entry]:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(_LARGEST_HEADER, size - 8):
+                raise ModelError(f"{path} is not a safetensors file, or it is cut short")
+            header: dict[str, Any] = json.loads(file.read(length))
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", path=path, errno=error.errno) from None
+    except ValueError as error:
+        raise ModelError(f"{path}: the header is damaged ({error})") from None
+    start = 8 + length
+    entries: dict[str, _Entry] = {}
+    for name, item in header.items():
+        if name == "__metadata__":
+            continue
+        try:
+            dtype, shape = item["dtype"], tuple(int(extent) for extent in item["shape"])
+            begin, end = (int(offset) for offset in item["data_offsets"])
+        except (KeyError, TypeError, ValueError):
+            raise ModelError(f"{path}: the header entry of {name} is damaged", name=name) from None
+        if dtype not in _DTYPES:
+            # An integer mask or counter is no weight; a parameter stored so turns up as missing.
+            continue
+        if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
+            raise ModelError(f"{path}: {name} lies outside the file or has the wrong size; is the file cut short?", name=name)
+        entries[name] = _Entry(path, _DTYPES[dtype], shape, start + begin, end - begin)
+    return entries
+
+
+def _aliases(model: torch.nn.Module) -> dict[int, list[str]]:
+    """Group the names of parameters by the parameter they stand for, tied ones together."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    return groups
+
+
+def _stored_names(name: str, prefix: str) -> tuple[str, ...]:
+    """Return the names under which a checkpoint of the model or of its base model may hold `name`."""
+    if prefix and name.startswith(prefix + "."):
+        return name, name[len(prefix) + 1 :]
+    return (name, f"{prefix}.{name}") if prefix else (name,)
+
+
+def _ignored(model: PreTrainedModel, entries: dict[str, _Entry]) -> set[str]:
+    """Return the stored tensors that the model's class declares obsolete, and those that are its buffers."""
+    import re
+
+    patterns = [re.compile(pattern) for pattern in (model._keys_to_ignore_on_load_unexpected or ())]
+    buffers = {key for name, _ in model.named_buffers() for key in _stored_names(name, model.base_model_prefix)}
+    return {name for name in entries if name in buffers or any(pattern.search(name) for pattern in patterns)}
+
+
+def _read_into(entry: _Entry, tensor: torch.Tensor) -> None:
+    if tuple(tensor.shape) != entry.shape:
+        raise ModelError(f"{entry.path}: expected shape {list(entry.shape)}, got a tensor of {list(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ModelError(f"{entry.path}: the tensor to fill is not contiguous")
+    flat = tensor.detach().view(-1)
+    step = _PIECE_BYTES // entry.dtype.itemsize
+    buffer = bytearray(min(_PIECE_BYTES, entry.num_bytes))
+    try:
+        with entry.path.open("rb", buffering=0) as file:
+            for first in range(0, flat.numel(), step):
+                count = min(step, flat.numel() - first)
+                view = memoryview(buffer)[: count * entry.dtype.itemsize]
+                position = entry.offset + first * entry.dtype.itemsize
+                read = 0
+                while read < len(view):
+                    got = os.preadv(file.fileno(), [view[read:]], position + read)
+                    if got == 0:
+                        raise StorageError(f"{entry.path} ends at byte {position + read}", path=entry.path)
+                    read += got
+                flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=entry.dtype, count=count))
+    except OSError as error:
+        raise StorageError(
+            f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno
+        ) from None

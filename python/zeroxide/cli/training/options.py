@@ -1,0 +1,228 @@
+"""What the user asked `zeroxide train` to do: typed, checked, and comparable with an earlier run."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, get_args, get_type_hints
+
+from zeroxide.config.sizes import parse_bytes
+from zeroxide.errors import ConfigError
+
+__all__ = ["FLAGS", "TrainOptions", "conflicts"]
+
+_LARGEST_COUNT = 1 << 40
+_LARGEST_SEQUENCE = 1 << 20
+
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("bf16", "fp32")
+FORMATS = ("split", "fp32")
+IO_ENGINES = ("auto", "io_uring", "threads")
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """The options of one run, all resolved: no field stands for a default that is decided later."""
+
+    model: str = "gpt2"
+    """A preset's name or the path of a Hugging Face model directory."""
+    data: tuple[str, ...] = ()
+    """Files, folders and globs of text; empty: the running Python's standard library."""
+    offload: str = "none"
+    """`none`, `cpu` or `nvme:DIR`."""
+    host_memory: str | None = None
+    """Budget for the resident memory of the whole process, as `2GiB`; None: no limit."""
+    steps: int = 100
+    """Optimizer steps in the whole run, those before a resume included."""
+    batch_size: int = 4
+    """Sequences per micro-batch."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    warmup: int | None = None
+    """Steps of linear warm-up; None: a tenth of the run, at most 100."""
+    schedule: str = "cosine"
+    """What the learning rate does after warm-up: `cosine` or `linear` decay, or `constant`."""
+    weight_decay: float = 0.1
+    """Decoupled decay of every weight with two or more dimensions; the others are never decayed."""
+    clip: float = 1.0
+    """Global gradient norm above which gradients are scaled down; 0: never."""
+    accumulate: int = 1
+    """Micro-batches per step."""
+    dtype: str = "bf16"
+    """What forward and backward compute in: `bf16` or `fp32`."""
+    seed: int = 0
+    """Determines initial weights, data order and dropout."""
+    eval_every: int = 0
+    """Held-out loss every so many steps; 0: only at the end."""
+    eval_batches: int = 16
+    """Batches in one held-out loss; the same ones every time."""
+    save_every: int = 0
+    """Checkpoint every so many steps and at the end; 0: only when interrupted."""
+    out: str | None = None
+    """The run folder; None: `runs/<model>`, with a number appended where that is taken."""
+    sample_prompt: str | None = None
+    """Text to go on from at the end; None: the beginning of the held-out text."""
+    sample_tokens: int = 48
+    """Tokens to generate at the end; 0: no sample."""
+    threads: int = 0
+    """Threads for compute; 0: as many as the process may run on."""
+    format: str | None = None
+    """Optimizer state format, `split` or `fp32`; None: `split` with bf16, else `fp32`."""
+    activation_checkpointing: bool = False
+    """Compute activations again in backward instead of keeping them."""
+    io_engine: str = "auto"
+    """`auto`, `io_uring` or `threads`."""
+
+    def checked(self) -> TrainOptions:
+        """Return the same options with defaults resolved. Raises `ConfigError` for the first one that makes no sense."""
+        _count("steps", self.steps, 1)
+        _count("batch_size", self.batch_size, 1)
+        _count("seq_len", self.seq_len, 2, _LARGEST_SEQUENCE)
+        _count("accumulate", self.accumulate, 1)
+        for name in ("eval_every", "save_every", "sample_tokens"):
+            _count(name, getattr(self, name), 0)
+        _count("eval_batches", self.eval_batches, 1)
+        _count("threads", self.threads, 0, 4096)
+        _count("seed", self.seed, 0, 2**63 - 1)
+        _number("lr", self.lr, least=0.0, most=100.0, above=True)
+        _number("weight_decay", self.weight_decay, least=0.0, most=100.0)
+        _number("clip", self.clip, least=0.0, most=1e12)
+        for name, choices in (
+            ("schedule", SCHEDULES),
+            ("dtype", DTYPES),
+            ("io_engine", IO_ENGINES),
+        ):
+            _choice(name, getattr(self, name), choices)
+        if self.format is not None:
+            _choice("format", self.format, FORMATS)
+        state_format = self.format or ("split" if self.dtype == "bf16" else "fp32")
+        if state_format == "split" and self.dtype != "bf16":
+            raise ConfigError(f"--format split needs --dtype bf16, got {self.dtype}", path="format")
+        warmup = min(100, self.steps // 10) if self.warmup is None else self.warmup
+        _count("warmup", warmup, 0)
+        if self.schedule != "constant" and warmup >= self.steps and self.steps > 1:
+            raise ConfigError(
+                f"--warmup {warmup} leaves no step for the {self.schedule} decay: give fewer than --steps {self.steps}",
+                path="warmup",
+            )
+        self._check_offload()
+        self._check_host_memory()
+        threads = self.threads or len(os.sched_getaffinity(0))
+        return dataclasses.replace(self, warmup=warmup, format=state_format, threads=threads)
+
+    def _check_offload(self) -> None:
+        kind, separator, directory = self.offload.partition(":")
+        if kind == "nvme" and directory:
+            if os.path.exists(directory) and not os.path.isdir(directory):
+                raise ConfigError(f"--offload {self.offload}: {directory} is a file, a folder is needed", path="offload")
+            return
+        if kind not in ("none", "cpu") or separator:
+            raise ConfigError(
+                f"--offload must be none, cpu or nvme:DIR, got {self.offload!r}",
+                path="offload",
+                expected="none, cpu or nvme:DIR",
+                got=self.offload,
+            )
+
+    def _check_host_memory(self) -> None:
+        if self.host_memory is None:
+            return
+        try:
+            limit = parse_bytes(int(self.host_memory) if self.host_memory.isdecimal() else self.host_memory)
+        except ValueError as error:
+            raise ConfigError(f"--host-memory: expected {error}, got {self.host_memory!r}", path="host_memory") from None
+        if not 1 << 20 <= limit < 1 << 60:
+            raise ConfigError(
+                f"--host-memory {self.host_memory} is not a usable size: give 1 MiB to 1 EiB", path="host_memory"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees."""
+        return self.batch_size * self.seq_len * self.accumulate
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the options as a JSON object."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TrainOptions:
+        """Rebuild options that `as_json` wrote. Raises `ConfigError` for a key or a type that is not ours."""
+        hints = get_type_hints(cls)
+        unknown = sorted(set(value) - set(hints))
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], hints, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown option {unknown[0]!r} in the run's record{hint}", path=unknown[0])
+        given = dict(value)
+        if isinstance(given.get("data"), list):
+            given["data"] = tuple(str(item) for item in given["data"])
+        for name, item in given.items():
+            allowed = tuple(get_args(hints[name])) if get_args(hints[name]) and name != "data" else (hints[name],)
+            plain = tuple(tuple if name == "data" else kind for kind in allowed)
+            if not isinstance(item, (*plain, int) if float in plain else plain):
+                raise ConfigError(f"option {name!r} in the run's record has the wrong type: {item!r}", path=name)
+        return cls(**given)
+
+
+FLAGS = {field.name: "--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainOptions)}
+"""Field name -> command line flag."""
+
+_DECIDE_THE_NUMBERS = (
+    "model",
+    "batch_size",
+    "seq_len",
+    "lr",
+    "warmup",
+    "schedule",
+    "weight_decay",
+    "clip",
+    "accumulate",
+    "dtype",
+    "seed",
+)
+
+
+def conflicts(recorded: TrainOptions, wanted: TrainOptions) -> list[str]:
+    """Return one phrase per option that decides the numbers of a run and differs between the two.
+
+    Where state lives, how much memory it may use and how often the run reports change no number, so they may differ.
+    The number of steps matters exactly where the learning rate is derived from it. The corpus is compared by its
+    content, elsewhere.
+    """
+    names = _DECIDE_THE_NUMBERS if recorded.schedule == "constant" else (*_DECIDE_THE_NUMBERS, "steps")
+    return [
+        f"{FLAGS[name]} (run: {getattr(recorded, name)}, now: {getattr(wanted, name)})"
+        for name in names
+        if getattr(recorded, name) != getattr(wanted, name)
+    ]
+
+
+def _count(name: str, value: int, least: int, most: int = _LARGEST_COUNT) -> None:
+    if not least <= value <= most:
+        bound = f"at least {least}" if value < least else f"at most {most}"
+        raise ConfigError(f"{FLAGS[name]} must be {bound}, got {value}", path=name, expected=bound, got=str(value))
+
+
+def _number(name: str, value: float, *, least: float, most: float, above: bool = False) -> None:
+    inside = math.isfinite(value) and value <= most and (value > least if above else value >= least)
+    if not inside:
+        bound = f"a number {'above' if above else 'from'} {least:g} to {most:g}"
+        raise ConfigError(f"{FLAGS[name]} must be {bound}, got {value:g}", path=name, expected=bound, got=str(value))
+
+
+def _choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(value, choices, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(
+            f"{FLAGS[name]} must be one of {', '.join(choices)}, got {value!r}{hint}",
+            path=name,
+            expected=", ".join(choices),
+            got=value,
+        )

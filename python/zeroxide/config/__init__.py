@@ -1,0 +1,91 @@
+"""The config: DeepSpeed's JSON, keyword shortcuts, and what they come to.
+
+This package is the only place that parses user input. `load` returns a `Config`, which the rest of zeroxide reads:
+
+>>> load({"bf16": {"enabled": True}}, lr=1e-4, offload="nvme:/mnt/fast", host_memory="8GiB").format
+'split'
+
+It imports neither torch nor the extension module, and pydantic only once `load` is called.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from zeroxide.config.resolved import Config, Dtype, Offload, Optimizer, Scheduler
+from zeroxide.config.sizes import format_bytes, parse_bytes
+from zeroxide.errors import ConfigError
+
+__all__ = ["Config", "Dtype", "Offload", "Optimizer", "Scheduler", "format_bytes", "load", "parse_bytes"]
+
+_LARGEST_FILE = 8 << 20  # bytes; real configs are a few KiB
+
+
+def load(
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    *,
+    world_size: int = 1,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    offload: str | None = None,
+    offload_param: str | None = None,
+    offload_optimizer: str | None = None,
+    host_memory: int | str | None = None,
+    dtype: object | None = None,
+    gradient_clipping: float | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> Config:
+    """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
+
+    `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
+    precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp32"` or the torch
+    dtype. Without a precision in the config and without `dtype`, training is in fp32.
+
+    Raises `ConfigError`: for an unknown key, a value that does not fit, a key whose meaning is not built yet, and a
+    shortcut that contradicts the config.
+    """
+    from zeroxide.config.resolve import resolve  # pydantic costs a tenth of a second to import
+
+    data, origin = _read(config)
+    keywords = {
+        "lr": lr,
+        "betas": betas,
+        "eps": eps,
+        "weight_decay": weight_decay,
+        "offload": offload,
+        "offload_param": offload_param,
+        "offload_optimizer": offload_optimizer,
+        "host_memory": host_memory,
+        "dtype": dtype,
+        "gradient_clipping": gradient_clipping,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+    }
+    return resolve(data, keywords, world_size=world_size, origin=origin)
+
+
+def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> tuple[Mapping[str, Any], str]:
+    """Return the parsed document and what to call it in messages."""
+    if config is None:
+        return {}, "config"
+    if isinstance(config, Mapping):
+        return config, "config"
+    if not isinstance(config, str | os.PathLike):
+        raise ConfigError(f"config: expected a mapping or the path of a JSON file, got {type(config).__name__}")
+
+    from zeroxide.config import jsonc
+
+    path = os.fspath(config)
+    try:
+        if os.path.getsize(path) > _LARGEST_FILE:
+            raise ConfigError(f"{path}: expected a config of at most 8 MiB, got {os.path.getsize(path)} bytes")
+        with open(path, encoding="utf-8") as file:
+            return jsonc.parse(file.read()), path
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ConfigError(f"config file {path!r}: {reason}") from error

@@ -1,0 +1,151 @@
+"""Validate a section against its model, and say what is wrong in one line that a user understands."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from zeroxide.config.fields import NoEffect, NotBuilt, Section, asks_for_nothing
+from zeroxide.errors import ConfigError
+
+__all__ = ["dotted", "nearest", "show", "validate"]
+
+S = TypeVar("S", bound=Section)
+Path = tuple[str, ...]
+
+
+def dotted(path: Path) -> str:
+    """Return `path` as a user writes it: `zero_optimization.stage`."""
+    return ".".join(path)
+
+
+def show(value: object) -> str:
+    """Return `value` as JSON, cut to fit a line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (TypeError, ValueError, RecursionError):
+        text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def nearest(name: str, known: typing.Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Return the known name most like `name`, upper and lower case being the same, or `None`."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return by_lower[found[0]] if found else None
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """Return the model in `Model` or `Model | None`."""
+    members = typing.get_args(annotation) or (annotation,)
+    return next((each for each in members if isinstance(each, type) and issubclass(each, Section)), None)
+
+
+def all_keys(model: type[BaseModel], prefix: Path = ()) -> Iterator[Path]:
+    """Yield the path of every key that `model` knows, sections included."""
+    for name, info in model.model_fields.items():
+        yield (*prefix, name)
+        inner = section_of(info.annotation)
+        if inner is not None:
+            yield from all_keys(inner, (*prefix, name))
+
+
+def _suggestion(path: Path, prefix: Path, model: type[Section], root: type[Section]) -> str:
+    """Name the known key nearest to an unknown one: among its siblings first, then anywhere in the document."""
+    siblings: type[Section] | None = model
+    for name in path[len(prefix) : -1]:
+        siblings = section_of(siblings.model_fields[name].annotation) if siblings else None
+    close = nearest(path[-1], siblings.model_fields) if siblings else None
+    if close is not None:
+        return f'the nearest known key is "{dotted((*path[:-1], close))}"'
+    elsewhere = {key[-1]: key for key in all_keys(root)}
+    close = nearest(path[-1], elsewhere, cutoff=0.8)
+    if close is not None:
+        return f'the nearest known key is "{dotted(elsewhere[close])}"'
+    return "no known key is like it"
+
+
+def _problems(
+    error: ValidationError, prefix: Path, model: type[Section], root: type[Section]
+) -> Iterator[tuple[Path, str | None, str | None, str]]:
+    """Yield (path, expected, got, line) for each thing pydantic found."""
+    for item in error.errors(include_url=False):
+        path = (*prefix, *(str(part) for part in item["loc"] if part != "[key]"))
+        name = dotted(path)
+        if item["type"] == "extra_forbidden":
+            yield path, None, None, f'unknown key "{name}": {_suggestion(path, prefix, model, root)}'
+        elif item["type"] == "missing":
+            yield path, "a value", "nothing", f"{name}: required, and not given"
+        else:
+            expected = "an object" if item["type"] in ("model_type", "model_attributes_type") else item["msg"]
+            expected = "a key that is a string" if item["type"] == "invalid_key" else expected
+            got = show(item["input"])
+            yield path, expected, got, f"{name}: expected {expected}, got {got}"
+
+
+def _marks(section: Section, prefix: Path) -> Iterator[tuple[Path, NoEffect | NotBuilt, Any]]:
+    """Yield (path, mark, value) for every marked key that the user gave."""
+    for name, info in type(section).model_fields.items():
+        if name not in section.model_fields_set:
+            continue
+        value = getattr(section, name)
+        if isinstance(value, Section):
+            yield from _marks(value, (*prefix, name))
+        for mark in info.metadata:
+            if isinstance(mark, NoEffect | NotBuilt):
+                yield (*prefix, name), mark, value
+
+
+def _is_off(value: object, neutral: tuple[Any, ...]) -> bool:
+    """Whether the value of an unbuilt key asks for nothing. Equality here does not take true for 1."""
+    if not neutral:
+        return asks_for_nothing(value)
+    return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
+
+
+def validate(
+    model: type[S],
+    data: Mapping[str, Any],
+    *,
+    prefix: Path = (),
+    root: type[Section] | None = None,
+    origin: str = "config",
+    no_effect: list[tuple[str, str]],
+) -> S:
+    """Return `data` as a `model`, appending keys without effect to `no_effect`.
+
+    `prefix` is where `data` stands in the document, `root` the model of the whole document (for suggestions), and
+    `origin` what the user calls the source. Raises `ConfigError` naming the first problem and counting the others.
+    """
+    problems: list[tuple[Path, str | None, str | None, str]] = []
+    section: S | None = None
+    try:
+        section = model.model_validate(dict(data))
+    except ValidationError as error:
+        problems += _problems(error, prefix, model, root or model)
+    if section is not None:
+        for path, mark, value in _marks(section, prefix):
+            name = dotted(path)
+            if isinstance(mark, NoEffect):
+                no_effect.append((name, mark.reason))
+            elif _is_off(value, mark.neutral):
+                no_effect.append((name, f"{mark.what}: off, and not built yet"))
+            else:
+                line = f"{name}: {mark.what}: not built yet (got {show(value)}); remove the key or switch it off"
+                problems.append((path, None, show(value), line))
+    if problems or section is None:
+        path, expected, got, line = problems[0]
+        more = f" (and {len(problems) - 1} more: {', '.join(dotted(each[0]) for each in problems[1:4])})"
+        raise ConfigError(
+            f"{origin}: {line}" + (more if len(problems) > 1 else ""),
+            path=dotted(path),
+            expected=expected,
+            got=got,
+            problems=[each[3] for each in problems],
+        )
+    return section

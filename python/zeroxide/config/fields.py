@@ -1,0 +1,185 @@
+"""The scalar types of the schema, each with the sentence a user reads when a value does not fit, and the two marks.
+
+A field of the schema does something, or carries one of the marks: `NoEffect` for a key that zeroxide does not need, and
+`NotBuilt` for one that asks for something that zeroxide cannot do yet.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from zeroxide.config.sizes import parse_bytes
+
+__all__ = [
+    "Betas",
+    "ByteSize",
+    "Count",
+    "Directory",
+    "Flag",
+    "Fraction",
+    "MemorySize",
+    "NoEffect",
+    "NonNegative",
+    "NotBuilt",
+    "PrintInterval",
+    "Section",
+    "WholeNumber",
+    "asks_for_nothing",
+    "choice",
+    "directory",
+    "expecting",
+]
+
+LARGEST_COUNT = 2**31 - 1
+LARGEST_SIZE = 1 << 50  # 1 PiB
+SMALLEST_MEMORY = 1 << 20  # below 1 MiB a unit was forgotten
+
+
+@dataclass(frozen=True)
+class NoEffect:
+    """Mark of a key that is accepted and does nothing, with the reason."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class NotBuilt:
+    """Mark of a key that is refused unless its value asks for nothing: unless it is one of `neutral` where those are
+    given, and otherwise unless `asks_for_nothing` holds."""
+
+    what: str
+    neutral: tuple[Any, ...] = ()
+
+
+def asks_for_nothing(value: object) -> bool:
+    """Whether a section or switch is off: false, 0, empty, `"enabled": false`, or made of nothing but such values."""
+    if isinstance(value, dict):
+        if isinstance(value.get("enabled"), bool):
+            return not value["enabled"]
+        return all(asks_for_nothing(item) for item in value.values())
+    return value is None or value is False or value == "auto" or (isinstance(value, int | float) and value == 0)
+
+
+class Section(BaseModel):
+    """One object of the config: no key beyond the declared ones, nothing changes after parsing, no type is coerced."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unset(cls, data: Any) -> Any:
+        """`"auto"` and null mean unset. A key that is not known stays, so that it is still reported."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: value
+            for key, value in data.items()
+            if not (key in cls.model_fields and (value is None or (isinstance(value, str) and value == "auto")))
+        }
+
+
+def expecting(text: str) -> WrapValidator:
+    """Replace whatever the inner checks say by the one sentence `expected {text}`."""
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value)
+        except (ValidationError, ValueError):
+            raise PydanticCustomError("expected", "{expected}", {"expected": text}) from None
+
+    return WrapValidator(check)
+
+
+def choice(*names: str) -> WrapValidator:
+    """Like `expecting`, for a `Literal`; upper and lower case are the same."""
+    listed = ", ".join(f'"{name}"' for name in names[:-1]) + f' or "{names[-1]}"'
+
+    def check(value: Any, inner: Callable[[Any], Any]) -> Any:
+        try:
+            return inner(value.lower() if isinstance(value, str) else value)
+        except ValidationError:
+            raise PydanticCustomError("expected", "{expected}", {"expected": listed}) from None
+
+    return WrapValidator(check)
+
+
+def _whole(value: Any) -> Any:
+    """JSON writers print large integers as `5e8`: take a float without a fraction as the integer it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _size(value: Any) -> int:
+    size = parse_bytes(value)
+    if not 1 <= size <= LARGEST_SIZE:
+        raise ValueError
+    return size
+
+
+def _memory(value: Any) -> int:
+    size = _size(value)
+    if size < SMALLEST_MEMORY:
+        raise ValueError
+    return size
+
+
+def _betas(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError
+    if not all(isinstance(beta, int | float) and not isinstance(beta, bool) and 0 <= beta < 1 for beta in value):
+        raise ValueError
+    return float(value[0]), float(value[1])
+
+
+def directory(value: Any) -> Path:
+    """Return the path that `value` names, `~` expanded; whether it can be used is for the one who opens it to find."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
+    if not isinstance(text, str) or not text.strip() or "\0" in text:
+        raise ValueError
+    return Path(text).expanduser()
+
+
+def _print_interval(value: Any) -> int | None:
+    if isinstance(value, float) and value == float("inf"):
+        return None
+    value = _whole(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
+        raise ValueError
+    return value
+
+
+Flag = Annotated[bool, expecting("true or false")]
+Count = Annotated[
+    int, Field(ge=1, le=LARGEST_COUNT), BeforeValidator(_whole), expecting(f"an integer from 1 to {LARGEST_COUNT}")
+]
+WholeNumber = Annotated[
+    int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(_whole), expecting(f"an integer from 0 to {LARGEST_COUNT}")
+]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), expecting("a finite number, 0 or more")]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), expecting("a number from 0 to 1")]
+ByteSize = Annotated[
+    int, PlainValidator(_size), expecting("a size above 0 and up to 1 PiB, in bytes or such as '64MiB'")
+]
+MemorySize = Annotated[
+    int, PlainValidator(_memory), expecting("a size from 1 MiB to 1 PiB, in bytes or such as '2GiB'")
+]
+Betas = Annotated[tuple[float, float], PlainValidator(_betas), expecting("two numbers, each at least 0 and below 1")]
+Directory = Annotated[Path, PlainValidator(directory), expecting("the path of a directory")]
+PrintInterval = Annotated[
+    int | None, PlainValidator(_print_interval), expecting("an integer of at least 1, or Infinity for never")
+]

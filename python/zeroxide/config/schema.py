@@ -1,0 +1,250 @@
+"""The config file, key by key: DeepSpeed's JSON plus the section `zeroxide`.
+
+A field without a mark has an effect and ends up in `zeroxide.config.Config`. `NoEffect` and `NotBuilt` say why another
+one has none. Types that only unbuilt or ineffective keys need are left open on purpose.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from zeroxide.config.fields import (
+    Betas,
+    ByteSize,
+    Count,
+    Flag,
+    MemorySize,
+    NoEffect,
+    NonNegative,
+    NotBuilt,
+    PrintInterval,
+    Section,
+    WholeNumber,
+    choice,
+    expecting,
+)
+from zeroxide.config.schema_zero import ZeroOptimization
+
+__all__ = ["Document", "OptimizerParams", "SchedulerParams", "WarmupCosineParams", "WarmupDecayParams", "WarmupParams"]
+
+DtypeName = Annotated[Literal["fp32", "bf16", "fp16"], choice("fp32", "bf16", "fp16")]
+
+_MONITOR = "monitors (metrics go to the JSONL log)"
+
+
+class Bf16(Section):
+    """`bf16`: train with bf16 weights, gradients and activations; the optimizer state stays exact."""
+
+    enabled: Flag = False
+    immediate_grad_update: Annotated[Flag | None, NoEffect("gradients always land as soon as they arrive")] = None
+    check_grad_overflow: Annotated[Flag | None, NoEffect("the pass that stores a gradient always checks it")] = None
+    bf16_master_weights_and_grads: Annotated[Flag | None, NotBuilt("bf16 master weights")] = None
+    bf16_optimizer_states: Annotated[Flag | None, NotBuilt("bf16 optimizer states")] = None
+
+
+class Fp16(Section):
+    """`fp16`: known, so that `"enabled": false` passes; training in fp16 is not built yet."""
+
+    enabled: Annotated[Flag, NotBuilt("fp16 training with loss scaling")] = False
+    auto_cast: Annotated[Any, NoEffect("fp16 is off")] = None
+    loss_scale: Annotated[Any, NoEffect("fp16 is off")] = None
+    initial_scale_power: Annotated[Any, NoEffect("fp16 is off")] = None
+    loss_scale_window: Annotated[Any, NoEffect("fp16 is off")] = None
+    hysteresis: Annotated[Any, NoEffect("fp16 is off")] = None
+    consecutive_hysteresis: Annotated[Any, NoEffect("fp16 is off")] = None
+    min_loss_scale: Annotated[Any, NoEffect("fp16 is off")] = None
+    fp16_master_weights_and_grads: Annotated[Any, NoEffect("fp16 is off")] = None
+
+
+class DataTypes(Section):
+    """`data_types`: what gradients are kept in, and what floating-point buffers are cast to."""
+
+    grad_accum_dtype: DtypeName | None = None
+    buffer_dtype: DtypeName | None = None
+    param_dtype: Annotated[DtypeName | None, NotBuilt("a parameter dtype other than the one `bf16` sets")] = None
+
+
+class OptimizerParams(Section):
+    """`optimizer.params` for Adam and AdamW."""
+
+    lr: NonNegative | None = None
+    betas: Betas | None = None
+    eps: NonNegative | None = None
+    weight_decay: NonNegative | None = None
+    bias_correction: Flag | None = None
+    adam_w_mode: Flag | None = None
+    amsgrad: Annotated[Flag | None, NotBuilt("AMSGrad")] = None
+    fp32_optimizer_states: Annotated[Flag | None, NotBuilt("optimizer states below fp32", neutral=(True,))] = None
+    torch_adam: Annotated[Any, NoEffect("there is one kernel, and it runs wherever the state lies")] = None
+    fused: Annotated[Any, NoEffect("the update is always one fused pass")] = None
+    foreach: Annotated[Any, NoEffect("the update is always one fused pass")] = None
+    capturable: Annotated[Any, NoEffect("the update is not part of a CUDA graph")] = None
+    differentiable: Annotated[Any, NotBuilt("differentiating through the optimizer")] = None
+    maximize: Annotated[Flag | None, NotBuilt("maximising the loss")] = None
+
+
+class Optimizer(Section):
+    """`optimizer`. The keys of `params` depend on `type` and are checked once that is known."""
+
+    type: Annotated[str, expecting("the name of an optimizer")]
+    params: Annotated[dict[str, Any], expecting("an object")] = Field(default_factory=dict)
+    legacy_fusion: Annotated[Any, NoEffect("the update is always one fused pass")] = None
+
+
+class SchedulerParams(Section):
+    """What the three warm-up schedules share."""
+
+    warmup_num_steps: Count | None = None
+    warmup_type: Annotated[Literal["log", "linear"] | None, choice("log", "linear")] = None
+    last_batch_iteration: Annotated[Any, NoEffect("a resumed run takes its position from the checkpoint")] = None
+
+
+class WarmupParams(SchedulerParams):
+    """`WarmupLR`: from `warmup_min_lr` to `warmup_max_lr`, then constant."""
+
+    warmup_min_lr: NonNegative | None = None
+    warmup_max_lr: NonNegative | None = None
+
+
+class WarmupDecayParams(WarmupParams):
+    """`WarmupDecayLR`: warm-up, then a straight line to 0 at `total_num_steps`."""
+
+    total_num_steps: Count
+
+
+class WarmupCosineParams(SchedulerParams):
+    """`WarmupCosineLR`: warm-up to the optimizer's rate, then half a cosine down to `cos_min_ratio` of it."""
+
+    total_num_steps: Count
+    warmup_min_ratio: Annotated[float, Field(ge=0, le=1), expecting("a number from 0 to 1")] | None = None
+    cos_min_ratio: Annotated[float, Field(ge=0, le=1), expecting("a number from 0 to 1")] | None = None
+
+
+class Scheduler(Section):
+    """`scheduler`. The keys of `params` depend on `type` and are checked once that is known."""
+
+    type: Annotated[str, expecting("the name of a schedule")]
+    params: Annotated[dict[str, Any], expecting("an object")] = Field(default_factory=dict)
+
+
+class Aio(Section):
+    """`aio`: the disk queue."""
+
+    queue_depth: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
+    block_size: Annotated[Any, NoEffect("a request carries one tile; see zeroxide.tile_bytes")] = None
+    intra_op_parallelism: Annotated[Any, NoEffect("the queue keeps queue_depth requests in flight by itself")] = None
+    thread_count: Annotated[Any, NoEffect("the queue keeps queue_depth requests in flight by itself")] = None
+    single_submit: Annotated[Any, NoEffect("requests are submitted in batches as they come")] = None
+    overlap_events: Annotated[Any, NoEffect("submission and completion always overlap")] = None
+    use_gds: Annotated[Flag | None, NotBuilt("GPUDirect Storage")] = None
+
+
+class ActivationCheckpointing(Section):
+    """`activation_checkpointing`: the model's own checkpointing works as it is; nothing here changes it yet."""
+
+    partition_activations: Annotated[Flag | None, NotBuilt("partitioned activations")] = None
+    contiguous_memory_optimization: Annotated[Flag | None, NotBuilt("contiguous activation buffers")] = None
+    cpu_checkpointing: Annotated[Flag | None, NotBuilt("activation offload")] = None
+    number_checkpoints: Annotated[Any, NoEffect("only sizes contiguous activation buffers")] = None
+    synchronize_checkpoint_boundary: Annotated[Any, NoEffect("checkpoint boundaries need no synchronisation")] = None
+    profile: Annotated[Any, NoEffect("use torch.profiler")] = None
+
+
+class Checkpoint(Section):
+    """`checkpoint`: how checkpoints are written."""
+
+    tag_validation: Annotated[Any, NoEffect("one process chooses the tag for all")] = None
+    load_universal: Annotated[Flag | None, NotBuilt("loading DeepSpeed's universal checkpoints")] = None
+    use_node_local_storage: Annotated[Flag | None, NotBuilt("checkpoints spread over node-local disks")] = None
+    parallel_write: Annotated[Any, NoEffect("every process writes its own shard")] = None
+    checkpoint_serialization: Annotated[Any, NoEffect("checkpoints are written by zeroxide's own writer")] = None
+    writer: Annotated[Any, NoEffect("checkpoints are written by zeroxide's own writer")] = None
+
+
+class Zeroxide(Section):
+    """`zeroxide`: what DeepSpeed has no key for."""
+
+    host_memory: MemorySize | None = None
+    format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
+    io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
+    threads: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
+    unit_bytes: MemorySize | None = None
+    tile_bytes: ByteSize | None = None
+    staging_bytes: MemorySize | None = None
+    prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
+    trim_libraries: Flag | None = None
+
+
+class Document(Section):
+    """The whole config."""
+
+    train_batch_size: Count | None = None
+    train_micro_batch_size_per_gpu: Count | None = None
+    gradient_accumulation_steps: Count | None = None
+    gradient_clipping: NonNegative | None = None
+    steps_per_print: PrintInterval = 10
+    wall_clock_breakdown: Flag = False
+    dataloader_drop_last: Flag = False
+    bf16: Bf16 | None = None
+    bfloat16: Bf16 | None = None
+    fp16: Fp16 | None = None
+    data_types: DataTypes | None = None
+    optimizer: Optimizer | None = None
+    scheduler: Scheduler | None = None
+    zero_optimization: ZeroOptimization | None = None
+    aio: Aio | None = None
+    activation_checkpointing: ActivationCheckpointing | None = None
+    checkpoint: Checkpoint | None = None
+    zeroxide: Zeroxide | None = None
+
+    # Switches that do nothing here.
+    zero_allow_untested_optimizer: Annotated[Flag | None, NoEffect("an optimizer works or is refused by name")] = None
+    zero_force_ds_cpu_optimizer: Annotated[Flag | None, NoEffect("offloaded state always has its own kernel")] = None
+    prescale_gradients: Annotated[Flag | None, NoEffect("gradients are summed in fp32 and scaled once")] = None
+    gradient_predivide_factor: Annotated[Any, NoEffect("gradients are summed in fp32 and scaled once")] = None
+    communication_data_type: Annotated[Any, NoEffect("gradients are summed in fp32")] = None
+    seq_parallel_communication_data_type: Annotated[Any, NoEffect("gradients are summed in fp32")] = None
+    disable_allgather: Annotated[Any, NoEffect("a unit is gathered by one collective")] = None
+    memory_breakdown: Annotated[Flag | None, NoEffect("engine.memory() always has it")] = None
+    dump_state: Annotated[Flag | None, NoEffect("print engine.plan() instead")] = None
+    log_level: Annotated[Any, NoEffect("set the level of Python's logger 'zeroxide'")] = None
+    vocabulary_size: Annotated[Any, NoEffect("it only feeds a warning in DeepSpeed")] = None
+    timers: Annotated[Any, NoEffect("throughput is timed without synchronising")] = None
+
+    # What is not built yet.
+    managed_gradient_accumulation: Annotated[
+        Flag | None, NotBuilt("accumulation managed by the caller", neutral=(True,))
+    ] = None
+    gradient_allreduce_op: Annotated[Any, NotBuilt("summing instead of averaging gradients", neutral=("mean",))] = None
+    sequence_parallel_size: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
+    data_parallel_size: Annotated[Count | None, NotBuilt("a mesh of several processes", neutral=(1,))] = None
+    graph_harvesting: Annotated[Any, NotBuilt("CUDA graphs")] = None
+    sparse_gradients: Annotated[Any, NotBuilt("sparse embedding gradients")] = None
+    use_data_before_expert_parallelism: Annotated[Any, NotBuilt("expert parallelism")] = None
+    pipeline: Annotated[Any, NotBuilt("pipeline parallelism")] = None
+    tensor_parallel: Annotated[Any, NotBuilt("tensor parallelism")] = None
+    expert_parallel: Annotated[Any, NotBuilt("expert parallelism")] = None
+    torch_autocast: Annotated[Any, NotBuilt("autocast")] = None
+    amp: Annotated[Any, NotBuilt("Apex AMP")] = None
+    compile: Annotated[Any, NotBuilt("compiled graphs")] = None
+    hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None
+    sparse_attention: Annotated[Any, NotBuilt("sparse attention")] = None
+    compression_training: Annotated[Any, NotBuilt("compression")] = None
+    weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None
+    quantize_training: Annotated[Any, NotBuilt("quantized training")] = None
+    eigenvalue: Annotated[Any, NotBuilt("eigenvalue estimates")] = None
+    data_efficiency: Annotated[Any, NotBuilt("data sampling and routing")] = None
+    curriculum_learning: Annotated[Any, NotBuilt("curriculum learning")] = None
+    progressive_layer_drop: Annotated[Any, NotBuilt("progressive layer drop")] = None
+    elasticity: Annotated[Any, NotBuilt("elastic batch sizes")] = None
+    autotuning: Annotated[Any, NotBuilt("autotuning")] = None
+    flops_profiler: Annotated[Any, NotBuilt("the FLOPs profiler")] = None
+    comms_logger: Annotated[Any, NotBuilt("the communication log")] = None
+    nebula: Annotated[Any, NotBuilt("external checkpoint engines")] = None
+    datastates_ckpt: Annotated[Any, NotBuilt("external checkpoint engines")] = None
+    tensorboard: Annotated[Any, NotBuilt(_MONITOR)] = None
+    wandb: Annotated[Any, NotBuilt(_MONITOR)] = None
+    csv_monitor: Annotated[Any, NotBuilt(_MONITOR)] = None
+    comet: Annotated[Any, NotBuilt(_MONITOR)] = None

@@ -1,0 +1,434 @@
+"""The engine: forward, backward and step of one model, and what holds them together."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from zeroxide import _core
+from zeroxide.config import Config
+from zeroxide.errors import BudgetError, ConfigError
+from zeroxide.optim.engine_optimizer import EngineOptimizer
+from zeroxide.optim.groups import groups_for
+from zeroxide.zero.gather import Gatherer
+from zeroxide.zero.hooks import Hooks
+from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters
+from zeroxide.zero.plan import Plan, make_plan
+from zeroxide.zero.state import Home
+from zeroxide.zero.tensors import DTYPE_NAMES
+from zeroxide.zero.unit import Unit
+
+__all__ = ["Engine"]
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+class Engine(nn.Module):
+    """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
+
+    The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well.
+    One optimizer step happens every `gradient_accumulation_steps` calls of `step`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        config: Config,
+        *,
+        optimizer: Any = None,
+        parameters: Any = None,
+        weights: WeightSource | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.config = config
+        self.lr_scheduler: Any = None
+        self.training_dataloader: DataLoader[Any] | None = None
+        self.global_steps = 0
+        self.global_samples = 0
+        self.micro_steps = 0
+        self.skipped_steps = 0
+        self._boundary: bool | None = None
+        self._norm: float | None = None
+        self._applied = False
+        self._core: _core.Offload | None = None
+        self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+        groups = groups_for(module, config, optimizer, parameters)
+        _check_groups(groups)
+        threads = config.threads or len(os.sched_getaffinity(0))
+        self._plan = make_plan(module, config, threads=threads, resident=_resident_without(module))
+        self._core = _make_core(self._plan, config)
+        try:
+            self._place(module, groups, weights)
+        except BaseException:
+            self._core.close()
+            raise
+
+    def _place(self, module: nn.Module, groups: list[dict[str, Any]], weights: WeightSource | None) -> None:
+        """Moves the weights into the core and takes over the model's parameters."""
+        assert self._core is not None
+        core, plan = self._core, self._plan
+        new = replace_meta_parameters(module)
+        # Units remember shapes before the parameters lose them.
+        units = [Unit(index, unit, core, plan.compute) for index, unit in enumerate(plan.units)]
+        fill_units(module, plan.units, core, weights, new)
+        for unit in units:
+            unit.params = [new.get(id(param), param) for param in unit.params]
+            for param in unit.params:
+                param.data = unit.empty
+                param.grad = None
+        _cast_buffers(module, self.config)
+        for group in groups:
+            group["params"] = [new.get(id(param), param) for param in group["params"]]
+        self._units = units
+        self._gatherer = Gatherer(core, units, self.config.prefetch)
+        self._hooks = Hooks(module, self._gatherer, units)
+        self._assign_groups(groups)
+        self.optimizer = EngineOptimizer(groups, core, self._apply)
+        _core.keep_freed_memory()
+        if self.config.trim_libraries or self.config.host_memory is not None:
+            _core.drop_clean_text()
+
+    def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
+        core = self._alive()
+        place = {id(param): (unit, at) for unit in self._units for at, param in enumerate(unit.params)}
+        chosen: set[int] = set()
+        for number, group in enumerate(groups):
+            for param in group["params"]:
+                unit, at = place[id(param)]
+                core.set_group(unit.index, at, number)
+                chosen.add(id(param))
+        # Trainable parameters that no group holds still get gradients; without a group nothing would update them.
+        self._ungrouped = [
+            unit.names[at]
+            for unit in self._units
+            for at, param in enumerate(unit.params)
+            if unit.trainable[at] and id(param) not in chosen
+        ]
+        if self._ungrouped:
+            raise ConfigError(
+                f"{len(self._ungrouped)} trainable parameters are in no optimizer group, the first is "
+                f"{self._ungrouped[0]}: add them to model_parameters or set requires_grad_(False)",
+                path="model_parameters",
+            )
+
+    def _alive(self) -> _core.Offload:
+        if self._core is None:
+            raise RuntimeError("the engine was destroyed")
+        return self._core
+
+    # Training -------------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Runs the model. Every unit is gathered where it is used and released after."""
+        self._alive()
+        start = time.perf_counter()
+        output = self.module(*inputs, **kwargs)
+        self._times["forward"] += time.perf_counter() - start
+        return output
+
+    def backward(
+        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
+    ) -> torch.Tensor:
+        """Backward of a scalar loss, divided by the accumulation steps if `scale_wrt_gas`.
+
+        Returns the loss that was differentiated. Raises ValueError for a loss that is not a scalar.
+        """
+        self._alive()
+        if loss.numel() != 1:
+            raise ValueError(f"backward takes a scalar loss, got shape {tuple(loss.shape)}")
+        if scale_wrt_gas and self.gradient_accumulation_steps() > 1:
+            loss = loss / self.gradient_accumulation_steps()
+        start = time.perf_counter()
+        try:
+            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+        finally:
+            self._hooks.end_backward()
+        self._times["backward"] += time.perf_counter() - start
+        return loss
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Ends a micro-batch; at the accumulation boundary, updates the weights and moves the schedule on.
+
+        A step whose gradients are not finite is left out and counted in `skipped_steps`.
+        """
+        boundary = self.is_gradient_accumulation_boundary()
+        self.micro_steps += 1
+        self._applied = False
+        if not boundary:
+            return
+        self.optimizer.step()
+        if self._applied and self.lr_scheduler is not None:
+            self.lr_scheduler.step(**(lr_kwargs or {}))
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        self._check_budget()
+        self._report()
+
+    def _apply(self) -> None:
+        """One optimizer step over what has landed: norm, clipping and update."""
+        core = self._alive()
+        start = time.perf_counter()
+        sum_squares, nonfinite, landed = core.grad_norm()
+        self._norm = math.sqrt(sum_squares) if not nonfinite else math.nan
+        self.optimizer.overflow = nonfinite or not math.isfinite(self._norm)
+        if self.optimizer.overflow:
+            self.skipped_steps += 1
+            core.clear_gradients()
+        elif landed:
+            clip = self.config.gradient_clipping
+            scale = 1.0 if not clip else min(1.0, clip / (self._norm + CLIP_EPSILON))
+            core.step(self.optimizer.core_groups(), scale)
+            self._applied = True
+        self._times["step"] += time.perf_counter() - start
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets every gradient that has landed and not been used."""
+        self._alive().clear_gradients()
+
+    # Accumulation ---------------------------------------------------------------------------------------------
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.config.gradient_accumulation_steps
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step` updates the weights."""
+        if self._boundary is not None:
+            return self._boundary
+        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decides from outside whether `step` updates the weights; None goes back to counting."""
+        self._boundary = is_boundary
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Inside it, gradients accumulate and nothing is exchanged. With one process there is nothing to exchange."""
+        yield
+
+    # What scripts ask ------------------------------------------------------------------------------------------
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of all gradients at the last step, before clipping; NaN if one was not finite; None before it."""
+        return self._norm
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each group."""
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed the weights."""
+        return self._applied
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.config.train_batch_size or (
+            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps()
+        )
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward."""
+        return self.config.train_micro_batch_size_per_gpu or 1
+
+    def zero_optimization_stage(self) -> int:
+        """ZeRO stage of the config."""
+        return self.config.stage
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether weights and activations are bf16."""
+        return self.config.precision == "bf16"
+
+    def fp16_enabled(self) -> bool:
+        """Whether weights and activations are fp16: not in this version."""
+        return False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return torch.device("cpu")
+
+    def plan(self) -> Plan:
+        """Units, homes and expected bytes."""
+        return self._plan
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes per bucket as {"current", "peak"}, the process under "process", and the budget under "limit"."""
+        usage: dict[str, Any] = {
+            name: {"current": current, "peak": peak} for name, (current, peak) in self._alive().usage().items()
+        }
+        usage["process"] = _core.resident()
+        usage["limit"] = self.config.host_memory
+        return usage
+
+    def io(self) -> dict[str, Any]:
+        """Disk traffic since the start: bytes, seconds busy, seconds that compute waited, and the engine."""
+        found = self._alive().io()
+        if found is None:
+            zero = {"read_bytes": 0, "write_bytes": 0, "reads": 0, "writes": 0}
+            return {**zero, "read_seconds": 0.0, "write_seconds": 0.0, "wait_seconds": 0.0, "engine": "none"}
+        return found
+
+    def times(self) -> dict[str, float]:
+        """Seconds spent in forward, backward and step since the start."""
+        return dict(self._times)
+
+    # Checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str | Path,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> Path:
+        """Writes weights, optimizer state, schedule and `client_state` (JSON); all of it or nothing. Returns the path."""
+        from zeroxide.checkpoint.save import save_checkpoint
+
+        return save_checkpoint(
+            self, Path(save_dir), tag, client_state or {}, save_latest, include_frozen=not exclude_frozen_parameters
+        )
+
+    def load_checkpoint(
+        self,
+        load_dir: str | Path,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+    ) -> tuple[Path, dict[str, Any]]:
+        """Loads what `save_checkpoint` wrote, whatever the offload mode or format then. Returns (path, client_state)."""
+        from zeroxide.checkpoint.load import load_checkpoint
+
+        return load_checkpoint(
+            self,
+            Path(load_dir),
+            tag,
+            strict=load_module_strict,
+            optimizer=load_optimizer_states and not load_module_only,
+            scheduler=load_lr_scheduler_states and not load_module_only,
+        )
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str | None = None) -> Path:
+        """Writes the live weights as safetensors that Hugging Face loads, in shards, one tensor at a time."""
+        from zeroxide.checkpoint.export import save_model
+
+        return save_model(self, Path(save_dir), save_filename)
+
+    def destroy(self) -> None:
+        """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent."""
+        if self._core is None:
+            return
+        core, self._core = self._core, None
+        if hasattr(self, "_hooks"):
+            self._hooks.close()
+            for unit in self._units:
+                unit.hide()
+        core.close()
+
+    # Inside -----------------------------------------------------------------------------------------------------
+
+    def _check_budget(self) -> None:
+        limit = self.config.host_memory
+        if limit is None:
+            return
+        peak = _core.resident()["peak"]
+        if peak > limit:
+            raise BudgetError(
+                f"resident memory reached {peak / 2**20:.0f} MiB, the budget is {limit / 2**20:.0f} MiB: after step "
+                f"{self.global_steps} everything is intact; raise host_memory, or lower the batch or sequence length",
+                need=peak,
+                limit=limit,
+            )
+
+    def _report(self) -> None:
+        every = self.config.steps_per_print
+        if not every or self.global_steps % every:
+            return
+        norm = "-" if self._norm is None else f"{self._norm:.3f}"
+        line = f"[zeroxide] step {self.global_steps} lr {self.get_lr()[0]:.3e} grad norm {norm}"
+        if self.skipped_steps:
+            line += f" skipped {self.skipped_steps}"
+        if self.config.wall_clock_breakdown:
+            line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
+        print(line, flush=True)
+
+    def __del__(self) -> None:
+        core = self.__dict__.get("_core")
+        if core is not None:
+            core.close()
+
+
+def _resident_without(module: nn.Module) -> int:
+    """Resident bytes of the process less those of the model's parameters, which move into the core's buckets."""
+    storages = {
+        param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
+        for param in module.parameters()
+        if param.device.type == "cpu"
+    }
+    return max(0, _core.resident()["rss"] - sum(storages.values()))
+
+
+def _check_groups(groups: list[dict[str, Any]]) -> None:
+    seen: set[int] = set()
+    for number, group in enumerate(groups):
+        for param in group["params"]:
+            if id(param) in seen:
+                raise ConfigError(
+                    f"a parameter of shape {tuple(param.shape)} is in two optimizer groups (again in group {number})",
+                    path="model_parameters",
+                )
+            seen.add(id(param))
+
+
+def _make_core(plan: Plan, config: Config) -> _core.Offload:
+    weights = "disk" if plan.weights is Home.DISK else "host"
+    state = "disk" if plan.state is Home.DISK else "host"
+    units = [
+        (unit.name, [(entry.param.numel(), entry.param.requires_grad) for entry in unit.params], weights, state)
+        for unit in plan.units
+    ]
+    directories = [
+        offload.path
+        for offload, home in ((config.offload_param, plan.weights), (config.offload_optimizer, plan.state))
+        if home is Home.DISK and offload.path is not None
+    ]
+    payload_limit = None if plan.limit is None else plan.limit - plan.resident_before
+    return _core.Offload(
+        units=units,
+        limit=payload_limit,
+        threads=plan.threads,
+        compute=DTYPE_NAMES[plan.compute],
+        format=plan.format,
+        grad=DTYPE_NAMES[plan.grad],
+        tile_elements=plan.tile_elements,
+        staging_bytes=plan.staging_bytes,
+        gathered_bytes=plan.gathered_bytes,
+        engine=config.io_engine,
+        queue_depth=config.queue_depth,
+        directories=list(dict.fromkeys(directories)),
+        job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
+    )
+
+
+def _cast_buffers(module: nn.Module, config: Config) -> None:
+    dtype = torch.bfloat16 if config.buffer_dtype == "bf16" else torch.float32
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                owner._buffers[name] = buffer.to(dtype)
+
+

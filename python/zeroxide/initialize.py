@@ -1,0 +1,141 @@
+"""`zeroxide.initialize`: from a model and a config to an engine."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from zeroxide.config import Config, load
+from zeroxide.engine import Engine
+from zeroxide.errors import ConfigError, ModelError
+from zeroxide.zero.materialize import WeightSource
+
+__all__ = ["initialize"]
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: dict[str, Any] | str | Path | None = None,
+    mesh_param: Any = None,
+    config_params: dict[str, Any] | str | Path | None = None,
+    *,
+    weights: WeightSource | None = None,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+    weight_decay: float | None = None,
+    offload: str | None = None,
+    offload_param: str | None = None,
+    offload_optimizer: str | None = None,
+    host_memory: int | str | None = None,
+    dtype: str | None = None,
+    gradient_clipping: float | None = None,
+    gradient_accumulation_steps: int | None = None,
+) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
+    """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
+
+    model: any module with floating-point parameters, all in host memory or all on the meta device (then `weights`
+        makes them). Its parameters move into the engine: outside of forward and backward they are empty tensors.
+    optimizer: None (then the config's), a fresh torch AdamW or Adam, or a callable that makes one.
+    model_parameters: parameters or group dicts to optimize; all trainable ones if None.
+    lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
+    config: DeepSpeed's JSON as a dict or a path.
+    offload: "none", "cpu" or "nvme:DIR" for parameters and optimizer state together.
+    host_memory: most resident memory of the whole process, in bytes or as "2GiB".
+
+    Returns (engine, optimizer, dataloader or None, lr_scheduler or None). Raises ConfigError, ModelError,
+    BudgetError or StorageError, each in one line.
+    """
+    if model is None:
+        raise ModelError("initialize needs a model")
+    if mpu is not None or mesh_param is not None:
+        name = "mpu" if mpu is not None else "mesh_param"
+        raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
+    chosen = config if config is not None else config_params
+    if chosen is None:
+        chosen = getattr(args, "deepspeed_config", None)
+    resolved = load(
+        chosen,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        offload=offload,
+        offload_param=offload_param,
+        offload_optimizer=offload_optimizer,
+        host_memory=host_memory,
+        dtype=dtype,
+        gradient_clipping=gradient_clipping,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+    engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights)
+    try:
+        engine.lr_scheduler = _scheduler(resolved, lr_scheduler, engine.optimizer)
+        loader = _loader(resolved, training_data, collate_fn)
+    except BaseException:
+        engine.destroy()
+        raise
+    engine.training_dataloader = loader
+    return engine, engine.optimizer, loader, engine.lr_scheduler
+
+
+def _scheduler(config: Config, given: Any, optimizer: torch.optim.Optimizer) -> Any:
+    if given is None:
+        if config.scheduler is None:
+            return None
+        from zeroxide.optim import schedules
+
+        return getattr(schedules, config.scheduler.name)(optimizer, **config.scheduler.params)
+    if callable(given) and not hasattr(given, "step"):
+        return given(optimizer)
+    wrapped = getattr(given, "optimizer", None)
+    if wrapped is not None and wrapped is not optimizer:
+        _rebind(given, wrapped, optimizer)
+    return given
+
+
+def _rebind(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Lets a scheduler made over the user's torch optimizer drive the engine's one, group by group."""
+    if len(old.param_groups) != len(new.param_groups):
+        raise ConfigError(
+            f"lr_scheduler drives {len(old.param_groups)} groups, the engine has {len(new.param_groups)}",
+            path="lr_scheduler",
+        )
+    for source, target in zip(old.param_groups, new.param_groups, strict=True):
+        target.update({key: value for key, value in source.items() if key in ("lr", "initial_lr")})
+    scheduler.optimizer = new
+
+
+def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None) -> DataLoader[Any] | None:
+    if data is None:
+        return None
+    batch = config.train_micro_batch_size_per_gpu or 1
+    if hasattr(data, "__len__"):
+        size = len(data)
+        batches = size // batch if config.dataloader_drop_last else math.ceil(size / batch)
+        if batches == 0:
+            from zeroxide.errors import DataError
+
+            raise DataError(f"training_data has {size} samples and a micro-batch takes {batch}: there is no batch")
+    return DataLoader(
+        data,
+        batch_size=batch,
+        shuffle=not isinstance(data, torch.utils.data.IterableDataset),
+        drop_last=config.dataloader_drop_last,
+        collate_fn=collate_fn,
+    )

@@ -1,0 +1,117 @@
+"""Initial weights into the core, unit by unit, from a real model or for one on the meta device.
+
+A model on the meta device has shapes but no memory. A `WeightSource` fills one unit at a time, so that a model larger
+than memory never exists whole.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from zeroxide import _core
+from zeroxide.errors import ModelError
+from zeroxide.zero.plan import UnitPlan
+from zeroxide.zero.tensors import spec
+
+__all__ = ["WeightSource", "fill_units", "replace_meta_parameters"]
+
+
+class WeightSource(Protocol):
+    """Where the weights of a model on the meta device come from."""
+
+    def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module]) -> None:
+        """Fills one unit in place.
+
+        `tensors` maps full parameter names to fp32 CPU tensors, zero at first; `modules` maps full module names to
+        the modules that own them, whose parameters and buffers are real during the call. Modules that own only
+        buffers come in a last call with no tensors.
+        """
+
+
+def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
+    """Gives every meta parameter an empty one in host memory in its place, in all its owners.
+
+    Returns the new parameter by the id of the old one. The old shapes are lost: plan first.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, param in owner._parameters.items():
+            if param is None or param.device.type != "meta":
+                continue
+            if id(param) not in new:
+                # The old parameter stays alive in the plan, so its id is not given to another object meanwhile.
+                new[id(param)] = nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=param.requires_grad)
+            owner._parameters[name] = new[id(param)]
+    return new
+
+
+def fill_units(
+    module: nn.Module,
+    plans: list[UnitPlan],
+    core: _core.Offload,
+    source: WeightSource | None,
+    new: dict[int, nn.Parameter],
+) -> None:
+    """Moves or makes the weights of every unit. Real parameters lose their memory as they go.
+
+    Raises ModelError when the model is on the meta device and there is no source.
+    """
+    if new and source is None:
+        raise ModelError(
+            "the model is on the meta device and has no weights: pass weights=, a WeightSource that makes them"
+        )
+    seen: set[int] = set()
+    for index, plan in enumerate(plans):
+        core.fill_begin(index, "weights")
+        if new and source is not None:
+            _make(index, plan, core, source, new, seen)
+        else:
+            for position, entry in enumerate(plan.params):
+                values = entry.param.detach().to(torch.float32).contiguous()
+                core.fill_param(index, position, 0, spec(values.view(-1)))
+                entry.param.data = torch.empty(0, dtype=entry.param.dtype)
+        core.fill_commit(index)
+    if new and source is not None:
+        rest = {name: owner for name, owner in module.named_modules() if id(owner) not in seen and _meta_buffers(owner)}
+        for owner in rest.values():
+            _make_buffers(owner)
+        if rest:
+            source.fill({}, rest)
+
+
+def _make(
+    index: int,
+    plan: UnitPlan,
+    core: _core.Offload,
+    source: WeightSource,
+    new: dict[int, nn.Parameter],
+    seen: set[int],
+) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, nn.Module] = {}
+    for entry in plan.params:
+        param = new[id(entry.param)]
+        param.data = torch.zeros(entry.param.shape, dtype=torch.float32)
+        tensors[entry.name] = param.data
+        modules.update(dict(entry.owners))
+    for owner in modules.values():
+        seen.add(id(owner))
+        _make_buffers(owner)
+    source.fill(tensors, modules)
+    for position, entry in enumerate(plan.params):
+        param = new[id(entry.param)]
+        core.fill_param(index, position, 0, spec(param.data.contiguous().view(-1)))
+        param.data = torch.empty(0, dtype=torch.float32)
+
+
+def _meta_buffers(owner: nn.Module) -> bool:
+    return any(buffer is not None and buffer.device.type == "meta" for buffer in owner._buffers.values())
+
+
+def _make_buffers(owner: nn.Module) -> None:
+    for name, buffer in owner._buffers.items():
+        if buffer is not None and buffer.device.type == "meta":
+            owner._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)

@@ -1,0 +1,353 @@
+"""Which parameters form a unit, where each unit's bytes are at home, and what that costs in memory.
+
+A unit is what is gathered and released together: every item of the model's outermost module lists, and what is left
+over at the root. What is left over stays gathered from the first forward to the end of backward when it is one unit;
+when it would exceed the unit budget it is cut by owning module.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from zeroxide.config import Config
+from zeroxide.errors import BudgetError, ModelError
+from zeroxide.zero.state import Home
+
+__all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan"]
+
+MIB = 1 << 20
+DEFAULT_UNIT_BYTES = 512 * MIB
+DEFAULT_TILE_ELEMENTS = 512 << 10
+DEFAULT_STAGING_BYTES = 48 * MIB
+FRAME = 2 * MIB
+TILE_QUANTUM = 2048
+MIN_TILES_IN_RING = 2
+
+
+@dataclass(frozen=True)
+class ParameterPlan:
+    """One parameter: its first name in the model, and the modules that own it."""
+
+    name: str
+    param: nn.Parameter
+    owners: tuple[tuple[str, nn.Module], ...]
+
+
+@dataclass
+class UnitPlan:
+    """One unit. `modules` are those whose forward needs it; a `span` unit is held from first use to the end of backward."""
+
+    name: str
+    modules: list[nn.Module]
+    params: list[ParameterPlan]
+    span: bool = False
+
+    @property
+    def numel(self) -> int:
+        """Elements of all parameters."""
+        return sum(entry.param.numel() for entry in self.params)
+
+    @property
+    def trainable(self) -> int:
+        """Elements of the parameters that require a gradient."""
+        return sum(entry.param.numel() for entry in self.params if entry.param.requires_grad)
+
+
+@dataclass
+class Plan:
+    """What was chosen, in bytes."""
+
+    units: list[UnitPlan]
+    compute: torch.dtype
+    format: str
+    grad: torch.dtype
+    weights: Home
+    state: Home
+    tile_elements: int
+    staging_bytes: int
+    gathered_bytes: int
+    threads: int
+    limit: int | None
+    resident_before: int
+    buckets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def payload(self) -> int:
+        """Bytes of all buckets together."""
+        return sum(self.buckets.values())
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the state takes on disk."""
+        weight = self.compute.itemsize
+        total = 0
+        for unit in self.units:
+            total += unit.numel * weight if self.weights is Home.DISK else 0
+            total += unit.trainable * self.state_bytes if self.state is Home.DISK else 0
+        return total
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state per trainable element, without the live weight."""
+        if self.compute == torch.float32:
+            return 8
+        return 10 if self.format == "split" else 12
+
+    def describe(self) -> list[str]:
+        """The plan in lines for people."""
+        total = sum(unit.numel for unit in self.units)
+        trainable = sum(unit.trainable for unit in self.units)
+        share = 100.0 * trainable / total if total else 0.0
+        lines = [
+            f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(self.units)} units; "
+            f"{_dtype(self.compute)} weights at home in {self.weights.value} memory"
+            if self.weights is Home.HOST
+            else f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(self.units)} units; "
+            f"{_dtype(self.compute)} weights at home on disk",
+            f"optimizer state in {'host memory' if self.state is Home.HOST else 'files'}, format {self.format}; "
+            f"gradients {_dtype(self.grad)} in host memory; {self.threads} optimizer threads",
+        ]
+        buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.buckets.items() if size)
+        lines.append(f"payload {self.payload / MIB:.0f} MiB ({buckets}); on disk {self.disk_bytes / MIB:.0f} MiB")
+        if self.limit is not None:
+            rest = self.limit - self.resident_before - self.payload
+            lines.append(
+                f"budget {self.limit / MIB:.0f} MiB: {self.resident_before / MIB:.0f} in use before, "
+                f"{rest / MIB:.0f} left for activations"
+            )
+        return lines
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int) -> Plan:
+    """Finds the units of `module` and places them.
+
+    `resident` is the resident memory of the process in bytes without the model's own parameters. Raises ModelError
+    for a model that cannot be trained, BudgetError when `config.host_memory` cannot hold the payload.
+    """
+    entries = list(_parameters(module))
+    check_model(module, entries)
+    unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
+    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    units = _find_units(module, entries, unit_bytes // compute.itemsize)
+    weights = Home.DISK if config.offload_param.kind == "nvme" else Home.HOST
+    state = Home.DISK if config.offload_optimizer.kind == "nvme" else Home.HOST
+    plan = Plan(
+        units=units,
+        compute=compute,
+        format=config.format,
+        grad=torch.bfloat16 if config.grad_dtype == "bf16" else torch.float32,
+        weights=weights,
+        state=state,
+        tile_elements=_tile_elements(config, compute),
+        staging_bytes=0,
+        gathered_bytes=0,
+        threads=threads,
+        limit=config.host_memory,
+        resident_before=resident,
+    )
+    _place(plan, config)
+    return plan
+
+
+def check_model(module: nn.Module, entries: list[ParameterPlan]) -> None:
+    """Refuses models that have nothing to train or parameters that cannot be laid out."""
+    if not entries:
+        raise ModelError(f"{type(module).__name__} has no parameters: there is nothing to train")
+    if not any(entry.param.requires_grad for entry in entries):
+        raise ModelError(f"every parameter of {type(module).__name__} is frozen: nothing to train")
+    devices = Counter(entry.param.device.type for entry in entries)
+    if len(devices) > 1:
+        (first, _), (other, _) = devices.most_common(2)
+        odd = next(entry for entry in entries if entry.param.device.type == other)
+        raise ModelError(
+            f"parameters are on two devices: {odd.name} is on {odd.param.device}, most others on {first}; "
+            "move the model to one device first",
+            name=odd.name,
+        )
+    for entry in entries:
+        if not entry.param.is_floating_point():
+            raise ModelError(
+                f"{entry.name} has dtype {entry.param.dtype}: only floating-point parameters can be trained; "
+                "register it as a buffer",
+                name=entry.name,
+            )
+        if entry.param.device.type not in ("cpu", "meta"):
+            raise ModelError(
+                f"{entry.name} is on {entry.param.device}: this version computes in host memory; "
+                "build the model on the CPU",
+                name=entry.name,
+            )
+        if entry.param.numel() == 0:
+            raise ModelError(f"{entry.name} has shape {tuple(entry.param.shape)}: it holds no element", name=entry.name)
+
+
+def _parameters(module: nn.Module) -> Iterator[ParameterPlan]:
+    """Every parameter once, with all its owners, in the order of the first."""
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, owner in module.named_modules():
+        for name, param in owner._parameters.items():
+            if param is None:
+                continue
+            owners.setdefault(id(param), []).append((prefix, owner))
+            first.setdefault(id(param), (f"{prefix}.{name}" if prefix else name, param))
+    for key, (name, param) in first.items():
+        yield ParameterPlan(name, param, tuple(owners[key]))
+
+
+def _block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
+    """The outermost module lists with at least two items that have parameters."""
+    for name, child in module.named_children():
+        path = f"{prefix}.{name}" if prefix else name
+        if isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
+            yield path, child
+        else:
+            yield from _block_lists(child, path)
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is not None
+
+
+def _find_units(module: nn.Module, entries: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
+    blocks: list[tuple[str, nn.Module]] = []
+    for path, items in _block_lists(module):
+        blocks += [(f"{path}.{index}", item) for index, item in enumerate(items)]
+    home: dict[int, int] = {}
+    for index, (_, block) in enumerate(blocks):
+        for child in block.modules():
+            home.setdefault(id(child), index)
+    members: list[list[ParameterPlan]] = [[] for _ in blocks]
+    left: list[ParameterPlan] = []
+    for entry in entries:
+        where = {home.get(id(owner)) for _, owner in entry.owners}
+        index = next(iter(where))
+        if len(where) == 1 and index is not None:
+            members[index].append(entry)
+        else:
+            left.append(entry)
+    units: list[UnitPlan] = []
+    for (name, block), params in zip(blocks, members, strict=True):
+        units += _block_units(name, block, params, max_elements)
+    return [*_root_units(module, left, max_elements), *units]
+
+
+def _block_units(name: str, block: nn.Module, params: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
+    """One unit a block; cut by owning module where it is larger than a unit may be."""
+    if not params:
+        return []
+    unit = UnitPlan(name, [block], params)
+    if unit.numel <= max_elements:
+        return [unit]
+    return _by_owner(params)
+
+
+def _root_units(module: nn.Module, left: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
+    if not left:
+        return []
+    owners = _distinct(owner for entry in left for _, owner in entry.owners)
+    whole = UnitPlan("root", _distinct([module, *owners]), left, span=True)
+    if whole.numel <= max_elements:
+        return [whole]
+    return _by_owner(left)
+
+
+def _by_owner(params: list[ParameterPlan]) -> list[UnitPlan]:
+    groups: dict[tuple[int, ...], list[ParameterPlan]] = {}
+    for entry in params:
+        groups.setdefault(tuple(id(owner) for _, owner in entry.owners), []).append(entry)
+    units = []
+    for group in groups.values():
+        owners = _distinct(owner for entry in group for _, owner in entry.owners)
+        # Parameters with several owners may be used through any of them, also without its forward.
+        units.append(UnitPlan(group[0].name.rpartition(".")[0] or "root", owners, group, span=len(owners) > 1))
+    return units
+
+
+def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return list({id(module): module for module in modules}.values())
+
+
+def _tile_elements(config: Config, compute: torch.dtype) -> int:
+    if config.tile_bytes is None:
+        return DEFAULT_TILE_ELEMENTS
+    return max(TILE_QUANTUM, config.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
+
+
+def _padded(unit: UnitPlan) -> tuple[int, int]:
+    """(trainable, all) elements of a unit's flat layout, as the core pads them."""
+    trainable = frozen = 0
+    for entry in unit.params:
+        size = -(-entry.param.numel() // 64) * 64
+        if entry.param.requires_grad:
+            trainable += size
+        else:
+            frozen += size
+    trainable = -(-trainable // TILE_QUANTUM) * TILE_QUANTUM
+    return trainable, trainable + -(-frozen // TILE_QUANTUM) * TILE_QUANTUM
+
+
+def _place(plan: Plan, config: Config) -> None:
+    sizes = [_padded(unit) for unit in plan.units]
+    trainable = sum(size for size, _ in sizes)
+    total = sum(size for _, size in sizes)
+    weight = plan.compute.itemsize
+    if plan.weights is Home.DISK:
+        plan.gathered_bytes = _gathered(plan, [size * weight for _, size in sizes], config.prefetch)
+    if plan.weights is Home.DISK or plan.state is Home.DISK:
+        longest = min(plan.tile_elements, max(size for _, size in sizes))
+        tile = longest * (plan.state_bytes + weight)
+        plan.staging_bytes = config.staging_bytes or max(DEFAULT_STAGING_BYTES, MIN_TILES_IN_RING * tile)
+        if plan.staging_bytes < MIN_TILES_IN_RING * tile:
+            raise BudgetError(
+                f"zeroxide.staging_bytes is {plan.staging_bytes}: the ring needs {MIN_TILES_IN_RING * tile} bytes, "
+                f"two tiles of {tile}; raise it or lower zeroxide.tile_bytes",
+                need=MIN_TILES_IN_RING * tile,
+                limit=plan.staging_bytes,
+                bucket="staging",
+            )
+    plan.buckets = {
+        "weights": total * weight if plan.weights is Home.HOST else 0,
+        "gradients": trainable * plan.grad.itemsize,
+        "optimizer": trainable * plan.state_bytes if plan.state is Home.HOST else 0,
+        "staging": plan.staging_bytes,
+        "gathered": plan.gathered_bytes,
+    }
+    if plan.limit is not None and plan.resident_before + plan.payload > plan.limit:
+        short = plan.resident_before + plan.payload - plan.limit
+        largest = max(plan.buckets, key=lambda name: plan.buckets[name])
+        help_line = {
+            "weights": "offload parameters to nvme",
+            "optimizer": "offload the optimizer to nvme",
+            "gradients": "keep gradients in bf16 (data_types.grad_accum_dtype) or train fewer parameters",
+            "gathered": "lower zeroxide.unit_bytes or zeroxide.prefetch",
+            "staging": "lower zeroxide.staging_bytes",
+        }[largest]
+        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
+        raise BudgetError(
+            f"host_memory {plan.limit / MIB:.0f} MiB is too small by {short / MIB:.0f} MiB: the process already uses "
+            f"{plan.resident_before / MIB:.0f} and the state needs {plan.payload / MIB:.0f} ({parts}), before any "
+            f"activation; to help: {help_line}",
+            need=plan.resident_before + plan.payload,
+            limit=plan.limit,
+            bucket=largest,
+        )
+
+
+def _gathered(plan: Plan, sizes: list[int], prefetch: int) -> int:
+    """Frames for the units that are held at once: those held all along, and the largest others in a row."""
+    frames = [-(-size // FRAME) * FRAME for size in sizes]
+    held = sum(size for size, unit in zip(frames, plan.units, strict=True) if unit.span)
+    others = [size for size, unit in zip(frames, plan.units, strict=True) if not unit.span]
+    window = min(len(others), prefetch + 1)
+    moving = max((sum(others[at : at + window]) for at in range(len(others) - window + 1)), default=0)
+    return held + moving

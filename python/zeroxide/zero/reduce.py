@@ -1,0 +1,60 @@
+"""Gradients from autograd into the core, each as soon as it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from zeroxide import _core
+from zeroxide.errors import ModelError
+from zeroxide.zero.tensors import spec
+from zeroxide.zero.unit import Unit
+
+__all__ = ["Reducer"]
+
+
+class Reducer:
+    """Hooks on every trainable parameter. With one process, reducing is landing the gradient in its buffer."""
+
+    def __init__(self, core: _core.Offload, units: list[Unit], complete: Callable[[Unit], None]) -> None:
+        self.core = core
+        self.complete = complete
+        self.missing: list[set[int]] = []
+        self.handles = []
+        for unit in units:
+            wanted = {position for position, trainable in enumerate(unit.trainable) if trainable}
+            self.missing.append(set(wanted))
+            for position in wanted:
+                hook = partial(self._arrived, unit, position)
+                self.handles.append(unit.params[position].register_post_accumulate_grad_hook(hook))
+        self.units = units
+
+    def expect_all(self) -> None:
+        """Begins a backward: every trainable parameter's gradient is outstanding."""
+        for unit, missing in zip(self.units, self.missing, strict=True):
+            missing.update(position for position, trainable in enumerate(unit.trainable) if trainable)
+
+    def _arrived(self, unit: Unit, position: int, param: torch.Tensor) -> None:
+        grad = param.grad
+        if grad is None:
+            return
+        param.grad = None
+        if grad.layout is not torch.strided:
+            raise ModelError(
+                f"the gradient of {unit.names[position]} is sparse: use dense gradients (sparse=False)",
+                name=unit.names[position],
+            )
+        self.core.land(unit.index, position, spec(grad.contiguous()), True)
+        missing = self.missing[unit.index]
+        if position in missing:
+            missing.discard(position)
+            if not missing:
+                self.complete(unit)
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()

@@ -1,0 +1,27 @@
+"""The states that units and passes can be in."""
+
+from __future__ import annotations
+
+from enum import Enum, auto
+
+__all__ = ["Home", "UnitState"]
+
+
+class Home(Enum):
+    """Where bytes live between uses."""
+
+    HOST = "host"
+    """Host memory."""
+    DISK = "disk"
+    """A file; in memory only while in use."""
+
+
+class UnitState(Enum):
+    """Whether a unit's parameters can be used.
+
+    RELEASED: each parameter is an empty tensor; the bytes are wherever the core keeps them.
+    GATHERED: each parameter is a view of the unit's flat weights, and the core holds the memory under them.
+    """
+
+    RELEASED = auto()
+    GATHERED = auto()

@@ -1,0 +1,36 @@
+"""Between torch tensors and the core: the only place where addresses are taken.
+
+A spec made here promises what the core relies on: contiguous CPU memory of the given dtype, alive while the spec is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zeroxide import _core
+from zeroxide.errors import ModelError
+
+__all__ = ["DTYPE_NAMES", "spec", "view_of"]
+
+DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+def spec(tensor: torch.Tensor) -> _core.TensorSpec:
+    """The memory of `tensor`, any shape, for one call into the core.
+
+    Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16 or fp16.
+    """
+    name = DTYPE_NAMES.get(tensor.dtype)
+    if name is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ModelError(
+            f"expected a contiguous fp32, bf16 or fp16 tensor in host memory, got {tensor.dtype} "
+            f"{tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
+        )
+    return _core.TensorSpec(owner=tensor, data_ptr=tensor.data_ptr(), numel=tensor.numel(), dtype=name)
+
+
+def view_of(window: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The whole of a window as a flat tensor that shares its memory and keeps its address range reserved."""
+    return torch.frombuffer(window, dtype=dtype)

@@ -1,0 +1,52 @@
+"""One unit: parameters that appear and disappear together over one flat buffer whose address never changes."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from zeroxide import _core
+from zeroxide.zero.plan import UnitPlan
+from zeroxide.zero.state import UnitState
+from zeroxide.zero.tensors import view_of
+
+__all__ = ["Unit"]
+
+
+class Unit:
+    """Parameters gathered and released together. Their order is that of the plan and of the core."""
+
+    def __init__(self, index: int, plan: UnitPlan, core: _core.Offload, dtype: torch.dtype) -> None:
+        self.index = index
+        self.name = plan.name
+        self.modules = plan.modules
+        self.span = plan.span
+        self.names = [entry.name for entry in plan.params]
+        self.params: list[nn.Parameter] = [entry.param for entry in plan.params]
+        self.shapes = [entry.param.shape for entry in plan.params]
+        self.trainable = [entry.param.requires_grad for entry in plan.params]
+        self.has_frozen = not all(self.trainable)
+        self.num_trainable = sum(self.trainable)
+        flat = view_of(core.window(index), dtype)  # 1D, valid only while gathered
+        self.views: list[torch.Tensor] = []
+        for position, shape in enumerate(self.shapes):
+            offset = core.param_offset(index, position)
+            self.views.append(flat[offset : offset + shape.numel()].view(shape))
+        self.empty = torch.empty(0, dtype=dtype)
+        self.state = UnitState.RELEASED
+
+    def show(self) -> None:
+        """Lets the parameters be views of the flat weights. The core holds the memory under them."""
+        if self.state is UnitState.GATHERED:
+            return
+        for param, view in zip(self.params, self.views, strict=True):
+            param.data = view
+        self.state = UnitState.GATHERED
+
+    def hide(self) -> None:
+        """Makes the parameters empty again."""
+        if self.state is UnitState.RELEASED:
+            return
+        for param in self.params:
+            param.data = self.empty
+        self.state = UnitState.RELEASED
