@@ -4,6 +4,8 @@ Runs under the peers' interpreter (see ../peers/setup.py). One argument: a JSON 
 
     {"model": "124m", "rows": 1, "columns": 128, "steps": 6, "offload": "nvme" | "cpu" | "none",
      "directory": where the swap files go, "tuned": true, "threads": 2}
+
+"zero_options", "optimizer_options" and "parameter_options" override single settings, to try whether they help.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ MIB = 1 << 20
 def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
     """DeepSpeed's JSON configuration; `largest` is the number of elements of the largest parameter.
 
-    "tuned" is for the least memory at no cost in speed, found by trying: small sub-groups and buckets, parameter
-    buffers just large enough for the largest parameter, and one direct I/O queue at the disk's best block size.
-    `pipeline_read` and `pipeline_write` stay off: with them DeepSpeed 0.19.8 stops at an assertion in the first step.
+    "tuned" is for the least memory at no cost in speed, found by trying: small sub-groups and buckets, one parameter
+    buffer just large enough for the largest parameter, no locked memory, and an I/O queue at the disk's best block
+    size. `pipeline_read` and `pipeline_write` stay off: with them DeepSpeed 0.19.8 stops at an assertion in the first
+    step. Parameters "on NVMe" stay in host memory as long as they are fewer than `max_in_cpu` (1e9): that is faster
+    and, at these sizes, takes no more memory than the buffers of the other way.
     """
     zero: dict[str, Any] = {"stage": 3}
     if spec["tuned"]:
@@ -41,12 +45,14 @@ def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
         parameters: dict[str, Any] = {"device": spec["offload"]}
         if spec["offload"] == "nvme":
             optimizer["nvme_path"] = parameters["nvme_path"] = spec["directory"]
-            parameters["buffer_size"] = max(largest + 1024, 10_000_000 if spec["tuned"] else 100_000_000)
+            if spec["tuned"]:
+                parameters |= {"buffer_size": max(largest + 1024, 10_000_000), "buffer_count": 1}
         if spec["tuned"]:
-            optimizer["pin_memory"] = parameters["pin_memory"] = spec.get("pin_memory", False)
-        optimizer |= spec.get("optimizer_options", {})
-        parameters |= spec.get("parameter_options", {})
-        zero |= {"offload_optimizer": optimizer, "offload_param": parameters}
+            optimizer["pin_memory"] = parameters["pin_memory"] = False
+        zero |= {
+            "offload_optimizer": optimizer | spec.get("optimizer_options", {}),
+            "offload_param": parameters | spec.get("parameter_options", {}),
+        }
     zero |= spec.get("zero_options", {})
     config = {
         "train_micro_batch_size_per_gpu": spec["rows"],
@@ -62,7 +68,6 @@ def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
     }
     if spec["tuned"]:
         config["aio"] = {"block_size": MIB, "queue_depth": 32, "single_submit": False, "overlap_events": True}
-        config["aio"] |= spec.get("aio_options", {})
     return config
 
 
@@ -102,21 +107,11 @@ def main() -> None:
 
     before = process.memory()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    if spec.get("zero_init", True):
-        # Each parameter is partitioned (and swapped out) as soon as its module is built.
-        with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
-            model = GPT2LMHeadModel(config)
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                value = torch.empty(parameter.shape)
-                gpt2.fill_parameter(name, value, config.n_layer)
-                parameter.data.copy_(value)
-                del value
-    else:
-        torch.set_default_dtype(torch.bfloat16)
+    # Each parameter is partitioned (and swapped out) as soon as its module is built.
+    with deepspeed.zero.Init(config_dict_or_path=settings, dtype=torch.bfloat16):
         model = GPT2LMHeadModel(config)
-        torch.set_default_dtype(torch.float32)
-        for name, parameter in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
             value = torch.empty(parameter.shape)
             gpt2.fill_parameter(name, value, config.n_layer)
             parameter.data.copy_(value)

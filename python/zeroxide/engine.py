@@ -398,7 +398,7 @@ def _make_core(plan: Plan, config: Config) -> _core.Offload:
     weights = "disk" if plan.weights is Home.DISK else "host"
     state = "disk" if plan.state is Home.DISK else "host"
     units = [
-        (unit.name, [(entry.param.numel(), entry.param.requires_grad) for entry in unit.params], weights, state)
+        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state)
         for unit in plan.units
     ]
     directories = [

@@ -32,7 +32,7 @@ class ZeroxideError(Exception):
     """Exit status of the command line: 2 where the request was wrong, 1 where the run failed."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(" ".join(line.strip() for line in message.splitlines() if line.strip()))
 
     @property
     def message(self) -> str:

@@ -33,7 +33,7 @@ proptest! {
         let whole = |n: u64| n.is_multiple_of(TILE_QUANTUM);
         prop_assume!(!whole(len) || !whole(tile) || tile == 0);
         let refused = Tiling::new(len, tile);
-        prop_assert!(matches!(refused, Err(LayoutError::TileQuantum { .. })));
+        prop_assert!(matches!(refused, Err(LayoutError::TileQuantum { .. })), "{:?}", refused);
     }
 }
 

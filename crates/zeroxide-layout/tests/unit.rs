@@ -135,10 +135,10 @@ proptest! {
                 }
             }
             let past = layout.locate(param, shape.numel);
-            prop_assert!(matches!(past, Err(LayoutError::NoSuchElement { .. })));
+            prop_assert!(matches!(past, Err(LayoutError::NoSuchElement { .. })), "{:?}", past);
         }
         let missing = layout.locate(shapes.len(), 0);
-        prop_assert!(matches!(missing, Err(LayoutError::NoSuchElement { .. })));
+        prop_assert!(matches!(missing, Err(LayoutError::NoSuchElement { .. })), "{:?}", missing);
     }
 
     #[test]

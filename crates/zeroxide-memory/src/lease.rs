@@ -15,15 +15,47 @@ use crate::region::Region;
 /// Bytes are those the previous owner left, zero at first.
 #[must_use = "dropping a lease gives its range back"]
 pub struct Lease {
-    region: Arc<Region>,
+    owner: Owner,
     range: Range<usize>,
+}
+
+/// Whose memory a lease is a part of. Ranges count from the first byte of it.
+#[derive(Clone)]
+enum Owner {
+    /// An arena's or a window's; the range goes back to its free list.
+    Region(Arc<Region>),
+    /// Somebody else's, kept alive through what they gave.
+    Foreign {
+        base: usize,
+        _keep: Arc<dyn std::any::Any + Send + Sync>,
+    },
 }
 
 impl Lease {
     /// The lease of `range`, which the caller has taken from the region's free list, where there is
     /// memory under it.
     pub(crate) fn new(region: Arc<Region>, range: Range<usize>) -> Self {
-        Self { region, range }
+        Self {
+            owner: Owner::Region(region),
+            range,
+        }
+    }
+
+    /// A lease on memory that belongs to somebody else, alive for as long as `keep` is.
+    ///
+    /// # Safety
+    /// `address` must be the start of `len` initialised bytes that `keep` keeps alive, and until the lease and
+    /// all leases split off it are dropped, nobody else may read or write them.
+    pub unsafe fn foreign(
+        address: *mut u8,
+        len: usize,
+        keep: Arc<dyn std::any::Any + Send + Sync>,
+    ) -> Self {
+        let base = address.expose_provenance();
+        Self {
+            owner: Owner::Foreign { base, _keep: keep },
+            range: 0..len,
+        }
     }
 
     /// Bytes owned.
@@ -63,7 +95,7 @@ impl Lease {
         );
         let middle = self.range.start + at;
         let rest = Self {
-            region: Arc::clone(&self.region),
+            owner: self.owner.clone(),
             range: middle..self.range.end,
         };
         self.range.end = middle;
@@ -91,7 +123,11 @@ impl Lease {
     }
 
     fn address(&self) -> *mut u8 {
-        self.region.base().as_ptr().wrapping_add(self.range.start)
+        let base = match &self.owner {
+            Owner::Region(region) => region.base().as_ptr(),
+            Owner::Foreign { base, .. } => std::ptr::with_exposed_provenance_mut(*base),
+        };
+        base.wrapping_add(self.range.start)
     }
 
     fn elements_of<T: Pod>(&self) -> Result<usize, MemoryError> {
@@ -114,7 +150,8 @@ impl Deref for Lease {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: the region's free list gave the range to this lease alone, the region keeps memory
-        // under it while it is taken, and anonymous memory is always initialised.
+        // under it while it is taken, and anonymous memory is always initialised; for foreign memory the
+        // caller of `foreign` has promised the same.
         unsafe { std::slice::from_raw_parts(self.address(), self.len()) }
     }
 }
@@ -128,7 +165,9 @@ impl DerefMut for Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.region.give_back(self.range.clone());
+        if let Owner::Region(region) = &self.owner {
+            region.give_back(self.range.clone());
+        }
     }
 }
 

@@ -35,4 +35,4 @@ pub use fork::ForkGuard;
 pub use frames::{FRAME, Frame, FramePool};
 pub use lease::{Lease, Pod};
 pub use resident::{Resident, drop_clean_text, resident_bytes};
-pub use window::{Window, WindowState};
+pub use window::{Anchor, Window, WindowState};

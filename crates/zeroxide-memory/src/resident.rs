@@ -165,3 +165,67 @@ fn invalid(what: &str, text: &str) -> io::Error {
         format!("{what}: not understood: {text}"),
     )
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(header: &str, rss: u64, anonymous: u64, flags: &str) -> String {
+        format!(
+            "{header}\nSize: 64 kB\nRss: {rss:>10} kB\nAnonymous: {anonymous:>6} kB\n\
+             AnonHugePages: 0 kB\nTHPeligible:           0\nVmFlags: {flags}\n"
+        )
+    }
+
+    fn found(smaps: &str) -> Vec<(usize, usize, u64)> {
+        let texts = clean_text(smaps.as_bytes()).unwrap();
+        texts
+            .into_iter()
+            .map(|text| (text.start, text.len, text.resident))
+            .collect()
+    }
+
+    #[test]
+    fn only_clean_text_is_chosen() {
+        let text = "1000-3000 r-xp 00001000 fe:00 247282    /usr/lib/lib with space.so";
+        let flags = "rd ex mr mw me";
+        assert_eq!(found(&mapping(text, 8, 0, flags)), [(0x1000, 0x2000, 8192)]);
+        let refused = [
+            mapping(text, 8, 4, flags),
+            mapping(text, 0, 0, flags),
+            mapping(text, 8, 0, "rd ex mr mw me lo"),
+            mapping(
+                "1000-3000 r-xp 0 fe:00 1 /usr/lib/a.so (deleted)",
+                8,
+                0,
+                flags,
+            ),
+            mapping("1000-3000 r--p 0 fe:00 1 /usr/lib/a.so", 8, 0, flags),
+            mapping("1000-3000 rwxp 0 fe:00 1 /usr/lib/a.so", 8, 0, flags),
+            mapping("1000-3000 r-xs 0 fe:00 1 /usr/lib/a.so", 8, 0, flags),
+            mapping("1000-3000 r-xp 0 00:00 0 [vdso]", 8, 0, flags),
+            mapping("1000-3000 r-xp 0 00:00 0", 8, 0, flags),
+        ];
+        for smaps in &refused {
+            assert_eq!(found(smaps), [], "{smaps}");
+            // What is refused must not lend its fields to the next mapping, nor hide it.
+            let both = format!("{smaps}{}", mapping(text, 4, 0, flags));
+            assert_eq!(found(&both), [(0x1000, 0x2000, 4096)], "{both}");
+        }
+    }
+
+    #[test]
+    fn status_fields_are_kibibytes() {
+        let status = "Name:\tx\nVmHWM:\t 500 kB\nVmRSS:\t 400 kB\nRssAnon:\t 300 kB\n\
+                      RssFile:\t 90 kB\nRssShmem:\t 10 kB\n";
+        let expected = Resident {
+            rss: 400 << 10,
+            anon: 300 << 10,
+            file: 100 << 10,
+            peak: 500 << 10,
+        };
+        assert_eq!(parse_status(status.as_bytes()).unwrap(), expected);
+        assert!(parse_status("VmRSS: 4 kB\n".as_bytes()).is_err());
+        assert!(parse_status(status.replace(" 90 kB", " 90 MB").as_bytes()).is_err());
+    }
+}

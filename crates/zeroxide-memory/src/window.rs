@@ -49,6 +49,12 @@ pub struct Window {
     len: usize,
 }
 
+/// Keeps a window's address range from being given to anyone else, for those who hold its addresses.
+#[derive(Clone, Debug)]
+pub struct Anchor {
+    _region: Arc<Region>,
+}
+
 impl Window {
     /// Reserves addresses for `bytes` (rounded up to 4 KiB). Uses no memory.
     ///
@@ -75,6 +81,14 @@ impl Window {
     /// [`is_mapped`](Window::is_mapped).
     pub fn base(&self) -> *mut u8 {
         self.region.base().as_ptr()
+    }
+
+    /// Keeps the address range reserved after the window is gone; the memory under it, too, if it is the
+    /// window's own.
+    pub fn anchor(&self) -> Anchor {
+        Anchor {
+            _region: Arc::clone(&self.region),
+        }
     }
 
     /// Bytes, a multiple of 4 KiB.

@@ -1,6 +1,6 @@
 //! What the kernel counts, and memory given back to it.
 
-use zeroxide_memory::{drop_clean_text, keep_freed_memory, resident_bytes};
+use zeroxide_memory::{drop_clean_text, resident_bytes};
 
 #[test]
 fn resident_memory_is_consistent() {
@@ -14,39 +14,13 @@ fn resident_memory_is_consistent() {
 
 #[test]
 fn clean_text_is_dropped_and_comes_back() {
+    let before = resident_bytes().unwrap().file;
     let dropped = drop_clean_text().unwrap();
+    let after = resident_bytes().unwrap().file;
     assert!(dropped > 0 && dropped.is_multiple_of(4096), "{dropped}");
-    // Still running: the pages of this very function came back from the page cache.
-    assert!(resident_bytes().unwrap().rss > 0);
-    drop_clean_text().unwrap();
-}
-
-#[test]
-fn the_allocator_keeps_what_is_freed() {
-    if !keep_freed_memory() {
-        assert!(!cfg!(target_env = "gnu"));
-        return;
-    }
-    // Two rounds of the same request: without the setting each one is a new mapping, faulted in anew.
-    let faults = |round: u8| {
-        let before = minor_faults();
-        let block = vec![round + 1; 64 << 20];
-        assert!(block.iter().step_by(4096).all(|&byte| byte == round + 1));
-        drop(block);
-        minor_faults() - before
-    };
-    let (first, second) = (faults(0), faults(1));
-    assert!(second * 4 < first, "{first} faults, then {second}");
-}
-
-/// Page faults of this thread that needed no disk.
-fn minor_faults() -> i64 {
-    // SAFETY: all-zero bytes are a valid value of this plain C struct.
-    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
-    // SAFETY: writes to a local.
-    assert_eq!(
-        unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) },
-        0
+    // Not all of it: what runs between the two readings has come back, in groups of pages.
+    assert!(
+        after + dropped / 4 < before,
+        "{before} bytes, {dropped} dropped, {after} left"
     );
-    usage.ru_minflt
 }

@@ -1,4 +1,5 @@
 //! Pages that move: bytes travel with their frames, and nothing is left behind.
+#![expect(clippy::unwrap_used, reason = "test helpers")]
 
 use proptest::prelude::*;
 use zeroxide_layout::PAGE;
@@ -22,7 +23,7 @@ fn all(window: &Window, byte: u8) -> bool {
         .all(|&b| b == byte)
 }
 
-/// Every value of the frame whose bytes lie in `range` of the window's frames.
+/// The first byte of a frame under the window, and whether all its bytes are that.
 fn frame_bytes(window: &Window, frame: usize) -> (u8, bool) {
     let end = ((frame + 1) * FRAME).min(window.len());
     let lease = window.lease(frame * FRAME..end).unwrap();

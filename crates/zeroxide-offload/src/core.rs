@@ -50,7 +50,7 @@ impl Core {
     pub(crate) fn new(settings: Settings, specs: &[UnitSpec]) -> Result<Self> {
         let state_layout = StateLayout::new(settings.compute, settings.format)?;
         let budget = Budget::new(settings.limit);
-        let pool = Pool::new(settings.threads);
+        let pool = Pool::new(settings.threads)?;
         let mut layouts = Vec::with_capacity(specs.len());
         for spec in specs {
             layouts.push(UnitLayout::new(&spec.params, 1)?);
@@ -239,6 +239,7 @@ impl Disk {
             job: settings.job.clone(),
             blocks,
             queue: Arc::clone(&queue),
+            ephemeral: true,
         })?;
         let ring = Arena::new(budget, Bucket::Staging, to_usize(settings.staging_bytes))?;
         Ok(Self { store, queue, ring, arrivals: channel() })

@@ -3,6 +3,7 @@
 use thiserror::Error;
 use zeroxide_layout::LayoutError;
 use zeroxide_memory::MemoryError;
+use zeroxide_optim::OptimError;
 use zeroxide_storage::StorageError;
 
 /// Failures of the offload layer. Storage and memory errors pass through with all they carry.
@@ -14,6 +15,9 @@ pub enum OffloadError {
     /// A budget, a mapping or a fork stood in the way.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// The worker threads could not be had.
+    #[error(transparent)]
+    Optim(#[from] OptimError),
     /// The shapes do not make a layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),

@@ -108,7 +108,7 @@ impl Core {
             let tag = ((unit as u64) << TILE_BITS) | u64::from(tile);
             match disk.store.start_read(id, tile, buffer, tag, &disk.arrivals.0) {
                 Ok(()) => pending += 1,
-                Err(error) => {
+                Err((error, _)) => {
                     failed = Some(error);
                     break;
                 }

@@ -1,11 +1,13 @@
 //! Gradients on their way from autograd into the buffer that the step reads.
 
+use std::collections::HashMap;
+use std::ops::Not;
 use std::sync::Mutex;
 
 use zeroxide_layout::Dtype;
 use zeroxide_optim::{Grad, GradMut, Land, LandStats, land};
 
-use crate::core::{Core, byte_range};
+use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 
 /// Elements a task lands. Fixed, so that the order of the sums does not depend on the number of threads.
@@ -23,30 +25,97 @@ pub struct GradNorm {
 }
 
 impl Core {
-    /// Takes one parameter's gradient: stored if it is the first since the last step, added otherwise. With `norm`,
-    /// the sum of squares of the result is taken in the same pass.
-    pub(crate) fn land(&mut self, unit: usize, param: usize, source: Grad<'_>, norm: bool) -> Result<()> {
+    /// Takes elements `start..` of one parameter's gradient: stored if it is the first since the last step, added
+    /// otherwise. With `norm`, the sum of squares of the result is taken in the same pass.
+    ///
+    /// A gradient comes whole or in parts, in order and without gaps; it has landed once its last element has.
+    pub(crate) fn land(&mut self, unit: usize, param: usize, start: u64, source: Grad<'_>, norm: bool) -> Result<()> {
         self.check_param("land", unit, param)?;
+        let dtype = self.grad;
+        let this = &mut self.units[unit];
+        let offset = this.layout.offset(param) + start;
+        let numel = this.layout.numel(param);
+        let len = grad_len(&source) as u64;
+        let state = &mut this.params[param];
+        let (expected, mode) = match state.arriving {
+            Some((next, mode)) if start > 0 => (next, mode),
+            _ => (0, if state.landed { Land::Add } else { Land::Store }),
+        };
+        if start != expected || start + len > numel {
+            return misuse(
+                "land",
+                format!(
+                    "{} parameter {param} has {numel} gradient elements and expects {expected}.. next, got {start}..{}",
+                    this.name,
+                    start + len
+                ),
+            );
+        }
+        let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
+            return misuse("land", format!("{} parameter {param} is frozen or lent", this.name));
+        };
+        let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
+        let stats = land_pieces(&self.pool, dtype, bytes, source, mode, norm);
+        if start == 0 {
+            state.sum_squares = 0.0;
+            state.nonfinite = false;
+        }
+        state.sum_squares += stats.sum_squares;
+        state.nonfinite |= stats.nonfinite;
+        let complete = start + len == numel;
+        state.arriving = if complete { None } else { Some((start + len, mode)) };
+        state.landed |= complete;
+        Ok(())
+    }
+
+    /// Adds to some rows of one parameter's gradient; all others are as they were, or zero if none has landed.
+    ///
+    /// `source` holds one row of `numel / count` elements for each of `rows`, where `count` is the number of rows of the
+    /// parameter. Rows named more than once are summed first, in their order, in the dtype of the gradient: the bits of
+    /// torch's dense embedding gradient.
+    pub(crate) fn land_rows(
+        &mut self,
+        unit: usize,
+        param: usize,
+        count: u64,
+        rows: &[i64],
+        source: Grad<'_>,
+    ) -> Result<()> {
+        self.check_param("land_rows", unit, param)?;
         let dtype = self.grad;
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param);
         let numel = this.layout.numel(param);
-        let got = grad_len(&source);
-        if got as u64 != numel {
-            return misuse("land", format!("{} parameter {param} has {numel} elements, its gradient {got}", this.name));
-        }
+        let width = to_usize(numel / count.max(1));
         let state = &mut this.params[param];
-        let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
-            return misuse("land", format!("{} parameter {param} is frozen or lent", this.name));
-        };
-        let mode = if state.landed { Land::Add } else { Land::Store };
-        let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
-        let stats = land_pieces(&self.pool, dtype, bytes, source, mode, norm);
-        state.landed = true;
-        if norm {
-            state.sum_squares = stats.sum_squares;
-            state.nonfinite = stats.nonfinite;
+        if width as u64 * count != numel || grad_len(&source) != rows.len() * width {
+            return misuse(
+                "land_rows",
+                format!("{} rows of {} parameter {param}: {} elements in {count} rows of {width}, got {}",
+                    rows.len(), this.name, numel, grad_len(&source)),
+            );
         }
+        let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
+            return misuse("land_rows", format!("{} parameter {param} is frozen or lent", this.name));
+        };
+        let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
+        let bad = rows.iter().find(|row| u64::try_from(**row).is_ok_and(|row| row < count).not());
+        if let Some(row) = bad {
+            return misuse("land_rows", format!("row {row} of {count} in {} parameter {param}", this.name));
+        }
+        if !state.landed {
+            bytes.fill(0);
+        }
+        let stride = width * dtype.size();
+        for (row, sum) in sum_rows(dtype, rows, &source, width) {
+            let at = row * stride;
+            let target = grad_mut(dtype, &mut bytes[at..at + stride]);
+            land(target, as_grad(dtype, &sum), Land::Add, false);
+        }
+        let stats = measure(&self.pool, dtype, bytes);
+        state.sum_squares = stats.sum_squares;
+        state.nonfinite = stats.nonfinite;
+        state.landed = true;
         Ok(())
     }
 
@@ -65,6 +134,7 @@ impl Core {
     pub(crate) fn clear_gradients(&mut self) {
         for param in self.units.iter_mut().flat_map(|unit| &mut unit.params) {
             param.landed = false;
+            param.arriving = None;
             param.sum_squares = 0.0;
             param.nonfinite = false;
         }
@@ -85,6 +155,32 @@ fn grad_slice<'a>(grad: &Grad<'a>, range: std::ops::Range<usize>) -> Grad<'a> {
         Grad::Bf16(values) => Grad::Bf16(&values[range]),
         Grad::F16(values) => Grad::F16(&values[range]),
     }
+}
+
+/// Bytes as a gradient.
+fn as_grad(dtype: Dtype, bytes: &[u8]) -> Grad<'_> {
+    match dtype {
+        Dtype::F32 => Grad::F32(bytemuck::cast_slice(bytes)),
+        Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
+        Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
+    }
+}
+
+/// The sum of the rows of `source` that belong to each distinct row, in the order in which those first appear.
+fn sum_rows(dtype: Dtype, rows: &[i64], source: &Grad<'_>, width: usize) -> Vec<(usize, Vec<u8>)> {
+    let mut place: HashMap<i64, usize> = HashMap::new();
+    let mut sums: Vec<(usize, Vec<u8>)> = Vec::new();
+    for (index, row) in rows.iter().enumerate() {
+        let part = grad_slice(source, index * width..(index + 1) * width);
+        let next = sums.len();
+        let at = *place.entry(*row).or_insert(next);
+        let mode = if at == next { Land::Store } else { Land::Add };
+        if at == next {
+            sums.push((usize::try_from(*row).expect("checked against the row count"), vec![0; width * dtype.size()]));
+        }
+        land(grad_mut(dtype, &mut sums[at].1), part, mode, false);
+    }
+    sums
 }
 
 /// Bytes of a gradient buffer as its elements.
@@ -110,7 +206,7 @@ fn land_pieces(
     }
     let pieces: Vec<_> = bytes
         .chunks_mut(PIECE * dtype.size())
-        .map(|piece| Mutex::new((piece, LandStats { sum_squares: 0.0, nonfinite: false })))
+        .map(|piece| Mutex::new((piece, LandStats::default())))
         .collect();
     pool.run(pieces.len(), |index| {
         let mut guard = pieces[index].lock().expect("each task has its own piece");
@@ -119,7 +215,28 @@ fn land_pieces(
         let (piece, stats) = &mut *guard;
         *stats = land(grad_mut(dtype, piece), part, mode, norm);
     });
-    let mut total = LandStats { sum_squares: 0.0, nonfinite: false };
+    let mut total = LandStats::default();
+    for piece in pieces {
+        let (_, stats) = piece.into_inner().expect("the pool has returned");
+        total.sum_squares += stats.sum_squares;
+        total.nonfinite |= stats.nonfinite;
+    }
+    total
+}
+
+/// The norm of what lies in a gradient buffer, with the bits that landing it whole would give.
+fn measure(pool: &zeroxide_optim::Pool, dtype: Dtype, bytes: &mut [u8]) -> LandStats {
+    let pieces: Vec<_> = bytes
+        .chunks_mut(PIECE * dtype.size())
+        .map(|piece| Mutex::new((piece, LandStats::default())))
+        .collect();
+    pool.run(pieces.len(), |index| {
+        let mut guard = pieces[index].lock().expect("each task has its own piece");
+        let (piece, stats) = &mut *guard;
+        let copy = piece.to_vec();
+        *stats = land(grad_mut(dtype, piece), as_grad(dtype, &copy), Land::Store, true);
+    });
+    let mut total = LandStats::default();
     for piece in pieces {
         let (_, stats) = piece.into_inner().expect("the pool has returned");
         total.sum_squares += stats.sum_squares;

@@ -125,9 +125,15 @@ impl Offload {
         self.with("release", |core| core.release(unit))
     }
 
-    /// Takes one parameter's gradient; with `norm`, also its part of the global norm.
-    pub fn land(&self, unit: usize, param: usize, source: Grad<'_>, norm: bool) -> Result<()> {
-        self.with("land", |core| core.land(unit, param, source, norm))
+    /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
+    /// gradient comes whole or in parts, in order.
+    pub fn land(&self, unit: usize, param: usize, start: u64, source: Grad<'_>, norm: bool) -> Result<()> {
+        self.with("land", |core| core.land(unit, param, start, source, norm))
+    }
+
+    /// Adds to rows of one parameter's gradient, of `count` rows in all.
+    pub fn land_rows(&self, unit: usize, param: usize, count: u64, rows: &[i64], source: Grad<'_>) -> Result<()> {
+        self.with("land_rows", |core| core.land_rows(unit, param, count, rows, source))
     }
 
     /// The norm of all gradients that have landed.

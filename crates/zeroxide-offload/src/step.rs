@@ -184,7 +184,7 @@ impl Core {
         let number = pipeline.base + pipeline.jobs.len() as u64;
         for (component, lease) in to_read {
             let tag = number | ((component as u64) << COMPONENT_SHIFT);
-            self.disk().store.start_read(block(unit, component), tile, lease, tag, &pipeline.reads.0)?;
+            self.disk().store.start_read(block(unit, component), tile, lease, tag, &pipeline.reads.0).map_err(|(error, _)| error)?;
             job.pending += 1;
         }
         pipeline.jobs.push_back(job);
@@ -207,7 +207,7 @@ impl Core {
                 .map_or_else(|| zeroxide_storage::checksum(&lease), |(_, checksum)| *checksum);
             let id = block(job.unit, component);
             let store = &self.disk().store;
-            store.start_write_with_crc(id, job.tile, lease, checksum, WRITE, &pipeline.reads.0)?;
+            store.start_write_with_crc(id, job.tile, lease, checksum, WRITE, &pipeline.reads.0).map_err(|(error, _)| error)?;
             pipeline.writes += 1;
         }
         Ok(())

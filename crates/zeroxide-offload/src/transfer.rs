@@ -5,10 +5,10 @@ use std::sync::mpsc::channel;
 
 use zeroxide_layout::{Component, Dtype};
 use zeroxide_memory::{Arena, Bucket, Lease};
-use zeroxide_optim::{bf16_half_up, bf16_to_f32, f16_to_f32, f32_to_f16, join, split};
+use zeroxide_optim::{bf16_half_up, bf16_to_f32, f16_to_f32, f16_nearest_even, join, split};
 
 use crate::core::{Core, byte_range, receive, to_usize};
-use crate::error::{OffloadError, Result, misuse};
+use crate::error::{Result, misuse};
 use crate::gather::block;
 use crate::unit::StateBlocks;
 use crate::weights::{Residence, Weights};
@@ -171,7 +171,7 @@ impl Core {
             let window = this.weights.window().expect("weights on disk have a window");
             for tile in 0..this.weight_tiles.count() {
                 let buffer = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
-                self.disk().store.start_write(block(unit, Component::Weight), tile, buffer, u64::from(tile), &sender)?;
+                self.disk().store.start_write(block(unit, Component::Weight), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
                 in_flight += 1;
             }
         }
@@ -186,7 +186,7 @@ impl Core {
                 let range = tiles.range(tile);
                 let tail = rest.split_off(to_usize(range.end - range.start) * size);
                 let buffer = std::mem::replace(&mut rest, tail);
-                self.disk().store.start_write(block(unit, component), tile, buffer, u64::from(tile), &sender)?;
+                self.disk().store.start_write(block(unit, component), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
                 in_flight += 1;
             }
         }
@@ -216,7 +216,7 @@ impl Core {
             let mut buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
             buffer.fill(0);
             let (sender, receiver) = channel();
-            disk.store.start_write(block(unit, other), tile, buffer, u64::from(tile), &sender)?;
+            disk.store.start_write(block(unit, other), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
             let completion = receive(&receiver, &mut self.waited)?;
             completion.result?;
         }
@@ -339,7 +339,7 @@ impl Core {
             let disk = self.disk.as_ref().expect("the block is on disk");
             let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
             let (sender, receiver) = channel();
-            disk.store.start_read(block(unit, component), tile, buffer, u64::from(tile), &sender)?;
+            disk.store.start_read(block(unit, component), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
             let completion = receive(&receiver, &mut self.waited)?;
             completion.result?;
             disk.store.verify(block(unit, component), tile, &completion.buffer)?;
@@ -373,7 +373,7 @@ fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
         }
         Dtype::F16 => {
             for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes).iter_mut().zip(values) {
-                *target = f32_to_f16(*value);
+                *target = f16_nearest_even(*value);
             }
         }
     }

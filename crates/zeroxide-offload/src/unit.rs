@@ -2,6 +2,7 @@
 
 use zeroxide_layout::{Component, ParamShape, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
+use zeroxide_optim::Land;
 
 use crate::weights::Weights;
 
@@ -15,6 +16,8 @@ pub(crate) struct ParamState {
     pub(crate) updates: u64,
     /// A gradient has arrived since the last step.
     pub(crate) landed: bool,
+    /// A gradient is arriving in parts: the next element expected, and what landing does with each part.
+    pub(crate) arriving: Option<(u64, Land)>,
     /// Sum of squares of the gradient kept, as of its last arrival with `norm`.
     pub(crate) sum_squares: f64,
     /// The gradient kept holds an infinity or a NaN.
@@ -60,14 +63,10 @@ impl Unit {
                 group: 0,
                 updates: 0,
                 landed: false,
+                arriving: None,
                 sum_squares: 0.0,
                 nonfinite: false,
             })
             .collect()
-    }
-
-    /// Whether a step has anything to do here.
-    pub(crate) fn has_gradient(&self) -> bool {
-        self.params.iter().any(|param| param.landed)
     }
 }

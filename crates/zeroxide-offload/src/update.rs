@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use zeroxide_layout::{Component, Dtype, StateLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::{Grad, LowOut, Pool, step_fp32, step_split};
-use zeroxide_storage::{BlockStore, Checksum};
+use zeroxide_storage::{BlockStore, Checksum, join_checksums};
 
 use crate::core::{byte_range, element_bytes, to_usize};
 use crate::error::{Result, misuse};
@@ -64,7 +64,8 @@ pub(crate) fn update_tile(
     let weight_range = unit.weight_tiles.range(update.tile);
     let weight_bytes = byte_range(&weight_range, element_bytes(update.layout, Component::Weight));
     let on_disk = unit.weights.on_disk();
-    let (mut lent_weight, lent_grad);
+    let zero = matches!(unit.state, StateBlocks::Disk { moments_are_zero: true });
+    let (lent_weight, lent_grad);
     let mut window_lease;
     let mut sources: Vec<(Component, &mut [u8], bool, bool)> = Vec::new();
     let (grad, grad_dtype): (&[u8], Dtype) = match &mut unit.weights {
@@ -94,7 +95,6 @@ pub(crate) fn update_tile(
             sources.push((*component, &mut lease[bytes], false, false));
         }
     }
-    let zero = matches!(unit.state, StateBlocks::Disk { moments_are_zero: true });
     for (component, lease) in buffers {
         let fresh = zero && matches!(component, Component::ExpAvg | Component::ExpAvgSq);
         sources.push((*component, lease, !fresh, true));
@@ -234,20 +234,19 @@ fn checksums(update: &Update<'_>, parts: &[Part<'_>]) -> Result<Vec<(Component, 
     let mut written = Vec::new();
     for index in 0..parts[0].slices.len() {
         let first = &parts[0].slices[index];
-        let mut before = Checksum::new();
-        let mut after = Checksum::new();
-        for part in parts {
+        let (mut before, mut after) = (first.before.value(), first.after.value());
+        for part in &parts[1..] {
             let slice = &part.slices[index];
-            before = before.followed_by(&slice.before);
-            after = after.followed_by(&slice.after);
+            before = join_checksums(before, slice.before.value(), slice.before.length());
+            after = join_checksums(after, slice.after.value(), slice.after.length());
         }
         if first.check
             && let Some(store) = update.store
         {
-            store.verify_checksum(block(update.unit, first.component), update.tile, before.value())?;
+            store.verify_checksum(block(update.unit, first.component), update.tile, before)?;
         }
         if first.write {
-            written.push((first.component, after.value()));
+            written.push((first.component, after));
         }
     }
     Ok(written)

@@ -101,6 +101,30 @@ mod floor {
     ));
 }
 
+/// An empty vector with room for `len` elements in huge pages, as the engine's arenas have.
+fn with_huge_pages<T>(len: usize) -> Vec<T> {
+    const HUGE: usize = 2 << 20;
+    let values = Vec::<T>::with_capacity(len);
+    #[cfg(target_os = "linux")]
+    {
+        let start = values.as_ptr().addr().next_multiple_of(HUGE);
+        let end = (values.as_ptr().addr() + values.capacity() * size_of::<T>()) & !(HUGE - 1);
+        if start < end {
+            let address = values.as_ptr().cast_mut().with_addr(start).cast();
+            // SAFETY: the range lies within the allocation that `values` owns, and the advice does not
+            // change what it holds. A refusal only makes the run slower.
+            unsafe { libc::madvise(address, end - start, libc::MADV_HUGEPAGE) };
+        }
+    }
+    values
+}
+
+fn filled<T>(len: usize, value: impl Fn(usize) -> T) -> Vec<T> {
+    let mut values = with_huge_pages(len);
+    values.extend((0..len).map(value));
+    values
+}
+
 /// State of all parameters; every format's arrays lie here, each used by its own runs only.
 struct State {
     master: Vec<f32>,
@@ -120,14 +144,14 @@ impl State {
                 .wrapping_mul(0x9e37_79b9);
             f32::from_bits((bits >> 9) | 0x3f80_0000) - 1.5
         };
-        let master: Vec<f32> = (0..len).map(|i| 0.04 * wave(i)).collect();
+        let master = filled(len, |i| 0.04 * wave(i));
         Self {
-            high: master.iter().map(|&p| split(p).0).collect(),
-            low: master.iter().map(|&p| split(p).1).collect(),
-            exp_avg: (0..len).map(|i| 1e-3 * wave(i + 1)).collect(),
-            exp_avg_sq: (0..len).map(|i| 1e-6 * wave(i + 2).powi(2)).collect(),
-            grad: (0..len).map(|i| bf16_half_up(1e-3 * wave(i + 3))).collect(),
-            out: vec![0; len],
+            high: filled(len, |i| split(master[i]).0),
+            low: filled(len, |i| split(master[i]).1),
+            exp_avg: filled(len, |i| 1e-3 * wave(i + 1)),
+            exp_avg_sq: filled(len, |i| 1e-6 * wave(i + 2).powi(2)),
+            grad: filled(len, |i| bf16_half_up(1e-3 * wave(i + 3))),
+            out: filled(len, |_| 0),
             master,
         }
     }

@@ -23,6 +23,9 @@
 
 use crate::adam::Constants;
 
+/// The canonical quiet NaN, whose upper half is the canonical bf16 one.
+const NAN_BITS: u32 = 0x7fc0_0000;
+
 /// One element of state: weight, first moment, second moment.
 #[derive(Clone, Copy)]
 pub(crate) struct State {
@@ -60,25 +63,22 @@ fn scaled(constant: (f32, f32), x: f32) -> Pair {
     }
 }
 
-/// `tail` where it is finite, else zero.
-#[inline(always)]
-fn finite_or_zero(tail: f32) -> f32 {
-    if tail.abs() < f32::INFINITY {
-        tail
-    } else {
-        0.0
-    }
-}
-
 /// `x`, with every NaN made the canonical quiet one: which payload and sign survive an operation on two
 /// NaNs is up to the compiler.
 #[inline(always)]
 fn canonical(x: f32) -> f32 {
     if x.is_nan() {
-        f32::from_bits(0x7fc0_0000)
+        f32::from_bits(NAN_BITS)
     } else {
         x
     }
+}
+
+/// [`canonical`] of a value that is not negative, in one integer operation: among the bit patterns that
+/// arithmetic can yield, the canonical NaN is the smallest that lies above infinity.
+#[inline(always)]
+fn canonical_unsigned(x: f32) -> f32 {
+    f32::from_bits(x.to_bits().min(NAN_BITS))
 }
 
 /// About `1 / (2 x)` for positive normal `x`, to an eighth: what a tail needs.
@@ -122,33 +122,30 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
         (scaled(c.mean_new, gradient), scaled(c.root_new, gradient))
     };
 
-    // m = beta1 m + mean_term
+    // m = beta1 m + mean_term. The terms may cancel: nothing less than a two-sum will do.
     let kept = scaled(c.mean_keep, exp_avg);
     let sum = two_sum(kept.head, mean_term.head);
     let mean = Pair {
         head: sum.head,
-        tail: finite_or_zero(sum.tail + (kept.tail + mean_term.tail)),
+        tail: sum.tail + (kept.tail + mean_term.tail),
     };
 
-    // v = beta2 v + root_term^2
-    let square = root_term.head * root_term.head;
-    let square_tail = (root_term.head + root_term.head).mul_add(
-        root_term.tail,
-        root_term.head.mul_add(root_term.head, -square),
-    );
+    // v = beta2 v + root_term^2. The terms have one sign: `head - kept` is exact where the old moment
+    // dominates, and where the gradient does its rounding error, halved by the root, can be borne.
     let kept = scaled(c.square_keep, exp_avg_sq);
-    let sum = two_sum(kept.head, square);
-    let variance = Pair {
-        head: sum.head,
-        tail: finite_or_zero(sum.tail + (kept.tail + square_tail)),
-    };
+    let head = root_term.head.mul_add(root_term.head, kept.head);
+    let rest = root_term.head.mul_add(root_term.head, kept.head - head);
+    let twice = root_term.head + root_term.head;
+    let tail = rest + twice.mul_add(root_term.tail, kept.tail);
+    // The comparison fails only where the head is zero or overflowed and the tail is NaN.
+    let tail = if tail < head { tail } else { head };
+    let square = Pair { head, tail };
 
-    // d = sqrt(v) + eps'
-    let root = variance.head.sqrt();
-    let residual = (-root).mul_add(root, variance.head) + variance.tail;
-    let sum = two_sum(root, c.eps.0);
-    let denominator = sum.head;
-    let denominator_tail = residual.mul_add(half_reciprocal(root), sum.tail + c.eps.1);
+    // d = sqrt(v) + eps', its own rounding left to the remainder below.
+    let root = square.head.sqrt();
+    let root_residual = (-root).mul_add(root, square.head) + square.tail;
+    let denominator = root + c.eps.0;
+    let denominator_tail = root_residual.mul_add(half_reciprocal(root), c.eps.1);
 
     // q = step m / d. The denominator is zero, infinite or between 2^-75 and 2^65: its reciprocal is normal.
     let numerator = c.step.0 * mean.head;
@@ -160,9 +157,14 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     );
     let reciprocal = 1.0 / denominator;
     let quotient = numerator * reciprocal;
-    let residual = (-quotient).mul_add(denominator, numerator) + numerator_tail;
-    let residual = (-quotient).mul_add(denominator_tail, residual);
-    let quotient_tail = finite_or_zero(residual * reciprocal);
+    // The remainder, the larger term of the denominator first, so that little is lost in between.
+    let larger = if root > c.eps.0 { root } else { c.eps.0 };
+    let smaller = if root < c.eps.0 { root } else { c.eps.0 };
+    let remainder = (-quotient).mul_add(smaller, (-quotient).mul_add(larger, numerator));
+    let remainder = (-quotient).mul_add(denominator_tail, remainder + numerator_tail);
+    // NaN where the denominator is infinite or zero: the plain quotient is what there is.
+    let tail = remainder * reciprocal;
+    let quotient_tail = if tail < f32::INFINITY { tail } else { 0.0 };
 
     // p = p - lr weight_decay p - q
     let small = if COUPLED {
@@ -173,6 +175,6 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     State {
         weight: canonical((weight - quotient) + small),
         exp_avg: canonical(mean.head + mean.tail),
-        exp_avg_sq: canonical(variance.head + variance.tail),
+        exp_avg_sq: canonical_unsigned(square.head + square.tail),
     }
 }

@@ -10,7 +10,7 @@ pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
     let name = match error {
         OffloadError::Storage(_) | OffloadError::Poisoned { .. } => "StorageError",
         OffloadError::Memory(MemoryError::OverBudget { .. }) | OffloadError::NoFrames { .. } => "BudgetError",
-        OffloadError::Memory(_) | OffloadError::Layout(_) | OffloadError::Misuse { .. } => {
+        OffloadError::Memory(_) | OffloadError::Layout(_) | OffloadError::Optim(_) | OffloadError::Misuse { .. } => {
             return PyRuntimeError::new_err(error.to_string());
         }
     };

@@ -129,6 +129,17 @@ impl PyOffload {
         map(py, done)
     }
 
+    /// Rounds fp32 values to bf16 as the exact formats do, half up.
+    #[staticmethod]
+    fn round_bf16(py: Python<'_>, values: &TensorSpec, out: &TensorSpec) -> PyResult<()> {
+        let (values, out) = (values.f32()?, out.bf16_mut()?);
+        if values.len() != out.len() {
+            return Err(PyValueError::new_err(format!("{} values into {} places", values.len(), out.len())));
+        }
+        py.detach(|| out.iter_mut().zip(values).for_each(|(out, value)| *out = zeroxide_optim::bf16_half_up(*value)));
+        Ok(())
+    }
+
     /// Updates made so far to one parameter.
     fn updates(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<u64> {
         map(py, self.inner.updates(unit, param))
@@ -157,10 +168,34 @@ impl PyOffload {
         map(py, done)
     }
 
-    /// Takes one parameter's gradient; with `norm`, also its part of the global norm.
-    fn land(&self, py: Python<'_>, unit: usize, param: usize, grad: &TensorSpec, norm: bool) -> PyResult<()> {
-        let source = grad.grad();
-        let done = py.detach(|| self.inner.land(unit, param, source, norm));
+    /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
+    /// gradient comes whole or in parts, in order.
+    fn land(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        start: u64,
+        grad: &TensorSpec,
+        norm: bool,
+    ) -> PyResult<()> {
+        let source = grad.grad()?;
+        let done = py.detach(|| self.inner.land(unit, param, start, source, norm));
+        map(py, done)
+    }
+
+    /// Adds to rows (int64) of one parameter's gradient, of `count` rows in all.
+    fn land_rows(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        count: u64,
+        rows: &TensorSpec,
+        grad: &TensorSpec,
+    ) -> PyResult<()> {
+        let (rows, source) = (rows.i64()?, grad.grad()?);
+        let done = py.detach(|| self.inner.land_rows(unit, param, count, rows, source));
         map(py, done)
     }
 
@@ -177,7 +212,7 @@ impl PyOffload {
 
     /// Lends weight and gradient of the only parameter of a unit until the next step ends.
     fn lend(&self, py: Python<'_>, unit: usize, weight: &TensorSpec, grad: &TensorSpec) -> PyResult<()> {
-        let lent = Lent { weight: weight.lease(py), grad: grad.lease(py), grad_dtype: grad.dtype() };
+        let lent = Lent { weight: weight.lease(py), grad: grad.lease(py), grad_dtype: grad.float()? };
         map(py, self.inner.lend(unit, lent))
     }
 
@@ -217,12 +252,12 @@ impl PyOffload {
         let Some(report) = map(py, py.detach(|| self.inner.io()))? else { return Ok(None) };
         let result = PyDict::new(py);
         let counters = &report.counters;
-        result.set_item("read_bytes", counters.read_bytes)?;
-        result.set_item("write_bytes", counters.write_bytes)?;
-        result.set_item("reads", counters.reads)?;
-        result.set_item("writes", counters.writes)?;
-        result.set_item("read_seconds", counters.read_busy.as_secs_f64())?;
-        result.set_item("write_seconds", counters.write_busy.as_secs_f64())?;
+        result.set_item("read_bytes", counters.read.bytes)?;
+        result.set_item("write_bytes", counters.write.bytes)?;
+        result.set_item("reads", counters.read.operations)?;
+        result.set_item("writes", counters.write.operations)?;
+        result.set_item("read_seconds", counters.read.busy.as_secs_f64())?;
+        result.set_item("write_seconds", counters.write.busy.as_secs_f64())?;
         result.set_item("wait_seconds", report.waited.as_secs_f64())?;
         result.set_item("engine", report.engine)?;
         Ok(Some(result))

@@ -3,6 +3,7 @@
 //! `unsafe` is at home here: the invariant of every block is the one of [`TensorSpec`].
 
 use std::slice;
+use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
@@ -20,7 +21,30 @@ pub(crate) struct TensorSpec {
     owner: Py<PyAny>,
     data_ptr: usize,
     numel: usize,
-    dtype: Dtype,
+    dtype: Element,
+}
+
+/// What the memory holds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Element {
+    Float(Dtype),
+    Int64,
+}
+
+impl Element {
+    fn size(self) -> usize {
+        match self {
+            Element::Float(dtype) => dtype.size(),
+            Element::Int64 => size_of::<i64>(),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Element::Float(dtype) => dtype.name(),
+            Element::Int64 => "int64",
+        }
+    }
 }
 
 #[pymethods]
@@ -28,7 +52,10 @@ impl TensorSpec {
     #[new]
     #[pyo3(signature = (*, owner, data_ptr, numel, dtype))]
     fn new(owner: Py<PyAny>, data_ptr: usize, numel: usize, dtype: &str) -> PyResult<Self> {
-        let dtype = Dtype::parse(dtype).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let dtype = match dtype {
+            "int64" => Element::Int64,
+            name => Element::Float(Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))?),
+        };
         if data_ptr == 0 && numel > 0 {
             return Err(PyValueError::new_err(format!("null data pointer for {numel} elements")));
         }
@@ -40,8 +67,18 @@ impl TensorSpec {
 }
 
 impl TensorSpec {
-    pub(crate) fn dtype(&self) -> Dtype {
-        self.dtype
+    /// The dtype of a tensor of floats.
+    pub(crate) fn float(&self) -> PyResult<Dtype> {
+        match self.dtype {
+            Element::Float(dtype) => Ok(dtype),
+            Element::Int64 => Err(PyValueError::new_err("expected a tensor of floats, got int64")),
+        }
+    }
+
+    /// The elements as int64.
+    pub(crate) fn i64(&self) -> PyResult<&[i64]> {
+        self.check(Element::Int64)?;
+        Ok(self.elements())
     }
 
     fn elements<T>(&self) -> &[T] {
@@ -54,30 +91,42 @@ impl TensorSpec {
     }
 
     /// The elements as a gradient.
-    pub(crate) fn grad(&self) -> Grad<'_> {
-        match self.dtype {
+    pub(crate) fn grad(&self) -> PyResult<Grad<'_>> {
+        Ok(match self.float()? {
             Dtype::F32 => Grad::F32(self.elements()),
             Dtype::Bf16 => Grad::Bf16(self.elements()),
             Dtype::F16 => Grad::F16(self.elements()),
-        }
+        })
     }
 
     /// The elements as fp32.
     pub(crate) fn f32(&self) -> PyResult<&[f32]> {
-        self.check_f32()?;
+        self.check(Element::Float(Dtype::F32))?;
         Ok(self.elements())
     }
 
     /// The elements as fp32, to be written.
     #[expect(clippy::mut_from_ref, reason = "the memory is the tensor's, not the spec's; see the invariant")]
     pub(crate) fn f32_mut(&self) -> PyResult<&mut [f32]> {
-        self.check_f32()?;
+        self.check(Element::Float(Dtype::F32))?;
+        Ok(self.elements_mut())
+    }
+
+    /// The elements as bf16 bits, to be written.
+    #[expect(clippy::mut_from_ref, reason = "the memory is the tensor's, not the spec's; see the invariant")]
+    pub(crate) fn bf16_mut(&self) -> PyResult<&mut [u16]> {
+        self.check(Element::Float(Dtype::Bf16))?;
+        Ok(self.elements_mut())
+    }
+
+    #[expect(clippy::mut_from_ref, reason = "the memory is the tensor's, not the spec's; see the invariant")]
+    fn elements_mut<T>(&self) -> &mut [T] {
         if self.numel == 0 {
-            return Ok(&mut []);
+            return &mut [];
         }
         // SAFETY: the invariant of `TensorSpec`: nobody else touches the elements during the call, and each call
-        // makes at most one slice of each spec.
-        Ok(unsafe { slice::from_raw_parts_mut(self.data_ptr as *mut f32, self.numel) })
+        // makes at most one slice of each spec; callers pick `T` of the spec's dtype, which they have checked.
+        unsafe { slice::from_raw_parts_mut(self.data_ptr as *mut T, self.numel) }
     }
 
     /// The memory as a lease that keeps the tensor alive.
@@ -86,13 +135,13 @@ impl TensorSpec {
         let bytes = self.numel * self.dtype.size();
         // SAFETY: the invariant of `TensorSpec`; the lease holds the owner until it is dropped, and the Python side
         // does not touch the tensor before the step that it was lent for has returned.
-        unsafe { Lease::foreign(self.data_ptr as *mut u8, bytes, Box::new(owner)) }
+        unsafe { Lease::foreign(self.data_ptr as *mut u8, bytes, Arc::new(owner)) }
     }
 
-    fn check_f32(&self) -> PyResult<()> {
-        if self.dtype == Dtype::F32 {
+    fn check(&self, expected: Element) -> PyResult<()> {
+        if self.dtype == expected {
             return Ok(());
         }
-        Err(PyValueError::new_err(format!("expected an fp32 tensor, got {}", self.dtype.name())))
+        Err(PyValueError::new_err(format!("expected a {} tensor, got {}", expected.name(), self.dtype.name())))
     }
 }

@@ -219,7 +219,7 @@ pub enum StorageError {
         /// The process that used it.
         current: u32,
     },
-    /// The kernel or its policy does not allow io_uring.
+    /// The kernel or its policy does not allow `io_uring`.
     #[error("io_uring is not available: {reason}; use the thread engine")]
     IoUringRefused {
         /// What was tried and what the kernel said.

@@ -1,7 +1,7 @@
 //! The disk tier: an asynchronous I/O queue and the block store on top of it.
 //!
 //! * A [`Queue`] moves [`Lease`](zeroxide_memory::Lease)s to and from [`DiskFile`]s. It has three
-//!   engines: io_uring, a pool of threads, and a simulated one that injects faults. One conformance
+//!   engines: `io_uring`, a pool of threads, and a simulated one that injects faults. One conformance
 //!   suite runs over all three.
 //! * A [`BlockStore`] gives every block of training state preallocated tiles in one or more
 //!   directories, a lock against a second run, a checksum for every tile, and a generation number.
@@ -40,4 +40,4 @@ pub use queue::{
     Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, OpKind,
     Operation, Queue, QueueOptions, SimBacking, SimOptions, Trigger, open_queue, open_queue_with,
 };
-pub use store::{BlockSpec, BlockStore, StoreOptions, checksum};
+pub use store::{BlockSpec, BlockStore, Checksum, StoreOptions, checksum, join_checksums};

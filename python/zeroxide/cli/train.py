@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,14 +17,14 @@ _MODEL, _DATA, _MEMORY, _OUTPUT = "Model and training", "Data", "Memory and disk
 def train(
     context: typer.Context,
     paths: Annotated[
-        Optional[list[str]],  # noqa: UP045 - typer reads the annotation at run time
+        list[str] | None,
         typer.Argument(metavar="[PATH]...", help="More --data, so that a shell may expand a glob.", show_default=False),
     ] = None,
     model: Annotated[
         str, typer.Option(help="Preset or Hugging Face model directory.", rich_help_panel=_MODEL)
     ] = _DEFAULT.model,
     data: Annotated[
-        Optional[list[str]],  # noqa: UP045
+        list[str] | None,
         typer.Option(
             help="Files, folders or globs of text; may be repeated. Default: Python's standard library.",
             show_default=False,
@@ -32,10 +32,11 @@ def train(
         ),
     ] = None,
     offload: Annotated[
-        str, typer.Option(help="Where parameters and optimizer state live: none, cpu, nvme:DIR.", rich_help_panel=_MEMORY)
+        str,
+        typer.Option(help="Where parameters and optimizer state live: none, cpu, nvme:DIR.", rich_help_panel=_MEMORY),
     ] = _DEFAULT.offload,
     host_memory: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Budget for this process's resident memory, as 2GiB.", rich_help_panel=_MEMORY),
     ] = _DEFAULT.host_memory,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_MODEL)] = _DEFAULT.steps,
@@ -45,7 +46,7 @@ def train(
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_MODEL)] = _DEFAULT.seq_len,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_MODEL)] = _DEFAULT.lr,
     warmup: Annotated[
-        Optional[int],  # noqa: UP045
+        int | None,
         typer.Option(
             help="Steps of linear warm-up. Default: a tenth of the run, at most 100.",
             show_default=False,
@@ -64,9 +65,7 @@ def train(
     accumulate: Annotated[
         int, typer.Option(help="Micro-batches per step.", rich_help_panel=_MODEL)
     ] = _DEFAULT.accumulate,
-    dtype: Annotated[
-        str, typer.Option(help="Compute in bf16 or fp32.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.dtype,
+    dtype: Annotated[str, typer.Option(help="Compute in bf16 or fp32.", rich_help_panel=_MODEL)] = _DEFAULT.dtype,
     seed: Annotated[
         int, typer.Option(help="Decides initial weights, data order and dropout.", rich_help_panel=_MODEL)
     ] = _DEFAULT.seed,
@@ -81,14 +80,14 @@ def train(
         typer.Option(help="Checkpoint every N steps and at the end; 0: only when stopped.", rich_help_panel=_OUTPUT),
     ] = _DEFAULT.save_every,
     out: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Run folder. Default: runs/MODEL.", show_default=False, rich_help_panel=_OUTPUT),
     ] = _DEFAULT.out,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_OUTPUT)
     ] = False,
     sample_prompt: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(help="Text to go on from at the end.", show_default=False, rich_help_panel=_OUTPUT),
     ] = _DEFAULT.sample_prompt,
     sample_tokens: Annotated[
@@ -98,7 +97,7 @@ def train(
         int, typer.Option(help="Compute threads; 0: all the process may use.", rich_help_panel=_MEMORY)
     ] = _DEFAULT.threads,
     format: Annotated[
-        Optional[str],  # noqa: UP045
+        str | None,
         typer.Option(
             help="Optimizer state format: split or fp32. Default: split with bf16.",
             show_default=False,

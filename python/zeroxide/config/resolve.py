@@ -163,7 +163,7 @@ def _batch(document: Document, shortcuts: Shortcuts, world_size: int) -> tuple[i
                 got=str(batch),
             )
         micro = derived
-    if rest or not steps or not micro:
+    if rest:
         divisor = (micro or 1) * world_size if unknown == "gradient_accumulation_steps" else steps * world_size
         raise ConfigError(
             f"train_batch_size = {batch} leaves no whole {unknown}: it is not a multiple of {divisor} "

@@ -94,7 +94,7 @@ def _make(
     modules: dict[str, nn.Module] = {}
     for entry in plan.params:
         param = new[id(entry.param)]
-        param.data = torch.zeros(entry.param.shape, dtype=torch.float32)
+        param.data = torch.zeros(entry.shape, dtype=torch.float32)
         tensors[entry.name] = param.data
         modules.update(dict(entry.owners))
     for owner in modules.values():

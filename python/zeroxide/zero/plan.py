@@ -31,11 +31,17 @@ MIN_TILES_IN_RING = 2
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """One parameter: its first name in the model, and the modules that own it."""
+    """One parameter: its first name in the model, and the modules that own it.
+
+    `shape` and `numel` are those it has while gathered: the parameter itself is empty for most of its life.
+    """
 
     name: str
     param: nn.Parameter
     owners: tuple[tuple[str, nn.Module], ...]
+    shape: torch.Size
+    numel: int
+    trainable: bool
 
 
 @dataclass
@@ -50,12 +56,12 @@ class UnitPlan:
     @property
     def numel(self) -> int:
         """Elements of all parameters."""
-        return sum(entry.param.numel() for entry in self.params)
+        return sum(entry.numel for entry in self.params)
 
     @property
     def trainable(self) -> int:
         """Elements of the parameters that require a gradient."""
-        return sum(entry.param.numel() for entry in self.params if entry.param.requires_grad)
+        return sum(entry.numel for entry in self.params if entry.trainable)
 
 
 @dataclass
@@ -162,7 +168,7 @@ def check_model(module: nn.Module, entries: list[ParameterPlan]) -> None:
     """Refuses models that have nothing to train or parameters that cannot be laid out."""
     if not entries:
         raise ModelError(f"{type(module).__name__} has no parameters: there is nothing to train")
-    if not any(entry.param.requires_grad for entry in entries):
+    if not any(entry.trainable for entry in entries):
         raise ModelError(f"every parameter of {type(module).__name__} is frozen: nothing to train")
     devices = Counter(entry.param.device.type for entry in entries)
     if len(devices) > 1:
@@ -186,8 +192,8 @@ def check_model(module: nn.Module, entries: list[ParameterPlan]) -> None:
                 "build the model on the CPU",
                 name=entry.name,
             )
-        if entry.param.numel() == 0:
-            raise ModelError(f"{entry.name} has shape {tuple(entry.param.shape)}: it holds no element", name=entry.name)
+        if entry.numel == 0:
+            raise ModelError(f"{entry.name} has shape {tuple(entry.shape)}: it holds no element", name=entry.name)
 
 
 def _parameters(module: nn.Module) -> Iterator[ParameterPlan]:
@@ -201,7 +207,7 @@ def _parameters(module: nn.Module) -> Iterator[ParameterPlan]:
             owners.setdefault(id(param), []).append((prefix, owner))
             first.setdefault(id(param), (f"{prefix}.{name}" if prefix else name, param))
     for key, (name, param) in first.items():
-        yield ParameterPlan(name, param, tuple(owners[key]))
+        yield ParameterPlan(name, param, tuple(owners[key]), param.shape, param.numel(), param.requires_grad)
 
 
 def _block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
@@ -287,8 +293,8 @@ def _padded(unit: UnitPlan) -> tuple[int, int]:
     """(trainable, all) elements of a unit's flat layout, as the core pads them."""
     trainable = frozen = 0
     for entry in unit.params:
-        size = -(-entry.param.numel() // 64) * 64
-        if entry.param.requires_grad:
+        size = -(-entry.numel // 64) * 64
+        if entry.trainable:
             trainable += size
         else:
             frozen += size

@@ -9,6 +9,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
+from zeroxide.zero.large import LargeModules, land_rows
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
 
@@ -30,6 +31,7 @@ class Reducer:
                 hook = partial(self._arrived, unit, position)
                 self.handles.append(unit.params[position].register_post_accumulate_grad_hook(hook))
         self.units = units
+        self.large = LargeModules(core, units, self.arrived)
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
@@ -41,12 +43,19 @@ class Reducer:
         if grad is None:
             return
         param.grad = None
-        if grad.layout is not torch.strided:
+        if grad.layout is torch.strided:
+            self.core.land(unit.index, position, 0, spec(grad.contiguous()), True)
+        elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
+            land_rows(self.core, unit, position, grad)
+        else:
             raise ModelError(
-                f"the gradient of {unit.names[position]} is sparse: use dense gradients (sparse=False)",
+                f"the gradient of {unit.names[position]} has layout {grad.layout}: expected dense, or rows of a matrix",
                 name=unit.names[position],
             )
-        self.core.land(unit.index, position, spec(grad.contiguous()), True)
+        self.arrived(unit, position)
+
+    def arrived(self, unit: Unit, position: int) -> None:
+        """Notes that a parameter's gradient has landed."""
         missing = self.missing[unit.index]
         if position in missing:
             missing.discard(position)
@@ -58,3 +67,4 @@ class Reducer:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.large.close()

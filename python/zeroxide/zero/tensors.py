@@ -20,12 +20,12 @@ DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16
 def spec(tensor: torch.Tensor) -> _core.TensorSpec:
     """The memory of `tensor`, any shape, for one call into the core.
 
-    Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16 or fp16.
+    Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16 or int64.
     """
-    name = DTYPE_NAMES.get(tensor.dtype)
+    name = "int64" if tensor.dtype is torch.int64 else DTYPE_NAMES.get(tensor.dtype)
     if name is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
         raise ModelError(
-            f"expected a contiguous fp32, bf16 or fp16 tensor in host memory, got {tensor.dtype} "
+            f"expected a contiguous fp32, bf16, fp16 or int64 tensor in host memory, got {tensor.dtype} "
             f"{tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
         )
     return _core.TensorSpec(owner=tensor, data_ptr=tensor.data_ptr(), numel=tensor.numel(), dtype=name)

@@ -23,8 +23,9 @@ class Unit:
         self.span = plan.span
         self.names = [entry.name for entry in plan.params]
         self.params: list[nn.Parameter] = [entry.param for entry in plan.params]
-        self.shapes = [entry.param.shape for entry in plan.params]
-        self.trainable = [entry.param.requires_grad for entry in plan.params]
+        self.owners: list[list[nn.Module]] = [[owner for _, owner in entry.owners] for entry in plan.params]
+        self.shapes = [entry.shape for entry in plan.params]
+        self.trainable = [entry.trainable for entry in plan.params]
         self.has_frozen = not all(self.trainable)
         self.num_trainable = sum(self.trainable)
         flat = view_of(core.window(index), dtype)  # 1D, valid only while gathered

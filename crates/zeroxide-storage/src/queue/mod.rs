@@ -2,8 +2,8 @@
 //!
 //! | engine | how it waits | when |
 //! |---|---|---|
-//! | `uring` | one thread, one ring, up to `depth` transfers in the kernel | the kernel allows io_uring |
-//! | `threads` | a few threads, one blocking transfer each | containers that refuse io_uring |
+//! | `uring` | one thread, one ring, up to `depth` transfers in the kernel | the kernel allows `io_uring` |
+//! | `threads` | a few threads, one blocking transfer each | containers that refuse `io_uring` |
 //! | `simulated` | one thread, seeded delays and faults | tests |
 //!
 //! ```text
@@ -72,9 +72,9 @@ pub trait Queue: Send + Sync {
 /// Which engine runs a queue.
 #[derive(Debug, Clone, PartialEq)]
 pub enum EngineKind {
-    /// io_uring where the kernel allows it, else threads; [`Queue::describe`] tells which and why.
+    /// `io_uring` where the kernel allows it, else threads; [`Queue::describe`] tells which and why.
     Auto,
-    /// io_uring, or [`StorageError::IoUringRefused`].
+    /// `io_uring`, or [`StorageError::IoUringRefused`].
     IoUring,
     /// A pool of threads.
     Threads,
@@ -87,8 +87,8 @@ pub enum EngineKind {
 pub struct QueueOptions {
     /// Threads of the thread engine.
     pub workers: usize,
-    /// When set, io_uring is treated as refused for this reason, as containers and hardened kernels
-    /// refuse it. A user sets it to keep io_uring out of a process; tests set it to see what follows.
+    /// When set, `io_uring` is treated as refused for this reason, as containers and hardened kernels
+    /// refuse it. A user sets it to keep `io_uring` out of a process; tests set it to see what follows.
     pub refuse_io_uring: Option<String>,
 }
 
@@ -115,7 +115,7 @@ pub fn open_queue(kind: EngineKind, depth: usize) -> Result<Arc<dyn Queue>, Stor
 /// # Errors
 ///
 /// [`StorageError::Depth`] when `depth` or the number of workers is not in 1 to [`MAX_DEPTH`],
-/// [`StorageError::IoUringRefused`] when io_uring was asked for by name and is not to be had,
+/// [`StorageError::IoUringRefused`] when `io_uring` was asked for by name and is not to be had,
 /// [`StorageError::Engine`] when no thread can be started.
 pub fn open_queue_with(
     kind: EngineKind,

@@ -1,4 +1,4 @@
-//! An io_uring that owns the transfers it has handed to the kernel.
+//! An `io_uring` that owns the transfers it has handed to the kernel.
 //!
 //! The kernel holds raw pointers into the buffers of transfers in flight. The invariant that makes this
 //! sound: *a transfer that was handed to the kernel leaves [`Ring::in_flight`] only through its
@@ -33,7 +33,7 @@ pub(super) enum Event {
 
 /// A ring and everything in flight in it. Stays on the thread that made it.
 pub(super) struct Ring {
-    ring: IoUring,
+    uring: IoUring,
     /// Transfers whose buffers the kernel may touch, by number; `None` where the number is free.
     in_flight: Vec<Option<Transfer>>,
     free: Vec<usize>,
@@ -56,10 +56,10 @@ impl Ring {
                 depth,
                 max: super::MAX_DEPTH,
             })?;
-        let (ring, setup) = build(entries)?;
-        probe(&ring)?;
+        let (uring, setup) = build(entries)?;
+        probe(&uring)?;
         let ring = Self {
-            ring,
+            uring,
             in_flight: std::iter::repeat_with(|| None).take(depth).collect(),
             free: (0..depth).rev().collect(),
             wake,
@@ -119,9 +119,9 @@ impl Ring {
         // SAFETY: the descriptor and the buffer named by the entry stay valid until its completion
         // is reaped: those of a transfer by the invariant of this module (the caller puts it into
         // `in_flight`, whose leases and files are not touched meanwhile), the wake event by `self.wake`,
-        // which outlives `self.ring`'s use of it because the kernel holds its own reference to a
+        // which outlives `self.uring`'s use of it because the kernel holds its own reference to a
         // polled file.
-        unsafe { self.ring.submission().push(entry) }
+        unsafe { self.uring.submission().push(entry) }
     }
 
     /// Hands queued pieces to the kernel and waits until it has reported something.
@@ -129,20 +129,20 @@ impl Ring {
         if !self.reported.is_empty() {
             return Ok(());
         }
-        match self.ring.submit_and_wait(1) {
+        match self.uring.submit_and_wait(1) {
             Ok(_) => {}
             Err(error) => match error.raw_os_error() {
                 Some(libc::EINTR) => {}
                 // Out of request memory, or the completion queue is full: reap, then try again.
                 Some(libc::EAGAIN | libc::EBUSY | libc::ENOMEM) => {
-                    if self.ring.completion().is_empty() {
+                    if self.uring.completion().is_empty() {
                         std::thread::sleep(RETRY_PAUSE);
                     }
                 }
                 _ => return Err(error),
             },
         }
-        let entries = self.ring.completion();
+        let entries = self.uring.completion();
         self.reported
             .extend(entries.map(|entry| (entry.user_data(), entry.result())));
         Ok(())
@@ -189,9 +189,12 @@ impl Drop for Ring {
     }
 }
 
+/// A name and the flags that go with it.
+type Setup = (&'static str, fn(&mut io_uring::Builder));
+
 /// Makes a ring with the cheapest set-up that the kernel knows.
 fn build(entries: u32) -> Result<(IoUring, &'static str), StorageError> {
-    let attempts: [(&str, fn(&mut io_uring::Builder)); 3] = [
+    let attempts: [Setup; 3] = [
         ("single issuer, deferred task run", |builder| {
             builder.setup_single_issuer().setup_defer_taskrun();
         }),
@@ -247,5 +250,78 @@ fn refused(error: &io::Error) -> StorageError {
     };
     StorageError::IoUringRefused {
         reason: format!("io_uring_setup: {error}{hint}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc::channel;
+
+    use zeroxide_memory::{Arena, Bucket, Budget};
+
+    use super::*;
+    use crate::file::DiskFile;
+    use crate::queue::counters::Meter;
+    use crate::queue::operation::Operation;
+
+    /// A ring dropped with reads in flight has waited for them: every buffer is back, and nothing
+    /// writes to that memory afterwards.
+    #[test]
+    fn dropping_waits_for_what_is_in_flight() {
+        const BYTES: usize = 1 << 20;
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let count = 32;
+        let file = DiskFile::create(directory.path().join("data"), (count * BYTES) as u64)
+            .expect("room for the file");
+        let contents = vec![0x77; count * BYTES];
+        std::fs::write(file.path(), &contents).expect("writable");
+        let arena = Arena::new(&Budget::new(None), Bucket::Staging, count * BYTES).expect("memory");
+        let meter = Arc::new(Meter::default());
+        let wake = Arc::new(Wake::new().expect("an event"));
+        let mut ring = match Ring::open(count, wake) {
+            Ok((ring, _)) => ring,
+            Err(StorageError::IoUringRefused { .. }) => return,
+            Err(other) => panic!("{other}"),
+        };
+        let (reply, completions) = channel();
+        ring.watch().expect("room in the queue");
+        for index in 0..count {
+            let mut buffer = arena.lease(BYTES, 4096).expect("room in the arena");
+            buffer.fill(0);
+            let operation = Operation {
+                kind: OpKind::Read,
+                file: Arc::clone(&file),
+                offset: (index * BYTES) as u64,
+                buffer,
+                tag: index as u64,
+                reply: reply.clone(),
+            };
+            assert!(
+                ring.start(Transfer::new(operation, &meter)).is_ok(),
+                "no room for {index}"
+            );
+        }
+        // Hands everything to the kernel without waiting for any of it.
+        ring.uring.submit().expect("accepted");
+        drop(ring);
+        let mut buffers: Vec<_> = completions
+            .try_iter()
+            .map(|completion| completion.buffer)
+            .collect();
+        assert_eq!(buffers.len(), count, "a buffer did not come back");
+        for buffer in &mut buffers {
+            assert!(
+                buffer.iter().all(|byte| *byte == 0x77),
+                "released before the kernel was done"
+            );
+            buffer.fill(0x11);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+        for buffer in &buffers {
+            assert!(
+                buffer.iter().all(|byte| *byte == 0x11),
+                "written after it was released"
+            );
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The simulated engine: a disk with seeded delays, reordering, and faults.
 //!
-//! One thread serves everything, and every choice comes from the seed, so a failing test fails again.
-//! Transfers pass through the same bookkeeping as on the real engines: what is simulated is the system
+//! One thread serves everything, faults strike by number or place, and random choices come from the seed;
+//! only what has been submitted by when is up to the caller's timing. Transfers pass through the same bookkeeping as on the real engines: what is simulated is the system
 //! call, not its handling.
 
 use std::collections::HashMap;
@@ -343,9 +343,9 @@ impl Disk {
         self.access(piece).map(|_| ())
     }
 
-    fn access(&mut self, piece: Piece<'_>) -> io::Result<usize> {
+    fn access(&mut self, mut piece: Piece<'_>) -> io::Result<usize> {
         match self.options.backing {
-            SimBacking::Files => move_piece(piece),
+            SimBacking::Files => move_piece(&mut piece),
             SimBacking::Memory => {
                 let path = piece.file.path().to_path_buf();
                 let contents = self.memory.entry(path).or_default();

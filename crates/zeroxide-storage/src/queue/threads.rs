@@ -54,7 +54,7 @@ fn serve(inbox: &Arc<Inbox>) {
 /// Moves one transfer from its beginning to its answer.
 fn run(mut transfer: Transfer) {
     let result = loop {
-        let outcome = move_piece(transfer.piece());
+        let outcome = move_piece(&mut transfer.piece());
         match transfer.absorb(outcome) {
             Step::Again => {}
             Step::Finished(result) => break result,
@@ -64,7 +64,7 @@ fn run(mut transfer: Transfer) {
 }
 
 /// One system call.
-pub(super) fn move_piece(piece: Piece<'_>) -> io::Result<usize> {
+pub(super) fn move_piece(piece: &mut Piece<'_>) -> io::Result<usize> {
     let file = piece.file.file();
     match piece.kind {
         OpKind::Read => file.read_at(piece.buffer, piece.offset),

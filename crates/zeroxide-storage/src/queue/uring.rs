@@ -1,4 +1,4 @@
-//! The io_uring engine: one thread that owns one ring.
+//! The `io_uring` engine: one thread that owns one ring.
 //!
 //! ```text
 //! Sleeping in the kernel --wake event or completion--> take inbox, start up to `depth`, reap --> sleep
@@ -21,7 +21,7 @@ use super::transfer::Step;
 use super::wake::Wake;
 use super::{Queue, StorageError};
 
-/// A queue served by an io_uring.
+/// A queue served by an `io_uring`.
 pub(super) struct UringQueue {
     inbox: Arc<Inbox>,
     wake: Arc<Wake>,

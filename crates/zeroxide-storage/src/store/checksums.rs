@@ -10,6 +10,50 @@ pub fn checksum(bytes: &[u8]) -> u64 {
     crc_fast::checksum(CrcAlgorithm::Crc64Nvme, bytes)
 }
 
+/// A [`checksum`] taken in pieces: what two threads take of adjoining pieces can be joined.
+#[derive(Clone)]
+pub struct Checksum {
+    digest: crc_fast::Digest,
+    length: u64,
+}
+
+impl Checksum {
+    /// The checksum of no bytes.
+    pub fn new() -> Self {
+        Self {
+            digest: crc_fast::Digest::new(CrcAlgorithm::Crc64Nvme),
+            length: 0,
+        }
+    }
+
+    /// Goes on with `bytes`.
+    pub fn update(&mut self, bytes: &[u8]) {
+        self.digest.update(bytes);
+        self.length += bytes.len() as u64;
+    }
+
+    /// Bytes taken in so far.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// The checksum of the bytes so far.
+    pub fn value(&self) -> u64 {
+        self.digest.finalize()
+    }
+}
+
+impl Default for Checksum {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// The checksum of `first` followed by the `length` bytes whose checksum is `second`.
+pub fn join_checksums(first: u64, second: u64, length: u64) -> u64 {
+    crc_fast::checksum_combine(CrcAlgorithm::Crc64Nvme, first, second, length)
+}
+
 /// One checksum per tile; `None` where nothing was ever written.
 #[derive(Debug)]
 pub(super) struct Checksums {
@@ -42,7 +86,23 @@ impl Checksums {
 
 #[cfg(test)]
 mod tests {
-    use super::checksum;
+    use super::{Checksum, checksum, join_checksums};
+
+    #[test]
+    fn pieces_in_order_have_the_checksum_of_the_whole() {
+        let bytes: Vec<u8> = (0..5000_u32)
+            .map(|i| i.to_le_bytes()[i as usize % 2])
+            .collect();
+        for cut in [0, 1, 777, 4096, 5000] {
+            let (first, second) = bytes.split_at(cut);
+            let joined = join_checksums(checksum(first), checksum(second), second.len() as u64);
+            assert_eq!(joined, checksum(&bytes), "cut at {cut}");
+            let mut pieces = Checksum::new();
+            pieces.update(first);
+            pieces.update(second);
+            assert_eq!((pieces.value(), pieces.length()), (checksum(&bytes), 5000));
+        }
+    }
 
     #[test]
     fn checksum_has_the_published_check_value() {

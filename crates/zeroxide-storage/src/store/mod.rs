@@ -29,7 +29,7 @@ use crate::file::DiskFile;
 use crate::process::Origin;
 use crate::queue::{Completion, OpKind, Operation, Queue};
 
-pub use checksums::checksum;
+pub use checksums::{Checksum, checksum, join_checksums};
 pub use placement::BlockSpec;
 
 use checksums::Checksums;
@@ -223,7 +223,31 @@ impl BlockStore {
         let Some(expected) = self.checksums.get(index) else {
             return Err(self.never_written(block, tile, home));
         };
-        let got = checksum(bytes);
+        self.compare(block, tile, home, expected, checksum(bytes))
+    }
+
+    /// As [`verify`](Self::verify), for a tile whose [`checksum`] was taken by the caller.
+    ///
+    /// # Errors
+    ///
+    /// As [`verify`](Self::verify).
+    pub fn verify_checksum(&self, block: BlockId, tile: u32, got: u64) -> Result<(), StorageError> {
+        self.origin.check()?;
+        let (index, home) = self.placement.find(block, tile)?;
+        let Some(expected) = self.checksums.get(index) else {
+            return Err(self.never_written(block, tile, home));
+        };
+        self.compare(block, tile, home, expected, got)
+    }
+
+    fn compare(
+        &self,
+        block: BlockId,
+        tile: u32,
+        home: Home,
+        expected: u64,
+        got: u64,
+    ) -> Result<(), StorageError> {
         if got == expected {
             return Ok(());
         }

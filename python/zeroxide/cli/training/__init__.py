@@ -2,5 +2,6 @@
 
 `options` (what was asked) -> `run_folder` (where it is kept) -> `corpus` and `prepare` (text to tokens, in a process
 of its own) -> `dataset` and `batches` (tokens to batches) -> `models`, `from_scratch`, `from_safetensors` (a model on
-the meta device and where its weights come from) -> `loss` -> `job` (the loop) -> `report`, `sample`, `plot`.
+the meta device and where its weights come from) -> `engine_setup` (handed over to zeroxide) -> `job` (the loop) ->
+`conclusion` (held-out loss, model folder, `sample`, `plot`). `report` is what the user sees of it.
 """

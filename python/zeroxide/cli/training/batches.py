@@ -108,7 +108,7 @@ class HeldOutBatches:
 
     def __len__(self) -> int:
         """Number of batches; 0 where the held-out text is shorter than two tokens."""
-        return -(-len(self._starts) // self._batch_size)
+        return (len(self._starts) + self._batch_size - 1) // self._batch_size
 
     def batch(self, number: int) -> torch.Tensor:
         """Return batch `number` of shape (rows, length), int64; the last may have fewer rows."""

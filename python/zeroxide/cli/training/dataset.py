@@ -51,7 +51,8 @@ class TokenFile:
         data = os.pread(self._descriptor, length * size, start * size)
         if len(data) != length * size:
             raise DataError(
-                f"{self.path} is cut short: expected {length} tokens at {start}, got {len(data) // size}", path=self.path
+                f"{self.path} is cut short: expected {length} tokens at {start}, got {len(data) // size}",
+                path=self.path,
             )
         return numpy.frombuffer(data, dtype=self._dtype).astype(numpy.int64)
 
@@ -217,15 +218,19 @@ def _run_prepare(
     }
     environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "true"}
     # -P keeps the program's own folder off the path, where its neighbours would shadow modules of the same name.
-    with tempfile.TemporaryFile() as noise, subprocess.Popen(
-        [sys.executable, "-P", prepare.__file__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=noise,
-        text=True,
-        env=environment,
-    ) as child:
-        assert child.stdin is not None and child.stdout is not None
+    with (
+        tempfile.TemporaryFile() as noise,
+        subprocess.Popen(
+            [sys.executable, "-P", prepare.__file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=noise,
+            text=True,
+            env=environment,
+        ) as child,
+    ):
+        assert child.stdin is not None
+        assert child.stdout is not None
         problem = ""
         try:
             child.stdin.write(json.dumps(request))

@@ -143,7 +143,9 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             # An integer mask or counter is no weight; a parameter stored so turns up as missing.
             continue
         if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-            raise ModelError(f"{path}: {name} lies outside the file or has the wrong size; is the file cut short?", name=name)
+            raise ModelError(
+                f"{path}: {name} lies outside the file or has the wrong size; is the file cut short?", name=name
+            )
         entries[name] = _Entry(path, _DTYPES[dtype], shape, start + begin, end - begin)
     return entries
 
@@ -194,6 +196,4 @@ def _read_into(entry: _Entry, tensor: torch.Tensor) -> None:
                     read += got
                 flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=entry.dtype, count=count))
     except OSError as error:
-        raise StorageError(
-            f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno
-        ) from None
+        raise StorageError(f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno) from None

@@ -9,56 +9,27 @@ Whatever ends the run early leaves the last committed checkpoint as it was.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
-import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from zeroxide.cli.training import plot
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
-from zeroxide.cli.training.corpus import gather
+from zeroxide.cli.training.conclusion import conclude, encode_prompt, evaluate
+from zeroxide.cli.training.corpus import Corpus, gather
 from zeroxide.cli.training.dataset import Dataset, open_dataset, prepare_dataset
+from zeroxide.cli.training.engine_setup import make_engine
 from zeroxide.cli.training.interrupt import StopRequest
 from zeroxide.cli.training.models import ModelChoice, build_model, choose_model, num_parameters
 from zeroxide.cli.training.options import TrainOptions
-from zeroxide.cli.training.report import Reporter, StepFigures, describe_memory
+from zeroxide.cli.training.report import Reporter, StepFigures
 from zeroxide.cli.training.run_folder import Record, RunFolder, refuse_differences
-from zeroxide.cli.training.schedule import fraction_of_peak
-from zeroxide.config.sizes import format_bytes
-from zeroxide.errors import CheckpointError, ConfigError, DataError, ModelError, NumericsError, StorageError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+from zeroxide.cli.training.running import Running
+from zeroxide.errors import CheckpointError, ConfigError, ModelError, NumericsError
 
 __all__ = ["run"]
-
-_BETAS = (0.9, 0.95)
-_PROMPT_TOKENS = 12
-
-
-@dataclass
-class _Run:
-    """What the parts of a run share once everything is prepared."""
-
-    options: TrainOptions
-    folder: RunFolder
-    reporter: Reporter
-    stop: StopRequest
-    choice: ModelChoice
-    data: Dataset
-    engine: Any
-    model: PreTrainedModel
-    batches: TrainingBatches
-    held_out: HeldOutBatches
-    step: int = 0
-    saved_step: int = -1
 
 
 def run(
@@ -74,69 +45,83 @@ def run(
     With `resume`, go on with the run in `--out`: options not in `explicit` are those of that run. `initialize` stands
     in for `zeroxide.initialize`. Raises `ZeroxideError`.
     """
-    reporter = reporter or Reporter()
-    with StopRequest() as stop:
-        folder: RunFolder | None = None
-        engine: Any = None
-        data: Dataset | None = None
+    with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopRequest())
+        reporter = reporter or Reporter()
+        cleanup.callback(reporter.close)
+        this, notes = _prepare(options, resume, explicit, initialize, reporter, stop, cleanup)
+        reporter.open_log(this.folder.log, append=resume)
+        _announce(this, notes)
+        stop.defer()
         try:
-            if resume:
-                folder = RunFolder.resume(options.out, options.model)
-                recorded = folder.read_record()
-                options = _merge(recorded.options, options, explicit)
-            else:
-                recorded = None
-            options = options.checked()
-            import torch
+            _train(this)
+            if stop.requested:
+                return _stop_early(this)
+            conclude(this)
+        except KeyboardInterrupt:
+            reporter.event("interrupted", step=this.step, saved_step=this.saved_step)
+            raise
+        except Exception as error:
+            reporter.event("error", step=this.step, message=" ".join(str(error).split()))
+            raise
+        return 0
 
-            torch.set_num_threads(options.threads)
-            choice = choose_model(options.model)
-            _check_length(options, choice)
-            if folder is None:
-                folder = RunFolder.create(options.out, options.model)
-            data = _data(options, folder, choice, recorded, explicit, reporter)
-            batches = TrainingBatches(
-                data.train, batch_size=options.batch_size, seq_len=options.seq_len, seed=options.seed
-            )
-            held_out = HeldOutBatches(
-                data.held_out, batch_size=options.batch_size, seq_len=options.seq_len, limit=options.eval_batches
-            )
-            if options.sample_prompt:
-                _encode(data, options.sample_prompt)  # a prompt that is no text should not be found out at the end
-            record = Record(options, choice.digest(), data.corpus_digest)
-            if recorded is not None:
-                refuse_differences(recorded, record)
-            else:
-                folder.write_record(record)
-            _fit_config(choice, data)
-            model = build_model(choice, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
-            engine, source_notes = _engine(options, choice, model, initialize)
-            this = _Run(options, folder, reporter, stop, choice, data, engine, model, batches, held_out)
-            if resume:
-                _load_checkpoint(this, record)
-            reporter.open_log(folder.log, append=resume)
-            _announce(this, source_notes)
-            stop.defer()
-            try:
-                _train(this)
-                if stop.requested:
-                    return _stop_early(this)
-                _conclude(this)
-            except KeyboardInterrupt:
-                reporter.event("interrupted", step=this.step, saved_step=this.saved_step)
-                raise
-            except Exception as error:
-                reporter.event("error", step=this.step, message=" ".join(str(error).split()))
-                raise
-            return 0
-        finally:
-            reporter.close()
-            if engine is not None:
-                engine.destroy()
-            if data is not None:
-                data.close()
-            if folder is not None:
-                folder.close()
+
+def _prepare(
+    options: TrainOptions,
+    resume: bool,
+    explicit: frozenset[str],
+    initialize: Callable[..., Any] | None,
+    reporter: Reporter,
+    stop: StopRequest,
+    cleanup: contextlib.ExitStack,
+) -> tuple[Running, list[str]]:
+    """Return the run, ready for its next step, and what else to tell the user. `cleanup` gets what must be closed."""
+    recorded: Record | None = None
+    folder: RunFolder | None = None
+    if resume:
+        folder = RunFolder.resume(options.out, options.model)
+        cleanup.callback(folder.close)
+        recorded = folder.read_record()
+        options = _merge(recorded.options, options, explicit)
+    options = options.checked()
+    import torch
+
+    torch.set_num_threads(options.threads)
+    choice = choose_model(options.model)
+    _check_length(options, choice)
+    # On resume the tokens in the folder are the run's data; the files they were made from need not be here any more.
+    corpus = None if resume and "data" not in explicit else gather(options.data)
+    if folder is None:
+        folder = RunFolder.create(options.out, options.model)
+        cleanup.callback(folder.close)
+    data = open_dataset(folder.data) if corpus is None else _tokens(options, folder, choice, corpus, recorded, reporter)
+    cleanup.callback(data.close)
+    if data.vocabulary_size > choice.vocabulary_size:
+        raise ModelError(
+            f"the tokenizer has {data.vocabulary_size:,} tokens, the embedding of {choice.name} only "
+            f"{choice.vocabulary_size:,} rows"
+        )
+    batches = TrainingBatches(data.train, batch_size=options.batch_size, seq_len=options.seq_len, seed=options.seed)
+    held_out = HeldOutBatches(
+        data.held_out, batch_size=options.batch_size, seq_len=options.seq_len, limit=options.eval_batches
+    )
+    if options.sample_prompt is not None:
+        encode_prompt(data, options.sample_prompt)  # an empty one should not be found out at the end
+    record = Record(options, choice.digest(), data.corpus_digest)
+    if recorded is not None:
+        refuse_differences(recorded, record)
+    else:
+        folder.write_record(record)
+    _fit_config(choice, data)
+    model = build_model(choice, torch.bfloat16 if options.dtype == "bf16" else torch.float32)
+    count = num_parameters(model)  # the engine takes the shapes away
+    engine, notes = make_engine(options, choice, model, initialize)
+    cleanup.callback(engine.destroy)
+    this = Running(options, folder, reporter, stop, choice, data, engine, model, count, batches, held_out)
+    if resume:
+        _load_checkpoint(this, record)
+    return this, notes
 
 
 def _merge(recorded: TrainOptions, given: TrainOptions, explicit: frozenset[str]) -> TrainOptions:
@@ -150,40 +135,32 @@ def _merge(recorded: TrainOptions, given: TrainOptions, explicit: frozenset[str]
 def _check_length(options: TrainOptions, choice: ModelChoice) -> None:
     longest = choice.longest_sequence
     if longest is not None and options.seq_len > longest:
-        raise ConfigError(f"--seq-len {options.seq_len} is longer than {choice.name} can take ({longest})", path="seq_len")
+        raise ConfigError(
+            f"--seq-len {options.seq_len} is longer than {choice.name} can take ({longest})", path="seq_len"
+        )
 
 
-def _data(
+def _tokens(
     options: TrainOptions,
     folder: RunFolder,
     choice: ModelChoice,
+    corpus: Corpus,
     recorded: Record | None,
-    explicit: frozenset[str],
     reporter: Reporter,
 ) -> Dataset:
-    if recorded is not None and "data" not in explicit:
-        # The tokens in the folder are the run's data; the files they were made from need not be here any more.
-        data = open_dataset(folder.data)
-    else:
-        corpus = gather(options.data)
-        if corpus.num_skipped:
-            reporter.say(f"data: {corpus.num_skipped} files are not text and were left out")
-        if recorded is not None and corpus.digest() != recorded.corpus_digest:
-            raise ConfigError("--resume: the text of --data is not what the run began with", path="data")
-        data = prepare_dataset(
-            folder.data,
-            corpus,
-            tokenizer=choice.directory if choice.has_tokenizer else None,
-            vocabulary_size=choice.vocabulary_size,
-            threads=options.threads,
-            say=reporter.say,
-        )
-    if data.vocabulary_size > choice.vocabulary_size:
-        raise ModelError(
-            f"the tokenizer has {data.vocabulary_size:,} tokens, the embedding of {choice.name} only "
-            f"{choice.vocabulary_size:,} rows"
-        )
-    return data
+    if corpus.num_skipped:
+        reporter.say(f"data: {corpus.num_skipped} files are not text and were left out")
+    if recorded is not None and corpus.digest() != recorded.corpus_digest:
+        # Refused before the tokens of the run would be replaced by those of another text.
+        raise ConfigError("--resume: the text of --data is not what the run began with", path="data")
+    return prepare_dataset(
+        folder.data,
+        corpus,
+        tokenizer=choice.directory if choice.has_tokenizer else None,
+        vocabulary_size=choice.vocabulary_size,
+        threads=options.threads,
+        say=reporter.say,
+    )
 
 
 def _fit_config(choice: ModelChoice, data: Dataset) -> None:
@@ -193,79 +170,7 @@ def _fit_config(choice: ModelChoice, data: Dataset) -> None:
             setattr(choice.config, name, data.end_of_text)
 
 
-def _engine(
-    options: TrainOptions, choice: ModelChoice, model: PreTrainedModel, initialize: Callable[..., Any] | None
-) -> tuple[Any, list[str]]:
-    """Hand the model to zeroxide and return the engine, with one note per thing worth telling the user."""
-    from zeroxide.cli.training.from_safetensors import FromSafetensors
-    from zeroxide.cli.training.from_scratch import FromScratch
-    from zeroxide.cli.training.loss import causal_lm_loss
-
-    notes: list[str] = []
-    weights: FromSafetensors | FromScratch
-    if choice.has_weights and choice.directory is not None:
-        weights = FromSafetensors(model, choice.directory)
-        if weights.unexpected:
-            more = f" and {len(weights.unexpected) - 3} more" if len(weights.unexpected) > 3 else ""
-            notes.append(f"not part of this model, left out: {', '.join(weights.unexpected[:3])}{more}")
-    else:
-        weights = FromScratch(model, options.seed)
-    model.loss_function = causal_lm_loss
-    if options.activation_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise ModelError(f"{choice.name} does not support activation checkpointing")
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    if initialize is None:
-        import zeroxide
-
-        initialize = zeroxide.initialize
-    engine, *_ = initialize(
-        model=model,
-        model_parameters=_parameter_groups(model, options),
-        lr_scheduler=lambda optimizer: _scheduler(optimizer, options),
-        config=_engine_config(options),
-        offload=options.offload,
-        host_memory=options.host_memory,
-        weights=weights,
-    )
-    return engine, notes
-
-
-def _scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> torch.optim.lr_scheduler.LRScheduler:
-    from torch.optim.lr_scheduler import LambdaLR
-
-    return LambdaLR(optimizer, lambda step: fraction_of_peak(step, options))
-
-
-def _parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    """Split the parameters: decay matrices, leave vectors (biases, norms) alone."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def _engine_config(options: TrainOptions) -> dict[str, Any]:
-    return {
-        "train_micro_batch_size_per_gpu": options.batch_size,
-        "gradient_accumulation_steps": options.accumulate,
-        "gradient_clipping": options.clip,
-        "steps_per_print": math.inf,
-        "bf16": {"enabled": options.dtype == "bf16"},
-        "optimizer": {
-            "type": "AdamW",
-            "params": {"lr": options.lr, "betas": list(_BETAS), "weight_decay": options.weight_decay},
-        },
-        "zeroxide": {"format": options.format, "io_engine": options.io_engine, "threads": options.threads},
-    }
-
-
-def _load_checkpoint(this: _Run, record: Record) -> None:
+def _load_checkpoint(this: Running, record: Record) -> None:
     folder = this.folder
     if not folder.checkpoints():
         raise CheckpointError(f"--resume: {folder.path} holds no checkpoint", path=folder.checkpoint_folder)
@@ -280,13 +185,12 @@ def _load_checkpoint(this: _Run, record: Record) -> None:
         raise ConfigError(f"the run is at step {step} of {this.options.steps} already; give more --steps", path="steps")
 
 
-def _announce(this: _Run, notes: list[str]) -> None:
+def _announce(this: Running, notes: list[str]) -> None:
     options, choice, data = this.options, this.choice, this.data
     origin = "fine-tuned" if choice.has_weights else "from scratch"
-    count = num_parameters(this.model)
     plan = this.engine.plan()
     rows = [
-        ("model", f"{choice.name}, {count:,} parameters, {options.dtype}, {origin}"),
+        ("model", f"{choice.name}, {this.num_parameters:,} parameters, {options.dtype}, {origin}"),
         (
             "data",
             f"{data.description}: {data.num_documents:,} files, {data.train.count:,} tokens to train on, "
@@ -305,11 +209,16 @@ def _announce(this: _Run, notes: list[str]) -> None:
     rows.append(("run", f"{this.folder.path}" + (f", going on after step {this.step}" if this.step else "")))
     this.reporter.banner([row for row in rows if row[1]])
     this.reporter.event(
-        "start", step=this.step, parameters=count, options=options.as_json(), model=choice.name, plan=plan.describe()
+        "start",
+        step=this.step,
+        parameters=this.num_parameters,
+        options=options.as_json(),
+        model=choice.name,
+        plan=plan.describe(),
     )
 
 
-def _train(this: _Run) -> None:
+def _train(this: Running) -> None:
     options = this.options
     this.reporter.start(this.step, options.steps)
     try:
@@ -319,14 +228,14 @@ def _train(this: _Run) -> None:
             this.reporter.step(figures, options.steps)
             last = this.step == options.steps
             if options.eval_every and this.step % options.eval_every == 0 and not last:
-                _evaluate(this)
+                evaluate(this)
             if options.save_every and (last or this.step % options.save_every == 0):
                 _save_checkpoint(this)
     finally:
         this.reporter.stop()
 
 
-def _one_step(this: _Run) -> StepFigures:
+def _one_step(this: Running) -> StepFigures:
     import torch
 
     options, engine = this.options, this.engine
@@ -388,28 +297,13 @@ def _seed_of(seed: int, number: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def _last_checkpoint(this: _Run) -> str:
+def _last_checkpoint(this: Running) -> str:
     if this.saved_step >= 0:
         return f"the checkpoint of step {this.saved_step} is intact"
     return "there is no checkpoint yet (see --save-every)"
 
 
-def _evaluate(this: _Run) -> float | None:
-    from zeroxide.cli.training.sample import held_out_loss
-
-    begin = time.perf_counter()
-    loss = held_out_loss(this.engine, this.held_out, lambda: this.stop.requested)
-    if loss is None:
-        return None
-    perplexity = math.exp(min(loss, 700.0))
-    this.reporter.say(f"held-out loss {loss:.4f} (perplexity {perplexity:,.1f}) after step {this.step}")
-    this.reporter.event(
-        "eval", step=this.step, loss=loss, perplexity=perplexity, seconds=time.perf_counter() - begin
-    )
-    return loss
-
-
-def _save_checkpoint(this: _Run) -> None:
+def _save_checkpoint(this: Running) -> None:
     begin = time.perf_counter()
     state = {"step": this.step, "micro_batches": this.step * this.options.accumulate, "corpus": this.data.corpus_digest}
     this.engine.save_checkpoint(str(this.folder.checkpoint_folder), tag=f"step-{this.step}", client_state=state)
@@ -420,113 +314,12 @@ def _save_checkpoint(this: _Run) -> None:
     this.reporter.event("checkpoint", step=this.step, seconds=seconds)
 
 
-def _stop_early(this: _Run) -> int:
+def _stop_early(this: Running) -> int:
     if this.saved_step != this.step:
         _save_checkpoint(this)
     this.reporter.event("stopped", step=this.step, signal=this.stop.name)
     this.reporter.say(
-        f"stopped by {this.stop.name} after step {this.step}; go on with: zeroxide train --resume --out {this.folder.path}"
+        f"stopped by {this.stop.name} after step {this.step}; "
+        f"go on with: zeroxide train --resume --out {this.folder.path}"
     )
     return this.stop.exit_status
-
-
-def _conclude(this: _Run) -> None:
-    options, reporter, engine = this.options, this.reporter, this.engine
-    loss = _evaluate(this)
-    if loss is None and not this.stop.requested:
-        reporter.say("no held-out loss: the held-out text is too short")
-    _save_model(this)
-    if options.sample_tokens and not this.stop.requested:
-        _sample(this)
-    plotted = _plot(this)
-    memory = engine.memory()
-    for number, line in enumerate(describe_memory(_expected_bytes(engine.plan()), memory)):
-        reporter.say(f"  {'memory' if number == 0 else '':<9} {line}")
-    peak, limit = int(memory["process"]["peak"]), memory.get("limit")
-    reporter.say(f"peak resident memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))
-    reporter.say(f"model in {this.folder.model}, log in {this.folder.log}" + (f", plot in {plotted}" if plotted else ""))
-    reporter.event("end", step=this.step, loss=loss, peak_rss=peak, limit=limit)
-
-
-def _save_model(this: _Run) -> None:
-    """Write a folder that `transformers` loads, aside and then by one rename."""
-    target = this.folder.model
-    aside = target.with_name("model.writing")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.copytree(this.data.tokenizer_folder, aside)
-        config = this.model.config
-        config.architectures = [type(this.model).__name__]
-        config.dtype = "bfloat16" if this.options.dtype == "bf16" else "float32"
-        config.save_pretrained(aside)
-        if this.model.generation_config is not None:
-            generation = this.model.generation_config
-            if this.choice.directory is None or not this.choice.has_tokenizer:
-                generation.bos_token_id = generation.eos_token_id = this.data.end_of_text
-            generation.save_pretrained(aside)
-        this.engine.save_16bit_model(str(aside))
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the model to {target}: {error.strerror or error}", path=target, errno=error.errno
-        ) from None
-
-
-def _tokenizer(data: Dataset) -> Any:
-    from tokenizers import Tokenizer
-
-    return Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json"))
-
-
-def _encode(data: Dataset, text: str) -> list[int]:
-    ids: list[int] = _tokenizer(data).encode(text, add_special_tokens=False).ids
-    if not ids:
-        raise DataError("--sample-prompt holds no tokens")
-    return ids
-
-
-def _sample(this: _Run) -> None:
-    from zeroxide.cli.training.sample import generate
-
-    options, data = this.options, this.data
-    longest = this.choice.longest_sequence
-    room = options.sample_tokens if longest is None else min(options.sample_tokens, longest - 1)
-    if options.sample_prompt:
-        prompt = _encode(data, options.sample_prompt)
-    else:
-        source = data.held_out if data.held_out.count else data.train
-        prompt = source.read(0, min(_PROMPT_TOKENS, source.count)).tolist()
-    if longest is not None:
-        prompt = prompt[-(longest - room) :]
-    tokens = generate(
-        this.engine,
-        prompt,
-        count=room,
-        vocabulary_size=data.vocabulary_size,
-        end_of_text=data.end_of_text,
-        seed=options.seed,
-        stop=lambda: this.stop.requested,
-    )
-    tokenizer = _tokenizer(data)
-    begin, text = tokenizer.decode(prompt), tokenizer.decode(tokens)
-    this.reporter.say("sample:")
-    for line in (begin + text).splitlines():
-        this.reporter.say(f"  | {line}")
-    this.reporter.event("sample", step=this.step, prompt=begin, text=text)
-
-
-def _plot(this: _Run) -> Path | None:
-    """Draw the loss curve. A missing or failing matplotlib costs the picture, not the run."""
-    command = [sys.executable, "-P", plot.__file__, str(this.folder.log), str(this.folder.plot)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=False)
-    if finished.returncode == 0:
-        return this.folder.plot
-    reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
-    this.reporter.say(f"no loss plot: {reason}")
-    return None
-
-
-def _expected_bytes(plan: Any) -> dict[str, int]:
-    expected = getattr(plan, "expected", None)
-    return {str(key): int(value) for key, value in expected.items()} if isinstance(expected, dict) else {}

@@ -3,8 +3,9 @@
 `transformers` turns the logits into fp32, takes a log-softmax of that, and autograd keeps one more of each for
 backward: for a vocabulary of 50 257 that is about 800 KB a token, more than all layers of a small model together. Here
 a few rows at a time are widened to fp32, and only the log-sum-exp of each row is kept; backward makes the gradient
-row by row in the logits' own dtype. The numbers are those of `torch.nn.functional.cross_entropy` over fp32 logits, up
-to the order of summation inside a row.
+row by row in the logits' own dtype and in their own memory, since nothing needs them any more: a graph can therefore
+be differentiated once. The numbers are those of `torch.nn.functional.cross_entropy` over fp32 logits, up to the order
+of summation inside a row.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _IGNORED = -100
 class _CrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(logits)[target] over rows whose target is not ignored.
 
-    logits: (rows, vocabulary), any float dtype; targets: (rows,), int64; result: fp32 scalar.
+    logits: (rows, vocabulary), any float dtype, overwritten by backward; targets: (rows,), int64; result: fp32 scalar.
     """
 
     @staticmethod
@@ -42,7 +43,9 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
         logits, targets, log_sum = ctx.saved_tensors
-        result = torch.empty_like(logits)
+        # Writing raises the tensor's version, so autograd itself refuses a second backward, and one through another
+        # operation that had kept the logits.
+        result = logits.detach()
         for rows in _pieces(logits):
             wide = logits[rows].float()
             wide.sub_(log_sum[rows].unsqueeze(1)).exp_()
@@ -63,10 +66,11 @@ def causal_lm_loss(
     """Mean next-token loss, fp32 scalar, with the signature that `transformers` gives a model's `loss_function`.
 
     logits: (batch, seq, vocab_size); labels: (batch, seq), int64, -100 where no prediction counts. Position t predicts
-    label t + 1. The mean is over what counts, or over `num_items_in_batch` where that is given.
+    label t + 1. The mean is over what counts, or over `num_items_in_batch` where that is given. Backward overwrites
+    `logits`.
     """
     targets = torch.nn.functional.pad(labels, (0, 1), value=_IGNORED)[..., 1:].reshape(-1).to(logits.device)
-    total: torch.Tensor = _CrossEntropy.apply(logits.reshape(-1, vocab_size), targets)  # type: ignore[no-untyped-call]
+    total: torch.Tensor = _CrossEntropy.apply(logits.reshape(-1, vocab_size), targets)
     count = (targets != _IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
     return total / count
 

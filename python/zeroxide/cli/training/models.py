@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import hashlib
 import io
+import json
 import logging
 import warnings
 from collections.abc import Iterator
@@ -66,6 +67,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 """Name -> the fields of a `transformers` config. The tokenizer of a preset is trained on the run's own corpus."""
 
+_NOT_THE_MODEL = frozenset({"transformers_version", "_name_or_path"})
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -92,7 +94,8 @@ class ModelChoice:
 
     def digest(self) -> str:
         """Return a hash of the config: equal exactly where the same model would be built."""
-        return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+        fields = {key: value for key, value in self.config.to_dict().items() if key not in _NOT_THE_MODEL}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def choose_model(name: str) -> ModelChoice:
@@ -117,7 +120,9 @@ def choose_model(name: str) -> ModelChoice:
             raise ModelError(f"{name}/config.json: {error}") from None
     has_weights = any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").exists()
     if not has_weights and any(directory.glob("*.bin")):
-        raise ModelError(f"{name} holds weights that are not safetensors; convert them first (pickled files can run code)")
+        raise ModelError(
+            f"{name} holds weights that are not safetensors; convert them first (pickled files can run code)"
+        )
     has_tokenizer = any((directory / file).is_file() for file in _TOKENIZER_FILES)
     return ModelChoice(directory.resolve().name, config, directory.resolve(), has_weights, has_tokenizer)
 
@@ -130,7 +135,9 @@ def build_model(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:
     with _quiet():
         try:
             with torch.device("meta"):
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(choice.config, dtype=dtype)
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                    choice.config, dtype=dtype
+                )
         except (ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
             raise ModelError(f"{choice.name} cannot be built as a language model: {line[:200]}") from None

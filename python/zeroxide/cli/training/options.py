@@ -79,7 +79,7 @@ class TrainOptions:
     """`auto`, `io_uring` or `threads`."""
 
     def checked(self) -> TrainOptions:
-        """Return the same options with defaults resolved. Raises `ConfigError` for the first one that makes no sense."""
+        """Return the same options, defaults resolved. Raises `ConfigError` for the first that makes no sense."""
         _count("steps", self.steps, 1)
         _count("batch_size", self.batch_size, 1)
         _count("seq_len", self.seq_len, 2, _LARGEST_SEQUENCE)
@@ -119,7 +119,9 @@ class TrainOptions:
         kind, separator, directory = self.offload.partition(":")
         if kind == "nvme" and directory:
             if os.path.exists(directory) and not os.path.isdir(directory):
-                raise ConfigError(f"--offload {self.offload}: {directory} is a file, a folder is needed", path="offload")
+                raise ConfigError(
+                    f"--offload {self.offload}: {directory} is a file, a folder is needed", path="offload"
+                )
             return
         if kind not in ("none", "cpu") or separator:
             raise ConfigError(
@@ -135,7 +137,9 @@ class TrainOptions:
         try:
             limit = parse_bytes(int(self.host_memory) if self.host_memory.isdecimal() else self.host_memory)
         except ValueError as error:
-            raise ConfigError(f"--host-memory: expected {error}, got {self.host_memory!r}", path="host_memory") from None
+            raise ConfigError(
+                f"--host-memory: expected {error}, got {self.host_memory!r}", path="host_memory"
+            ) from None
         if not 1 << 20 <= limit < 1 << 60:
             raise ConfigError(
                 f"--host-memory {self.host_memory} is not a usable size: give 1 MiB to 1 EiB", path="host_memory"

@@ -65,7 +65,7 @@ def _train(documents: list[dict[str, Any]], vocabulary: int, out: Path) -> None:
     )
     texts = (chunk for document in documents if not document["held_out"] for chunk in _chunks(document["path"]))
     tokenizer.train_from_iterator(texts, trainer)
-    PreTrainedTokenizerFast(
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
     ).save_pretrained(out)
 

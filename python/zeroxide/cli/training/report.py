@@ -5,6 +5,7 @@ On a terminal a bar stays below the lines; elsewhere there are only lines, each 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -133,8 +134,14 @@ class Reporter:
             return
         # Imported only where it shows something: it costs some 6 MiB of resident memory.
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        from rich.progress import TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("training"),
@@ -166,7 +173,8 @@ class Reporter:
         """Take the bar away and close the log."""
         self.stop()
         if self._log is not None:
-            self._log.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take was reported when it was written
+                self._log.close()
             self._log = None
 
 

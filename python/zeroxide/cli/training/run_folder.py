@@ -1,12 +1,12 @@
 """The folder that a run lives in, and the record that lets a later process go on with it.
 
-    run.json      the options, and hashes of the model's config and of the corpus
-    LOCK          held while a process works here; holds its pid
-    log.jsonl     one JSON object per event
-    data/         tokens and tokenizer (see `dataset`)
-    checkpoints/  step-N/ ..., written by the engine
-    model/        what `transformers` loads, at the end
-    loss.png      the loss curve, at the end
+run.json      the options, and hashes of the model's config and of the corpus
+LOCK          held while a process works here; holds its pid
+log.jsonl     one JSON object per event
+data/         tokens and tokenizer (see `dataset`)
+checkpoints/  step-N/ ..., written by the engine
+model/        what `transformers` loads, at the end
+loss.png      the loss curve, at the end
 """
 
 from __future__ import annotations
@@ -58,14 +58,16 @@ class RunFolder:
         except OSError:
             holder = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
-            raise ConfigError(f"{path} is in use by a live run (pid {holder}); give another --out", path="out") from None
+            raise ConfigError(
+                f"{path} is in use by a live run (pid {holder}); give another --out", path="out"
+            ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
         self._lock = descriptor
 
     @classmethod
     def create(cls, out: str | None, model: str) -> RunFolder:
-        """Open a folder for a new run. One that holds an earlier run's results is refused, or passed over by default."""
+        """Open a folder for a new run. One with results in it is refused where it was asked for, else passed over."""
         if out is not None:
             folder = cls(Path(out).expanduser())
             if folder.holds_results:
@@ -163,7 +165,9 @@ class RunFolder:
         try:
             value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             if value["version"] != _VERSION:
-                raise CheckpointError(f"{path} has version {value['version']}, this zeroxide reads {_VERSION}", path=path)
+                raise CheckpointError(
+                    f"{path} has version {value['version']}, this zeroxide reads {_VERSION}", path=path
+                )
             return Record(
                 options=TrainOptions.from_json(value["options"]),
                 model_digest=str(value["model_digest"]),

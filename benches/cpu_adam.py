@@ -1,0 +1,131 @@
+"""The CPU optimizer step beside DeepSpeedCPUAdam, torch's fused AdamW, and the streaming floor.
+
+    python benches/cpu_adam.py --parameters 100000000 --rounds 10
+
+The floor (Rust example `adam_bench`) reads and writes the same arrays as a step, with almost no arithmetic: no step
+over the same bytes can be faster. Contestants are processes that wait for their turn; a round gives each a few steps.
+All of them have their arrays in huge pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+from typing import Any
+
+import side_by_side as bench
+
+PEER_KINDS = ("torch-fp32", "deepspeed-fp32", "deepspeed-bf16")
+OUR_KINDS = ("zeroxide-fp32", "zeroxide-bf16", "zeroxide-split")
+# The kernel, by what it is compared with: same arrays, same bytes.
+PAIRS = (
+    ("zeroxide-fp32", "torch-fp32"),
+    ("zeroxide-fp32", "deepspeed-fp32"),
+    ("zeroxide-bf16", "deepspeed-bf16"),
+    ("zeroxide-split", "deepspeed-bf16"),
+    ("zeroxide-split", "deepspeed-fp32"),
+)
+
+
+def kernel_round(options: argparse.Namespace, binary: str) -> dict[str, Any]:
+    """One run of the Rust example: step and floor of both exact formats, interleaved in one process."""
+    command = [*options.prefix, binary, "--params", str(options.parameters), "--threads", str(options.threads)]
+    done = subprocess.run([*command, "--repetitions", str(options.steps)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main() -> None:
+    parser = bench.arguments(__doc__ or "")
+    parser.add_argument("--parameters", type=int, default=100_000_000, help="parameters (default %(default)s)")
+    parser.add_argument("--tensors", type=int, default=8, help="tensors that they are divided over")
+    parser.add_argument("--steps", type=int, default=5, help="steps a contestant takes in a round")
+    parser.set_defaults(rounds=5)
+    options = parser.parse_args()
+
+    bench.emit("machine", bench.machine())
+    binary = str(bench.cargo_example("zeroxide-optim", "adam_bench"))
+    contestants: dict[str, bench.Contestant] = {}
+    kernels: dict[str, list[dict[str, Any]]] = {"fp32": [], "split": []}
+    seconds: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
+    isa = ""
+    try:
+        for kind in (*PEER_KINDS, *OUR_KINDS):
+            bench.note(f"starting {kind}")
+            contestants[kind] = bench.Contestant(
+                bench.zeroxide_side() if kind in OUR_KINDS else bench.peers_side(),
+                "adam.py",
+                {
+                    "kind": kind,
+                    "parameters": options.parameters,
+                    "tensors": options.tensors,
+                    "steps": options.steps,
+                    "threads": options.threads,
+                },
+                threads=options.threads,
+                environment=bench.HUGE_PAGES,
+            )
+        for number in range(options.rounds):
+            bench.note(f"round {number + 1} of {options.rounds}")
+            report = kernel_round(options, binary)
+            isa = report["isa"]
+            for name, found in kernels.items():
+                found.append(report[name])
+            for kind, contestant in contestants.items():
+                answer = contestant.round()
+                seconds.setdefault(kind, []).extend(answer["seconds"])
+                cpu.setdefault(kind, []).extend(answer["cpu_seconds"])
+    finally:
+        for contestant in contestants.values():
+            contestant.close()
+
+    floors = {}
+    for name, found in kernels.items():
+        floor = bench.summary(one["floor_s"] for one in found)
+        step = bench.summary(one["step_s"] for one in found)
+        floors[name] = floor["median"]
+        share = bench.summary((one["ratio_median"] for one in found), 4)
+        bench.emit(
+            "cpu_adam",
+            {
+                "contestant": f"zeroxide kernel {name} (Rust)",
+                "isa": isa,
+                "parameters": options.parameters,
+                "threads": options.threads,
+                "bytes_per_parameter": found[0]["bytes_per_param"],
+                "seconds": step,
+                "floor_seconds": floor,
+                "share_of_floor": share,
+            },
+        )
+        if name == "fp32":
+            bench.emit(
+                "cpu_adam", bench.goal("fp32 kernel, share of the streaming floor", share["median"], 0.9, at_most=False)
+            )
+    medians = {}
+    for kind, values in seconds.items():
+        about = contestants[kind].about
+        wall = bench.summary(values)
+        medians[kind] = wall["median"]
+        moved = about["bytes_per_parameter"] * about["parameters"]
+        line = {
+            "contestant": kind,
+            "parameters": about["parameters"],
+            "threads": options.threads,
+            "bytes_per_parameter": about["bytes_per_parameter"],
+            "seconds": wall,
+            "cpu_seconds": bench.summary(cpu[kind]),
+            "gb_per_second": round(moved / wall["median"] / 1e9, 2),
+        }
+        # A floor is for one set of bytes: 22 bytes a parameter have none here.
+        same = {28: "fp32", 26: "split"}.get(about["bytes_per_parameter"])
+        if same is not None:
+            line["share_of_floor"] = round(floors[same] / wall["median"], 4)
+        bench.emit("cpu_adam", line)
+    for ours, theirs in PAIRS:
+        bench.emit("cpu_adam", {"ours": ours, "of": theirs, "step": round(medians[ours] / medians[theirs], 3)})
+
+
+if __name__ == "__main__":
+    main()

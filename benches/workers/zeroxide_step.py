@@ -1,0 +1,132 @@
+"""Train GPT-2 for a few steps with zeroxide and report times, memory and disk bytes.
+
+One argument: a JSON object
+
+    {"model": "124m", "rows": 1, "columns": 128, "steps": 6, "offload": "nvme" | "cpu" | "none",
+     "directory": where the blocks go, "host_memory": "1GiB" or null, "threads": 2}
+
+The model is built on the meta device and its weights are made a unit at a time, as one does who minds memory.
+With "no_processes": true, starting any other program (a compiler, say) ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+STARTS_A_PROCESS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.startfile")
+
+
+def refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    """An audit hook: an error where Python would start another program."""
+    if event in STARTS_A_PROCESS:
+        raise RuntimeError(f"{event} during a run that may start no other program: {arguments}")
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    started = time.perf_counter()
+
+    import process
+    import torch
+
+    if spec.get("no_processes"):
+        sys.addaudithook(refuse_processes)
+    import zeroxide
+
+    imported = time.perf_counter()
+    import gpt2
+    from transformers import GPT2LMHeadModel
+
+    torch.set_num_threads(spec["threads"])
+    config = gpt2.model_config(spec["model"])
+    before = process.memory()
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    numel = sum(parameter.numel() for parameter in model.parameters())
+
+    class SeededWeights:
+        """The initial values of gpt2.py, a unit at a time."""
+
+        def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, torch.nn.Module]) -> None:
+            for name, tensor in tensors.items():
+                gpt2.fill_parameter(name, tensor, config.n_layer)
+            for module in modules.values():
+                for buffer in module.buffers(recurse=False):
+                    if buffer.dtype is torch.bool:
+                        buffer.copy_(torch.ones_like(buffer).tril())
+
+    offload = f"nvme:{spec['directory']}" if spec["offload"] == "nvme" else spec["offload"]
+    model.train()
+    engine, *_ = zeroxide.initialize(
+        model=model,
+        weights=SeededWeights(),
+        offload=offload,
+        host_memory=spec.get("host_memory"),
+        dtype="bf16",
+        lr=1e-4,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        weight_decay=0.01,
+        gradient_clipping=1.0,
+        gradient_accumulation_steps=1,
+        config=spec.get("config"),
+    )
+    ready = time.perf_counter()
+    built = process.memory()
+
+    steps = []
+    process.reset_peak()
+    for step in range(spec["steps"]):
+        batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], step)
+        io_before, t0 = process.disk(), time.perf_counter()
+        loss = engine(**batch).loss
+        t1 = time.perf_counter()
+        engine.backward(loss)
+        t2 = time.perf_counter()
+        engine.step()
+        t3 = time.perf_counter()
+        io_after = process.disk()
+        steps.append(
+            {
+                "forward": t1 - t0,
+                "backward": t2 - t1,
+                "step": t3 - t2,
+                "total": t3 - t0,
+                "loss": float(loss.detach()),
+                **{key: io_after[key] - io_before[key] for key in io_after},
+            }
+        )
+        del loss
+    training = process.memory()
+    own = engine.memory()
+    io = engine.io()
+    plan = engine.plan().describe()
+    engine.destroy()
+    process.emit(
+        {
+            "engine": f"zeroxide {zeroxide.__version__}",
+            "torch": torch.__version__,
+            "parameters": numel,
+            "steps": steps,
+            "import_seconds": imported - started,
+            "setup_seconds": ready - imported,
+            "memory": {
+                "imported_rss": before["rss"],
+                "setup_peak": built["peak"],
+                "training_peak": training["peak"],
+                "peak": max(built["peak"], training["peak"]),
+                "anon": training["anon"],
+                "file": training["file"],
+            },
+            "buckets": own,
+            "io": io,
+            "plan": plan,
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()

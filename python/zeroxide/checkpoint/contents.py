@@ -1,0 +1,128 @@
+"""What an engine holds, by name: parameters with their state in the core, buffers of the model, optimizer groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from zeroxide import _core
+from zeroxide.zero.tensors import spec
+
+if TYPE_CHECKING:
+    from zeroxide.engine import Engine
+
+__all__ = ["PARTS", "Held", "LiveState", "Staging", "held_parameters", "persistent_buffers"]
+
+PARTS = ("weights", "exp_avg", "exp_avg_sq")
+"""The parts of a parameter's state, as the core names them: fp32 weight, first and second moment."""
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Held:
+    """One parameter of an engine. `names` has every name that the model gives it, the first one first."""
+
+    unit: int
+    position: int
+    offset: int
+    """Of its first element in the unit's flat weights, in elements."""
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    numel: int
+    trainable: bool
+    group: int | None
+    """Number of its optimizer group; None if it is frozen."""
+
+    @property
+    def name(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+
+def held_parameters(engine: Engine) -> list[Held]:
+    """Every parameter once, in the order of the core."""
+    core = engine._alive()
+    names: dict[int, list[str]] = {}
+    for name, param in engine.module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    groups = {
+        id(param): number for number, group in enumerate(engine.optimizer.param_groups) for param in group["params"]
+    }
+    return [
+        Held(
+            unit=unit.index,
+            position=position,
+            offset=core.param_offset(unit.index, position),
+            names=tuple(names[id(param)]),
+            shape=tuple(unit.shapes[position]),
+            numel=unit.shapes[position].numel(),
+            trainable=unit.trainable[position],
+            group=groups.get(id(param)),
+        )
+        for unit in engine._units
+        for position, param in enumerate(unit.params)
+    ]
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The buffers that are part of the model's state, each once, under its first name."""
+    found: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is None or name in owner._non_persistent_buffers_set or id(buffer) in seen:
+                continue
+            seen.add(id(buffer))
+            found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+class Staging:
+    """The memory that all state passes through on its way to and from files: one chunk as fp32, one as stored."""
+
+    def __init__(self, elements: int = CHUNK_ELEMENTS) -> None:
+        self.elements = elements
+        self.values = torch.empty(elements, dtype=torch.float32)
+        self._raw = torch.empty(elements * 4, dtype=torch.uint8)
+
+    def stored(self, dtype: torch.dtype, count: int) -> torch.Tensor:
+        """Room for up to `count` elements as they stand in a file; for fp32 it is the memory of `values`."""
+        if dtype == torch.float32:
+            return self.values[:count]
+        count = min(count, self._raw.numel() // dtype.itemsize)
+        return self._raw[: count * dtype.itemsize].view(dtype)
+
+
+class LiveState:
+    """Reads the state of parameters out of the core, a chunk at a time, into reused memory."""
+
+    def __init__(self, core: _core.Offload, tile_elements: int, staging: Staging) -> None:
+        self._core = core
+        self._staging = staging
+        # State on disk comes in whole tiles; a chunk that ends where a tile ends reads none of them twice.
+        self._step = max(1, staging.elements // tile_elements) * tile_elements
+        self._step = min(self._step, staging.elements)
+
+    def chunks(self, held: Held, part: str, start: int, count: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16.
+
+        Each chunk is valid until the next one is taken.
+        """
+        end = start + count
+        while start < end:
+            boundary = (held.offset + start) // self._step * self._step + self._step - held.offset
+            values = self._staging.values[: min(end, boundary) - start]
+            self._core.read_param(held.unit, held.position, part, start, spec(values))
+            start += values.numel()
+            if dtype == torch.bfloat16:
+                rounded = self._staging.stored(torch.bfloat16, values.numel())
+                self._core.round_bf16(spec(values), spec(rounded))
+                yield rounded
+            else:
+                assert dtype == torch.float32, "live state is fp32 or bf16"
+                yield values

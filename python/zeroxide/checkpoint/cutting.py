@@ -1,0 +1,68 @@
+"""Which tensors go into which file: files end at a size limit, and a tensor that is larger is cut into pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+import torch
+
+from zeroxide.checkpoint.stream import Entry
+
+__all__ = ["FILE_BYTES", "Cut", "Tensor", "cut_into_files"]
+
+FILE_BYTES = 2 << 30
+"""Largest file that is made of more than one tensor; also the largest piece of one tensor in a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be written: its name, and dtype and shape in the file."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Elements `start .. start + count` of a tensor: the whole of it, or a flat piece."""
+
+    tensor: Tensor
+    start: int
+    count: int
+
+    @property
+    def entry(self) -> Entry:
+        """What stands in the file: pieces carry their element range in the key and are flat."""
+        whole = self.count == self.tensor.numel
+        key = self.tensor.name if whole else f"{self.tensor.name}[{self.start}:{self.start + self.count}]"
+        return Entry(key, self.tensor.dtype, self.tensor.shape if whole else (self.count,))
+
+
+def cut_into_files(tensors: Iterable[Tensor], limit: int, *, pieces: bool) -> list[list[Cut]]:
+    """Packs tensors into files of at most `limit` bytes, in order; within a file the wider elements come first.
+
+    A tensor larger than `limit` is cut if `pieces`, else it has a file of its own.
+    """
+    files: list[list[Cut]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.dtype.itemsize
+        step = max(1, limit // size) if pieces else tensor.numel
+        for start in range(0, max(1, tensor.numel), max(1, step)):
+            count = min(step, tensor.numel - start)
+            if not files or count * size > room:
+                files.append([])
+                room = limit
+            files[-1].append(Cut(tensor, start, count))
+            room -= count * size
+    for cuts in files:
+        cuts.sort(key=lambda cut: -cut.tensor.dtype.itemsize)
+    return files

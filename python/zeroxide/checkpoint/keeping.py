@@ -1,0 +1,71 @@
+"""Present values of parameters that a load leaves alone, while the rest of their unit is filled.
+
+The core fills whole units. What a unit keeps goes through a file that has no name and is as long as the largest unit
+needs, allocated before anything changes: memory stays bounded, and a full disk is found in time.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from zeroxide.checkpoint.contents import Held, LiveState, Staging
+from zeroxide.checkpoint.stream import write_all
+
+__all__ = ["Keeping"]
+
+FP32_BYTES = 4
+
+
+class Keeping:
+    """Room on disk for `elements` fp32 values. A context manager. Raises OSError."""
+
+    def __init__(self, elements: int, directory: Path | None, live: LiveState, staging: Staging) -> None:
+        self._live = live
+        self._staging = staging
+        self._places: dict[tuple[str, str], int] = {}
+        self._file = tempfile.TemporaryFile(dir=directory) if elements else None  # noqa: SIM115
+        if self._file is not None:
+            os.posix_fallocate(self._file.fileno(), 0, elements * FP32_BYTES)
+
+    def __enter__(self) -> Keeping:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def start_unit(self) -> None:
+        """Forgets what was kept of the last unit."""
+        self._places.clear()
+        if self._file is not None:
+            self._file.seek(0)
+
+    def keep(self, held: Held, part: str) -> None:
+        """Copies the present values of one part of a parameter."""
+        assert self._file is not None, "room was asked for"
+        descriptor = self._file.fileno()
+        self._places[held.name, part] = os.lseek(descriptor, 0, os.SEEK_CUR)
+        for values in self._live.chunks(held, part, 0, held.numel, torch.float32):
+            write_all(descriptor, memoryview(values.numpy()).cast("B"))
+
+    def chunks(self, held: Held, part: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first element, values) of what was kept. Each chunk is valid until the next one is taken."""
+        assert self._file is not None, "something was kept"
+        at = self._places[held.name, part]
+        for start in range(0, held.numel, self._staging.elements):
+            values = self._staging.values[: min(self._staging.elements, held.numel - start)]
+            view = memoryview(values.numpy()).cast("B")
+            done = 0
+            while done < view.nbytes:
+                count = os.preadv(self._file.fileno(), [view[done:]], at + start * FP32_BYTES + done)
+                assert count, "what was kept is all there"
+                done += count
+            yield start, values

@@ -1,0 +1,161 @@
+"""Writing a safetensors file tensor by tensor, with all shapes known and no tensor whole in memory.
+
+The format (github.com/huggingface/safetensors): an 8-byte little-endian length, that many bytes of JSON with dtype,
+shape and [begin, end) of each tensor, then the bytes of the tensors back to back.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+__all__ = ["DTYPES", "Entry", "StreamWriter", "digest", "dtype_name", "write_all"]
+
+HEADER_ALIGN = 8
+DIGEST_BYTES = 16
+
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+"""dtypes by the names that safetensors files use."""
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype) -> str | None:
+    """The name of `dtype` in a safetensors file; None where there is none."""
+    return _NAMES.get(dtype)
+
+
+def digest() -> hashlib.blake2b:
+    """A fresh checksum, as manifests hold it: BLAKE2b of 16 bytes."""
+    return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file to be written."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all elements."""
+        return prod(self.shape) * self.dtype.itemsize
+
+
+def header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
+    """Length and JSON, padded with spaces so that the first tensor starts at a multiple of 8."""
+    described: dict[str, object] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for entry in entries:
+        described[entry.key] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [at, at + entry.bytes],
+        }
+        at += entry.bytes
+    text = json.dumps(described, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % HEADER_ALIGN)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_all(descriptor: int, data: memoryview) -> None:
+    """Writes every byte of `data`, however many calls that takes. Raises OSError."""
+    while data.nbytes:
+        data = data[os.write(descriptor, data) :]
+
+
+class StreamWriter:
+    """A new safetensors file, given as pieces of its tensors in the order of `entries`.
+
+    Used as a context manager, it closes the file in any case; only `finish` makes it complete.
+    """
+
+    def __init__(self, path: Path, entries: Sequence[Entry], metadata: dict[str, str]) -> None:
+        keys = {entry.key for entry in entries}
+        assert len(keys) == len(entries), "keys of one file are distinct"
+        # Readers view each tensor in place, so each must start at a multiple of its element size.
+        widths = [entry.dtype.itemsize for entry in entries]
+        assert widths == sorted(widths, reverse=True), "wider elements come first"
+        self.path = path
+        self.bytes = 0
+        self._left = [(entry, entry.bytes) for entry in entries]
+        self._left.reverse()
+        self._digest = digest()
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="zeroxide-digest")
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            self._put(memoryview(header(entries, metadata)))
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StreamWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def write(self, values: torch.Tensor) -> None:
+        """The next elements of the present tensor: contiguous, in host memory, of its dtype, not beyond its end."""
+        if not values.numel():
+            return
+        while self._left and not self._left[-1][1]:
+            self._left.pop()
+        assert self._left, "no tensor is left to write"
+        entry, left = self._left[-1]
+        data = memoryview(values.detach().reshape(-1).view(torch.uint8).numpy())
+        assert values.dtype == entry.dtype, f"{entry.key} takes {entry.dtype}"
+        assert data.nbytes <= left, f"{entry.key} has {left} bytes left"
+        self._put(data)
+        self._left[-1] = (entry, left - data.nbytes)
+
+    def _put(self, data: memoryview) -> None:
+        # The checksum is made beside the write: both let other threads run, and neither changes the data.
+        hashed = self._hasher.submit(self._digest.update, data)
+        try:
+            write_all(self._descriptor, data)
+        finally:
+            hashed.result()
+        self.bytes += data.nbytes
+
+    def finish(self) -> str:
+        """Makes the file durable; returns its checksum in hex. Every tensor must be complete."""
+        missing = [entry.key for entry, left in self._left if left]
+        assert not missing, f"{missing[-1]} is not complete"
+        os.fsync(self._descriptor)
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Closes the file, complete or not. Idempotent."""
+        if self._descriptor < 0:
+            return
+        descriptor, self._descriptor = self._descriptor, -1
+        self._hasher.shutdown()
+        os.close(descriptor)

@@ -1,0 +1,137 @@
+"""The end of a run: held-out loss, a model that `transformers` loads, a sample, a plot, and what memory it took."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from zeroxide.cli.training import plot
+from zeroxide.cli.training.dataset import Dataset
+from zeroxide.cli.training.report import describe_memory
+from zeroxide.cli.training.running import Running
+from zeroxide.config.sizes import format_bytes
+from zeroxide.errors import DataError, StorageError
+
+__all__ = ["conclude", "encode_prompt", "evaluate"]
+
+_PROMPT_TOKENS = 12
+
+
+def conclude(this: Running) -> None:
+    """Measure, save and show the trained model."""
+    options, reporter, engine = this.options, this.reporter, this.engine
+    loss = evaluate(this)
+    if loss is None and not this.stop.requested:
+        reporter.say("no held-out loss: the held-out text is too short")
+    _save_model(this)
+    if options.sample_tokens and not this.stop.requested:
+        _sample(this)
+    plotted = _plot(this)
+    memory = engine.memory()
+    for number, line in enumerate(describe_memory(engine.plan().buckets, memory)):
+        reporter.say(f"  {'memory' if number == 0 else '':<9} {line}")
+    peak, limit = int(memory["process"]["peak"]), memory.get("limit")
+    reporter.say(f"peak resident memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))
+    reporter.say(
+        f"model in {this.folder.model}, log in {this.folder.log}" + (f", plot in {plotted}" if plotted else "")
+    )
+    reporter.event("end", step=this.step, loss=loss, peak_rss=peak, limit=limit)
+
+
+def _save_model(this: Running) -> None:
+    """Write a folder that `transformers` loads, aside and then by one rename."""
+    target = this.folder.model
+    aside = target.with_name("model.writing")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.copytree(this.data.tokenizer_folder, aside)
+        config = this.model.config
+        config.architectures = [type(this.model).__name__]
+        config.dtype = "bfloat16" if this.options.dtype == "bf16" else "float32"
+        config.save_pretrained(aside)
+        if this.model.generation_config is not None:
+            generation = this.model.generation_config
+            if this.choice.directory is None or not this.choice.has_tokenizer:
+                generation.bos_token_id = generation.eos_token_id = this.data.end_of_text
+            generation.save_pretrained(aside)
+        this.engine.save_16bit_model(str(aside))
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the model to {target}: {error.strerror or error}", path=target, errno=error.errno
+        ) from None
+
+
+def _tokenizer(data: Dataset) -> Any:
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json"))
+
+
+def encode_prompt(data: Dataset, text: str) -> list[int]:
+    """Return the tokens of a prompt. Raises `DataError` where it has none."""
+    ids: list[int] = _tokenizer(data).encode(text, add_special_tokens=False).ids
+    if not ids:
+        raise DataError("--sample-prompt holds no tokens")
+    return ids
+
+
+def _sample(this: Running) -> None:
+    from zeroxide.cli.training.sample import generate
+
+    options, data = this.options, this.data
+    longest = this.choice.longest_sequence
+    room = options.sample_tokens if longest is None else min(options.sample_tokens, longest - 1)
+    if options.sample_prompt:
+        prompt = encode_prompt(data, options.sample_prompt)
+    else:
+        source = data.held_out if data.held_out.count else data.train
+        prompt = source.read(0, min(_PROMPT_TOKENS, source.count)).tolist()
+    if longest is not None:
+        prompt = prompt[-(longest - room) :]
+    tokens = generate(
+        this.engine,
+        prompt,
+        count=room,
+        vocabulary_size=data.vocabulary_size,
+        end_of_text=data.end_of_text,
+        seed=options.seed,
+        stop=lambda: this.stop.requested,
+    )
+    tokenizer = _tokenizer(data)
+    begin, text = tokenizer.decode(prompt), tokenizer.decode(tokens)
+    this.reporter.say("sample:")
+    for line in (begin + text).splitlines():
+        this.reporter.say(f"  | {line}")
+    this.reporter.event("sample", step=this.step, prompt=begin, text=text)
+
+
+def _plot(this: Running) -> Path | None:
+    """Draw the loss curve. A missing or failing matplotlib costs the picture, not the run."""
+    command = [sys.executable, "-P", plot.__file__, str(this.folder.log), str(this.folder.plot)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode == 0:
+        return this.folder.plot
+    reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+    this.reporter.say(f"no loss plot: {reason}")
+    return None
+
+
+def evaluate(this: Running) -> float | None:
+    """Report the held-out loss and return it; None where there is no held-out text or a signal came in between."""
+    from zeroxide.cli.training.sample import held_out_loss
+
+    begin = time.perf_counter()
+    loss = held_out_loss(this.engine, this.held_out, lambda: this.stop.requested)
+    if loss is None:
+        return None
+    perplexity = math.exp(min(loss, 700.0))
+    this.reporter.say(f"held-out loss {loss:.4f} (perplexity {perplexity:,.1f}) after step {this.step}")
+    this.reporter.event("eval", step=this.step, loss=loss, perplexity=perplexity, seconds=time.perf_counter() - begin)
+    return loss

@@ -1,0 +1,96 @@
+"""The model handed over to zeroxide: weight source, parameter groups, schedule, config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from zeroxide.cli.training.models import ModelChoice
+from zeroxide.cli.training.options import TrainOptions
+from zeroxide.cli.training.schedule import fraction_of_peak
+from zeroxide.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+__all__ = ["make_engine"]
+
+_BETAS = (0.9, 0.95)
+
+
+def make_engine(
+    options: TrainOptions, choice: ModelChoice, model: PreTrainedModel, initialize: Callable[..., Any] | None
+) -> tuple[Any, list[str]]:
+    """Hand the model to zeroxide and return the engine, with one note per thing worth telling the user."""
+    from zeroxide.cli.training.from_safetensors import FromSafetensors
+    from zeroxide.cli.training.from_scratch import FromScratch
+    from zeroxide.cli.training.loss import causal_lm_loss
+
+    notes: list[str] = []
+    weights: FromSafetensors | FromScratch
+    if choice.has_weights and choice.directory is not None:
+        weights = FromSafetensors(model, choice.directory)
+        if weights.unexpected:
+            more = f" and {len(weights.unexpected) - 3} more" if len(weights.unexpected) > 3 else ""
+            notes.append(f"not part of this model, left out: {', '.join(weights.unexpected[:3])}{more}")
+    else:
+        weights = FromScratch(model, options.seed)
+    model.loss_function = causal_lm_loss
+    if options.activation_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise ModelError(f"{choice.name} does not support activation checkpointing")
+        # The method was renamed within transformers 5.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    model.train()
+    if initialize is None:
+        import zeroxide
+
+        initialize = zeroxide.initialize
+    engine, *_ = initialize(
+        model=model,
+        model_parameters=_parameter_groups(model, options),
+        lr_scheduler=lambda optimizer: _scheduler(optimizer, options),
+        config=_engine_config(options),
+        offload=options.offload,
+        host_memory=options.host_memory,
+        weights=weights,
+    )
+    return engine, notes
+
+
+def _scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> torch.optim.lr_scheduler.LRScheduler:
+    from torch.optim.lr_scheduler import LambdaLR
+
+    return LambdaLR(optimizer, lambda step: fraction_of_peak(step, options))
+
+
+def _parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
+    """Split the parameters: decay matrices, leave vectors (biases, norms) alone."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _engine_config(options: TrainOptions) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": options.batch_size,
+        "gradient_accumulation_steps": options.accumulate,
+        "gradient_clipping": options.clip,
+        "steps_per_print": math.inf,
+        "bf16": {"enabled": options.dtype == "bf16"},
+        # Rotary frequencies lose their meaning in bf16; Hugging Face keeps them in fp32 too.
+        "data_types": {"buffer_dtype": "fp32"},
+        "optimizer": {
+            "type": "AdamW",
+            "params": {"lr": options.lr, "betas": list(_BETAS), "weight_decay": options.weight_decay},
+        },
+        "zeroxide": {"format": options.format, "io_engine": options.io_engine, "threads": options.threads},
+    }

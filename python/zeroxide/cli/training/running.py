@@ -1,0 +1,38 @@
+"""What the parts of a run share once everything is prepared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
+from zeroxide.cli.training.dataset import Dataset
+from zeroxide.cli.training.interrupt import StopRequest
+from zeroxide.cli.training.models import ModelChoice
+from zeroxide.cli.training.options import TrainOptions
+from zeroxide.cli.training.report import Reporter
+from zeroxide.cli.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Running"]
+
+
+@dataclass
+class Running:
+    """A run between preparation and end: `step` steps are done, the newest checkpoint is of `saved_step` (-1: none)."""
+
+    options: TrainOptions
+    folder: RunFolder
+    reporter: Reporter
+    stop: StopRequest
+    choice: ModelChoice
+    data: Dataset
+    engine: Any
+    model: PreTrainedModel
+    num_parameters: int
+    batches: TrainingBatches
+    held_out: HeldOutBatches
+    step: int = 0
+    saved_step: int = -1

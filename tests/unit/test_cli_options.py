@@ -1,0 +1,116 @@
+import dataclasses
+import os
+
+import pytest
+
+from zeroxide.cli.training.options import FLAGS, TrainOptions, conflicts
+from zeroxide.errors import ConfigError
+
+
+def test_defaults_resolve():
+    options = TrainOptions(steps=300).checked()
+    assert options.warmup == 30
+    assert options.format == "split"
+    assert options.threads == len(os.sched_getaffinity(0))
+    assert TrainOptions(steps=10_000).checked().warmup == 100
+    assert TrainOptions(dtype="fp32").checked().format == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"steps": 0}, "--steps must be at least 1, got 0"),
+        ({"steps": 1 << 60}, "--steps must be at most"),
+        ({"batch_size": -1}, "--batch-size must be at least 1"),
+        ({"seq_len": 1}, "--seq-len must be at least 2"),
+        ({"seq_len": 1 << 30}, "--seq-len must be at most 1048576"),
+        ({"accumulate": 0}, "--accumulate"),
+        ({"lr": 0.0}, "--lr must be a number above 0"),
+        ({"lr": float("nan")}, "--lr"),
+        ({"lr": float("inf")}, "--lr"),
+        ({"clip": -1.0}, "--clip"),
+        ({"weight_decay": float("nan")}, "--weight-decay"),
+        ({"seed": -1}, "--seed"),
+        ({"threads": 5000}, "--threads"),
+        ({"warmup": 100, "steps": 100}, "--warmup 100 leaves no step"),
+        ({"warmup": -1}, "--warmup"),
+        ({"schedule": "cosin"}, "did you mean cosine?"),
+        ({"dtype": "fp16"}, "--dtype must be one of bf16, fp32"),
+        ({"format": "compact"}, "--format"),
+        ({"format": "split", "dtype": "fp32"}, "--format split needs --dtype bf16"),
+        ({"io_engine": "aio"}, "--io-engine"),
+        ({"offload": "disk"}, "--offload must be none, cpu or nvme:DIR, got 'disk'"),
+        ({"offload": "nvme"}, "--offload"),
+        ({"offload": "nvme:"}, "--offload"),
+        ({"offload": "cpu:/x"}, "--offload"),
+        ({"host_memory": "two"}, "--host-memory: expected a size"),
+        ({"host_memory": "0"}, "not a usable size"),
+        ({"host_memory": "99999PiB"}, "not a usable size"),
+        ({"host_memory": "-1GiB"}, "--host-memory"),
+        ({"eval_batches": 0}, "--eval-batches"),
+        ({"save_every": -5}, "--save-every"),
+    ],
+)
+def test_nonsense_is_named(change, phrase):
+    with pytest.raises(ConfigError) as caught:
+        TrainOptions(**change).checked()
+    assert phrase in caught.value.message
+    assert caught.value.exit_code == 2
+
+
+def test_offload_to_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match="is a file, a folder is needed"):
+        TrainOptions(offload=f"nvme:{file}").checked()
+
+
+def test_json_round_trip_keeps_everything():
+    options = TrainOptions(model="tiny", data=("a", "b"), host_memory="2GiB", lr=1e-5, sample_prompt="x").checked()
+    assert TrainOptions.from_json(options.as_json()) == options
+    as_read_back = {**options.as_json(), "data": ["a", "b"]}
+    assert TrainOptions.from_json(as_read_back) == options
+
+
+@pytest.mark.parametrize(
+    ("value", "phrase"),
+    [
+        ({"step": 1}, "did you mean 'steps'"),
+        ({"steps": "many"}, "'steps'"),
+        ({"lr": None}, "'lr'"),
+        ({"data": "a"}, "data"),
+    ],
+)
+def test_a_damaged_record_is_named(value, phrase):
+    with pytest.raises(ConfigError) as caught:
+        TrainOptions.from_json(value)
+    assert phrase in caught.value.message
+
+
+FREE = {
+    "data", "offload", "host_memory", "eval_every", "eval_batches", "save_every", "out", "sample_prompt",
+    "sample_tokens", "threads", "format", "activation_checkpointing", "io_engine",
+}  # fmt: skip
+
+
+def test_every_option_either_conflicts_or_is_known_to_change_no_number():
+    """A new option must be sorted into one of the two, or this fails."""
+    other = TrainOptions(
+        model="tiny", data=("x",), offload="cpu", host_memory="1GiB", steps=7, batch_size=7, seq_len=7, lr=7.0,
+        warmup=2, schedule="linear", weight_decay=7.0, clip=7.0, accumulate=7, dtype="fp32", seed=7, eval_every=7,
+        eval_batches=7, save_every=7, out="x", sample_prompt="x", sample_tokens=7, threads=7, format="fp32",
+        activation_checkpointing=True, io_engine="threads",
+    )  # fmt: skip
+    base = TrainOptions()
+    for field in dataclasses.fields(TrainOptions):
+        changed = dataclasses.replace(base, **{field.name: getattr(other, field.name)})
+        assert changed != base, f"the test does not change {field.name}"
+        named = any(text.startswith(FLAGS[field.name] + " ") for text in conflicts(base, changed))
+        assert named == (field.name not in FREE), field.name
+
+
+def test_steps_may_grow_where_the_rate_does_not_depend_on_them():
+    constant = TrainOptions(schedule="constant", steps=10)
+    assert conflicts(constant, dataclasses.replace(constant, steps=20)) == []
+    cosine = TrainOptions(steps=10)
+    assert conflicts(cosine, dataclasses.replace(cosine, steps=20)) == ["--steps (run: 10, now: 20)"]

@@ -1,0 +1,473 @@
+"""The config: what is accepted, what it comes to, and the line that a mistake gets."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from zeroxide.config import Config, Offload, Optimizer, Scheduler, load
+from zeroxide.config.check import all_keys, section_of
+from zeroxide.config.fields import NoEffect, NotBuilt
+from zeroxide.config.schema import (
+    Document,
+    OptimizerParams,
+    WarmupCosineParams,
+    WarmupDecayParams,
+    WarmupParams,
+)
+from zeroxide.errors import BudgetError, ConfigError, StorageError, ZeroxideError
+
+GIB = 1 << 30
+WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
+DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20}}
+COSINE = {"type": "WarmupCosineLR", "params": {"total_num_steps": 20}}
+
+
+def nested(path: str, value: object) -> dict:
+    """`a.b = value` as a document."""
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    return value
+
+
+def merged(left: dict, right: dict) -> dict:
+    result = dict(left)
+    for key, value in right.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def complaint(config: object = None, **shortcuts: object) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        load(config, **shortcuts)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# --- every key with an effect changes the resolved config ------------------------------------------------------------
+
+STAGE3 = {"zero_optimization": {"stage": 3}}
+ADAM = {"optimizer": {"type": "Adam", "params": {}}}
+
+# key, value, what it needs beside it, field of Config, value of that field
+EFFECTS = [
+    ("train_batch_size", 8, {}, "train_batch_size", 8),
+    ("train_micro_batch_size_per_gpu", 4, {}, "train_micro_batch_size_per_gpu", 4),
+    ("gradient_accumulation_steps", 3, {}, "gradient_accumulation_steps", 3),
+    ("gradient_clipping", 0.5, {}, "gradient_clipping", 0.5),
+    ("steps_per_print", 7, {}, "steps_per_print", 7),
+    ("wall_clock_breakdown", True, {}, "wall_clock_breakdown", True),
+    ("dataloader_drop_last", True, {}, "dataloader_drop_last", True),
+    ("bf16.enabled", True, {}, "precision", "bf16"),
+    ("bfloat16.enabled", True, {}, "precision", "bf16"),
+    ("data_types.grad_accum_dtype", "fp32", {"bf16": {"enabled": True}}, "grad_dtype", "fp32"),
+    ("data_types.buffer_dtype", "fp32", {"bf16": {"enabled": True}}, "buffer_dtype", "fp32"),
+    ("optimizer.type", "AdamW", {"optimizer": {}}, "optimizer", Optimizer()),
+    ("optimizer.params.lr", 0.25, ADAM, "optimizer", Optimizer(lr=0.25)),
+    ("optimizer.params.betas", [0.5, 0.75], ADAM, "optimizer", Optimizer(betas=(0.5, 0.75))),
+    ("optimizer.params.eps", 1e-6, ADAM, "optimizer", Optimizer(eps=1e-6)),
+    ("optimizer.params.weight_decay", 0.1, ADAM, "optimizer", Optimizer(weight_decay=0.1)),
+    ("optimizer.params.adam_w_mode", False, ADAM, "optimizer", Optimizer(decoupled=False)),
+    ("optimizer.params.bias_correction", False, ADAM, "optimizer", Optimizer(bias_correction=False)),
+    ("scheduler.type", "WarmupLR", {"scheduler": {}}, "scheduler", Scheduler("WarmupLR", {})),
+    *(
+        (f"scheduler.params.{name}", value, {"scheduler": each}, "scheduler.params", {**each["params"], name: value})
+        for each, name, value in [
+            (WARMUP, "warmup_num_steps", 5),
+            (WARMUP, "warmup_type", "linear"),
+            (WARMUP, "warmup_min_lr", 0.01),
+            (WARMUP, "warmup_max_lr", 0.5),
+            (DECAY, "total_num_steps", 9),
+            (DECAY, "warmup_min_lr", 0.01),
+            (COSINE, "total_num_steps", 9),
+            (COSINE, "warmup_min_ratio", 0.25),
+            (COSINE, "cos_min_ratio", 0.5),
+        ]
+    ),
+    ("zero_optimization.stage", 2, {}, "stage", 2),
+    ("zero_optimization.offload_param.device", "cpu", STAGE3, "offload_param", Offload("cpu")),
+    (
+        "zero_optimization.offload_param.nvme_path",
+        "/d",
+        merged(STAGE3, nested("zero_optimization.offload_param.device", "nvme")),
+        "offload_param",
+        Offload("nvme", Path("/d")),
+    ),
+    ("zero_optimization.offload_optimizer.device", "cpu", STAGE3, "offload_optimizer", Offload("cpu")),
+    (
+        "zero_optimization.offload_optimizer.nvme_path",
+        "/d",
+        merged(STAGE3, nested("zero_optimization.offload_optimizer.device", "nvme")),
+        "offload_optimizer",
+        Offload("nvme", Path("/d")),
+    ),
+    ("zero_optimization.cpu_offload", True, STAGE3, "offload_optimizer", Offload("cpu")),
+    ("zero_optimization.cpu_offload_param", True, STAGE3, "offload_param", Offload("cpu")),
+    ("aio.queue_depth", 5, {}, "queue_depth", 5),
+    ("zeroxide.host_memory", "2GiB", {}, "host_memory", 2 * GIB),
+    ("zeroxide.format", "fp32", {"bf16": {"enabled": True}}, "format", "fp32"),
+    ("zeroxide.io_engine", "threads", {}, "io_engine", "threads"),
+    ("zeroxide.threads", 3, {}, "threads", 3),
+    ("zeroxide.unit_bytes", "64MiB", {}, "unit_bytes", 64 << 20),
+    ("zeroxide.tile_bytes", "256KiB", {}, "tile_bytes", 256 << 10),
+    ("zeroxide.staging_bytes", "32MiB", {}, "staging_bytes", 32 << 20),
+    ("zeroxide.prefetch", 0, {}, "prefetch", 0),
+    ("zeroxide.trim_libraries", True, {}, "trim_libraries", True),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "beside", "name", "expected"), EFFECTS, ids=[each[0] for each in EFFECTS])
+def test_a_key_with_an_effect_changes_the_config(key, value, beside, name, expected):
+    after = load(merged(beside, nested(key, value)))
+    for step in name.split("."):
+        after = getattr(after, step)
+    assert after == expected
+    if key.endswith((".type", "nvme_path")):
+        return  # without these keys the rest of the section is not complete
+    before = load(beside)
+    for step in name.split("."):
+        before = getattr(before, step)
+    assert before != expected
+
+
+def keys_with_an_effect() -> set[str]:
+    found = set()
+    for model, prefix in [
+        (Document, ()),
+        (OptimizerParams, ("optimizer", "params")),
+        *((each, ("scheduler", "params")) for each in (WarmupParams, WarmupDecayParams, WarmupCosineParams)),
+    ]:
+        for path in all_keys(model):
+            info = None
+            owner = model
+            for step in path:
+                info = owner.model_fields[step]
+                owner = section_of(info.annotation) or owner
+            marked = any(isinstance(mark, NoEffect | NotBuilt) for mark in info.metadata)
+            if not marked and section_of(info.annotation) is None and path[-1] != "params" and path[0] != "fp16":
+                found.add(".".join((*prefix, *path)))
+    return found
+
+
+def test_every_key_with_an_effect_is_in_the_table_above():
+    assert keys_with_an_effect() == {each[0] for each in EFFECTS}
+
+
+# --- keys without an effect, and keys not built ----------------------------------------------------------------------
+
+
+def test_keys_without_an_effect_are_listed_once_with_a_reason():
+    config = load(
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "overlap_comm": True,
+                "reduce_bucket_size": 5e8,
+                "contiguous_gradients": "auto",
+                "offload_optimizer": {"device": "cpu", "pin_memory": True, "buffer_size": 1e8},
+            },
+            "aio": {"thread_count": 4, "block_size": 1048576},
+            "fp16": {"enabled": False, "loss_scale": 0},
+            "flops_profiler": {"enabled": False, "detailed": True},
+            "optimizer": {"type": "Adam", "params": {"torch_adam": True}},
+        }
+    )
+    names = [name for name, _ in config.no_effect]
+    assert sorted(names) == sorted(set(names))
+    assert set(names) == {
+        "zero_optimization.overlap_comm",
+        "zero_optimization.reduce_bucket_size",
+        "zero_optimization.offload_optimizer.pin_memory",
+        "zero_optimization.offload_optimizer.buffer_size",
+        "aio.thread_count",
+        "aio.block_size",
+        "fp16.enabled",
+        "fp16.loss_scale",
+        "flops_profiler",
+        "optimizer.params.torch_adam",
+    }
+    assert all(reason and "\n" not in reason for _, reason in config.no_effect)
+    assert config == dataclasses.replace(
+        load({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}, lr=1e-3),
+        no_effect=config.no_effect,
+        source=config.source,
+    )
+
+
+NOT_BUILT = [
+    ("fp16.enabled", True, "fp16 training"),
+    ("pipeline", {"stages": 2}, "pipeline parallelism"),
+    ("tensor_parallel.autotp_size", 2, "tensor parallelism"),
+    ("expert_parallel.ep_size", 2, "expert parallelism"),
+    ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
+    ("zero_optimization.zero_quantized_weights", True, "quantized"),
+    ("zero_optimization.zero_hpz_partition_size", 8, "secondary shards"),
+    ("zero_optimization.mics_shard_size", 2, "MiCS"),
+    ("zero_optimization.offload_optimizer.ratio", 0.5, "splitting"),
+    ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
+    ("torch_autocast.enabled", True, "autocast"),
+    ("amp.enabled", True, "Apex"),
+    ("compression_training.weight_quantization.shared_parameters.enabled", True, "compression"),
+    ("flops_profiler.enabled", True, "FLOPs"),
+    ("tensorboard.enabled", True, "monitors"),
+    ("wandb.enabled", True, "monitors"),
+    ("elasticity.enabled", True, "elastic"),
+    ("autotuning.enabled", True, "autotuning"),
+    ("compile.deepcompile", True, "compiled graphs"),
+    ("hybrid_engine.enabled", True, "hybrid engine"),
+    ("curriculum_learning.enabled", True, "curriculum"),
+    ("sequence_parallel_size", 2, "sequence parallelism"),
+    ("gradient_allreduce_op", "sum", "summing"),
+    ("managed_gradient_accumulation", False, "accumulation"),
+    ("sparse_gradients", True, "sparse"),
+    ("aio.use_gds", True, "GPUDirect"),
+    ("activation_checkpointing.cpu_checkpointing", True, "activation offload"),
+    ("checkpoint.load_universal", True, "universal"),
+    ("bf16.bf16_optimizer_states", True, "bf16 optimizer states"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "what"), NOT_BUILT, ids=[each[0] for each in NOT_BUILT])
+def test_what_is_not_built_is_refused_by_name(key, value, what):
+    error = complaint(nested(key, value))
+    assert "not built yet" in str(error)
+    assert what in str(error)
+    assert key.startswith(error.path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key.split(".")[0], {"enabled": False, "anything": [1]}) for key, _, _ in NOT_BUILT[11:17]),
+        ("tensor_parallel", {"autotp_size": 0}),
+        ("compile", {"deepcompile": False}),
+        ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False}, "groups": {}}}),
+        ("sequence_parallel_size", 1),
+        ("gradient_allreduce_op", "mean"),
+        ("managed_gradient_accumulation", True),
+        ("zero_optimization.mics_shard_size", -1),
+        ("zero_optimization.zero_hpz_partition_size", 1),
+        ("zero_optimization.offload_optimizer.ratio", 1.0),
+        ("zero_optimization.zero_quantized_weights", False),
+        ("activation_checkpointing.partition_activations", False),
+    ],
+)
+def test_what_is_not_built_may_be_switched_off(key, value):
+    names = [name for name, _ in load(nested(key, value)).no_effect]
+    assert names == [key]
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_true_is_not_the_number_one(value):
+    assert "not built yet" in str(complaint({"zero_optimization": {"zero_hpz_partition_size": value}}))
+
+
+def test_auto_and_null_mean_unset():
+    auto = {
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": None}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "offload_param": None},
+        "wandb": "auto",
+    }
+    plain = {
+        "optimizer": {"type": "AdamW"},
+        "scheduler": {"type": "WarmupLR"},
+        "zero_optimization": {"stage": 3},
+    }
+    assert load(auto) == dataclasses.replace(load(plain), source=auto)
+    assert load({"train_batch_size": "auto"}, lr=0.5).optimizer == Optimizer(lr=0.5)
+    assert "unknown key" in str(complaint({"zero_optimization": {"stge": "auto"}}))
+    assert "required" in str(complaint({"scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": "auto"}}}))
+
+
+# --- strictness ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"gradient_cliping": 1}, 'unknown key "gradient_cliping": the nearest known key is "gradient_clipping"'),
+        (
+            {"zero_optimization": {"offload_param": {"devise": "cpu"}}},
+            'unknown key "zero_optimization.offload_param.devise": the nearest known key is '
+            '"zero_optimization.offload_param.device"',
+        ),
+        ({"offload_param": {}}, 'the nearest known key is "zero_optimization.offload_param"'),
+        ({"host_memory": 1}, 'the nearest known key is "zeroxide.host_memory"'),
+        ({"Stage": 1}, '"zero_optimization.stage"'),
+        ({"qqqqqqqq": 1}, 'unknown key "qqqqqqqq": no known key is like it'),
+        (
+            {"optimizer": {"type": "Adam", "params": {"weight_decy": 0}}},
+            'unknown key "optimizer.params.weight_decy": the nearest known key is "optimizer.params.weight_decay"',
+        ),
+        ({"optimizer": {"type": "Adam", "params": {"max_grad_norm": 1}}}, 'set "gradient_clipping" instead'),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}},
+            'unknown key "scheduler.params.total_num_steps"',
+        ),
+        ({"optimizer": {"type": "Lion"}}, 'optimizer.type: "Lion": not built yet; Adam and AdamW are'),
+        ({"optimizer": {"type": "AdemW"}}, 'expected Adam or AdamW, got "AdemW"; the nearest known name is "AdamW"'),
+        ({"optimizer": {}}, "optimizer.type: required, and not given"),
+        ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type: "OneCycle": not built yet'),
+        ({"scheduler": {"type": "WarmupLr"}}, 'got "WarmupLr"; the nearest known name is "WarmupLR"'),
+        ({"scheduler": DECAY | {"params": {}}}, "scheduler.params.total_num_steps: required, and not given"),
+        (
+            {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": 0.2, "warmup_max_lr": 0.1}}},
+            "scheduler.params.warmup_min_lr = 0.2 is above scheduler.params.warmup_max_lr = 0.1",
+        ),
+        (
+            {"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}},
+            'optimizer.params.adam_w_mode = false contradicts optimizer.type = "AdamW"',
+        ),
+        (nested("zero_optimization.offload_param.device", "nvme"), "offload_param.nvme_path: required when"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+            'zero_optimization.offload_param.device = "cpu" needs zero_optimization.stage 3, got 2',
+        ),
+        (
+            nested("zero_optimization.offload_optimizer.device", "cpu"),
+            "needs zero_optimization.stage 1 or more, got none",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "cpu_offload": True, "offload_optimizer": {"device": "none"}}},
+            'zero_optimization.cpu_offload = true contradicts zero_optimization.offload_optimizer.device = "none"',
+        ),
+        ({"bf16": {}, "bfloat16": {}}, "two names of one section"),
+        ({"zeroxide": {"format": "split"}}, 'zeroxide.format: "split" keeps a weight as two bf16 halves'),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, '"bf16" gradients under fp32 training: not built yet'),
+        ({"data_types": {"grad_accum_dtype": "fp16"}, "bf16": {"enabled": True}}, '"fp16" gradients under bf16'),
+        ({"data_types": {"buffer_dtype": "fp16"}}, 'data_types.buffer_dtype: "fp16": not built yet'),
+        ({"zeroxide": {"tile_bytes": "8MiB", "staging_bytes": "4MiB"}}, "is larger than zeroxide.staging_bytes"),
+        ({"zeroxide": {"host_memory": "1GiB", "staging_bytes": "1GiB"}}, "leaves nothing of host_memory"),
+        ({1: 2}, "expected a key that is a string, got 1"),
+        ({"bf16": True}, "bf16: expected an object, got true"),
+        ({"zero_optimization": []}, "zero_optimization: expected an object, got []"),
+        ({"optimizer": {"type": "Adam", "params": [1]}}, "optimizer.params: expected an object, got [1]"),
+        ({"optimizer": {"type": 5}}, "optimizer.type: expected the name of an optimizer, got 5"),
+        (7, "expected a mapping or the path of a JSON file, got int"),
+    ],
+)
+def test_a_mistake_gets_one_line(config, line):
+    assert line in str(complaint(config))
+
+
+COUNTS = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
+RATES = ["gradient_clipping", "optimizer.params.lr", "optimizer.params.eps", "optimizer.params.weight_decay"]
+SIZES = [f"zeroxide.{name}" for name in ("host_memory", "unit_bytes", "tile_bytes", "staging_bytes")]
+FLAGS = ["wall_clock_breakdown", "dataloader_drop_last", "bf16.enabled", "optimizer.params.bias_correction"]
+NAN, INF = math.nan, math.inf
+WRONG = [
+    *((key, value) for key in COUNTS for value in (0, -1, 1.5, "8", True, [8], 1 << 40, NAN, INF)),
+    *((key, value) for key in RATES for value in (-1e-9, "0.1", True, NAN, INF, [0.1])),
+    *((key, value) for key in SIZES for value in (0, -1, "2 gigs", "GiB", True, 1 << 60, "-1GiB", NAN, 1.5, "", {})),
+    *((key, value) for key in FLAGS for value in (1, 0, "true", [], {})),
+    *(("zeroxide.host_memory", value) for value in (2, "2", "2KiB")),
+    *(("zero_optimization.stage", value) for value in (4, -1, "3", 1.5, True)),
+    *(("steps_per_print", value) for value in (0, -1, "10", True, NAN, -INF, 2.5)),
+    *(("optimizer.params.betas", value) for value in (0.9, [0.9], [0.9, 1], [-0.1, 0.9], [False, 0.9], [0.9, "0.9"])),
+    *(("aio.queue_depth", value) for value in (0, -1, 5000, True, "8")),
+    *(("zeroxide.threads", value) for value in (0, -1, 5000, True, "8")),
+    *(("zeroxide.prefetch", value) for value in (-1, 1.5, 5000, True, "1")),
+    *(("zeroxide.format", value) for value in ("fp16", 1, None.__class__, "")),
+    *(("zeroxide.io_engine", value) for value in ("libaio", 1)),
+    *(("zero_optimization.offload_param.device", value) for value in ("disk", 1, True)),
+    *(("zero_optimization.offload_param.nvme_path", value) for value in ("", "  ", 1, "a\0b")),
+    *(("data_types.grad_accum_dtype", value) for value in ("float", 16)),
+    *(("scheduler.params.warmup_num_steps", value) for value in (0, -1, "5", 1.5)),
+    *(("scheduler.params.warmup_type", value) for value in ("cubic", 1)),
+    *(("scheduler.params.warmup_max_lr", value) for value in (-1, "1", [1])),
+]
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=[f"{key}={value!r}" for key, value in WRONG])
+def test_a_value_that_does_not_fit_is_named_with_what_was_expected(key, value):
+    beside = merged(ADAM, {"scheduler": {"type": "WarmupLR"}})
+    error = complaint(merged(beside, nested(key, value)))
+    assert error.path == key
+    assert f"{key}: expected {error.expected}, got {error.got}" in str(error)
+    assert error.expected
+    assert len(error.got) <= 60
+
+
+@given(value=st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+), key=st.sampled_from(sorted(".".join(path) for path in all_keys(Document))))  # fmt: skip
+@settings(deadline=None, max_examples=400)
+@example(value={"enabled": True}, key="fp16")
+def test_no_value_anywhere_escapes_as_another_exception(value, key):
+    try:
+        config = load(merged(merged(ADAM, {"scheduler": WARMUP}), nested(key, value)))
+    except ConfigError as error:
+        outcome = str(error)
+    else:
+        assert isinstance(config, Config)
+        outcome = "accepted"
+    assert "\n" not in outcome
+
+
+def test_every_problem_is_reported_and_the_first_is_shown():
+    error = complaint({"train_batch_size": 0, "bf16": {"enabld": True}, "zeroxide": {"threads": -1}})
+    assert "(and 2 more: bf16.enabld, zeroxide.threads)" in str(error)
+    assert len(error.problems) == 3
+    assert error.problems[0].startswith("train_batch_size: expected")
+
+
+def test_json_integers_written_as_floats_are_integers():
+    config = load(json.loads('{"train_batch_size": 1.6e1, "zeroxide": {"host_memory": 2e9}}'))
+    assert (config.train_batch_size, type(config.train_batch_size)) == (16, int)
+    assert config.host_memory == 2_000_000_000
+
+
+def test_steps_per_print_may_be_never():
+    assert load({"steps_per_print": INF}).steps_per_print is None
+    assert load({"steps_per_print": None}).steps_per_print == 10
+
+
+def test_the_config_given_is_not_changed_and_is_kept():
+    given_config = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}, "gradient_clipping": None}
+    before = copy.deepcopy(given_config)
+    config = load(given_config)
+    assert given_config == before
+    assert config.source == before
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.stage = 1
+
+
+def test_importing_the_config_imports_nothing_heavy():
+    script = (
+        "import sys, zeroxide.config, zeroxide.errors\n"
+        "assert not {'torch', 'numpy', 'pydantic', 'zeroxide._core'} & set(sys.modules), 'import'\n"
+        "zeroxide.config.load({'gradient_clipping': 1}, lr=0.1)\n"
+        "assert not {'torch', 'numpy', 'zeroxide._core'} & set(sys.modules), 'load'\n"
+    )
+    path = Path(sys.modules["zeroxide.config"].__file__).parents[2]
+    subprocess.run([sys.executable, "-c", script], check=True, env={"PYTHONPATH": str(path)})
+
+
+def test_errors_are_one_line_and_keep_their_numbers():
+    error = BudgetError("needs\n  more", need=3, limit=2, bucket="staging")
+    assert (str(error), error.message) == ("needs more", "needs more")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), again.need, again.limit, again.bucket) == ("needs more", 3, 2, "staging")
+    assert isinstance(error, ZeroxideError)
+    assert isinstance(ConfigError("x"), ValueError)
+    assert ConfigError("x").problems == ("x",)
+    assert (ConfigError.exit_code, StorageError.exit_code) == (2, 1)
+    assert StorageError("x", path=Path("/a"), errno=28).path == "/a"

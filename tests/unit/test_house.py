@@ -1,0 +1,144 @@
+"""Rules of the repository that no compiler checks: who may know whom, and that documents and commands agree."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from zeroxide.config import Config
+
+ROOT = Path(__file__).parents[2]
+MAX_LINES = 600
+MAX_TEST_LINES = 700
+
+# Crate -> the crates of this workspace that it may depend on.
+ALLOWED = {
+    "zeroxide-layout": set(),
+    "zeroxide-memory": {"zeroxide-layout"},
+    "zeroxide-storage": {"zeroxide-layout", "zeroxide-memory"},
+    "zeroxide-device": {"zeroxide-layout", "zeroxide-memory"},
+    "zeroxide-optim": {"zeroxide-layout", "zeroxide-memory"},
+}
+ALLOWED["zeroxide-offload"] = set(ALLOWED)
+ALLOWED["zeroxide-python"] = set(ALLOWED)
+
+WITHOUT_UNSAFE = ("zeroxide-layout", "zeroxide-offload")
+
+
+def sources(pattern: str, *folders: str) -> list[Path]:
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob(pattern))]
+    return [path for path in found if not {"target", ".peers"} & set(path.parts)]
+
+
+def misplaced(packages: list[dict]) -> list[str]:
+    """One line for every crate that is not known, and for every dependency that points the wrong way."""
+    names = {package["name"] for package in packages}
+    lines = [f"{name} is not in the table" for name in sorted(names - set(ALLOWED))]
+    for package in packages:
+        used = {each["name"] for each in package["dependencies"]} & names
+        wrong = used - ALLOWED.get(package["name"], set())
+        lines += [f"{package['name']} depends on {each}" for each in sorted(wrong)]
+    return lines
+
+
+@pytest.mark.skipif(shutil.which("cargo") is None, reason="cargo is not installed")
+def test_crates_depend_in_one_direction():
+    command = ["cargo", "metadata", "--format-version", "1", "--no-deps", "--offline"]
+    metadata = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
+    assert {package["name"] for package in metadata["packages"]} >= {"zeroxide-layout", "zeroxide-python"}
+    assert misplaced(metadata["packages"]) == []
+
+
+def test_a_dependency_in_the_wrong_direction_is_found():
+    upward = [
+        {"name": "zeroxide-memory", "dependencies": [{"name": "zeroxide-storage"}, {"name": "libc"}]},
+        {"name": "zeroxide-storage", "dependencies": [{"name": "zeroxide-memory"}]},
+    ]
+    assert misplaced(upward) == ["zeroxide-memory depends on zeroxide-storage"]
+    assert misplaced([{"name": "zeroxide-extra", "dependencies": []}]) == ["zeroxide-extra is not in the table"]
+
+
+@pytest.mark.parametrize("crate", WITHOUT_UNSAFE)
+def test_crates_without_unsafe_say_so(crate):
+    assert "#![forbid(unsafe_code)]" in (ROOT / "crates" / crate / "src" / "lib.rs").read_text()
+
+
+def test_files_hold_one_concept():
+    too_long = {}
+    for path in [*sources("*.rs", "crates"), *sources("*.py", "python", "tests", "benches", "examples")]:
+        name = path.relative_to(ROOT)
+        length = path.read_text().count("\n")
+        if length > (MAX_TEST_LINES if "tests" in name.parts else MAX_LINES):
+            too_long[str(name)] = length
+    assert too_long == {}
+
+
+def test_files_are_named_after_what_they_hold():
+    banned = {"util", "utils", "helper", "helpers", "common", "misc"}
+    files = [*sources("*.rs", "crates"), *sources("*.py", "python", "tests", "benches")]
+    paths = [path.relative_to(ROOT) for path in files]
+    assert [str(path) for path in paths if banned & {part.removesuffix(path.suffix) for part in path.parts}] == []
+
+
+def test_every_field_of_the_config_is_read():
+    """A field that nothing reads is an option that does nothing."""
+    read = set()
+    for path in sources("*.py", "python"):
+        if "config" not in path.relative_to(ROOT).parts:
+            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    assert {field.name for field in dataclasses.fields(Config)} - read == set()
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", ".ci/run"])
+def test_commands_in_documents_exist(name):
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", code_of((ROOT / name).read_text(), name)))
+    assert named - targets() == set()
+
+
+def code_of(text: str, name: str) -> str:
+    """The code in a Markdown text: fenced blocks and `spans`. Any other file is code throughout."""
+    if not name.endswith(".md"):
+        return text
+    fenced = re.findall(r"^```.*?^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*fenced, *re.findall(r"`[^`\n]+`", text)])
+
+
+def test_make_has_its_commands_and_explains_them():
+    expected = {
+        "train",
+        "test",
+        "test-rust",
+        "test-py",
+        "test-slow",
+        "lint",
+        "bench",
+        "fmt",
+        "develop",
+        "clean",
+        "help",
+    }
+    assert expected == targets()
+    if shutil.which("make"):
+        shown = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        assert {line.split()[0] for line in shown.splitlines()} == expected
+
+
+def test_everything_that_make_installs_has_a_version():
+    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
+    pins = [line for line in lines if line and not line.startswith("#")]
+    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
+    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
+    wanted = re.findall(r'"([A-Za-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text())
+    assert {"torch", "pydantic", "transformers"} <= set(wanted)
+    assert {re.sub(r"[-_.]+", "-", name).lower() for name in wanted} <= pinned
