@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 from typing import Any
 
@@ -31,7 +32,13 @@ PAIRS = (
 def kernel_round(options: argparse.Namespace, binary: str) -> dict[str, Any]:
     """One run of the Rust example: step and floor of both exact formats, interleaved in one process."""
     command = [*options.prefix, binary, "--params", str(options.parameters), "--threads", str(options.threads)]
-    done = subprocess.run([*command, "--repetitions", str(options.steps)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [*command, "--repetitions", str(options.steps)],
+        env=os.environ | bench.HUGE_PAGES,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(done.stdout)
 
 

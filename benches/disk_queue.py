@@ -3,14 +3,15 @@
     python benches/disk_queue.py --directory /mnt/nvme/scratch --bytes 4294967296 --rounds 10
 
 All move the same number of bytes in 1 MiB blocks past the page cache (O_DIRECT), into files whose blocks have been
-written before. In a round each writes and then reads once. fio is what the disk can do: the bound is to be level with
-it, not to beat it.
+written before, from and to huge pages. In a round each writes and then reads once. fio is what the disk can do: the
+bound is to be level with it, not to beat it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -26,7 +27,7 @@ def fio_pass(options: argparse.Namespace, path: Path, direction: str, engine: st
     command = [*options.prefix, "fio", "--name=bench", f"--filename={path}", f"--rw={direction}", "--direct=1"]
     command += [f"--bs={options.block}", f"--iodepth={options.depth}", f"--size={options.bytes}", "--thread"]
     command += [f"--ioengine={engine}", "--output-format=json", "--randrepeat=0", "--overwrite=1"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, env=os.environ | bench.HUGE_PAGES, capture_output=True, text=True, check=True)
     # Warnings may stand before the object.
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][direction]
     return job["io_bytes"] / (job["runtime"] / 1e3) / 1e9
@@ -100,6 +101,7 @@ def main() -> None:
                     "parallelism": parallelism,
                 },
                 threads=options.threads,
+                environment=bench.HUGE_PAGES,
                 prefix=options.prefix,
             )
         if shutil.which("fio"):

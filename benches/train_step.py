@@ -32,13 +32,12 @@ class Entry:
     engine: str
     offload: str
     allocator: str
-    tuned: bool = True
+    settings: str = ""
 
     @property
     def name(self) -> str:
         """What results call it."""
-        sizes = "" if self.engine == "zeroxide" else (" tuned" if self.tuned else " default sizes")
-        return f"{self.engine} {self.offload}{sizes}, {self.allocator}"
+        return " ".join(filter(None, (self.engine, self.offload, self.settings, self.allocator)))
 
 
 def entries(options: argparse.Namespace) -> list[Entry]:
@@ -46,9 +45,10 @@ def entries(options: argparse.Namespace) -> list[Entry]:
     found = []
     for offload in options.offload:
         for allocator in options.allocator:
-            found.append(Entry("deepspeed", offload, allocator))
-            if options.default_sizes:
-                found.append(Entry("deepspeed", offload, allocator, tuned=False))
+            for settings in options.peer:
+                # "disk" is about parameters on NVMe, so with CPU offload there is no such thing.
+                if settings != "disk" or offload == "nvme":
+                    found.append(Entry("deepspeed", offload, allocator, settings))
             found.append(Entry("zeroxide", offload, allocator))
     return found
 
@@ -65,7 +65,7 @@ def run(entry: Entry, model: str, options: argparse.Namespace) -> dict[str, Any]
         "steps": options.steps,
         "offload": entry.offload,
         "directory": str(directory),
-        "tuned": entry.tuned,
+        "settings": entry.settings,
         "threads": options.threads,
     }
     if entry.engine == "zeroxide" and entry.offload == "nvme":
@@ -117,19 +117,19 @@ def goals(model: str, results: dict[Entry, dict[str, Any]]) -> list[dict[str, An
             found.append(bench.goal(f"{model}: {name}", share, bound, at_most=True))
 
     for allocator in bench.ALLOCATORS:
-        ours, theirs = Entry("zeroxide", "nvme", allocator), Entry("deepspeed", "nvme", allocator)
+        ours, theirs = Entry("zeroxide", "nvme", allocator), Entry("deepspeed", "nvme", allocator, "lean")
         if model in PEAK_GOALS:
             compare(f"peak memory of theirs, nvme, {allocator}", "peak_gb", PEAK_GOALS[model], ours, theirs)
         if model == "124m":
             compare(f"optimizer phase of theirs, nvme, {allocator}", "step", 0.7, ours, theirs)
-            ours, theirs = Entry("zeroxide", "cpu", allocator), Entry("deepspeed", "cpu", allocator)
+            ours, theirs = Entry("zeroxide", "cpu", allocator), Entry("deepspeed", "cpu", allocator, "lean")
             compare(f"optimizer phase of theirs, cpu, {allocator}", "step", 0.65, ours, theirs)
             compare(
                 f"forward + backward ({allocator}) of theirs with freed memory kept, cpu",
                 "forward_backward",
                 1.0,
                 ours,
-                Entry("deepspeed", "cpu", "keep"),
+                Entry("deepspeed", "cpu", "keep", "lean"),
             )
         ours = Entry("zeroxide", "nvme", allocator)
         if ours in results:
@@ -145,16 +145,24 @@ def main() -> None:
     bench.scratch_argument(parser)
     parser.add_argument("--model", action="append", choices=("tiny", "124m", "355m", "774m"), help="default 124m")
     parser.add_argument("--offload", action="append", choices=("nvme", "cpu", "none"), help="default nvme and cpu")
-    parser.add_argument("--allocator", action="append", choices=tuple(bench.ALLOCATORS), help="default all")
+    parser.add_argument(
+        "--allocator", action="append", choices=tuple(bench.ALLOCATORS), help="default 'default' and 'keep'"
+    )
+    parser.add_argument(
+        "--peer",
+        action="append",
+        choices=("lean", "disk", "defaults"),
+        help="DeepSpeed's settings: least memory (default), parameters really on disk, its defaults",
+    )
     parser.add_argument("--steps", type=int, default=6, help="steps a run; the first two are not measured")
     parser.add_argument("--batch", type=int, default=1, help="rows of the batch")
     parser.add_argument("--sequence", type=int, default=128, help="tokens a row")
     parser.add_argument("--host-memory", help="zeroxide's budget with nvme, as in 1300MiB (default none)")
-    parser.add_argument("--default-sizes", action="store_true", help="also run DeepSpeed with its default sizes")
     options = parser.parse_args()
     options.model = options.model or ["124m"]
     options.offload = options.offload or ["nvme", "cpu"]
-    options.allocator = options.allocator or list(bench.ALLOCATORS)
+    options.allocator = options.allocator or ["default", "keep"]
+    options.peer = options.peer or ["lean"]
     if options.steps <= FIRST_MEASURED_STEP:
         parser.error(f"--steps must be more than the {FIRST_MEASURED_STEP} that warm up")
 

@@ -44,7 +44,7 @@ def install(directory: Path) -> Path:
     python = directory / "venv" / "bin" / "python"
     if not python.exists():
         print(f"peers: making {directory / 'venv'}", flush=True)
-        venv.create(directory / "venv", with_pip=True)
+        venv.create(directory / "venv", with_pip=True, symlinks=True)
     print("peers: installing requirements.txt", flush=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     lines = (HERE / "requirements.txt").read_text().splitlines()

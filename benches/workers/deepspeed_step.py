@@ -3,7 +3,7 @@
 Runs under the peers' interpreter (see ../peers/setup.py). One argument: a JSON object
 
     {"model": "124m", "rows": 1, "columns": 128, "steps": 6, "offload": "nvme" | "cpu" | "none",
-     "directory": where the swap files go, "tuned": true, "threads": 2}
+     "directory": where the swap files go, "settings": "lean" | "disk" | "defaults", "threads": 2}
 
 "zero_options", "optimizer_options" and "parameter_options" override single settings, to try whether they help.
 """
@@ -24,14 +24,16 @@ MIB = 1 << 20
 def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
     """DeepSpeed's JSON configuration; `largest` is the number of elements of the largest parameter.
 
-    "tuned" is for the least memory at no cost in speed, found by trying: small sub-groups and buckets, one parameter
-    buffer just large enough for the largest parameter, no locked memory, and an I/O queue at the disk's best block
-    size. `pipeline_read` and `pipeline_write` stay off: with them DeepSpeed 0.19.8 stops at an assertion in the first
-    step. Parameters "on NVMe" stay in host memory as long as they are fewer than `max_in_cpu` (1e9): that is faster
-    and, at these sizes, takes no more memory than the buffers of the other way.
+    "lean" is the least memory at no cost in speed, found by trying: small sub-groups and buckets, one parameter buffer
+    just large enough for the largest parameter, no locked memory, and an I/O queue at the disk's best block size.
+    Parameters "on NVMe" then stay in host memory as long as they are fewer than `max_in_cpu` (1e9), as DeepSpeed has
+    it by default. "disk" is the same with them really on disk, for which it needs its five buffers. "defaults" sets
+    nothing that need not be set. `pipeline_read` and `pipeline_write` stay off: with them DeepSpeed 0.19.8 stops at an
+    assertion in the first step.
     """
+    lean = spec["settings"] != "defaults"
     zero: dict[str, Any] = {"stage": 3}
-    if spec["tuned"]:
+    if lean:
         zero |= {
             "sub_group_size": 10_000_000,
             "stage3_max_live_parameters": 50_000_000,
@@ -45,9 +47,11 @@ def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
         parameters: dict[str, Any] = {"device": spec["offload"]}
         if spec["offload"] == "nvme":
             optimizer["nvme_path"] = parameters["nvme_path"] = spec["directory"]
-            if spec["tuned"]:
+            if lean:
                 parameters |= {"buffer_size": max(largest + 1024, 10_000_000), "buffer_count": 1}
-        if spec["tuned"]:
+            if spec["settings"] == "disk":
+                parameters |= {"buffer_count": 5, "max_in_cpu": 0}
+        if lean:
             optimizer["pin_memory"] = parameters["pin_memory"] = False
         zero |= {
             "offload_optimizer": optimizer | spec.get("optimizer_options", {}),
@@ -66,7 +70,7 @@ def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "steps_per_print": 1_000_000,
     }
-    if spec["tuned"]:
+    if lean:
         config["aio"] = {"block_size": MIB, "queue_depth": 32, "single_submit": False, "overlap_events": True}
     return config
 

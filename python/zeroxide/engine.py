@@ -273,11 +273,17 @@ class Engine(nn.Module):
         return usage
 
     def io(self) -> dict[str, Any]:
-        """Disk traffic since the start: bytes, seconds busy, seconds that compute waited, and the engine."""
+        """Disk traffic since the start, in bytes and seconds.
+
+        `read_seconds` and `write_seconds` are times with at least one such operation in flight, `wait_seconds` those in
+        which compute stood still for the disk, and `update_seconds` those spent on optimizer steps, waiting included,
+        also where that was within the next forward.
+        """
         found = self._alive().io()
         if found is None:
-            zero = {"read_bytes": 0, "write_bytes": 0, "reads": 0, "writes": 0}
-            return {**zero, "read_seconds": 0.0, "write_seconds": 0.0, "wait_seconds": 0.0, "engine": "none"}
+            counts = dict.fromkeys(("read_bytes", "write_bytes", "reads", "writes", "tiles_updated"), 0)
+            seconds = dict.fromkeys(("read_seconds", "write_seconds", "wait_seconds", "update_seconds"), 0.0)
+            return {**counts, **seconds, "engine": "none"}
         return found
 
     def times(self) -> dict[str, float]:

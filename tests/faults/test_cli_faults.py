@@ -45,6 +45,10 @@ def train(monkeypatch, capsys, tmp_path, text):
     return call
 
 
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
 def one_line(outcome, status, *phrases):
     got, lines = outcome
     assert got == status, lines
@@ -131,7 +135,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(train, tmp_path, va
     outcome = train("--save-every", "3", fake=fake)
     one_line(outcome, 1, "the loss is nan at step 5", "the checkpoint of step 3 is intact")
     assert fake.engine.destroyed
-    assert RunFolder(tmp_path / "run").checkpoints() == [3]
+    assert checkpoints(tmp_path / "run") == ["step-3"]
     events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert events[-1]["event"] == "error"
     assert "the loss is nan" in events[-1]["message"]
@@ -152,7 +156,7 @@ def test_an_input_output_error_in_the_middle_of_a_step(train, tmp_path):
             raise StorageError("read of 4194304 bytes at 8192 in /x/blocks.bin failed: Input/output error")
 
     one_line(train("--save-every", "2", fake=FakeInitialize(fail)), 1, "/x/blocks.bin", "Input/output error")
-    assert RunFolder(tmp_path / "run").checkpoints() == [2]
+    assert checkpoints(tmp_path / "run") == ["step-2"]
     assert train("--resume", "--out", str(tmp_path / "run"), defaults=False) == (0, [])
 
 

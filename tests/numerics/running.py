@@ -185,9 +185,7 @@ def train(
     model = build(family)
     model.train()
     schedule = {"type": "WarmupCosineLR", "params": {"total_num_steps": 2 * steps, "warmup_num_steps": steps // 5}}
-    config = config_of(
-        mode, directory, dtype, gradient_clipping=0.5, gradient_accumulation_steps=2, scheduler=schedule
-    )
+    config = config_of(mode, directory, dtype, gradient_clipping=0.5, gradient_accumulation_steps=2, scheduler=schedule)
     outcome = Outcome()
     feed = iter(batches(family, 2 * steps))
     with started(model, model_parameters=decay_groups(model), config=config) as engine:

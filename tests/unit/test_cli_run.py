@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from zeroxide.cli.training.job import run
 from zeroxide.cli.training.options import TrainOptions
-from zeroxide.cli.training.run_folder import RunFolder
 from zeroxide.errors import CheckpointError, ConfigError, DataError
 
 STEPS = 8
@@ -55,6 +54,10 @@ def events(path, kind):
     return [event for event in map(json.loads, (path / "log.jsonl").read_text().splitlines()) if event["event"] == kind]
 
 
+def checkpoints(run):
+    return sorted(path.name for path in (run / "checkpoints").glob("step-*"))
+
+
 def losses(path):
     return {event["step"]: event["loss"] for event in events(path, "step")}
 
@@ -77,7 +80,7 @@ def test_a_whole_run(options, tmp_path, capsys):
     assert losses(path)[STEPS] < losses(path)[1] - 0.1
     assert [event["step"] for event in events(path, "eval")] == [4, STEPS]
     assert [event["step"] for event in events(path, "checkpoint")] == [3, 6, 8]
-    assert RunFolder(path).checkpoints() == [6, 8]
+    assert checkpoints(path) == ["step-6", "step-8"]
     assert (path / "loss.png").read_bytes().startswith(b"\x89PNG")
     sample = events(path, "sample")[0]
     assert sample["prompt"]
@@ -187,7 +190,7 @@ def test_a_second_signal_ends_the_run_at_once(options, tmp_path):
         run(options(save_every=1), initialize=fake)
     assert fake.engine.destroyed
     assert losses(tmp_path / "run").keys() == {1}
-    assert RunFolder(tmp_path / "run").checkpoints() == [1]
+    assert checkpoints(tmp_path / "run") == ["step-1"]
 
 
 def test_resume_takes_free_options_and_refuses_the_others(options, tmp_path, text):

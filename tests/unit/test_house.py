@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import zeroxide
 from zeroxide.config import Config
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +95,11 @@ def test_every_field_of_the_config_is_read():
         if "config" not in path.relative_to(ROOT).parts:
             read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
     assert {field.name for field in dataclasses.fields(Config)} - read == set()
+
+
+def test_the_installed_package_is_typed():
+    installed = Path(zeroxide.__file__).parent
+    assert [name for name in ("py.typed", "_core.pyi") if not (installed / name).is_file()] == []
 
 
 def targets() -> set[str]:

@@ -2,6 +2,7 @@
 #![expect(unsafe_code, reason = "changes what lies under an address range")]
 
 use std::fmt;
+use std::mem::ManuallyDrop;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -125,8 +126,9 @@ impl Window {
     /// # Errors
     /// [`MemoryError::FrameCount`] unless the frames cover the window exactly,
     /// [`MemoryError::WrongState`] unless the window is empty, [`MemoryError::Forked`], or
-    /// [`MemoryError::Os`]. After any of them the frames are back in their pool; after the last, their
-    /// bytes are undefined.
+    /// [`MemoryError::Os`]. After any of them the window is as it was and the frames are back in their
+    /// pool; after the last, their bytes are undefined, and frames that the kernel refuses to move back
+    /// are lost to the pool (and stay counted).
     pub fn map(&mut self, frames: Vec<Frame>) -> Result<(), MemoryError> {
         let mut state = self.region.lock()?;
         if frames.len() != self.frames() {
@@ -149,13 +151,12 @@ impl Window {
         if let Err(error) = result {
             let mut frames = frames;
             frames.truncate(moved);
-            // What cannot be sealed stays with its frames, so that its bytes stay counted.
-            if move_home(window, &frames)
-                .and_then(|()| seal(window))
-                .is_err()
-            {
-                state.backing = Backing::Frames(frames);
+            if move_home(window, &frames).is_err() {
+                // Their homes may be unusable: the pool must not hand them out. They stay counted.
+                let _kept = ManuallyDrop::new(frames);
             }
+            // Should this fail too, the window still counts as empty: no lease is given on it.
+            let _ = seal(window);
             return Err(error);
         }
         state.backing = Backing::Frames(frames);

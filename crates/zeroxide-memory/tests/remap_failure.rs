@@ -3,6 +3,8 @@
 //! One test alone in its process, since it lowers a limit of the whole process.
 #![expect(clippy::unwrap_used, reason = "test helpers")]
 
+use std::ops::Range;
+
 use zeroxide_memory::{Bucket, Budget, FRAME, FramePool, MemoryError, Window};
 
 /// Lets the process have no more than `bytes` of writable memory of its own, and returns the limit that
@@ -23,19 +25,27 @@ fn limit_data(bytes: libc::rlim_t) -> libc::rlim_t {
     before
 }
 
-/// Whether the kernel has a mapping at every page of the range.
-fn reserved(start: usize, len: usize) -> bool {
+/// The kernel's mappings of this process, by ascending address.
+fn mappings() -> Vec<Range<usize>> {
+    let parse = |text| usize::from_str_radix(text, 16).unwrap();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let mut end = start;
-    for line in maps.lines() {
-        let (range, _) = line.split_once(' ').unwrap();
-        let (from, to) = range.split_once('-').unwrap();
-        let parse = |text| usize::from_str_radix(text, 16).unwrap();
-        if parse(from) <= end && end < parse(to) {
-            end = parse(to);
+    maps.lines()
+        .map(|line| {
+            let (start, end) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+            parse(start)..parse(end)
+        })
+        .collect()
+}
+
+/// Whether the kernel has a mapping at every page of the range.
+fn reserved(range: &Range<usize>) -> bool {
+    let mut end = range.start;
+    for mapping in mappings() {
+        if mapping.contains(&end) {
+            end = mapping.end;
         }
     }
-    end >= start + len
+    end >= range.end
 }
 
 /// Whether a sanitizer's allocator serves the process: it ends the process when the limit refuses it
@@ -54,7 +64,10 @@ fn a_refused_move_loses_no_address_and_no_frame() {
     let budget = Budget::new(None);
     let pool = FramePool::new(&budget, Bucket::Gathered, 3).unwrap();
     let mut window = Window::reserve(2 * FRAME).unwrap();
-    let (base, len) = (window.base().addr(), window.len());
+    let len = window.len();
+    let addresses = window.base().addr()..window.base().addr() + len;
+    let of_pool = |range: &Range<usize>| range.len() == 3 * FRAME && range.start % FRAME == 0;
+    let homes = mappings().into_iter().find(of_pool).unwrap();
 
     let frames = pool.take(2).unwrap();
     let before = limit_data(4096);
@@ -64,7 +77,7 @@ fn a_refused_move_loses_no_address_and_no_frame() {
         matches!(refused, Err(MemoryError::Os { .. })),
         "{refused:?}"
     );
-    assert!(reserved(base, len));
+    assert!(reserved(&addresses) && reserved(&homes));
     assert!(!window.is_mapped());
     assert_eq!(pool.free(), 3);
 
@@ -79,7 +92,7 @@ fn a_refused_move_loses_no_address_and_no_frame() {
         matches!(refused, Err(MemoryError::Os { .. })),
         "{refused:?}"
     );
-    assert!(window.is_mapped() && reserved(base, len));
+    assert!(window.is_mapped() && reserved(&addresses) && reserved(&homes));
     assert_eq!(pool.free(), 1);
     drop(window.unmap().unwrap());
     assert_eq!(pool.free(), 3);
@@ -91,6 +104,7 @@ fn a_refused_move_loses_no_address_and_no_frame() {
     let before = limit_data(4096);
     drop(whole);
     limit_data(before);
+    assert!(reserved(&homes));
     assert_eq!(pool.free(), 0);
     assert_eq!(budget.total().current, 3 * FRAME as u64);
 }

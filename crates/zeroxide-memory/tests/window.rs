@@ -3,7 +3,9 @@
 
 use proptest::prelude::*;
 use zeroxide_layout::PAGE;
-use zeroxide_memory::{Bucket, Budget, FRAME, Frame, FramePool, MemoryError, Window, WindowState};
+use zeroxide_memory::{
+    Arena, Bucket, Budget, FRAME, Frame, FramePool, MemoryError, Window, WindowState,
+};
 
 fn pool(frames: usize) -> (Budget, FramePool) {
     let budget = Budget::new(None);
@@ -257,6 +259,42 @@ fn pages_are_under_one_window_at_a_time() {
         drop(windows[active].unmap().unwrap());
         assert_eq!(resident_pages(windows[active].base().addr(), 4 * FRAME), 0);
     }
+}
+
+/// Whether the kernel's mapping at `address` has huge pages advised (`hg` in its flags).
+fn huge_pages_advised(address: usize) -> bool {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let mut here = false;
+    for line in smaps.lines() {
+        let first = line.split_whitespace().next().unwrap_or("");
+        if let Some((start, end)) = first.split_once('-') {
+            let parse = |text| usize::from_str_radix(text, 16).unwrap();
+            here = (parse(start)..parse(end)).contains(&address);
+        } else if here && let Some(flags) = line.strip_prefix("VmFlags:") {
+            return flags.split_whitespace().any(|flag| flag == "hg");
+        }
+    }
+    false
+}
+
+#[test]
+fn huge_pages_are_advised_wherever_memory_lies() {
+    if !std::fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap() {
+        return;
+    }
+    let (budget, pool) = pool(1);
+    let arena = Arena::new(&budget, Bucket::Staging, FRAME).unwrap();
+    assert!(huge_pages_advised(arena.base().addr()));
+    let mut window = Window::reserve(FRAME).unwrap();
+    assert!(!huge_pages_advised(window.base().addr()));
+    for _ in 0..2 {
+        window.map(pool.take(1).unwrap()).unwrap();
+        fill(&window, 1);
+        assert!(huge_pages_advised(window.base().addr()));
+        drop(window.unmap().unwrap());
+    }
+    window.make_home(&budget, Bucket::Weights).unwrap();
+    assert!(huge_pages_advised(window.base().addr()));
 }
 
 #[derive(Clone, Debug)]

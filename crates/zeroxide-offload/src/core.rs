@@ -10,6 +10,7 @@ use zeroxide_optim::Pool;
 use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
 
 use crate::error::{OffloadError, Result, misuse};
+use crate::step::ActiveStep;
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
 use crate::transfer::{CachedTile, Fill};
 use crate::unit::{StateBlocks, Unit};
@@ -43,7 +44,13 @@ pub(crate) struct Core {
     pub(crate) poisoned: Option<(u64, String)>,
     pub(crate) fill: Option<Fill>,
     pub(crate) cache: Vec<CachedTile>,
+    /// The step under way.
+    pub(crate) step: Option<ActiveStep>,
+    pub(crate) tiles_updated: u64,
+    /// Time in which compute stood still for the disk.
     pub(crate) waited: Duration,
+    /// Time that calls spent on steps, waiting included.
+    pub(crate) updating: Duration,
 }
 
 impl Core {
@@ -119,7 +126,10 @@ impl Core {
             poisoned: None,
             fill: None,
             cache: Vec::new(),
+            step: None,
+            tiles_updated: 0,
             waited: Duration::ZERO,
+            updating: Duration::ZERO,
         })
     }
 

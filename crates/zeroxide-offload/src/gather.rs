@@ -20,7 +20,11 @@ impl Core {
     pub(crate) fn gather(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_unit("gather", unit)?;
+        self.finish_unit(unit)?;
         self.poll_arrivals();
+        if matches!(self.residence(unit), Some(Residence::Away)) {
+            self.finish_writes(unit)?;
+        }
         if matches!(self.residence(unit), Some(Residence::Away)) && !self.fetch(unit, true)? {
             return Err(self.no_frames(unit));
         }
@@ -40,6 +44,10 @@ impl Core {
     pub(crate) fn prefetch(&mut self, unit: usize) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("prefetch", unit)?;
+        if self.is_stepping(unit) {
+            // The step brings it under its window itself.
+            return Ok(true);
+        }
         self.poll_arrivals();
         match self.residence(unit) {
             Some(Residence::Away) => self.fetch(unit, false),
@@ -140,11 +148,16 @@ impl Core {
         (0..self.units.len())
             .filter(|unit| *unit != except)
             .filter_map(|unit| match self.residence(unit) {
-                Some(Residence::Here { pinned: false, used }) => Some((*used, unit)),
+                Some(Residence::Here { pinned: false, used }) if !self.is_updating(unit) => Some((*used, unit)),
                 _ => None,
             })
             .min()
             .map(|(_, unit)| unit)
+    }
+
+    /// Whether tiles of the unit still wait for their update.
+    fn is_updating(&self, unit: usize) -> bool {
+        self.step.as_ref().is_some_and(|step| step.is_updating(unit))
     }
 
     fn any_arriving(&self, except: usize) -> Option<usize> {
@@ -154,6 +167,7 @@ impl Core {
 
     /// Takes the frames away from a unit that nobody uses; its bytes are on disk.
     pub(crate) fn evict(&mut self, unit: usize) -> Result<()> {
+        self.finish_writes(unit)?;
         if let Weights::Disk { window, residence } = &mut self.units[unit].weights {
             drop(window.unmap()?);
             *residence = Residence::Away;

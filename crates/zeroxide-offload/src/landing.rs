@@ -31,6 +31,7 @@ impl Core {
     /// A gradient comes whole or in parts, in order and without gaps; it has landed once its last element has.
     pub(crate) fn land(&mut self, unit: usize, param: usize, start: u64, source: Grad<'_>, norm: bool) -> Result<()> {
         self.check_param("land", unit, param)?;
+        self.finish_unit(unit)?;
         let dtype = self.grad;
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param) + start;
@@ -82,6 +83,7 @@ impl Core {
         source: Grad<'_>,
     ) -> Result<()> {
         self.check_param("land_rows", unit, param)?;
+        self.finish_unit(unit)?;
         let dtype = self.grad;
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param);

@@ -19,6 +19,5 @@ pub use error::{OffloadError, Result};
 pub use landing::GradNorm;
 pub use offload::{IoReport, Offload};
 pub use settings::{Settings, StateHome, UnitSpec, WeightHome};
-pub use step::StepReport;
 pub use transfer::Part;
 pub use weights::Lent;

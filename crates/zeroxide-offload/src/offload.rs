@@ -11,7 +11,6 @@ use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::landing::GradNorm;
 use crate::settings::{Settings, UnitSpec};
-use crate::step::StepReport;
 use crate::transfer::Part;
 use crate::weights::{Lent, Weights};
 
@@ -22,6 +21,10 @@ pub struct IoReport {
     pub counters: IoCounters,
     /// Time in which compute stood still for the disk.
     pub waited: Duration,
+    /// Time that calls spent on optimizer steps, waiting included, wherever in forward or backward that was.
+    pub updating: Duration,
+    /// Tiles updated.
+    pub tiles: u64,
     /// The engine in use, in words.
     pub engine: String,
 }
@@ -177,9 +180,16 @@ impl Offload {
     }
 
     /// One update of every parameter whose gradient has landed; `grad_scale` multiplies the gradients.
-    pub fn step(&self, groups: &[AdamParams], grad_scale: f64) -> Result<StepReport> {
+    ///
+    /// With state at home on disk this returns while the step is under way; each later use of a unit waits until that
+    /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
+    pub fn step(&self, groups: &[AdamParams], grad_scale: f64) -> Result<()> {
         self.with("step", |core| {
-            let outcome = core.step(groups, grad_scale);
+            let borrows = core.units.iter().any(|unit| matches!(unit.weights, Weights::Borrowed { lent: Some(_) }));
+            let mut outcome = core.step_begin(groups, grad_scale);
+            if borrows && outcome.is_ok() {
+                outcome = core.finish_step();
+            }
             for unit in &mut core.units {
                 if let Weights::Borrowed { lent } = &mut unit.weights {
                     *lent = None;
@@ -187,6 +197,11 @@ impl Offload {
             }
             outcome
         })
+    }
+
+    /// Ends the step under way, if there is one.
+    pub fn finish(&self) -> Result<()> {
+        self.with("finish", Core::finish_step)
     }
 
     /// Payload bytes of a bucket. Never blocks on a running call.
@@ -205,6 +220,8 @@ impl Offload {
             Ok(core.disk.as_ref().map(|disk| IoReport {
                 counters: disk.queue.counters(),
                 waited: core.waited,
+                updating: core.updating,
+                tiles: core.tiles_updated,
                 engine: disk.queue.describe(),
             }))
         })
@@ -214,6 +231,7 @@ impl Offload {
     pub fn close(&self) -> Result<()> {
         let Some(mut core) = self.lock().take() else { return Ok(()) };
         // Reads in flight write into windows: they end before the windows go.
+        core.abandon_step();
         let settled = core.settle_arrivals();
         core.cache.clear();
         if let Some(disk) = core.disk.take() {

@@ -67,6 +67,7 @@ impl Core {
             return misuse("fill_begin", "another fill has not been committed");
         }
         self.cache.clear();
+        self.finish_step()?;
         self.settle_arrivals()?;
         if part == Part::Weights {
             if matches!(self.residence(unit), Some(Residence::Away)) && !self.map_frames(unit, true)? {
@@ -234,6 +235,7 @@ impl Core {
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("read_param", unit, param)?;
+        self.finish_step()?;
         self.settle_arrivals()?;
         let this = &self.units[unit];
         let numel = this.layout.numel(param);

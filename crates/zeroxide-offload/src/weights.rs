@@ -25,7 +25,9 @@ pub(crate) enum Residence {
         /// The first failure among those that completed.
         failed: Option<zeroxide_storage::StorageError>,
     },
-    /// Under the window and equal to the bytes on disk.
+    /// Frames lie under the window, and a step reads and updates its tiles there one after the other.
+    Updating,
+    /// Under the window and equal to the bytes on disk, or to those on their way there.
     Here {
         /// In use: the frames must not be taken.
         pinned: bool,

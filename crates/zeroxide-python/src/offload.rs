@@ -216,8 +216,9 @@ impl PyOffload {
         map(py, self.inner.lend(unit, lent))
     }
 
-    /// One update of every parameter whose gradient has landed. Returns (tiles, elements) updated.
-    fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<(u64, u64)> {
+    /// One update of every parameter whose gradient has landed. With state on disk it goes on after the call, and each
+    /// later use of a unit waits until that unit is done.
+    fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<()> {
         let groups: Vec<AdamParams> = groups
             .into_iter()
             .map(|(lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)| AdamParams {
@@ -230,9 +231,14 @@ impl PyOffload {
                 bias_correction,
             })
             .collect();
-        let report = py.detach(|| self.inner.step(&groups, grad_scale));
-        let report = map(py, report)?;
-        Ok((report.tiles, report.elements))
+        let done = py.detach(|| self.inner.step(&groups, grad_scale));
+        map(py, done)
+    }
+
+    /// Ends the step under way, if there is one.
+    fn finish(&self, py: Python<'_>) -> PyResult<()> {
+        let done = py.detach(|| self.inner.finish());
+        map(py, done)
     }
 
     /// Payload bytes per bucket: {name: (current, peak)}, and "total".
@@ -259,6 +265,8 @@ impl PyOffload {
         result.set_item("read_seconds", counters.read.busy.as_secs_f64())?;
         result.set_item("write_seconds", counters.write.busy.as_secs_f64())?;
         result.set_item("wait_seconds", report.waited.as_secs_f64())?;
+        result.set_item("update_seconds", report.updating.as_secs_f64())?;
+        result.set_item("tiles_updated", report.tiles)?;
         result.set_item("engine", report.engine)?;
         Ok(Some(result))
     }

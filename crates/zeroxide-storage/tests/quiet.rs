@@ -6,7 +6,7 @@
 
 mod harness;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use harness::{Client, arena, lease};
 use zeroxide_storage::{DiskFile, EngineKind, OpKind, SimOptions, StorageError, open_queue};
@@ -38,16 +38,17 @@ fn idle_queues_rest_and_closed_queues_are_gone() {
         EngineKind::Simulated(SimOptions::default()),
     ];
     let mappings = || {
-        std::fs::read_to_string("/proc/self/maps")
-            .unwrap()
-            .matches("io_uring")
-            .count()
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.matches("io_uring").count()
     };
-    let before = (
-        entries("/proc/self/task"),
-        entries("/proc/self/fd"),
-        mappings(),
-    );
+    let counts = || {
+        (
+            entries("/proc/self/task"),
+            entries("/proc/self/fd"),
+            mappings(),
+        )
+    };
+    let before = counts();
     for kind in kinds {
         for close in [true, false] {
             let queue = match open_queue(kind.clone(), 8) {
@@ -74,12 +75,16 @@ fn idle_queues_rest_and_closed_queues_are_gone() {
                 queue.close();
             }
             drop(queue);
-            let after = (
-                entries("/proc/self/task"),
-                entries("/proc/self/fd"),
-                mappings(),
+            // A joined thread leaves the process list a moment after it has ended.
+            let deadline = Instant::now() + Duration::from_secs(2);
+            while counts() != before && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_eq!(
+                counts(),
+                before,
+                "threads, descriptors, mappings of {kind:?}"
             );
-            assert_eq!(after, before, "threads, descriptors, mappings of {kind:?}");
         }
     }
 }

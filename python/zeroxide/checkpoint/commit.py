@@ -24,7 +24,19 @@ from zeroxide.checkpoint.manifest import MANIFEST
 from zeroxide.checkpoint.stream import write_all
 from zeroxide.errors import CheckpointError
 
-__all__ = ["Aside", "check_tag", "discard", "find", "locked", "publish", "set_latest", "sync_directory", "tidy"]
+__all__ = [
+    "Aside",
+    "check_tag",
+    "check_target",
+    "discard",
+    "find",
+    "locked",
+    "make_directory",
+    "publish",
+    "set_latest",
+    "sync_directory",
+    "tidy",
+]
 
 LATEST = "latest"
 SAVING = ".saving-"
@@ -136,6 +148,25 @@ def _remove(replaced: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)
 
 
+def check_target(target: Path) -> bool:
+    """Whether there is a checkpoint at `target`. Raises CheckpointError if there is something else."""
+    if not target.exists() and not target.is_symlink():
+        return False
+    if not (target / MANIFEST).is_file() or target.is_symlink():
+        raise CheckpointError(
+            f"{target} exists and is not a zeroxide checkpoint: choose another tag or move it away", path=target
+        )
+    return True
+
+
+def make_directory(path: Path) -> None:
+    """Creates a directory and its parents where they are missing, durably. Raises OSError."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_directory(each.parent)
+
+
 def publish(aside: Path, save_dir: Path, tag: str) -> Path | None:
     """Gives a complete, durable checkpoint its tag. Call under the lock. Raises OSError or CheckpointError.
 
@@ -143,11 +174,7 @@ def publish(aside: Path, save_dir: Path, tag: str) -> Path | None:
     """
     target = save_dir / tag
     replaced = None
-    if target.exists() or target.is_symlink():
-        if not (target / MANIFEST).is_file() or target.is_symlink():
-            raise CheckpointError(
-                f"{target} exists and is not a zeroxide checkpoint: choose another tag or move it away", path=target
-            )
+    if check_target(target):
         replaced = save_dir / f"{REPLACED}{tag}"
         os.rename(target, replaced)
     try:

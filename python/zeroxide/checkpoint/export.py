@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroxide.checkpoint import cutting
-from zeroxide.checkpoint.commit import sync_directory
+from zeroxide.checkpoint.commit import make_directory, sync_directory
 from zeroxide.checkpoint.contents import LiveState, Staging, held_parameters, persistent_buffers
 from zeroxide.checkpoint.cutting import Cut, Tensor, cut_into_files
 from zeroxide.checkpoint.stream import StreamWriter, dtype_name, write_all
@@ -43,7 +42,7 @@ def save_model(engine: Engine, save_dir: Path, save_filename: str | None) -> Pat
         )
     export = _Export(engine, name.removesuffix(SUFFIX))
     try:
-        save_dir.mkdir(parents=True, exist_ok=True)
+        make_directory(save_dir)
         return export.write(save_dir)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
@@ -81,10 +80,12 @@ class _Export:
 
     def write(self, directory: Path) -> Path:
         """Writes everything aside, then renames. Raises OSError."""
-        aside = {name: directory / f"{ASIDE}{secrets.token_hex(8)}" for name in (*self.shards, self.index)}
+        aside = {name: directory / f"{ASIDE}{name}" for name in (*self.shards, self.index)}
         single = len(self.shards) == 1
         final = directory / (next(iter(self.shards)) if single else self.index)
         try:
+            for path in aside.values():
+                path.unlink(missing_ok=True)  # a killed export's
             for name, cuts in self.shards.items():
                 self._write_shard(aside[name], cuts)
             if not single:
@@ -128,7 +129,7 @@ class _Export:
 
     def _remove_old(self, directory: Path, single: bool) -> None:
         """Removes shards of earlier exports under the same name, and files that killed ones left."""
-        shard = re.compile(re.escape(self.stem) + r"-\d{5}-of-\d{5}" + re.escape(SUFFIX))
+        shard = re.compile(f"({re.escape(ASIDE)})?" + re.escape(self.stem) + r"-\d{5}-of-\d{5}" + re.escape(SUFFIX))
         for path in directory.iterdir():
             old = shard.fullmatch(path.name) and path.name not in self.shards
             if old or (single and path.name == self.index):

@@ -11,20 +11,31 @@ import torch
 
 __all__ = ["check", "read", "restore"]
 
+NUMPY_KIND = "MT19937"
+"""What numpy.random uses unless a program replaces it; another generator is left out."""
+
 
 def read() -> dict[str, Any]:
     """The present states."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
-    version, internal, gauss = random.getstate()
+    version, words, gauss = random.getstate()
+    found = np.random.get_state(legacy=False)
+    numpy_state = None
+    if found["bit_generator"] == NUMPY_KIND:
+        numpy_state = [
+            _text(found["state"]["key"]),
+            int(found["state"]["pos"]),
+            int(found["has_gauss"]),
+            float(found["gauss"]),
+        ]
     return {
         "torch": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        "python": [version, list(internal), gauss],
-        "numpy": [kind, base64.b64encode(keys.astype("<u4").tobytes()).decode(), position, has_gauss, cached],
+        "python": [version, _text(np.array(words)), gauss],
+        "numpy": numpy_state,
     }
 
 
 def check(states: dict[str, Any]) -> None:
-    """Raises ValueError or TypeError if `restore` would. Changes nothing that stays."""
+    """Raises what `restore` would. Changes nothing that stays."""
     before = read()
     try:
         restore(states)
@@ -33,9 +44,19 @@ def check(states: dict[str, Any]) -> None:
 
 
 def restore(states: dict[str, Any]) -> None:
-    """Goes back to `states`. Raises ValueError, TypeError, KeyError or RuntimeError if they are not what `read` gave."""
-    version, internal, gauss = states["python"]
-    kind, keys, position, has_gauss, cached = states["numpy"]
+    """Goes back to `states`; raises ValueError, TypeError, KeyError or RuntimeError if `read` never gives them."""
+    version, words, gauss = states["python"]
     torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(states["torch"])), dtype=torch.uint8))
-    random.setstate((version, tuple(internal), gauss))
-    np.random.set_state((kind, np.frombuffer(base64.b64decode(keys), dtype="<u4"), position, has_gauss, cached))
+    random.setstate((version, tuple(_words(words).tolist()), gauss))
+    if states["numpy"] is not None:
+        keys, position, has_gauss, cached = states["numpy"]
+        np.random.set_state((NUMPY_KIND, _words(keys), position, has_gauss, cached))
+
+
+def _text(words: np.ndarray[Any, Any]) -> str:
+    """32-bit words, little-endian, in base64."""
+    return base64.b64encode(words.astype("<u4").tobytes()).decode()
+
+
+def _words(text: str) -> np.ndarray[Any, Any]:
+    return np.frombuffer(base64.b64decode(text), dtype="<u4")

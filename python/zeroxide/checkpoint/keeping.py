@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from zeroxide.checkpoint.contents import Held, LiveState, Staging
-from zeroxide.checkpoint.stream import write_all
+from zeroxide.checkpoint.stream import bytes_of, write_all
 
 __all__ = ["Keeping"]
 
@@ -54,7 +54,7 @@ class Keeping:
         descriptor = self._file.fileno()
         self._places[held.name, part] = os.lseek(descriptor, 0, os.SEEK_CUR)
         for values in self._live.chunks(held, part, 0, held.numel, torch.float32):
-            write_all(descriptor, memoryview(values.numpy()).cast("B"))
+            write_all(descriptor, bytes_of(values))
 
     def chunks(self, held: Held, part: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values) of what was kept. Each chunk is valid until the next one is taken."""
@@ -62,7 +62,7 @@ class Keeping:
         at = self._places[held.name, part]
         for start in range(0, held.numel, self._staging.elements):
             values = self._staging.values[: min(self._staging.elements, held.numel - start)]
-            view = memoryview(values.numpy()).cast("B")
+            view = bytes_of(values)
             done = 0
             while done < view.nbytes:
                 count = os.preadv(self._file.fileno(), [view[done:]], at + start * FP32_BYTES + done)

@@ -56,9 +56,10 @@ def save_checkpoint(
     pending = _Pending(engine, client_state, include_frozen)
     committed = False
     try:
-        save_dir.mkdir(parents=True, exist_ok=True)
+        commit.make_directory(save_dir)
         with commit.locked(save_dir):
             commit.tidy(save_dir)
+        commit.check_target(save_dir / tag)
         _check_room(save_dir, pending.bytes)
         aside = commit.Aside(save_dir)
         try:
@@ -114,7 +115,7 @@ def _check_room(save_dir: Path, need: int) -> None:
 
 
 class _Pending:
-    """A checkpoint that is fully described and not yet written. Making it changes nothing and finds what is not JSON."""
+    """A checkpoint described and not yet written. Making it changes nothing and finds what is not JSON."""
 
     def __init__(self, engine: Engine, client_state: dict[str, Any], include_frozen: bool) -> None:
         self._engine = engine

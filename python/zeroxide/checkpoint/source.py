@@ -16,7 +16,7 @@ import torch
 
 from zeroxide.checkpoint.contents import Staging
 from zeroxide.checkpoint.manifest import Piece, SavedFile, looks_pickled
-from zeroxide.checkpoint.stream import DTYPES, digest
+from zeroxide.checkpoint.stream import DTYPES, bytes_of, digest
 from zeroxide.errors import CheckpointError
 
 __all__ = ["Sources"]
@@ -91,7 +91,7 @@ class _File:
 
     def read(self, stored: _Stored, start: int, into: torch.Tensor) -> None:
         """Elements `start ..` of a tensor into contiguous memory of its dtype."""
-        view = memoryview(into.reshape(-1).view(torch.uint8).numpy())
+        view = bytes_of(into)
         at = stored.begin + start * stored.dtype.itemsize
         assert at + view.nbytes <= stored.end, "the range is inside the tensor"
         with self._open() as descriptor:
@@ -105,7 +105,7 @@ class _File:
 
 
 class Sources:
-    """The files of one checkpoint that a load needs. Making it verifies every one of them; it raises CheckpointError."""
+    """The files of a checkpoint that one load needs, each verified before this exists. Raises CheckpointError."""
 
     def __init__(self, directory: Path, files: Sequence[SavedFile], needed: Sequence[Piece], staging: Staging) -> None:
         names = {piece.file for piece in needed}

@@ -18,7 +18,7 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["DTYPES", "Entry", "StreamWriter", "digest", "dtype_name", "write_all"]
+__all__ = ["DTYPES", "Entry", "StreamWriter", "bytes_of", "digest", "dtype_name", "write_all"]
 
 HEADER_ALIGN = 8
 DIGEST_BYTES = 16
@@ -51,6 +51,11 @@ def dtype_name(dtype: torch.dtype) -> str | None:
 def digest() -> hashlib.blake2b:
     """A fresh checksum, as manifests hold it: BLAKE2b of 16 bytes."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES)
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor of any dtype."""
+    return tensor.detach().view(-1).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ class StreamWriter:
             self._left.pop()
         assert self._left, "no tensor is left to write"
         entry, left = self._left[-1]
-        data = memoryview(values.detach().reshape(-1).view(torch.uint8).numpy())
+        data = bytes_of(values)
         assert values.dtype == entry.dtype, f"{entry.key} takes {entry.dtype}"
         assert data.nbytes <= left, f"{entry.key} has {left} bytes left"
         self._put(data)

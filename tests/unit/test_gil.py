@@ -1,0 +1,127 @@
+"""The GIL is released around long calls into the core.
+
+With the switch interval at an hour a thread gives the GIL up only where it says so itself. Whatever another Python
+thread does between "begin" and "end" of a call was therefore let in by that call. Only the order of events is looked
+at, never how long anything took.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+
+import pytest
+import torch
+
+from zeroxide import _core
+from zeroxide.zero.tensors import spec
+
+ELEMENTS = 8 << 20
+
+
+@pytest.fixture
+def core(tmp_path):
+    made = _core.Offload(
+        units=[("big", [(ELEMENTS, True)], "disk", "disk")], limit=None, threads=1, compute="f32", format="fp32",
+        grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20, gathered_bytes=ELEMENTS * 4, engine="auto",
+        queue_depth=16, directories=[tmp_path], job="gil",
+    )  # fmt: skip
+    yield made
+    made.close()
+
+
+def others_ran_during(call) -> bool:
+    """Whether another Python thread got to run between the begin and the end of `call`."""
+    events: list[str] = []
+    stop = threading.Event()
+
+    def tick():
+        while not stop.is_set():
+            events.append("tick")
+            time.sleep(0.0002)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    while "tick" not in events:
+        time.sleep(0.001)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    try:
+        events.append("begin")
+        call()
+        events.append("end")
+    finally:
+        sys.setswitchinterval(before)
+        stop.set()
+        thread.join()
+    return "tick" in events[events.index("begin") : events.index("end")]
+
+
+def test_long_calls_let_other_threads_run(core):
+    values = torch.randn(ELEMENTS)
+    given = spec(values)
+    group = [(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)]
+    core.fill_begin(0, "weights")
+    assert others_ran_during(lambda: core.fill_param(0, 0, 0, given))
+    assert others_ran_during(lambda: core.fill_commit(0))
+    assert others_ran_during(lambda: core.land(0, 0, 0, given, True))
+    assert others_ran_during(lambda: core.step(group, 1.0))
+    assert others_ran_during(lambda: core.read_param(0, 0, "exp_avg", 0, spec(torch.empty(ELEMENTS))))
+
+
+def test_a_gather_from_disk_lets_other_threads_run(tmp_path):
+    with_two = _core.Offload(
+        units=[(name, [(ELEMENTS, True)], "disk", "host") for name in ("a", "b")], limit=None, threads=1,
+        compute="f32", format="fp32", grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20,
+        gathered_bytes=ELEMENTS * 4, engine="auto", queue_depth=16, directories=[tmp_path], job="gil",
+    )  # fmt: skip
+    for unit in (0, 1):
+        with_two.fill_begin(unit, "weights")
+        with_two.fill_commit(unit)
+    # There is room for one unit: gathering the first again reads it.
+    read = with_two.io()["read_bytes"]
+    assert others_ran_during(lambda: with_two.gather(0))
+    assert with_two.io()["read_bytes"] == read + ELEMENTS * 4
+    with_two.close()
+
+
+def test_two_calls_of_two_cores_overlap(tmp_path):
+    """Windows of two threads inside the core overlap: each begins before the other ends."""
+    cores = []
+    for job in "ab":
+        made = _core.Offload(
+            units=[("big", [(ELEMENTS, True)], "host", "host")], limit=None, threads=1, compute="f32", format="fp32",
+            grad="f32", tile_elements=512 << 10, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
+            directories=[], job=job,
+        )  # fmt: skip
+        made.fill_begin(0, "weights")
+        made.fill_commit(0)
+        made.land(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
+        cores.append(made)
+    events: list[str] = []
+    barrier = threading.Barrier(2)
+
+    def work(name, made):
+        barrier.wait()
+        events.append(f"begin {name}")
+        made.step([(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)], 1.0)
+        events.append(f"end {name}")
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(3600)
+    try:
+        threads = [threading.Thread(target=work, args=pair) for pair in zip("ab", cores, strict=True)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert {event.split()[0] for event in events[:2]} == {"begin"}
+    for made in cores:
+        made.close()
+
+
+def test_the_method_sees_a_call_that_keeps_the_gil():
+    assert not others_ran_during(lambda: sum(range(3_000_000)))
