@@ -30,7 +30,7 @@ def fio_pass(options: argparse.Namespace, path: Path, direction: str, engine: st
     done = subprocess.run(command, env=os.environ | bench.HUGE_PAGES, capture_output=True, text=True, check=True)
     # Warnings may stand before the object.
     job = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][direction]
-    return job["io_bytes"] / (job["runtime"] / 1e3) / 1e9
+    return float(job["io_bytes"]) / (float(job["runtime"]) / 1e3) / 1e9
 
 
 def queue_passes(options: argparse.Namespace, binary: str, engine: str) -> dict[str, Any]:

@@ -45,7 +45,8 @@ def sample(name: str, options: Any) -> dict[str, Any]:
         text=True,
         check=True,
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def first_step(options: Any) -> dict[str, Any]:

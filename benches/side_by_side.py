@@ -111,7 +111,8 @@ def run_worker(
         raise WorkerFailed(f"{worker} ran longer than {timeout:.0f} s with {json.dumps(spec)}") from error
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
+            found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+            return found
     end = "\n".join((done.stdout + done.stderr).splitlines()[-12:])
     raise WorkerFailed(f"{worker} ended with status {done.returncode} and no result, {json.dumps(spec)}:\n{end}")
 
@@ -150,7 +151,8 @@ class Contestant:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("RESULT "):
-                return json.loads(line.removeprefix("RESULT "))
+                found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
+                return found
         raise WorkerFailed(f"{self._name} ended with status {self._process.wait()}")
 
     def close(self) -> None:

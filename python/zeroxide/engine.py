@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import secrets
@@ -29,6 +30,8 @@ from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Engine"]
+
+logger = logging.getLogger("zeroxide")
 
 CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
@@ -63,6 +66,8 @@ class Engine(nn.Module):
         self._norm: float | None = None
         self._applied = False
         self._core: _core.Offload | None = None
+        for path, reason in config.no_effect:
+            logger.warning("config key %s has no effect: %s", path, reason)
         self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
         groups = groups_for(module, config, optimizer, parameters)
         _check_groups(groups)
@@ -151,6 +156,7 @@ class Engine(nn.Module):
         if scale_wrt_gas and self.gradient_accumulation_steps() > 1:
             loss = loss / self.gradient_accumulation_steps()
         start = time.perf_counter()
+        self._hooks.begin_backward()
         try:
             loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         finally:
@@ -253,6 +259,11 @@ class Engine(nn.Module):
     def fp16_enabled(self) -> bool:
         """Whether weights and activations are fp16: not in this version."""
         return False
+
+    @property
+    def config_params(self) -> dict[str, Any]:
+        """The config as it was given, parsed."""
+        return dict(self.config.source)
 
     @property
     def device(self) -> torch.device:

@@ -103,22 +103,7 @@ def _scheduler(config: Config, given: Any, optimizer: torch.optim.Optimizer) -> 
         return getattr(schedules, config.scheduler.name)(optimizer, **config.scheduler.params)
     if callable(given) and not hasattr(given, "step"):
         return given(optimizer)
-    wrapped = getattr(given, "optimizer", None)
-    if wrapped is not None and wrapped is not optimizer:
-        _rebind(given, wrapped, optimizer)
     return given
-
-
-def _rebind(scheduler: Any, old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
-    """Lets a scheduler made over the user's torch optimizer drive the engine's one, group by group."""
-    if len(old.param_groups) != len(new.param_groups):
-        raise ConfigError(
-            f"lr_scheduler drives {len(old.param_groups)} groups, the engine has {len(new.param_groups)}",
-            path="lr_scheduler",
-        )
-    for source, target in zip(old.param_groups, new.param_groups, strict=True):
-        target.update({key: value for key, value in source.items() if key in ("lr", "initial_lr")})
-    scheduler.optimizer = new
 
 
 def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None) -> DataLoader[Any] | None:

@@ -52,6 +52,20 @@ def test_evaluation_between_forward_and_backward_changes_nothing(tmp_path):
     assert norms[0] == norms[1]
 
 
+def test_a_graph_can_be_used_twice(tmp_path):
+    (batch,) = batches("gpt", 1)
+    norms = []
+    for times in (1, 2):
+        with started(build("gpt"), config=config_of(DISK, tmp_path, "fp32")) as engine:
+            loss = engine(**batch)
+            for _ in range(times):
+                loss.backward(retain_graph=True)
+                assert_released(engine)
+            engine.step()
+            norms.append(engine.get_global_grad_norm())
+    assert norms[1] == 2 * norms[0], "twice the same gradient: a power of two is exact"
+
+
 def test_generation_works_under_no_grad(tmp_path):
     plain = build("hf-gpt2").eval()
     prompt = torch.tensor([[3, 1, 4]])
@@ -143,6 +157,7 @@ def test_destroy_leaves_nothing_behind(mode, when, tmp_path):
                     engine.step()
             if "nvme" in (mode.param, mode.optimizer):
                 assert list(tmp_path.iterdir()) != []
+        assert list(tmp_path.iterdir()) == [], "the engine still exists; destroy does not wait for its end"
         engine.destroy()  # a second time does nothing
         with pytest.raises(RuntimeError, match="destroyed"):
             engine(**batch)

@@ -59,15 +59,26 @@ def others_ran_during(call) -> bool:
 
 
 def test_long_calls_let_other_threads_run(core):
-    values = torch.randn(ELEMENTS)
-    given = spec(values)
+    """A call that keeps the GIL lets nobody run, however often it is tried; a busy machine may need several tries."""
+    given = spec(torch.randn(ELEMENTS))
     group = [(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)]
-    core.fill_begin(0, "weights")
-    assert others_ran_during(lambda: core.fill_param(0, 0, 0, given))
-    assert others_ran_during(lambda: core.fill_commit(0))
-    assert others_ran_during(lambda: core.land(0, 0, 0, given, True))
-    assert others_ran_during(lambda: core.step(group, 1.0))
-    assert others_ran_during(lambda: core.read_param(0, 0, "exp_avg", 0, spec(torch.empty(ELEMENTS))))
+    calls = {
+        "fill_param": lambda: core.fill_param(0, 0, 0, given),
+        "fill_commit": lambda: core.fill_commit(0),
+        "gather": lambda: core.gather(0),
+        "land": lambda: core.land(0, 0, 0, given, True),
+        "step": lambda: core.step(group, 1.0),
+        "read_param": lambda: core.read_param(0, 0, "exp_avg", 0, spec(torch.empty(ELEMENTS))),
+    }
+    # The unit stays in memory after the commit: its gather is short and tried in the next test.
+    wanted = set(calls) - {"gather"}
+    for _ in range(30):
+        core.fill_begin(0, "weights")
+        wanted -= {name for name, call in calls.items() if others_ran_during(call)}
+        core.release(0)
+        if not wanted:
+            break
+    assert wanted == set()
 
 
 def test_a_gather_from_disk_lets_other_threads_run(tmp_path):
@@ -79,10 +90,16 @@ def test_a_gather_from_disk_lets_other_threads_run(tmp_path):
     for unit in (0, 1):
         with_two.fill_begin(unit, "weights")
         with_two.fill_commit(unit)
-    # There is room for one unit: gathering the first again reads it.
-    read = with_two.io()["read_bytes"]
-    assert others_ran_during(lambda: with_two.gather(0))
-    assert with_two.io()["read_bytes"] == read + ELEMENTS * 4
+    # There is room for one unit: gathering the other one reads it.
+    seen = False
+    for attempt in range(30):
+        unit, read = attempt % 2, with_two.io()["read_bytes"]
+        seen = others_ran_during(lambda unit=unit: with_two.gather(unit))
+        with_two.release(unit)
+        assert with_two.io()["read_bytes"] == read + ELEMENTS * 4
+        if seen:
+            break
+    assert seen
     with_two.close()
 
 

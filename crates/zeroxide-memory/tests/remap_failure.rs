@@ -66,7 +66,8 @@ fn a_refused_move_loses_no_address_and_no_frame() {
     let mut window = Window::reserve(2 * FRAME).unwrap();
     let len = window.len();
     let addresses = window.base().addr()..window.base().addr() + len;
-    let of_pool = |range: &Range<usize>| range.len() == 3 * FRAME && range.start % FRAME == 0;
+    let of_pool =
+        |range: &Range<usize>| range.len() == 3 * FRAME && range.start.is_multiple_of(FRAME);
     let homes = mappings().into_iter().find(of_pool).unwrap();
 
     let frames = pool.take(2).unwrap();

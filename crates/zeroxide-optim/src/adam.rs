@@ -86,9 +86,9 @@ pub(crate) struct Constants {
     pub(crate) root_new: (f32, f32),
     /// `eps sqrt(1 - beta2^t)`.
     pub(crate) eps: (f32, f32),
-    /// `lr sqrt(1 - beta2^t) / (1 - beta1^t)`.
-    pub(crate) step: (f32, f32),
-    /// `-lr weight_decay`.
+    /// `-lr sqrt(1 - beta2^t) / (1 - beta1^t)`.
+    pub(crate) minus_step: (f32, f32),
+    /// `-lr weight_decay`; zero if coupled.
     pub(crate) shrink: f32,
     /// `weight_decay`, for the coupled form.
     pub(crate) weight_decay: (f32, f32),
@@ -129,7 +129,7 @@ impl AdamStep {
             square_keep: pair(params.beta2),
             root_new: pair((1.0 - params.beta2).sqrt() * merged_scale),
             eps: pair(params.eps * correction2.sqrt()),
-            step: pair(params.lr * correction2.sqrt() / correction1),
+            minus_step: pair(-params.lr * correction2.sqrt() / correction1),
             shrink: pair(-shrink).0,
             weight_decay: pair(params.weight_decay),
             grad_scale: pair(grad_scale),

@@ -9,17 +9,17 @@
 //! p = p - lr weight_decay p        (AdamW)
 //! p = p - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //! ```
-//! It is evaluated with `sqrt(1 - beta2^t)` moved from the root to the constants, so that one division
-//! remains: `step = lr sqrt(1 - beta2^t) / (1 - beta1^t)`, `eps' = eps sqrt(1 - beta2^t)`, and
-//! `p = p - step m / (sqrt(v) + eps')`.
+//! It is evaluated with `sqrt(1 - beta2^t)` moved from the root to the constants:
+//! `step = lr sqrt(1 - beta2^t) / (1 - beta1^t)`, `eps' = eps sqrt(1 - beta2^t)`, and
+//! `p = p - step (m / (sqrt(v) + eps'))`.
 //!
-//! [Note: compensation] Evaluated plainly in fp32, some ten roundings add up to several ulp of the update.
-//! Here every intermediate value that matters is an unevaluated sum `head + tail`: the head is what plain
-//! fp32 would have, the tail (fp32 too, and needed to a few bits only) holds the head's own rounding error
-//! and the constants' error. Products get their tail from one fused multiply-add (Dekker's product), sums
-//! from Knuth's two-sum, the root from its residual `v - s^2`, the quotient from its residual `n - q d`.
-//! The result is rounded once or twice at the end. Tails become NaN where a head overflows; they are
-//! dropped there, and the plain fp32 value remains.
+//! [Note: compensation] Evaluated plainly in fp32, some ten roundings add up to several ulp of the update,
+//! and to many more where the terms of `m` cancel. Here every value that matters is an unevaluated sum
+//! `head + tail`: the head is what plain fp32 would have, the tail (fp32 too, and needed to a few bits only)
+//! holds the head's own rounding error and the constants' error. Products get their tail from one fused
+//! multiply-add (Dekker's product), sums from Knuth's two-sum, the root from its residual `v - s^2`, the
+//! quotient from its remainder `m - q d`. Two roundings of the new weight are left, half an ulp each. A tail
+//! becomes NaN where its head overflows; it is dropped there, and the plain fp32 value stands.
 
 use crate::adam::Constants;
 
@@ -39,6 +39,16 @@ pub(crate) struct State {
 struct Pair {
     head: f32,
     tail: f32,
+}
+
+impl Pair {
+    #[inline(always)]
+    fn with_tail(self, tail: f32) -> Self {
+        Self {
+            head: self.head,
+            tail,
+        }
+    }
 }
 
 /// `a + b` and the rounding error of that sum, exactly (Knuth 1969; any order of magnitudes).
@@ -99,8 +109,7 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
         exp_avg_sq,
     } = state;
 
-    // Terms of both moments that come from the gradient. Without coupling the gradient scale is part of
-    // the constants.
+    // The gradient's share in both moments. Without coupling its scale is part of the constants.
     let (mean_term, root_term) = if COUPLED {
         let raw = scaled(c.grad_scale, gradient);
         let decay = scaled(c.weight_decay, weight);
@@ -109,14 +118,8 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
         let mean = scaled(c.mean_new, sum.head);
         let root = scaled(c.root_new, sum.head);
         (
-            Pair {
-                head: mean.head,
-                tail: c.mean_new.0.mul_add(tail, mean.tail),
-            },
-            Pair {
-                head: root.head,
-                tail: c.root_new.0.mul_add(tail, root.tail),
-            },
+            mean.with_tail(c.mean_new.0.mul_add(tail, mean.tail)),
+            root.with_tail(c.root_new.0.mul_add(tail, root.tail)),
         )
     } else {
         (scaled(c.mean_new, gradient), scaled(c.root_new, gradient))
@@ -125,55 +128,43 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     // m = beta1 m + mean_term. The terms may cancel: nothing less than a two-sum will do.
     let kept = scaled(c.mean_keep, exp_avg);
     let sum = two_sum(kept.head, mean_term.head);
-    let mean = Pair {
-        head: sum.head,
-        tail: sum.tail + (kept.tail + mean_term.tail),
-    };
+    let mean = sum.with_tail(sum.tail + (kept.tail + mean_term.tail));
 
-    // v = beta2 v + root_term^2. The terms have one sign: `head - kept` is exact where the old moment
-    // dominates, and where the gradient does its rounding error, halved by the root, can be borne.
+    // v = beta2 v + root_term^2. The terms have one sign: `kept - head` is exact where the old moment
+    // dominates, and where the gradient does, its rounding error, halved by the root, can be borne.
     let kept = scaled(c.square_keep, exp_avg_sq);
     let head = root_term.head.mul_add(root_term.head, kept.head);
     let rest = root_term.head.mul_add(root_term.head, kept.head - head);
     let twice = root_term.head + root_term.head;
     let tail = rest + twice.mul_add(root_term.tail, kept.tail);
-    // The comparison fails only where the head is zero or overflowed and the tail is NaN.
+    // The comparison fails only where the head is zero, or infinite and the tail NaN.
     let tail = if tail < head { tail } else { head };
     let square = Pair { head, tail };
 
-    // d = sqrt(v) + eps', its own rounding left to the remainder below.
+    // d = sqrt(v) + eps'
     let root = square.head.sqrt();
-    let root_residual = (-root).mul_add(root, square.head) + square.tail;
-    let denominator = root + c.eps.0;
-    let denominator_tail = root_residual.mul_add(half_reciprocal(root), c.eps.1);
+    let residual = (-root).mul_add(root, square.head) + square.tail;
+    let sum = two_sum(root, c.eps.0);
+    let denominator = sum.with_tail(residual.mul_add(half_reciprocal(root), sum.tail + c.eps.1));
 
-    // q = step m / d. The denominator is zero, infinite or between 2^-75 and 2^65: its reciprocal is normal.
-    let numerator = c.step.0 * mean.head;
-    let numerator_tail = c.step.0.mul_add(
-        mean.tail,
-        c.step
-            .1
-            .mul_add(mean.head, c.step.0.mul_add(mean.head, -numerator)),
-    );
-    let reciprocal = 1.0 / denominator;
-    let quotient = numerator * reciprocal;
-    // The remainder, the larger term of the denominator first, so that little is lost in between.
-    let larger = if root > c.eps.0 { root } else { c.eps.0 };
-    let smaller = if root < c.eps.0 { root } else { c.eps.0 };
-    let remainder = (-quotient).mul_add(smaller, (-quotient).mul_add(larger, numerator));
-    let remainder = (-quotient).mul_add(denominator_tail, remainder + numerator_tail);
-    // NaN where the denominator is infinite or zero: the plain quotient is what there is.
+    // q = m / d. The denominator is zero, infinite or between 2^-75 and 2^65: its reciprocal is normal.
+    let reciprocal = 1.0 / denominator.head;
+    let quotient = mean.head * reciprocal;
+    let remainder = (-quotient).mul_add(denominator.head, mean.head) + mean.tail;
+    let remainder = (-quotient).mul_add(denominator.tail, remainder);
+    // NaN where the denominator is infinite or zero: there the plain quotient stands alone.
     let tail = remainder * reciprocal;
-    let quotient_tail = if tail < f32::INFINITY { tail } else { 0.0 };
-
-    // p = p - lr weight_decay p - q
-    let small = if COUPLED {
-        -quotient_tail
-    } else {
-        c.shrink.mul_add(weight, -quotient_tail)
+    let tail = if tail < f32::INFINITY { tail } else { 0.0 };
+    let quotient = Pair {
+        head: quotient,
+        tail,
     };
+
+    // p = p - lr weight_decay p - step q, small terms first
+    let small = c.minus_step.0.mul_add(quotient.tail, c.shrink * weight);
+    let small = c.minus_step.1.mul_add(quotient.head, small);
     State {
-        weight: canonical((weight - quotient) + small),
+        weight: canonical(c.minus_step.0.mul_add(quotient.head, weight) + small),
         exp_avg: canonical(mean.head + mean.tail),
         exp_avg_sq: canonical_unsigned(square.head + square.tail),
     }

@@ -21,7 +21,8 @@ class EngineOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict[str, Any]], core: _core.Offload, apply: Callable[[], None]) -> None:
-        super().__init__(groups, {})
+        # torch's schedulers look at the defaults to see which hyperparameters there are.
+        super().__init__(groups, {key: value for key, value in groups[0].items() if key != "params"})
         self._core = core
         self._apply = apply
         self.overflow = False

@@ -36,6 +36,7 @@ def defaults_from(config: Config) -> dict[str, Any]:
 
 
 def _from_torch(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The optimizer's own groups: a schedule made over it goes on driving them."""
     kind = type(optimizer)
     if kind not in (torch.optim.AdamW, torch.optim.Adam):
         raise ConfigError(
@@ -49,20 +50,15 @@ def _from_torch(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
         for option in ("amsgrad", "maximize"):
             if group.get(option):
                 raise ConfigError(f"optimizer option {option}=True is not supported", path=f"optimizer.{option}")
-        decoupled = bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW))
-        groups.append(
-            {
-                "params": list(group["params"]),
-                "lr": float(group["lr"]),
-                "betas": tuple(float(beta) for beta in group["betas"]),
-                "eps": group["eps"],
-                "weight_decay": group["weight_decay"],
-                "decoupled": decoupled,
-                "bias_correction": True,
-            }
-        )
+        group["decoupled"] = bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW))
+        group["bias_correction"] = True
+        for name in ("lr", "eps", "weight_decay"):
+            group[name] = float(group[name])
+        group["betas"] = tuple(float(beta) for beta in group["betas"])
+        groups.append(group)
     if any(optimizer.state.values()):
         raise ConfigError("the optimizer has already stepped: pass it before its first step", path="optimizer")
+    optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedules need not warn: the engine steps
     return groups
 
 

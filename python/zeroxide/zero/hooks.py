@@ -1,18 +1,19 @@
 """When units are gathered and released: hooks on the modules that use them.
 
 Forward: gathered before a unit's module runs, released after it. Backward: gathered when the gradient of the module's
-output is known, released when the unit's own gradients have all landed. Three cases need more than that:
+output is known, released when its own gradients have all landed or when the next unit's turn comes: autograd runs the
+nodes of later modules before those of earlier ones, so by then the unit is done. Three cases need more than that:
 
 - A unit that is used by several modules (`span`) is held from its first use to the end of backward.
 - Within backward, activation checkpointing runs forward again, and backward of the same module follows at once: the
   unit is not released in between.
-- A unit with frozen parameters may still be needed after its last gradient has landed. It is released when the next
-  unit is gathered in backward.
+- A module may hand one of its inputs through. Its gradient says nothing about the module and is not waited for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -40,13 +41,13 @@ class Hooks:
         self.gatherer = gatherer
         self.units = units
         self.reducer = Reducer(gatherer.core, units, self._gradients_complete)
-        self.lingering: list[Unit] = []
-        self.pending_end = False
+        self.held: Unit | None = None
+        self.inside_backward = False
         self.handles: list[Any] = []
         for unit in units:
             for owner in unit.modules:
                 self._add(owner.register_forward_pre_hook(partial(self._before, unit), prepend=True))
-                self._add(owner.register_forward_hook(partial(self._after, unit), always_call=True))
+                self._add(owner.register_forward_hook(partial(self._after, unit), with_kwargs=True, always_call=True))
         # Prepended last, so that a pass begins before the first unit of it is gathered.
         self._add(module.register_forward_pre_hook(self._enter, prepend=True))
         self._add(module.register_forward_hook(self._leave, always_call=True))
@@ -56,64 +57,68 @@ class Hooks:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
+            # Also after a backward that failed and was not started by the engine.
+            self.inside_backward = False
             self.gatherer.start_pass(torch.is_grad_enabled())
 
     def _before(self, unit: Unit, module: nn.Module, args: Any) -> None:
-        self.gatherer.gather(unit)
+        if in_backward():
+            self._hold(unit)
+        else:
+            self.gatherer.gather(unit)
 
-    def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
-        inside = in_backward()
-        if not unit.span:
-            self._on_gradient(output, partial(self._before_backward, unit))
-            if not inside:
-                self.gatherer.release(unit)
+    def _after(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if unit.span:
+            return
+        given = {id(tensor) for tensor in _tensors((args, kwargs))}
+        own = [tensor for tensor in _tensors(output) if id(tensor) not in given]
+        _on_gradient(own, partial(self._before_backward, unit))
+        if not in_backward():
+            self.gatherer.release(unit)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if in_backward():
             return
-        if not self._on_gradient(output, self._backward_begins):
+        if torch.is_grad_enabled():
+            _on_gradient(_tensors(output), self.begin_backward)
+        else:
             self.gatherer.release_all()
 
-    @staticmethod
-    def _on_gradient(output: Any, act: Callable[[], None]) -> bool:
-        """Runs `act` when the gradient of any tensor in `output` is known; whether there is such a tensor."""
-        found = False
-
-        def hook(grad: torch.Tensor) -> None:
-            act()
-
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, torch.Tensor) and leaf.requires_grad:
-                leaf.register_hook(hook)
-                found = True
-        return found
-
-    def _backward_begins(self) -> None:
-        """The gradient of the model's own output is known: this is the outermost backward."""
-        if self.pending_end:
+    def begin_backward(self) -> None:
+        """The gradient of the model's own output is known, or about to be: the outermost backward begins."""
+        if self.inside_backward:
             return
-        self.pending_end = True
+        self.inside_backward = True
         self.reducer.expect_all()
         for unit in self.units:
             if unit.span:
                 self.gatherer.gather(unit)
-        Variable._execution_engine.queue_callback(self.end_backward)  # type: ignore[attr-defined]
+        if in_backward():
+            Variable._execution_engine.queue_callback(self.end_backward)  # type: ignore[attr-defined]
 
     def _before_backward(self, unit: Unit) -> None:
-        for other in self.lingering:
-            if other is not unit:
-                self.gatherer.release(other)
-        self.lingering = [unit] if unit.has_frozen else []
+        if not self.reducer.is_complete(unit):
+            self._hold(unit)
+
+    def _hold(self, unit: Unit) -> None:
+        """Gathers the unit whose turn it is in backward, and releases the one before it."""
+        if unit.span:
+            self.gatherer.gather(unit)
+            return
+        if self.held is not None and self.held is not unit:
+            self.gatherer.release(self.held)
+        self.held = unit
         self.gatherer.gather(unit)
 
     def _gradients_complete(self, unit: Unit) -> None:
+        # What is frozen may still be needed for the gradient of the unit's input.
         if not unit.span and not unit.has_frozen:
             self.gatherer.release(unit)
 
     def end_backward(self) -> None:
         """Releases every unit. Called by autograd at the end of a backward, and after one that failed."""
-        self.pending_end = False
-        self.lingering = []
+        self.inside_backward = False
+        self.held = None
         self.gatherer.release_all()
 
     def close(self) -> None:
@@ -122,3 +127,23 @@ class Hooks:
             handle.remove()
         self.handles.clear()
         self.reducer.close()
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in nested containers, dataclasses among them."""
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+
+
+def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None]) -> None:
+    """Runs `act` when the gradient of any of the tensors is known."""
+
+    def hook(grad: torch.Tensor) -> None:
+        act()
+
+    for tensor in tensors:
+        if tensor.requires_grad:
+            tensor.register_hook(hook)

@@ -251,10 +251,19 @@ def _block_units(name: str, block: nn.Module, params: list[ParameterPlan], max_e
     """One unit a block; cut by owning module where it is larger than a unit may be."""
     if not params:
         return []
-    unit = UnitPlan(name, [block], params)
+    unit = UnitPlan(name, list(_called(block)), params)
     if unit.numel <= max_elements:
         return [unit]
     return _by_owner(params)
+
+
+def _called(block: nn.Module) -> Iterator[nn.Module]:
+    """The modules whose forward runs when the block is used: itself, or its items where it is only a container."""
+    if type(block).forward is nn.Module.forward:
+        for child in block.children():
+            yield from _called(child)
+    else:
+        yield block
 
 
 def _root_units(module: nn.Module, left: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:

@@ -38,6 +38,10 @@ class Reducer:
         for unit, missing in zip(self.units, self.missing, strict=True):
             missing.update(position for position, trainable in enumerate(unit.trainable) if trainable)
 
+    def is_complete(self, unit: Unit) -> bool:
+        """Whether every gradient of the unit has landed, and nothing in it is frozen: backward is done with it."""
+        return not unit.has_frozen and not self.missing[unit.index]
+
     def _arrived(self, unit: Unit, position: int, param: torch.Tensor) -> None:
         grad = param.grad
         if grad is None:
