@@ -3,8 +3,8 @@
     python benches/cpu_adam.py --parameters 100000000 --rounds 10
 
 The floor (Rust example `adam_bench`) reads and writes the same arrays as our step, with almost no arithmetic. It says
-nothing about a step over other arrays, even of as many bytes. Contestants are processes that wait for their turn; a round gives each a few steps.
-All of them have their arrays in huge pages.
+nothing about a step over other arrays, even of as many bytes. Contestants are processes that wait for their turn; a
+round gives each a few steps. All of them have their arrays in huge pages.
 """
 
 from __future__ import annotations

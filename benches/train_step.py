@@ -5,6 +5,10 @@
 Every run is a process of its own: batch 1 x 128, bf16, clipping at 1.0, AdamW, the same initial weights and the same
 batches on both sides. A round runs each contestant once. Peak memory is that of the whole process (VmHWM), Python,
 torch and the making of the model included; disk bytes are the kernel's count for the process (/proc/self/io).
+
+With state on disk zeroxide's step returns while the update is under way, and each unit's is waited for when the next
+forward needs it. So its phases say little one by one: `total` is what a step takes. For a fair look at the optimizer
+phase alone, "zeroxide nvme drained" waits for the end of the update before the step ends.
 """
 
 from __future__ import annotations
@@ -50,6 +54,8 @@ def entries(options: argparse.Namespace) -> list[Entry]:
                 if settings != "disk" or offload == "nvme":
                     found.append(Entry("deepspeed", offload, allocator, settings))
             found.append(Entry("zeroxide", offload, allocator))
+            if offload == "nvme":
+                found.append(Entry("zeroxide", offload, allocator, "drained"))
     return found
 
 
@@ -121,7 +127,8 @@ def goals(model: str, results: dict[Entry, dict[str, Any]]) -> list[dict[str, An
         if model in PEAK_GOALS:
             compare(f"peak memory of theirs, nvme, {allocator}", "peak_gb", PEAK_GOALS[model], ours, theirs)
         if model == "124m":
-            compare(f"optimizer phase of theirs, nvme, {allocator}", "step", 0.7, ours, theirs)
+            drained = Entry("zeroxide", "nvme", allocator, "drained")
+            compare(f"optimizer phase, drained, of theirs, nvme, {allocator}", "step", 0.7, drained, theirs)
             ours, theirs = Entry("zeroxide", "cpu", allocator), Entry("deepspeed", "cpu", allocator, "lean")
             compare(f"optimizer phase of theirs, cpu, {allocator}", "step", 0.65, ours, theirs)
             compare(

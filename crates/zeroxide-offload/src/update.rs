@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use zeroxide_layout::{Component, Dtype, StateLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::{Grad, LowOut, Pool, step_fp32, step_split};
-use zeroxide_storage::{BlockStore, Checksum, join_checksums};
+use zeroxide_storage::{BlockStore, CHECKSUM_PIECE, checksum, join_checksums};
 
 use crate::core::{byte_range, element_bytes, to_usize};
 use crate::error::{Result, misuse};
@@ -16,9 +16,8 @@ use crate::unit::{StateBlocks, Unit};
 use crate::weights::Weights;
 
 /// Elements a thread checks, updates and checks again before it goes on: all their bytes fit in its second-level cache.
-const PIECE: usize = 16 << 10;
-/// Parts start at multiples of this many elements.
-const PART_ALIGN: usize = 2048;
+/// Also the alignment of the parts that threads take. A whole number of checksum pieces for every element size.
+const PIECE: usize = CHECKSUM_PIECE / 2;
 
 /// What the update of a tile needs beside the unit.
 pub(crate) struct Update<'a> {
@@ -39,8 +38,9 @@ struct Slice<'a> {
     check: bool,
     /// The bytes go to disk: their new checksum is wanted.
     write: bool,
-    before: Checksum,
-    after: Checksum,
+    /// Checksums of its pieces, before and after the update.
+    before: Vec<u64>,
+    after: Vec<u64>,
 }
 
 /// What one thread updates.
@@ -119,7 +119,7 @@ fn divide<'a>(
     grad_element: usize,
 ) -> Vec<Part<'a>> {
     let threads = update.pool.threads();
-    let share = len.div_ceil(threads).next_multiple_of(PART_ALIGN);
+    let share = len.div_ceil(threads).next_multiple_of(PIECE);
     let count = len.div_ceil(share).max(1);
     let mut parts: Vec<Part<'a>> = (0..count)
         .map(|index| Part {
@@ -142,8 +142,8 @@ fn divide<'a>(
                 bytes,
                 check,
                 write,
-                before: Checksum::new(),
-                after: Checksum::new(),
+                before: Vec::new(),
+                after: Vec::new(),
             });
         }
     }
@@ -157,6 +157,7 @@ fn clipped(bytes: &[u8], start: usize, end: usize) -> &[u8] {
 impl Part<'_> {
     fn run(&mut self, layout: StateLayout, segments: &[Segment], grad_dtype: Dtype) {
         let mut at = 0;
+        self.digest_longer(false);
         while at < self.len {
             let end = (at + PIECE).min(self.len);
             self.digest(at, end, false);
@@ -172,20 +173,20 @@ impl Part<'_> {
             self.digest(at, end, true);
             at = end;
         }
-        self.digest(self.len, usize::MAX, false);
-        self.digest(self.len, usize::MAX, true);
+        self.digest_longer(true);
     }
 
-    /// Adds elements `start..end` of every slice that has them to its checksum before or after the update.
+    /// Takes the checksums of elements `start..end` before or after the update.
     fn digest(&mut self, start: usize, end: usize, after: bool) {
-        for slice in &mut self.slices {
-            let from = start.saturating_mul(slice.element).min(slice.bytes.len());
-            let to = end.saturating_mul(slice.element).min(slice.bytes.len());
-            if after && slice.write {
-                slice.after.update(&slice.bytes[from..to]);
-            } else if !after && slice.check {
-                slice.before.update(&slice.bytes[from..to]);
-            }
+        for slice in self.slices.iter_mut().filter(|slice| slice.bytes.len() == self.len * slice.element) {
+            slice.digest(start * slice.element..end * slice.element, after);
+        }
+    }
+
+    /// Takes those of a weight that goes on after the part's last element: frozen elements of the same tile.
+    fn digest_longer(&mut self, after: bool) {
+        for slice in self.slices.iter_mut().filter(|slice| slice.bytes.len() != self.len * slice.element) {
+            slice.digest(0..slice.bytes.len(), after);
         }
     }
 
@@ -229,24 +230,35 @@ impl Part<'_> {
     }
 }
 
+impl Slice<'_> {
+    fn digest(&mut self, range: Range<usize>, after: bool) {
+        let target = match (after, self.check, self.write) {
+            (false, true, _) => &mut self.before,
+            (true, _, true) => &mut self.after,
+            _ => return,
+        };
+        target.extend(self.bytes[range].chunks(CHECKSUM_PIECE).map(checksum));
+    }
+}
+
 /// Compares what was read with what is known of it and returns the checksums of what is to be written.
 fn checksums(update: &Update<'_>, parts: &[Part<'_>]) -> Result<Vec<(Component, u64)>> {
     let mut written = Vec::new();
     for index in 0..parts[0].slices.len() {
         let first = &parts[0].slices[index];
-        let (mut before, mut after) = (first.before.value(), first.after.value());
-        for part in &parts[1..] {
-            let slice = &part.slices[index];
-            before = join_checksums(before, slice.before.value(), slice.before.length());
-            after = join_checksums(after, slice.after.value(), slice.after.length());
-        }
+        let pieces = |after: bool| {
+            parts.iter().flat_map(move |part| {
+                let slice = &part.slices[index];
+                if after { &slice.after } else { &slice.before }.iter().copied()
+            })
+        };
         if first.check
             && let Some(store) = update.store
         {
-            store.verify_checksum(block(update.unit, first.component), update.tile, before)?;
+            store.verify_checksum(block(update.unit, first.component), update.tile, join_checksums(pieces(false)))?;
         }
         if first.write {
-            written.push((first.component, after));
+            written.push((first.component, join_checksums(pieces(true))));
         }
     }
     Ok(written)

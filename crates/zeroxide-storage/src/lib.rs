@@ -40,4 +40,4 @@ pub use queue::{
     Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, OpKind,
     Operation, Queue, QueueOptions, SimBacking, SimOptions, Trigger, open_queue, open_queue_with,
 };
-pub use store::{BlockSpec, BlockStore, Checksum, StoreOptions, checksum, join_checksums};
+pub use store::{BlockSpec, BlockStore, CHECKSUM_PIECE, StoreOptions, checksum, join_checksums};

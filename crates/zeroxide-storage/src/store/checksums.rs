@@ -4,54 +4,30 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crc_fast::CrcAlgorithm;
 
-/// CRC-64/NVME (polynomial `0xad93d23594c93659`, reflected, as in the NVM Express specification) of
-/// `bytes`.
+/// Bytes of a piece: what one thread takes the checksum of at a time.
+pub const CHECKSUM_PIECE: usize = 64 << 10;
+
+/// The checksum of a tile, or of any bytes: CRC-64/NVME (polynomial `0xad93d23594c93659`, reflected, as in the NVM
+/// Express specification). Beyond one piece it is that of the checksums of all pieces, 8 bytes each, little-endian, in
+/// order, so that several threads can share the work and none has to go twice over the bytes.
 pub fn checksum(bytes: &[u8]) -> u64 {
+    join_checksums(bytes.chunks(CHECKSUM_PIECE).map(crc))
+}
+
+/// The checksum of bytes whose [pieces](CHECKSUM_PIECE) have these checksums.
+pub fn join_checksums(pieces: impl IntoIterator<Item = u64>) -> u64 {
+    let mut pieces = pieces.into_iter();
+    let Some(first) = pieces.next() else { return crc(&[]) };
+    let Some(second) = pieces.next() else { return first };
+    let mut digest = crc_fast::Digest::new(CrcAlgorithm::Crc64Nvme);
+    for piece in [first, second].into_iter().chain(pieces) {
+        digest.update(&piece.to_le_bytes());
+    }
+    digest.finalize()
+}
+
+fn crc(bytes: &[u8]) -> u64 {
     crc_fast::checksum(CrcAlgorithm::Crc64Nvme, bytes)
-}
-
-/// A [`checksum`] taken in pieces: what two threads take of adjoining pieces can be joined.
-#[derive(Clone)]
-pub struct Checksum {
-    digest: crc_fast::Digest,
-    length: u64,
-}
-
-impl Checksum {
-    /// The checksum of no bytes.
-    pub fn new() -> Self {
-        Self {
-            digest: crc_fast::Digest::new(CrcAlgorithm::Crc64Nvme),
-            length: 0,
-        }
-    }
-
-    /// Goes on with `bytes`.
-    pub fn update(&mut self, bytes: &[u8]) {
-        self.digest.update(bytes);
-        self.length += bytes.len() as u64;
-    }
-
-    /// Bytes taken in so far.
-    pub fn length(&self) -> u64 {
-        self.length
-    }
-
-    /// The checksum of the bytes so far.
-    pub fn value(&self) -> u64 {
-        self.digest.finalize()
-    }
-}
-
-impl Default for Checksum {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
-/// The checksum of `first` followed by the `length` bytes whose checksum is `second`.
-pub fn join_checksums(first: u64, second: u64, length: u64) -> u64 {
-    crc_fast::checksum_combine(CrcAlgorithm::Crc64Nvme, first, second, length)
 }
 
 /// One checksum per tile; `None` where nothing was ever written.

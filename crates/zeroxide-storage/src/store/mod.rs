@@ -29,7 +29,7 @@ use crate::file::DiskFile;
 use crate::process::Origin;
 use crate::queue::{Completion, OpKind, Operation, Queue};
 
-pub use checksums::{Checksum, checksum, join_checksums};
+pub use checksums::{CHECKSUM_PIECE, checksum, join_checksums};
 pub use placement::BlockSpec;
 
 use checksums::Checksums;
