@@ -7,7 +7,8 @@ One argument: a JSON object
 
 The model is built on the meta device and its weights are made a unit at a time, as one does who minds memory.
 With state on disk a step goes on under the next forward. "settings": "drained" waits for its end within the step, so
-that its whole time is seen there. With "no_processes": true, starting any other program (a compiler, say) ends the run with an error.
+that its whole time is seen there. With "no_processes": true, starting any other program (a compiler, say) ends the
+run with an error.
 """
 
 from __future__ import annotations

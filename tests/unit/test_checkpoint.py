@@ -1,4 +1,4 @@
-"""Checkpoints: the same bits whatever saved and whatever loads, files that the reference library reads, clear refusals."""
+"""Checkpoints: the same bits whatever saved and whatever loads, files as others read them, clear refusals."""
 
 import json
 import random
@@ -47,7 +47,7 @@ class Model(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList([Block() for _ in range(layers)])
-        self.seen = nn.BatchNorm1d(WIDTH)
+        self.seen = nn.BatchNorm1d(WIDTH, affine=False)
         self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
         if tied:
             self.head.weight = self.embed.weight

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ZeroxideError as error:
         return _fail(error.message, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted before the first step; nothing was changed", _INTERRUPTED)
+        return _fail("interrupted; the last checkpoint, if there is one, is intact", _INTERRUPTED)
     except BrokenPipeError:
         return 1
     except Exception as error:

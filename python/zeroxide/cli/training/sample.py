@@ -47,7 +47,7 @@ def generate(
 ) -> list[int]:
     """Return up to `count` tokens that go on from `prompt`, drawn from the 40 likeliest at temperature 0.8.
 
-    Keys and values are cached, so each token is one pass over one position. Tokens at or above `vocabulary_size` exist
+    Where keys and values are cached, each token is one pass over one position. Tokens at or above `vocabulary_size` exist
     in the model's embedding but not in the tokenizer, and are never drawn.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ def generate(
     try:
         while len(tokens) < count and not stop():
             output = engine(input_ids=inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = output.past_key_values
+            cache = getattr(output, "past_key_values", None)
             logits = output.logits[0, -1, :vocabulary_size].float().cpu()
             likeliest = torch.topk(logits, min(_TOP_K, logits.numel()))
             weights = torch.softmax(likeliest.values / _TEMPERATURE, dim=-1)
@@ -67,7 +67,8 @@ def generate(
             if token == end_of_text:
                 break
             tokens.append(token)
-            inputs = torch.tensor([[token]])
+            # A model that keeps no such cache is given the whole text again.
+            inputs = torch.tensor([[token] if cache is not None else [*prompt, *tokens]])
     finally:
         engine.train()
     return tokens

@@ -1,0 +1,196 @@
+//! A small model of three units, gradients by formula, and what one plain pass of the kernel makes of it.
+#![allow(dead_code, reason = "each test file uses a part of the harness")]
+
+use tempfile::TempDir;
+use zeroxide_layout::{Dtype, Format, ParamShape};
+use zeroxide_offload::{Offload, OffloadError, Part, Result, Settings, StateHome, UnitSpec, WeightHome};
+use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, step_fp32};
+use zeroxide_storage::{EngineKind, SimOptions};
+
+pub(crate) const REFERENCE_STEPS: u64 = 4;
+/// Elements of each parameter of each unit, and whether it is trained. Odd sizes, so that boundaries fall anywhere.
+const UNITS: [&[(u64, bool)]; 3] = [
+    &[(5000, true), (77, true), (3001, false)],
+    &[(9000, true), (1, true), (64, true), (700, true)],
+    &[(123, false), (20_000, true)],
+];
+const SCALE: f64 = 0.5;
+
+pub(crate) struct Case {
+    pub(crate) weights: WeightHome,
+    pub(crate) state: StateHome,
+    pub(crate) format: Format,
+    pub(crate) threads: usize,
+    pub(crate) tile_elements: u64,
+    pub(crate) staging_bytes: u64,
+    pub(crate) gathered_bytes: u64,
+    pub(crate) limit: Option<u64>,
+    pub(crate) engine: EngineKind,
+    pub(crate) directory: TempDir,
+}
+
+impl Default for Case {
+    fn default() -> Self {
+        Self {
+            weights: WeightHome::Disk,
+            state: StateHome::Disk,
+            format: Format::Split,
+            threads: 2,
+            tile_elements: 2048,
+            staging_bytes: 2 << 20,
+            gathered_bytes: 4 << 20,
+            limit: None,
+            engine: EngineKind::Auto,
+            directory: tempfile::tempdir().expect("a temporary directory"),
+        }
+    }
+}
+
+impl Case {
+    pub(crate) fn try_open(&self) -> Result<Offload> {
+        let units: Vec<UnitSpec> = UNITS
+            .iter()
+            .enumerate()
+            .map(|(index, params)| UnitSpec {
+                name: format!("unit {index}"),
+                params: params.iter().map(|(numel, trainable)| ParamShape { numel: *numel, trainable: *trainable }).collect(),
+                weights: self.weights,
+                state: self.state,
+            })
+            .collect();
+        let settings = Settings {
+            limit: self.limit,
+            threads: self.threads,
+            compute: Dtype::Bf16,
+            format: self.format,
+            grad: Dtype::F32,
+            tile_elements: self.tile_elements,
+            staging_bytes: self.staging_bytes,
+            gathered_bytes: self.gathered_bytes,
+            engine: self.engine.clone(),
+            queue_depth: 8,
+            directories: vec![self.directory.path().to_path_buf()],
+            job: "test".into(),
+        };
+        Offload::new(settings, &units)
+    }
+
+    pub(crate) fn open_filled(&self) -> Result<Offload> {
+        let offload = self.try_open()?;
+        for (unit, params) in UNITS.iter().enumerate() {
+            offload.fill_begin(unit, Part::Weights)?;
+            for (param, (numel, _)) in params.iter().enumerate() {
+                offload.fill_param(unit, param, 0, &initial(unit, param, *numel))?;
+            }
+            offload.fill_commit(unit)?;
+        }
+        Ok(offload)
+    }
+
+    pub(crate) fn open(&self) -> Offload {
+        self.open_filled().expect("nothing in the way")
+    }
+}
+
+/// A simulated disk without latency, changed as asked.
+pub(crate) fn sim(change: impl FnOnce(&mut SimOptions)) -> EngineKind {
+    let mut options = SimOptions::default();
+    change(&mut options);
+    EngineKind::Simulated(options)
+}
+
+pub(crate) fn run(case: &Case, steps: u64) -> Result<Offload> {
+    let offload = case.open_filled()?;
+    for index in 0..steps {
+        step(&offload, index)?;
+    }
+    Ok(offload)
+}
+
+/// One training step as an engine makes it: forward over the units, backward in the other order, update.
+pub(crate) fn step(offload: &Offload, step: u64) -> Result<()> {
+    for unit in 0..UNITS.len() {
+        offload.gather(unit)?;
+        offload.prefetch((unit + 1) % UNITS.len())?;
+        offload.release(unit)?;
+    }
+    for (unit, params) in UNITS.iter().enumerate().rev() {
+        offload.gather(unit)?;
+        for (param, (numel, trainable)) in params.iter().enumerate() {
+            if *trainable && !is_unused(step, unit, param) {
+                offload.land(unit, param, 0, Grad::F32(&gradient(step, unit, param, *numel)), true)?;
+            }
+        }
+        offload.release(unit)?;
+    }
+    offload.step(&[hyperparameters()], SCALE)
+}
+
+/// Master weights of every parameter, in order.
+pub(crate) fn master(offload: &Offload) -> Vec<u32> {
+    try_master(offload).expect("nothing in the way")
+}
+
+pub(crate) fn try_master(offload: &Offload) -> std::result::Result<Vec<u32>, OffloadError> {
+    let mut all = Vec::new();
+    for (unit, params) in UNITS.iter().enumerate() {
+        for (param, (numel, _)) in params.iter().enumerate() {
+            let mut values = vec![0.0_f32; usize::try_from(*numel).expect("small")];
+            offload.read_param(unit, param, Part::Weights, 0, &mut values)?;
+            all.extend(values.iter().map(|value| value.to_bits()));
+        }
+    }
+    Ok(all)
+}
+
+/// What [`REFERENCE_STEPS`] steps make of the initial weights, by one kernel call a parameter and step.
+pub(crate) fn reference() -> Vec<u32> {
+    let mut all = Vec::new();
+    for (unit, params) in UNITS.iter().enumerate() {
+        for (param, (numel, trainable)) in params.iter().enumerate() {
+            let mut weight = initial(unit, param, *numel);
+            if *trainable {
+                let (mut first, mut second) = (vec![0.0; weight.len()], vec![0.0; weight.len()]);
+                let mut updates = 0;
+                for step in (0..REFERENCE_STEPS).filter(|step| !is_unused(*step, unit, param)) {
+                    updates += 1;
+                    let constants = AdamStep::new(&hyperparameters(), updates, SCALE);
+                    let grad = gradient(step, unit, param, *numel);
+                    step_fp32(&constants, &mut weight, &mut first, &mut second, Grad::F32(&grad), LowOut::None);
+                }
+            } else {
+                // Frozen weights are kept in the compute dtype.
+                weight.iter_mut().for_each(|value| *value = zeroxide_optim::bf16_to_f32(zeroxide_optim::bf16_half_up(*value)));
+            }
+            all.extend(weight.iter().map(|value| value.to_bits()));
+        }
+    }
+    all
+}
+
+/// One parameter has no gradient in every other step.
+fn is_unused(step: u64, unit: usize, param: usize) -> bool {
+    (unit, param) == (1, 2) && step % 2 == 1
+}
+
+fn hyperparameters() -> AdamParams {
+    AdamParams { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, decoupled: true, bias_correction: true }
+}
+
+fn initial(unit: usize, param: usize, numel: u64) -> Vec<f32> {
+    noise(unit as u64 * 31 + param as u64 + 1000, numel)
+}
+
+fn gradient(step: u64, unit: usize, param: usize, numel: u64) -> Vec<f32> {
+    noise(step * 1009 + unit as u64 * 31 + param as u64, numel)
+}
+
+/// Values in (-1, 1) by Weyl's sequence: no dependency, no two alike.
+fn noise(seed: u64, numel: u64) -> Vec<f32> {
+    (0..numel)
+        .map(|index| {
+            let mixed = (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
+            ((mixed >> 40) as f32 / (1_u64 << 23) as f32) - 1.0
+        })
+        .collect()
+}
