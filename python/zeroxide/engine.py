@@ -100,7 +100,7 @@ class Engine(nn.Module):
         self._gatherer = Gatherer(core, units, self.config.prefetch)
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
-        self.optimizer = EngineOptimizer(groups, core, self._apply)
+        self.optimizer = EngineOptimizer(groups, core, self._update)
         _core.keep_freed_memory()
         if self.config.trim_libraries or self.config.host_memory is not None:
             _core.drop_clean_text()
@@ -143,9 +143,7 @@ class Engine(nn.Module):
         self._times["forward"] += time.perf_counter() - start
         return output
 
-    def backward(
-        self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True
-    ) -> torch.Tensor:
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
         """Backward of a scalar loss, divided by the accumulation steps if `scale_wrt_gas`.
 
         Returns the loss that was differentiated. Raises ValueError for a loss that is not a scalar.
@@ -182,7 +180,7 @@ class Engine(nn.Module):
         self._check_budget()
         self._report()
 
-    def _apply(self) -> None:
+    def _update(self) -> None:
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
@@ -311,7 +309,7 @@ class Engine(nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Path:
-        """Writes weights, optimizer state, schedule and `client_state` (JSON); all of it or nothing. Returns the path."""
+        """Writes weights, optimizer state, schedule and `client_state` (JSON): all or nothing. Returns the path."""
         from zeroxide.checkpoint.save import save_checkpoint
 
         return save_checkpoint(
@@ -327,7 +325,7 @@ class Engine(nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[Path, dict[str, Any]]:
-        """Loads what `save_checkpoint` wrote, whatever the offload mode or format then. Returns (path, client_state)."""
+        """Loads what `save_checkpoint` wrote, in whatever offload mode or format. Returns (path, client_state)."""
         from zeroxide.checkpoint.load import load_checkpoint
 
         return load_checkpoint(
@@ -415,8 +413,7 @@ def _make_core(plan: Plan, config: Config) -> _core.Offload:
     weights = "disk" if plan.weights is Home.DISK else "host"
     state = "disk" if plan.state is Home.DISK else "host"
     units = [
-        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state)
-        for unit in plan.units
+        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state) for unit in plan.units
     ]
     directories = [
         offload.path
@@ -447,5 +444,3 @@ def _cast_buffers(module: nn.Module, config: Config) -> None:
         for name, buffer in owner._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 owner._buffers[name] = buffer.to(dtype)
-
-

@@ -153,6 +153,17 @@ fn typed_views_need_aligned_whole_elements() {
         lease.as_slice_of::<u32>(),
         Err(MemoryError::Misaligned { len: 2, .. })
     ));
+    let tail = odd.split_off(12);
+    let shifted = odd.as_slice_of::<f32>();
+    assert!(matches!(
+        shifted,
+        Err(MemoryError::Misaligned {
+            size: 4,
+            len: 12,
+            ..
+        })
+    ));
+    assert_eq!(tail.as_slice_of::<u16>().unwrap().len(), 1);
 }
 
 #[test]

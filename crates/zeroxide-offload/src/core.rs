@@ -10,8 +10,8 @@ use zeroxide_optim::Pool;
 use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
 
 use crate::error::{OffloadError, Result, misuse};
-use crate::step::ActiveStep;
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
+use crate::step::ActiveStep;
 use crate::transfer::{CachedTile, Fill};
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::{Residence, Weights};
@@ -54,7 +54,7 @@ pub(crate) struct Core {
 }
 
 impl Core {
-    pub(crate) fn new(settings: Settings, specs: &[UnitSpec]) -> Result<Self> {
+    pub(crate) fn new(settings: &Settings, specs: &[UnitSpec]) -> Result<Self> {
         let state_layout = StateLayout::new(settings.compute, settings.format)?;
         let budget = Budget::new(settings.limit);
         let pool = Pool::new(settings.threads)?;
@@ -64,18 +64,27 @@ impl Core {
         }
         let grads = GradArena::new(&budget, settings.grad, specs, &layouts)?;
         let states = StateArena::new(&budget, state_layout, specs, &layouts)?;
-        let frames = frame_pool(&budget, &settings, specs, &layouts)?;
+        let frames = frame_pool(&budget, settings, specs, &layouts)?;
         let mut blocks = Vec::new();
         let mut units = Vec::with_capacity(specs.len());
         for (index, (spec, layout)) in specs.iter().zip(layouts).enumerate() {
             let trainable = layout.trainable_len();
-            let touches_disk = spec.weights == WeightHome::Disk || (spec.state == StateHome::Disk && trainable > 0);
-            let tile = if touches_disk { settings.tile_elements } else { settings.tile_elements * HOST_TILE_FACTOR };
+            let touches_disk = spec.weights == WeightHome::Disk
+                || (spec.state == StateHome::Disk && trainable > 0);
+            let tile = if touches_disk {
+                settings.tile_elements
+            } else {
+                settings.tile_elements * HOST_TILE_FACTOR
+            };
             let weights = make_weights(&budget, settings.compute, spec, &layout)?;
             let state = match spec.state {
                 _ if trainable == 0 => StateBlocks::None,
-                StateHome::Disk => StateBlocks::Disk { moments_are_zero: true },
-                StateHome::Host => StateBlocks::Host { blocks: states.blocks(trainable)? },
+                StateHome::Disk => StateBlocks::Disk {
+                    moments_are_zero: true,
+                },
+                StateHome::Host => StateBlocks::Host {
+                    blocks: states.blocks(trainable)?,
+                },
             };
             let id = u32::try_from(index).map_err(|_| OffloadError::Misuse {
                 call: "new",
@@ -90,7 +99,10 @@ impl Core {
                     _ => continue,
                 };
                 blocks.push(BlockSpec {
-                    id: BlockId { unit: id, component: *component },
+                    id: BlockId {
+                        unit: id,
+                        component: *component,
+                    },
                     bytes: elements * size,
                     tile_bytes: tile * size,
                 });
@@ -111,7 +123,11 @@ impl Core {
                 params: Unit::param_states(&spec.params),
             });
         }
-        let disk = if blocks.is_empty() { None } else { Some(Disk::open(&budget, &settings, state_layout, blocks)?) };
+        let disk = if blocks.is_empty() {
+            None
+        } else {
+            Some(Disk::open(&budget, settings, state_layout, blocks)?)
+        };
         Ok(Self {
             units,
             state_layout,
@@ -135,7 +151,10 @@ impl Core {
 
     pub(crate) fn check_usable(&self) -> Result<()> {
         match &self.poisoned {
-            Some((step, cause)) => Err(OffloadError::Poisoned { step: *step, cause: cause.clone() }),
+            Some((step, cause)) => Err(OffloadError::Poisoned {
+                step: *step,
+                cause: cause.clone(),
+            }),
             None => Ok(()),
         }
     }
@@ -153,12 +172,20 @@ impl Core {
         if param < count {
             return Ok(());
         }
-        misuse(call, format!("parameter {param} of {count} in unit {}", self.units[unit].name))
+        misuse(
+            call,
+            format!(
+                "parameter {param} of {count} in unit {}",
+                self.units[unit].name
+            ),
+        )
     }
 
     /// The disk side; only called for blocks whose home is the disk.
     pub(crate) fn disk(&self) -> &Disk {
-        self.disk.as_ref().expect("a block at home on disk implies a store")
+        self.disk
+            .as_ref()
+            .expect("a block at home on disk implies a store")
     }
 
     /// Bytes of one element of a component.
@@ -173,14 +200,20 @@ pub(crate) fn element_bytes(layout: StateLayout, component: Component) -> usize 
 }
 
 /// Receives one completion, adding the time spent waiting to `waited`.
-pub(crate) fn receive(receiver: &Receiver<Completion>, waited: &mut Duration) -> Result<Completion> {
+pub(crate) fn receive(
+    receiver: &Receiver<Completion>,
+    waited: &mut Duration,
+) -> Result<Completion> {
     if let Ok(completion) = receiver.try_recv() {
         return Ok(completion);
     }
     let start = Instant::now();
     let completion = receiver.recv();
     *waited += start.elapsed();
-    completion.map_err(|_| OffloadError::Misuse { call: "wait", what: "the I/O engine ended with work in flight".into() })
+    completion.map_err(|_| OffloadError::Misuse {
+        call: "wait",
+        what: "the I/O engine ended with work in flight".into(),
+    })
 }
 
 /// Byte range of an element range.
@@ -193,11 +226,19 @@ pub(crate) fn to_usize(value: u64) -> usize {
     usize::try_from(value).expect("layouts are checked against the address space")
 }
 
-fn make_weights(budget: &Budget, compute: Dtype, spec: &UnitSpec, layout: &UnitLayout) -> Result<Weights> {
+fn make_weights(
+    budget: &Budget,
+    compute: Dtype,
+    spec: &UnitSpec,
+    layout: &UnitLayout,
+) -> Result<Weights> {
     let bytes = to_usize(layout.len()) * compute.size();
     Ok(match spec.weights {
         WeightHome::Borrowed => Weights::Borrowed { lent: None },
-        WeightHome::Disk => Weights::Disk { window: Window::reserve(bytes)?, residence: Residence::Away },
+        WeightHome::Disk => Weights::Disk {
+            window: Window::reserve(bytes)?,
+            residence: Residence::Away,
+        },
         WeightHome::Host => {
             let mut window = Window::reserve(bytes)?;
             window.make_home(budget, Bucket::Weights)?;
@@ -218,7 +259,9 @@ fn frame_pool(
         .filter(|(spec, _)| spec.weights == WeightHome::Disk)
         .map(|(spec, layout)| (to_usize(layout.len()) * settings.compute.size(), &spec.name))
         .max();
-    let Some((largest, name)) = largest else { return Ok(None) };
+    let Some((largest, name)) = largest else {
+        return Ok(None);
+    };
     let frames = to_usize(settings.gathered_bytes).div_ceil(FRAME);
     if frames * FRAME < largest {
         return Err(OffloadError::NoFrames {
@@ -232,15 +275,28 @@ fn frame_pool(
 }
 
 impl Disk {
-    fn open(budget: &Budget, settings: &Settings, layout: StateLayout, blocks: Vec<BlockSpec>) -> Result<Self> {
+    fn open(
+        budget: &Budget,
+        settings: &Settings,
+        layout: StateLayout,
+        blocks: Vec<BlockSpec>,
+    ) -> Result<Self> {
         let per_element: usize = layout.components().iter().map(|(_, bytes)| *bytes).sum();
-        let longest = blocks.iter().map(|block| block.tile_bytes.min(block.bytes) as usize).max().unwrap_or(0);
-        let tile = (settings.tile_elements as usize * per_element).min(longest * layout.components().len());
+        let longest = blocks
+            .iter()
+            .map(|block| to_usize(block.tile_bytes.min(block.bytes)))
+            .max()
+            .unwrap_or(0);
+        let tile = (to_usize(settings.tile_elements) * per_element)
+            .min(longest * layout.components().len());
         let need = tile as u64 * MIN_TILES_IN_RING;
         if settings.staging_bytes < need {
             return misuse(
                 "new",
-                format!("the staging ring has {} bytes and needs {need}: two tiles of {tile}", settings.staging_bytes),
+                format!(
+                    "the staging ring has {} bytes and needs {need}: two tiles of {tile}",
+                    settings.staging_bytes
+                ),
             );
         }
         let queue = open_queue(settings.engine.clone(), settings.queue_depth)?;
@@ -252,7 +308,12 @@ impl Disk {
             ephemeral: true,
         })?;
         let ring = Arena::new(budget, Bucket::Staging, to_usize(settings.staging_bytes))?;
-        Ok(Self { store, queue, ring, arrivals: channel() })
+        Ok(Self {
+            store,
+            queue,
+            ring,
+            arrivals: channel(),
+        })
     }
 }
 
@@ -263,7 +324,12 @@ struct GradArena {
 }
 
 impl GradArena {
-    fn new(budget: &Budget, dtype: Dtype, specs: &[UnitSpec], layouts: &[UnitLayout]) -> Result<Self> {
+    fn new(
+        budget: &Budget,
+        dtype: Dtype,
+        specs: &[UnitSpec],
+        layouts: &[UnitLayout],
+    ) -> Result<Self> {
         let elements: u64 = specs
             .iter()
             .zip(layouts)
@@ -271,13 +337,20 @@ impl GradArena {
             .map(|(_, layout)| layout.trainable_len())
             .sum();
         let bytes = to_usize(elements) * dtype.size();
-        let arena = if bytes == 0 { None } else { Some(Arena::new(budget, Bucket::Gradients, bytes)?) };
+        let arena = if bytes == 0 {
+            None
+        } else {
+            Some(Arena::new(budget, Bucket::Gradients, bytes)?)
+        };
         Ok(Self { arena, dtype })
     }
 
     fn lease(&self, elements: u64) -> Result<Lease> {
         let arena = self.arena.as_ref().expect("sized from the same units");
-        Ok(arena.lease(to_usize(elements) * self.dtype.size(), zeroxide_layout::PAGE)?)
+        Ok(arena.lease(
+            to_usize(elements) * self.dtype.size(),
+            zeroxide_layout::PAGE,
+        )?)
     }
 }
 
@@ -288,27 +361,46 @@ struct StateArena {
 }
 
 impl StateArena {
-    fn new(budget: &Budget, layout: StateLayout, specs: &[UnitSpec], layouts: &[UnitLayout]) -> Result<Self> {
+    fn new(
+        budget: &Budget,
+        layout: StateLayout,
+        specs: &[UnitSpec],
+        layouts: &[UnitLayout],
+    ) -> Result<Self> {
         let elements: u64 = specs
             .iter()
             .zip(layouts)
             .filter(|(spec, _)| spec.state == StateHome::Host)
             .map(|(_, layout)| layout.trainable_len())
             .sum();
-        let bytes = to_usize(elements) * Self::state_components(layout).map(|(_, bytes)| bytes).sum::<usize>();
-        let arena = if bytes == 0 { None } else { Some(Arena::new(budget, Bucket::Optimizer, bytes)?) };
+        let bytes = to_usize(elements)
+            * Self::state_components(layout)
+                .map(|(_, bytes)| bytes)
+                .sum::<usize>();
+        let arena = if bytes == 0 {
+            None
+        } else {
+            Some(Arena::new(budget, Bucket::Optimizer, bytes)?)
+        };
         Ok(Self { arena, layout })
     }
 
     fn state_components(layout: StateLayout) -> impl Iterator<Item = (Component, usize)> {
-        layout.components().iter().copied().filter(|(component, _)| *component != Component::Weight)
+        layout
+            .components()
+            .iter()
+            .copied()
+            .filter(|(component, _)| *component != Component::Weight)
     }
 
     fn blocks(&self, elements: u64) -> Result<Vec<(Component, Lease)>> {
         let arena = self.arena.as_ref().expect("sized from the same units");
         Self::state_components(self.layout)
             .map(|(component, bytes)| {
-                Ok((component, arena.lease(to_usize(elements) * bytes, zeroxide_layout::PAGE)?))
+                Ok((
+                    component,
+                    arena.lease(to_usize(elements) * bytes, zeroxide_layout::PAGE)?,
+                ))
             })
             .collect()
     }

@@ -37,7 +37,9 @@ pub enum OffloadError {
         capacity: u64,
     },
     /// An earlier step failed half way: some tiles hold the new state, some the old one.
-    #[error("optimizer step {step} failed half way and its state is mixed; resume from the last checkpoint ({cause})")]
+    #[error(
+        "optimizer step {step} failed half way and its state is mixed; resume from the last checkpoint ({cause})"
+    )]
     Poisoned {
         /// The step that failed.
         step: u64,
@@ -58,5 +60,8 @@ pub enum OffloadError {
 pub type Result<T> = std::result::Result<T, OffloadError>;
 
 pub(crate) fn misuse<T>(call: &'static str, what: impl Into<String>) -> Result<T> {
-    Err(OffloadError::Misuse { call, what: what.into() })
+    Err(OffloadError::Misuse {
+        call,
+        what: what.into(),
+    })
 }

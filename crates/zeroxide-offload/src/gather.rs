@@ -94,8 +94,12 @@ impl Core {
     /// Puts frames under the window of a unit that is away. `forced` also empties units that were only prefetched.
     pub(crate) fn map_frames(&mut self, unit: usize, forced: bool) -> Result<bool> {
         let bytes = to_usize(self.units[unit].layout.len()) * self.compute.size();
-        let Some(frames) = self.take_frames(bytes.div_ceil(FRAME), unit, forced)? else { return Ok(false) };
-        let Weights::Disk { window, .. } = &mut self.units[unit].weights else { return Ok(true) };
+        let Some(frames) = self.take_frames(bytes.div_ceil(FRAME), unit, forced)? else {
+            return Ok(false);
+        };
+        let Weights::Disk { window, .. } = &mut self.units[unit].weights else {
+            return Ok(true);
+        };
         window.map(frames)?;
         Ok(true)
     }
@@ -114,7 +118,10 @@ impl Core {
         for tile in 0..this.weight_tiles.count() {
             let buffer = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
             let tag = ((unit as u64) << TILE_BITS) | u64::from(tile);
-            match disk.store.start_read(id, tile, buffer, tag, &disk.arrivals.0) {
+            match disk
+                .store
+                .start_read(id, tile, buffer, tag, &disk.arrivals.0)
+            {
                 Ok(()) => pending += 1,
                 Err((error, _)) => {
                     failed = Some(error);
@@ -128,9 +135,17 @@ impl Core {
         Ok(true)
     }
 
-    fn take_frames(&mut self, count: usize, wanted_by: usize, forced: bool) -> Result<Option<Vec<Frame>>> {
+    fn take_frames(
+        &mut self,
+        count: usize,
+        wanted_by: usize,
+        forced: bool,
+    ) -> Result<Option<Vec<Frame>>> {
         loop {
-            let pool = self.frames.as_ref().expect("a unit at home on disk implies frames");
+            let pool = self
+                .frames
+                .as_ref()
+                .expect("a unit at home on disk implies frames");
             if let Some(frames) = pool.take(count) {
                 return Ok(Some(frames));
             }
@@ -148,7 +163,10 @@ impl Core {
         (0..self.units.len())
             .filter(|unit| *unit != except)
             .filter_map(|unit| match self.residence(unit) {
-                Some(Residence::Here { pinned: false, used }) if !self.is_updating(unit) => Some((*used, unit)),
+                Some(Residence::Here {
+                    pinned: false,
+                    used,
+                }) if !self.is_updating(unit) => Some((*used, unit)),
                 _ => None,
             })
             .min()
@@ -157,12 +175,15 @@ impl Core {
 
     /// Whether tiles of the unit still wait for their update.
     fn is_updating(&self, unit: usize) -> bool {
-        self.step.as_ref().is_some_and(|step| step.is_updating(unit))
+        self.step
+            .as_ref()
+            .is_some_and(|step| step.is_updating(unit))
     }
 
     fn any_arriving(&self, except: usize) -> Option<usize> {
-        (0..self.units.len())
-            .find(|unit| *unit != except && matches!(self.residence(*unit), Some(Residence::Arriving { .. })))
+        (0..self.units.len()).find(|unit| {
+            *unit != except && matches!(self.residence(*unit), Some(Residence::Arriving { .. }))
+        })
     }
 
     /// Takes the frames away from a unit that nobody uses; its bytes are on disk.
@@ -176,7 +197,11 @@ impl Core {
     }
 
     fn poll_arrivals(&mut self) {
-        while let Some(completion) = self.disk.as_ref().and_then(|disk| disk.arrivals.1.try_recv().ok()) {
+        while let Some(completion) = self
+            .disk
+            .as_ref()
+            .and_then(|disk| disk.arrivals.1.try_recv().ok())
+        {
             self.note_arrival(completion);
         }
     }
@@ -193,7 +218,8 @@ impl Core {
 
     /// Waits until the unit's reads are done and verified; afterwards it is here and not pinned.
     fn await_arrival(&mut self, unit: usize) -> Result<()> {
-        while matches!(self.residence(unit), Some(Residence::Arriving { pending, .. }) if *pending > 0) {
+        while matches!(self.residence(unit), Some(Residence::Arriving { pending, .. }) if *pending > 0)
+        {
             let disk = self.disk.as_ref().expect("reads are in flight");
             let completion = receive(&disk.arrivals.1, &mut self.waited)?;
             self.note_arrival(completion);
@@ -209,7 +235,10 @@ impl Core {
         self.clock += 1;
         let used = self.clock;
         if let Some(residence) = self.residence_mut(unit) {
-            *residence = Residence::Here { pinned: false, used };
+            *residence = Residence::Here {
+                pinned: false,
+                used,
+            };
         }
         if outcome.is_err() {
             self.evict(unit)?;
@@ -230,7 +259,11 @@ impl Core {
         self.pool.run(tiles.len(), |index| {
             let mut guard = tiles[index].lock().expect("each task has its own tile");
             let (lease, outcome): &mut (Lease, std::result::Result<(), _>) = &mut guard;
-            *outcome = store.verify(weight_block(unit), u32::try_from(index).expect("counted as u32"), lease);
+            *outcome = store.verify(
+                weight_block(unit),
+                u32::try_from(index).expect("counted as u32"),
+                lease,
+            );
         });
         for tile in tiles {
             tile.into_inner().expect("the pool has returned").1?;
@@ -239,7 +272,10 @@ impl Core {
     }
 
     fn no_frames(&self, unit: usize) -> OffloadError {
-        let pool = self.frames.as_ref().expect("a unit at home on disk implies frames");
+        let pool = self
+            .frames
+            .as_ref()
+            .expect("a unit at home on disk implies frames");
         OffloadError::NoFrames {
             unit: self.units[unit].name.clone(),
             need: self.units[unit].layout.len() * self.compute.size() as u64,
@@ -254,6 +290,8 @@ pub(crate) fn weight_block(unit: usize) -> BlockId {
 }
 
 pub(crate) fn block(unit: usize, component: Component) -> BlockId {
-    BlockId { unit: u32::try_from(unit).expect("counted at creation"), component }
+    BlockId {
+        unit: u32::try_from(unit).expect("counted at creation"),
+        component,
+    }
 }
-

@@ -29,7 +29,14 @@ impl Core {
     /// otherwise. With `norm`, the sum of squares of the result is taken in the same pass.
     ///
     /// A gradient comes whole or in parts, in order and without gaps; it has landed once its last element has.
-    pub(crate) fn land(&mut self, unit: usize, param: usize, start: u64, source: Grad<'_>, norm: bool) -> Result<()> {
+    pub(crate) fn land(
+        &mut self,
+        unit: usize,
+        param: usize,
+        start: u64,
+        source: Grad<'_>,
+        norm: bool,
+    ) -> Result<()> {
         self.check_param("land", unit, param)?;
         self.finish_unit(unit)?;
         let dtype = self.grad;
@@ -53,18 +60,25 @@ impl Core {
             );
         }
         let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
-            return misuse("land", format!("{} parameter {param} is frozen or lent", this.name));
+            return misuse(
+                "land",
+                format!("{} parameter {param} is frozen or lent", this.name),
+            );
         };
         let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
-        let stats = land_pieces(&self.pool, dtype, bytes, source, mode, norm);
+        let landed = land_pieces(&self.pool, dtype, bytes, source, mode, norm);
         if start == 0 {
             state.sum_squares = 0.0;
             state.nonfinite = false;
         }
-        state.sum_squares += stats.sum_squares;
-        state.nonfinite |= stats.nonfinite;
+        state.sum_squares += landed.sum_squares;
+        state.nonfinite |= landed.nonfinite;
         let complete = start + len == numel;
-        state.arriving = if complete { None } else { Some((start + len, mode)) };
+        state.arriving = if complete {
+            None
+        } else {
+            Some((start + len, mode))
+        };
         state.landed |= complete;
         Ok(())
     }
@@ -93,17 +107,30 @@ impl Core {
         if width as u64 * count != numel || grad_len(&source) != rows.len() * width {
             return misuse(
                 "land_rows",
-                format!("{} rows of {} parameter {param}: {} elements in {count} rows of {width}, got {}",
-                    rows.len(), this.name, numel, grad_len(&source)),
+                format!(
+                    "{} rows of {} parameter {param}: {} elements in {count} rows of {width}, got {}",
+                    rows.len(),
+                    this.name,
+                    numel,
+                    grad_len(&source)
+                ),
             );
         }
         let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
-            return misuse("land_rows", format!("{} parameter {param} is frozen or lent", this.name));
+            return misuse(
+                "land_rows",
+                format!("{} parameter {param} is frozen or lent", this.name),
+            );
         };
         let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
-        let bad = rows.iter().find(|row| u64::try_from(**row).is_ok_and(|row| row < count).not());
+        let bad = rows
+            .iter()
+            .find(|row| u64::try_from(**row).is_ok_and(|row| row < count).not());
         if let Some(row) = bad {
-            return misuse("land_rows", format!("row {row} of {count} in {} parameter {param}", this.name));
+            return misuse(
+                "land_rows",
+                format!("row {row} of {count} in {} parameter {param}", this.name),
+            );
         }
         if !state.landed {
             bytes.fill(0);
@@ -114,17 +141,26 @@ impl Core {
             let target = grad_mut(dtype, &mut bytes[at..at + stride]);
             land(target, as_grad(dtype, &sum), Land::Add, false);
         }
-        let stats = measure(&self.pool, dtype, bytes);
-        state.sum_squares = stats.sum_squares;
-        state.nonfinite = stats.nonfinite;
+        let measured = measure(&self.pool, dtype, bytes);
+        state.sum_squares = measured.sum_squares;
+        state.nonfinite = measured.nonfinite;
         state.landed = true;
         Ok(())
     }
 
     /// The norm of all gradients that have landed; complete only if each was last landed with `norm`.
     pub(crate) fn grad_norm(&self) -> GradNorm {
-        let mut total = GradNorm { sum_squares: 0.0, nonfinite: false, landed: 0 };
-        for param in self.units.iter().flat_map(|unit| &unit.params).filter(|param| param.landed) {
+        let mut total = GradNorm {
+            sum_squares: 0.0,
+            nonfinite: false,
+            landed: 0,
+        };
+        for param in self
+            .units
+            .iter()
+            .flat_map(|unit| &unit.params)
+            .filter(|param| param.landed)
+        {
             total.sum_squares += param.sum_squares;
             total.nonfinite |= param.nonfinite;
             total.landed += 1;
@@ -178,7 +214,10 @@ fn sum_rows(dtype: Dtype, rows: &[i64], source: &Grad<'_>, width: usize) -> Vec<
         let at = *place.entry(*row).or_insert(next);
         let mode = if at == next { Land::Store } else { Land::Add };
         if at == next {
-            sums.push((usize::try_from(*row).expect("checked against the row count"), vec![0; width * dtype.size()]));
+            sums.push((
+                usize::try_from(*row).expect("checked against the row count"),
+                vec![0; width * dtype.size()],
+            ));
         }
         land(grad_mut(dtype, &mut sums[at].1), part, mode, false);
     }
@@ -236,7 +275,12 @@ fn measure(pool: &zeroxide_optim::Pool, dtype: Dtype, bytes: &mut [u8]) -> LandS
         let mut guard = pieces[index].lock().expect("each task has its own piece");
         let (piece, stats) = &mut *guard;
         let copy = piece.to_vec();
-        *stats = land(grad_mut(dtype, piece), as_grad(dtype, &copy), Land::Store, true);
+        *stats = land(
+            grad_mut(dtype, piece),
+            as_grad(dtype, &copy),
+            Land::Store,
+            true,
+        );
     });
     let mut total = LandStats::default();
     for piece in pieces {

@@ -37,10 +37,13 @@ pub struct Offload {
 
 impl Offload {
     /// Reserves all memory and disk space. Weights are undefined until they are filled; moments start at zero.
-    pub fn new(settings: Settings, units: &[UnitSpec]) -> Result<Self> {
+    pub fn new(settings: &Settings, units: &[UnitSpec]) -> Result<Self> {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
-        Ok(Self { core: Mutex::new(Some(core)), budget })
+        Ok(Self {
+            core: Mutex::new(Some(core)),
+            budget,
+        })
     }
 
     fn with<T>(&self, call: &'static str, work: impl FnOnce(&mut Core) -> Result<T>) -> Result<T> {
@@ -52,7 +55,9 @@ impl Offload {
 
     fn lock(&self) -> MutexGuard<'_, Option<Core>> {
         // A panic under the lock is a bug; the state may be half changed, so it is not used again.
-        self.core.lock().expect("a call panicked and left the state undefined")
+        self.core
+            .lock()
+            .expect("a call panicked and left the state undefined")
     }
 
     /// Address range of a unit's flat weights: (address, bytes, what keeps the range reserved).
@@ -62,7 +67,10 @@ impl Offload {
             core.check_unit("window", unit)?;
             let this = &core.units[unit];
             let bytes = crate::core::to_usize(this.layout.len()) * core.compute.size();
-            Ok(this.weights.window().map(|window| (window.base() as usize, bytes, window.anchor())))
+            Ok(this
+                .weights
+                .window()
+                .map(|window| (window.base() as usize, bytes, window.anchor())))
         })
     }
 
@@ -90,7 +98,9 @@ impl Offload {
 
     /// Gives elements `start..` of one parameter of the unit being filled.
     pub fn fill_param(&self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
-        self.with("fill_param", |core| core.fill_param(unit, param, start, values))
+        self.with("fill_param", |core| {
+            core.fill_param(unit, param, start, values)
+        })
     }
 
     /// Writes what was filled to where it is at home.
@@ -99,8 +109,17 @@ impl Offload {
     }
 
     /// Reads elements `start..` of one parameter as fp32.
-    pub fn read_param(&self, unit: usize, param: usize, part: Part, start: u64, out: &mut [f32]) -> Result<()> {
-        self.with("read_param", |core| core.read_param(unit, param, part, start, out))
+    pub fn read_param(
+        &self,
+        unit: usize,
+        param: usize,
+        part: Part,
+        start: u64,
+        out: &mut [f32],
+    ) -> Result<()> {
+        self.with("read_param", |core| {
+            core.read_param(unit, param, part, start, out)
+        })
     }
 
     /// Updates made so far to one parameter.
@@ -130,13 +149,29 @@ impl Offload {
 
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
     /// gradient comes whole or in parts, in order.
-    pub fn land(&self, unit: usize, param: usize, start: u64, source: Grad<'_>, norm: bool) -> Result<()> {
+    pub fn land(
+        &self,
+        unit: usize,
+        param: usize,
+        start: u64,
+        source: Grad<'_>,
+        norm: bool,
+    ) -> Result<()> {
         self.with("land", |core| core.land(unit, param, start, source, norm))
     }
 
     /// Adds to rows of one parameter's gradient, of `count` rows in all.
-    pub fn land_rows(&self, unit: usize, param: usize, count: u64, rows: &[i64], source: Grad<'_>) -> Result<()> {
-        self.with("land_rows", |core| core.land_rows(unit, param, count, rows, source))
+    pub fn land_rows(
+        &self,
+        unit: usize,
+        param: usize,
+        count: u64,
+        rows: &[i64],
+        source: Grad<'_>,
+    ) -> Result<()> {
+        self.with("land_rows", |core| {
+            core.land_rows(unit, param, count, rows, source)
+        })
     }
 
     /// The norm of all gradients that have landed.
@@ -185,7 +220,10 @@ impl Offload {
     /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
     pub fn step(&self, groups: &[AdamParams], grad_scale: f64) -> Result<()> {
         self.with("step", |core| {
-            let borrows = core.units.iter().any(|unit| matches!(unit.weights, Weights::Borrowed { lent: Some(_) }));
+            let borrows = core
+                .units
+                .iter()
+                .any(|unit| matches!(unit.weights, Weights::Borrowed { lent: Some(_) }));
             let mut outcome = core.step_begin(groups, grad_scale);
             if borrows && outcome.is_ok() {
                 outcome = core.finish_step();
@@ -229,7 +267,9 @@ impl Offload {
 
     /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent.
     pub fn close(&self) -> Result<()> {
-        let Some(mut core) = self.lock().take() else { return Ok(()) };
+        let Some(mut core) = self.lock().take() else {
+            return Ok(());
+        };
         // Reads in flight write into windows: they end before the windows go.
         core.abandon_step();
         let settled = core.settle_arrivals();

@@ -91,16 +91,32 @@ impl Core {
         for (index, unit) in self.units.iter().enumerate() {
             let plan = segments(unit, groups, grad_scale)?;
             // Moments that are not on disk yet must all be written, also where there is no gradient.
-            let all = matches!(unit.state, StateBlocks::Disk { moments_are_zero: true }) && !plan.is_empty();
+            let all = matches!(
+                unit.state,
+                StateBlocks::Disk {
+                    moments_are_zero: true
+                }
+            ) && !plan.is_empty();
             let count = unit.state_tiles.count();
-            let tiles: Vec<u32> =
-                (0..count).filter(|tile| all || overlaps(&plan, &unit.state_tiles.range(*tile))).collect();
+            let tiles: Vec<u32> = (0..count)
+                .filter(|tile| all || overlaps(&plan, &unit.state_tiles.range(*tile)))
+                .collect();
             step.work.extend(tiles.iter().map(|tile| (index, *tile)));
             let whole = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
-            step.units.push(Progress { plan, tiles: tiles.len(), writes: 0, whole });
+            step.units.push(Progress {
+                plan,
+                tiles: tiles.len(),
+                writes: 0,
+                whole,
+            });
         }
         self.steps += 1;
-        for param in self.units.iter_mut().flat_map(|unit| &mut unit.params).filter(|param| param.landed) {
+        for param in self
+            .units
+            .iter_mut()
+            .flat_map(|unit| &mut unit.params)
+            .filter(|param| param.landed)
+        {
             param.updates += 1;
         }
         self.clear_gradients();
@@ -132,13 +148,17 @@ impl Core {
 
     /// Whether the step still has something to do for the unit.
     pub(crate) fn is_stepping(&self, unit: usize) -> bool {
-        self.step.as_ref().is_some_and(|step| step.units[unit].tiles > 0 || step.units[unit].writes > 0)
+        self.step
+            .as_ref()
+            .is_some_and(|step| step.units[unit].tiles > 0 || step.units[unit].writes > 0)
     }
 
     /// Drops what is left of the step: waits for what is in flight and forgets the rest.
     pub(crate) fn abandon_step(&mut self) {
         while self.step.as_ref().is_some_and(ActiveStep::in_flight) {
-            if self.step_receive().is_err() && !self.step.as_ref().is_some_and(ActiveStep::in_flight) {
+            if self.step_receive().is_err()
+                && !self.step.as_ref().is_some_and(ActiveStep::in_flight)
+            {
                 break;
             }
         }
@@ -194,8 +214,13 @@ impl Core {
                 }
             }
         }
-        let step = self.step.as_mut().expect("driven only while there is a step");
-        let Some(mut job) = step.jobs.pop_front() else { return Ok(()) };
+        let step = self
+            .step
+            .as_mut()
+            .expect("driven only while there is a step");
+        let Some(mut job) = step.jobs.pop_front() else {
+            return Ok(());
+        };
         step.base += 1;
         let update = Update {
             pool: &self.pool,
@@ -228,7 +253,10 @@ impl Core {
         if let Some(residence) = self.residence_mut(unit)
             && matches!(residence, Residence::Updating)
         {
-            *residence = Residence::Here { pinned: false, used };
+            *residence = Residence::Here {
+                pinned: false,
+                used,
+            };
         }
     }
 
@@ -238,19 +266,28 @@ impl Core {
         let this = &self.units[unit];
         let mut buffers = Vec::new();
         let mut to_read = Vec::new();
-        let zero = matches!(this.state, StateBlocks::Disk { moments_are_zero: true });
+        let zero = matches!(
+            this.state,
+            StateBlocks::Disk {
+                moments_are_zero: true
+            }
+        );
         for (component, size) in self.state_layout.components() {
             let elements = match component {
-                Component::Weight if !this.weights.on_disk() || this.weights.in_memory() => continue,
+                Component::Weight if !this.weights.on_disk() || this.weights.in_memory() => {
+                    continue;
+                }
                 Component::Weight => this.weight_tiles.range(tile),
                 _ if matches!(this.state, StateBlocks::Host { .. }) => continue,
                 _ => this.state_tiles.range(tile),
             };
             let bytes = byte_range(&elements, *size);
             let lease = match (component, self.residence(unit)) {
-                (Component::Weight, Some(Residence::Updating)) => {
-                    this.weights.window().expect("weights on disk have a window").lease(bytes)?
-                }
+                (Component::Weight, Some(Residence::Updating)) => this
+                    .weights
+                    .window()
+                    .expect("weights on disk have a window")
+                    .lease(bytes)?,
                 _ => match self.disk().ring.lease(bytes.len(), PAGE) {
                     Ok(lease) => lease,
                     Err(_) => return Ok(false),
@@ -264,14 +301,29 @@ impl Core {
                 to_read.push((*component, lease));
             }
         }
-        let step = self.step.as_mut().expect("driven only while there is a step");
+        let step = self
+            .step
+            .as_mut()
+            .expect("driven only while there is a step");
         let number = step.base + step.jobs.len() as u64;
-        step.jobs.push_back(TileJob { unit, tile, buffers, pending: 0, failed: None });
+        step.jobs.push_back(TileJob {
+            unit,
+            tile,
+            buffers,
+            pending: 0,
+            failed: None,
+        });
         let at = step.jobs.len() - 1;
         for (component, lease) in to_read {
             let tag = number | ((component as u64) << COMPONENT_SHIFT);
-            let store = &self.disk.as_ref().expect("a block at home on disk implies a store").store;
-            store.start_read(block(unit, component), tile, lease, tag, &step.replies.0).map_err(|(error, _)| error)?;
+            let store = &self
+                .disk
+                .as_ref()
+                .expect("a block at home on disk implies a store")
+                .store;
+            store
+                .start_read(block(unit, component), tile, lease, tag, &step.replies.0)
+                .map_err(|(error, _)| error)?;
             step.jobs[at].pending += 1;
         }
         Ok(true)
@@ -280,7 +332,10 @@ impl Core {
     /// Before the first tile of a unit that is away: frames for its window, if that takes nothing from units in use.
     /// Its weights are then updated where the next forward wants them.
     fn try_window(&mut self, unit: usize, tile: u32) -> Result<()> {
-        if tile > 0 || !self.active().units[unit].whole || !matches!(self.residence(unit), Some(Residence::Away)) {
+        if tile > 0
+            || !self.active().units[unit].whole
+            || !matches!(self.residence(unit), Some(Residence::Away))
+        {
             return Ok(());
         }
         if self.map_frames(unit, false)?
@@ -300,14 +355,30 @@ impl Core {
             let bytes = byte_range(&this.weight_tiles.range(job.tile), self.compute.size());
             outgoing.push((Component::Weight, window.lease(bytes)?));
         }
-        let step = self.step.as_mut().expect("driven only while there is a step");
+        let step = self
+            .step
+            .as_mut()
+            .expect("driven only while there is a step");
         for (component, lease) in outgoing {
-            let (_, checksum) =
-                checksums.iter().find(|(found, _)| *found == component).expect("taken of everything that goes to disk");
+            let (_, checksum) = checksums
+                .iter()
+                .find(|(found, _)| *found == component)
+                .expect("taken of everything that goes to disk");
             let tag = WRITE | job.unit as u64;
-            let store = &self.disk.as_ref().expect("a block at home on disk implies a store").store;
+            let store = &self
+                .disk
+                .as_ref()
+                .expect("a block at home on disk implies a store")
+                .store;
             store
-                .start_write_with_crc(block(job.unit, component), job.tile, lease, *checksum, tag, &step.replies.0)
+                .start_write_with_crc(
+                    block(job.unit, component),
+                    job.tile,
+                    lease,
+                    *checksum,
+                    tag,
+                    &step.replies.0,
+                )
                 .map_err(|(error, _)| error)?;
             step.writes += 1;
             step.units[job.unit].writes += 1;
@@ -317,16 +388,27 @@ impl Core {
 
     /// Takes one completion: a buffer goes back to its tile, or to where it came from after a write.
     fn step_receive(&mut self) -> Result<()> {
-        let Self { step: Some(step), waited, .. } = self else { return Ok(()) };
+        let Self {
+            step: Some(step),
+            waited,
+            ..
+        } = self
+        else {
+            return Ok(());
+        };
         step.receive(waited)
     }
 
     fn active(&self) -> &ActiveStep {
-        self.step.as_ref().expect("driven only while there is a step")
+        self.step
+            .as_ref()
+            .expect("driven only while there is a step")
     }
 
     fn active_mut(&mut self) -> &mut ActiveStep {
-        self.step.as_mut().expect("driven only while there is a step")
+        self.step
+            .as_mut()
+            .expect("driven only while there is a step")
     }
 }
 
@@ -354,11 +436,16 @@ impl ActiveStep {
         let number = completion.tag & ((1 << COMPONENT_SHIFT) - 1);
         let index = number.checked_sub(self.base).map_or(usize::MAX, to_usize);
         let Some(job) = self.jobs.get_mut(index) else {
-            return misuse("step", format!("a completion for tile job {number} that is not under way"));
+            return misuse(
+                "step",
+                format!("a completion for tile job {number} that is not under way"),
+            );
         };
         job.pending -= 1;
         match completion.result {
-            Ok(()) => job.buffers.push((component_of(completion.tag), completion.buffer)),
+            Ok(()) => job
+                .buffers
+                .push((component_of(completion.tag), completion.buffer)),
             Err(error) => {
                 job.failed.get_or_insert(error);
             }
@@ -369,20 +456,33 @@ impl ActiveStep {
 
 fn component_of(tag: u64) -> Component {
     let number = (tag & !WRITE) >> COMPONENT_SHIFT;
-    Component::ALL.into_iter().find(|component| *component as u64 == number).expect("tags are made from components")
+    Component::ALL
+        .into_iter()
+        .find(|component| *component as u64 == number)
+        .expect("tags are made from components")
 }
 
 /// The runs of equal constants among the parameters whose gradient has landed, in layout order.
 ///
 /// Padding between two of them joins the run: its gradient, weight and moments are zero and stay zero.
 fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<Segment>> {
-    let mut order: Vec<usize> = (0..unit.params.len()).filter(|param| unit.params[*param].landed).collect();
+    let mut order: Vec<usize> = (0..unit.params.len())
+        .filter(|param| unit.params[*param].landed)
+        .collect();
     order.sort_by_key(|param| unit.layout.offset(*param));
     let mut found: Vec<(usize, u64, Range<u64>)> = Vec::new();
     for param in order {
         let state = &unit.params[param];
         if state.group >= groups.len() {
-            return misuse("step", format!("{} is in group {} of {}", unit.name, state.group, groups.len()));
+            return misuse(
+                "step",
+                format!(
+                    "{} is in group {} of {}",
+                    unit.name,
+                    state.group,
+                    groups.len()
+                ),
+            );
         }
         let start = unit.layout.offset(param);
         let range = start..start + unit.layout.numel(param);
@@ -399,10 +499,14 @@ fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<S
     }
     Ok(found
         .into_iter()
-        .map(|(group, updates, range)| Segment { range, step: AdamStep::new(&groups[group], updates + 1, grad_scale) })
+        .map(|(group, updates, range)| Segment {
+            range,
+            step: AdamStep::new(&groups[group], updates + 1, grad_scale),
+        })
         .collect())
 }
 
 fn overlaps(plan: &[Segment], range: &Range<u64>) -> bool {
-    plan.iter().any(|segment| segment.range.start < range.end && range.start < segment.range.end)
+    plan.iter()
+        .any(|segment| segment.range.start < range.end && range.start < segment.range.end)
 }

@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 
 use zeroxide_layout::{Component, Dtype};
 use zeroxide_memory::{Arena, Bucket, Lease};
-use zeroxide_optim::{bf16_half_up, bf16_to_f32, f16_to_f32, f16_nearest_even, join, split};
+use zeroxide_optim::{bf16_half_up, bf16_to_f32, f16_nearest_even, f16_to_f32, join, split};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
@@ -70,11 +70,19 @@ impl Core {
         self.finish_step()?;
         self.settle_arrivals()?;
         if part == Part::Weights {
-            if matches!(self.residence(unit), Some(Residence::Away)) && !self.map_frames(unit, true)? {
-                return misuse("fill_begin", format!("no frames for unit {}", self.units[unit].name));
+            if matches!(self.residence(unit), Some(Residence::Away))
+                && !self.map_frames(unit, true)?
+            {
+                return misuse(
+                    "fill_begin",
+                    format!("no frames for unit {}", self.units[unit].name),
+                );
             }
             if let Some(residence) = self.residence_mut(unit) {
-                *residence = Residence::Here { pinned: true, used: 0 };
+                *residence = Residence::Here {
+                    pinned: true,
+                    used: 0,
+                };
             }
             let this = &self.units[unit];
             if let Some(window) = this.weights.window() {
@@ -98,27 +106,50 @@ impl Core {
                 arena = Some(memory);
             }
         }
-        self.fill = Some(Fill { unit, part, collected, _arena: arena });
+        self.fill = Some(Fill {
+            unit,
+            part,
+            collected,
+            _arena: arena,
+        });
         Ok(())
     }
 
     /// Gives elements `start..` of one parameter of the unit being filled.
-    pub(crate) fn fill_param(&mut self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
+    pub(crate) fn fill_param(
+        &mut self,
+        unit: usize,
+        param: usize,
+        start: u64,
+        values: &[f32],
+    ) -> Result<()> {
         self.check_param("fill_param", unit, param)?;
-        let Some(mut fill) = self.fill.take() else { return misuse("fill_param", "no fill has begun") };
+        let Some(mut fill) = self.fill.take() else {
+            return misuse("fill_param", "no fill has begun");
+        };
         let outcome = self.fill_into(&mut fill, unit, param, start, values);
         self.fill = Some(fill);
         outcome
     }
 
-    fn fill_into(&mut self, fill: &mut Fill, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
+    fn fill_into(
+        &mut self,
+        fill: &mut Fill,
+        unit: usize,
+        param: usize,
+        start: u64,
+        values: &[f32],
+    ) -> Result<()> {
         let this = &mut self.units[unit];
         let numel = this.layout.numel(param);
         let end = start + values.len() as u64;
         if fill.unit != unit || end > numel {
             return misuse(
                 "fill_param",
-                format!("elements {start}..{end} of {numel} in unit {}; filling unit {}", this.name, fill.unit),
+                format!(
+                    "elements {start}..{end} of {numel} in unit {}; filling unit {}",
+                    this.name, fill.unit
+                ),
             );
         }
         let at = this.layout.offset(param) + start;
@@ -159,9 +190,14 @@ impl Core {
 
     /// Writes what was filled to where it is at home. The unit's weights stay in memory until others need the room.
     pub(crate) fn fill_commit(&mut self, unit: usize) -> Result<()> {
-        let Some(fill) = self.fill.take() else { return misuse("fill_commit", "no fill has begun") };
+        let Some(fill) = self.fill.take() else {
+            return misuse("fill_commit", "no fill has begun");
+        };
         if fill.unit != unit {
-            return misuse("fill_commit", format!("unit {unit}, but unit {} is being filled", fill.unit));
+            return misuse(
+                "fill_commit",
+                format!("unit {unit}, but unit {} is being filled", fill.unit),
+            );
         }
         let (sender, receiver) = channel();
         let mut in_flight = 0_usize;
@@ -169,25 +205,51 @@ impl Core {
         let this = &self.units[unit];
         let element = self.compute.size();
         if fill.part == Part::Weights && this.weights.on_disk() {
-            let window = this.weights.window().expect("weights on disk have a window");
+            let window = this
+                .weights
+                .window()
+                .expect("weights on disk have a window");
             for tile in 0..this.weight_tiles.count() {
                 let buffer = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
-                self.disk().store.start_write(block(unit, Component::Weight), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
+                self.disk()
+                    .store
+                    .start_write(
+                        block(unit, Component::Weight),
+                        tile,
+                        buffer,
+                        u64::from(tile),
+                        &sender,
+                    )
+                    .map_err(|(error, _)| error)?;
                 in_flight += 1;
             }
         }
-        let zero_moments = matches!(this.state, StateBlocks::Disk { moments_are_zero: true });
+        let zero_moments = matches!(
+            this.state,
+            StateBlocks::Disk {
+                moments_are_zero: true
+            }
+        );
         if zero_moments && fill.part != Part::Weights {
             self.write_zero_moments(unit, fill.part)?;
         }
         for (component, mut rest) in fill.collected {
             let size = self.element_bytes(component);
-            let tiles = self.units[unit].state_tiles.clone();
+            let tiles = self.units[unit].state_tiles;
             for tile in 0..tiles.count() {
                 let range = tiles.range(tile);
                 let tail = rest.split_off(to_usize(range.end - range.start) * size);
                 let buffer = std::mem::replace(&mut rest, tail);
-                self.disk().store.start_write(block(unit, component), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
+                self.disk()
+                    .store
+                    .start_write(
+                        block(unit, component),
+                        tile,
+                        buffer,
+                        u64::from(tile),
+                        &sender,
+                    )
+                    .map_err(|(error, _)| error)?;
                 in_flight += 1;
             }
         }
@@ -207,9 +269,13 @@ impl Core {
         if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
             *moments_are_zero = false;
         }
-        let other = if filled == Part::ExpAvg { Component::ExpAvgSq } else { Component::ExpAvg };
+        let other = if filled == Part::ExpAvg {
+            Component::ExpAvgSq
+        } else {
+            Component::ExpAvg
+        };
         let size = self.element_bytes(other);
-        let tiles = self.units[unit].state_tiles.clone();
+        let tiles = self.units[unit].state_tiles;
         for tile in 0..tiles.count() {
             let range = tiles.range(tile);
             let bytes = to_usize(range.end - range.start) * size;
@@ -217,7 +283,9 @@ impl Core {
             let mut buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
             buffer.fill(0);
             let (sender, receiver) = channel();
-            disk.store.start_write(block(unit, other), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
+            disk.store
+                .start_write(block(unit, other), tile, buffer, u64::from(tile), &sender)
+                .map_err(|(error, _)| error)?;
             let completion = receive(&receiver, &mut self.waited)?;
             completion.result?;
         }
@@ -241,14 +309,26 @@ impl Core {
         let numel = this.layout.numel(param);
         let end = start + out.len() as u64;
         if end > numel {
-            return misuse("read_param", format!("elements {start}..{end} of {numel} in unit {}", this.name));
+            return misuse(
+                "read_param",
+                format!("elements {start}..{end} of {numel} in unit {}", this.name),
+            );
         }
         let trainable = this.params[param].trainable;
         let at = this.layout.offset(param) + start;
         let range = at..at + out.len() as u64;
         if part != Part::Weights {
-            let component = if part == Part::ExpAvg { Component::ExpAvg } else { Component::ExpAvgSq };
-            let zero = matches!(this.state, StateBlocks::Disk { moments_are_zero: true });
+            let component = if part == Part::ExpAvg {
+                Component::ExpAvg
+            } else {
+                Component::ExpAvgSq
+            };
+            let zero = matches!(
+                this.state,
+                StateBlocks::Disk {
+                    moments_are_zero: true
+                }
+            );
             if zero || !trainable {
                 out.fill(0.0);
                 return Ok(());
@@ -260,7 +340,11 @@ impl Core {
         }
         let master = self.element_bytes(Component::Master) > 0 && trainable;
         let compute = self.compute;
-        let component = if master { Component::Master } else { Component::Weight };
+        let component = if master {
+            Component::Master
+        } else {
+            Component::Weight
+        };
         self.read_elements(unit, component, range.clone(), |offset, bytes| {
             let dtype = if master { Dtype::F32 } else { compute };
             let count = bytes.len() / dtype.size();
@@ -304,34 +388,56 @@ impl Core {
             };
         }
         if component == Component::Weight && matches!(this.weights, Weights::Borrowed { .. }) {
-            return misuse("read_param", "the weight is the caller's own and was not lent");
+            return misuse(
+                "read_param",
+                "the weight is the caller's own and was not lent",
+            );
         }
         if component != Component::Weight
             && let StateBlocks::Host { blocks } = &this.state
         {
-            let (_, lease) = blocks.iter().find(|(found, _)| *found == component).expect("the format has this component");
+            let (_, lease) = blocks
+                .iter()
+                .find(|(found, _)| *found == component)
+                .expect("the format has this component");
             visit(0, &lease[byte_range(&range, size)]);
             return Ok(());
         }
-        let tiles =
-            if component == Component::Weight { this.weight_tiles.clone() } else { this.state_tiles.clone() };
+        let tiles = if component == Component::Weight {
+            this.weight_tiles
+        } else {
+            this.state_tiles
+        };
         let mut at = range.start;
         while at < range.end {
             let tile = tiles.tile_of(at);
             let whole = tiles.range(tile);
             let end = whole.end.min(range.end);
-            let lease = self.cached_tile(unit, component, tile, to_usize(whole.end - whole.start) * size)?;
-            visit(to_usize(at - range.start), &lease[byte_range(&(at - whole.start..end - whole.start), size)]);
+            let lease = self.cached_tile(
+                unit,
+                component,
+                tile,
+                to_usize(whole.end - whole.start) * size,
+            )?;
+            visit(
+                to_usize(at - range.start),
+                &lease[byte_range(&(at - whole.start..end - whole.start), size)],
+            );
             at = end;
         }
         Ok(())
     }
 
-    fn cached_tile(&mut self, unit: usize, component: Component, tile: u32, bytes: usize) -> Result<&Lease> {
-        let hit = self
-            .cache
-            .iter()
-            .position(|cached| cached.unit == unit && cached.component == component && cached.tile == tile);
+    fn cached_tile(
+        &mut self,
+        unit: usize,
+        component: Component,
+        tile: u32,
+        bytes: usize,
+    ) -> Result<&Lease> {
+        let hit = self.cache.iter().position(|cached| {
+            cached.unit == unit && cached.component == component && cached.tile == tile
+        });
         let index = if let Some(index) = hit {
             index
         } else {
@@ -341,11 +447,25 @@ impl Core {
             let disk = self.disk.as_ref().expect("the block is on disk");
             let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
             let (sender, receiver) = channel();
-            disk.store.start_read(block(unit, component), tile, buffer, u64::from(tile), &sender).map_err(|(error, _)| error)?;
+            disk.store
+                .start_read(
+                    block(unit, component),
+                    tile,
+                    buffer,
+                    u64::from(tile),
+                    &sender,
+                )
+                .map_err(|(error, _)| error)?;
             let completion = receive(&receiver, &mut self.waited)?;
             completion.result?;
-            disk.store.verify(block(unit, component), tile, &completion.buffer)?;
-            self.cache.push(CachedTile { unit, component, tile, bytes: completion.buffer });
+            disk.store
+                .verify(block(unit, component), tile, &completion.buffer)?;
+            self.cache.push(CachedTile {
+                unit,
+                component,
+                tile,
+                bytes: completion.buffer,
+            });
             self.cache.len() - 1
         };
         Ok(&self.cache[index].bytes)
@@ -369,12 +489,18 @@ fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
     match dtype {
         Dtype::F32 => bytemuck::cast_slice_mut(bytes).copy_from_slice(values),
         Dtype::Bf16 => {
-            for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes).iter_mut().zip(values) {
+            for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes)
+                .iter_mut()
+                .zip(values)
+            {
                 *target = bf16_half_up(*value);
             }
         }
         Dtype::F16 => {
-            for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes).iter_mut().zip(values) {
+            for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes)
+                .iter_mut()
+                .zip(values)
+            {
                 *target = f16_nearest_even(*value);
             }
         }

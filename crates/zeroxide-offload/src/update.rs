@@ -62,9 +62,17 @@ pub(crate) fn update_tile(
 ) -> Result<Vec<(Component, u64)>> {
     let range = unit.state_tiles.range(update.tile);
     let weight_range = unit.weight_tiles.range(update.tile);
-    let weight_bytes = byte_range(&weight_range, element_bytes(update.layout, Component::Weight));
+    let weight_bytes = byte_range(
+        &weight_range,
+        element_bytes(update.layout, Component::Weight),
+    );
     let on_disk = unit.weights.on_disk();
-    let zero = matches!(unit.state, StateBlocks::Disk { moments_are_zero: true });
+    let zero = matches!(
+        unit.state,
+        StateBlocks::Disk {
+            moments_are_zero: true
+        }
+    );
     let (lent_weight, lent_grad);
     let mut window_lease;
     let mut sources: Vec<(Component, &mut [u8], bool, bool)> = Vec::new();
@@ -78,14 +86,23 @@ pub(crate) fn update_tile(
             let real = range.start..range.end.min(numel);
             let bytes = byte_range(&real, element_bytes(update.layout, Component::Weight));
             sources.push((Component::Weight, &mut lent_weight[bytes], false, false));
-            (&lent_grad[byte_range(&real, lent.grad_dtype.size())], lent.grad_dtype)
+            (
+                &lent_grad[byte_range(&real, lent.grad_dtype.size())],
+                lent.grad_dtype,
+            )
         }
         weights => {
             if weights.in_memory() {
-                window_lease = weights.window().expect("not borrowed").lease(weight_bytes)?;
+                window_lease = weights
+                    .window()
+                    .expect("not borrowed")
+                    .lease(weight_bytes)?;
                 sources.push((Component::Weight, &mut window_lease, false, on_disk));
             }
-            let grad = unit.grad.as_ref().expect("trainable elements have a gradient buffer");
+            let grad = unit
+                .grad
+                .as_ref()
+                .expect("trainable elements have a gradient buffer");
             (&grad[byte_range(&range, update.grad.size())], update.grad)
         }
     };
@@ -106,7 +123,10 @@ pub(crate) fn update_tile(
         let mut part = parts[index].lock().expect("each task has its own part");
         part.run(update.layout, segments, grad_dtype);
     });
-    let parts: Vec<_> = parts.into_iter().map(|part| part.into_inner().expect("the pool has returned")).collect();
+    let parts: Vec<_> = parts
+        .into_iter()
+        .map(|part| part.into_inner().expect("the pool has returned"))
+        .collect();
     checksums(update, &parts)
 }
 
@@ -126,14 +146,22 @@ fn divide<'a>(
             start: start + (index * share) as u64,
             len: share.min(len - index * share),
             slices: Vec::with_capacity(sources.len()),
-            grad: clipped(grad, index * share * grad_element, (index + 1) * share * grad_element),
+            grad: clipped(
+                grad,
+                index * share * grad_element,
+                (index + 1) * share * grad_element,
+            ),
         })
         .collect();
     for (component, mut rest, check, write) in sources {
         let element = element_bytes(update.layout, component);
         for (index, part) in parts.iter_mut().enumerate() {
             // The last part takes all that is left: where frozen weights follow, they belong to the same tile.
-            let take = if index + 1 == count { rest.len() } else { (share * element).min(rest.len()) };
+            let take = if index + 1 == count {
+                rest.len()
+            } else {
+                (share * element).min(rest.len())
+            };
             let (bytes, tail) = std::mem::take(&mut rest).split_at_mut(take);
             rest = tail;
             part.slices.push(Slice {
@@ -178,19 +206,33 @@ impl Part<'_> {
 
     /// Takes the checksums of elements `start..end` before or after the update.
     fn digest(&mut self, start: usize, end: usize, after: bool) {
-        for slice in self.slices.iter_mut().filter(|slice| slice.bytes.len() == self.len * slice.element) {
+        for slice in self
+            .slices
+            .iter_mut()
+            .filter(|slice| slice.bytes.len() == self.len * slice.element)
+        {
             slice.digest(start * slice.element..end * slice.element, after);
         }
     }
 
     /// Takes those of a weight that goes on after the part's last element: frozen elements of the same tile.
     fn digest_longer(&mut self, after: bool) {
-        for slice in self.slices.iter_mut().filter(|slice| slice.bytes.len() != self.len * slice.element) {
+        for slice in self
+            .slices
+            .iter_mut()
+            .filter(|slice| slice.bytes.len() != self.len * slice.element)
+        {
             slice.digest(0..slice.bytes.len(), after);
         }
     }
 
-    fn apply(&mut self, layout: StateLayout, segment: &Segment, local: Range<usize>, grad_dtype: Dtype) {
+    fn apply(
+        &mut self,
+        layout: StateLayout,
+        segment: &Segment,
+        local: Range<usize>,
+        grad_dtype: Dtype,
+    ) {
         let mut weight: Option<&mut [u8]> = None;
         let mut residual: Option<&mut [u16]> = None;
         let mut master: Option<&mut [f32]> = None;
@@ -216,7 +258,14 @@ impl Part<'_> {
             Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
         };
         if let Some(residual) = residual {
-            step_split(&segment.step, bytemuck::cast_slice_mut(weight), residual, exp_avg, exp_avg_sq, grad);
+            step_split(
+                &segment.step,
+                bytemuck::cast_slice_mut(weight),
+                residual,
+                exp_avg,
+                exp_avg_sq,
+                grad,
+            );
         } else if let Some(master) = master {
             let out = match layout.compute() {
                 Dtype::Bf16 => LowOut::Bf16(bytemuck::cast_slice_mut(weight)),
@@ -225,7 +274,14 @@ impl Part<'_> {
             };
             step_fp32(&segment.step, master, exp_avg, exp_avg_sq, grad, out);
         } else {
-            step_fp32(&segment.step, bytemuck::cast_slice_mut(weight), exp_avg, exp_avg_sq, grad, LowOut::None);
+            step_fp32(
+                &segment.step,
+                bytemuck::cast_slice_mut(weight),
+                exp_avg,
+                exp_avg_sq,
+                grad,
+                LowOut::None,
+            );
         }
     }
 }
@@ -249,13 +305,19 @@ fn checksums(update: &Update<'_>, parts: &[Part<'_>]) -> Result<Vec<(Component, 
         let pieces = |after: bool| {
             parts.iter().flat_map(move |part| {
                 let slice = &part.slices[index];
-                if after { &slice.after } else { &slice.before }.iter().copied()
+                if after { &slice.after } else { &slice.before }
+                    .iter()
+                    .copied()
             })
         };
         if first.check
             && let Some(store) = update.store
         {
-            store.verify_checksum(block(update.unit, first.component), update.tile, join_checksums(pieces(false)))?;
+            store.verify_checksum(
+                block(update.unit, first.component),
+                update.tile,
+                join_checksums(pieces(false)),
+            )?;
         }
         if first.write {
             written.push((first.component, join_checksums(pieces(true))));

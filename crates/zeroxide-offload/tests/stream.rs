@@ -20,9 +20,20 @@ fn every_home_format_and_thread_count_gives_the_bits_of_one_plain_pass() {
             for format in [Format::Split, Format::Fp32] {
                 for threads in [1, 2, 3] {
                     for tile_elements in [2048, 6144, 1 << 20] {
-                        let case = Case { weights, state, format, threads, tile_elements, ..Case::default() };
+                        let case = Case {
+                            weights,
+                            state,
+                            format,
+                            threads,
+                            tile_elements,
+                            ..Case::default()
+                        };
                         let offload = run(&case, REFERENCE_STEPS).expect("no fault was asked for");
-                        assert_eq!(master(&offload), expected, "{weights:?} {state:?} {format:?} {threads} {tile_elements}");
+                        assert_eq!(
+                            master(&offload),
+                            expected,
+                            "{weights:?} {state:?} {format:?} {threads} {tile_elements}"
+                        );
                     }
                 }
             }
@@ -39,9 +50,17 @@ fn short_interrupted_and_reordered_transfers_change_nothing() {
             options.seed = seed;
             options.reorder = true;
             options.short_share = 0.5;
-            options.faults = vec![FaultRule { kind: None, when: Trigger::Nth(7), fault: Fault::Errno(EINTR) }];
+            options.faults = vec![FaultRule {
+                kind: None,
+                when: Trigger::Nth(7),
+                fault: Fault::Errno(EINTR),
+            }];
         });
-        let case = Case { engine, tile_elements: 4096, ..Case::default() };
+        let case = Case {
+            engine,
+            tile_elements: 4096,
+            ..Case::default()
+        };
         let offload = run(&case, REFERENCE_STEPS).expect("all of these are retried");
         assert_eq!(master(&offload), expected);
     }
@@ -53,13 +72,26 @@ fn short_interrupted_and_reordered_transfers_change_nothing() {
 fn an_error_in_the_middle_of_a_step_is_named_and_poisons_the_state() {
     for kind in [OpKind::Read, OpKind::Write] {
         let engine = sim(|options| {
-            options.faults = vec![FaultRule { kind: Some(kind), when: Trigger::From(60), fault: Fault::Errno(EIO) }];
+            options.faults = vec![FaultRule {
+                kind: Some(kind),
+                when: Trigger::From(60),
+                fault: Fault::Errno(EIO),
+            }];
         });
         // With the weights in memory, only the step reads.
-        let case = Case { engine, weights: WeightHome::Host, ..Case::default() };
+        let case = Case {
+            engine,
+            weights: WeightHome::Host,
+            ..Case::default()
+        };
         let offload = case.open();
-        let failure = (0..40).find_map(|step| harness::step(&offload, step).err()).expect("the fault strikes");
-        assert!(matches!(&failure, OffloadError::Storage(StorageError::Io { .. })), "{failure}");
+        let failure = (0..40)
+            .find_map(|step| harness::step(&offload, step).err())
+            .expect("the fault strikes");
+        assert!(
+            matches!(&failure, OffloadError::Storage(StorageError::Io { .. })),
+            "{failure}"
+        );
         let after = harness::step(&offload, 0).expect_err("the state is mixed");
         assert!(matches!(after, OffloadError::Poisoned { .. }), "{after}");
         assert!(after.to_string().contains("checkpoint"), "{after}");
@@ -73,9 +105,16 @@ fn a_bit_that_flips_on_the_disk_never_becomes_a_number() {
     for fault in [Fault::FlipBit, Fault::Torn(512)] {
         for nth in [3, 17, 31] {
             let engine = sim(|options| {
-                options.faults = vec![FaultRule { kind: Some(OpKind::Write), when: Trigger::Nth(nth), fault }];
+                options.faults = vec![FaultRule {
+                    kind: Some(OpKind::Write),
+                    when: Trigger::Nth(nth),
+                    fault,
+                }];
             });
-            let case = Case { engine, ..Case::default() };
+            let case = Case {
+                engine,
+                ..Case::default()
+            };
             let outcome = (|| {
                 let offload = case.open_filled()?;
                 for step in 0..REFERENCE_STEPS {
@@ -98,33 +137,72 @@ fn a_bit_that_flips_on_the_disk_never_becomes_a_number() {
 fn closing_removes_the_scratch_files() {
     let case = Case::default();
     let offload = run(&case, 1).expect("no fault was asked for");
-    assert!(case.directory.path().read_dir().expect("exists").next().is_some());
+    assert!(
+        case.directory
+            .path()
+            .read_dir()
+            .expect("exists")
+            .next()
+            .is_some()
+    );
     offload.close().expect("nothing in the way");
-    assert!(case.directory.path().read_dir().expect("exists").next().is_none());
-    assert!(matches!(offload.gather(0), Err(OffloadError::Misuse { .. })));
+    assert!(
+        case.directory
+            .path()
+            .read_dir()
+            .expect("exists")
+            .next()
+            .is_none()
+    );
+    assert!(matches!(
+        offload.gather(0),
+        Err(OffloadError::Misuse { .. })
+    ));
 }
 
 /// Catches: a budget that is checked after memory was taken, a ring too small for one tile that hangs instead.
 #[test]
 fn too_little_memory_is_refused_with_the_numbers() {
-    let case = Case { limit: Some(1 << 20), ..Case::default() };
+    let case = Case {
+        limit: Some(1 << 20),
+        ..Case::default()
+    };
     let refused = case.try_open().err().expect("the ring alone is larger");
     assert!(matches!(refused, OffloadError::Memory(_)), "{refused}");
-    let case = Case { staging_bytes: 8192, ..Case::default() };
+    let case = Case {
+        staging_bytes: 8192,
+        ..Case::default()
+    };
     let refused = case.try_open().err().expect("two tiles do not fit");
-    assert!(refused.to_string().contains("staging ring has 8192 bytes"), "{refused}");
-    let case = Case { gathered_bytes: 0, ..Case::default() };
-    assert!(matches!(case.try_open().err(), Some(OffloadError::NoFrames { .. })));
+    assert!(
+        refused.to_string().contains("staging ring has 8192 bytes"),
+        "{refused}"
+    );
+    let case = Case {
+        gathered_bytes: 0,
+        ..Case::default()
+    };
+    assert!(matches!(
+        case.try_open().err(),
+        Some(OffloadError::NoFrames { .. })
+    ));
 }
 
 /// Catches: frames taken from a unit in use, and a gather that waits for ever for frames that nobody will give.
 #[test]
 fn a_gather_that_cannot_be_served_says_so_and_leaves_the_rest_alone() {
-    let case = Case { gathered_bytes: 2 << 20, engine: EngineKind::Threads, ..Case::default() };
+    let case = Case {
+        gathered_bytes: 2 << 20,
+        engine: EngineKind::Threads,
+        ..Case::default()
+    };
     let offload = case.open_filled().expect("one unit fits at a time");
     offload.gather(0).expect("one fits");
     assert!(!offload.prefetch(1).expect("refused without an error"));
-    assert!(matches!(offload.gather(1), Err(OffloadError::NoFrames { .. })));
+    assert!(matches!(
+        offload.gather(1),
+        Err(OffloadError::NoFrames { .. })
+    ));
     offload.release(0).expect("was gathered");
     offload.gather(1).expect("there is room now");
 }

@@ -9,8 +9,13 @@ use zeroxide_offload::OffloadError;
 pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
     let name = match error {
         OffloadError::Storage(_) | OffloadError::Poisoned { .. } => "StorageError",
-        OffloadError::Memory(MemoryError::OverBudget { .. }) | OffloadError::NoFrames { .. } => "BudgetError",
-        OffloadError::Memory(_) | OffloadError::Layout(_) | OffloadError::Optim(_) | OffloadError::Misuse { .. } => {
+        OffloadError::Memory(MemoryError::OverBudget { .. }) | OffloadError::NoFrames { .. } => {
+            "BudgetError"
+        }
+        OffloadError::Memory(_)
+        | OffloadError::Layout(_)
+        | OffloadError::Optim(_)
+        | OffloadError::Misuse { .. } => {
             return PyRuntimeError::new_err(error.to_string());
         }
     };

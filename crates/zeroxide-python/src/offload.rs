@@ -18,7 +18,7 @@ use crate::window::PyWindow;
 
 /// (name, [(elements, trainable)], home of the weights, home of the optimizer state)
 type UnitTuple = (String, Vec<(u64, bool)>, String, String);
-/// (lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)
+/// (lr, beta1, beta2, eps, `weight_decay`, decoupled, `bias_correction`)
 type GroupTuple = (f64, f64, f64, f64, f64, bool, bool);
 
 /// Units of parameters, their tiers, and the optimizer over them.
@@ -32,7 +32,10 @@ impl PyOffload {
     #[new]
     #[pyo3(signature = (*, units, limit, threads, compute, format, grad, tile_elements, staging_bytes, gathered_bytes,
                         engine, queue_depth, directories, job))]
-    #[expect(clippy::too_many_arguments, reason = "keyword arguments of a Python constructor")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "keyword arguments of a Python constructor"
+    )]
     fn new(
         py: Python<'_>,
         units: Vec<UnitTuple>,
@@ -72,15 +75,24 @@ impl PyOffload {
             directories,
             job,
         };
-        let specs = units.into_iter().map(unit_spec).collect::<PyResult<Vec<_>>>()?;
-        let made = py.detach(|| Offload::new(settings, &specs));
-        Ok(Self { inner: Arc::new(map(py, made)?) })
+        let specs = units
+            .into_iter()
+            .map(unit_spec)
+            .collect::<PyResult<Vec<_>>>()?;
+        let made = py.detach(|| Offload::new(&settings, &specs));
+        Ok(Self {
+            inner: Arc::new(map(py, made)?),
+        })
     }
 
     /// The unit's flat weights as a buffer; `None` where the weights are the caller's.
     fn window(&self, py: Python<'_>, unit: usize) -> PyResult<Option<PyWindow>> {
         let found = map(py, self.inner.window(unit))?;
-        Ok(found.map(|(address, bytes, anchor)| PyWindow { address, bytes, _anchor: anchor }))
+        Ok(found.map(|(address, bytes, anchor)| PyWindow {
+            address,
+            bytes,
+            _anchor: anchor,
+        }))
     }
 
     /// Offset of a parameter in its unit's flat weights, in elements.
@@ -93,7 +105,7 @@ impl PyOffload {
         map(py, self.inner.set_group(unit, param, group))
     }
 
-    /// Starts to fill "weights", "exp_avg" or "exp_avg_sq" of a unit; what is not filled becomes zero.
+    /// Starts to fill "weights", "`exp_avg`" or "`exp_avg_sq`" of a unit; what is not filled becomes zero.
     fn fill_begin(&self, py: Python<'_>, unit: usize, part: &str) -> PyResult<()> {
         let part = parse_part(part)?;
         let done = py.detach(|| self.inner.fill_begin(unit, part));
@@ -101,7 +113,14 @@ impl PyOffload {
     }
 
     /// Gives elements `start..` of one parameter of the unit being filled, as fp32.
-    fn fill_param(&self, py: Python<'_>, unit: usize, param: usize, start: u64, values: &TensorSpec) -> PyResult<()> {
+    fn fill_param(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        start: u64,
+        values: &TensorSpec,
+    ) -> PyResult<()> {
         let values = values.f32()?;
         let done = py.detach(|| self.inner.fill_param(unit, param, start, values));
         map(py, done)
@@ -134,9 +153,17 @@ impl PyOffload {
     fn round_bf16(py: Python<'_>, values: &TensorSpec, out: &TensorSpec) -> PyResult<()> {
         let (values, out) = (values.f32()?, out.bf16_mut()?);
         if values.len() != out.len() {
-            return Err(PyValueError::new_err(format!("{} values into {} places", values.len(), out.len())));
+            return Err(PyValueError::new_err(format!(
+                "{} values into {} places",
+                values.len(),
+                out.len()
+            )));
         }
-        py.detach(|| out.iter_mut().zip(values).for_each(|(out, value)| *out = zeroxide_optim::bf16_half_up(*value)));
+        py.detach(|| {
+            out.iter_mut()
+                .zip(values)
+                .for_each(|(out, value)| *out = zeroxide_optim::bf16_half_up(*value));
+        });
         Ok(())
     }
 
@@ -211,8 +238,18 @@ impl PyOffload {
     }
 
     /// Lends weight and gradient of the only parameter of a unit until the next step ends.
-    fn lend(&self, py: Python<'_>, unit: usize, weight: &TensorSpec, grad: &TensorSpec) -> PyResult<()> {
-        let lent = Lent { weight: weight.lease(py), grad: grad.lease(py), grad_dtype: grad.float()? };
+    fn lend(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        weight: &TensorSpec,
+        grad: &TensorSpec,
+    ) -> PyResult<()> {
+        let lent = Lent {
+            weight: weight.lease(py),
+            grad: grad.lease(py),
+            grad_dtype: grad.float()?,
+        };
         map(py, self.inner.lend(unit, lent))
     }
 
@@ -221,15 +258,17 @@ impl PyOffload {
     fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<()> {
         let groups: Vec<AdamParams> = groups
             .into_iter()
-            .map(|(lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)| AdamParams {
-                lr,
-                beta1,
-                beta2,
-                eps,
-                weight_decay,
-                decoupled,
-                bias_correction,
-            })
+            .map(
+                |(lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)| AdamParams {
+                    lr,
+                    beta1,
+                    beta2,
+                    eps,
+                    weight_decay,
+                    decoupled,
+                    bias_correction,
+                },
+            )
             .collect();
         let done = py.detach(|| self.inner.step(&groups, grad_scale));
         map(py, done)
@@ -255,7 +294,9 @@ impl PyOffload {
 
     /// Disk traffic since the start; `None` where nothing is at home on disk.
     fn io<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let Some(report) = map(py, py.detach(|| self.inner.io()))? else { return Ok(None) };
+        let Some(report) = map(py, py.detach(|| self.inner.io()))? else {
+            return Ok(None);
+        };
         let result = PyDict::new(py);
         let counters = &report.counters;
         result.set_item("read_bytes", counters.read.bytes)?;
@@ -281,7 +322,10 @@ impl PyOffload {
 fn unit_spec((name, params, weights, state): UnitTuple) -> PyResult<UnitSpec> {
     Ok(UnitSpec {
         name,
-        params: params.into_iter().map(|(numel, trainable)| ParamShape { numel, trainable }).collect(),
+        params: params
+            .into_iter()
+            .map(|(numel, trainable)| ParamShape { numel, trainable })
+            .collect(),
         weights: match weights.as_str() {
             "host" => WeightHome::Host,
             "disk" => WeightHome::Disk,
@@ -291,7 +335,13 @@ fn unit_spec((name, params, weights, state): UnitTuple) -> PyResult<UnitSpec> {
         state: match state.as_str() {
             "host" => StateHome::Host,
             "disk" => StateHome::Disk,
-            other => return Err(unknown("home of the optimizer state", other, "host or disk")),
+            other => {
+                return Err(unknown(
+                    "home of the optimizer state",
+                    other,
+                    "host or disk",
+                ));
+            }
         },
     })
 }

@@ -7,7 +7,8 @@ use pyo3::types::PyDict;
 /// Resident memory of this process in bytes, as the operating system counts it: rss, anon, file, peak.
 #[pyfunction]
 pub(crate) fn resident(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let found = zeroxide_memory::resident_bytes().map_err(|error| PyOSError::new_err(error.to_string()))?;
+    let found =
+        zeroxide_memory::resident_bytes().map_err(|error| PyOSError::new_err(error.to_string()))?;
     let result = PyDict::new(py);
     result.set_item("rss", found.rss)?;
     result.set_item("anon", found.anon)?;
@@ -26,7 +27,8 @@ pub(crate) fn keep_freed_memory() -> bool {
 /// Returns the bytes dropped.
 #[pyfunction]
 pub(crate) fn drop_clean_text(py: Python<'_>) -> PyResult<u64> {
-    py.detach(zeroxide_memory::drop_clean_text).map_err(|error| PyOSError::new_err(error.to_string()))
+    py.detach(zeroxide_memory::drop_clean_text)
+        .map_err(|error| PyOSError::new_err(error.to_string()))
 }
 
 /// Instruction set of the optimizer kernels: "avx512", "avx2" or "baseline".

@@ -54,15 +54,27 @@ impl TensorSpec {
     fn new(owner: Py<PyAny>, data_ptr: usize, numel: usize, dtype: &str) -> PyResult<Self> {
         let dtype = match dtype {
             "int64" => Element::Int64,
-            name => Element::Float(Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))?),
+            name => Element::Float(
+                Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))?,
+            ),
         };
         if data_ptr == 0 && numel > 0 {
-            return Err(PyValueError::new_err(format!("null data pointer for {numel} elements")));
+            return Err(PyValueError::new_err(format!(
+                "null data pointer for {numel} elements"
+            )));
         }
-        if data_ptr % dtype.size() != 0 {
-            return Err(PyValueError::new_err(format!("data pointer {data_ptr:#x} is not aligned to {}", dtype.name())));
+        if !data_ptr.is_multiple_of(dtype.size()) {
+            return Err(PyValueError::new_err(format!(
+                "data pointer {data_ptr:#x} is not aligned to {}",
+                dtype.name()
+            )));
         }
-        Ok(Self { owner, data_ptr, numel, dtype })
+        Ok(Self {
+            owner,
+            data_ptr,
+            numel,
+            dtype,
+        })
     }
 }
 
@@ -71,7 +83,9 @@ impl TensorSpec {
     pub(crate) fn float(&self) -> PyResult<Dtype> {
         match self.dtype {
             Element::Float(dtype) => Ok(dtype),
-            Element::Int64 => Err(PyValueError::new_err("expected a tensor of floats, got int64")),
+            Element::Int64 => Err(PyValueError::new_err(
+                "expected a tensor of floats, got int64",
+            )),
         }
     }
 
@@ -106,20 +120,21 @@ impl TensorSpec {
     }
 
     /// The elements as fp32, to be written.
-    #[expect(clippy::mut_from_ref, reason = "the memory is the tensor's, not the spec's; see the invariant")]
     pub(crate) fn f32_mut(&self) -> PyResult<&mut [f32]> {
         self.check(Element::Float(Dtype::F32))?;
         Ok(self.elements_mut())
     }
 
     /// The elements as bf16 bits, to be written.
-    #[expect(clippy::mut_from_ref, reason = "the memory is the tensor's, not the spec's; see the invariant")]
     pub(crate) fn bf16_mut(&self) -> PyResult<&mut [u16]> {
         self.check(Element::Float(Dtype::Bf16))?;
         Ok(self.elements_mut())
     }
 
-    #[expect(clippy::mut_from_ref, reason = "the memory is the tensor's, not the spec's; see the invariant")]
+    #[expect(
+        clippy::mut_from_ref,
+        reason = "the memory is the tensor's, not the spec's; see the invariant"
+    )]
     fn elements_mut<T>(&self) -> &mut [T] {
         if self.numel == 0 {
             return &mut [];
@@ -142,6 +157,10 @@ impl TensorSpec {
         if self.dtype == expected {
             return Ok(());
         }
-        Err(PyValueError::new_err(format!("expected a {} tensor, got {}", expected.name(), self.dtype.name())))
+        Err(PyValueError::new_err(format!(
+            "expected a {} tensor, got {}",
+            expected.name(),
+            self.dtype.name()
+        )))
     }
 }

@@ -33,17 +33,34 @@ impl PyWindow {
         self.bytes
     }
 
-    unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
+    #[expect(clippy::needless_pass_by_value, reason = "the signature is PyO3's")]
+    unsafe fn __getbuffer__(
+        slf: Bound<'_, Self>,
+        view: *mut ffi::Py_buffer,
+        flags: c_int,
+    ) -> PyResult<()> {
         if view.is_null() {
             return Err(PyBufferError::new_err("no view to fill in"));
         }
         let this = slf.get();
-        let length = isize::try_from(this.bytes).map_err(|error| PyBufferError::new_err(error.to_string()))?;
+        let length = isize::try_from(this.bytes)
+            .map_err(|error| PyBufferError::new_err(error.to_string()))?;
         // SAFETY: Python passes a view to be filled in. The address range outlives it: the view holds a reference to
         // this object, and this object holds the anchor.
         let filled = unsafe {
-            ffi::PyBuffer_FillInfo(view, slf.as_ptr(), ptr::with_exposed_provenance_mut::<c_void>(this.address), length, 0, flags)
+            ffi::PyBuffer_FillInfo(
+                view,
+                slf.as_ptr(),
+                ptr::with_exposed_provenance_mut::<c_void>(this.address),
+                length,
+                0,
+                flags,
+            )
         };
-        if filled == 0 { Ok(()) } else { Err(PyErr::fetch(slf.py())) }
+        if filled == 0 {
+            Ok(())
+        } else {
+            Err(PyErr::fetch(slf.py()))
+        }
     }
 }

@@ -56,7 +56,7 @@ fn direct_io_is_used_exactly_where_a_read_succeeds() {
         check(path);
     });
     with_mount("ramfs", "", |path| {
-        assert!(!check(path), "ramfs has no direct I/O")
+        assert!(!check(path), "ramfs has no direct I/O");
     });
 }
 

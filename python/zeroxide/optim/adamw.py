@@ -109,7 +109,7 @@ class AdamW(torch.optim.Optimizer):
             self._places[id(param)] = (core, at)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient, in place. Returns the closure's loss, if there is one."""
         loss = None
         if closure is not None:

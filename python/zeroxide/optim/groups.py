@@ -74,7 +74,7 @@ def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: An
         groups = _from_torch(optimizer)
     else:
         defaults = defaults_from(config)
-        listed: list[Any] = list(parameters) if parameters is not None else [p for p in module.parameters()]
+        listed: list[Any] = list(parameters) if parameters is not None else list(module.parameters())
         if listed and isinstance(listed[0], Mapping):
             groups = [{**defaults, **dict(group), "params": _as_list(group["params"])} for group in listed]
         else:
@@ -91,7 +91,7 @@ def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: An
     return [group for group in groups if group["params"]]
 
 
-def _as_list(params: nn.Parameter | Iterable[nn.Parameter]) -> list[nn.Parameter]:
+def _as_list(params: Any) -> list[Any]:
     return [params] if isinstance(params, torch.Tensor) else list(params)
 
 

@@ -31,7 +31,7 @@ __all__ = ["Hooks"]
 
 def in_backward() -> bool:
     """Whether this thread is inside an autograd backward pass."""
-    return torch._C._current_graph_task_id() != -1  # type: ignore[attr-defined]
+    return torch._C._current_graph_task_id() != -1
 
 
 class Hooks:
@@ -94,7 +94,7 @@ class Hooks:
             if unit.span:
                 self.gatherer.gather(unit)
         if in_backward():
-            Variable._execution_engine.queue_callback(self.end_backward)  # type: ignore[attr-defined]
+            Variable._execution_engine.queue_callback(self.end_backward)
 
     def _before_backward(self, unit: Unit) -> None:
         if not self.reducer.is_complete(unit):
@@ -146,4 +146,4 @@ def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None]) -> No
 
     for tensor in tensors:
         if tensor.requires_grad:
-            tensor.register_hook(hook)
+            tensor.register_hook(hook)  # type: ignore[no-untyped-call]

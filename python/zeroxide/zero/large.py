@@ -38,16 +38,14 @@ class _Linear(torch.autograd.Function):
     """x W^T + b whose weight gradient goes to `land` in parts and not to autograd."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, land: Land
-    ) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, land: Land) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.land = land
         ctx.has_bias = bias is not None
         return functional.linear(x, weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, weight = ctx.saved_tensors
         flat = grad.reshape(-1, grad.shape[-1])
@@ -91,7 +89,7 @@ class LargeModules:
     def _linear(owner: nn.Linear, land: Land, x: torch.Tensor) -> torch.Tensor:
         if not torch.is_grad_enabled() or not owner.weight.requires_grad:
             return functional.linear(x, owner.weight, owner.bias)
-        output: torch.Tensor = _Linear.apply(x, owner.weight, owner.bias, land)  # type: ignore[no-untyped-call]
+        output: torch.Tensor = _Linear.apply(x, owner.weight, owner.bias, land)
         return output
 
     def _land_part(self, unit: Unit, position: int, start: int, part: torch.Tensor) -> None:

@@ -46,7 +46,7 @@ class ParameterPlan:
 
 @dataclass
 class UnitPlan:
-    """One unit. `modules` are those whose forward needs it; a `span` unit is held from first use to the end of backward."""
+    """One unit, needed by the forward of `modules`; a `span` unit is held from its first use to the end of backward."""
 
     name: str
     modules: list[nn.Module]
@@ -236,9 +236,9 @@ def _find_units(module: nn.Module, entries: list[ParameterPlan], max_elements: i
     left: list[ParameterPlan] = []
     for entry in entries:
         where = {home.get(id(owner)) for _, owner in entry.owners}
-        index = next(iter(where))
-        if len(where) == 1 and index is not None:
-            members[index].append(entry)
+        only = next(iter(where))
+        if len(where) == 1 and only is not None:
+            members[only].append(entry)
         else:
             left.append(entry)
     units: list[UnitPlan] = []

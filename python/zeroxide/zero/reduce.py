@@ -29,7 +29,8 @@ class Reducer:
             self.missing.append(set(wanted))
             for position in wanted:
                 hook = partial(self._arrived, unit, position)
-                self.handles.append(unit.params[position].register_post_accumulate_grad_hook(hook))
+                handle = unit.params[position].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                self.handles.append(handle)
         self.units = units
         self.large = LargeModules(core, units, self.arrived)
 

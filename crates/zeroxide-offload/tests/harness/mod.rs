@@ -3,7 +3,9 @@
 
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
-use zeroxide_offload::{Offload, OffloadError, Part, Result, Settings, StateHome, UnitSpec, WeightHome};
+use zeroxide_offload::{
+    Offload, OffloadError, Part, Result, Settings, StateHome, UnitSpec, WeightHome,
+};
 use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, step_fp32};
 use zeroxide_storage::{EngineKind, SimOptions};
 
@@ -53,7 +55,13 @@ impl Case {
             .enumerate()
             .map(|(index, params)| UnitSpec {
                 name: format!("unit {index}"),
-                params: params.iter().map(|(numel, trainable)| ParamShape { numel: *numel, trainable: *trainable }).collect(),
+                params: params
+                    .iter()
+                    .map(|(numel, trainable)| ParamShape {
+                        numel: *numel,
+                        trainable: *trainable,
+                    })
+                    .collect(),
                 weights: self.weights,
                 state: self.state,
             })
@@ -72,7 +80,7 @@ impl Case {
             directories: vec![self.directory.path().to_path_buf()],
             job: "test".into(),
         };
-        Offload::new(settings, &units)
+        Offload::new(&settings, &units)
     }
 
     pub(crate) fn open_filled(&self) -> Result<Offload> {
@@ -118,7 +126,13 @@ pub(crate) fn step(offload: &Offload, step: u64) -> Result<()> {
         offload.gather(unit)?;
         for (param, (numel, trainable)) in params.iter().enumerate() {
             if *trainable && !is_unused(step, unit, param) {
-                offload.land(unit, param, 0, Grad::F32(&gradient(step, unit, param, *numel)), true)?;
+                offload.land(
+                    unit,
+                    param,
+                    0,
+                    Grad::F32(&gradient(step, unit, param, *numel)),
+                    true,
+                )?;
             }
         }
         offload.release(unit)?;
@@ -156,11 +170,20 @@ pub(crate) fn reference() -> Vec<u32> {
                     updates += 1;
                     let constants = AdamStep::new(&hyperparameters(), updates, SCALE);
                     let grad = gradient(step, unit, param, *numel);
-                    step_fp32(&constants, &mut weight, &mut first, &mut second, Grad::F32(&grad), LowOut::None);
+                    step_fp32(
+                        &constants,
+                        &mut weight,
+                        &mut first,
+                        &mut second,
+                        Grad::F32(&grad),
+                        LowOut::None,
+                    );
                 }
             } else {
                 // Frozen weights are kept in the compute dtype.
-                weight.iter_mut().for_each(|value| *value = zeroxide_optim::bf16_to_f32(zeroxide_optim::bf16_half_up(*value)));
+                for value in &mut weight {
+                    *value = zeroxide_optim::bf16_to_f32(zeroxide_optim::bf16_half_up(*value));
+                }
             }
             all.extend(weight.iter().map(|value| value.to_bits()));
         }
@@ -174,7 +197,15 @@ fn is_unused(step: u64, unit: usize, param: usize) -> bool {
 }
 
 fn hyperparameters() -> AdamParams {
-    AdamParams { lr: 1e-2, beta1: 0.9, beta2: 0.99, eps: 1e-8, weight_decay: 0.1, decoupled: true, bias_correction: true }
+    AdamParams {
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled: true,
+        bias_correction: true,
+    }
 }
 
 fn initial(unit: usize, param: usize, numel: u64) -> Vec<f32> {
@@ -185,11 +216,14 @@ fn gradient(step: u64, unit: usize, param: usize, numel: u64) -> Vec<f32> {
     noise(step * 1009 + unit as u64 * 31 + param as u64, numel)
 }
 
+#[expect(clippy::cast_precision_loss, reason = "24 bits fit")]
 /// Values in (-1, 1) by Weyl's sequence: no dependency, no two alike.
 fn noise(seed: u64, numel: u64) -> Vec<f32> {
     (0..numel)
         .map(|index| {
-            let mixed = (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
+            let mixed = (index + 1)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .wrapping_add(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
             ((mixed >> 40) as f32 / (1_u64 << 23) as f32) - 1.0
         })
         .collect()

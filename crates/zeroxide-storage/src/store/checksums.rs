@@ -17,8 +17,12 @@ pub fn checksum(bytes: &[u8]) -> u64 {
 /// The checksum of bytes whose [pieces](CHECKSUM_PIECE) have these checksums.
 pub fn join_checksums(pieces: impl IntoIterator<Item = u64>) -> u64 {
     let mut pieces = pieces.into_iter();
-    let Some(first) = pieces.next() else { return crc(&[]) };
-    let Some(second) = pieces.next() else { return first };
+    let Some(first) = pieces.next() else {
+        return crc(&[]);
+    };
+    let Some(second) = pieces.next() else {
+        return first;
+    };
     let mut digest = crc_fast::Digest::new(CrcAlgorithm::Crc64Nvme);
     for piece in [first, second].into_iter().chain(pieces) {
         digest.update(&piece.to_le_bytes());
@@ -62,21 +66,34 @@ impl Checksums {
 
 #[cfg(test)]
 mod tests {
-    use super::{Checksum, checksum, join_checksums};
+    use super::{CHECKSUM_PIECE, checksum, join_checksums};
 
+    /// Catches: pieces joined out of order, a piece left out, a length that several pieces share taken for one.
     #[test]
     fn pieces_in_order_have_the_checksum_of_the_whole() {
-        let bytes: Vec<u8> = (0..5000_u32)
-            .map(|i| i.to_le_bytes()[i as usize % 2])
-            .collect();
-        for cut in [0, 1, 777, 4096, 5000] {
-            let (first, second) = bytes.split_at(cut);
-            let joined = join_checksums(checksum(first), checksum(second), second.len() as u64);
-            assert_eq!(joined, checksum(&bytes), "cut at {cut}");
-            let mut pieces = Checksum::new();
-            pieces.update(first);
-            pieces.update(second);
-            assert_eq!((pieces.value(), pieces.length()), (checksum(&bytes), 5000));
+        for len in [
+            0,
+            1,
+            CHECKSUM_PIECE - 1,
+            CHECKSUM_PIECE,
+            CHECKSUM_PIECE + 1,
+            3 * CHECKSUM_PIECE + 5,
+        ] {
+            let bytes: Vec<u8> = (0..len).map(|i| (i * 31 % 251).to_le_bytes()[0]).collect();
+            let mut pieces: Vec<u64> = bytes.chunks(CHECKSUM_PIECE).map(checksum).collect();
+            assert_eq!(
+                join_checksums(pieces.iter().copied()),
+                checksum(&bytes),
+                "{len} bytes"
+            );
+            if pieces.len() > 1 {
+                pieces.swap(0, 1);
+                assert_ne!(
+                    join_checksums(pieces.iter().copied()),
+                    checksum(&bytes),
+                    "{len} bytes"
+                );
+            }
         }
     }
 
