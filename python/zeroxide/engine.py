@@ -33,6 +33,8 @@ __all__ = ["Engine"]
 
 logger = logging.getLogger("zeroxide")
 
+LARGE_BLOCK = 16 << 20
+"""Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
 CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
 
@@ -101,8 +103,9 @@ class Engine(nn.Module):
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
         self.optimizer = EngineOptimizer(groups, core, self._update)
-        _core.keep_freed_memory()
-        if self.config.trim_libraries or self.config.host_memory is not None:
+        on_disk = Home.DISK in (plan.weights, plan.state)
+        _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
+        if on_disk or self.config.trim_libraries:
             _core.drop_clean_text()
 
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:

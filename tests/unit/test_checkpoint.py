@@ -23,9 +23,11 @@ from zeroxide.checkpoint.cutting import Tensor, cut_into_files
 from zeroxide.checkpoint.plain import decode, encode
 from zeroxide.checkpoint.stream import DTYPES, Entry, StreamWriter
 from zeroxide.errors import CheckpointError
+from zeroxide.optim import schedules
 from zeroxide.zero.tensors import spec
 
 VOCABULARY, WIDTH = 50, 32
+FP32_BUFFERS = {"data_types": {"buffer_dtype": "fp32"}}
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 
 
@@ -77,7 +79,7 @@ def make(tmp_path):
             offload = f"nvme:{tmp_path / 'scratch'}"
         engine, *_ = zeroxide.initialize(
             model=model,
-            config={"zeroxide": section, "steps_per_print": None, **(config or {})},
+            config={"zeroxide": section, **FP32_BUFFERS, **(config or {})},
             **{"lr": 1e-2, "weight_decay": 0.1, "gradient_clipping": 1.0, **more},
             offload=offload,
             dtype=dtype,
@@ -143,7 +145,7 @@ def straight():
     torch.manual_seed(0)
     engine, *_ = zeroxide.initialize(
         model=Model(),
-        config={"zeroxide": {"format": "fp32"}},
+        config={"zeroxide": {"format": "fp32"}, **FP32_BUFFERS},
         lr=1e-2,
         weight_decay=0.1,
         gradient_clipping=1.0,
@@ -322,8 +324,8 @@ def test_an_existing_tag_is_replaced(make, tmp_path):
 # What goes on ------------------------------------------------------------------------------------------------------
 
 SCHEDULES = {
-    "WarmupLR": lambda o: zeroxide.optim.schedules.WarmupLR(o, 0.0, 1e-2, 3),
-    "WarmupCosineLR": lambda o: zeroxide.optim.schedules.WarmupCosineLR(o, 6, warmup_num_steps=2),
+    "WarmupLR": lambda o: schedules.WarmupLR(o, 0.0, 1e-2, 3),
+    "WarmupCosineLR": lambda o: schedules.WarmupCosineLR(o, 6, warmup_num_steps=2),
     "StepLR": lambda o: lr_scheduler.StepLR(o, 2, 0.5),
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3], 0.5),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),

@@ -1,6 +1,13 @@
 //! The C library's allocator, which torch's CPU tensors come from.
 #![expect(unsafe_code, reason = "calls into the C library")]
 
+/// glibc's own default of `M_MMAP_MAX`.
+#[cfg(target_env = "gnu")]
+const MAX_MAPPINGS: i32 = 65536;
+/// The highest `M_MMAP_THRESHOLD` that glibc takes.
+#[cfg(target_env = "gnu")]
+const DEFAULT_LARGEST: i32 = 32 << 20;
+
 /// Tells glibc to keep freed memory in the process, and to serve large requests from the heap instead of
 /// from mappings of their own, so that activations of one step reuse the pages of the last one instead
 /// of faulting them in again. Returns whether it applied: false with another C library.
@@ -9,13 +16,20 @@
 /// makes per thread, and would be mapped and unmapped each time. Threads that already have a heap of
 /// their own keep it, so call this early.
 ///
+/// With `largest`, requests of that many bytes and more get mappings of their own all the same and leave the process
+/// when they are freed: for a process that has a budget, the few largest tensors cost more room than faults.
+///
 /// The settings hold for the whole process and cannot be taken back.
-pub fn keep_freed_memory() -> bool {
+pub fn keep_freed_memory(largest: Option<i32>) -> bool {
     #[cfg(target_env = "gnu")]
     {
         let settings = [
             // No request is served by a mapping of its own, which would be unmapped when freed.
-            (libc::M_MMAP_MAX, 0),
+            (
+                libc::M_MMAP_MAX,
+                if largest.is_some() { MAX_MAPPINGS } else { 0 },
+            ),
+            (libc::M_MMAP_THRESHOLD, largest.unwrap_or(DEFAULT_LARGEST)),
             // -1, the highest threshold: the top of the heap is never returned.
             (libc::M_TRIM_THRESHOLD, -1),
             (libc::M_ARENA_MAX, 1),

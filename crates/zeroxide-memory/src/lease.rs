@@ -5,6 +5,8 @@ use std::fmt;
 use std::ops::{Deref, DerefMut, Range};
 use std::sync::Arc;
 
+use zeroxide_layout::PAGE;
+
 use crate::MemoryError;
 use crate::region::Region;
 
@@ -100,6 +102,28 @@ impl Lease {
         };
         self.range.end = middle;
         rest
+    }
+
+    /// Sets every byte to zero and gives the memory back to the operating system until it is written again. The
+    /// lease stays what it is.
+    ///
+    /// # Errors
+    /// [`MemoryError::Os`]. Memory that is somebody else's is only set to zero.
+    pub fn discard(&mut self) -> Result<(), MemoryError> {
+        match &self.owner {
+            Owner::Region(region) => {
+                // SAFETY: the range is this lease's alone, and `&mut self` keeps everyone else away.
+                unsafe { region.mapping().discard(self.range.start, self.range.len()) }?;
+                // Whole pages read as zero now; what the lease has of the pages at its edges does not.
+                let first =
+                    self.range.start.next_multiple_of(PAGE).min(self.range.end) - self.range.start;
+                let last = (self.range.end / PAGE * PAGE).max(self.range.start) - self.range.start;
+                self[..first].fill(0);
+                self[last.max(first)..].fill(0);
+            }
+            Owner::Foreign { .. } => self.fill(0),
+        }
+        Ok(())
     }
 
     /// The bytes as elements of `T`.

@@ -119,6 +119,31 @@ impl Mapping {
         self.advise(libc::MADV_DONTFORK, "madvise (keep from forked children)")
     }
 
+    /// Gives the pages wholly inside the range back; its bytes read as zero, here or as they were at the edges.
+    ///
+    /// # Safety
+    /// Nobody else reads or writes the range during the call.
+    pub(crate) unsafe fn discard(&self, offset: usize, len: usize) -> Result<(), MemoryError> {
+        let start = offset.next_multiple_of(PAGE);
+        let end = (offset + len) / PAGE * PAGE;
+        if start >= end {
+            return Ok(());
+        }
+        // SAFETY: the pages are inside this private anonymous mapping, and the caller keeps others away.
+        let status = unsafe {
+            libc::madvise(
+                self.range(start, end - start),
+                end - start,
+                libc::MADV_DONTNEED,
+            )
+        };
+        if status == 0 {
+            Ok(())
+        } else {
+            Err(os_error("madvise", end - start))
+        }
+    }
+
     /// Allocates every page of the range now.
     pub(crate) fn populate(&self) -> Result<(), MemoryError> {
         self.advise(libc::MADV_POPULATE_WRITE, "madvise (populate)")

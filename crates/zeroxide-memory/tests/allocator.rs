@@ -4,7 +4,7 @@ use zeroxide_memory::keep_freed_memory;
 
 fn main() {
     let sets = has_settings();
-    assert_eq!(keep_freed_memory(), sets);
+    assert_eq!(keep_freed_memory(None), sets);
     if !sets {
         return;
     }

@@ -238,15 +238,19 @@ impl Core {
         let progress = &mut self.active_mut().units[unit];
         progress.tiles -= 1;
         if progress.tiles == 0 {
-            self.unit_updated(unit);
+            self.unit_updated(unit)?;
         }
         Ok(())
     }
 
     /// The last tile of a unit has its new value.
-    fn unit_updated(&mut self, unit: usize) {
+    fn unit_updated(&mut self, unit: usize) -> Result<()> {
         if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
             *moments_are_zero = false;
+            // Used up, and not needed before backward lands the next ones: room for the activations in between.
+            if let Some(grad) = &mut self.units[unit].grad {
+                grad.discard()?;
+            }
         }
         self.clock += 1;
         let used = self.clock;
@@ -258,6 +262,7 @@ impl Core {
                 used,
             };
         }
+        Ok(())
     }
 
     /// Takes memory for the tile and starts reading into it; false where there is none.

@@ -17,10 +17,12 @@ pub(crate) fn resident(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(result)
 }
 
-/// Tells the C allocator to keep freed memory in the process; whether it could be told.
+/// Tells the C allocator to keep freed memory in the process, but for blocks of `largest` bytes and more; whether it
+/// could be told.
 #[pyfunction]
-pub(crate) fn keep_freed_memory() -> bool {
-    zeroxide_memory::keep_freed_memory()
+#[pyo3(signature = (largest=None))]
+pub(crate) fn keep_freed_memory(largest: Option<i32>) -> bool {
+    zeroxide_memory::keep_freed_memory(largest)
 }
 
 /// Drops clean pages of shared libraries from the resident set; they come back from the page cache when needed.

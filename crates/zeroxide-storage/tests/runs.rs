@@ -181,12 +181,15 @@ fn a_forked_child_neither_removes_nor_releases() {
         create(root.path()).is_err(),
         "the child released the parent's lock"
     );
+    store.take().unwrap().close().unwrap();
+    // Kept, so that its lock file stays.
+    let store = BlockStore::create(options(&[root.path()], false)).unwrap();
     let child = fork(|| {
         loop {
             std::thread::sleep(PATIENCE);
         }
     });
-    store.take().unwrap().close().unwrap();
+    store.close().unwrap();
     let again = create(root.path());
     kill(child);
     again.expect("a closed store is free, whatever was forked from its run");

@@ -16,7 +16,7 @@ use super::counters::IoCounters;
 use super::inbox::{CloseOnExit, Inbox, Waited};
 use super::operation::{OpKind, Operation};
 use super::threads::move_piece;
-use super::transfer::{Piece, Step, Transfer};
+use super::transfer::{Piece, SECTOR, Step, Transfer};
 use super::{Queue, StorageError};
 
 /// What the buffer of a read holds until the read completes, so that reading too early shows.
@@ -278,6 +278,9 @@ impl Disk {
             OpKind::Read => self.pieces_read,
             OpKind::Write => self.pieces_written,
         } - 1;
+        if piece.file.is_direct() && !piece.offset.is_multiple_of(SECTOR as u64) {
+            return Err(io::Error::from_raw_os_error(libc::EINVAL));
+        }
         let end = piece.offset + piece.buffer.len() as u64;
         let fault = self.options.faults.iter().find(|rule| {
             let number = if rule.kind.is_some() { of_kind } else { total };

@@ -14,7 +14,7 @@ const MAX_PIECE: usize = 0x7fff_f000;
 
 /// The smallest logical block of any disk. A direct transfer that stopped between two blocks goes on
 /// from the last whole one, since it may not start anywhere else.
-const SECTOR: usize = 512;
+pub(super) const SECTOR: usize = 512;
 
 /// How often in a row a transfer may be interrupted without progress before that is an error.
 const MAX_STALLS: u32 = 1000;

@@ -51,51 +51,62 @@ impl DirectoryLock {
     pub(super) fn acquire(directory: &Path) -> Result<(Self, Option<u32>), StorageError> {
         let path = directory.join(LOCK);
         for _ in 0..ATTEMPTS {
-            let mut file = OpenOptions::new()
+            let file = OpenOptions::new()
                 .read(true)
                 .write(true)
                 .create(true)
                 .truncate(false)
                 .open(&path)
                 .map_err(|source| refusal("create", &path, source))?;
-            match file.try_lock() {
-                Ok(()) => {}
-                Err(TryLockError::WouldBlock) => {
-                    let holder = holder(&mut file);
+            match take(file, &path)? {
+                Taken::Stale => {}
+                Taken::Held(holder) => {
                     return Err(StorageError::InUse {
                         path: directory.to_path_buf(),
                         holder,
                     });
                 }
-                Err(TryLockError::Error(source)) => {
-                    return Err(StorageError::File {
-                        action: "lock",
-                        path,
-                        source,
-                    });
+                Taken::Ours(mut lock) => {
+                    let previous = Process::read(&mut lock.file).map(|process| process.pid);
+                    Process::current()
+                        .write(&mut lock.file)
+                        .map_err(|source| refusal("write", &path, source))?;
+                    return Ok((lock, previous));
                 }
             }
-            // A run that is ending removes its lock file while holding it. Having locked a file that
-            // is no longer at its path means nothing.
-            if !is_at(&file, &path) {
-                continue;
-            }
-            let previous = Process::read(&mut file).map(|process| process.pid);
-            Process::current()
-                .write(&mut file)
-                .map_err(|source| refusal("write", &path, source))?;
-            return Ok((
-                Self {
-                    file,
-                    origin: Origin::here(),
-                },
-                previous,
-            ));
         }
         Err(StorageError::InUse {
             path: directory.to_path_buf(),
             holder: Holder::Unknown,
         })
+    }
+}
+
+/// What came of trying to lock an open lock file.
+enum Taken {
+    /// It is locked.
+    Ours(DirectoryLock),
+    /// Someone else holds it.
+    Held(Holder),
+    /// It was locked, but is no longer the file at its path, so the lock means nothing: the run that
+    /// held it was ending, and removes its lock file while holding it.
+    Stale,
+}
+
+/// Tries to lock `file`, which was opened at `path`.
+fn take(mut file: File, path: &Path) -> Result<Taken, StorageError> {
+    match file.try_lock() {
+        Ok(()) if is_at(&file, path) => Ok(Taken::Ours(DirectoryLock {
+            file,
+            origin: Origin::here(),
+        })),
+        Ok(()) => Ok(Taken::Stale),
+        Err(TryLockError::WouldBlock) => Ok(Taken::Held(holder(&mut file))),
+        Err(TryLockError::Error(source)) => Err(StorageError::File {
+            action: "lock",
+            path: path.to_path_buf(),
+            source,
+        }),
     }
 }
 
@@ -162,4 +173,28 @@ fn namespace() -> String {
         |_| "unknown".into(),
         |link| link.to_string_lossy().into_owned(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_lock_file_that_was_removed_or_replaced_is_not_a_lock() {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let path = directory.path().join(LOCK);
+        let open = || {
+            let mut options = OpenOptions::new();
+            options.read(true).write(true).create(true).truncate(false);
+            options.open(&path).expect("writable")
+        };
+        let (removed, replaced) = (open(), open());
+        fs::remove_file(&path).expect("it exists");
+        assert!(matches!(take(removed, &path), Ok(Taken::Stale)));
+        let current = open();
+        assert!(matches!(take(replaced, &path), Ok(Taken::Stale)));
+        let held = take(current, &path);
+        assert!(matches!(held, Ok(Taken::Ours(_))));
+        assert!(matches!(take(open(), &path), Ok(Taken::Held(Holder::Unknown))));
+    }
 }

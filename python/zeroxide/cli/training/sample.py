@@ -47,7 +47,7 @@ def generate(
 ) -> list[int]:
     """Return up to `count` tokens that go on from `prompt`, drawn from the 40 likeliest at temperature 0.8.
 
-    Where keys and values are cached, each token is one pass over one position. Tokens at or above `vocabulary_size` exist
+    Where keys and values are cached, each token is one pass over one position. Tokens from `vocabulary_size` on exist
     in the model's embedding but not in the tokenizer, and are never drawn.
     """
     generator = torch.Generator().manual_seed(seed)
