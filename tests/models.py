@@ -110,6 +110,19 @@ class InPlaceOps(Gpt):
         return self.norm(hidden)
 
 
+class AddsToInput(Block):
+    """A block that changes its input and returns that same tensor."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.add_(super().forward(hidden.clone()))
+
+
+class InPlaceBlocks(Gpt):
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.h = nn.ModuleList(AddsToInput() for _ in range(4))
+
+
 class Adapted(Gpt):
     """Everything frozen but low-rank adapters on every block, and one block frozen throughout."""
 
@@ -287,6 +300,7 @@ FAMILIES: dict[str, Family] = {
     "gpt-reentrant": Family(lambda: Gpt(checkpointing=True), tokens),
     "gpt-nonreentrant": Family(lambda: Gpt(checkpointing=False), tokens),
     "in-place": Family(InPlaceOps, tokens),
+    "in-place-blocks": Family(InPlaceBlocks, tokens),
     "adapters": Family(Adapted, tokens),
     "partly-frozen": Family(PartlyFrozen, tokens),
     "used-twice": Family(UsedTwice, tokens),

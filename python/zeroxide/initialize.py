@@ -85,7 +85,7 @@ def initialize(
     )
     engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights)
     try:
-        engine.lr_scheduler = _scheduler(resolved, lr_scheduler, engine.optimizer)
+        engine.lr_scheduler = _scheduler(resolved, lr_scheduler, (engine.optimizer, optimizer))
         loader = _loader(resolved, training_data, collate_fn)
     except BaseException:
         engine.destroy()
@@ -94,7 +94,9 @@ def initialize(
     return engine, engine.optimizer, loader, engine.lr_scheduler
 
 
-def _scheduler(config: Config, given: Any, optimizer: torch.optim.Optimizer) -> Any:
+def _scheduler(config: Config, given: Any, optimizers: tuple[torch.optim.Optimizer, Any]) -> Any:
+    """The schedule; `optimizers` are the engine's, and the one whose groups the engine took over."""
+    optimizer = optimizers[0]
     if given is None:
         if config.scheduler is None:
             return None
@@ -103,6 +105,13 @@ def _scheduler(config: Config, given: Any, optimizer: torch.optim.Optimizer) -> 
         return getattr(schedules, config.scheduler.name)(optimizer, **config.scheduler.params)
     if callable(given) and not hasattr(given, "step"):
         return given(optimizer)
+    driven = getattr(given, "optimizer", None)
+    if driven is not None and all(driven is not each for each in optimizers):
+        raise ConfigError(
+            "lr_scheduler was made over an optimizer that the engine does not have: pass that optimizer as well, or a "
+            "callable that makes the schedule from the engine's",
+            path="lr_scheduler",
+        )
     return given
 
 

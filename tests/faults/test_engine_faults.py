@@ -100,7 +100,9 @@ def small_disk(tmp_path):
     """A file system of its own with less room than the state of the smallest model."""
     target = tmp_path / "small"
     target.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", target], capture_output=True, check=False)
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", target], capture_output=True, check=False
+    )
     if mounted.returncode:
         pytest.skip(f"mounting a small file system needs rights that this process lacks: {mounted.stderr.decode()}")
     yield target

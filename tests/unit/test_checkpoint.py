@@ -45,12 +45,12 @@ class Block(nn.Module):
 class Model(nn.Module):
     """Tied embeddings, repeated blocks, batch statistics, buffers of several dtypes."""
 
-    def __init__(self, tied=True, layers=3):
+    def __init__(self, tied=True, layers=3, vocabulary=VOCABULARY):
         super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
+        self.embed = nn.Embedding(vocabulary, WIDTH)
         self.blocks = nn.ModuleList([Block() for _ in range(layers)])
         self.seen = nn.BatchNorm1d(WIDTH, affine=False)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head = nn.Linear(WIDTH, vocabulary, bias=False)
         if tied:
             self.head.weight = self.embed.weight
         self.register_buffer("mask", torch.tensor([True, False, True]))
@@ -62,7 +62,7 @@ class Model(nn.Module):
         for block in self.blocks:
             h = block(h)
         h = self.seen(h.flatten(0, 1).float()).to(h.dtype)
-        return nn.functional.cross_entropy(self.head(h).float(), x.flatten())
+        return nn.functional.cross_entropy(self.head(h).float(), x.roll(1).flatten())
 
 
 @pytest.fixture
@@ -143,6 +143,7 @@ HOMES = [("none", "fp32"), ("none", "split"), ("cpu", "split"), ("nvme", "fp32")
 def straight():
     """Losses and state after four steps without a checkpoint."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     engine, *_ = zeroxide.initialize(
         model=Model(),
         config={"zeroxide": {"format": "fp32"}, **FP32_BUFFERS},
@@ -191,10 +192,12 @@ def test_fp32_training_goes_on_with_the_same_bits(make, tmp_path, here):
 
 
 def test_units_and_tiles_of_another_size_load_the_same_bits(make, tmp_path):
-    saver = make("nvme", "split")
+    large = {"tied": False, "vocabulary": 20_000}
+    saver = make("nvme", "split", model=Model(**large))
     train(saver, 0, 2)
     saver.save_checkpoint(tmp_path / "out")
-    loader = make("nvme", "fp32", seed=7, zeroxide_config={"unit_bytes": 8192, "tile_bytes": 8192})
+    torch.manual_seed(7)
+    loader = make("nvme", "fp32", model=Model(**large), zeroxide_config={"unit_bytes": "1MiB", "tile_bytes": "64KiB"})
     assert len(loader._units) > len(saver._units)
     loader.load_checkpoint(tmp_path / "out")
     assert_same(state(loader), state(saver))

@@ -153,6 +153,9 @@ impl Core {
                 self.evict(oldest)?;
             } else if let Some(arriving) = forced.then(|| self.any_arriving(wanted_by)).flatten() {
                 self.await_arrival(arriving)?;
+            } else if let Some(ahead) = forced.then(|| self.any_updating(wanted_by)).flatten() {
+                // The step has taken these frames for a unit that comes later than one it has no work for.
+                self.finish_writes(ahead)?;
             } else {
                 return Ok(None);
             }
@@ -171,6 +174,16 @@ impl Core {
             })
             .min()
             .map(|(_, unit)| unit)
+    }
+
+    fn any_updating(&self, except: usize) -> Option<usize> {
+        (0..self.units.len()).find(|unit| {
+            let mapped = matches!(
+                self.residence(*unit),
+                Some(Residence::Updating | Residence::Here { pinned: false, .. })
+            );
+            *unit != except && mapped && self.is_updating(*unit)
+        })
     }
 
     /// Whether tiles of the unit still wait for their update.

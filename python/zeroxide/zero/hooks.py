@@ -43,11 +43,12 @@ class Hooks:
         self.reducer = Reducer(gatherer.core, units, self._gradients_complete)
         self.held: Unit | None = None
         self.inside_backward = False
+        self.entered: list[set[Origin]] = []
         self.handles: list[Any] = []
         for unit in units:
             for owner in unit.modules:
-                self._add(owner.register_forward_pre_hook(partial(self._before, unit), prepend=True))
-                self._add(owner.register_forward_hook(partial(self._after, unit), with_kwargs=True, always_call=True))
+                self._add(owner.register_forward_pre_hook(partial(self._before, unit), prepend=True, with_kwargs=True))
+                self._add(owner.register_forward_hook(partial(self._after, unit), always_call=True))
         # Prepended last, so that a pass begins before the first unit of it is gathered.
         self._add(module.register_forward_pre_hook(self._enter, prepend=True))
         self._add(module.register_forward_hook(self._leave, always_call=True))
@@ -59,19 +60,22 @@ class Hooks:
         if not in_backward():
             # Also after a backward that failed and was not started by the engine.
             self.inside_backward = False
+            self.entered.clear()
             self.gatherer.start_pass(torch.is_grad_enabled())
 
-    def _before(self, unit: Unit, module: nn.Module, args: Any) -> None:
+    def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self.entered.append({_origin(tensor) for tensor in _tensors((args, kwargs))})
         if in_backward():
             self._hold(unit)
         else:
             self.gatherer.gather(unit)
 
-    def _after(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
+        # Empty where recomputation stopped early inside the module and the next pass began.
+        given = self.entered.pop() if self.entered else set()
         if unit.span:
             return
-        given = {id(tensor) for tensor in _tensors((args, kwargs))}
-        own = [tensor for tensor in _tensors(output) if id(tensor) not in given]
+        own = [tensor for tensor in _tensors(output) if _origin(tensor) not in given]
         _on_gradient(own, partial(self._before_backward, unit))
         if not in_backward():
             self.gatherer.release(unit)
@@ -127,6 +131,14 @@ class Hooks:
             handle.remove()
         self.handles.clear()
         self.reducer.close()
+
+
+Origin = tuple[Any, int]
+
+
+def _origin(tensor: torch.Tensor) -> Origin:
+    """What made the tensor. An operation in place makes something new of it, a module that hands it through does not."""
+    return (tensor.grad_fn, tensor.output_nr) if tensor.grad_fn is not None else (id(tensor), 0)
 
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:

@@ -195,6 +195,9 @@ mod tests {
         assert!(matches!(take(replaced, &path), Ok(Taken::Stale)));
         let held = take(current, &path);
         assert!(matches!(held, Ok(Taken::Ours(_))));
-        assert!(matches!(take(open(), &path), Ok(Taken::Held(Holder::Unknown))));
+        assert!(matches!(
+            take(open(), &path),
+            Ok(Taken::Held(Holder::Unknown))
+        ));
     }
 }
