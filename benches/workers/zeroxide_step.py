@@ -91,7 +91,7 @@ def main() -> None:
         engine.step()
         if spec.get("settings") == "drained":
             # Nothing that users call does this: the update is finished here so that none of it is counted as forward.
-            engine._alive().finish()
+            engine.finish_step()
         t3 = time.perf_counter()
         io_after = process.disk()
         steps.append(

@@ -200,6 +200,14 @@ class Engine(nn.Module):
             self._applied = True
         self._times["step"] += time.perf_counter() - start
 
+    def finish_step(self) -> None:
+        """Waits until the optimizer step under way is done and on disk.
+
+        Never needed for the result: with state on disk a step goes on after `step` returns, and whatever needs it
+        waits. Raises StorageError if it failed.
+        """
+        self._alive().finish()
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets every gradient that has landed and not been used."""
         self._alive().clear_gradients()

@@ -157,7 +157,7 @@ def test_damage_on_disk_never_becomes_a_number(damage, tmp_path):
     engine = start(tmp_path / "scratch")
     train(engine, 2)
     engine.save_checkpoint(tmp_path / "saved")
-    engine._core.finish()
+    engine.finish_step()
     file = scratch_file(tmp_path / "scratch")
     if damage == "cut short":
         os.truncate(file, 0)
@@ -182,7 +182,7 @@ def test_an_error_in_the_middle_of_a_step_stops_every_further_use(tmp_path):
     """With the weights in memory only the step reads: its error must not be forgotten."""
     engine = start(tmp_path, offload="cpu", offload_optimizer=f"nvme:{tmp_path}")
     train(engine, 2)
-    engine._core.finish()
+    engine.finish_step()
     os.truncate(scratch_file(tmp_path), 0)
     with pytest.raises(StorageError):
         train(engine, 2)

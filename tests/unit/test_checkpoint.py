@@ -254,7 +254,7 @@ def assemble(path, part):
     return found
 
 
-@pytest.mark.parametrize("limit", [1 << 31, 20_000, 4000, 60])
+@pytest.mark.parametrize("limit", [1 << 31, 20_000, 4000, 300])
 def test_the_reference_library_reads_the_files(make, tmp_path, monkeypatch, limit):
     monkeypatch.setattr(cutting, "FILE_BYTES", limit)
     engine = make("nvme", "split")

@@ -46,3 +46,30 @@ impl Default for ForkGuard {
         Self::new()
     }
 }
+
+#[cfg(test)]
+#[expect(
+    unsafe_code,
+    reason = "forks a child to see what is left of an object there"
+)]
+pub(crate) mod tests {
+    /// Runs `child`, which allocates nothing, in a forked process. Whether it came to its end within two
+    /// seconds.
+    pub(crate) fn ends_in_child(child: impl FnOnce()) -> bool {
+        // SAFETY: the child runs `child` only, which keeps to what is allowed after fork in a process
+        // with threads, and leaves without running any destructor of the parent's.
+        let pid = unsafe { libc::fork() };
+        if pid == 0 {
+            // SAFETY: has the child killed if it is still there in two seconds.
+            unsafe { libc::alarm(2) };
+            child();
+            // SAFETY: ends the child at once.
+            unsafe { libc::_exit(0) };
+        }
+        assert!(pid > 0, "fork: {}", std::io::Error::last_os_error());
+        let mut status = -1;
+        // SAFETY: waits for the child made above and writes to a local.
+        let waited = unsafe { libc::waitpid(pid, &raw mut status, 0) };
+        waited == pid && status == 0
+    }
+}

@@ -128,3 +128,23 @@ impl Drop for Frame {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fork::tests::ends_in_child;
+
+    #[test]
+    fn a_lock_held_at_the_fork_does_not_hang_the_child() {
+        let pool = FramePool::new(&Budget::new(None), Bucket::Gathered, 2).unwrap();
+        let frames = std::cell::Cell::new(pool.take(1));
+        let held = pool.slots.free.lock().unwrap();
+        // The parent's frames are dropped after the lock is.
+        let ended = ends_in_child(|| {
+            drop(frames.take());
+            assert_eq!((pool.free(), pool.take(0).is_none()), (0, true));
+        });
+        drop(held);
+        assert!(ended);
+    }
+}

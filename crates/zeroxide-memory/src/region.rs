@@ -112,3 +112,23 @@ impl Drop for Region {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fork::tests::ends_in_child;
+
+    #[test]
+    fn a_lock_held_at_the_fork_does_not_hang_the_child() {
+        let region = Region::new(Mapping::zeroed(1).unwrap(), 1, Backing::Empty);
+        let lease = std::cell::Cell::new(Some(region.lease_first(1, 1).unwrap()));
+        let held = region.lock().unwrap();
+        // The parent's lease is dropped after the lock is.
+        let ended = ends_in_child(|| {
+            drop(lease.take());
+            assert!(region.lease_first(1, 1).is_err());
+        });
+        drop(held);
+        assert!(ended);
+    }
+}

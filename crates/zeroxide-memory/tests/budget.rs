@@ -103,6 +103,31 @@ fn the_limit_holds_under_threads() {
 }
 
 #[test]
+fn bytes_that_fit_once_are_given_once() {
+    let budget = Budget::new(Some(1));
+    let granted: u64 = thread::scope(|scope| {
+        let worker = || {
+            (0..300_000)
+                .filter_map(|_| budget.reserve(Bucket::Staging, 1).ok())
+                .count()
+        };
+        let workers: Vec<_> = (0..2).map(|_| scope.spawn(worker)).collect();
+        workers
+            .into_iter()
+            .map(|worker| worker.join().unwrap() as u64)
+            .sum()
+    });
+    assert!(granted > 0);
+    assert_eq!(
+        budget.total(),
+        Usage {
+            current: 0,
+            peak: 1
+        }
+    );
+}
+
+#[test]
 fn a_sum_past_64_bits_is_over_budget() {
     let budget = Budget::new(None);
     let _most = budget.reserve(Bucket::Weights, u64::MAX - 1).unwrap();

@@ -2,9 +2,6 @@
 //!
 //! The children below allocate nothing and take no lock: the test harness has other threads.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::thread;
-
 use zeroxide_layout::PAGE;
 use zeroxide_memory::{
     Arena, ArenaOptions, Bucket, Budget, FRAME, ForkGuard, FramePool, MemoryError, Window,
@@ -116,41 +113,6 @@ fn dropping_in_a_forked_child_unmaps_nothing() {
     });
     // The closure was moved into the child's copy of this frame; the parent's window is dropped here.
     assert_eq!(end, End::Exit(6));
-}
-
-#[test]
-fn a_lock_held_at_the_fork_does_not_hang_the_child() {
-    let budget = Budget::new(None);
-    let arena = Arena::new(&budget, Bucket::Staging, 4 * PAGE).unwrap();
-    let pool = FramePool::new(&budget, Bucket::Gathered, 2).unwrap();
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                drop(arena.lease(1, 1));
-                drop(pool.take(1));
-            }
-        });
-        let ends: Vec<End> = (0..100)
-            .map(|_| {
-                let lease = arena.lease(1, 1).unwrap();
-                let frame = loop {
-                    if let Some(frame) = pool.take(1) {
-                        break frame;
-                    }
-                };
-                in_child(move || {
-                    // SAFETY: ends the child by a signal if it has not ended by itself in 2 seconds.
-                    unsafe { libc::alarm(2) };
-                    drop(lease);
-                    drop(frame);
-                    0
-                })
-            })
-            .collect();
-        done.store(true, Ordering::Relaxed);
-        assert!(ends.iter().all(|end| *end == End::Exit(0)), "{ends:?}");
-    });
 }
 
 #[test]

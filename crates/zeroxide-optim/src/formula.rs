@@ -18,8 +18,7 @@
 //! `head + tail`: the head is what plain fp32 would have, the tail (fp32 too, and needed to a few bits only)
 //! holds the head's own rounding error and the constants' error. Products get their tail from one fused
 //! multiply-add (Dekker's product), sums from Knuth's two-sum, the root from its residual `v - s^2`, the
-//! quotient from its remainder `m - q d`. Two roundings of the new weight are left, half an ulp each. A tail
-//! becomes NaN where its head overflows; it is dropped there, and the plain fp32 value stands.
+//! quotient from its remainder `m - q d`. Two roundings of the new weight are left, half an ulp each.
 
 use crate::adam::Constants;
 
@@ -137,27 +136,34 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     let rest = root_term.head.mul_add(root_term.head, kept.head - head);
     let twice = root_term.head + root_term.head;
     let tail = rest + twice.mul_add(root_term.tail, kept.tail);
-    // The comparison fails only where the head is zero, or infinite and the tail NaN.
-    let tail = if tail < head { tail } else { head };
-    let square = Pair { head, tail };
+    // Where the head overflowed every tail is NaN: there the plain fp32 values stand alone. One integer
+    // comparison serves both places; it runs beside the multiplications, a float comparison in their way.
+    let finite = head.to_bits() < f32::INFINITY.to_bits();
+    let square = Pair {
+        head,
+        tail: if finite { tail } else { 0.0 },
+    };
 
-    // d = sqrt(v) + eps'
+    // d = sqrt(v) + eps', whose own rounding is left to the remainder below.
     let root = square.head.sqrt();
     let residual = (-root).mul_add(root, square.head) + square.tail;
-    let sum = two_sum(root, c.eps.0);
-    let denominator = sum.with_tail(residual.mul_add(half_reciprocal(root), sum.tail + c.eps.1));
+    let denominator = Pair {
+        head: root + c.eps.0,
+        tail: residual.mul_add(half_reciprocal(root), c.eps.1),
+    };
 
     // q = m / d. The denominator is zero, infinite or between 2^-75 and 2^65: its reciprocal is normal.
+    // The remainder takes the larger term of the denominator first, so that little is lost in between.
     let reciprocal = 1.0 / denominator.head;
     let quotient = mean.head * reciprocal;
-    let remainder = (-quotient).mul_add(denominator.head, mean.head) + mean.tail;
-    let remainder = (-quotient).mul_add(denominator.tail, remainder);
-    // NaN where the denominator is infinite or zero: there the plain quotient stands alone.
+    let larger = f32::from_bits(root.to_bits().max(c.eps.0.to_bits()));
+    let smaller = f32::from_bits(root.to_bits().min(c.eps.0.to_bits()));
+    let remainder = (-quotient).mul_add(smaller, (-quotient).mul_add(larger, mean.head));
+    let remainder = (-quotient).mul_add(denominator.tail, remainder + mean.tail);
     let tail = remainder * reciprocal;
-    let tail = if tail < f32::INFINITY { tail } else { 0.0 };
     let quotient = Pair {
         head: quotient,
-        tail,
+        tail: if finite { tail } else { 0.0 },
     };
 
     // p = p - lr weight_decay p - step q, small terms first

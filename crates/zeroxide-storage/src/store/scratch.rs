@@ -147,9 +147,11 @@ fn lock(path: &Path) -> Result<(DirectoryLock, Option<u32>), StorageError> {
             Err(source) => return Err(refusal("create", path, source)),
         }
         match DirectoryLock::acquire(path) {
-            // A run that is ending removed the directory in between.
-            Err(StorageError::MissingParent { .. } | StorageError::File { .. })
-                if !path.exists() && attempt < ATTEMPTS => {}
+            // The only way not to find a directory that was there a moment ago: a run that was ending
+            // has removed it.
+            Err(StorageError::MissingParent { .. }) if attempt < ATTEMPTS => {}
+            Err(StorageError::File { source, .. })
+                if source.kind() == io::ErrorKind::NotFound && attempt < ATTEMPTS => {}
             other => return other,
         }
     }
