@@ -86,6 +86,10 @@ class Engine(nn.Module):
         """Moves the weights into the core and takes over the model's parameters."""
         assert self._core is not None
         core, plan = self._core, self._plan
+        on_disk = Home.DISK in (plan.weights, plan.state)
+        if on_disk or self.config.trim_libraries:
+            # Now, so that importing does not add to the peak of what follows, and again when that is done.
+            _core.drop_clean_text()
         new = replace_meta_parameters(module)
         # Units remember shapes before the parameters lose them.
         units = [Unit(index, unit, core, plan.compute) for index, unit in enumerate(plan.units)]
@@ -103,7 +107,6 @@ class Engine(nn.Module):
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
         self.optimizer = EngineOptimizer(groups, core, self._update)
-        on_disk = Home.DISK in (plan.weights, plan.state)
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if on_disk or self.config.trim_libraries:
             _core.drop_clean_text()

@@ -289,7 +289,7 @@ def test_pickles_are_never_read(make, tmp_path, saved, monkeypatch):
         archive.writestr("archive/data.pkl", attack)
     assert "mp_rank_00_model_states.pt is a Python pickle" in refused(engine, tmp_path / "out")
     (tmp_path / "out" / "latest").write_bytes(attack)
-    refused(engine, tmp_path / "out")
+    assert "latest is damaged" in refused(engine, tmp_path / "out")
     assert not (tmp_path / "attacked").exists()
 
 
@@ -507,6 +507,17 @@ def test_a_path_through_a_file_is_refused(make, tmp_path):
             engine.save_checkpoint(path)
 
 
+def test_a_read_only_file_system_is_refused(make, small_disk):
+    engine = make()
+    engine.save_checkpoint(small_disk, "one")
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    with pytest.raises(CheckpointError, match=r"two was not saved to .*: Read-only file system at .*intact"):
+        engine.save_checkpoint(small_disk, "two")
+    with pytest.raises(StorageError, match=r"the model was not written to .*: Read-only file system"):
+        engine.save_16bit_model(small_disk)
+    engine.load_checkpoint(small_disk)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_a_read_only_directory_is_refused(make, tmp_path):
     (tmp_path / "out").mkdir(mode=0o555)
@@ -623,6 +634,9 @@ def test_a_save_killed_at_every_call(make, tmp_path, tag):
             assert found in (old, new), at
             outcomes.append(found == new)
             left = listing(out)
+            if ".replaced-old" in left:
+                # It would be loaded if its successor went away, so it is whole as long as it has this name.
+                assert listing(out / ".replaced-old") == listing(backup / "old")
             # The next save of anybody leaves nothing of the dead one.
             engine.save_checkpoint(out, "third", save_latest=False)
             assert listing(out) <= {"old", "new", "third", "latest"}, (at, left)

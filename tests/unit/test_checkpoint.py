@@ -55,6 +55,7 @@ class Model(nn.Module):
             self.head.weight = self.embed.weight
         self.register_buffer("mask", torch.tensor([True, False, True]))
         self.register_buffer("empty", torch.zeros(0, 3))
+        self.register_buffer("turned", torch.rand(2, 3).t())
         self.register_buffer("derived", torch.ones(2), persistent=False)
 
     def forward(self, x):
@@ -269,7 +270,14 @@ def test_the_reference_library_reads_the_files(make, tmp_path, monkeypatch, limi
             assert tensor.dtype == torch.float32
             assert tensor.flatten().view(torch.int32).equal(expected[name, part]), name
     buffers = assemble(path, "buffers")
-    assert buffers.keys() == {"mask", "empty", "seen.running_mean", "seen.running_var", "seen.num_batches_tracked"}
+    assert buffers.keys() == {
+        "mask",
+        "empty",
+        "turned",
+        "seen.running_mean",
+        "seen.running_var",
+        "seen.num_batches_tracked",
+    }
     for name, tensor in buffers.items():
         assert tensor.reshape(expected[name, "buffer"].shape).equal(expected[name, "buffer"])
     sizes = [file.stat().st_size for file in path.glob("*.safetensors")]
@@ -626,6 +634,22 @@ def test_other_buffers_are_refused(make, tmp_path):
     model.mask = torch.zeros(3)
     with pytest.raises(CheckpointError, match=r"mask \(torch.bool 3 there, torch.float32 3 here\)"):
         make(model=model).load_checkpoint(tmp_path / "out")
+    model = Model()
+    model.mask = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(CheckpointError, match=r"mask \(torch.bool 3 there, torch.int32 3 here\)"):
+        make(model=model).load_checkpoint(tmp_path / "out")
+
+
+def test_floating_buffers_are_converted(make, tmp_path):
+    saver = make()
+    train(saver, 0, 2)
+    saver.save_checkpoint(tmp_path / "out")
+    loader = make(seed=7, config={"data_types": {"buffer_dtype": "bf16"}})
+    loader.load_checkpoint(tmp_path / "out")
+    for name in ("running_mean", "running_var"):
+        found = getattr(loader.module.seen, name)
+        assert found.dtype == torch.bfloat16
+        assert found.equal(getattr(saver.module.seen, name).bfloat16())
 
 
 def test_another_depth_names_the_first_few(make, tmp_path):
@@ -917,8 +941,7 @@ engine, *_ = zeroxide.initialize(model=model, lr=1e-3, offload=f"nvme:{folder}",
                                  config={"zeroxide": {"staging_bytes": 16 << 20, "tile_bytes": 1 << 20}})
 engine.backward(engine(torch.ones(1, 2048, dtype=torch.bfloat16)))
 engine.step()
-engine.save_checkpoint(folder / "warm", client_state={})
-engine.save_16bit_model(folder / "warm-model")
+import zeroxide.checkpoint.save, zeroxide.checkpoint.load, zeroxide.checkpoint.export
 for act in ("save_checkpoint", "save_16bit_model", "load_checkpoint"):
     Path("/proc/self/clear_refs").write_text("5")
     before = hwm()
@@ -1019,9 +1042,29 @@ def test_exported_bits_are_the_live_ones(make, tmp_path):
             assert param.equal(stored.pop(name)), name
         unit.hide()
         core.release(unit.index)
-    assert stored.keys() == {"mask", "empty", "seen.running_mean", "seen.running_var", "seen.num_batches_tracked"}
+    assert stored.keys() == {
+        "mask",
+        "empty",
+        "turned",
+        "seen.running_mean",
+        "seen.running_var",
+        "seen.num_batches_tracked",
+    }
     assert stored["seen.num_batches_tracked"].item() == 5
     assert stored["seen.running_mean"].equal(engine.module.seen.running_mean)
+
+
+def test_exact_ties_are_exported_as_they_are_computed_with(make, tmp_path):
+    model = Model()
+    with torch.no_grad():
+        model.blocks[0].up.weight.fill_(1 + 2**-8)  # halfway between two bf16 numbers
+    engine = make("none", "fp32", model=model)
+    stored = load_file(engine.save_16bit_model(tmp_path))["blocks.0.up.weight"]
+    assert (stored == 1 + 2**-7).all()
+    unit = next(unit for unit in engine._units if "blocks.0.up.weight" in unit.names)
+    engine._gatherer.gather(unit)
+    assert engine.module.blocks[0].up.weight.equal(stored)
+    engine._gatherer.release(unit)
 
 
 def test_exports_replace_one_another(make, tmp_path, monkeypatch):

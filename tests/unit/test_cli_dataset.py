@@ -7,6 +7,7 @@ from tokenizers import Tokenizer
 
 from zeroxide.cli.training.corpus import gather
 from zeroxide.cli.training.dataset import open_dataset, prepare_dataset
+from zeroxide.cli.training.prepare import _chunks
 from zeroxide.errors import CheckpointError, DataError
 
 TEXT = "def add(a, b):\n    return a + b\n\nclass Größe:\n    pass\n"
@@ -123,3 +124,16 @@ def test_a_tokenizer_that_cannot_be_loaded_is_an_error(tmp_path, corpus):
         prepare(tmp_path / "data", corpus, tokenizer=broken)
     assert not (tmp_path / "data").exists()
     assert not (tmp_path / "data.making").exists()
+
+
+def test_pieces_end_at_line_ends_where_there_are_any(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("some words in a line\n" * 60_000 + "the last line")
+    pieces = list(_chunks(str(path)))
+    assert len(pieces) > 3
+    assert all(piece.endswith("\n") for piece in pieces[:-1])
+    assert "".join(pieces) == path.read_text()
+    path.write_text("x" * 5_000_000)
+    pieces = list(_chunks(str(path)))
+    assert len(pieces) > 1
+    assert "".join(pieces) == path.read_text()

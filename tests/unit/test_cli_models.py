@@ -73,6 +73,22 @@ def test_initial_weights_have_the_distribution_of_the_model_class(name):
             assert abs(float(tensor.mean())) < 5 * float(want.std()) / tensor.numel() ** 0.5, key
 
 
+def test_no_two_matrices_start_alike():
+    model = build()
+    weights = fill(model, FromScratch(model, 5))
+    for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+        one, two = (weights[f"transformer.h.{block}.{name}.weight"].flatten() for block in (0, 1))
+        assert abs(float(torch.corrcoef(torch.stack([one, two]))[0, 1])) < 0.1, name
+
+
+def test_a_buffer_that_nobody_initialises_is_an_error(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
+
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", lambda self, module: None)
+    with pytest.raises(ModelError, match=r"the buffer model\.rotary_emb\.\w+ is not set"):
+        build("tiny-llama")
+
+
 def test_initial_weights_leave_the_global_generator_and_the_model_alone():
     model = build()
     before = {name: id(parameter) for name, parameter in model.named_parameters()}

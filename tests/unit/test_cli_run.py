@@ -173,6 +173,26 @@ def test_stopped_and_resumed_is_as_never_stopped(options, tmp_path, capsys, numb
     assert events(tmp_path / "halves", "eval")[-1]["loss"] == events(tmp_path / "straight", "eval")[-1]["loss"]
 
 
+def test_every_micro_batch_is_another_part_of_the_text(options):
+    seen = []
+
+    class Watching(FakeInitialize):
+        def __call__(self, **arguments):
+            made = super().__call__(**arguments)
+            forward = self.engine.forward
+
+            def watch(**batch):
+                if torch.is_grad_enabled():
+                    seen.extend(map(tuple, batch["input_ids"].tolist()))
+                return forward(**batch)
+
+            self.engine.forward = watch
+            return made
+
+    run(options(accumulate=3, sample_tokens=0), initialize=Watching())
+    assert len(seen) == len(set(seen)) == STEPS * 3 * 2
+
+
 def test_handlers_are_given_back(options):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     run(options(sample_tokens=0), initialize=FakeInitialize())

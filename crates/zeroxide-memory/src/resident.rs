@@ -27,12 +27,12 @@ pub fn resident_bytes() -> io::Result<Resident> {
     parse_status(BufReader::new(File::open("/proc/self/status")?))
 }
 
-/// Drops the pages of program text from the resident set: code that was touched only while modules were
-/// imported. What is needed again comes back from the page cache by a minor fault. Returns the bytes
+/// Drops the pages of program text and of libraries' constants from the resident set: those touched only while
+/// modules were imported. What is needed again comes back from the page cache by a minor fault. Returns the bytes
 /// dropped.
 ///
-/// Only private file mappings that are readable, executable and not writable are touched, and of those
-/// only the ones in which the kernel counts no anonymous page: no byte of them differs from the file.
+/// Only private file mappings that are not writable are touched, executable ones and those of shared libraries, and of
+/// these only the ones in which the kernel counts no anonymous page: no byte of them differs from the file.
 ///
 /// Call it while no other thread loads or unloads libraries: a mapping is looked up first and dropped
 /// after.
@@ -88,7 +88,7 @@ struct CleanText {
 
 /// One line of `smaps`.
 enum Line<'a> {
-    /// Starts a private, executable, not writable mapping of an existing file.
+    /// Starts a private, not writable mapping of an existing program or library.
     Text(CleanText),
     /// Starts a mapping of any other kind.
     Other,
@@ -134,7 +134,8 @@ fn parse_line(line: &str) -> io::Result<Line<'_>> {
             .map_or(Line::Other, |(name, value)| Line::Field(name, value)));
     }
     let path = words.nth(3).unwrap_or("");
-    if mode != "r-xp" || !path.starts_with('/') || line.ends_with("(deleted)") {
+    let text = mode == "r-xp" || (mode == "r--p" && path.contains(".so"));
+    if !text || !path.starts_with('/') || line.ends_with("(deleted)") {
         return Ok(Line::Other);
     }
     let address = |text| usize::from_str_radix(text, 16).ok();
@@ -200,7 +201,7 @@ mod tests {
                 0,
                 flags,
             ),
-            mapping("1000-3000 r--p 0 fe:00 1 /usr/lib/a.so", 8, 0, flags),
+            mapping("1000-3000 r--p 0 fe:00 1 /usr/share/data", 8, 0, flags),
             mapping("1000-3000 rwxp 0 fe:00 1 /usr/lib/a.so", 8, 0, flags),
             mapping("1000-3000 r-xs 0 fe:00 1 /usr/lib/a.so", 8, 0, flags),
             mapping("1000-3000 r-xp 0 00:00 0 [vdso]", 8, 0, flags),

@@ -6,9 +6,9 @@
 //! ```
 //!
 //! The floor of a format reads and writes exactly the arrays that its step reads and writes, with one
-//! integer operation per element. Floors and steps take turns within each repetition, so that noise of the
-//! machine falls on both; medians and their ratio are printed as one JSON line. `--once` runs a single step
-//! and prints nothing: for callgrind and the like.
+//! integer operation per element. Each step runs between two floors, so that the machine's noise falls on both;
+//! `ratio_median` is the median of floor over step within a round, `ratio_min` that of the fastest runs. The
+//! result is one JSON line. `--once` runs a single step and prints nothing: for callgrind and the like.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -243,35 +243,35 @@ fn main() {
         return;
     }
 
-    // The floor scrambles the state, which would slow no step down but might make it deal in NaN: floors
-    // run in pairs, which restore it.
-    let kinds = [
-        Run::FloorFp32,
-        Run::StepFp32,
-        Run::FloorFp32,
-        Run::FloorSplit,
-        Run::StepSplit,
-        Run::FloorSplit,
-    ];
-    let mut times = [const { Vec::new() }; 6];
-    for _ in 0..=repetitions {
-        for (kind, times) in kinds.into_iter().zip(&mut times) {
-            times.push(run(kind, &pool, isa, &step, &mut state));
-        }
-    }
-    let [a, b, c, d, e, f] = &mut times.map(|times| times[1..].to_vec());
-    a.append(c);
-    d.append(f);
     let mut report = Vec::new();
-    for (format, bytes, floor, step) in [("fp32", 28.0, a, b), ("split", 26.0, d, e)] {
-        let (floor_median, step_median) = (median(floor), median(step));
+    for (format, bytes, floor, step_run) in [
+        ("fp32", 28.0, Run::FloorFp32, Run::StepFp32),
+        ("split", 26.0, Run::FloorSplit, Run::StepSplit),
+    ] {
+        let mut time = |kind| run(kind, &pool, isa, &step, &mut state);
+        // Each step stands between two floors; the first round warms up. (The floors change only the low
+        // half of each fp32 value: the steps keep working on ordinary numbers.)
+        let rounds: Vec<[f64; 3]> = (0..=repetitions)
+            .map(|_| [time(floor), time(step_run), time(floor)])
+            .skip(1)
+            .collect();
+        let mut floors: Vec<f64> = rounds
+            .iter()
+            .flat_map(|&[before, _, after]| [before, after])
+            .collect();
+        let mut steps: Vec<f64> = rounds.iter().map(|round| round[1]).collect();
+        let mut ratios: Vec<f64> = rounds
+            .iter()
+            .map(|&[before, step, after]| f64::midpoint(before, after) / step)
+            .collect();
+        let (floor_median, step_median) = (median(&mut floors), median(&mut steps));
         let speed = |seconds: f64| bytes * params as f64 / seconds / 1e9;
         report.push(format!(
-            "\"{format}\":{{\"bytes_per_param\":{bytes},\"floor_s\":{floor_median:.5},\"step_s\":{step_median:.5},\
-             \"floor_gb_s\":{:.2},\"step_gb_s\":{:.2},\"floor_min_s\":{:.5},\"step_min_s\":{:.5},\
+            "\"{format}\":{{\"bytes_per_param\":{bytes},\"floor_s\":{floor_median:.6},\"step_s\":{step_median:.6},\
+             \"floor_gb_s\":{:.2},\"step_gb_s\":{:.2},\"floor_min_s\":{:.6},\"step_min_s\":{:.6},\
              \"ratio_median\":{:.4},\"ratio_min\":{:.4}}}",
-            speed(floor_median), speed(step_median), floor[0], step[0],
-            floor_median / step_median, floor[0] / step[0],
+            speed(floor_median), speed(step_median), floors[0], steps[0],
+            median(&mut ratios), floors[0] / steps[0],
         ));
     }
     println!(

@@ -57,6 +57,7 @@ pub fn f16_to_f32(bits: u16) -> f32 {
 
 /// fp32 to fp16 bits, rounded to nearest, ties to even, as torch casts; overflow becomes infinity, NaN
 /// becomes `0x7e00`.
+#[expect(clippy::cast_possible_truncation, reason = "the value has 16 bits")]
 #[inline(always)]
 pub fn f16_nearest_even(value: f32) -> u16 {
     // 2^16, the first magnitude beyond every rounding to a finite fp16.

@@ -113,12 +113,13 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
         let raw = scaled(c.grad_scale, gradient);
         let decay = scaled(c.weight_decay, weight);
         let sum = two_sum(raw.head, decay.head);
-        let tail = sum.tail + (raw.tail + decay.tail);
+        // Where the terms cancel, the tail need no longer be small beside the head: make it so again.
+        let sum = two_sum(sum.head, sum.tail + (raw.tail + decay.tail));
         let mean = scaled(c.mean_new, sum.head);
         let root = scaled(c.root_new, sum.head);
         (
-            mean.with_tail(c.mean_new.0.mul_add(tail, mean.tail)),
-            root.with_tail(c.root_new.0.mul_add(tail, root.tail)),
+            mean.with_tail(c.mean_new.0.mul_add(sum.tail, mean.tail)),
+            root.with_tail(c.root_new.0.mul_add(sum.tail, root.tail)),
         )
     } else {
         (scaled(c.mean_new, gradient), scaled(c.root_new, gradient))

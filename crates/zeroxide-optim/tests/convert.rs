@@ -1,5 +1,10 @@
 //! Conversions against the `half` crate and by exhaustion.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "test data is cut on purpose"
+)]
+
 mod random;
 
 use half::{bf16, f16};

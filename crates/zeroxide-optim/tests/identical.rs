@@ -1,6 +1,11 @@
 //! The bits do not depend on the instruction set, the thread count, where slices begin and end, or which of
 //! the two exact formats holds the state.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    reason = "test data is rounded on purpose"
+)]
+
 mod random;
 
 use random::Random;

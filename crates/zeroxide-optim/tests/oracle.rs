@@ -3,6 +3,14 @@
 //! The unit is one ulp (of fp32) of the larger of the new weight and the update: what a single rounding of
 //! the result could be blamed for. The bound is 2; the kernels stay near 1.6.
 
+#![allow(
+    clippy::cast_possible_truncation,
+    clippy::cast_precision_loss,
+    reason = "test data is rounded on purpose"
+)]
+#![allow(clippy::float_cmp, reason = "some results are exact")]
+#![allow(clippy::print_stderr, reason = "the worst error is worth seeing")]
+
 mod random;
 
 use random::Random;
@@ -191,19 +199,24 @@ fn adam_stays_within_two_ulp() {
 
 #[test]
 fn cancelling_moments_stay_within_two_ulp() {
-    // beta1 m and (1 - beta1) g cancel down to their last bits, and the weight hides nothing.
+    // beta1 m and (1 - beta1) g cancel to a millionth, and the weight hides nothing. (Beyond that the tails
+    // run out of bits in turn: the update's error stays below 2^-44 of the larger term.)
     let params = AdamParams::default();
     let mut random = Random::new(2);
     let starts: Vec<[f32; 4]> = (0..200_000)
         .map(|_| {
             let exp_avg = random.normal() as f32;
-            let nearly = 1.0 + random.normal() * 10.0_f64.powf(-7.0 * random.uniform());
-            let gradient = (-9.0 * f64::from(exp_avg) * nearly) as f32;
+            let rest = (1.0 + random.uniform()) * 10.0_f64.powf(-6.0 * random.uniform());
+            let gradient = (-9.0 * f64::from(exp_avg) * (1.0 + rest)) as f32;
             [0.0, exp_avg, (10.0 * random.uniform()) as f32, gradient]
         })
         .collect();
     let mut worst = Worst::default();
     worst.check(&params, 10, 1.0, &starts);
+    eprintln!(
+        "worst weight {:.3} ulp, worst moment {:.3} ulp",
+        worst.weight, worst.moment
+    );
     worst.assert_within_bounds();
 }
 

@@ -43,7 +43,7 @@ fn items_are_handed_to_their_own_task() {
     let pool = Pool::new(2).expect("threads");
     let mut values = vec![0; 1000];
     pool.run_each(values.iter_mut().collect(), |index, value: &mut usize| {
-        *value = index
+        *value = index;
     });
     assert!(
         values

@@ -237,6 +237,10 @@ def _find(load_dir: Path, tag: str | None) -> Path:
                 advice = _present(load_dir, "give tag=")
             raise CheckpointError(f"{load_dir} has no file `{LATEST}`: {advice}", path=load_dir) from None
         origin = f" (named by `{LATEST}`)"
+        try:
+            check_tag(tag, load_dir)
+        except CheckpointError as error:
+            raise CheckpointError(f"{load_dir / LATEST} is damaged: {error}", path=load_dir) from None
     check_tag(tag, load_dir)
     path = load_dir / tag
     if path.exists():

@@ -99,7 +99,7 @@ class SavedBuffer(_Section):
 
     name: str
     shape: list[Size]
-    pieces: list[Piece]
+    pieces: Annotated[list[Piece], Field(min_length=1)]
 
 
 class SavedFile(_Section):

@@ -94,7 +94,8 @@ def match_buffers(
         if saved is None:
             continue
         stored = DTYPES[saved.pieces[0].dtype]
-        if list(buffer.shape) != saved.shape or buffer.is_floating_point() != stored.is_floating_point:
+        converts = buffer.dtype == stored or (buffer.is_floating_point() and stored.is_floating_point)
+        if list(buffer.shape) != saved.shape or not converts:
             found.shapes.append(
                 f"{name} ({stored} {_shape(saved.shape)} there, {buffer.dtype} {_shape(buffer.shape)} here)"
             )

@@ -55,10 +55,7 @@ def _save_model(this: Running) -> None:
         config.dtype = "bfloat16" if this.options.dtype == "bf16" else "float32"
         config.save_pretrained(aside)
         if this.model.generation_config is not None:
-            generation = this.model.generation_config
-            if this.choice.directory is None or not this.choice.has_tokenizer:
-                generation.bos_token_id = generation.eos_token_id = this.data.end_of_text
-            generation.save_pretrained(aside)
+            this.model.generation_config.save_pretrained(aside)
         this.engine.save_16bit_model(str(aside))
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
