@@ -2,6 +2,17 @@
 
 from typing import Any, final
 
+__all__ = [
+    "Offload",
+    "TensorSpec",
+    "Window",
+    "__version__",
+    "drop_clean_text",
+    "isa",
+    "keep_freed_memory",
+    "resident",
+]
+
 __version__: str
 
 @final
@@ -18,7 +29,6 @@ class Window:
     def address(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
 class Offload:

@@ -137,7 +137,7 @@ Origin = tuple[Any, int]
 
 
 def _origin(tensor: torch.Tensor) -> Origin:
-    """What made the tensor. An operation in place makes something new of it, a module that hands it through does not."""
+    """What made the tensor: an operation in place makes it something new, a module that hands it through does not."""
     return (tensor.grad_fn, tensor.output_nr) if tensor.grad_fn is not None else (id(tensor), 0)
 
 
