@@ -64,7 +64,7 @@ def test_initial_weights_have_the_distribution_of_the_model_class(name):
     assert ours.keys() == theirs.keys()
     for key, tensor in ours.items():
         want = theirs[key].detach()
-        if float(want.detach().std()) == 0:
+        if float(want.std()) == 0:
             assert tensor.equal(want), key
         else:
             # The spread of n draws is known to about 1 / sqrt(2 n); five of those on either side.
