@@ -1,5 +1,6 @@
 """What goes on after a checkpoint is loaded, whole or in part."""
 
+import os
 import random
 
 import numpy as np
@@ -224,3 +225,16 @@ def test_parameters_unfrozen_since_start_with_zero_moments(make, tmp_path, here)
         assert not here[name, "exp_avg_sq"].any()
         assert here[name, "updates"] == 0
     assert here["blocks.2.up.weight", "exp_avg"].equal(there["blocks.2.up.weight", "exp_avg"])
+
+
+def test_short_reads_go_on(make, tmp_path, monkeypatch):
+    saver = make("none", "split", model=freeze(Model()))
+    train(saver, 0, 2)
+    saver.save_checkpoint(tmp_path / "out", exclude_frozen_parameters=True)
+    loader = make("nvme", "split", model=freeze(Model()))
+    preadv = os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, views, at: preadv(file, [views[0][: max(1, len(views[0]) // 3)]], at)
+    )
+    loader.load_checkpoint(tmp_path / "out")
+    assert_same(state(loader), state(saver))
