@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 from saving import Model, refused, state, train
 
 from zeroxide.checkpoint import manifest
@@ -103,6 +104,7 @@ FORGED = [
     (("parameters", 0, "weights", 0, "dtype"), "F4", "unknown dtype 'F4'"),
     (("parameters", 0, "names"), ["items.1.weight"], "two parameters are called items.1.weight"),
     (("client_state",), [1], "client_state is no dict"),
+    (("groups", 0, "hyperparameters"), 5, "an optimizer group is no dict"),
     (("generators", "torch"), "AAAA", "is not well-formed"),
     (("generators",), {}, "is not well-formed"),
     (("files", 0, "bytes"), 1 << 40, "is damaged: it should have 1099511627776 bytes"),
@@ -125,6 +127,30 @@ def test_a_schedule_state_that_does_not_fit_changes_nothing(make, tmp_path):
     loader = make(config=schedule, seed=7)
     train(loader, 1)
     assert "the lr_scheduler refused its state" in refused(loader, tmp_path / "out")
+
+
+class Hesitant(torch.optim.lr_scheduler.StepLR):
+    """Fails to load, but only after it has changed itself and the optimizer."""
+
+    refuses = False
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 5.0
+        if self.refuses:
+            type(self).refuses = False
+            raise ValueError("no")
+
+
+def test_a_schedule_that_fails_to_load_is_put_back(make, tmp_path, monkeypatch):
+    saver = make(lr_scheduler=lambda optimizer: Hesitant(optimizer, 1, 0.5))
+    train(saver, 3)
+    saver.save_checkpoint(tmp_path / "out")
+    loader = make(lr_scheduler=lambda optimizer: Hesitant(optimizer, 1, 0.5), seed=7)
+    train(loader, 1)
+    monkeypatch.setattr(Hesitant, "refuses", True)
+    assert "the lr_scheduler refused its state (ValueError: no)" in refused(loader, tmp_path / "out")
 
 
 def forge(path, name, data):

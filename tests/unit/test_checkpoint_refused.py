@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from checkpointing import SCHEDULES, WIDTH, Model, assert_same, state, train
+from checkpointing import SCHEDULES, VOCABULARY, WIDTH, Model, assert_same, state, train
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -112,22 +112,21 @@ def test_sharing_that_differs(make, tmp_path):
 
 
 def test_a_shared_parameter_is_found_by_any_of_its_names(make, tmp_path):
-    class Reordered(Model):
+    class Aliased(Model):
         def __init__(self):
             super().__init__()
-            head = self.head
-            embed = self.embed
-            del self.head, self.embed
-            blocks, seen = self.blocks, self.seen
-            del self.blocks, self.seen
-            self.head, self.blocks, self.seen, self.embed = head, blocks, seen, embed
+            modules = dict(self._modules)
+            self._modules.clear()
+            self.first = nn.Linear(WIDTH, VOCABULARY, bias=False)
+            self.first.weight = modules["embed"].weight
+            self._modules.update(reversed(modules.items()))
 
     saver = make()
     train(saver, 0, 1)
     saver.save_checkpoint(tmp_path / "out")
-    loader = make(model=Reordered(), seed=7)
+    loader = make(model=Aliased(), seed=7)
     loader.load_checkpoint(tmp_path / "out")
-    assert state(loader)["head.weight", "exp_avg"].equal(state(saver)["embed.weight", "exp_avg"])
+    assert state(loader)["first.weight", "exp_avg"].equal(state(saver)["embed.weight", "exp_avg"])
 
 
 def groups_of(model, swap=False):

@@ -136,7 +136,9 @@ def test_make_has_its_commands_and_explains_them():
     }
     assert expected == targets()
     if shutil.which("make"):
-        shown = subprocess.run(["make", "help"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        shown = subprocess.run(
+            ["make", "--no-print-directory", "help"], cwd=ROOT, check=True, capture_output=True, text=True
+        ).stdout
         assert {line.split()[0] for line in shown.splitlines()} == expected
 
 

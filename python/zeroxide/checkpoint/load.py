@@ -87,6 +87,8 @@ class _Load:
             self.schedule = decode(manifest.scheduler.state) if manifest.scheduler is not None else None
             if not isinstance(self.client_state, dict):
                 raise TypeError("client_state is no dict")
+            if not all(isinstance(group, dict) for group in self.groups):
+                raise TypeError("an optimizer group is no dict")
             if self.resume:
                 generators.check(manifest.generators)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
