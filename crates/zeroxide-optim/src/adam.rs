@@ -107,8 +107,11 @@ impl AdamStep {
     /// Prepares step number `step`, counted from 1, as torch's `state["step"]` is after the update.
     ///
     /// `grad_scale` multiplies every gradient first: `1 / loss_scale`, times the clip factor.
+    ///
+    /// # Panics
+    /// If `step` is zero.
     pub fn new(params: &AdamParams, step: u64, grad_scale: f64) -> Self {
-        debug_assert!(step >= 1, "steps are counted from 1");
+        assert!(step >= 1, "steps are counted from 1");
         let coupled = !params.decoupled && params.weight_decay != 0.0;
         #[expect(clippy::cast_precision_loss, reason = "exact below 2^53 steps")]
         let t = step as f64;

@@ -154,12 +154,11 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     };
 
     // q = m / d. The denominator is zero, infinite or between 2^-75 and 2^65: its reciprocal is normal.
-    // The remainder takes the larger term of the denominator first, so that little is lost in between.
+    // The remainder takes off `q sqrt(v)` first, then `q eps'`: next to exact while the root is the larger, and
+    // half an ulp of the update away where eps' is. (Sorting the two takes that back for 3 % of the time.)
     let reciprocal = 1.0 / denominator.head;
     let quotient = mean.head * reciprocal;
-    let larger = f32::from_bits(root.to_bits().max(c.eps.0.to_bits()));
-    let smaller = f32::from_bits(root.to_bits().min(c.eps.0.to_bits()));
-    let remainder = (-quotient).mul_add(smaller, (-quotient).mul_add(larger, mean.head));
+    let remainder = (-quotient).mul_add(c.eps.0, (-quotient).mul_add(root, mean.head));
     let remainder = (-quotient).mul_add(denominator.tail, remainder + mean.tail);
     let tail = remainder * reciprocal;
     let quotient = Pair {

@@ -1,7 +1,7 @@
 //! Accuracy of one step against the formula in double precision.
 //!
 //! The unit is one ulp (of fp32) of the larger of the new weight and the update: what a single rounding of
-//! the result could be blamed for. The bound is 2; the kernels stay near 1.6.
+//! the result could be blamed for. The bound is 2; the kernels stay below 1.9.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -245,6 +245,10 @@ fn extreme_magnitudes_stay_within_two_ulp() {
             .collect();
         worst.check(&params, 7, 1.0, &starts);
     }
+    eprintln!(
+        "worst weight {:.3} ulp, worst moment {:.3} ulp",
+        worst.weight, worst.moment
+    );
     worst.assert_within_bounds();
 }
 
