@@ -32,6 +32,9 @@ class AdamW(torch.optim.Optimizer):
     format: "split" or "fp32" for bf16 parameters. host_memory: most bytes of state in memory ("1GiB" or an int).
     threads: compute threads, by default one a CPU.
 
+    Load weights before making the optimizer: with `format="fp32"` it keeps its own master copy of bf16 parameters, and
+    does not see what is written into them later.
+
     Raises ModelError for parameters that are not contiguous fp32 or bf16 in host memory, ConfigError for options,
     BudgetError and StorageError where the state does not fit.
     """
