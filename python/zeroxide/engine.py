@@ -21,10 +21,12 @@ from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError
 from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import groups_for
+from zeroxide.ranks import Ranks
+from zeroxide.zero.exchange import Alone, CollectiveExchange, Exchange, SharedExchange, settle
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters
-from zeroxide.zero.plan import Plan, make_plan
+from zeroxide.zero.plan import DTYPES, Plan, make_plan
 from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
@@ -54,10 +56,15 @@ class Engine(nn.Module):
         optimizer: Any = None,
         parameters: Any = None,
         weights: WeightSource | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         super().__init__()
         self.module = module
         self.config = config
+        self.ranks = ranks or Ranks()
+        self.global_rank = self.ranks.rank
+        self.local_rank = self.ranks.local_rank
+        self.world_size = self.ranks.world
         self.lr_scheduler: Any = None
         self.training_dataloader: DataLoader[Any] | None = None
         self.global_steps = 0
@@ -74,7 +81,7 @@ class Engine(nn.Module):
         groups = groups_for(module, config, optimizer, parameters)
         _check_groups(groups)
         threads = config.threads or len(os.sched_getaffinity(0))
-        self._plan = make_plan(module, config, threads=threads, resident=_resident_without(module))
+        self._plan = make_plan(module, config, threads=threads, resident=_resident_without(module), ranks=self.ranks)
         self._core = _make_core(self._plan, config)
         try:
             self._place(module, groups, weights)
@@ -93,7 +100,9 @@ class Engine(nn.Module):
         new = replace_meta_parameters(module)
         # Units remember shapes before the parameters lose them.
         units = [Unit(index, unit, core, plan.compute) for index, unit in enumerate(plan.units)]
-        fill_units(module, plan.units, core, weights, new)
+        self._exchange = self._make_exchange(units)
+        self._exchange.connect()
+        fill_units(module, plan.units, core, weights, new, self.ranks)
         for unit in units:
             unit.params = [new.get(id(param), param) for param in unit.params]
             for param in unit.params:
@@ -103,13 +112,23 @@ class Engine(nn.Module):
         for group in groups:
             group["params"] = [new.get(id(param), param) for param in group["params"]]
         self._units = units
-        self._gatherer = Gatherer(core, units, self.config.prefetch)
+        self._gatherer = Gatherer(core, self._exchange, units, self.config.prefetch)
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
         self.optimizer = EngineOptimizer(groups, core, self._update)
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if on_disk or self.config.trim_libraries:
             _core.drop_clean_text()
+
+    def _make_exchange(self, units: list[Unit]) -> Exchange:
+        core, plan = self._alive(), self._plan
+        if plan.world == 1:
+            return Alone(core)
+        wire = DTYPES[self.config.reduce_dtype]
+        if plan.wire == "shared":
+            return SharedExchange(core, units, self.ranks, wire)
+        persistent = plan.weights is Home.HOST
+        return CollectiveExchange(core, units, self.ranks, wire, replicated=plan.replicated, persistent=persistent)
 
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
         core = self._alive()
@@ -163,8 +182,10 @@ class Engine(nn.Module):
         self._hooks.begin_backward()
         try:
             loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        finally:
-            self._hooks.end_backward()
+        except BaseException:
+            self._hooks.abandon_backward()
+            raise
+        self._hooks.end_backward()
         self._times["backward"] += time.perf_counter() - start
         return loss
 
@@ -190,7 +211,7 @@ class Engine(nn.Module):
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = core.grad_norm()
+        sum_squares, nonfinite, landed = settle(core, self.ranks)
         self._norm = math.sqrt(sum_squares) if not nonfinite else math.nan
         self.optimizer.overflow = nonfinite or not math.isfinite(self._norm)
         if self.optimizer.overflow:
@@ -200,6 +221,7 @@ class Engine(nn.Module):
             clip = self.config.gradient_clipping
             scale = 1.0 if not clip else min(1.0, clip / (self._norm + CLIP_EPSILON))
             core.step(self.optimizer.core_groups(), scale)
+            self._exchange.after_step()
             self._applied = True
         self._times["step"] += time.perf_counter() - start
 
@@ -233,8 +255,16 @@ class Engine(nn.Module):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Inside it, gradients accumulate and nothing is exchanged. With one process there is nothing to exchange."""
-        yield
+        """Inside it, gradients accumulate on their rank and are exchanged by the next backward outside.
+
+        Saves traffic; takes memory for all gradients of the model on every rank, and sums micro-batches in the dtype in
+        which gradients travel.
+        """
+        self._hooks.synchronize = False
+        try:
+            yield
+        finally:
+            self._hooks.synchronize = True
 
     # What scripts ask ------------------------------------------------------------------------------------------
 
@@ -253,7 +283,7 @@ class Engine(nn.Module):
     def train_batch_size(self) -> int:
         """Samples per optimizer step."""
         return self.config.train_batch_size or (
-            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps()
+            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.ranks.world
         )
 
     def train_micro_batch_size_per_gpu(self) -> int:
@@ -367,6 +397,7 @@ class Engine(nn.Module):
             for unit in self._units:
                 unit.hide()
         core.close()
+        self.ranks.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -424,10 +455,11 @@ def _check_groups(groups: list[dict[str, Any]]) -> None:
 
 
 def _make_core(plan: Plan, config: Config) -> _core.Offload:
-    weights = "disk" if plan.weights is Home.DISK else "host"
+    weights = {Home.HOST: "host", Home.SHARD: "shard", Home.DISK: "disk"}[plan.weights]
     state = "disk" if plan.state is Home.DISK else "host"
     units = [
-        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state) for unit in plan.units
+        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state, unit.span)
+        for unit in plan.units
     ]
     directories = [
         offload.path
@@ -449,6 +481,12 @@ def _make_core(plan: Plan, config: Config) -> _core.Offload:
         queue_depth=config.queue_depth,
         directories=list(dict.fromkeys(directories)),
         job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
+        rank=plan.rank,
+        world=plan.world,
+        replicated=plan.replicated,
+        wire=plan.wire,
+        wire_grad=DTYPE_NAMES[DTYPES[config.reduce_dtype]],
+        reduce_scale=1.0 if config.reduce_sum else 1.0 / plan.world,
     )
 
 

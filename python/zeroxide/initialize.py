@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 
 from zeroxide.config import Config, load
 from zeroxide.engine import Engine
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.ranks import Ranks, start
 from zeroxide.zero.materialize import WeightSource
 
 __all__ = ["initialize"]
@@ -69,8 +70,10 @@ def initialize(
     chosen = config if config is not None else config_params
     if chosen is None:
         chosen = getattr(args, "deepspeed_config", None)
+    ranks = start(port=distributed_port)
     resolved = load(
         chosen,
+        world_size=ranks.world,
         lr=lr,
         betas=betas,
         eps=eps,
@@ -83,10 +86,10 @@ def initialize(
         gradient_clipping=gradient_clipping,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights)
+    engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
     try:
         engine.lr_scheduler = _scheduler(resolved, lr_scheduler, (engine.optimizer, optimizer))
-        loader = _loader(resolved, training_data, collate_fn)
+        loader = _loader(resolved, training_data, collate_fn, ranks)
     except BaseException:
         engine.destroy()
         raise
@@ -115,21 +118,29 @@ def _scheduler(config: Config, given: Any, optimizers: tuple[torch.optim.Optimiz
     return given
 
 
-def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None) -> DataLoader[Any] | None:
+def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ranks: Ranks) -> DataLoader[Any] | None:
     if data is None:
         return None
     batch = config.train_micro_batch_size_per_gpu or 1
     if hasattr(data, "__len__"):
-        size = len(data)
+        size = math.ceil(len(data) / ranks.world)
         batches = size // batch if config.dataloader_drop_last else math.ceil(size / batch)
         if batches == 0:
             from zeroxide.errors import DataError
 
-            raise DataError(f"training_data has {size} samples and a micro-batch takes {batch}: there is no batch")
+            raise DataError(
+                f"training_data has {size} samples for each of {ranks.world} ranks and a micro-batch takes {batch}: "
+                "there is no batch"
+            )
+    sampler: DistributedSampler[Any] | None = None
+    shuffle = not isinstance(data, torch.utils.data.IterableDataset)
+    if shuffle and ranks.world > 1:
+        sampler = DistributedSampler(data, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last)
     return DataLoader(
         data,
         batch_size=batch,
-        shuffle=not isinstance(data, torch.utils.data.IterableDataset),
+        shuffle=shuffle and sampler is None,
+        sampler=sampler,
         drop_last=config.dataloader_drop_last,
         collate_fn=collate_fn,
     )

@@ -24,6 +24,7 @@ ALLOWED = {
     "zeroxide-layout": set(),
     "zeroxide-memory": {"zeroxide-layout"},
     "zeroxide-storage": {"zeroxide-layout", "zeroxide-memory"},
+    "zeroxide-exchange": {"zeroxide-layout", "zeroxide-memory"},
     "zeroxide-device": {"zeroxide-layout", "zeroxide-memory"},
     "zeroxide-optim": {"zeroxide-layout", "zeroxide-memory"},
 }

@@ -1,13 +1,14 @@
 //! Host memory: byte budgets, arenas that lease ranges, and windows under which physical pages move.
 //!
 //! Every payload byte of a run lives in memory made here and is counted in exactly one [`Bucket`] of a
-//! [`Budget`]. Three shapes of memory cover the needs of a step:
+//! [`Budget`]. Four shapes of memory cover the needs of a step:
 //!
 //! - [`Arena`]: one mapping, leased in ranges. A [`Lease`] is the unique owner of its range and moves
 //!   into an operation and back out of it.
 //! - [`FramePool`]: physical memory in frames of 2 MiB that no one can touch until it is mapped.
 //! - [`Window`]: a fixed address range for one unit's flat weights. Frames are moved under it while the
 //!   unit is gathered; otherwise a stray access faults.
+//! - [`SharedSegment`]: memory that the ranks of one host see in common.
 //!
 //! Objects made here belong to the process that made them. In a forked child their operations return
 //! [`MemoryError::Forked`] and dropping them does nothing.
@@ -25,6 +26,7 @@ mod lease;
 mod map;
 mod region;
 mod resident;
+mod shared;
 mod window;
 
 pub use allocator::keep_freed_memory;
@@ -35,4 +37,5 @@ pub use fork::ForkGuard;
 pub use frames::{FRAME, Frame, FramePool};
 pub use lease::{Lease, Pod};
 pub use resident::{Resident, drop_clean_text, resident_bytes};
+pub use shared::SharedSegment;
 pub use window::{Anchor, Window, WindowState};

@@ -1,7 +1,9 @@
 //! Address ranges, and the system calls that decide what lies under them.
 #![expect(unsafe_code, reason = "system calls on address ranges")]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::ptr::NonNull;
 
 use libc::{c_int, c_void};
@@ -94,6 +96,38 @@ impl Mapping {
             )
         }?;
         // Without huge pages the memory works the same, only slower: a kernel that has none refuses.
+        let _ = self.advise(libc::MADV_HUGEPAGE, "madvise (huge pages)");
+        Ok(())
+    }
+
+    /// Puts `len` bytes of `file` from `offset` on, readable, writable and shared with every other process that maps
+    /// them, under the first `len` bytes, with huge pages advised.
+    ///
+    /// # Safety
+    /// Nothing may refer to a byte of the range: what lay under it is lost. Others may change the bytes at any time:
+    /// whoever makes references to them has to have an agreement with the other processes.
+    pub(crate) unsafe fn commit_shared(
+        &self,
+        len: usize,
+        file: &File,
+        offset: usize,
+    ) -> Result<(), MemoryError> {
+        let start = self.range(0, len);
+        let Ok(from) = libc::off_t::try_from(offset) else {
+            return Err(MemoryError::InvalidRequest {
+                what: "offset in shared memory",
+                got: offset,
+                expected: "less than the largest file",
+            });
+        };
+        let protection = libc::PROT_READ | libc::PROT_WRITE;
+        let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+        // SAFETY: MAP_FIXED replaces pages of this mapping's own range only; the caller promises that nothing refers to
+        // them.
+        let mapped = unsafe { libc::mmap(start, len, protection, flags, file.as_raw_fd(), from) };
+        if mapped == libc::MAP_FAILED {
+            return Err(os_error("mmap (shared memory)", len));
+        }
         let _ = self.advise(libc::MADV_HUGEPAGE, "madvise (huge pages)");
         Ok(())
     }

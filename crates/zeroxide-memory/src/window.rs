@@ -11,7 +11,7 @@ use zeroxide_layout::{PAGE, checked_align_up_usize};
 use crate::frames::{FRAME, Frame};
 use crate::map::Mapping;
 use crate::region::{Backing, Region};
-use crate::{Bucket, Budget, Lease, MemoryError};
+use crate::{Bucket, Budget, Lease, MemoryError, SharedSegment};
 
 /// Where the bytes of a window are.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -203,6 +203,43 @@ impl Window {
         let reservation = budget.reserve(bucket, self.len as u64)?;
         // SAFETY: an empty window has no lease, and addresses from `base` are unused by its contract.
         unsafe { self.region.mapping().commit(self.len) }?;
+        state.backing = Backing::Owned(reservation);
+        Ok(())
+    }
+
+    /// Puts payload bytes of `segment`, from `offset` (a multiple of 4 KiB) on, under the window, for good. They count in
+    /// `bucket` until the window is gone, in every process that does this: resident memory counts so, too.
+    ///
+    /// What a lease on the window owns is then only this process's part of an agreement between all that map the
+    /// segment: who may write which bytes when.
+    ///
+    /// # Errors
+    /// As [`make_home`](Self::make_home), and [`MemoryError::OutOfRange`] when the segment is too short.
+    pub fn make_shared_home(
+        &mut self,
+        budget: &Budget,
+        bucket: Bucket,
+        segment: &SharedSegment,
+        offset: usize,
+    ) -> Result<(), MemoryError> {
+        let mut state = self.region.lock()?;
+        expect_state(&state.backing, WindowState::Empty, "make home of", "empty")?;
+        if !offset.is_multiple_of(PAGE) || offset + self.len > segment.payload() {
+            return Err(MemoryError::OutOfRange {
+                start: offset,
+                end: offset + self.len,
+                len: segment.payload(),
+            });
+        }
+        let reservation = budget.reserve(bucket, self.len as u64)?;
+        // SAFETY: an empty window has no lease, and addresses from `base` are unused by its contract.
+        unsafe {
+            self.region.mapping().commit_shared(
+                self.len,
+                segment.file(),
+                segment.payload_offset() + offset,
+            )
+        }?;
         state.backing = Backing::Owned(reservation);
         Ok(())
     }

@@ -5,14 +5,17 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use zeroxide_layout::{BlockId, Component, Dtype, StateLayout, Tiling, UnitLayout};
-use zeroxide_memory::{Arena, Bucket, Budget, FRAME, FramePool, Lease, Window};
+use zeroxide_memory::{Arena, Bucket, Budget, FRAME, FramePool, Window};
 use zeroxide_optim::Pool;
 use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
 
 use crate::error::{OffloadError, Result, misuse};
-use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
+use crate::fill::Fill;
+use crate::homes::{GradArena, ShardArena, Share, StateArena, lay_out};
+use crate::mail::Mail;
+use crate::read::CachedTile;
+use crate::settings::{Place, Settings, StateHome, UnitSpec, WeightHome};
 use crate::step::ActiveStep;
-use crate::transfer::{CachedTile, Fill};
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::{Residence, Weights};
 
@@ -31,6 +34,11 @@ pub(crate) struct Disk {
 }
 
 pub(crate) struct Core {
+    pub(crate) place: Place,
+    /// How gradients reach the other ranks.
+    pub(crate) mail: Mail,
+    pub(crate) wire_grad: Dtype,
+    pub(crate) reduce_scale: f32,
     pub(crate) units: Vec<Unit>,
     pub(crate) state_layout: StateLayout,
     pub(crate) compute: Dtype,
@@ -58,17 +66,20 @@ impl Core {
         let state_layout = StateLayout::new(settings.compute, settings.format)?;
         let budget = Budget::new(settings.limit);
         let pool = Pool::new(settings.threads)?;
-        let mut layouts = Vec::with_capacity(specs.len());
-        for spec in specs {
-            layouts.push(UnitLayout::new(&spec.params, 1)?);
-        }
-        let grads = GradArena::new(&budget, settings.grad, specs, &layouts)?;
-        let states = StateArena::new(&budget, state_layout, specs, &layouts)?;
+        let layouts = lay_out(settings.place, specs)?;
+        let shares: Vec<Share> = specs
+            .iter()
+            .zip(&layouts)
+            .map(|(spec, layout)| Share::new(settings.place, spec, layout))
+            .collect();
+        let grads = GradArena::new(&budget, settings.grad, specs, &shares)?;
+        let states = StateArena::new(&budget, state_layout, specs, &shares)?;
+        let homes = ShardArena::new(&budget, settings.compute, specs, &shares)?;
         let frames = frame_pool(&budget, settings, specs, &layouts)?;
         let mut blocks = Vec::new();
         let mut units = Vec::with_capacity(specs.len());
-        for (index, (spec, layout)) in specs.iter().zip(layouts).enumerate() {
-            let trainable = layout.trainable_len();
+        for (index, ((spec, layout), share)) in specs.iter().zip(layouts).zip(&shares).enumerate() {
+            let trainable = share.kept;
             let touches_disk = spec.weights == WeightHome::Disk
                 || (spec.state == StateHome::Disk && trainable > 0);
             let tile = if touches_disk {
@@ -76,7 +87,7 @@ impl Core {
             } else {
                 settings.tile_elements * HOST_TILE_FACTOR
             };
-            let weights = make_weights(&budget, settings.compute, spec, &layout)?;
+            let weights = make_weights(&budget, settings, spec, &layout, &homes, share)?;
             let state = match spec.state {
                 _ if trainable == 0 => StateBlocks::None,
                 StateHome::Disk => StateBlocks::Disk {
@@ -90,23 +101,7 @@ impl Core {
                 call: "new",
                 what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
             })?;
-            for (component, element) in state_layout.components() {
-                let size = *element as u64;
-                let elements = match component {
-                    Component::Weight if spec.weights == WeightHome::Disk => layout.len(),
-                    Component::Weight => continue,
-                    _ if matches!(state, StateBlocks::Disk { .. }) => trainable,
-                    _ => continue,
-                };
-                blocks.push(BlockSpec {
-                    id: BlockId {
-                        unit: id,
-                        component: *component,
-                    },
-                    bytes: elements * size,
-                    tile_bytes: tile * size,
-                });
-            }
+            blocks.extend(disk_blocks(state_layout, id, spec, &state, share, tile));
             let grad = match spec.weights {
                 WeightHome::Borrowed => None,
                 _ if trainable == 0 => None,
@@ -114,12 +109,15 @@ impl Core {
             };
             units.push(Unit {
                 name: spec.name.clone(),
-                weight_tiles: Tiling::new(layout.len(), tile)?,
+                base: share.base,
+                weight_tiles: Tiling::new(share.own, tile)?,
                 state_tiles: Tiling::new(trainable, tile)?,
                 layout,
                 weights,
                 state,
                 grad,
+                outgoing: None,
+                fresh: true,
                 params: Unit::param_states(&spec.params),
             });
         }
@@ -128,7 +126,12 @@ impl Core {
         } else {
             Some(Disk::open(&budget, settings, state_layout, blocks)?)
         };
+        let mail = Mail::new(&budget, settings, specs, &units)?;
         Ok(Self {
+            place: settings.place,
+            mail,
+            wire_grad: settings.wire_grad,
+            reduce_scale: settings.reduce_scale,
             units,
             state_layout,
             compute: settings.compute,
@@ -226,23 +229,63 @@ pub(crate) fn to_usize(value: u64) -> usize {
     usize::try_from(value).expect("layouts are checked against the address space")
 }
 
+/// What the unit keeps on disk.
+fn disk_blocks(
+    layout: StateLayout,
+    unit: u32,
+    spec: &UnitSpec,
+    state: &StateBlocks,
+    share: &Share,
+    tile: u64,
+) -> Vec<BlockSpec> {
+    let state_on_disk = matches!(state, StateBlocks::Disk { .. });
+    let mut blocks = Vec::new();
+    for (component, element) in layout.components() {
+        let size = *element as u64;
+        let elements = match component {
+            Component::Weight if spec.weights == WeightHome::Disk => share.own,
+            Component::Weight => continue,
+            _ if state_on_disk => share.kept,
+            _ => continue,
+        };
+        blocks.push(BlockSpec {
+            id: BlockId {
+                unit,
+                component: *component,
+            },
+            bytes: elements * size,
+            tile_bytes: tile * size,
+        });
+    }
+    blocks
+}
+
 fn make_weights(
     budget: &Budget,
-    compute: Dtype,
+    settings: &Settings,
     spec: &UnitSpec,
     layout: &UnitLayout,
+    homes: &ShardArena,
+    share: &Share,
 ) -> Result<Weights> {
-    let bytes = to_usize(layout.len()) * compute.size();
+    let bytes = to_usize(layout.len()) * settings.compute.size();
     Ok(match spec.weights {
         WeightHome::Borrowed => Weights::Borrowed { lent: None },
-        WeightHome::Disk => Weights::Disk {
+        WeightHome::Disk | WeightHome::Shard => Weights::Moving {
             window: Window::reserve(bytes)?,
             residence: Residence::Away,
+            home: homes.lease(spec, share)?,
         },
         WeightHome::Host => {
             let mut window = Window::reserve(bytes)?;
-            window.make_home(budget, Bucket::Weights)?;
-            Weights::Host { window }
+            // Memory that ranks share is put under the window when they have found one another.
+            if !settings.place.shares_weights() {
+                window.make_home(budget, Bucket::Weights)?;
+            }
+            Weights::Host {
+                window,
+                whole: true,
+            }
         }
     })
 }
@@ -256,7 +299,7 @@ fn frame_pool(
     let largest = specs
         .iter()
         .zip(layouts)
-        .filter(|(spec, _)| spec.weights == WeightHome::Disk)
+        .filter(|(spec, _)| matches!(spec.weights, WeightHome::Disk | WeightHome::Shard))
         .map(|(spec, layout)| (to_usize(layout.len()) * settings.compute.size(), &spec.name))
         .max();
     let Some((largest, name)) = largest else {
@@ -314,94 +357,5 @@ impl Disk {
             ring,
             arrivals: channel(),
         })
-    }
-}
-
-/// One mapping for all gradients.
-struct GradArena {
-    arena: Option<Arena>,
-    dtype: Dtype,
-}
-
-impl GradArena {
-    fn new(
-        budget: &Budget,
-        dtype: Dtype,
-        specs: &[UnitSpec],
-        layouts: &[UnitLayout],
-    ) -> Result<Self> {
-        let elements: u64 = specs
-            .iter()
-            .zip(layouts)
-            .filter(|(spec, _)| spec.weights != WeightHome::Borrowed)
-            .map(|(_, layout)| layout.trainable_len())
-            .sum();
-        let bytes = to_usize(elements) * dtype.size();
-        let arena = if bytes == 0 {
-            None
-        } else {
-            Some(Arena::new(budget, Bucket::Gradients, bytes)?)
-        };
-        Ok(Self { arena, dtype })
-    }
-
-    fn lease(&self, elements: u64) -> Result<Lease> {
-        let arena = self.arena.as_ref().expect("sized from the same units");
-        Ok(arena.lease(
-            to_usize(elements) * self.dtype.size(),
-            zeroxide_layout::PAGE,
-        )?)
-    }
-}
-
-/// One mapping for all optimizer state at home in host memory.
-struct StateArena {
-    arena: Option<Arena>,
-    layout: StateLayout,
-}
-
-impl StateArena {
-    fn new(
-        budget: &Budget,
-        layout: StateLayout,
-        specs: &[UnitSpec],
-        layouts: &[UnitLayout],
-    ) -> Result<Self> {
-        let elements: u64 = specs
-            .iter()
-            .zip(layouts)
-            .filter(|(spec, _)| spec.state == StateHome::Host)
-            .map(|(_, layout)| layout.trainable_len())
-            .sum();
-        let bytes = to_usize(elements)
-            * Self::state_components(layout)
-                .map(|(_, bytes)| bytes)
-                .sum::<usize>();
-        let arena = if bytes == 0 {
-            None
-        } else {
-            Some(Arena::new(budget, Bucket::Optimizer, bytes)?)
-        };
-        Ok(Self { arena, layout })
-    }
-
-    fn state_components(layout: StateLayout) -> impl Iterator<Item = (Component, usize)> {
-        layout
-            .components()
-            .iter()
-            .copied()
-            .filter(|(component, _)| *component != Component::Weight)
-    }
-
-    fn blocks(&self, elements: u64) -> Result<Vec<(Component, Lease)>> {
-        let arena = self.arena.as_ref().expect("sized from the same units");
-        Self::state_components(self.layout)
-            .map(|(component, bytes)| {
-                Ok((
-                    component,
-                    arena.lease(to_usize(elements) * bytes, zeroxide_layout::PAGE)?,
-                ))
-            })
-            .collect()
     }
 }

@@ -1,6 +1,7 @@
 //! What can go wrong between the tiers.
 
 use thiserror::Error;
+use zeroxide_exchange::ExchangeError;
 use zeroxide_layout::LayoutError;
 use zeroxide_memory::MemoryError;
 use zeroxide_optim::OptimError;
@@ -18,6 +19,9 @@ pub enum OffloadError {
     /// The worker threads could not be had.
     #[error(transparent)]
     Optim(#[from] OptimError),
+    /// The exchange with the other ranks failed or was called off.
+    #[error(transparent)]
+    Exchange(#[from] ExchangeError),
     /// The shapes do not make a layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),

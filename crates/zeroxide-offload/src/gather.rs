@@ -10,14 +10,17 @@ use zeroxide_memory::{FRAME, Frame, Lease};
 use zeroxide_storage::Completion;
 
 use crate::core::{Core, byte_range, receive, to_usize};
-use crate::error::{OffloadError, Result};
+use crate::error::{OffloadError, Result, misuse};
 use crate::weights::{Residence, Weights};
 
 const TILE_BITS: u32 = 32;
 
 impl Core {
-    /// Makes the unit's weights readable under its window and holds them there. Idempotent.
-    pub(crate) fn gather(&mut self, unit: usize) -> Result<()> {
+    /// Makes this rank's part of the unit's weights readable under its window and holds it there. Idempotent.
+    ///
+    /// Returns whether the other ranks' parts are there, too. Where they are not, the caller brings them, and says so with
+    /// [`set_whole`](Self::set_whole).
+    pub(crate) fn gather(&mut self, unit: usize) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("gather", unit)?;
         self.finish_unit(unit)?;
@@ -33,9 +36,52 @@ impl Core {
         }
         self.clock += 1;
         let clock = self.clock;
-        if let Some(Residence::Here { pinned, used }) = self.residence_mut(unit) {
+        if let Some(Residence::Here { pinned, used, .. }) = self.residence_mut(unit) {
             *pinned = true;
             *used = clock;
+        }
+        self.await_versions(unit)?;
+        self.refresh_shard(unit)?;
+        Ok(match &self.units[unit].weights {
+            Weights::Host { whole, .. } => *whole,
+            Weights::Moving { residence, .. } => {
+                matches!(residence, Residence::Here { whole: true, .. })
+            }
+            Weights::Borrowed { .. } => true,
+        })
+    }
+
+    /// The other ranks' parts of the unit's weights lie under its window.
+    pub(crate) fn set_whole(&mut self, unit: usize) -> Result<()> {
+        self.check_unit("set_whole", unit)?;
+        match &mut self.units[unit].weights {
+            Weights::Host { whole, .. }
+            | Weights::Moving {
+                residence: Residence::Here { whole, .. },
+                ..
+            } => *whole = true,
+            Weights::Moving { .. } => {
+                return misuse("set_whole", "the unit is not gathered");
+            }
+            Weights::Borrowed { .. } => {}
+        }
+        Ok(())
+    }
+
+    /// Where the shard is at home beside the window: brings its present value under the window.
+    fn refresh_shard(&mut self, unit: usize) -> Result<()> {
+        let element = self.compute.size();
+        let this = &self.units[unit];
+        let own = this.own();
+        if let Weights::Moving {
+            window,
+            residence: Residence::Here { whole: false, .. },
+            home: Some(home),
+        } = &this.weights
+        {
+            window
+                .lease(byte_range(&own, element))?
+                .copy_from_slice(home);
         }
         Ok(())
     }
@@ -60,7 +106,7 @@ impl Core {
         self.check_unit("release", unit)?;
         self.clock += 1;
         let clock = self.clock;
-        if let Some(Residence::Here { pinned, used }) = self.residence_mut(unit) {
+        if let Some(Residence::Here { pinned, used, .. }) = self.residence_mut(unit) {
             *pinned = false;
             *used = clock;
         }
@@ -79,14 +125,14 @@ impl Core {
 
     pub(crate) fn residence(&self, unit: usize) -> Option<&Residence> {
         match &self.units[unit].weights {
-            Weights::Disk { residence, .. } => Some(residence),
+            Weights::Moving { residence, .. } => Some(residence),
             _ => None,
         }
     }
 
     pub(crate) fn residence_mut(&mut self, unit: usize) -> Option<&mut Residence> {
         match &mut self.units[unit].weights {
-            Weights::Disk { residence, .. } => Some(residence),
+            Weights::Moving { residence, .. } => Some(residence),
             _ => None,
         }
     }
@@ -97,7 +143,7 @@ impl Core {
         let Some(frames) = self.take_frames(bytes.div_ceil(FRAME), unit, forced)? else {
             return Ok(false);
         };
-        let Weights::Disk { window, .. } = &mut self.units[unit].weights else {
+        let Weights::Moving { window, .. } = &mut self.units[unit].weights else {
             return Ok(true);
         };
         window.map(frames)?;
@@ -113,10 +159,23 @@ impl Core {
         let mut pending = 0;
         let mut failed = None;
         let this = &self.units[unit];
+        if !this.weights.on_disk() {
+            self.clock += 1;
+            let used = self.clock;
+            if let Some(residence) = self.residence_mut(unit) {
+                *residence = Residence::Here {
+                    whole: false,
+                    pinned: false,
+                    used,
+                };
+            }
+            return Ok(true);
+        }
         let window = this.weights.window().expect("mapped above");
         let disk = self.disk();
         for tile in 0..this.weight_tiles.count() {
-            let buffer = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
+            let flat = this.flat(&this.weight_tiles.range(tile));
+            let buffer = window.lease(byte_range(&flat, element))?;
             let tag = ((unit as u64) << TILE_BITS) | u64::from(tile);
             match disk
                 .store
@@ -169,6 +228,7 @@ impl Core {
                 Some(Residence::Here {
                     pinned: false,
                     used,
+                    ..
                 }) if !self.is_updating(unit) => Some((*used, unit)),
                 _ => None,
             })
@@ -202,7 +262,10 @@ impl Core {
     /// Takes the frames away from a unit that nobody uses; its bytes are on disk.
     pub(crate) fn evict(&mut self, unit: usize) -> Result<()> {
         self.finish_writes(unit)?;
-        if let Weights::Disk { window, residence } = &mut self.units[unit].weights {
+        if let Weights::Moving {
+            window, residence, ..
+        } = &mut self.units[unit].weights
+        {
             drop(window.unmap()?);
             *residence = Residence::Away;
         }
@@ -247,8 +310,10 @@ impl Core {
         };
         self.clock += 1;
         let used = self.clock;
+        let whole = self.place.world == 1;
         if let Some(residence) = self.residence_mut(unit) {
             *residence = Residence::Here {
+                whole,
                 pinned: false,
                 used,
             };
@@ -265,7 +330,8 @@ impl Core {
         let element = self.compute.size();
         let mut tiles = Vec::new();
         for tile in 0..this.weight_tiles.count() {
-            let lease = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
+            let flat = this.flat(&this.weight_tiles.range(tile));
+            let lease = window.lease(byte_range(&flat, element))?;
             tiles.push(Mutex::new((lease, Ok(()))));
         }
         let store = &self.disk().store;

@@ -39,7 +39,8 @@ impl Core {
     ) -> Result<()> {
         self.check_param("land", unit, param)?;
         self.finish_unit(unit)?;
-        let dtype = self.grad;
+        let away = self.arrives_away(unit, param)?;
+        let dtype = if away { self.wire_grad } else { self.grad };
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param) + start;
         let numel = this.layout.numel(param);
@@ -47,7 +48,8 @@ impl Core {
         let state = &mut this.params[param];
         let (expected, mode) = match state.arriving {
             Some((next, mode)) if start > 0 => (next, mode),
-            _ => (0, if state.landed { Land::Add } else { Land::Store }),
+            _ if state.has_arrived(away) => (0, Land::Add),
+            _ => (0, Land::Store),
         };
         if start != expected || start + len > numel {
             return misuse(
@@ -59,20 +61,27 @@ impl Core {
                 ),
             );
         }
-        let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
+        let buffer = if away {
+            this.outgoing.as_mut()
+        } else {
+            this.grad.as_mut()
+        };
+        let Some(buffer) = buffer.filter(|_| state.trainable) else {
             return misuse(
                 "land",
                 format!("{} parameter {param} is frozen or lent", this.name),
             );
         };
         let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
-        let landed = land_pieces(&self.pool, dtype, bytes, source, mode, norm);
-        if start == 0 {
-            state.sum_squares = 0.0;
-            state.nonfinite = false;
+        let landed = land_pieces(&self.pool, dtype, bytes, source, mode, norm && !away);
+        if !away {
+            if start == 0 {
+                state.sum_squares = 0.0;
+                state.nonfinite = false;
+            }
+            state.sum_squares += landed.sum_squares;
+            state.nonfinite |= landed.nonfinite;
         }
-        state.sum_squares += landed.sum_squares;
-        state.nonfinite |= landed.nonfinite;
         let complete = start + len == numel;
         state.arriving = if complete {
             None
@@ -80,6 +89,7 @@ impl Core {
             Some((start + len, mode))
         };
         state.landed |= complete;
+        state.sent |= away && complete;
         Ok(())
     }
 
@@ -98,7 +108,8 @@ impl Core {
     ) -> Result<()> {
         self.check_param("land_rows", unit, param)?;
         self.finish_unit(unit)?;
-        let dtype = self.grad;
+        let away = self.arrives_away(unit, param)?;
+        let dtype = if away { self.wire_grad } else { self.grad };
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param);
         let numel = this.layout.numel(param);
@@ -116,7 +127,12 @@ impl Core {
                 ),
             );
         }
-        let Some(buffer) = this.grad.as_mut().filter(|_| state.trainable) else {
+        let buffer = if away {
+            this.outgoing.as_mut()
+        } else {
+            this.grad.as_mut()
+        };
+        let Some(buffer) = buffer.filter(|_| state.trainable) else {
             return misuse(
                 "land_rows",
                 format!("{} parameter {param} is frozen or lent", this.name),
@@ -132,7 +148,7 @@ impl Core {
                 format!("row {row} of {count} in {} parameter {param}", this.name),
             );
         }
-        if !state.landed {
+        if !state.has_arrived(away) {
             bytes.fill(0);
         }
         let stride = width * dtype.size();
@@ -141,15 +157,31 @@ impl Core {
             let target = grad_mut(dtype, &mut bytes[at..at + stride]);
             land(target, as_grad(dtype, &sum), Land::Add, false);
         }
-        let measured = measure(&self.pool, dtype, bytes);
-        state.sum_squares = measured.sum_squares;
-        state.nonfinite = measured.nonfinite;
         state.landed = true;
+        state.sent = away;
+        if !away {
+            let measured = measure(&self.pool, dtype, bytes);
+            state.sum_squares = measured.sum_squares;
+            state.nonfinite = measured.nonfinite;
+        }
         Ok(())
     }
 
-    /// The norm of all gradients that have landed; complete only if each was last landed with `norm`.
+    /// Whether a gradient from autograd goes into the room for other ranks, which is then there.
+    fn arrives_away(&mut self, unit: usize, param: usize) -> Result<bool> {
+        let away = self.place.world > 1;
+        if away && self.units[unit].params[param].trainable {
+            self.make_room(unit)?;
+        }
+        Ok(away)
+    }
+
+    /// The norm of all gradients that have landed; complete only if each was last landed with `norm`. With several ranks,
+    /// this rank's part of it.
     pub(crate) fn grad_norm(&self) -> GradNorm {
+        if self.place.world > 1 {
+            return self.shard_norm();
+        }
         let mut total = GradNorm {
             sum_squares: 0.0,
             nonfinite: false,
@@ -172,9 +204,13 @@ impl Core {
     pub(crate) fn clear_gradients(&mut self) {
         for param in self.units.iter_mut().flat_map(|unit| &mut unit.params) {
             param.landed = false;
+            param.sent = false;
             param.arriving = None;
             param.sum_squares = 0.0;
             param.nonfinite = false;
+        }
+        for unit in &mut self.units {
+            unit.fresh = true;
         }
     }
 }
@@ -196,7 +232,7 @@ fn grad_slice<'a>(grad: &Grad<'a>, range: std::ops::Range<usize>) -> Grad<'a> {
 }
 
 /// Bytes as a gradient.
-fn as_grad(dtype: Dtype, bytes: &[u8]) -> Grad<'_> {
+pub(crate) fn as_grad(dtype: Dtype, bytes: &[u8]) -> Grad<'_> {
     match dtype {
         Dtype::F32 => Grad::F32(bytemuck::cast_slice(bytes)),
         Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
@@ -225,7 +261,7 @@ fn sum_rows(dtype: Dtype, rows: &[i64], source: &Grad<'_>, width: usize) -> Vec<
 }
 
 /// Bytes of a gradient buffer as its elements.
-fn grad_mut(dtype: Dtype, bytes: &mut [u8]) -> GradMut<'_> {
+pub(crate) fn grad_mut(dtype: Dtype, bytes: &mut [u8]) -> GradMut<'_> {
     match dtype {
         Dtype::F32 => GradMut::F32(bytemuck::cast_slice_mut(bytes)),
         Dtype::Bf16 => GradMut::Bf16(bytemuck::cast_slice_mut(bytes)),

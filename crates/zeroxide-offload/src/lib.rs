@@ -5,19 +5,24 @@
 
 mod core;
 mod error;
+mod fill;
 mod gather;
+mod homes;
 mod landing;
+mod mail;
 mod offload;
+mod read;
+mod reduce;
 mod settings;
 mod step;
-mod transfer;
 mod unit;
 mod update;
 mod weights;
 
 pub use error::{OffloadError, Result};
+pub use fill::Part;
 pub use landing::GradNorm;
 pub use offload::{IoReport, Offload};
-pub use settings::{Settings, StateHome, UnitSpec, WeightHome};
-pub use transfer::Part;
+pub use settings::{Place, Settings, StateHome, UnitSpec, WeightHome, Wire};
 pub use weights::Lent;
+pub use zeroxide_exchange::{ExchangeError, Seat, Stop};

@@ -1,17 +1,18 @@
 //! The public face of the crate: one lock around the state, and nothing else.
 
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
+use zeroxide_exchange::{Seat, Stop};
 use zeroxide_memory::{Anchor, Bucket, Budget, Usage};
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::IoCounters;
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
+use crate::fill::Part;
 use crate::landing::GradNorm;
 use crate::settings::{Settings, UnitSpec};
-use crate::transfer::Part;
 use crate::weights::{Lent, Weights};
 
 /// Traffic between disk and memory since the start.
@@ -33,6 +34,7 @@ pub struct IoReport {
 pub struct Offload {
     core: Mutex<Option<Core>>,
     budget: Budget,
+    stop: Option<Arc<Stop>>,
 }
 
 impl Offload {
@@ -40,7 +42,9 @@ impl Offload {
     pub fn new(settings: &Settings, units: &[UnitSpec]) -> Result<Self> {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
+        let stop = core.mail.stop().cloned();
         Ok(Self {
+            stop,
             core: Mutex::new(Some(core)),
             budget,
         })
@@ -132,8 +136,93 @@ impl Offload {
         self.with("set_updates", |core| core.set_updates(unit, param, updates))
     }
 
-    /// Makes a unit's weights readable and holds them. Idempotent.
-    pub fn gather(&self, unit: usize) -> Result<()> {
+    /// Where the other ranks of this host find this one; `None` where nothing is shared.
+    pub fn seat(&self) -> Result<Option<Seat>> {
+        self.with("seat", |core| Ok(core.seat()))
+    }
+
+    /// Takes up the connection to all ranks, whose seats come in rank order.
+    pub fn join(&self, seats: &[Seat]) -> Result<()> {
+        self.with("join", |core| core.join(seats))
+    }
+
+    /// Ends every present and later wait for another rank with an error that says `line`. Never blocks.
+    pub fn call_off(&self, line: String) {
+        if let Some(stop) = &self.stop {
+            stop.call_off(line);
+        }
+    }
+
+    /// Ends the unit's part of this backward: its gradients go out to the ranks that keep them.
+    pub fn send(&self, unit: usize) -> Result<()> {
+        self.with("send", |core| core.send(unit))
+    }
+
+    /// Whether this rank has sent the unit and not yet summed what all have sent.
+    pub fn is_sent(&self, unit: usize) -> Result<bool> {
+        self.with("is_sent", |core| {
+            core.check_unit("is_sent", unit)?;
+            Ok(core.is_sent(unit))
+        })
+    }
+
+    /// Sums a unit's gradients once every rank has sent them; with `wait`, waits for that. Returns whether it did.
+    pub fn receive(&self, unit: usize, wait: bool) -> Result<bool> {
+        self.with("receive", |core| core.receive(unit, wait))
+    }
+
+    /// (address, bytes) of what a unit sends, for collectives; valid until [`receive_from`](Self::receive_from).
+    pub fn outgoing(&self, unit: usize) -> Result<(usize, usize)> {
+        self.with("outgoing", |core| core.outgoing(unit))
+    }
+
+    /// Sums what collectives have brought: this rank's shard of each rank's gradients, in rank order.
+    pub fn receive_from(&self, unit: usize, received: &[u8]) -> Result<()> {
+        self.with("receive_from", |core| core.receive_from(unit, received))
+    }
+
+    /// Which trainable parameters have had a gradient since the last step.
+    pub fn landed(&self) -> Result<Vec<bool>> {
+        self.with("landed", |core| Ok(core.landed()))
+    }
+
+    /// Sets that to what holds over all ranks.
+    pub fn set_landed(&self, landed: &[bool]) -> Result<()> {
+        self.with("set_landed", |core| core.set_landed(landed))
+    }
+
+    /// The other ranks' parts of a gathered unit's weights have been put under its window.
+    pub fn set_whole(&self, unit: usize) -> Result<()> {
+        self.with("set_whole", |core| core.set_whole(unit))
+    }
+
+    /// The elements of a unit's layout that this rank saves, over all ranks each once.
+    pub fn shard(&self, unit: usize) -> Result<(u64, u64)> {
+        self.with("shard", |core| {
+            core.check_unit("shard", unit)?;
+            let shard = core.units[unit].layout.shard(core.place.rank);
+            Ok((shard.start, shard.end))
+        })
+    }
+
+    /// The parts of parameters in this rank's shard of a unit: (parameter, first element in it, elements).
+    pub fn pieces(&self, unit: usize) -> Result<Vec<(usize, u64, u64)>> {
+        self.with("pieces", |core| {
+            core.check_unit("pieces", unit)?;
+            let layout = &core.units[unit].layout;
+            let pieces = layout.params_in(layout.shard(core.place.rank));
+            Ok(pieces
+                .map(|piece| {
+                    let count = piece.range.end - piece.range.start;
+                    (piece.param, piece.offset_in_param, count)
+                })
+                .collect())
+        })
+    }
+
+    /// Makes this rank's part of a unit's weights readable and holds it; returns whether the other ranks' parts are
+    /// there, too. Idempotent.
+    pub fn gather(&self, unit: usize) -> Result<bool> {
         self.with("gather", |core| core.gather(unit))
     }
 

@@ -12,6 +12,8 @@ pub enum WeightHome {
     Host,
     /// On disk; under the window only while the unit is gathered.
     Disk,
+    /// This rank's shard in host memory; the whole under the window only while the unit is gathered.
+    Shard,
     /// In memory that belongs to the caller and is lent for the time of a step.
     Borrowed,
 }
@@ -30,6 +32,8 @@ pub enum StateHome {
 pub struct UnitSpec {
     /// Name for messages.
     pub name: String,
+    /// Its gradients come all through backward, not one after the other within a short time.
+    pub long: bool,
     /// Its parameters, in the caller's order.
     pub params: Vec<ParamShape>,
     /// Home of the weights.
@@ -38,8 +42,52 @@ pub struct UnitSpec {
     pub state: StateHome,
 }
 
+/// How gradients reach the ranks that keep them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wire {
+    /// Through memory that the ranks of one host share. Weights at home in host memory are then shared, too, unless the
+    /// state is replicated.
+    Shared,
+    /// Through collectives of the caller's.
+    Collective,
+}
+
+/// This process's place among those that train one model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Number of this process, below `world`.
+    pub rank: u32,
+    /// Number of processes.
+    pub world: u32,
+    /// Every rank keeps all gradients and optimizer state (stage 0) instead of its shard of them.
+    pub replicated: bool,
+    /// How gradients travel. Of no meaning with one rank.
+    pub wire: Wire,
+}
+
+impl Place {
+    /// The only process.
+    pub const ALONE: Self = Self {
+        rank: 0,
+        world: 1,
+        replicated: false,
+        wire: Wire::Collective,
+    };
+
+    /// Whether weights at home in host memory are one copy for all ranks.
+    pub(crate) fn shares_weights(self) -> bool {
+        self.world > 1 && self.wire == Wire::Shared && !self.replicated
+    }
+}
+
 /// Everything else the core needs to know.
 pub struct Settings {
+    /// This process among the others.
+    pub place: Place,
+    /// Dtype in which gradients travel between ranks.
+    pub wire_grad: Dtype,
+    /// What the sum over ranks is multiplied with; 1 / world for a mean.
+    pub reduce_scale: f32,
     /// Hard limit of payload bytes; `None` for no limit.
     pub limit: Option<u64>,
     /// Compute threads.

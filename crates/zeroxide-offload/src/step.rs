@@ -88,6 +88,7 @@ impl Core {
             writes: 0,
             replies: channel(),
         };
+        let mut untouched = Vec::new();
         for (index, unit) in self.units.iter().enumerate() {
             let plan = segments(unit, groups, grad_scale)?;
             // Moments that are not on disk yet must all be written, also where there is no gradient.
@@ -99,10 +100,13 @@ impl Core {
             ) && !plan.is_empty();
             let count = unit.state_tiles.count();
             let tiles: Vec<u32> = (0..count)
-                .filter(|tile| all || overlaps(&plan, &unit.state_tiles.range(*tile)))
+                .filter(|tile| all || overlaps(&plan, &unit.flat(&unit.state_tiles.range(*tile))))
                 .collect();
             step.work.extend(tiles.iter().map(|tile| (index, *tile)));
             let whole = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
+            if tiles.is_empty() {
+                untouched.push(index);
+            }
             step.units.push(Progress {
                 plan,
                 tiles: tiles.len(),
@@ -120,6 +124,9 @@ impl Core {
             param.updates += 1;
         }
         self.clear_gradients();
+        for unit in untouched {
+            self.weights_kept(unit);
+        }
         self.step = Some(step);
         if self.disk.is_none() {
             return self.finish_step();
@@ -254,14 +261,17 @@ impl Core {
         }
         self.clock += 1;
         let used = self.clock;
+        let alone = self.place.world == 1;
         if let Some(residence) = self.residence_mut(unit)
             && matches!(residence, Residence::Updating)
         {
             *residence = Residence::Here {
+                whole: alone,
                 pinned: false,
                 used,
             };
         }
+        self.weights_renewed(unit);
         Ok(())
     }
 
@@ -292,7 +302,7 @@ impl Core {
                     .weights
                     .window()
                     .expect("weights on disk have a window")
-                    .lease(bytes)?,
+                    .lease(byte_range(&this.flat(&elements), *size))?,
                 _ => match self.disk().ring.lease(bytes.len(), PAGE) {
                     Ok(lease) => lease,
                     Err(_) => return Ok(false),
@@ -339,6 +349,7 @@ impl Core {
     fn try_window(&mut self, unit: usize, tile: u32) -> Result<()> {
         if tile > 0
             || !self.active().units[unit].whole
+            || !self.units[unit].weights.on_disk()
             || !matches!(self.residence(unit), Some(Residence::Away))
         {
             return Ok(());
@@ -354,10 +365,13 @@ impl Core {
     fn start_writes(&mut self, job: TileJob, checksums: &[(Component, u64)]) -> Result<()> {
         let this = &self.units[job.unit];
         let mut outgoing = job.buffers;
-        if let Weights::Disk { window, .. } = &this.weights
+        if let Weights::Moving {
+            window, home: None, ..
+        } = &this.weights
             && this.weights.in_memory()
         {
-            let bytes = byte_range(&this.weight_tiles.range(job.tile), self.compute.size());
+            let flat = this.flat(&this.weight_tiles.range(job.tile));
+            let bytes = byte_range(&flat, self.compute.size());
             outgoing.push((Component::Weight, window.lease(bytes)?));
         }
         let step = self

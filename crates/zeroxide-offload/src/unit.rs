@@ -1,5 +1,7 @@
 //! One unit: its layout, where its blocks are, its gradients and what each parameter has seen.
 
+use std::ops::Range;
+
 use zeroxide_layout::{Component, ParamShape, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::Land;
@@ -8,6 +10,10 @@ use crate::weights::Weights;
 
 /// What the optimizer knows of one parameter.
 #[derive(Clone, Debug)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "facts that do not exclude one another"
+)]
 pub(crate) struct ParamState {
     pub(crate) trainable: bool,
     /// Index into the groups that a step is given.
@@ -16,6 +22,8 @@ pub(crate) struct ParamState {
     pub(crate) updates: u64,
     /// A gradient has arrived since the last step.
     pub(crate) landed: bool,
+    /// A gradient lies in the unit's outgoing buffer.
+    pub(crate) sent: bool,
     /// A gradient is arriving in parts: the next element expected, and what landing does with each part.
     pub(crate) arriving: Option<(u64, Land)>,
     /// Sum of squares of the gradient kept, as of its last arrival with `norm`.
@@ -43,18 +51,39 @@ pub(crate) enum StateBlocks {
 pub(crate) struct Unit {
     pub(crate) name: String,
     pub(crate) layout: UnitLayout,
-    /// Tiles of the weight block: all elements.
+    /// Where in the layout this rank's weights, gradients and state start. Tiles and blocks count from there.
+    pub(crate) base: u64,
+    /// Tiles of this rank's weights.
     pub(crate) weight_tiles: Tiling,
-    /// Tiles of the state blocks: the trainable elements.
+    /// Tiles of this rank's state: its trainable elements.
     pub(crate) state_tiles: Tiling,
     pub(crate) weights: Weights,
     pub(crate) state: StateBlocks,
-    /// Gradients of the trainable elements, in the gradient dtype. `None` where the caller lends them.
+    /// Gradients of this rank's trainable elements, in the gradient dtype. `None` where the caller lends them.
     pub(crate) grad: Option<Lease>,
+    /// Gradients of all trainable elements on their way to the ranks that keep them, in the dtype they travel in.
+    pub(crate) outgoing: Option<Lease>,
+    /// Nothing has been reduced into `grad` since the last step.
+    pub(crate) fresh: bool,
     pub(crate) params: Vec<ParamState>,
 }
 
 impl Unit {
+    /// The range of the layout that `range` of this rank's shard is.
+    pub(crate) fn flat(&self, range: &Range<u64>) -> Range<u64> {
+        self.base + range.start..self.base + range.end
+    }
+
+    /// The elements of the layout that this rank keeps at home.
+    pub(crate) fn own(&self) -> Range<u64> {
+        self.flat(&(0..self.weight_tiles.len()))
+    }
+
+    /// Those whose gradient and optimizer state this rank keeps.
+    pub(crate) fn kept(&self) -> Range<u64> {
+        self.flat(&(0..self.state_tiles.len()))
+    }
+
     pub(crate) fn param_states(shapes: &[ParamShape]) -> Vec<ParamState> {
         shapes
             .iter()
@@ -63,10 +92,18 @@ impl Unit {
                 group: 0,
                 updates: 0,
                 landed: false,
+                sent: false,
                 arriving: None,
                 sum_squares: 0.0,
                 nonfinite: false,
             })
             .collect()
+    }
+}
+
+impl ParamState {
+    /// Whether a gradient lies where the next one arrives: in the unit's outgoing buffer if `away`, else in the one kept.
+    pub(crate) fn has_arrived(&self, away: bool) -> bool {
+        if away { self.sent } else { self.landed }
     }
 }

@@ -62,10 +62,8 @@ pub(crate) fn update_tile(
 ) -> Result<Vec<(Component, u64)>> {
     let range = unit.state_tiles.range(update.tile);
     let weight_range = unit.weight_tiles.range(update.tile);
-    let weight_bytes = byte_range(
-        &weight_range,
-        element_bytes(update.layout, Component::Weight),
-    );
+    let weight_element = element_bytes(update.layout, Component::Weight);
+    let base = unit.base;
     let on_disk = unit.weights.on_disk();
     let zero = matches!(
         unit.state,
@@ -74,7 +72,7 @@ pub(crate) fn update_tile(
         }
     );
     let (lent_weight, lent_grad);
-    let mut window_lease;
+    let mut shard;
     let mut sources: Vec<(Component, &mut [u8], bool, bool)> = Vec::new();
     let (grad, grad_dtype): (&[u8], Dtype) = match &mut unit.weights {
         Weights::Borrowed { lent } => {
@@ -84,7 +82,7 @@ pub(crate) fn update_tile(
             (lent_weight, lent_grad) = (&mut lent.weight, &lent.grad);
             let numel = unit.layout.numel(0);
             let real = range.start..range.end.min(numel);
-            let bytes = byte_range(&real, element_bytes(update.layout, Component::Weight));
+            let bytes = byte_range(&real, weight_element);
             sources.push((Component::Weight, &mut lent_weight[bytes], false, false));
             (
                 &lent_grad[byte_range(&real, lent.grad_dtype.size())],
@@ -92,12 +90,9 @@ pub(crate) fn update_tile(
             )
         }
         weights => {
-            if weights.in_memory() {
-                window_lease = weights
-                    .window()
-                    .expect("not borrowed")
-                    .lease(weight_bytes)?;
-                sources.push((Component::Weight, &mut window_lease, false, on_disk));
+            shard = weights.shard_bytes(base, &weight_range, weight_element)?;
+            if let Some(bytes) = shard.as_deref_mut() {
+                sources.push((Component::Weight, bytes, false, on_disk));
             }
             let grad = unit
                 .grad
@@ -117,7 +112,14 @@ pub(crate) fn update_tile(
         sources.push((*component, lease, !fresh, true));
     }
     let len = to_usize(range.end - range.start);
-    let parts = divide(update, sources, range.start, len, grad, grad_dtype.size());
+    let parts = divide(
+        update,
+        sources,
+        base + range.start,
+        len,
+        grad,
+        grad_dtype.size(),
+    );
     let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
     update.pool.run(parts.len(), |index| {
         let mut part = parts[index].lock().expect("each task has its own part");

@@ -1,7 +1,12 @@
 //! Where the live weights of one unit are, and which moves are allowed.
 
+use std::ops::{Deref, DerefMut, Range};
+
 use zeroxide_layout::Dtype;
 use zeroxide_memory::{Lease, Window};
+
+use crate::core::byte_range;
+use crate::error::Result;
 
 /// A parameter that belongs to the caller, lent for the time of one step.
 pub struct Lent {
@@ -29,6 +34,8 @@ pub(crate) enum Residence {
     Updating,
     /// Under the window and equal to the bytes on disk, or to those on their way there.
     Here {
+        /// The other ranks' shards are there, too, and none is older than this rank's.
+        whole: bool,
         /// In use: the frames must not be taken.
         pinned: bool,
         /// Clock value of the last use; the smallest is reclaimed first.
@@ -42,13 +49,17 @@ pub(crate) enum Weights {
     Host {
         /// The range they lie in.
         window: Window,
+        /// The other ranks' shards are as new as this rank's.
+        whole: bool,
     },
-    /// At home on disk.
-    Disk {
+    /// At home elsewhere: this rank's shard on disk or in other host memory.
+    Moving {
         /// The range they appear in.
         window: Window,
         /// Where they are now.
         residence: Residence,
+        /// This rank's shard, where that is at home in host memory; `None` for the disk.
+        home: Option<Lease>,
     },
     /// The caller's memory, present while a step runs.
     Borrowed {
@@ -61,22 +72,75 @@ impl Weights {
     /// The window, where there is one.
     pub(crate) fn window(&self) -> Option<&Window> {
         match self {
-            Weights::Host { window } | Weights::Disk { window, .. } => Some(window),
+            Weights::Host { window, .. } | Weights::Moving { window, .. } => Some(window),
             Weights::Borrowed { .. } => None,
         }
     }
 
-    /// Whether the bytes can be read and written in memory now.
+    /// Whether this rank's bytes can be read and written in memory now.
     pub(crate) fn in_memory(&self) -> bool {
         match self {
-            Weights::Host { .. } => true,
-            Weights::Disk { residence, .. } => matches!(residence, Residence::Here { .. }),
+            Weights::Host { .. } | Weights::Moving { home: Some(_), .. } => true,
+            Weights::Moving { residence, .. } => matches!(residence, Residence::Here { .. }),
             Weights::Borrowed { lent } => lent.is_some(),
         }
     }
 
     /// Whether a new value must also be written to disk.
     pub(crate) fn on_disk(&self) -> bool {
-        matches!(self, Weights::Disk { .. })
+        matches!(self, Weights::Moving { home: None, .. })
+    }
+
+    /// Elements `range` of this rank's shard, `base` being where the shard starts in the unit, leased or borrowed for an
+    /// update. `None` when they are not in memory, or the caller's.
+    pub(crate) fn shard_bytes(
+        &mut self,
+        base: u64,
+        range: &Range<u64>,
+        element: usize,
+    ) -> Result<Option<ShardBytes<'_>>> {
+        if !self.in_memory() {
+            return Ok(None);
+        }
+        Ok(match self {
+            Weights::Borrowed { .. } => None,
+            Weights::Moving {
+                home: Some(lease), ..
+            } => Some(ShardBytes::Home(&mut lease[byte_range(range, element)])),
+            Weights::Host { window, .. } | Weights::Moving { window, .. } => {
+                let flat = base + range.start..base + range.end;
+                Some(ShardBytes::Window(
+                    window.lease(byte_range(&flat, element))?,
+                ))
+            }
+        })
+    }
+}
+
+/// Bytes of a shard's weights in memory.
+pub(crate) enum ShardBytes<'a> {
+    /// Under the unit's window.
+    Window(Lease),
+    /// At home beside it.
+    Home(&'a mut [u8]),
+}
+
+impl Deref for ShardBytes<'_> {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        match self {
+            ShardBytes::Window(lease) => lease,
+            ShardBytes::Home(bytes) => bytes,
+        }
+    }
+}
+
+impl DerefMut for ShardBytes<'_> {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        match self {
+            ShardBytes::Window(lease) => lease,
+            ShardBytes::Home(bytes) => bytes,
+        }
     }
 }

@@ -5,6 +5,7 @@
 //!   same per-element arithmetic and give the same bits.
 //! - [`land`]: a gradient arriving in its home buffer, stored or accumulated, with its squared norm and
 //!   the non-finite check taken in the same pass.
+//! - [`sum_scaled`]: the sum of several ranks' gradients, in their order.
 //! - [`split`] and [`join`]: an fp32 master weight as a live bf16 weight and a 16-bit residual.
 //! - [`Pool`]: worker threads with a fixed map from task to thread.
 //!
@@ -21,6 +22,7 @@ mod isa;
 mod land;
 mod pool;
 mod split;
+mod sum;
 
 pub use adam::{AdamParams, AdamStep, Grad, LowOut};
 pub use adam::{step_fp32, step_fp32_with, step_split, step_split_with};
@@ -30,3 +32,4 @@ pub use isa::{Isa, isa};
 pub use land::{GradMut, Land, LandStats, land, land_with};
 pub use pool::Pool;
 pub use split::{join, join_slice, split, split_slice};
+pub use sum::{sum_scaled, sum_scaled_with};

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use zeroxide_memory::MemoryError;
-use zeroxide_offload::OffloadError;
+use zeroxide_offload::{ExchangeError, OffloadError};
 
 /// The exception a user sees: named by whose concern the error is, with the message unchanged.
 pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
@@ -12,7 +12,9 @@ pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
         OffloadError::Memory(MemoryError::OverBudget { .. }) | OffloadError::NoFrames { .. } => {
             "BudgetError"
         }
+        OffloadError::Exchange(ExchangeError::Stopped { .. }) => "RanksError",
         OffloadError::Memory(_)
+        | OffloadError::Exchange(_)
         | OffloadError::Layout(_)
         | OffloadError::Optim(_)
         | OffloadError::Misuse { .. } => {

@@ -8,7 +8,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{Lent, Offload, Part, Settings, StateHome, UnitSpec, WeightHome};
+use zeroxide_offload::{
+    Lent, Offload, Part, Place, Seat, Settings, StateHome, UnitSpec, WeightHome, Wire,
+};
 use zeroxide_optim::AdamParams;
 use zeroxide_storage::EngineKind;
 
@@ -16,8 +18,8 @@ use crate::errors::map;
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
 
-/// (name, [(elements, trainable)], home of the weights, home of the optimizer state)
-type UnitTuple = (String, Vec<(u64, bool)>, String, String);
+/// (name, [(elements, trainable)], home of the weights, home of the optimizer state, gradients come all through backward)
+type UnitTuple = (String, Vec<(u64, bool)>, String, String, bool);
 /// (lr, beta1, beta2, eps, `weight_decay`, decoupled, `bias_correction`)
 type GroupTuple = (f64, f64, f64, f64, f64, bool, bool);
 
@@ -31,7 +33,8 @@ pub(crate) struct PyOffload {
 impl PyOffload {
     #[new]
     #[pyo3(signature = (*, units, limit, threads, compute, format, grad, tile_elements, staging_bytes, gathered_bytes,
-                        engine, queue_depth, directories, job))]
+                        engine, queue_depth, directories, job, rank = 0, world = 1, replicated = false,
+                        wire = "collective", wire_grad = None, reduce_scale = 1.0))]
     #[expect(
         clippy::too_many_arguments,
         reason = "keyword arguments of a Python constructor"
@@ -51,8 +54,26 @@ impl PyOffload {
         queue_depth: usize,
         directories: Vec<PathBuf>,
         job: String,
+        rank: u32,
+        world: u32,
+        replicated: bool,
+        wire: &str,
+        wire_grad: Option<&str>,
+        reduce_scale: f32,
     ) -> PyResult<Self> {
         let settings = Settings {
+            place: Place {
+                rank,
+                world,
+                replicated,
+                wire: match wire {
+                    "shared" => Wire::Shared,
+                    "collective" => Wire::Collective,
+                    other => return Err(unknown("wire", other, "shared or collective")),
+                },
+            },
+            wire_grad: parse_dtype(wire_grad.unwrap_or(compute))?,
+            reduce_scale,
             limit,
             threads,
             compute: parse_dtype(compute)?,
@@ -177,10 +198,83 @@ impl PyOffload {
         map(py, self.inner.set_updates(unit, param, updates))
     }
 
-    /// Makes a unit's weights readable and holds them there. Idempotent.
-    fn gather(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
-        let done = py.detach(|| self.inner.gather(unit));
-        map(py, done)
+    /// Makes this rank's part of the unit's weights readable and holds it; returns whether the other ranks' parts are
+    /// there, too.
+    fn gather(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.gather(unit)))
+    }
+
+    /// The other ranks' parts of a gathered unit's weights have been put under its window.
+    fn set_whole(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.set_whole(unit)))
+    }
+
+    /// (process, descriptor) by which the other ranks of this host find this one; `None` where nothing is shared.
+    fn seat(&self, py: Python<'_>) -> PyResult<Option<(u32, i32)>> {
+        let seat = map(py, py.detach(|| self.inner.seat()))?;
+        Ok(seat.map(|seat| (seat.pid, seat.descriptor)))
+    }
+
+    /// Takes up the connection to all ranks, whose seats come in rank order.
+    fn join(&self, py: Python<'_>, seats: Vec<(u32, i32)>) -> PyResult<()> {
+        let seats: Vec<Seat> = seats
+            .into_iter()
+            .map(|(pid, descriptor)| Seat { pid, descriptor })
+            .collect();
+        map(py, py.detach(|| self.inner.join(&seats)))
+    }
+
+    /// Ends every present and later wait for another rank with an error that says `line`.
+    fn call_off(&self, line: String) {
+        self.inner.call_off(line);
+    }
+
+    /// Ends the unit's part of this backward: its gradients go out to the ranks that keep them.
+    fn send(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.send(unit)))
+    }
+
+    /// Whether this rank has sent the unit and not yet summed what all have sent.
+    fn is_sent(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.is_sent(unit)))
+    }
+
+    /// Sums the unit's gradients once every rank has sent them; with `wait`, waits for that. Returns whether it did.
+    fn receive(&self, py: Python<'_>, unit: usize, wait: bool) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.receive(unit, wait)))
+    }
+
+    /// (address, bytes) of what the unit sends, for collectives; valid until `receive_from`.
+    fn outgoing(&self, py: Python<'_>, unit: usize) -> PyResult<(usize, usize)> {
+        map(py, py.detach(|| self.inner.outgoing(unit)))
+    }
+
+    /// Sums what collectives have brought: this rank's shard of each rank's gradients, one after the other.
+    fn receive_from(&self, py: Python<'_>, unit: usize, received: &TensorSpec) -> PyResult<()> {
+        let received = received.bytes();
+        map(py, py.detach(|| self.inner.receive_from(unit, received)))
+    }
+
+    /// One byte for each trainable parameter: 1 if it has had a gradient since the last step.
+    fn landed(&self, py: Python<'_>) -> PyResult<Vec<u8>> {
+        let landed = map(py, py.detach(|| self.inner.landed()))?;
+        Ok(landed.into_iter().map(u8::from).collect())
+    }
+
+    /// Sets that to what holds over all ranks.
+    fn set_landed(&self, py: Python<'_>, landed: Vec<u8>) -> PyResult<()> {
+        let landed: Vec<bool> = landed.into_iter().map(|flag| flag != 0).collect();
+        map(py, py.detach(|| self.inner.set_landed(&landed)))
+    }
+
+    /// (first, one past the last) element of the unit's layout that this rank keeps.
+    fn shard(&self, py: Python<'_>, unit: usize) -> PyResult<(u64, u64)> {
+        map(py, py.detach(|| self.inner.shard(unit)))
+    }
+
+    /// The parts of parameters that this rank keeps: (parameter, first element in it, elements).
+    fn pieces(&self, py: Python<'_>, unit: usize) -> PyResult<Vec<(usize, u64, u64)>> {
+        map(py, py.detach(|| self.inner.pieces(unit)))
     }
 
     /// Starts reading a unit if there is room; whether it is here or on its way.
@@ -319,9 +413,10 @@ impl PyOffload {
     }
 }
 
-fn unit_spec((name, params, weights, state): UnitTuple) -> PyResult<UnitSpec> {
+fn unit_spec((name, params, weights, state, long): UnitTuple) -> PyResult<UnitSpec> {
     Ok(UnitSpec {
         name,
+        long,
         params: params
             .into_iter()
             .map(|(numel, trainable)| ParamShape { numel, trainable })
@@ -329,8 +424,15 @@ fn unit_spec((name, params, weights, state): UnitTuple) -> PyResult<UnitSpec> {
         weights: match weights.as_str() {
             "host" => WeightHome::Host,
             "disk" => WeightHome::Disk,
+            "shard" => WeightHome::Shard,
             "borrowed" => WeightHome::Borrowed,
-            other => return Err(unknown("home of weights", other, "host, disk or borrowed")),
+            other => {
+                return Err(unknown(
+                    "home of weights",
+                    other,
+                    "host, disk, shard or borrowed",
+                ));
+            }
         },
         state: match state.as_str() {
             "host" => StateHome::Host,

@@ -61,6 +61,9 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         precision=precision,
         format=_format(own, precision),
         grad_dtype=_grad_dtype(document, precision),
+        reduce_dtype=_reduce_dtype(document, precision),
+        reduce_sum=document.gradient_allreduce_op == "sum",
+        transport=own.transport,
         buffer_dtype=_buffer_dtype(document, precision),
         train_batch_size=batch,
         train_micro_batch_size_per_gpu=micro,
@@ -126,6 +129,18 @@ def _grad_dtype(document: Document, precision: Dtype) -> Dtype:
             got=show(wanted),
         )
     return "bf16" if wanted == "bf16" else "fp32"
+
+
+def _reduce_dtype(document: Document, precision: Dtype) -> Dtype:
+    wanted = document.communication_data_type
+    if wanted is not None and wanted not in ("fp32", precision):
+        raise ConfigError(
+            f"communication_data_type: {show(wanted)} for gradients of {precision} training: not built yet",
+            path="communication_data_type",
+            expected='"fp32"' if precision == "fp32" else f'"{precision}" or "fp32"',
+            got=show(wanted),
+        )
+    return "fp32" if wanted == "fp32" else precision
 
 
 def _buffer_dtype(document: Document, precision: Dtype) -> Dtype:

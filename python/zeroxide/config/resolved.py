@@ -60,6 +60,12 @@ class Config:
     """How the optimizer keeps exact weights: as two 16-bit halves (bf16 only) or as an fp32 master copy."""
     grad_dtype: Dtype = "fp32"
     """dtype that gradients are stored and accumulated in."""
+    reduce_dtype: Dtype = "fp32"
+    """dtype in which gradients travel between ranks; they are summed in fp32."""
+    reduce_sum: bool = False
+    """Whether gradients are summed over ranks instead of averaged."""
+    transport: Literal["auto", "shared_memory", "collective"] = "auto"
+    """What carries weights and gradients between ranks: shared memory where all are on one host, if it is "auto"."""
     buffer_dtype: Dtype = "fp32"
     """dtype that the model's floating-point buffers are cast to."""
 

@@ -175,6 +175,9 @@ class Zeroxide(Section):
     staging_bytes: MemorySize | None = None
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
     trim_libraries: Flag | None = None
+    transport: Annotated[
+        Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
+    ] = "auto"
 
 
 class Document(Section):
@@ -198,13 +201,14 @@ class Document(Section):
     activation_checkpointing: ActivationCheckpointing | None = None
     checkpoint: Checkpoint | None = None
     zeroxide: Zeroxide | None = None
+    communication_data_type: DtypeName | None = None
+    gradient_allreduce_op: Annotated[Literal["mean", "sum"], choice("mean", "sum")] = "mean"
 
     # Switches that do nothing here.
     zero_allow_untested_optimizer: Annotated[Flag | None, NoEffect("an optimizer works or is refused by name")] = None
     zero_force_ds_cpu_optimizer: Annotated[Flag | None, NoEffect("offloaded state always has its own kernel")] = None
     prescale_gradients: Annotated[Flag | None, NoEffect("gradients are summed in fp32 and scaled once")] = None
     gradient_predivide_factor: Annotated[Any, NoEffect("gradients are summed in fp32 and scaled once")] = None
-    communication_data_type: Annotated[Any, NoEffect("gradients are summed in fp32")] = None
     seq_parallel_communication_data_type: Annotated[Any, NoEffect("gradients are summed in fp32")] = None
     disable_allgather: Annotated[Any, NoEffect("a unit is gathered by one collective")] = None
     memory_breakdown: Annotated[Flag | None, NoEffect("engine.memory() always has it")] = None
@@ -217,7 +221,6 @@ class Document(Section):
     managed_gradient_accumulation: Annotated[
         Flag | None, NotBuilt("accumulation managed by the caller", neutral=(True,))
     ] = None
-    gradient_allreduce_op: Annotated[Any, NotBuilt("summing instead of averaging gradients", neutral=("mean",))] = None
     sequence_parallel_size: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
     data_parallel_size: Annotated[Count | None, NotBuilt("a mesh of several processes", neutral=(1,))] = None
     graph_harvesting: Annotated[Any, NotBuilt("CUDA graphs")] = None

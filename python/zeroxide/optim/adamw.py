@@ -88,7 +88,9 @@ class AdamW(torch.optim.Optimizer):
         state = "disk" if directories else "host"
         used = sum(core.usage()["total"][0] for core in self._cores)
         core = _core.Offload(
-            units=[(f"parameter {at}", [(p.numel(), True)], "borrowed", state) for at, (p, _) in enumerate(members)],
+            units=[
+                (f"parameter {at}", [(p.numel(), True)], "borrowed", state, False) for at, (p, _) in enumerate(members)
+            ],
             limit=None if limit is None else max(0, limit - used),
             threads=threads,
             compute=DTYPE_NAMES[dtype],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from zeroxide import _core
+from zeroxide.zero.exchange import Exchange
 from zeroxide.zero.unit import Unit
 
 __all__ = ["GatherOrder", "Gatherer"]
@@ -47,8 +48,9 @@ class Gatherer:
     see `gather` and `release`.
     """
 
-    def __init__(self, core: _core.Offload, units: list[Unit], prefetch: int) -> None:
+    def __init__(self, core: _core.Offload, exchange: Exchange, units: list[Unit], prefetch: int) -> None:
         self.core = core
+        self.exchange = exchange
         self.units = units
         self.prefetch = prefetch
         self.orders = {True: GatherOrder(), False: GatherOrder()}
@@ -64,7 +66,7 @@ class Gatherer:
         order = self.orders[self.training]
         if not order.seen or order.seen[-1] != unit.index:
             order.note(unit.index)
-        self.core.gather(unit.index)
+        self.exchange.gather(unit)
         unit.show()
         for index in order.ahead(self.prefetch):
             self.core.prefetch(index)

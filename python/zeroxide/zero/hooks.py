@@ -40,8 +40,14 @@ class Hooks:
     def __init__(self, module: nn.Module, gatherer: Gatherer, units: list[Unit]) -> None:
         self.gatherer = gatherer
         self.units = units
-        self.reducer = Reducer(gatherer.core, units, self._gradients_complete)
-        self.held: Unit | None = None
+        self.reducer = Reducer(gatherer.core, units, self._gradients_complete, self.note_run)
+        self.exchange = gatherer.exchange
+        self.synchronize = True
+        """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
+        self.held: list[Unit] = []
+        # Modules run so far in this pass; a unit whose module runs twice gets gradients twice.
+        self.ran: set[tuple[int, int]] = set()
+        self.repeated: set[int] = set()
         self.inside_backward = False
         self.entered: list[set[Origin]] = []
         self.handles: list[Any] = []
@@ -61,14 +67,24 @@ class Hooks:
             # Also after a backward that failed and was not started by the engine.
             self.inside_backward = False
             self.entered.clear()
+            self.ran.clear()
+            self.repeated.clear()
             self.gatherer.start_pass(torch.is_grad_enabled())
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.entered.append({_origin(tensor) for tensor in _tensors((args, kwargs))})
         if in_backward():
             self._hold(unit)
-        else:
-            self.gatherer.gather(unit)
+            return
+        self.note_run(unit, module)
+        self.gatherer.gather(unit)
+
+    def note_run(self, unit: Unit, module: nn.Module) -> None:
+        """Notes that a module of the unit runs in forward, for the first time in this pass or again."""
+        key = (unit.index, id(module))
+        if key in self.ran:
+            self.repeated.add(unit.index)
+        self.ran.add(key)
 
     def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
         # Empty where recomputation stopped early inside the module and the next pass began.
@@ -105,24 +121,39 @@ class Hooks:
             self._hold(unit)
 
     def _hold(self, unit: Unit) -> None:
-        """Gathers the unit whose turn it is in backward, and releases the one before it."""
+        """Gathers the unit whose turn it is in backward, and releases the ones before it.
+
+        Units of the same modules take their turn together.
+        """
         if unit.span:
             self.gatherer.gather(unit)
             return
-        if self.held is not None and self.held is not unit:
-            self.gatherer.release(self.held)
-        self.held = unit
+        if self.held and self.held[0].modules != unit.modules:
+            for before in self.held:
+                self.gatherer.release(before)
+            self.held.clear()
+        if unit not in self.held:
+            self.held.append(unit)
         self.gatherer.gather(unit)
 
     def _gradients_complete(self, unit: Unit) -> None:
         # What is frozen may still be needed for the gradient of the unit's input.
         if not unit.span and not unit.has_frozen:
             self.gatherer.release(unit)
+        if self.synchronize and not unit.span and unit.index not in self.repeated:
+            self.exchange.send(unit)
 
     def end_backward(self) -> None:
-        """Releases every unit. Called by autograd at the end of a backward, and after one that failed."""
+        """Releases every unit and ends the exchange of gradients. Called by autograd at the end of a backward."""
+        if self.inside_backward:
+            self.abandon_backward()
+            if self.synchronize:
+                self.exchange.end_backward()
+
+    def abandon_backward(self) -> None:
+        """Releases every unit, after a backward that failed."""
         self.inside_backward = False
-        self.held = None
+        self.held.clear()
         self.gatherer.release_all()
 
     def close(self) -> None:

@@ -64,9 +64,16 @@ class _Linear(torch.autograd.Function):
 class LargeModules:
     """Puts the leaner paths on the modules of a model, and takes them off again."""
 
-    def __init__(self, core: _core.Offload, units: list[Unit], complete: Callable[[Unit, int], None]) -> None:
+    def __init__(
+        self,
+        core: _core.Offload,
+        units: list[Unit],
+        complete: Callable[[Unit, int], None],
+        note_run: Callable[[Unit, nn.Module], None],
+    ) -> None:
         self.core = core
         self.complete = complete
+        self.note_run = note_run
         self.patched: list[nn.Linear] = []
         self.sparse: list[nn.Embedding] = []
         for unit in units:
@@ -79,14 +86,16 @@ class LargeModules:
         weight = unit.params[position]
         if type(owner) is nn.Linear and owner.weight is weight and "forward" not in owner.__dict__:
             land = partial(self._land_part, unit, position)
-            owner.forward = partial(self._linear, owner, land)  # type: ignore[method-assign]
+            owner.forward = partial(self._linear, unit, owner, land)  # type: ignore[method-assign]
             self.patched.append(owner)
         elif type(owner) is nn.Embedding and not owner.sparse and not owner.scale_grad_by_freq:
             owner.sparse = True
             self.sparse.append(owner)
 
-    @staticmethod
-    def _linear(owner: nn.Linear, land: Land, x: torch.Tensor) -> torch.Tensor:
+    def _linear(self, unit: Unit, owner: nn.Linear, land: Land, x: torch.Tensor) -> torch.Tensor:
+        # In backward it is recomputation, which adds no gradient of its own.
+        if torch._C._current_graph_task_id() == -1:
+            self.note_run(unit, owner)
         if not torch.is_grad_enabled() or not owner.weight.requires_grad:
             return functional.linear(x, owner.weight, owner.bias)
         output: torch.Tensor = _Linear.apply(x, owner.weight, owner.bias, land)

@@ -13,6 +13,7 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
+from zeroxide.ranks import Ranks
 from zeroxide.zero.plan import UnitPlan
 from zeroxide.zero.tensors import spec
 
@@ -54,8 +55,9 @@ def fill_units(
     core: _core.Offload,
     source: WeightSource | None,
     new: dict[int, nn.Parameter],
+    ranks: Ranks,
 ) -> None:
-    """Moves or makes the weights of every unit. Real parameters lose their memory as they go.
+    """Moves or makes the weights of every unit: rank 0's. Real parameters lose their memory as they go.
 
     Raises ModelError when the model is on the meta device and there is no source.
     """
@@ -67,10 +69,11 @@ def fill_units(
     for index, plan in enumerate(plans):
         core.fill_begin(index, "weights")
         if new and source is not None:
-            _make(index, plan, core, source, new, seen)
+            _make(index, plan, core, source, new, seen, ranks)
         else:
             for position, entry in enumerate(plan.params):
                 values = entry.param.detach().to(torch.float32).contiguous()
+                ranks.broadcast_tensor(values)
                 core.fill_param(index, position, 0, spec(values.view(-1)))
                 entry.param.data = torch.empty(0, dtype=entry.param.dtype)
         core.fill_commit(index)
@@ -80,6 +83,10 @@ def fill_units(
             _make_buffers(owner)
         if rest:
             source.fill({}, rest)
+    for buffer in module.buffers():
+        if ranks.world > 1:
+            ranks.broadcast_tensor(buffer)
+    ranks.barrier()
 
 
 def _make(
@@ -89,6 +96,7 @@ def _make(
     source: WeightSource,
     new: dict[int, nn.Parameter],
     seen: set[int],
+    ranks: Ranks,
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, nn.Module] = {}
@@ -103,7 +111,9 @@ def _make(
     source.fill(tensors, modules)
     for position, entry in enumerate(plan.params):
         param = new[id(entry.param)]
-        core.fill_param(index, position, 0, spec(param.data.contiguous().view(-1)))
+        values = param.data.contiguous().view(-1)
+        ranks.broadcast_tensor(values)
+        core.fill_param(index, position, 0, spec(values))
         param.data = torch.empty(0, dtype=torch.float32)
 
 

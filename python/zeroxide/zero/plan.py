@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from zeroxide.config import Config
-from zeroxide.errors import BudgetError, ModelError
+from zeroxide.errors import BudgetError, ConfigError, ModelError
+from zeroxide.ranks import Ranks
 from zeroxide.zero.state import Home
 
 __all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan"]
@@ -27,6 +28,9 @@ DEFAULT_STAGING_BYTES = 48 * MIB
 FRAME = 2 * MIB
 TILE_QUANTUM = 2048
 MIN_TILES_IN_RING = 2
+SLOTS = 3
+"""Units whose gradients can be on their way to other ranks at once, as the core counts them."""
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,17 @@ class Plan:
     threads: int
     limit: int | None
     resident_before: int
+    world: int = 1
+    rank: int = 0
+    stage: int = 0
+    wire: str = "collective"
+    """"shared" or "collective": what carries gradients between ranks."""
     buckets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether every rank keeps all gradients and optimizer state."""
+        return self.world > 1 and self.stage == 0
 
     @property
     def payload(self) -> int:
@@ -93,8 +107,9 @@ class Plan:
         weight = self.compute.itemsize
         total = 0
         for unit in self.units:
-            total += unit.numel * weight if self.weights is Home.DISK else 0
-            total += unit.trainable * self.state_bytes if self.state is Home.DISK else 0
+            total += unit.numel * weight // self.world if self.weights is Home.DISK else 0
+            share = 1 if self.replicated else self.world
+            total += unit.trainable * self.state_bytes // share if self.state is Home.DISK else 0
         return total
 
     @property
@@ -109,15 +124,21 @@ class Plan:
         total = sum(unit.numel for unit in self.units)
         trainable = sum(unit.trainable for unit in self.units)
         share = 100.0 * trainable / total if total else 0.0
+        shared = self.world > 1 and self.wire == "shared" and not self.replicated
+        home = {
+            Home.HOST: "in host memory" + (", one copy for all ranks" if shared else ""),
+            Home.SHARD: "in host memory, a shard on each rank",
+            Home.DISK: "on disk",
+        }[self.weights]
         lines = [
             f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(self.units)} units; "
-            f"{_dtype(self.compute)} weights at home in {self.weights.value} memory"
-            if self.weights is Home.HOST
-            else f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(self.units)} units; "
-            f"{_dtype(self.compute)} weights at home on disk",
+            f"{_dtype(self.compute)} weights at home {home}",
             f"optimizer state in {'host memory' if self.state is Home.HOST else 'files'}, format {self.format}; "
             f"gradients {_dtype(self.grad)} in host memory; {self.threads} optimizer threads",
         ]
+        if self.world > 1:
+            carrier = "shared memory" if self.wire == "shared" else "collectives"
+            lines.append(f"rank {self.rank} of {self.world}, ZeRO stage {self.stage}, gradients through {carrier}")
         buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.buckets.items() if size)
         lines.append(f"payload {self.payload / MIB:.0f} MiB ({buckets}); on disk {self.disk_bytes / MIB:.0f} MiB")
         if self.limit is not None:
@@ -133,7 +154,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int) -> Plan:
+def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int, ranks: Ranks | None = None) -> Plan:
     """Finds the units of `module` and places them.
 
     `resident` is the resident memory of the process in bytes without the model's own parameters. Raises ModelError
@@ -144,7 +165,13 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int)
     unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
     compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
     units = _find_units(module, entries, unit_bytes // compute.itemsize)
+    ranks = ranks or Ranks()
+    if ranks.world > 1:
+        units = [part for unit in units for part in _by_trainable(unit)]
+    wire = _wire(config, ranks)
     weights = Home.DISK if config.offload_param.kind == "nvme" else Home.HOST
+    if weights is Home.HOST and ranks.world > 1 and config.stage == 3 and wire == "collective":
+        weights = Home.SHARD
     state = Home.DISK if config.offload_optimizer.kind == "nvme" else Home.HOST
     plan = Plan(
         units=units,
@@ -159,9 +186,35 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int)
         threads=threads,
         limit=config.host_memory,
         resident_before=resident,
+        world=ranks.world,
+        rank=ranks.rank,
+        stage=config.stage,
+        wire=wire,
     )
     _place(plan, config)
     return plan
+
+
+def _wire(config: Config, ranks: Ranks) -> str:
+    if config.transport == "shared_memory" and not ranks.same_host:
+        raise ConfigError(
+            'zeroxide.transport: "shared_memory" needs all ranks on one host; use "auto"',
+            path="zeroxide.transport",
+            expected='"auto" or "collective"',
+            got='"shared_memory"',
+        )
+    return "shared" if ranks.same_host and config.transport != "collective" else "collective"
+
+
+def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
+    """The unit's trainable and its frozen parameters as units of the same modules."""
+    parts = [
+        (unit.name, [entry for entry in unit.params if entry.trainable]),
+        (f"{unit.name} (frozen)", [entry for entry in unit.params if not entry.trainable]),
+    ]
+    if not all(params for _, params in parts):
+        return [unit]
+    return [UnitPlan(name, unit.modules, params, unit.span) for name, params in parts]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan]) -> None:
@@ -298,8 +351,9 @@ def _tile_elements(config: Config, compute: torch.dtype) -> int:
     return max(TILE_QUANTUM, config.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
 
 
-def _padded(unit: UnitPlan) -> tuple[int, int]:
+def _padded(unit: UnitPlan, world: int) -> tuple[int, int]:
     """(trainable, all) elements of a unit's flat layout, as the core pads them."""
+    quantum = TILE_QUANTUM * world
     trainable = frozen = 0
     for entry in unit.params:
         size = -(-entry.numel // 64) * 64
@@ -307,16 +361,17 @@ def _padded(unit: UnitPlan) -> tuple[int, int]:
             trainable += size
         else:
             frozen += size
-    trainable = -(-trainable // TILE_QUANTUM) * TILE_QUANTUM
-    return trainable, trainable + -(-frozen // TILE_QUANTUM) * TILE_QUANTUM
+    trainable = -(-trainable // quantum) * quantum
+    return trainable, trainable + -(-frozen // quantum) * quantum
 
 
 def _place(plan: Plan, config: Config) -> None:
-    sizes = [_padded(unit) for unit in plan.units]
-    trainable = sum(size for size, _ in sizes)
+    sizes = [_padded(unit, plan.world) for unit in plan.units]
+    outgoing = _outgoing(plan, [size for size, _ in sizes], config)
+    trainable = sum(size for size, _ in sizes) // (1 if plan.replicated else plan.world)
     total = sum(size for _, size in sizes)
     weight = plan.compute.itemsize
-    if plan.weights is Home.DISK:
+    if plan.weights is not Home.HOST:
         plan.gathered_bytes = _gathered(plan, [size * weight for _, size in sizes], config.prefetch)
     if plan.weights is Home.DISK or plan.state is Home.DISK:
         longest = min(plan.tile_elements, max(size for _, size in sizes))
@@ -331,8 +386,8 @@ def _place(plan: Plan, config: Config) -> None:
                 bucket="staging",
             )
     plan.buckets = {
-        "weights": total * weight if plan.weights is Home.HOST else 0,
-        "gradients": trainable * plan.grad.itemsize,
+        "weights": {Home.HOST: total, Home.SHARD: total // plan.world, Home.DISK: 0}[plan.weights] * weight,
+        "gradients": trainable * plan.grad.itemsize + outgoing,
         "optimizer": trainable * plan.state_bytes if plan.state is Home.HOST else 0,
         "staging": plan.staging_bytes,
         "gathered": plan.gathered_bytes,
@@ -356,6 +411,16 @@ def _place(plan: Plan, config: Config) -> None:
             limit=plan.limit,
             bucket=largest,
         )
+
+
+def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
+    """Room for gradients on their way to other ranks: units used all through backward, and a few others."""
+    if plan.world == 1:
+        return 0
+    item = DTYPES[config.reduce_dtype].itemsize
+    long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.span)
+    short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.span and size]
+    return (long + min(SLOTS, len(short)) * max(short, default=0)) * item
 
 
 def _gathered(plan: Plan, sizes: list[int], prefetch: int) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import nn
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
@@ -17,9 +18,15 @@ __all__ = ["Reducer"]
 
 
 class Reducer:
-    """Hooks on every trainable parameter. With one process, reducing is landing the gradient in its buffer."""
+    """Hooks on every trainable parameter. `complete` hears of units whose gradients have all landed."""
 
-    def __init__(self, core: _core.Offload, units: list[Unit], complete: Callable[[Unit], None]) -> None:
+    def __init__(
+        self,
+        core: _core.Offload,
+        units: list[Unit],
+        complete: Callable[[Unit], None],
+        note_run: Callable[[Unit, nn.Module], None],
+    ) -> None:
         self.core = core
         self.complete = complete
         self.missing: list[set[int]] = []
@@ -32,7 +39,7 @@ class Reducer:
                 handle = unit.params[position].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self.handles.append(handle)
         self.units = units
-        self.large = LargeModules(core, units, self.arrived)
+        self.large = LargeModules(core, units, self.arrived, note_run)
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""

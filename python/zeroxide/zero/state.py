@@ -12,6 +12,8 @@ class Home(Enum):
 
     HOST = "host"
     """Host memory."""
+    SHARD = "shard"
+    """This rank's shard in host memory; the whole only while in use."""
     DISK = "disk"
     """A file; in memory only while in use."""
 

@@ -5,6 +5,7 @@ A spec made here promises what the core relies on: contiguous CPU memory of the 
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from zeroxide import _core
 from zeroxide.errors import ModelError
 
-__all__ = ["DTYPE_NAMES", "spec", "view_of"]
+__all__ = ["DTYPE_NAMES", "memory_at", "spec", "view_of"]
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -29,6 +30,11 @@ def spec(tensor: torch.Tensor) -> _core.TensorSpec:
             f"{tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
         )
     return _core.TensorSpec(owner=tensor, data_ptr=tensor.data_ptr(), numel=tensor.numel(), dtype=name)
+
+
+def memory_at(address: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory of the core as a flat tensor; valid as long as the call that gave the address says."""
+    return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)
 
 
 def view_of(window: Any, dtype: torch.dtype) -> torch.Tensor:

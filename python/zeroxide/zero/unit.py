@@ -29,6 +29,8 @@ class Unit:
         self.has_frozen = not all(self.trainable)
         self.num_trainable = sum(self.trainable)
         flat = view_of(core.window(index), dtype)  # 1D, valid only while gathered
+        self.flat = flat
+        self.layout_numel = flat.numel()
         self.views: list[torch.Tensor] = []
         for position, shape in enumerate(self.shapes):
             offset = core.param_offset(index, position)

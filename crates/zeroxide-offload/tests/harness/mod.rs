@@ -4,7 +4,7 @@
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Offload, OffloadError, Part, Result, Settings, StateHome, UnitSpec, WeightHome,
+    Offload, OffloadError, Part, Place, Result, Settings, StateHome, UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, step_fp32};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -55,6 +55,7 @@ impl Case {
             .enumerate()
             .map(|(index, params)| UnitSpec {
                 name: format!("unit {index}"),
+                long: false,
                 params: params
                     .iter()
                     .map(|(numel, trainable)| ParamShape {
@@ -67,6 +68,9 @@ impl Case {
             })
             .collect();
         let settings = Settings {
+            place: Place::ALONE,
+            wire_grad: Dtype::F32,
+            reduce_scale: 1.0,
             limit: self.limit,
             threads: self.threads,
             compute: Dtype::Bf16,

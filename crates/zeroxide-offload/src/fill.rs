@@ -1,11 +1,11 @@
-//! Whole values in and out: initial weights, checkpoints, inspection. Always as fp32, whatever the format keeps.
+//! Whole values in: initial weights and checkpoints. Always as fp32, whatever the format keeps.
 
 use std::ops::Range;
 use std::sync::mpsc::channel;
 
 use zeroxide_layout::{Component, Dtype};
 use zeroxide_memory::{Arena, Bucket, Lease};
-use zeroxide_optim::{bf16_half_up, bf16_to_f32, f16_nearest_even, f16_to_f32, join, split};
+use zeroxide_optim::{bf16_half_up, f16_nearest_even, split};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
@@ -34,16 +34,6 @@ pub(crate) struct Fill {
     _arena: Option<Arena>,
 }
 
-/// A tile read for inspection; small reads beside one another hit it.
-pub(crate) struct CachedTile {
-    unit: usize,
-    component: Component,
-    tile: u32,
-    bytes: Lease,
-}
-
-const CACHED_TILES: usize = 2;
-
 impl Core {
     /// Components other than the live weight that `part` is made of.
     fn side_components(&self, part: Part) -> Vec<(Component, usize)> {
@@ -59,6 +49,17 @@ impl Core {
             .collect()
     }
 
+    /// The elements under the unit's window that a fill of its weights writes: this rank's, or all where every rank has
+    /// its own copy of them.
+    fn filled_window(&self, unit: usize) -> Range<u64> {
+        let this = &self.units[unit];
+        match &this.weights {
+            Weights::Borrowed { .. } | Weights::Moving { home: Some(_), .. } => 0..0,
+            Weights::Host { .. } if !self.shares_weights() => 0..this.layout.len(),
+            _ => this.own(),
+        }
+    }
+
     /// Starts to fill `part` of a unit. Everything not filled before the commit is zero.
     pub(crate) fn fill_begin(&mut self, unit: usize, part: Part) -> Result<()> {
         self.check_usable()?;
@@ -69,8 +70,20 @@ impl Core {
         self.cache.clear();
         self.finish_step()?;
         self.settle_arrivals()?;
+        let alone = self.place.world == 1;
         if part == Part::Weights {
-            if matches!(self.residence(unit), Some(Residence::Away))
+            let own = self.units[unit].own();
+            if let Weights::Moving {
+                home: Some(home),
+                residence,
+                ..
+            } = &mut self.units[unit].weights
+            {
+                home.fill(0);
+                if let Residence::Here { whole, .. } = residence {
+                    *whole = false;
+                }
+            } else if matches!(self.residence(unit), Some(Residence::Away))
                 && !self.map_frames(unit, true)?
             {
                 return misuse(
@@ -78,19 +91,27 @@ impl Core {
                     format!("no frames for unit {}", self.units[unit].name),
                 );
             }
-            if let Some(residence) = self.residence_mut(unit) {
+            let filled = self.filled_window(unit);
+            let this = &mut self.units[unit];
+            if this.weights.on_disk()
+                && let Weights::Moving { residence, .. } = &mut this.weights
+            {
                 *residence = Residence::Here {
+                    whole: alone,
                     pinned: true,
                     used: 0,
                 };
             }
-            let this = &self.units[unit];
-            if let Some(window) = this.weights.window() {
-                let bytes = to_usize(this.layout.len()) * self.compute.size();
-                window.lease(0..bytes)?.fill(0);
+            if let (Some(window), false) = (this.weights.window(), filled.is_empty()) {
+                window
+                    .lease(byte_range(&filled, self.compute.size()))?
+                    .fill(0);
             }
+            debug_assert!(
+                filled.is_empty() || (filled.start <= own.start && own.end <= filled.end)
+            );
         }
-        let trainable = to_usize(self.units[unit].layout.trainable_len());
+        let trainable = to_usize(self.units[unit].state_tiles.len());
         let mut collected = Vec::new();
         let mut arena = None;
         if matches!(self.units[unit].state, StateBlocks::Disk { .. }) {
@@ -140,6 +161,8 @@ impl Core {
         start: u64,
         values: &[f32],
     ) -> Result<()> {
+        let window_range = self.filled_window(unit);
+        let element = self.compute.size();
         let this = &mut self.units[unit];
         let numel = this.layout.numel(param);
         let end = start + values.len() as u64;
@@ -154,25 +177,46 @@ impl Core {
         }
         let at = this.layout.offset(param) + start;
         let range = at..at + values.len() as u64;
-        if fill.part == Part::Weights
-            && let Some(window) = this.weights.window()
-        {
-            let mut lease = window.lease(byte_range(&range, self.compute.size()))?;
-            store_weight(self.compute, values, &mut lease);
+        let (own, kept) = (this.own(), this.kept());
+        let part_of = |other: &Range<u64>| {
+            let both = range.start.max(other.start)..range.end.min(other.end);
+            (both.start < both.end).then(|| {
+                let from = to_usize(both.start - range.start);
+                let count = to_usize(both.end - both.start);
+                (both, &values[from..from + count])
+            })
+        };
+        if fill.part == Part::Weights {
+            if let (Some(window), Some((both, values))) =
+                (this.weights.window(), part_of(&window_range))
+            {
+                let mut lease = window.lease(byte_range(&both, element))?;
+                store_weight(self.compute, values, &mut lease);
+            }
+            if let (
+                Weights::Moving {
+                    home: Some(home), ..
+                },
+                Some((both, values)),
+            ) = (&mut this.weights, part_of(&own))
+            {
+                let local = both.start - own.start..both.end - own.start;
+                store_weight(self.compute, values, &mut home[byte_range(&local, element)]);
+            }
         }
-        if !this.params[param].trainable {
+        let Some((both, values)) = part_of(&kept).filter(|_| this.params[param].trainable) else {
             return Ok(());
-        }
+        };
+        let local = to_usize(both.start - kept.start)..to_usize(both.end - kept.start);
         let blocks = match &mut this.state {
             StateBlocks::Host { blocks } => blocks,
             _ => &mut fill.collected,
         };
         for (component, lease) in blocks {
-            let range = to_usize(range.start)..to_usize(range.end);
             match (fill.part, component) {
                 (Part::Weights, Component::Residual) => {
                     let low: &mut [u16] = bytemuck::cast_slice_mut(lease);
-                    for (low, value) in low[range].iter_mut().zip(values) {
+                    for (low, value) in low[local.clone()].iter_mut().zip(values) {
                         *low = split(*value).1;
                     }
                 }
@@ -180,7 +224,7 @@ impl Core {
                 | (Part::ExpAvg, Component::ExpAvg)
                 | (Part::ExpAvgSq, Component::ExpAvgSq) => {
                     let target: &mut [f32] = bytemuck::cast_slice_mut(lease);
-                    target[range].copy_from_slice(values);
+                    target[local.clone()].copy_from_slice(values);
                 }
                 _ => {}
             }
@@ -210,7 +254,8 @@ impl Core {
                 .window()
                 .expect("weights on disk have a window");
             for tile in 0..this.weight_tiles.count() {
-                let buffer = window.lease(byte_range(&this.weight_tiles.range(tile), element))?;
+                let flat = this.flat(&this.weight_tiles.range(tile));
+                let buffer = window.lease(byte_range(&flat, element))?;
                 self.disk()
                     .store
                     .start_write(
@@ -261,6 +306,12 @@ impl Core {
             }
         }
         self.release(unit)?;
+        if let (Part::Weights, Weights::Host { whole, .. }) =
+            (fill.part, &mut self.units[unit].weights)
+        {
+            // Filled by every rank.
+            *whole = true;
+        }
         outcome
     }
 
@@ -291,198 +342,6 @@ impl Core {
         }
         Ok(())
     }
-
-    /// Reads elements `start..` of one parameter as fp32.
-    pub(crate) fn read_param(
-        &mut self,
-        unit: usize,
-        param: usize,
-        part: Part,
-        start: u64,
-        out: &mut [f32],
-    ) -> Result<()> {
-        self.check_usable()?;
-        self.check_param("read_param", unit, param)?;
-        self.finish_step()?;
-        self.settle_arrivals()?;
-        let this = &self.units[unit];
-        let numel = this.layout.numel(param);
-        let end = start + out.len() as u64;
-        if end > numel {
-            return misuse(
-                "read_param",
-                format!("elements {start}..{end} of {numel} in unit {}", this.name),
-            );
-        }
-        let trainable = this.params[param].trainable;
-        let at = this.layout.offset(param) + start;
-        let range = at..at + out.len() as u64;
-        if part != Part::Weights {
-            let component = if part == Part::ExpAvg {
-                Component::ExpAvg
-            } else {
-                Component::ExpAvgSq
-            };
-            let zero = matches!(
-                this.state,
-                StateBlocks::Disk {
-                    moments_are_zero: true
-                }
-            );
-            if zero || !trainable {
-                out.fill(0.0);
-                return Ok(());
-            }
-            return self.read_elements(unit, component, range, |offset, bytes| {
-                let values: &[f32] = bytemuck::cast_slice(bytes);
-                out[offset..offset + values.len()].copy_from_slice(values);
-            });
-        }
-        let master = self.element_bytes(Component::Master) > 0 && trainable;
-        let compute = self.compute;
-        let component = if master {
-            Component::Master
-        } else {
-            Component::Weight
-        };
-        self.read_elements(unit, component, range.clone(), |offset, bytes| {
-            let dtype = if master { Dtype::F32 } else { compute };
-            let count = bytes.len() / dtype.size();
-            load_weight(dtype, bytes, &mut out[offset..offset + count]);
-        })?;
-        if trainable && self.element_bytes(Component::Residual) > 0 {
-            self.read_elements(unit, Component::Residual, range, |offset, bytes| {
-                let low: &[u16] = bytemuck::cast_slice(bytes);
-                for (value, low) in out[offset..offset + low.len()].iter_mut().zip(low) {
-                    // The high half was widened above: its bits are the upper half of the value's.
-                    let high = (value.to_bits() >> 16) as u16;
-                    *value = join(high, *low);
-                }
-            })?;
-        }
-        Ok(())
-    }
-
-    /// Calls `visit(offset from range.start, bytes)` for the pieces of `range`, wherever the block is.
-    fn read_elements(
-        &mut self,
-        unit: usize,
-        component: Component,
-        range: Range<u64>,
-        mut visit: impl FnMut(usize, &[u8]),
-    ) -> Result<()> {
-        let size = self.element_bytes(component);
-        let this = &self.units[unit];
-        if component == Component::Weight && this.weights.in_memory() {
-            return match &this.weights {
-                Weights::Borrowed { lent } => {
-                    let lent = lent.as_ref().expect("in memory");
-                    visit(0, &lent.weight[byte_range(&range, size)]);
-                    Ok(())
-                }
-                other => {
-                    let window = other.window().expect("not borrowed");
-                    visit(0, &window.lease(byte_range(&range, size))?);
-                    Ok(())
-                }
-            };
-        }
-        if component == Component::Weight && matches!(this.weights, Weights::Borrowed { .. }) {
-            return misuse(
-                "read_param",
-                "the weight is the caller's own and was not lent",
-            );
-        }
-        if component != Component::Weight
-            && let StateBlocks::Host { blocks } = &this.state
-        {
-            let (_, lease) = blocks
-                .iter()
-                .find(|(found, _)| *found == component)
-                .expect("the format has this component");
-            visit(0, &lease[byte_range(&range, size)]);
-            return Ok(());
-        }
-        let tiles = if component == Component::Weight {
-            this.weight_tiles
-        } else {
-            this.state_tiles
-        };
-        let mut at = range.start;
-        while at < range.end {
-            let tile = tiles.tile_of(at);
-            let whole = tiles.range(tile);
-            let end = whole.end.min(range.end);
-            let lease = self.cached_tile(
-                unit,
-                component,
-                tile,
-                to_usize(whole.end - whole.start) * size,
-            )?;
-            visit(
-                to_usize(at - range.start),
-                &lease[byte_range(&(at - whole.start..end - whole.start), size)],
-            );
-            at = end;
-        }
-        Ok(())
-    }
-
-    fn cached_tile(
-        &mut self,
-        unit: usize,
-        component: Component,
-        tile: u32,
-        bytes: usize,
-    ) -> Result<&Lease> {
-        let hit = self.cache.iter().position(|cached| {
-            cached.unit == unit && cached.component == component && cached.tile == tile
-        });
-        let index = if let Some(index) = hit {
-            index
-        } else {
-            if self.cache.len() == CACHED_TILES {
-                self.cache.remove(0);
-            }
-            let disk = self.disk.as_ref().expect("the block is on disk");
-            let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
-            let (sender, receiver) = channel();
-            disk.store
-                .start_read(
-                    block(unit, component),
-                    tile,
-                    buffer,
-                    u64::from(tile),
-                    &sender,
-                )
-                .map_err(|(error, _)| error)?;
-            let completion = receive(&receiver, &mut self.waited)?;
-            completion.result?;
-            disk.store
-                .verify(block(unit, component), tile, &completion.buffer)?;
-            self.cache.push(CachedTile {
-                unit,
-                component,
-                tile,
-                bytes: completion.buffer,
-            });
-            self.cache.len() - 1
-        };
-        Ok(&self.cache[index].bytes)
-    }
-
-    /// Updates made so far to one parameter.
-    pub(crate) fn updates(&self, unit: usize, param: usize) -> Result<u64> {
-        self.check_param("updates", unit, param)?;
-        Ok(self.units[unit].params[param].updates)
-    }
-
-    /// Sets the number of updates made so far, when a checkpoint is loaded.
-    pub(crate) fn set_updates(&mut self, unit: usize, param: usize, updates: u64) -> Result<()> {
-        self.check_param("set_updates", unit, param)?;
-        self.units[unit].params[param].updates = updates;
-        Ok(())
-    }
 }
 
 fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
@@ -502,22 +361,6 @@ fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
                 .zip(values)
             {
                 *target = f16_nearest_even(*value);
-            }
-        }
-    }
-}
-
-fn load_weight(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        Dtype::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
-        Dtype::Bf16 => {
-            for (value, source) in out.iter_mut().zip(bytemuck::cast_slice::<u8, u16>(bytes)) {
-                *value = bf16_to_f32(*source);
-            }
-        }
-        Dtype::F16 => {
-            for (value, source) in out.iter_mut().zip(bytemuck::cast_slice::<u8, u16>(bytes)) {
-                *value = f16_to_f32(*source);
             }
         }
     }

@@ -1,0 +1,39 @@
+//! Sleeping until another process rings: a futex on a word of shared memory.
+#![expect(unsafe_code, reason = "the futex system call")]
+
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+/// Wakes whoever sleeps on `bell`, in any process.
+pub(crate) fn ring(bell: &AtomicU32) {
+    bell.fetch_add(1, Ordering::Release);
+    // SAFETY: FUTEX_WAKE reads no memory of ours beyond the word's address, which the reference keeps valid.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            bell.as_ptr(),
+            libc::FUTEX_WAKE,
+            i32::MAX,
+            std::ptr::null::<libc::timespec>(),
+        )
+    };
+}
+
+/// Sleeps until `bell` is rung, at most `longest`; returns at once when it no longer reads `seen`.
+pub(crate) fn sleep(bell: &AtomicU32, seen: u32, longest: Duration) {
+    let timeout = libc::timespec {
+        tv_sec: libc::time_t::try_from(longest.as_secs()).unwrap_or(1),
+        tv_nsec: libc::c_long::from(longest.subsec_nanos()),
+    };
+    // SAFETY: FUTEX_WAIT compares the word and sleeps; word and timeout outlive the call. Any return, also an early or
+    // refused one, only makes the caller look again.
+    unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            bell.as_ptr(),
+            libc::FUTEX_WAIT,
+            seen,
+            &raw const timeout,
+        )
+    };
+}

@@ -1,0 +1,16 @@
+//! What the ranks of one host say to one another through shared memory.
+//!
+//! Each rank has one segment: words that say how far it is, and room for gradients on their way to the other ranks. A
+//! rank writes only its own segment. [`Post`] is the protocol: who may read or write which bytes follows from the words,
+//! which are stored after what they announce and loaded before what depends on them.
+
+#![deny(unsafe_code)]
+
+mod bell;
+mod error;
+mod post;
+mod stop;
+
+pub use error::{ExchangeError, Result};
+pub use post::{Post, PostPlan, Seat};
+pub use stop::Stop;

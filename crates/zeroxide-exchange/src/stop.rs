@@ -1,0 +1,27 @@
+//! Calling off all waiting of this process, from any thread.
+
+use std::sync::OnceLock;
+
+use crate::error::{ExchangeError, Result};
+
+/// Set once; every wait then ends with the line that was given.
+#[derive(Debug, Default)]
+pub struct Stop {
+    line: OnceLock<String>,
+}
+
+impl Stop {
+    /// Ends every present and later wait with `line`. Only the first call counts.
+    pub fn call_off(&self, line: String) {
+        let _ = self.line.set(line);
+    }
+
+    /// # Errors
+    /// [`ExchangeError::Stopped`] once waiting was called off.
+    pub fn check(&self) -> Result<()> {
+        match self.line.get() {
+            Some(line) => Err(ExchangeError::Stopped { line: line.clone() }),
+            None => Ok(()),
+        }
+    }
+}

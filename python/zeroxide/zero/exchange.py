@@ -1,0 +1,279 @@
+"""Weights and gradients between ranks: one place for all that a unit's life needs of the others.
+
+Gradients of a unit go out once, when its part of a backward is complete, and each rank sums those of its shard in fp32
+in rank order. Two carriers give the same bits:
+
+- `SharedExchange`, between ranks of one host: gradients lie in shared memory, where every rank reads its shard of them;
+  weights at home in host memory are one copy for all ranks, so gathering them moves nothing.
+- `CollectiveExchange`, for everything else: one all-to-all a unit and the sum on the spot, since gloo's reduce-scatter
+  is an all-reduce of everything; one all-gather a unit, straight into its window. Units are reduced in one fixed order,
+  so that ranks whose modules ran in different orders still meet.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from zeroxide import _core
+from zeroxide.errors import RanksError
+from zeroxide.ranks import Ranks, all_gather_single
+from zeroxide.zero.tensors import memory_at, spec
+from zeroxide.zero.unit import Unit
+
+__all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "settle"]
+
+Totals = tuple[float, bool, int]
+"""Sum of squares of all gradients, whether one is not finite, parameters that have one."""
+
+_HEAD = struct.Struct("<d?")
+
+
+class Exchange(Protocol):
+    """What hooks and engine ask of the other ranks."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of gradients and weights that left this rank for others."""
+
+    def connect(self) -> None:
+        """Takes up the connection. Every rank calls it once, before weights are filled."""
+
+    def gather(self, unit: Unit) -> None:
+        """Makes the unit's weights readable, the other ranks' parts included."""
+
+    def send(self, unit: Unit) -> None:
+        """The unit's gradients of this backward are complete."""
+
+    def end_backward(self) -> None:
+        """Reduces every unit of this backward that is still to be reduced."""
+
+    def after_step(self) -> None:
+        """The optimizer step has begun on every rank."""
+
+
+class Alone:
+    """One rank: nothing to exchange."""
+
+    def __init__(self, core: _core.Offload) -> None:
+        self.core = core
+
+    @property
+    def sent_bytes(self) -> int:
+        """Nothing leaves."""
+        return 0
+
+    def connect(self) -> None:
+        """Nobody to connect with."""
+
+    def gather(self, unit: Unit) -> None:
+        """The core has all of it."""
+        self.core.gather(unit.index)
+
+    def send(self, unit: Unit) -> None:
+        """The gradients are where they belong."""
+
+    def end_backward(self) -> None:
+        """Nothing is outstanding."""
+
+    def after_step(self) -> None:
+        """No other rank has a part of the weights."""
+
+
+class SharedExchange:
+    """Between ranks of one host, through shared memory."""
+
+    def __init__(self, core: _core.Offload, units: list[Unit], ranks: Ranks, wire: torch.dtype) -> None:
+        self.core = core
+        self.ranks = ranks
+        self.wire = wire
+        self.trainable = [unit for unit in units if unit.num_trainable]
+        self.waiting: list[Unit] = []
+        self.sent: set[int] = set()
+        self.moved = CollectiveGather(core, ranks)
+        self._reduced_bytes = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of gradients and weights that left this rank for others."""
+        return self._reduced_bytes + self.moved.sent_bytes
+
+    def connect(self) -> None:
+        """Raises RanksError when another rank's memory cannot be reached."""
+        seats = self.ranks.gather_objects(self.core.seat())
+        try:
+            self.core.join([(int(pid), int(descriptor)) for pid, descriptor in seats])
+        finally:
+            # Nobody closes what another is still opening.
+            self.ranks.barrier()
+
+    def gather(self, unit: Unit) -> None:
+        """Waits until every rank has updated its part; moves only weights that are at home on disk."""
+        if not self.core.gather(unit.index):
+            self.moved.gather(unit)
+
+    def send(self, unit: Unit) -> None:
+        """Also sums the units that all ranks have sent by now."""
+        if unit.index in self.sent:
+            return
+        self.core.send(unit.index)
+        self.sent.add(unit.index)
+        self.waiting.append(unit)
+        share = unit.layout_numel * self.wire.itemsize // self.ranks.world
+        self._reduced_bytes += share * (self.ranks.world - 1)
+        self.waiting = [each for each in self.waiting if not self.core.receive(each.index, False)]
+
+    def end_backward(self) -> None:
+        """Waits for the other ranks."""
+        for unit in self.trainable:
+            self.send(unit)
+        for unit in self.waiting:
+            self.core.receive(unit.index, True)
+        self.waiting.clear()
+        self.sent.clear()
+
+    def after_step(self) -> None:
+        """Whoever gathers a unit waits for it."""
+
+
+class CollectiveGather:
+    """Fills the other ranks' parts of a unit's window by one all-gather."""
+
+    def __init__(self, core: _core.Offload, ranks: Ranks) -> None:
+        self.core = core
+        self.ranks = ranks
+        self.sent_bytes = 0
+
+    def gather(self, unit: Unit) -> None:
+        """The unit's own part lies under its window; afterwards all of it does."""
+        start, end = self.core.shard(unit.index)
+        # gloo reads its input while it writes the output, which here is the memory around it.
+        own = unit.flat[start:end].clone()
+        try:
+            all_gather_single(unit.flat, own, group=self.ranks.group)
+        except RuntimeError as error:
+            raise self._lost(f"gathering {unit.name}", error) from error
+        self.sent_bytes += own.nbytes * (self.ranks.world - 1)
+        self.core.set_whole(unit.index)
+
+    def _lost(self, what: str, error: RuntimeError) -> RanksError:
+        return lost(self.ranks, what, error)
+
+
+def lost(ranks: Ranks, what: str, error: RuntimeError) -> RanksError:
+    """The line for a collective that failed."""
+    if ranks.lost is not None:
+        return RanksError(ranks.lost)
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return RanksError(f"rank {ranks.rank}: {what} with {ranks.world} ranks failed: {reason}; another rank has ended")
+
+
+class CollectiveExchange:
+    """Between any ranks, through collectives of torch.distributed.
+
+    `replicated`: every rank keeps all gradients (stage 0). `persistent`: every rank keeps all weights (stages 0 to 2),
+    which are brought up to date right after a step.
+    """
+
+    def __init__(
+        self,
+        core: _core.Offload,
+        units: list[Unit],
+        ranks: Ranks,
+        wire: torch.dtype,
+        *,
+        replicated: bool,
+        persistent: bool,
+    ) -> None:
+        self.core = core
+        self.ranks = ranks
+        self.wire = wire
+        self.replicated = replicated
+        self.refreshed = units if persistent and not replicated else []
+        # Backward runs roughly from the last unit to the first; what is left at the root ends last.
+        self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
+        self.complete: set[int] = set()
+        self.next = 0
+        self.moved = CollectiveGather(core, ranks)
+        self._reduced_bytes = 0
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of gradients and weights that left this rank for others."""
+        return self._reduced_bytes + self.moved.sent_bytes
+
+    def connect(self) -> None:
+        """The process group is the connection."""
+
+    def gather(self, unit: Unit) -> None:
+        """One all-gather, unless all parts are there."""
+        if not self.core.gather(unit.index):
+            self.moved.gather(unit)
+
+    def send(self, unit: Unit) -> None:
+        """Reduces as many units as are complete and next in order."""
+        self.complete.add(unit.index)
+        while self.next < len(self.order) and self.order[self.next].index in self.complete:
+            self._reduce(self.order[self.next])
+            self.next += 1
+
+    def end_backward(self) -> None:
+        """Reduces what is left."""
+        for unit in self.order[self.next :]:
+            self._reduce(unit)
+        self.complete.clear()
+        self.next = 0
+
+    def after_step(self) -> None:
+        """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones."""
+        for unit in self.refreshed:
+            self.gather(unit)
+            self.core.release(unit.index)
+
+    def _reduce(self, unit: Unit) -> None:
+        import torch.distributed as dist
+
+        self.core.send(unit.index)
+        outgoing = memory_at(*self.core.outgoing(unit.index), self.wire)
+        world = self.ranks.world
+        try:
+            if self.replicated:
+                received = torch.empty(outgoing.numel() * world, dtype=self.wire)
+                all_gather_single(received, outgoing, group=self.ranks.group)
+                self._reduced_bytes += outgoing.nbytes * (world - 1)
+            else:
+                received = torch.empty_like(outgoing)
+                dist.all_to_all_single(received, outgoing, group=self.ranks.group)
+                self._reduced_bytes += outgoing.nbytes // world * (world - 1)
+        except RuntimeError as error:
+            raise lost(self.ranks, f"reducing {unit.name}", error) from error
+        self.core.receive_from(unit.index, spec(received))
+
+
+def settle(core: _core.Offload, ranks: Ranks) -> Totals:
+    """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
+
+    The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
+    """
+    total, nonfinite, landed = core.grad_norm()
+    if ranks.world == 1:
+        return total, nonfinite, landed
+    # What another rank waits for must not wait for this exchange.
+    core.finish()
+    payload = bytearray(_HEAD.pack(total, nonfinite) + core.landed())
+    rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
+    everywhere = rows[:, _HEAD.size :].amax(0)
+    core.set_landed(bytes(everywhere.tolist()))
+    heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
+    return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
+
+
+def _sum(values: Iterable[float]) -> float:
+    total = 0.0
+    for value in values:
+        total += value
+    return total if not math.isnan(total) else math.nan
