@@ -86,7 +86,7 @@ class Judge:
 
     def pass_time(self, seconds: float) -> Verdict | None:
         """Counts `seconds` during which this rank was listening; the reason to end, if there is one."""
-        for member in self._watched:
+        for member in self.members.values():
             if member.status == "running":
                 member.silence += seconds
             elif member.status == "failed":

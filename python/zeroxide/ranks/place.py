@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,8 @@ class Ranks:
     """Whether all ranks share hostname, boot, and pid, user and network namespaces."""
     lost: str | None = None
     """Why the other ranks can no longer be relied on, in one line; set by the watch."""
+    explain: Callable[[], RanksError | None] | None = None
+    """Waits a moment for the watch to find out why a collective failed; set by the watch."""
     own_group: bool = False
     """Whether `group` is one that was made beside the default group, which takes no tensors in host memory."""
 
@@ -121,8 +124,9 @@ class Ranks:
         return rows.reshape(self.world, flat.numel())
 
     def _broken(self, what: str, error: RuntimeError) -> RanksError:
-        if self.lost is not None:
-            return RanksError(self.lost)
+        found = self.explain() if self.explain is not None else None
+        if found is not None:
+            return found
         return RanksError(
             f"rank {self.rank}: {what} among {self.world} ranks failed: {first_line(error)}; another rank has probably "
             "ended: look at what each of them printed last"

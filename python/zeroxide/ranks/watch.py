@@ -32,6 +32,9 @@ from zeroxide.ranks.wire import connect, listen, own_addresses
 
 __all__ = ["EXIT_CODE", "Watch"]
 
+_MOST_CHATTY = 64
+"""Up to so many ranks, each tells within a quarter of the interval when it does something else."""
+
 EXIT_CODE = 75
 """Status of a process that the watch ends: EX_TEMPFAIL of sysexits.h, for the job may succeed when it is run again."""
 
@@ -71,6 +74,7 @@ class Watch:
         if ranks.alone:
             return
         self._side = _open(ranks, timeout, self._settle)
+        ranks.explain = self.explain
         self._hook = _chain_excepthook(self)
         self._thread = threading.Thread(target=self._run, name="zeroxide-watch", daemon=True)
         self._thread.start()
@@ -127,6 +131,7 @@ class Watch:
         if thread is not threading.current_thread():
             # A callback may still run in it; it is a daemon and ends with the process at the latest.
             thread.join(5.0)
+        self._ranks.explain = None
         _live.discard(self)
         atexit.unregister(self.close)
         if sys.excepthook is self._hook[0]:
@@ -172,7 +177,8 @@ class Watch:
         next_beat = last
         while not self._closing:
             now = time.monotonic()
-            if self.doing is not seen:
+            news = self.doing is not seen
+            if news:
                 seen, since = self.doing, now
             activity = Activity(seen, now - since)
             if self._own_line is not None and not said:
@@ -180,10 +186,12 @@ class Watch:
                 side.say_failed(self._own_line)
             # A wait that has just become too long is told at once, so that the verdict does not wait for the next beat.
             overdue = is_waiting(seen) and last - since <= self._timeout < now - since
-            if now >= next_beat or overdue:
+            if now >= next_beat:
                 next_beat = now + self._interval
                 side.beat(activity)
                 side.look()
+            elif overdue or (news and self._ranks.world <= _MOST_CHATTY):
+                side.beat(activity)
             # Time in which this thread did not run, because the process or the machine was halted, is nobody's silence.
             verdict = side.judge(min(now - last, self._interval), activity)
             last = now
@@ -237,10 +245,10 @@ class _Waiting:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         watch = self._watch
-        if isinstance(error, RuntimeError):
+        if isinstance(error, (RuntimeError, RanksError)):
             found = watch.explain()
             watch.doing = self._before
-            if found is not None:
+            if found is not None and found.args != error.args:
                 raise found from error
         watch.doing = self._before
         if error is None:
@@ -308,9 +316,13 @@ def _end(line: str) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
+    _print(line)
+    os._exit(EXIT_CODE)
+
+
+def _print(line: str) -> None:
     with contextlib.suppress(OSError):
         os.write(2, f"zeroxide: error: {line}\n".encode())
-    os._exit(EXIT_CODE)
 
 
 def _limit_exit(seconds: float) -> None:
@@ -329,17 +341,20 @@ def _chain_excepthook(watch: Watch) -> tuple[Any, Any]:
     reference = weakref.ref(watch)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
         watch = reference()
-        if watch is None or os.getpid() != watch._pid:
+        ours = watch is not None and os.getpid() == watch._pid
+        verdict = watch._verdict if watch is not None and ours else None
+        if verdict is not None and str(error) == verdict.line:
+            # Where this rank was when another one was lost explains nothing; the line says it all.
+            _print(verdict.line)
             return
-        known = watch._verdict is not None
+        before(kind, error, trace)
+        if watch is None or not ours:
+            return
         watch.failed(_said(error))
-        verdict = watch._verdict
-        if verdict is not None and not known and watch._ranks.rank not in verdict.ranks:
+        if verdict is None and watch._verdict is not None and watch._ranks.rank not in watch._verdict.ranks:
             # What this rank stumbled over was the consequence of another rank's end.
-            with contextlib.suppress(OSError):
-                os.write(2, f"zeroxide: error: {verdict.line}\n".encode())
+            _print(watch._verdict.line)
 
     sys.excepthook = hook
     return hook, before
