@@ -1,4 +1,7 @@
-"""The ranks of a job as one of them sees them, and the few collectives that everything else starts from."""
+"""The ranks of a job as one of them sees them, and the few collectives that everything else starts from.
+
+torch is imported where it is used: a single rank needs none of it here.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from zeroxide.errors import RanksError
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
@@ -75,6 +77,8 @@ class Ranks:
     def barrier(self) -> None:
         """Returns once every rank has called it. Raises RanksError when a rank is lost meanwhile."""
         if not self.alone:
+            import torch
+
             # gloo's own barrier names ranks only in its debug mode; a gather fails as soon as a peer is gone.
             self._gather(torch.zeros(1, dtype=torch.uint8), "a barrier")
 
@@ -85,6 +89,8 @@ class Ranks:
         """
         if self.alone:
             return [json.loads(json.dumps(value)) for _ in range(self.world)]
+        import torch
+
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         sizes = self._gather(torch.tensor([payload.numel()]), "exchanging objects").flatten().tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
@@ -96,6 +102,8 @@ class Ranks:
         """Every rank's `values`, by rank, bit for bit; the same number of values on every rank."""
         if self.alone:
             return [list(values) for _ in range(self.world)]
+        import torch
+
         rows: list[list[float]] = self._gather(torch.tensor(values, dtype=torch.float64), "exchanging numbers").tolist()
         return rows
 
@@ -115,6 +123,8 @@ class Ranks:
 
     def _gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
         """[world, numel]: every rank's `tensor`, which has the same numel and dtype on all."""
+        import torch
+
         flat = tensor.reshape(-1)
         rows = torch.empty(self.world * flat.numel(), dtype=flat.dtype)
         try:

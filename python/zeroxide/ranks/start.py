@@ -7,8 +7,6 @@ import os
 from datetime import timedelta
 from typing import Any
 
-import torch
-
 from zeroxide.errors import RanksError
 from zeroxide.ranks.environment import Place, read_environment
 from zeroxide.ranks.host import host_identity
@@ -22,6 +20,8 @@ DEFAULT_TIMEOUT_SECONDS = 1800.0
 
 def default_backend() -> str:
     """gloo for tensors in host memory, and NCCL for those on a GPU where there is one."""
+    import torch
+
     return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
 
 
@@ -106,6 +106,7 @@ def init_distributed(
 
 def _make_group(place: Place, backend: str, timeout: timedelta, init_method: str | None) -> None:
     """The default process group, or RanksError in one line."""
+    import torch
     import torch.distributed as dist
 
     if place.world == 1 and init_method is None:

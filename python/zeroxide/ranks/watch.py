@@ -204,7 +204,7 @@ class Watch:
         self._ranks.lost = verdict.line
         self._verdict = verdict
         self._known.set()
-        atexit.register(_limit_exit, self._grace)
+        atexit.register(_limit_exit, max(self._grace, 3.0))
         for callback in self._callbacks:
             # A broken callback must not keep this process alive.
             with contextlib.suppress(Exception):
