@@ -13,13 +13,15 @@ if TYPE_CHECKING:
     from zeroxide.errors import ZeroxideError
     from zeroxide.initialize import initialize
     from zeroxide.optim import AdamW
+    from zeroxide.ranks import init_distributed
 
-__all__ = ["AdamW", "Engine", "ZeroxideError", "__version__", "initialize"]
+__all__ = ["AdamW", "Engine", "ZeroxideError", "__version__", "init_distributed", "initialize"]
 
 _HOMES = {
     "AdamW": "zeroxide.optim",
     "Engine": "zeroxide.engine",
     "ZeroxideError": "zeroxide.errors",
+    "init_distributed": "zeroxide.ranks",
     "initialize": "zeroxide.initialize",
 }
 

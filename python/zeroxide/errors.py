@@ -20,6 +20,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "NumericsError",
+    "RanksError",
     "StorageError",
     "ZeroxideError",
 ]
@@ -121,3 +122,13 @@ class NumericsError(ZeroxideError):
         super().__init__(message)
         self.step = step
         self.value = value
+
+
+class RanksError(ZeroxideError):
+    """Ranks cannot be found, do not agree, or one of them is lost. `ranks` holds the ranks that the line blames."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, ranks: Sequence[int] = ()) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)

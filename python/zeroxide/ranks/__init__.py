@@ -1,0 +1,27 @@
+"""Who the ranks are, whether they were started alike, and whether all of them still live."""
+
+from zeroxide.ranks.agreement import Fact, agree, name_ranks
+from zeroxide.ranks.environment import Place, read_environment
+from zeroxide.ranks.facts import config_facts, model_facts, sampler_facts, version_facts
+from zeroxide.ranks.place import Ranks, all_gather_single, reduce_scatter_single
+from zeroxide.ranks.start import init_distributed, start
+from zeroxide.ranks.watch import EXIT_CODE, Watch
+
+__all__ = [
+    "EXIT_CODE",
+    "Fact",
+    "Place",
+    "Ranks",
+    "Watch",
+    "agree",
+    "all_gather_single",
+    "config_facts",
+    "init_distributed",
+    "model_facts",
+    "name_ranks",
+    "read_environment",
+    "reduce_scatter_single",
+    "sampler_facts",
+    "start",
+    "version_facts",
+]

@@ -1,0 +1,155 @@
+"""Makes `Ranks`: over the process group that exists, else one that the environment asks for, else a single rank."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from typing import Any
+
+from zeroxide.errors import RanksError
+from zeroxide.ranks.environment import Place, read_environment
+from zeroxide.ranks.host import host_identity
+from zeroxide.ranks.place import Ranks, first_line
+
+__all__ = ["default_backend", "init_distributed", "start"]
+
+DEFAULT_TIMEOUT_SECONDS = 1800.0
+"""How long a collective may take; torch's default. A lost rank is noticed by the watch long before."""
+
+
+def default_backend() -> str:
+    """gloo for tensors in host memory, and NCCL for those on a GPU where there is one."""
+    import torch
+
+    return "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+
+
+def start(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, port: int | None = None) -> Ranks:
+    """The ranks of this job; called by all of them.
+
+    A default process group that exists already is used and never destroyed, whatever its size. Otherwise the
+    environment tells (`read_environment`), and several ranks get a group that `Ranks.close` destroys. With neither,
+    this is a single rank, and torch.distributed is not touched.
+
+    timeout_seconds: how long rank 0 is waited for at start, and how long one collective may take.
+    port: where rank 0 listens if MASTER_PORT is not set.
+
+    Raises RanksError when the environment contradicts itself or not all ranks arrive.
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        return _over_default_group(owned=False, place=None)
+    place = read_environment(os.environ, port)
+    if place.world == 1:
+        return Ranks()
+    _make_group(place, default_backend(), timedelta(seconds=timeout_seconds), None)
+    try:
+        return _over_default_group(owned=True, place=place)
+    except BaseException:
+        dist.destroy_process_group()
+        raise
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta | float | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Makes torch's default process group, unless there is one; the signature of `deepspeed.init_distributed`.
+
+    The group belongs to the caller: `zeroxide.initialize` uses it and does not destroy it.
+
+    dist_backend: torch's name for the backend; None is gloo in host memory and NCCL on GPUs.
+    auto_mpi_discovery: whether the variables of MPI and SLURM are read where torchrun's are missing.
+    distributed_port: where rank 0 listens if MASTER_PORT is not set.
+    verbose: whether rank 0 logs what was started.
+    timeout: of the start and of every collective, as a timedelta or in seconds; torch's 30 minutes if None.
+    init_method: a URL as torch takes it ("tcp://host:port", "file:///path"), instead of the environment's address.
+    dist_init_required: False leaves everything as it is.
+    config: accepted for the signature's sake; it holds DeepSpeed's communication log, which zeroxide does not keep.
+    rank, world_size: instead of the environment's where both are given.
+
+    Raises RanksError when the environment contradicts itself or not all ranks arrive.
+    """
+    import torch.distributed as dist
+
+    if dist_init_required is False or dist.is_initialized():
+        return
+    if (rank >= 0) != (world_size >= 0):
+        raise RanksError(f"rank, world_size: expected both or neither, got {rank} and {world_size}")
+    if rank >= 0:
+        if rank >= world_size:
+            raise RanksError(f"rank: expected 0 to {world_size - 1}, since world_size is {world_size}, got {rank}")
+        given = {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        kept = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+        if init_method is not None:
+            kept.setdefault("MASTER_ADDR", "127.0.0.1")  # not used: the URL says where
+        place = read_environment({**kept, **given}, distributed_port)
+    else:
+        place = read_environment(os.environ, distributed_port, other_launchers=auto_mpi_discovery)
+    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
+    limit = timedelta(seconds=DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds)
+    backend = dist_backend or default_backend()
+    _make_group(place, backend, limit, init_method)
+    if verbose and place.rank == 0:
+        logging.getLogger("zeroxide").info("%d ranks over %s, told by %s", place.world, backend, place.launcher)
+
+
+def _make_group(place: Place, backend: str, timeout: timedelta, init_method: str | None) -> None:
+    """The default process group, or RanksError in one line."""
+    import torch
+    import torch.distributed as dist
+
+    if place.world == 1 and init_method is None:
+        # Nobody has to be met, so no port is opened.
+        store = torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    host = f"[{place.address}]" if place.address and ":" in place.address else place.address
+    where = init_method or f"tcp://{host}:{place.port}"
+    try:
+        dist.init_process_group(backend, init_method=where, rank=place.rank, world_size=place.world, timeout=timeout)
+    except (RuntimeError, ValueError, OSError) as error:
+        raise RanksError(
+            f"rank {place.rank} of {place.world} (told by {place.launcher}) could not meet the others at {where} "
+            f"within {timeout.total_seconds():g} s: {first_line(error)}; check that every rank was started, and that "
+            "MASTER_ADDR and MASTER_PORT name a free port of rank 0's host",
+            ranks=[place.rank],
+        ) from error
+
+
+def _over_default_group(owned: bool, place: Place | None) -> Ranks:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+    backend = str(dist.get_backend_config())
+    if dist.get_backend() == "fake":
+        backend = "fake"
+    ranks = Ranks(rank=dist.get_rank(), world=dist.get_world_size(), owned=owned, backend=backend)
+    default = dist.group.WORLD
+    assert default is not None
+    if backend != "fake" and all(each.type != "cpu" for each in default._device_types):
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        ranks.group, ranks.own_group = group, True
+        ranks.mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
+    else:
+        ranks.mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("dp",))
+        ranks.group = ranks.mesh.get_group("dp")
+    hosts = ranks.gather_objects(host_identity())
+    here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
+    ranks.same_host = len(here) == ranks.world
+    if place is None or place.local_rank is None or place.local_world is None:
+        ranks.local_rank, ranks.local_world = here.index(ranks.rank), len(here)
+    else:
+        ranks.local_rank, ranks.local_world = place.local_rank, place.local_world
+    return ranks

@@ -1,0 +1,218 @@
+"""When the watch decides that the job cannot go on, with time told by the test."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from zeroxide.ranks.activity import Activity, as_doing, describe, summary
+from zeroxide.ranks.host import Process, host_identity
+from zeroxide.ranks.judge import Judge, Member
+
+TIMEOUT = 10.0
+SETTLE = 0.5
+AWAY = ["elsewhere"]
+FORWARD = ("forward", "h.0", None, None)
+
+
+def waits(seconds, collective="all-gather", unit="h.0", sequence=7, phase="forward"):
+    return Activity((phase, unit, collective, sequence), seconds)
+
+
+def make(world=3, own=0, process=None, host=AWAY):
+    """Every rank lives on another host, so that only what is heard counts, unless `host` says so."""
+    members = [Member(rank, host, process or Process(100 + rank, None)) for rank in range(world)]
+    members[own] = Member(own, host_identity(), Process.current())
+    return Judge(members, own, TIMEOUT, SETTLE)
+
+
+def live(judge, seconds, *activities):
+    """`seconds` pass, with a beat of every rank each second; the first verdict."""
+    for _ in range(seconds):
+        for rank, activity in enumerate(activities):
+            if activity is not None:
+                judge.heard(rank, activity)
+        verdict = judge.pass_time(1.0)
+        if verdict is not None:
+            return verdict
+    return None
+
+
+def test_ranks_that_compute_are_left_alone():
+    assert live(make(), 1000, *[Activity(FORWARD, 999.0)] * 3) is None
+
+
+def test_a_silent_rank_is_named_after_the_timeout_and_not_before():
+    judge = make()
+    beats = [Activity(FORWARD), waits(1.0), None]
+    assert live(judge, 10, *beats) is None
+    verdict = live(judge, 1, *beats)
+    assert verdict.ranks == (2,)
+    assert "rank 2 does not answer" in verdict.line
+    assert (
+        "rank 0 computing forward of unit h.0, rank 1 waiting for all-gather 7 of unit h.0 in forward" in verdict.line
+    )
+
+
+def test_a_rank_whose_connection_closed_is_named_at_once():
+    judge = make()
+    judge.heard(1, waits(2.0, "reduce", "h.9", 31, "backward"))
+    judge.gone(1)
+    verdict = judge.pass_time(0.0)
+    assert verdict.ranks == (1,)
+    assert "rank 1 was killed" in verdict.line
+    assert "waiting for reduce 31 of unit h.9 in backward" in verdict.line
+
+
+def test_a_rank_that_finished_may_close_its_connection():
+    judge = make()
+    judge.finished(1)
+    judge.gone(1)
+    assert live(judge, 100, Activity(FORWARD), None, Activity(FORWARD)) is None
+
+
+def test_a_ranks_own_words_wait_for_a_deeper_reason():
+    judge = make()
+    judge.failed(2, "RuntimeError: connection closed by peer")
+    assert judge.pass_time(0.25) is None
+    judge.gone(1)
+    assert judge.pass_time(0.1).ranks == (1,)
+
+
+def test_a_ranks_own_words_are_quoted():
+    judge = make()
+    judge.heard(2, Activity(FORWARD))
+    judge.failed(2, "ValueError: labels are out of range")
+    judge.gone(2)
+    assert judge.pass_time(0.25) is None
+    verdict = judge.pass_time(0.25)
+    assert verdict.ranks == (2,)
+    assert "rank 2 failed while computing forward of unit h.0: ValueError: labels are out of range" in verdict.line
+
+
+def test_rank_0s_own_words_are_quoted_too():
+    judge = make()
+    judge.failed(0, "ValueError: here")
+    assert judge.pass_time(SETTLE).ranks == (0,)
+
+
+def test_ranks_that_wait_for_different_things_are_all_named():
+    judge = make()
+    beats = [waits(10.5), waits(10.5, "reduce-scatter", "h.1", 8, "backward"), waits(10.5)]
+    verdict = live(judge, 1, *beats)
+    assert verdict.ranks == (0, 1, 2)
+    assert "ranks 0, 2 waiting for all-gather 7 of unit h.0 in forward" in verdict.line
+    assert "rank 1 waiting for reduce-scatter 8 of unit h.1 in backward" in verdict.line
+
+
+@pytest.mark.parametrize("other", [waits(10.5, sequence=8), waits(10.5, "barrier"), waits(10.5, unit="h.1")])
+def test_one_difference_is_enough(other):
+    assert live(make(2), 1, waits(10.5), other) is not None
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [waits(10.5), waits(10.5)],  # the same, however long: a slow transfer
+        [waits(10.5, phase="backward"), waits(10.5)],  # a phase is a label, not a collective
+        [waits(9.5, sequence=8), waits(10.5)],  # not yet
+        [Activity(FORWARD, 99.0), waits(10.5, sequence=8)],  # somebody computes and may still come
+    ],
+)
+def test_waiting_alone_is_no_failure(others):
+    assert live(make(), 50, waits(10.5), *others) is None
+
+
+def test_waiting_for_a_rank_that_has_finished_is_a_failure():
+    judge = make(2)
+    judge.finished(1)
+    assert live(judge, 1, waits(9.0)) is None
+    verdict = live(judge, 1, waits(10.5))
+    assert verdict.ranks == (1,)
+    assert "rank 1 finished, and the others have waited for 10.5 s" in verdict.line
+
+
+def test_other_ranks_judge_rank_0_alone():
+    judge = make(3, own=2)
+    assert live(judge, 20, waits(99.0, sequence=1), None, waits(99.0, sequence=2)) is None
+    judge.told = "rank 1 waiting for barrier 3"
+    judge.gone(0)
+    verdict = judge.pass_time(0.0)
+    assert verdict.ranks == (0,)
+    assert "rank 2 waiting for all-gather 2 of unit h.0 in forward; shortly before: rank 1 waiting" in verdict.line
+
+
+# What the system says of processes of the same host ---------------------------------------------------------------
+
+
+def child(source):
+    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with open(f"/proc/{process.pid}/stat") as file:
+        return process, Process(process.pid, int(file.read().rpartition(")")[2].split()[19]))
+
+
+def test_a_process_that_is_gone_need_not_be_waited_for():
+    process, identity = child("print(1, flush=True); input()")
+    judge = make(2, process=identity, host=host_identity())
+    judge.look()
+    assert judge.pass_time(0.0) is None
+    process.kill()
+    process.wait()
+    judge.look()
+    verdict = judge.pass_time(0.0)
+    assert "was killed" in verdict.line
+    assert f"process {process.pid}" in verdict.line
+    process.stdout.close()
+
+
+def test_a_pid_that_was_given_to_another_process_is_gone():
+    own = Process.current()
+    assert own.look()[0] == "running"
+    assert Process(own.pid, own.started + 1).look()[0] == "gone"
+
+
+def test_a_zombie_is_gone():
+    process, identity = child("print(1, flush=True)")
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert identity.look()[0] == "gone"
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_silent_process_that_computes_is_left_alone(monkeypatch):
+    """Python's lock may be held by one long call. Processor time here is told by the test."""
+    ticks = [0]
+    per_second = os.sysconf("SC_CLK_TCK")
+    monkeypatch.setattr(Process, "look", lambda self: ("running", ticks[0]))
+    judge = make(2, host=host_identity())
+    for _ in range(100):
+        judge.look()
+        ticks[0] += per_second // 2
+        assert judge.pass_time(1.0) is None
+    for _ in range(9):
+        judge.look()
+        assert judge.pass_time(1.0) is None
+    verdict = live(judge, 12)
+    assert "rank 1 does not answer" in verdict.line
+
+
+# Words --------------------------------------------------------------------------------------------------------------
+
+
+def test_activities_in_words():
+    assert describe((None, None, None, None)) == "computing outside of any step"
+    assert describe(("backward", 3, None, None)) == "computing backward of unit 3"
+    assert describe((None, None, "barrier", 4)) == "waiting for barrier 4"
+    assert summary([(0, "a"), (1, "b"), (2, "a")]) == "ranks 0, 2 a, rank 1 b"
+    many = summary([(rank, str(rank)) for rank in range(100)])
+    assert many.endswith("rank 3 3, and 96 more ranks elsewhere")
+
+
+@pytest.mark.parametrize("values", [[], [1, 2, 3], [None, None, None, "7"]])
+def test_what_is_no_activity_is_refused(values):
+    with pytest.raises(ValueError, match="not an activity"):
+        as_doing(values)
