@@ -21,7 +21,7 @@ from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError
 from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import groups_for
-from zeroxide.ranks import Ranks
+from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.exchange import Alone, CollectiveExchange, Exchange, SharedExchange, settle
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
@@ -65,6 +65,7 @@ class Engine(nn.Module):
         self.global_rank = self.ranks.rank
         self.local_rank = self.ranks.local_rank
         self.world_size = self.ranks.world
+        self.watch = Watch(self.ranks)
         self.lr_scheduler: Any = None
         self.training_dataloader: DataLoader[Any] | None = None
         self.global_steps = 0
@@ -83,10 +84,12 @@ class Engine(nn.Module):
         threads = config.threads or len(os.sched_getaffinity(0))
         self._plan = make_plan(module, config, threads=threads, resident=_resident_without(module), ranks=self.ranks)
         self._core = _make_core(self._plan, config)
+        self.watch.on_failure(self._core.call_off)
         try:
             self._place(module, groups, weights)
         except BaseException:
             self._core.close()
+            self.watch.close()
             raise
 
     def _place(self, module: nn.Module, groups: list[dict[str, Any]], weights: WeightSource | None) -> None:
@@ -126,9 +129,11 @@ class Engine(nn.Module):
             return Alone(core)
         wire = DTYPES[self.config.reduce_dtype]
         if plan.wire == "shared":
-            return SharedExchange(core, units, self.ranks, wire)
+            return SharedExchange(core, units, self.ranks, self.watch, wire)
         persistent = plan.weights is Home.HOST
-        return CollectiveExchange(core, units, self.ranks, wire, replicated=plan.replicated, persistent=persistent)
+        return CollectiveExchange(
+            core, units, self.ranks, self.watch, wire, replicated=plan.replicated, persistent=persistent
+        )
 
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
         core = self._alive()
@@ -164,6 +169,7 @@ class Engine(nn.Module):
         """Runs the model. Every unit is gathered where it is used and released after."""
         self._alive()
         start = time.perf_counter()
+        self.watch.doing = ("forward", None, None, None)
         output = self.module(*inputs, **kwargs)
         self._times["forward"] += time.perf_counter() - start
         return output
@@ -179,6 +185,7 @@ class Engine(nn.Module):
         if scale_wrt_gas and self.gradient_accumulation_steps() > 1:
             loss = loss / self.gradient_accumulation_steps()
         start = time.perf_counter()
+        self.watch.doing = ("backward", None, None, None)
         self._hooks.begin_backward()
         try:
             loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
@@ -186,6 +193,7 @@ class Engine(nn.Module):
             self._hooks.abandon_backward()
             raise
         self._hooks.end_backward()
+        self.watch.doing = IDLE
         self._times["backward"] += time.perf_counter() - start
         return loss
 
@@ -211,7 +219,7 @@ class Engine(nn.Module):
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = settle(core, self.ranks)
+        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch)
         self._norm = math.sqrt(sum_squares) if not nonfinite else math.nan
         self.optimizer.overflow = nonfinite or not math.isfinite(self._norm)
         if self.optimizer.overflow:
@@ -397,6 +405,7 @@ class Engine(nn.Module):
             for unit in self._units:
                 unit.hide()
         core.close()
+        self.watch.close()
         self.ranks.close()
 
     # Inside -----------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from zeroxide.config import Config, load
 from zeroxide.engine import Engine
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.ranks import Ranks, start
+from zeroxide.ranks import Ranks, agree, config_facts, model_facts, start, version_facts
 from zeroxide.zero.materialize import WeightSource
 
 __all__ = ["initialize"]
@@ -86,6 +86,7 @@ def initialize(
         gradient_clipping=gradient_clipping,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
+    agree(ranks, {**version_facts(), **config_facts(resolved), **model_facts(model)})
     engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
     try:
         engine.lr_scheduler = _scheduler(resolved, lr_scheduler, (engine.optimizer, optimizer))
@@ -133,6 +134,7 @@ def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ra
                 "there is no batch"
             )
     sampler: DistributedSampler[Any] | None = None
+    agree(ranks, {} if data is None or not hasattr(data, "__len__") else {"sampler.samples in the data set": len(data)})
     shuffle = not isinstance(data, torch.utils.data.IterableDataset)
     if shuffle and ranks.world > 1:
         sampler = DistributedSampler(data, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last)

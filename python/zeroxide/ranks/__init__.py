@@ -1,5 +1,6 @@
 """Who the ranks are, whether they were started alike, and whether all of them still live."""
 
+from zeroxide.ranks.activity import IDLE
 from zeroxide.ranks.agreement import Fact, agree, name_ranks
 from zeroxide.ranks.environment import Place, read_environment
 from zeroxide.ranks.facts import config_facts, model_facts, sampler_facts, version_facts
@@ -9,6 +10,7 @@ from zeroxide.ranks.watch import EXIT_CODE, Watch
 
 __all__ = [
     "EXIT_CODE",
+    "IDLE",
     "Fact",
     "Place",
     "Ranks",

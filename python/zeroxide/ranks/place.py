@@ -80,7 +80,7 @@ class Ranks:
             import torch
 
             # gloo's own barrier names ranks only in its debug mode; a gather fails as soon as a peer is gone.
-            self._gather(torch.zeros(1, dtype=torch.uint8), "a barrier")
+            self.gather_rows(torch.zeros(1, dtype=torch.uint8), "a barrier")
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What every rank gave, by rank. `value` is anything that JSON can hold; tuples come back as lists.
@@ -92,10 +92,10 @@ class Ranks:
         import torch
 
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self._gather(torch.tensor([payload.numel()]), "exchanging objects").flatten().tolist()
+        sizes = self.gather_rows(torch.tensor([payload.numel()]), "exchanging objects").flatten().tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: payload.numel()] = payload
-        rows = self._gather(padded, "exchanging objects")
+        rows = self.gather_rows(padded, "exchanging objects")
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
     def all_gather_f64(self, values: list[float]) -> list[list[float]]:
@@ -104,7 +104,9 @@ class Ranks:
             return [list(values) for _ in range(self.world)]
         import torch
 
-        rows: list[list[float]] = self._gather(torch.tensor(values, dtype=torch.float64), "exchanging numbers").tolist()
+        rows: list[list[float]] = self.gather_rows(
+            torch.tensor(values, dtype=torch.float64), "exchanging numbers"
+        ).tolist()
         return rows
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
@@ -121,7 +123,7 @@ class Ranks:
                 raise self._broken("a broadcast", error) from error
         return tensor
 
-    def _gather(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    def gather_rows(self, tensor: torch.Tensor, what: str = "a gather") -> torch.Tensor:
         """[world, numel]: every rank's `tensor`, which has the same numel and dtype on all."""
         import torch
 

@@ -20,8 +20,7 @@ from typing import Protocol
 import torch
 
 from zeroxide import _core
-from zeroxide.errors import RanksError
-from zeroxide.ranks import Ranks, all_gather_single
+from zeroxide.ranks import Ranks, Watch, all_gather_single
 from zeroxide.zero.tensors import memory_at, spec
 from zeroxide.zero.unit import Unit
 
@@ -87,14 +86,15 @@ class Alone:
 class SharedExchange:
     """Between ranks of one host, through shared memory."""
 
-    def __init__(self, core: _core.Offload, units: list[Unit], ranks: Ranks, wire: torch.dtype) -> None:
+    def __init__(self, core: _core.Offload, units: list[Unit], ranks: Ranks, watch: Watch, wire: torch.dtype) -> None:
         self.core = core
         self.ranks = ranks
+        self.watch = watch
         self.wire = wire
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.waiting: list[Unit] = []
         self.sent: set[int] = set()
-        self.moved = CollectiveGather(core, ranks)
+        self.moved = CollectiveGather(core, ranks, watch)
         self._reduced_bytes = 0
 
     @property
@@ -113,14 +113,17 @@ class SharedExchange:
 
     def gather(self, unit: Unit) -> None:
         """Waits until every rank has updated its part; moves only weights that are at home on disk."""
-        if not self.core.gather(unit.index):
+        with self.watch.waiting("weights", unit.name):
+            whole = self.core.gather(unit.index)
+        if not whole:
             self.moved.gather(unit)
 
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
         if unit.index in self.sent:
             return
-        self.core.send(unit.index)
+        with self.watch.waiting("room for gradients", unit.name):
+            self.core.send(unit.index)
         self.sent.add(unit.index)
         self.waiting.append(unit)
         share = unit.layout_numel * self.wire.itemsize // self.ranks.world
@@ -132,7 +135,8 @@ class SharedExchange:
         for unit in self.trainable:
             self.send(unit)
         for unit in self.waiting:
-            self.core.receive(unit.index, True)
+            with self.watch.waiting("gradients", unit.name):
+                self.core.receive(unit.index, True)
         self.waiting.clear()
         self.sent.clear()
 
@@ -143,9 +147,10 @@ class SharedExchange:
 class CollectiveGather:
     """Fills the other ranks' parts of a unit's window by one all-gather."""
 
-    def __init__(self, core: _core.Offload, ranks: Ranks) -> None:
+    def __init__(self, core: _core.Offload, ranks: Ranks, watch: Watch) -> None:
         self.core = core
         self.ranks = ranks
+        self.watch = watch
         self.sent_bytes = 0
 
     def gather(self, unit: Unit) -> None:
@@ -153,23 +158,10 @@ class CollectiveGather:
         start, end = self.core.shard(unit.index)
         # gloo reads its input while it writes the output, which here is the memory around it.
         own = unit.flat[start:end].clone()
-        try:
+        with self.watch.waiting("all-gather", unit.name):
             all_gather_single(unit.flat, own, group=self.ranks.group)
-        except RuntimeError as error:
-            raise self._lost(f"gathering {unit.name}", error) from error
         self.sent_bytes += own.nbytes * (self.ranks.world - 1)
         self.core.set_whole(unit.index)
-
-    def _lost(self, what: str, error: RuntimeError) -> RanksError:
-        return lost(self.ranks, what, error)
-
-
-def lost(ranks: Ranks, what: str, error: RuntimeError) -> RanksError:
-    """The line for a collective that failed."""
-    if ranks.lost is not None:
-        return RanksError(ranks.lost)
-    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    return RanksError(f"rank {ranks.rank}: {what} with {ranks.world} ranks failed: {reason}; another rank has ended")
 
 
 class CollectiveExchange:
@@ -184,6 +176,7 @@ class CollectiveExchange:
         core: _core.Offload,
         units: list[Unit],
         ranks: Ranks,
+        watch: Watch,
         wire: torch.dtype,
         *,
         replicated: bool,
@@ -191,6 +184,7 @@ class CollectiveExchange:
     ) -> None:
         self.core = core
         self.ranks = ranks
+        self.watch = watch
         self.wire = wire
         self.replicated = replicated
         self.refreshed = units if persistent and not replicated else []
@@ -198,7 +192,7 @@ class CollectiveExchange:
         self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
         self.complete: set[int] = set()
         self.next = 0
-        self.moved = CollectiveGather(core, ranks)
+        self.moved = CollectiveGather(core, ranks, watch)
         self._reduced_bytes = 0
 
     @property
@@ -240,7 +234,7 @@ class CollectiveExchange:
         self.core.send(unit.index)
         outgoing = memory_at(*self.core.outgoing(unit.index), self.wire)
         world = self.ranks.world
-        try:
+        with self.watch.waiting("all-gather" if self.replicated else "all-to-all", unit.name):
             if self.replicated:
                 received = torch.empty(outgoing.numel() * world, dtype=self.wire)
                 all_gather_single(received, outgoing, group=self.ranks.group)
@@ -249,12 +243,10 @@ class CollectiveExchange:
                 received = torch.empty_like(outgoing)
                 dist.all_to_all_single(received, outgoing, group=self.ranks.group)
                 self._reduced_bytes += outgoing.nbytes // world * (world - 1)
-        except RuntimeError as error:
-            raise lost(self.ranks, f"reducing {unit.name}", error) from error
         self.core.receive_from(unit.index, spec(received))
 
 
-def settle(core: _core.Offload, ranks: Ranks) -> Totals:
+def settle(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
     """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
 
     The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
@@ -265,7 +257,8 @@ def settle(core: _core.Offload, ranks: Ranks) -> Totals:
     # What another rank waits for must not wait for this exchange.
     core.finish()
     payload = bytearray(_HEAD.pack(total, nonfinite) + core.landed())
-    rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
+    with watch.waiting("the gradient norm"):
+        rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_landed(bytes(everywhere.tolist()))
     heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
