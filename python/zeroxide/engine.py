@@ -97,7 +97,7 @@ class Engine(nn.Module):
         assert self._core is not None
         core, plan = self._core, self._plan
         on_disk = Home.DISK in (plan.weights, plan.state)
-        if on_disk or self.config.trim_libraries:
+        if self.config.trim_libraries:
             # Now, so that importing does not add to the peak of what follows, and again when that is done.
             _core.drop_clean_text()
         new = replace_meta_parameters(module)
@@ -120,7 +120,7 @@ class Engine(nn.Module):
         self._assign_groups(groups)
         self.optimizer = EngineOptimizer(groups, core, self._update)
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
-        if on_disk or self.config.trim_libraries:
+        if self.config.trim_libraries:
             _core.drop_clean_text()
 
     def _make_exchange(self, units: list[Unit]) -> Exchange:
@@ -346,6 +346,10 @@ class Engine(nn.Module):
             seconds = dict.fromkeys(("read_seconds", "write_seconds", "wait_seconds", "update_seconds"), 0.0)
             return {**counts, **seconds, "engine": "none"}
         return found
+
+    def exchanged_bytes(self) -> int:
+        """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
+        return self._exchange.sent_bytes
 
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""

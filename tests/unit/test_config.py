@@ -123,7 +123,10 @@ EFFECTS = [
     ("zeroxide.tile_bytes", "256KiB", {}, "tile_bytes", 256 << 10),
     ("zeroxide.staging_bytes", "32MiB", {}, "staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "prefetch", 0),
-    ("zeroxide.trim_libraries", True, {}, "trim_libraries", True),
+    ("zeroxide.trim_libraries", False, {}, "trim_libraries", False),
+    ("zeroxide.transport", "collective", {}, "transport", "collective"),
+    ("communication_data_type", "fp32", {"bf16": {"enabled": True}}, "reduce_dtype", "fp32"),
+    ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
 ]
 
 
@@ -228,7 +231,6 @@ NOT_BUILT = [
     ("hybrid_engine.enabled", True, "hybrid engine"),
     ("curriculum_learning.enabled", True, "curriculum"),
     ("sequence_parallel_size", 2, "sequence parallelism"),
-    ("gradient_allreduce_op", "sum", "summing"),
     ("managed_gradient_accumulation", False, "accumulation"),
     ("sparse_gradients", True, "sparse"),
     ("aio.use_gds", True, "GPUDirect"),
@@ -254,7 +256,6 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
         ("compile", {"deepcompile": False}),
         ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False}, "groups": {}}}),
         ("sequence_parallel_size", 1),
-        ("gradient_allreduce_op", "mean"),
         ("managed_gradient_accumulation", True),
         ("zero_optimization.mics_shard_size", -1),
         ("zero_optimization.zero_hpz_partition_size", 1),

@@ -90,7 +90,7 @@ def test_defaults():
     assert load(lr=0.1).precision == "fp32"
     bf16 = load(dtype="bf16")
     assert (bf16.precision, bf16.format, bf16.grad_dtype, bf16.buffer_dtype) == ("bf16", "split", "bf16", "bf16")
-    assert load(host_memory=GIB).trim_libraries is True
+    assert load().trim_libraries is True
     assert load({"zeroxide": {"trim_libraries": False}}, host_memory=GIB).trim_libraries is False
 
 

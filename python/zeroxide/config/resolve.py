@@ -82,7 +82,7 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         io_engine=own.io_engine,
         queue_depth=(document.aio.queue_depth if document.aio else None) or Config.queue_depth,
         threads=own.threads,
-        trim_libraries=host_memory is not None if own.trim_libraries is None else own.trim_libraries,
+        trim_libraries=own.trim_libraries,
         steps_per_print=document.steps_per_print,
         wall_clock_breakdown=document.wall_clock_breakdown,
         no_effect=no_effect,

@@ -101,7 +101,7 @@ class Config:
     """Most disk requests in flight at once."""
     threads: int | None = None
     """Optimizer threads; `None` is one for each CPU that the process may use."""
-    trim_libraries: bool = False
+    trim_libraries: bool = True
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
 
     steps_per_print: int | None = 10

@@ -174,7 +174,7 @@ class Zeroxide(Section):
     tile_bytes: ByteSize | None = None
     staging_bytes: MemorySize | None = None
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
-    trim_libraries: Flag | None = None
+    trim_libraries: Flag = True
     transport: Annotated[
         Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
     ] = "auto"
