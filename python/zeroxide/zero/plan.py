@@ -19,7 +19,7 @@ from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.ranks import Ranks
 from zeroxide.zero.state import Home
 
-__all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan"]
+__all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan", "padded_sizes"]
 
 MIB = 1 << 20
 DEFAULT_UNIT_BYTES = 512 * MIB
@@ -351,7 +351,7 @@ def _tile_elements(config: Config, compute: torch.dtype) -> int:
     return max(TILE_QUANTUM, config.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
 
 
-def _padded(unit: UnitPlan, world: int) -> tuple[int, int]:
+def padded_sizes(unit: UnitPlan, world: int) -> tuple[int, int]:
     """(trainable, all) elements of a unit's flat layout, as the core pads them."""
     quantum = TILE_QUANTUM * world
     trainable = frozen = 0
@@ -366,7 +366,7 @@ def _padded(unit: UnitPlan, world: int) -> tuple[int, int]:
 
 
 def _place(plan: Plan, config: Config) -> None:
-    sizes = [_padded(unit, plan.world) for unit in plan.units]
+    sizes = [padded_sizes(unit, plan.world) for unit in plan.units]
     outgoing = _outgoing(plan, [size for size, _ in sizes], config)
     trainable = sum(size for size, _ in sizes) // (1 if plan.replicated else plan.world)
     total = sum(size for _, size in sizes)
