@@ -87,12 +87,12 @@ class LossScaler:
             return None
         return {"scale": self.scale, "hysteresis": self._hysteresis, "good_steps": self._good_steps}
 
-    def load_state_dict(self, state: dict[str, Any] | None) -> None:
-        """Goes on from `state`. A scale that the config fixes stays, and None leaves everything as it is.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`, unless the config fixes the scale or asks for none.
 
         Settings that changed in between act at once: the minimum bounds the scale, and hysteresis the count.
         """
-        if state is None or self.settings is None or not self.dynamic:
+        if self.settings is None or not self.dynamic:
             return
         self.scale = max(float(state["scale"]), self.settings.minimum)
         self._hysteresis = min(int(state["hysteresis"]), self.settings.hysteresis)
