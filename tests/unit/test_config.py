@@ -88,6 +88,9 @@ EFFECTS = [
     ("torch_autocast.dtype", "float16", {"torch_autocast": {"enabled": True}}, "autocast", "fp16"),
     ("data_types.grad_accum_dtype", "fp32", {"bf16": {"enabled": True}}, "grad_dtype", "fp32"),
     ("data_types.buffer_dtype", "fp32", {"bf16": {"enabled": True}}, "buffer_dtype", "fp32"),
+    ("communication_data_type", "fp32", BF16, "reduce_dtype", "fp32"),
+    ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
+    ("zeroxide.transport", "collective", {}, "transport", "collective"),
     ("optimizer.type", "AdamW", {"optimizer": {}}, "optimizer", Optimizer()),
     ("optimizer.params.lr", 0.25, ADAM, "optimizer", Optimizer(lr=0.25)),
     ("optimizer.params.betas", [0.5, 0.75], ADAM, "optimizer", Optimizer(betas=(0.5, 0.75))),
@@ -139,9 +142,6 @@ EFFECTS = [
     ("zeroxide.staging_bytes", "32MiB", {}, "staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "prefetch", 0),
     ("zeroxide.trim_libraries", False, {}, "trim_libraries", False),
-    ("zeroxide.transport", "collective", {}, "transport", "collective"),
-    ("communication_data_type", "fp32", {"bf16": {"enabled": True}}, "reduce_dtype", "fp32"),
-    ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
 ]
 
 
@@ -368,6 +368,10 @@ def test_auto_and_null_mean_unset():
         (
             {"data_types": {"grad_accum_dtype": "bf16"}, "fp16": {"enabled": True}},
             'data_types.grad_accum_dtype: "bf16" gradients under fp16 training: not built yet',
+        ),
+        (
+            {"communication_data_type": "bf16", "fp16": {"enabled": True}},
+            'communication_data_type: "bf16" for gradients of fp16 training: not built yet',
         ),
         (merged(BF16, FP16), "bf16.enabled and fp16.enabled are both true: weights have one dtype"),
         (merged({"bfloat16": {"enabled": True}}, FP16), "bfloat16.enabled and fp16.enabled are both true"),
