@@ -19,14 +19,16 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError
+from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import groups_for
+from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.exchange import Alone, CollectiveExchange, Exchange, SharedExchange, settle
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters
-from zeroxide.zero.plan import DTYPES, Plan, make_plan
+from zeroxide.zero.plan import Plan, make_plan
 from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
@@ -44,7 +46,8 @@ CLIP_EPSILON = 1e-6
 class Engine(nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
-    The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well.
+    The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
+    and in fp16 `engine.scale(loss).backward()`.
     One optimizer step happens every `gradient_accumulation_steps` calls of `step`.
     """
 
@@ -73,6 +76,8 @@ class Engine(nn.Module):
         self.micro_steps = 0
         self.skipped_steps = 0
         self._boundary: bool | None = None
+        self.set_gradient_accumulation_boundary(None)
+        self._scaler = LossScaler(config.loss_scale)
         self._norm: float | None = None
         self._applied = False
         self._core: _core.Offload | None = None
@@ -111,14 +116,14 @@ class Engine(nn.Module):
             for param in unit.params:
                 param.data = unit.empty
                 param.grad = None
-        _cast_buffers(module, self.config)
+        cast_buffers(module, self.config)
         for group in groups:
             group["params"] = [new.get(id(param), param) for param in group["params"]]
         self._units = units
         self._gatherer = Gatherer(core, self._exchange, units, self.config.prefetch)
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
-        self.optimizer = EngineOptimizer(groups, core, self._update)
+        self.optimizer = EngineOptimizer(groups, core, self._update, self._scaler)
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
             _core.drop_clean_text()
@@ -127,7 +132,7 @@ class Engine(nn.Module):
         core, plan = self._alive(), self._plan
         if plan.world == 1:
             return Alone(core)
-        wire = DTYPES[self.config.reduce_dtype]
+        wire = torch_dtype(self.config.reduce_dtype)
         if plan.wire == "shared":
             return SharedExchange(core, units, self.ranks, self.watch, wire)
         persistent = plan.weights is Home.HOST
@@ -170,14 +175,17 @@ class Engine(nn.Module):
         self._alive()
         start = time.perf_counter()
         self.watch.doing = ("forward", None, None, None)
-        output = self.module(*inputs, **kwargs)
+        inputs, kwargs = cast_inputs(self.config, (inputs, kwargs))
+        with forward_context(self.config):
+            output = self.module(*inputs, **kwargs)
         self._times["forward"] += time.perf_counter() - start
         return output
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
-        """Backward of a scalar loss, divided by the accumulation steps if `scale_wrt_gas`.
+        """Backward of a scalar loss, divided by the accumulation steps if `scale_wrt_gas`, and scaled in fp16.
 
-        Returns the loss that was differentiated. Raises ValueError for a loss that is not a scalar.
+        Returns the loss that was differentiated, without the loss scale. Raises ValueError for a loss that is not a
+        scalar.
         """
         self._alive()
         if loss.numel() != 1:
@@ -188,7 +196,7 @@ class Engine(nn.Module):
         self.watch.doing = ("backward", None, None, None)
         self._hooks.begin_backward()
         try:
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self._scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         except BaseException:
             self._hooks.abandon_backward()
             raise
@@ -196,6 +204,13 @@ class Engine(nn.Module):
         self.watch.doing = IDLE
         self._times["backward"] += time.perf_counter() - start
         return loss
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, for `engine.scale(loss).backward()`; without fp16 the loss itself.
+
+        Dividing by the accumulation steps is left to the caller.
+        """
+        return self._scaler.apply(loss)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends a micro-batch; at the accumulation boundary, updates the weights and moves the schedule on.
@@ -220,17 +235,25 @@ class Engine(nn.Module):
         core = self._alive()
         start = time.perf_counter()
         sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch)
-        self._norm = math.sqrt(sum_squares) if not nonfinite else math.nan
-        self.optimizer.overflow = nonfinite or not math.isfinite(self._norm)
+        if landed:
+            self._scaler.check_used()
+        loss_scale = self._scaler.scale
+        self._norm = math.sqrt(sum_squares) / loss_scale if not nonfinite else math.nan
+        finite = math.isfinite(self._norm)
+        self.optimizer.overflow = self.config.check_overflow and not finite
         if self.optimizer.overflow:
             self.skipped_steps += 1
             core.clear_gradients()
         elif landed:
             clip = self.config.gradient_clipping
-            scale = 1.0 if not clip else min(1.0, clip / (self._norm + CLIP_EPSILON))
-            core.step(self.optimizer.core_groups(), scale)
+            factor = min(1.0, clip / (self._norm + CLIP_EPSILON)) if clip and finite else 1.0
+            core.step(self.optimizer.core_groups(), factor / loss_scale)
             self._exchange.after_step()
+            # An autocast that the caller opened around several steps would go on with casts of the old weights.
+            torch.clear_autocast_cache()
             self._applied = True
+        if landed:
+            self._scaler.update(self.optimizer.overflow)
         self._times["step"] += time.perf_counter() - start
 
     def finish_step(self) -> None:
@@ -258,8 +281,12 @@ class Engine(nn.Module):
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decides from outside whether `step` updates the weights; None goes back to counting."""
-        self._boundary = is_boundary
+        """Decides from outside whether `step` updates the weights; None goes back to what the config says.
+
+        That is counting, or with `managed_gradient_accumulation` false an update at every `step`.
+        """
+        unmanaged = not self.config.managed_gradient_accumulation
+        self._boundary = True if is_boundary is None and unmanaged else is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -277,7 +304,10 @@ class Engine(nn.Module):
     # What scripts ask ------------------------------------------------------------------------------------------
 
     def get_global_grad_norm(self) -> float | None:
-        """Norm of all gradients at the last step, before clipping; NaN if one was not finite; None before it."""
+        """Norm of all gradients at the last step, before clipping and without the loss scale.
+
+        NaN if one was not finite; None before the first step.
+        """
         return self._norm
 
     def get_lr(self) -> list[float]:
@@ -307,8 +337,16 @@ class Engine(nn.Module):
         return self.config.precision == "bf16"
 
     def fp16_enabled(self) -> bool:
-        """Whether weights and activations are fp16: not in this version."""
-        return False
+        """Whether weights and activations are fp16."""
+        return self.config.precision == "fp16"
+
+    def loss_scale(self) -> float:
+        """What the next loss will be multiplied by before backward; 1 without fp16."""
+        return self._scaler.scale
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale follows overflows."""
+        return self._scaler.dynamic
 
     @property
     def config_params(self) -> dict[str, Any]:
@@ -498,14 +536,6 @@ def _make_core(plan: Plan, config: Config) -> _core.Offload:
         world=plan.world,
         replicated=plan.replicated,
         wire=plan.wire,
-        wire_grad=DTYPE_NAMES[DTYPES[config.reduce_dtype]],
+        wire_grad=DTYPE_NAMES[torch_dtype(config.reduce_dtype)],
         reduce_scale=1.0 if config.reduce_sum else 1.0 / plan.world,
     )
-
-
-def _cast_buffers(module: nn.Module, config: Config) -> None:
-    dtype = torch.bfloat16 if config.buffer_dtype == "bf16" else torch.float32
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                owner._buffers[name] = buffer.to(dtype)

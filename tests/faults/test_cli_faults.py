@@ -150,6 +150,17 @@ def test_a_gradient_that_is_not_finite_is_named(train):
     one_line(train(fake=fake), 1, "the gradient norm is nan at step 2", "there is no checkpoint yet")
 
 
+def test_an_overflow_in_fp16_does_not_end_the_run(train, tmp_path):
+    def overflow(step):
+        fake.engine.get_global_grad_norm = lambda: math.nan if step == 2 else 1.0
+
+    fake = FakeInitialize(overflow)
+    assert train("--dtype", "fp16", fake=fake) == (0, [])
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    norms = [event["grad_norm"] for event in events if event["event"] == "step"]
+    assert norms == [1.0, None, 1.0, 1.0, 1.0, 1.0]
+
+
 def test_an_input_output_error_in_the_middle_of_a_step(train, tmp_path):
     def fail(step):
         if step == 4:

@@ -94,6 +94,10 @@ impl Core {
             // The step brings it under its window itself.
             return Ok(true);
         }
+        if !self.units[unit].weights.on_disk() {
+            // There is nothing to read, and taking frames early would only cost another unit its own.
+            return Ok(true);
+        }
         self.poll_arrivals();
         match self.residence(unit) {
             Some(Residence::Away) => self.fetch(unit, false),
@@ -106,7 +110,10 @@ impl Core {
         self.check_unit("release", unit)?;
         self.clock += 1;
         let clock = self.clock;
-        if let Some(Residence::Here { pinned, used, .. }) = self.residence_mut(unit) {
+        // Only the end of a use is a use: releasing once more does not make the unit a late one.
+        if let Some(Residence::Here { pinned, used, .. }) = self.residence_mut(unit)
+            && *pinned
+        {
             *pinned = false;
             *used = clock;
         }

@@ -105,7 +105,7 @@ impl Core {
             step.work.extend(tiles.iter().map(|tile| (index, *tile)));
             let whole = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
             if tiles.is_empty() {
-                untouched.push(index);
+                untouched.push((index, plan.is_empty()));
             }
             step.units.push(Progress {
                 plan,
@@ -124,8 +124,13 @@ impl Core {
             param.updates += 1;
         }
         self.clear_gradients();
-        for unit in untouched {
-            self.weights_kept(unit);
+        for (unit, everywhere) in untouched {
+            // A shard may be all padding: then the others' parts of the unit change and this rank's does not.
+            if everywhere {
+                self.weights_kept(unit);
+            } else {
+                self.weights_renewed(unit);
+            }
         }
         self.step = Some(step);
         if self.disk.is_none() {

@@ -109,7 +109,7 @@ class LiveState:
         self._step = min(self._step, staging.elements)
 
     def chunks(self, held: Held, part: str, start: int, count: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16.
+        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16 or fp16.
 
         Each chunk is valid until the next one is taken.
         """
@@ -123,6 +123,8 @@ class LiveState:
                 rounded = self._staging.stored(torch.bfloat16, values.numel())
                 self._core.round_bf16(spec(values), spec(rounded))
                 yield rounded
+            elif dtype == torch.float16:
+                yield self._staging.stored(torch.float16, values.numel()).copy_(values)
             else:
-                assert dtype == torch.float32, "live state is fp32 or bf16"
+                assert dtype == torch.float32, "live state is fp32, bf16 or fp16"
                 yield values

@@ -260,6 +260,8 @@ class _Load:
                 was = self.saved[held.name]
                 if was is not None:
                     self.core.set_updates(held.unit, held.position, was.updates)
+            if self.manifest.loss_scale is not None:
+                engine._scaler.load_state_dict(self.manifest.loss_scale.model_dump())
         if not self.resume:
             return
         engine.global_steps = saved.global_steps

@@ -25,6 +25,7 @@ __all__ = [
     "Piece",
     "SavedBuffer",
     "SavedFile",
+    "SavedLossScale",
     "SavedParameter",
     "SavedScheduler",
     "looks_pickled",
@@ -119,6 +120,14 @@ class Counters(_Section):
     skipped_steps: Size
 
 
+class SavedLossScale(_Section):
+    """A dynamic loss scale and the counts that it depends on; as `LossScaler.state_dict`."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    hysteresis: Annotated[int, Field(ge=1)]
+    good_steps: Size
+
+
 class SavedScheduler(_Section):
     """State of a learning-rate schedule and the class that it is of."""
 
@@ -145,6 +154,8 @@ class Manifest(_Section):
     counters: Counters
     groups: list[Group]
     scheduler: SavedScheduler | None
+    loss_scale: SavedLossScale | None = None
+    """Written only where there is one, so that any version reads a checkpoint that has none."""
     generators: dict[str, Any]
     client_state: Any
     parameters: list[SavedParameter]
@@ -154,6 +165,8 @@ class Manifest(_Section):
     def text(self) -> str:
         """The manifest as it is written."""
         body = self.model_dump()
+        if self.loss_scale is None:
+            del body["loss_scale"]
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
 
     def check(self) -> None:

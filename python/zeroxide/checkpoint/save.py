@@ -21,6 +21,7 @@ from zeroxide.checkpoint.manifest import (
     Piece,
     SavedBuffer,
     SavedFile,
+    SavedLossScale,
     SavedParameter,
     SavedScheduler,
 )
@@ -124,6 +125,8 @@ class _Pending:
             raise CheckpointError(f"client_state must be a dict, got {type(client_state).__name__}")
         self._client_state = encode(client_state, "client_state")
         self._scheduler = _scheduler(engine.lr_scheduler)
+        scale = engine._scaler.state_dict()
+        self._loss_scale = None if scale is None else SavedLossScale(**scale)
         self._groups = [
             Group(hyperparameters=encode(group, f"optimizer group {number}"))
             for number, group in enumerate(engine.optimizer.hyperparameters())
@@ -195,6 +198,7 @@ class _Pending:
             ),
             groups=self._groups,
             scheduler=self._scheduler,
+            loss_scale=self._loss_scale,
             generators=generators.read(),
             client_state=self._client_state,
             parameters=[

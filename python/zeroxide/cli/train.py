@@ -65,7 +65,7 @@ def train(
     accumulate: Annotated[
         int, typer.Option(help="Micro-batches per step.", rich_help_panel=_MODEL)
     ] = _DEFAULT.accumulate,
-    dtype: Annotated[str, typer.Option(help="Compute in bf16 or fp32.", rich_help_panel=_MODEL)] = _DEFAULT.dtype,
+    dtype: Annotated[str, typer.Option(help="Compute in bf16, fp16 or fp32.", rich_help_panel=_MODEL)] = _DEFAULT.dtype,
     seed: Annotated[
         int, typer.Option(help="Decides initial weights, data order and dropout.", rich_help_panel=_MODEL)
     ] = _DEFAULT.seed,

@@ -16,6 +16,7 @@ from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
+from zeroxide.precision import torch_dtype
 from zeroxide.ranks import Ranks
 from zeroxide.zero.state import Home
 
@@ -30,7 +31,6 @@ TILE_QUANTUM = 2048
 MIN_TILES_IN_RING = 2
 SLOTS = 3
 """Units whose gradients can be on their way to other ranks at once, as the core counts them."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     entries = list(_parameters(module))
     check_model(module, entries)
     unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
-    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    compute = torch_dtype(config.precision)
     units = _find_units(module, entries, unit_bytes // compute.itemsize)
     ranks = ranks or Ranks()
     if ranks.world > 1:
@@ -177,7 +177,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         units=units,
         compute=compute,
         format=config.format,
-        grad=torch.bfloat16 if config.grad_dtype == "bf16" else torch.float32,
+        grad=torch_dtype(config.grad_dtype),
         weights=weights,
         state=state,
         tile_elements=_tile_elements(config, compute),
@@ -417,7 +417,7 @@ def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
     """Room for gradients on their way to other ranks: units used all through backward, and a few others."""
     if plan.world == 1:
         return 0
-    item = DTYPES[config.reduce_dtype].itemsize
+    item = torch_dtype(config.reduce_dtype).itemsize
     long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.span)
     short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.span and size]
     return (long + min(SLOTS, len(short)) * max(short, default=0)) * item

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -38,21 +39,45 @@ def collectives(plan: Plan, wire: torch.dtype) -> Iterator[Collective]:
     if plan.world == 1:
         return
     frames = _Frames(plan)
+    # What the step before leaves in memory is part of the answer: weights that no step changes stay valid.
+    for _ in _one_step(plan, wire, frames):
+        pass
+    frames.end_step()
+    yield from _one_step(plan, wire, frames)
+
+
+def _one_step(plan: Plan, wire: torch.dtype, frames: _Frames) -> Iterator[Collective]:
+    units = plan.units
+    spans = [index for index, unit in enumerate(units) if unit.span]
+    groups = [
+        [index for index, _ in group]
+        for _, group in groupby(
+            ((index, unit) for index, unit in enumerate(units) if not unit.span),
+            lambda each: list(map(id, each[1].modules)),
+        )
+    ]
     moves = plan.weights is not Home.HOST
-    if moves:
-        for index in range(len(plan.units)):
-            if not frames.hold(index):
-                yield _all_gather(plan, "forward", index)
-    backward = [index for index in reversed(range(len(plan.units))) if not plan.units[index].span]
-    spans = [index for index in range(len(plan.units)) if plan.units[index].span]
-    for index in [*backward, *spans]:
-        if moves and index in backward and not frames.hold(index):
-            yield _all_gather(plan, "backward", index)
-        if plan.units[index].trainable and plan.wire == "collective":
+    turns = [("forward", spans), *(("forward", group) for group in groups)]
+    turns += [("backward", group) for group in reversed(groups)]
+    sequence = [index for _, group in turns for index in group]
+    at = 0
+    for phase, group in turns:
+        for index in group:
+            at += 1
+            if moves and not frames.hold(index, group):
+                yield _all_gather(plan, phase, index)
+            if plan.weights is Home.DISK and at < len(sequence):
+                frames.prefetch(sequence[at], group)
+        for index in group if phase == "backward" else ():
+            if units[index].trainable and plan.wire == "collective":
+                yield _reduce(plan, index, wire)
+    for index in spans:
+        if units[index].trainable and plan.wire == "collective":
             yield _reduce(plan, index, wire)
     if plan.wire == "collective" and not moves and not plan.replicated:
-        for index in range(len(plan.units)):
-            yield _all_gather(plan, "step", index)
+        for index, unit in enumerate(units):
+            if unit.trainable:
+                yield _all_gather(plan, "step", index)
 
 
 def sent_bytes(plan: Plan, wire: torch.dtype) -> int:
@@ -84,23 +109,43 @@ def _reduce(plan: Plan, index: int, wire: torch.dtype) -> Collective:
 
 
 class _Frames:
-    """Which units' weights are in memory: those held, and as many others as fit, the last used first."""
+    """Which units' weights are in memory: those in use, and as many others as fit, the last used first."""
 
     def __init__(self, plan: Plan) -> None:
         self._plan = plan
         self._sizes = [-(-padded(unit, plan.world) * plan.compute.itemsize // FRAME) * FRAME for unit in plan.units]
         self._used: list[int] = []
+        self._valid: set[int] = set()
 
-    def hold(self, index: int) -> bool:
-        """Uses a unit; whether it was still there."""
-        there = index in self._used
-        if there:
+    def end_step(self) -> None:
+        """The other ranks' parts of what is trained have changed."""
+        self._valid = {index for index in self._valid if not self._plan.units[index].trainable}
+
+    def hold(self, index: int, pinned: list[int]) -> bool:
+        """Uses a unit, together with those `pinned`; whether it was still there and valid."""
+        there = index in self._valid
+        if index in self._used:
             self._used.remove(index)
+        self._make_room(index, pinned)
         self._used.append(index)
-        room = self._plan.gathered_bytes
-        while sum(self._sizes[each] for each in self._used) > room:
-            oldest = next((each for each in self._used if not self._plan.units[each].span and each != index), None)
-            if oldest is None:
-                break
-            self._used.remove(oldest)
+        self._valid.add(index)
         return there
+
+    def prefetch(self, index: int, pinned: list[int]) -> None:
+        """Takes frames for the unit that comes next, if units not in use have enough of them."""
+        if index not in self._used and self._make_room(index, pinned):
+            self._used.append(index)
+
+    def _make_room(self, index: int, pinned: list[int]) -> bool:
+        def lacking() -> bool:
+            taken = sum(self._sizes[each] for each in self._used) + self._sizes[index]
+            return taken > self._plan.gathered_bytes
+
+        units = self._plan.units
+        while lacking():
+            oldest = next((each for each in self._used if not units[each].span and each not in pinned), None)
+            if oldest is None:
+                return False
+            self._used.remove(oldest)
+            self._valid.discard(oldest)
+        return True
