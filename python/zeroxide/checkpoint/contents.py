@@ -15,7 +15,17 @@ from zeroxide.zero.tensors import spec
 if TYPE_CHECKING:
     from zeroxide.engine import Engine
 
-__all__ = ["PARTS", "Held", "LiveState", "Staging", "held_parameters", "persistent_buffers"]
+__all__ = [
+    "PARTS",
+    "Held",
+    "LiveState",
+    "Run",
+    "Staging",
+    "held_parameters",
+    "own_pieces",
+    "persistent_buffers",
+    "pieces_to_fill",
+]
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 """The parts of a parameter's state, as the core names them: fp32 weight, first and second moment."""
@@ -69,6 +79,27 @@ def held_parameters(engine: Engine) -> list[Held]:
     ]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Elements `start .. start + count` of a parameter."""
+
+    held: Held
+    start: int
+    count: int
+
+
+def own_pieces(engine: Engine) -> list[Run]:
+    """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
+    return [Run(held, 0, held.numel) for held in held_parameters(engine)]
+
+
+def pieces_to_fill(engine: Engine) -> list[Run]:
+    """What this rank must be given when state is loaded: its own pieces, or everything where nothing is sharded."""
+    if engine.config.stage == 0:
+        return [Run(held, 0, held.numel) for held in held_parameters(engine)]
+    return own_pieces(engine)
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are part of the model's state, each once, under its first name."""
     found: dict[str, torch.Tensor] = {}
@@ -116,13 +147,15 @@ class LiveState:
         end = start + count
         while start < end:
             boundary = (held.offset + start) // self._step * self._step + self._step - held.offset
-            values = self._staging.values[: min(end, boundary) - start]
+            length = min(end, boundary) - start
+            values = self._staging.values[:length]
+            stored = self._staging.stored(dtype, length)
+            if dtype == torch.float32:
+                values = stored
             self._core.read_param(held.unit, held.position, part, start, spec(values))
-            start += values.numel()
+            start += length
             if dtype == torch.bfloat16:
-                rounded = self._staging.stored(torch.bfloat16, values.numel())
-                self._core.round_bf16(spec(values), spec(rounded))
-                yield rounded
+                self._core.round_bf16(spec(values), spec(stored))
             else:
                 assert dtype == torch.float32, "live state is fp32 or bf16"
-                yield values
+            yield stored

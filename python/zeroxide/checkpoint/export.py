@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from zeroxide.checkpoint import cutting
 from zeroxide.checkpoint.commit import make_directory, sync_directory
 from zeroxide.checkpoint.contents import LiveState, Staging, held_parameters, persistent_buffers
-from zeroxide.checkpoint.cutting import Cut, Tensor, cut_into_files
+from zeroxide.checkpoint.cutting import Cut, Tensor, cut_into_files, whole
 from zeroxide.checkpoint.stream import StreamWriter, dtype_name, write_all
 from zeroxide.errors import ConfigError, ModelError, StorageError
 
@@ -66,7 +66,7 @@ class _Export:
                 )
         tensors = [Tensor(held.name, engine._plan.compute, held.shape) for held in self.held.values()]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
-        shards = cut_into_files(tensors, cutting.FILE_BYTES, pieces=False)
+        shards = cut_into_files(whole(tensors), cutting.FILE_BYTES, pieces=False)
         count = len(shards)
         self.shards = {
             f"{stem}{SUFFIX}" if count == 1 else f"{stem}-{number:05}-of-{count:05}{SUFFIX}": cuts

@@ -155,7 +155,7 @@ class ActivationCheckpointing(Section):
 class Checkpoint(Section):
     """`checkpoint`: how checkpoints are written."""
 
-    tag_validation: Annotated[Any, NoEffect("one process chooses the tag for all")] = None
+    tag_validation: Annotated[Any, NoEffect("ranks that disagree about the tag are always refused")] = None
     load_universal: Annotated[Flag | None, NotBuilt("loading DeepSpeed's universal checkpoints")] = None
     use_node_local_storage: Annotated[Flag | None, NotBuilt("checkpoints spread over node-local disks")] = None
     parallel_write: Annotated[Any, NoEffect("every process writes its own shard")] = None
