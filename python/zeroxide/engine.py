@@ -393,11 +393,13 @@ class Engine(nn.Module):
             scheduler=load_lr_scheduler_states and not load_module_only,
         )
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str | None = None) -> Path:
-        """Writes the live weights as safetensors that Hugging Face loads, in shards, one tensor at a time."""
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str | None = None, exclude_frozen_parameters: bool = False
+    ) -> Path:
+        """Writes the live weights as safetensors that Hugging Face loads, cut into files, each rank what it holds."""
         from zeroxide.checkpoint.export import save_model
 
-        return save_model(self, Path(save_dir), save_filename)
+        return save_model(self, Path(save_dir), save_filename, include_frozen=not exclude_frozen_parameters)
 
     def destroy(self) -> None:
         """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent."""

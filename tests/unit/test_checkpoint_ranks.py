@@ -3,11 +3,14 @@
 The ranks are threads with an engine each, which holds everything but saves and loads only its slice of each unit.
 """
 
+import itertools
 import json
+import os
 import random
 import threading
 
 import pytest
+import several_ranks
 import torch
 from checkpointing import PARTS, SCHEDULES, Model, assemble, freeze, state, train
 from several_ranks import join, on_all, own_state, put_together
@@ -79,6 +82,18 @@ def test_every_rank_writes_its_own_share_and_no_element_twice(make, tmp_path):
         for name, tensor in assemble(path, part).items():
             assert tensor.flatten().view(torch.int32).equal(whole[name, part]), name
     assert len(manifest["generators"]) == 3
+
+
+def test_ranks_may_hold_their_slices_in_any_order(make, tmp_path, monkeypatch):
+    real = several_ranks.run_on
+    monkeypatch.setattr(several_ranks, "run_on", lambda engine, rank, world: real(engine, world - 1 - rank, world))
+    savers = world(make, 3, steps=1)
+    expected = put_together(savers)
+    save(savers, tmp_path / "out")
+    loader = make(seed=7)
+    loader.load_checkpoint(tmp_path / "out")
+    found = put_together([loader])
+    assert all(found[key].equal(values) for key, values in expected.items())
 
 
 def test_loading_reads_only_the_ranges_that_a_rank_holds(make, tmp_path, monkeypatch):
@@ -297,3 +312,82 @@ def test_the_state_of_a_single_rank_is_its_slice(make):
     whole = put_together(world(make, 1))
     parts = put_together(engines)
     assert all(parts[key].equal(values) for key, values in whole.items())
+
+
+# Exported models ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1 << 31, 5000])
+@pytest.mark.parametrize("home", HOMES, ids="-".join)
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_write_one_model(make, tmp_path, monkeypatch, size, home, limit):
+    """File for file the bytes that a single rank writes."""
+    monkeypatch.setattr(cutting, "FILE_BYTES", limit)
+    alone = make(*home)
+    train(alone, 0, 2)
+    alone.save_16bit_model(tmp_path / "one")
+    engines = world(make, size, home, steps=2)
+    paths = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "all"))
+    assert len(set(paths)) == 1
+    assert paths[0].is_file()
+    files = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert sorted(path.name for path in (tmp_path / "all").iterdir()) == files
+    assert (len(files) > 4) == (limit == 5000)
+    for name in files:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "all" / name).read_bytes(), name
+
+
+def test_no_rank_writes_what_another_one_holds(make, tmp_path, monkeypatch):
+    engines = world(make, 2)
+    written = []
+    pwrite = os.pwrite
+
+    def record(descriptor, data, at):
+        count = pwrite(descriptor, data[: max(1, len(data) // 2)], at)
+        written.append((at, at + count))
+        return count
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", record)
+        path = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "model"))[0]
+    spans = sorted(written)
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(spans))
+    data = path.read_bytes()
+    assert sum(end - begin for begin, end in spans) == len(data) - 8 - int.from_bytes(data[:8], "little")
+
+
+def test_an_export_that_fails_at_one_rank_leaves_the_folder_as_it_was(make, tmp_path, monkeypatch):
+    from zeroxide.checkpoint import export
+    from zeroxide.errors import ConfigError, StorageError
+
+    engines = world(make, 2)
+    on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "model"))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
+    for engine in engines:
+        train(engine, 0, 1)
+    real = export._Export._write_own
+
+    def full(self):
+        if self.team.rank == 1:
+            raise OSError(28, "No space left on device")
+        real(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(export._Export, "_write_own", full)
+        errors = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "model"), errors=True)
+    assert [type(error) for error in errors] == [StorageError] * 2
+    assert "rank 1: the model was not written to" in str(errors[0])
+    assert str(errors[0]) == str(errors[1])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
+    errors = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "model", "model.bin"), errors=True)
+    assert [type(error) for error in errors] == [ConfigError] * 2
+
+
+def test_frozen_parameters_may_be_left_out_of_an_export(make, tmp_path):
+    from safetensors.torch import load_file
+
+    engines = join([make(model=freeze(Model())) for _ in range(2)])
+    path = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path, exclude_frozen_parameters=True))[0]
+    frozen = {name for name, param in freeze(Model()).named_parameters() if not param.requires_grad}
+    names = {name for name, _ in Model().named_parameters()} - frozen
+    assert load_file(path).keys() - {name for name, _ in Model().named_buffers()} == names

@@ -91,8 +91,7 @@ class Team:
             for key, expected in values[0].items():
                 if value[key] != expected:
                     raise CheckpointError(
-                        f"the ranks {what} different checkpoints: {key} is {expected!r} on rank 0 and {value[key]!r} "
-                        f"on rank {rank}",
+                        f"the ranks {what}: {key} is {expected!r} on rank 0 and {value[key]!r} on rank {rank}",
                         path=path,
                     )
 

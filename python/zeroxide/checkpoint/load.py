@@ -73,7 +73,7 @@ def load_checkpoint(
         manifests.append(read_manifest(path))
         return {"tag": looked[team.rank]["name"] or path.name, "manifest": manifests[0].checksum(), **asked}
 
-    team.same(team.together(read, path), "load", path)
+    team.same(team.together(read, path), "load different checkpoints", path)
     load = _Load(engine, path, manifests[0], team, strict=strict, optimizer=optimizer, scheduler=scheduler)
     load.apply()
     return path, load.client_state

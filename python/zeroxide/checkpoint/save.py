@@ -87,7 +87,7 @@ class Save:
             return {"bytes": self.description.bytes, "asked": asked}
 
         found = self.team.together(describe, self.target)
-        self.team.same([each["asked"] for each in found], "save", self.target)
+        self.team.same([each["asked"] for each in found], "save different checkpoints", self.target)
         self.bytes: int = sum(each["bytes"] for each in found)
         """Room that the whole checkpoint takes, rounded up."""
         try:
