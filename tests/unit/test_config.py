@@ -127,6 +127,9 @@ EFFECTS = [
     ("zeroxide.transport", "collective", {}, "transport", "collective"),
     ("communication_data_type", "fp32", {"bf16": {"enabled": True}}, "reduce_dtype", "fp32"),
     ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
+    ("zeroxide.checkpoint_background", True, {}, "checkpoint_background", True),
+    ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint_memory", GIB),
+    ("checkpoint.writer.decoupled", True, {}, "checkpoint_background", True),
 ]
 
 
