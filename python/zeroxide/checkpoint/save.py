@@ -21,7 +21,7 @@ from zeroxide.errors import CheckpointError
 if TYPE_CHECKING:
     from zeroxide.engine import Engine
 
-__all__ = ["Save", "save_checkpoint"]
+__all__ = ["Save", "save_checkpoint", "write_manifest"]
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -147,7 +147,7 @@ class Save:
             self._explained(lambda: self._commit(self.description.manifest(reports)))
 
     def _commit(self, manifest: Manifest) -> None:
-        _write_manifest(self.aside / MANIFEST, manifest)
+        write_manifest(self.aside / MANIFEST, manifest)
         commit.sync_directory(self.aside)
         with commit.locked(self.save_dir):
             commit.tidy(self.save_dir)
@@ -205,7 +205,8 @@ def _check_room(save_dir: Path, need: int) -> None:
         )
 
 
-def _write_manifest(path: Path, manifest: Manifest) -> None:
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest as a new, durable file. Raises OSError."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         write_all(descriptor, memoryview(manifest.text().encode()))
