@@ -7,12 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from zeroxide.checkpoint import contents, description, export, load
+from zeroxide.checkpoint import agree, contents, description, export, load, save
+from zeroxide.ranks import Ranks
 from zeroxide.zero.tensors import spec
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 SECONDS = 60
 """After which a rank that waits for another one gives up."""
+
+
+FAKES = {}
+"""Who an engine's own ranks are taken for, by their id."""
 
 
 class Meeting:
@@ -30,6 +35,7 @@ class FakeRanks:
         self.rank = rank
         self.world = meeting.barrier.parties
         self.local_world = self.world
+        self.alone = self.world == 1
         self._meeting = meeting
 
     def barrier(self):
@@ -62,22 +68,28 @@ def run_on(engine, rank, world):
 
 @pytest.fixture
 def sharded(monkeypatch):
-    """Lets every engine with fake ranks own its slice of each unit only."""
+    """Lets every engine that has joined others save and load with them, and own its slice of each unit only."""
+    for module in (save, load, export):
+        monkeypatch.setattr(module, "Team", lambda ranks: agree.Team(FAKES.get(id(ranks), ranks)))
+
+    real = contents.own_pieces
 
     def own(engine):
-        ranks = getattr(engine, "ranks", None)
-        return run_on(engine, *(0, 1) if ranks is None else (ranks.rank, ranks.world))
+        return run_on(engine, engine.fake.rank, engine.fake.world) if hasattr(engine, "fake") else real(engine)
 
     for module in (description, export):
         monkeypatch.setattr(module, "own_pieces", own, raising=False)
-    monkeypatch.setattr(load, "pieces_to_fill", own)
+    monkeypatch.setattr(load, "pieces_to_fill", lambda engine, part: own(engine))
 
 
 def join(engines):
     """Makes engines the ranks of one world."""
     meeting = Meeting(len(engines))
     for rank, engine in enumerate(engines):
-        engine.ranks = FakeRanks(rank, meeting) if len(engines) > 1 else None
+        # Training goes by the engine's own ranks, of which there is one.
+        engine.ranks = Ranks()
+        engine.fake = FakeRanks(rank, meeting)
+        FAKES[id(engine.ranks)] = engine.fake
     return engines
 
 
@@ -99,9 +111,9 @@ def on_all(engines, act, *, errors=False):
 
 def own_state(engine):
     """Every bit of the state that this rank owns, by (name, part, start)."""
-    ranks = getattr(engine, "ranks", None)
     found = {}
-    for run in run_on(engine, *(0, 1) if ranks is None else (ranks.rank, ranks.world)):
+    fake = getattr(engine, "fake", Ranks())
+    for run in run_on(engine, fake.rank, fake.world):
         for part in PARTS:
             values = torch.empty(run.count)
             engine._alive().read_param(run.held.unit, run.held.position, part, run.start, spec(values))

@@ -268,15 +268,15 @@ def test_ranks_save_in_the_background_without_meeting(pair, make, tmp_path):
     expected = put_together(pair)
     on_all(pair, lambda engine: engine.save_checkpoint(tmp_path / "out"))
     path = tmp_path / "out" / "global_step1"
-    meeting = pair[0].ranks._meeting
-    pair[0].ranks._meeting = pair[1].ranks._meeting = None
+    meeting = pair[0].fake._meeting
+    pair[0].fake._meeting = pair[1].fake._meeting = None
     for engine in pair:
         train(engine, 1, 3)
     for _ in range(3000):
         if path.exists():
             break
         time.sleep(0.01)
-    pair[0].ranks._meeting = pair[1].ranks._meeting = meeting
+    pair[0].fake._meeting = pair[1].fake._meeting = meeting
     assert on_all(pair, lambda engine: engine.wait_for_checkpoint()) == [path] * 2
     assert not [file for file in path.iterdir() if file.name.startswith(".")]
     loader = make(seed=7)

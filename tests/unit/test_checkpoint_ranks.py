@@ -231,7 +231,7 @@ def test_what_all_ranks_say_is_laid_at_no_rank_in_particular(make, tmp_path):
 
 def test_ranks_that_save_different_checkpoints_are_refused(make, tmp_path):
     engines = world(make, 2)
-    lines = refusals(engines, lambda engine: engine.save_checkpoint(tmp_path / "out", f"tag{engine.ranks.rank}"))
+    lines = refusals(engines, lambda engine: engine.save_checkpoint(tmp_path / "out", f"tag{engine.fake.rank}"))
     assert lines == ["the ranks save different checkpoints: tag is 'tag0' on rank 0 and 'tag1' on rank 1"] * 2
     train(engines[1], 0, 1)
     lines = refusals(engines, lambda engine: engine.save_checkpoint(tmp_path / "out", "same"))
@@ -244,11 +244,11 @@ def test_ranks_that_load_differently_are_refused(make, tmp_path):
     save(engines, tmp_path / "out", tag="one")
     save(engines, tmp_path / "out", tag="two")
     lines = refusals(
-        engines, lambda engine: engine.load_checkpoint(tmp_path / "out", "one" if engine.ranks.rank else "two")
+        engines, lambda engine: engine.load_checkpoint(tmp_path / "out", "one" if engine.fake.rank else "two")
     )
     assert lines == ["the ranks load different checkpoints: tag is 'two' on rank 0 and 'one' on rank 1"] * 2
     lines = refusals(
-        engines, lambda engine: engine.load_checkpoint(tmp_path / "out", load_optimizer_states=not engine.ranks.rank)
+        engines, lambda engine: engine.load_checkpoint(tmp_path / "out", load_optimizer_states=not engine.fake.rank)
     )
     assert (
         lines
@@ -260,7 +260,7 @@ def test_a_directory_that_only_one_rank_sees_is_refused(make, tmp_path):
     engines = world(make, 2)
     for number in range(2):
         (tmp_path / str(number)).mkdir()
-    lines = refusals(engines, lambda engine: engine.save_checkpoint(tmp_path / str(engine.ranks.rank), "tag"))
+    lines = refusals(engines, lambda engine: engine.save_checkpoint(tmp_path / str(engine.fake.rank), "tag"))
     assert lines[0] == lines[1]
     assert "rank 1: " in lines[0]
     assert "save_dir must be on a file system that all ranks share" in lines[0]

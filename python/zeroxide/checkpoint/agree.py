@@ -35,6 +35,10 @@ class RankGroup(Protocol):
     def world(self) -> int:
         """How many there are."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to talk to."""
+
     def gather_objects(self, obj: Any, /) -> Sequence[Any]:
         """The objects of all ranks, on every rank. Every rank must call it."""
 
@@ -43,7 +47,7 @@ class Team:
     """The ranks of one engine; a single one if `ranks` is None."""
 
     def __init__(self, ranks: RankGroup | None) -> None:
-        self._ranks = ranks if ranks is not None and ranks.world > 1 else None
+        self._ranks = None if ranks is None or ranks.alone else ranks
         self.rank = 0 if self._ranks is None else self._ranks.rank
         self.world = 1 if self._ranks is None else self._ranks.world
 

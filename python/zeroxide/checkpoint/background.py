@@ -82,7 +82,7 @@ class Saver:
             left = max(0, config.host_memory - _core.resident()["peak"])
             room = left if room is None else min(room, left)
         if room is None:
-            room = available_memory() // 2 // getattr(getattr(self._engine, "ranks", None), "local_world", 1)
+            room = available_memory() // 2 // self._engine.ranks.local_world
         return min(room, save.description.bytes)
 
     def before_update(self) -> None:

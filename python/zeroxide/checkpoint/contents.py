@@ -90,12 +90,21 @@ class Run:
 
 def own_pieces(engine: Engine) -> list[Run]:
     """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
-    return [Run(held, 0, held.numel) for held in held_parameters(engine)]
+    core = engine._alive()
+    held = {(each.unit, each.position): each for each in held_parameters(engine)}
+    return [
+        Run(held[unit.index, position], start, count)
+        for unit in engine._units
+        for position, start, count in core.pieces(unit.index)
+    ]
 
 
-def pieces_to_fill(engine: Engine) -> list[Run]:
-    """What this rank must be given when state is loaded: its own pieces, or everything where nothing is sharded."""
-    if engine.config.stage == 0:
+def pieces_to_fill(engine: Engine, part: str) -> list[Run]:
+    """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its own.
+
+    Every rank keeps the weights up to stage 2, and the moments at stage 0.
+    """
+    if engine.config.stage < (3 if part == "weights" else 1):
         return [Run(held, 0, held.numel) for held in held_parameters(engine)]
     return own_pieces(engine)
 

@@ -32,7 +32,7 @@ def save_model(engine: Engine, save_dir: Path, save_filename: str | None, *, inc
     Raises ConfigError for a name that does not end in .safetensors, ModelError for a buffer of a dtype that the
     format lacks, StorageError when the files cannot be written: all ranks raise what one does.
     """
-    team = Team(getattr(engine, "ranks", None))
+    team = Team(engine.ranks)
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 

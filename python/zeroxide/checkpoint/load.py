@@ -57,7 +57,7 @@ def load_checkpoint(
     Raises CheckpointError on all ranks, before any engine has changed, for a checkpoint that is missing, damaged or
     of another model; an error after that says that the engines hold a mixture.
     """
-    team = Team(getattr(engine, "ranks", None))
+    team = Team(engine.ranks)
     asked = {"load_optimizer_states": optimizer, "load_lr_scheduler_states": scheduler, "load_module_strict": strict}
 
     def look() -> dict[str, Any]:
@@ -174,13 +174,12 @@ class _Load:
 
     def _plan(self, parts: tuple[str, ...]) -> Iterator[_Fill]:
         # A unit is filled on all ranks or on none, also where a rank holds nothing of it.
-        units: dict[int, list[bool]] = {}
-        for held in self.held:
-            units.setdefault(held.unit, []).append(held.trainable)
-        mine: dict[int, list[Run]] = {unit: [] for unit in units}
-        for run in pieces_to_fill(self.engine):
-            mine[run.held.unit].append(run)
-        for unit, runs in mine.items():
+        units = list(dict.fromkeys(held.unit for held in self.held))
+        mine: dict[tuple[int, str], list[Run]] = {}
+        for part in parts:
+            for run in pieces_to_fill(self.engine, part):
+                mine.setdefault((run.held.unit, part), []).append(run)
+        for unit in units:
             for part in parts:
                 if not self._is_saved(unit, part):
                     continue
@@ -189,7 +188,7 @@ class _Load:
                     part,
                     [
                         (run, self._source(self.saved[run.held.name], part))
-                        for run in runs
+                        for run in mine.get((unit, part), ())
                         if run.held.trainable or part == "weights"
                     ],
                 )

@@ -71,7 +71,7 @@ class Save:
         *,
         frozen_in_time: bool,
     ) -> None:
-        self.team = Team(getattr(engine, "ranks", None))
+        self.team = Team(engine.ranks)
         self.tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
         self.save_dir = save_dir
         self.target = save_dir / self.tag
