@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,6 +32,9 @@ from zeroxide.zero.plan import Plan, make_plan
 from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
+
+if TYPE_CHECKING:
+    from zeroxide.checkpoint.background import Saver
 
 __all__ = ["Engine"]
 
@@ -75,6 +78,7 @@ class Engine(nn.Module):
         self.global_samples = 0
         self.micro_steps = 0
         self.skipped_steps = 0
+        self._saver: Saver | None = None
         self._boundary: bool | None = None
         self.set_gradient_accumulation_boundary(None)
         self._scaler = LossScaler(config.loss_scale)
@@ -247,6 +251,8 @@ class Engine(nn.Module):
         elif landed:
             clip = self.config.gradient_clipping
             factor = min(1.0, clip / (self._norm + CLIP_EPSILON)) if clip and finite else 1.0
+            if self._saver is not None:
+                self._saver.before_update()
             core.step(self.optimizer.core_groups(), factor / loss_scale)
             self._exchange.after_step()
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
@@ -403,12 +409,38 @@ class Engine(nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Path:
-        """Writes weights, optimizer state, schedule and `client_state` (JSON): all or nothing. Returns the path."""
-        from zeroxide.checkpoint.save import save_checkpoint
+        """Writes weights, optimizer state, schedule and `client_state` (JSON): all or nothing. Returns the path.
 
-        return save_checkpoint(
-            self, Path(save_dir), tag, client_state or {}, save_latest, include_frozen=not exclude_frozen_parameters
-        )
+        Every rank must call it. With `zeroxide.checkpoint_background` it returns when the save has begun: the
+        checkpoint is there when `wait_for_checkpoint` has returned, and a failure is raised by that, by the next save
+        or load, or by `destroy`, whichever comes first.
+        """
+        if self._saver is None:
+            from zeroxide.checkpoint.background import Saver
+
+            self._saver = Saver(self)
+        state = {} if client_state is None else client_state
+        return self._saver.save(Path(save_dir), tag, state, save_latest, not exclude_frozen_parameters)
+
+    def wait_for_checkpoint(self) -> Path | None:
+        """Waits for the save in the background, on every rank; its path, or None if there is none.
+
+        Raises CheckpointError if it failed.
+        """
+        return None if self._saver is None else self._saver.conclude()
+
+    def checkpoint_stats(self) -> dict[str, Any]:
+        """What saving took on this rank so far: `saves`, `bytes` of state, and times in seconds.
+
+        `seconds_stopped` is what training stood still for, in `save_checkpoint`, before an update and in waiting;
+        `seconds_writing` is from the start of each save to its end. `memory` is what a save holds at present beside
+        the state and `memory_peak` the most that one held, in bytes; `under_way` tells whether one is being written.
+        """
+        if self._saver is None:
+            from zeroxide.checkpoint.background import Saver
+
+            self._saver = Saver(self)
+        return self._saver.stats()
 
     def load_checkpoint(
         self,
@@ -419,8 +451,10 @@ class Engine(nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[Path, dict[str, Any]]:
-        """Loads what `save_checkpoint` wrote, in whatever offload mode or format. Returns (path, client_state)."""
+        """Loads what `save_checkpoint` wrote, at any world size, in any offload mode. Returns (path, client_state)."""
         from zeroxide.checkpoint.load import load_checkpoint
+
+        self.wait_for_checkpoint()
 
         return load_checkpoint(
             self,
@@ -431,24 +465,33 @@ class Engine(nn.Module):
             scheduler=load_lr_scheduler_states and not load_module_only,
         )
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str | None = None) -> Path:
-        """Writes the live weights as safetensors that Hugging Face loads, in shards, one tensor at a time."""
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str | None = None, exclude_frozen_parameters: bool = False
+    ) -> Path:
+        """Writes the live weights as safetensors that Hugging Face loads, cut into files, each rank what it holds."""
         from zeroxide.checkpoint.export import save_model
 
-        return save_model(self, Path(save_dir), save_filename)
+        return save_model(self, Path(save_dir), save_filename, include_frozen=not exclude_frozen_parameters)
 
     def destroy(self) -> None:
-        """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent."""
+        """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent.
+
+        Waits for a save in the background first; raises CheckpointError at the end if that failed.
+        """
         if self._core is None:
             return
-        core, self._core = self._core, None
-        if hasattr(self, "_hooks"):
-            self._hooks.close()
-            for unit in self._units:
-                unit.hide()
-        core.close()
-        self.watch.close()
-        self.ranks.close()
+        try:
+            if self._saver is not None:
+                self._saver.finish()
+        finally:
+            core, self._core = self._core, None
+            if hasattr(self, "_hooks"):
+                self._hooks.close()
+                for unit in self._units:
+                    unit.hide()
+            core.close()
+            self.watch.close()
+            self.ranks.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
 

@@ -142,6 +142,9 @@ EFFECTS = [
     ("zeroxide.staging_bytes", "32MiB", {}, "staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "prefetch", 0),
     ("zeroxide.trim_libraries", False, {}, "trim_libraries", False),
+    ("zeroxide.checkpoint_background", True, {}, "checkpoint_background", True),
+    ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint_memory", GIB),
+    ("checkpoint.writer.decoupled", True, {}, "checkpoint_background", True),
 ]
 
 

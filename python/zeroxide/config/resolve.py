@@ -89,6 +89,8 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         queue_depth=(document.aio.queue_depth if document.aio else None) or Config.queue_depth,
         threads=own.threads,
         trim_libraries=own.trim_libraries,
+        checkpoint_background=_background(document, own),
+        checkpoint_memory=own.checkpoint_memory,
         steps_per_print=document.steps_per_print,
         wall_clock_breakdown=document.wall_clock_breakdown,
         no_effect=no_effect,
@@ -200,6 +202,20 @@ def _offload(zero: ZeroOptimization | None, shortcuts: Shortcuts) -> tuple[int, 
     if stage is None:
         stage = 3 if home_param.enabled or home_state.enabled else 0
     return stage, home_param, home_state
+
+
+def _background(document: Document, own: Zeroxide) -> bool:
+    writer = document.checkpoint.writer if document.checkpoint is not None else None
+    theirs = None if writer is None else writer.decoupled
+    if own.checkpoint_background is None:
+        return bool(theirs)
+    if theirs is not None and theirs is not own.checkpoint_background:
+        raise ConfigError(
+            f"zeroxide.checkpoint_background = {show(own.checkpoint_background)} contradicts "
+            f"checkpoint.writer.decoupled = {show(theirs)}",
+            path="zeroxide.checkpoint_background",
+        )
+    return own.checkpoint_background
 
 
 def _staging(own: Zeroxide, host_memory: int | None) -> int | None:

@@ -138,6 +138,11 @@ class Config:
     trim_libraries: bool = True
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
 
+    checkpoint_background: bool = False
+    """Whether training goes on while a checkpoint is written."""
+    checkpoint_memory: int | None = None
+    """Most memory in which state waits to be written; `None` is half of what is free, within `host_memory`."""
+
     steps_per_print: int | None = 10
     """Optimizer steps between progress lines; `None` prints none."""
     wall_clock_breakdown: bool = False

@@ -119,15 +119,30 @@ class ActivationCheckpointing(Section):
     profile: Annotated[Any, NoEffect("use torch.profiler")] = None
 
 
+_WRITER = "checkpoints are written by zeroxide's own writer"
+
+
+class CheckpointWriter(Section):
+    """`checkpoint.writer`: whether training goes on while a checkpoint is written."""
+
+    decoupled: Flag | None = None
+    type: Annotated[Any, NoEffect(_WRITER)] = None
+    io_buffer_size: Annotated[Any, NoEffect(_WRITER)] = None
+    io_buffer_double: Annotated[Any, NoEffect(_WRITER)] = None
+    io_multiplier: Annotated[Any, NoEffect(_WRITER)] = None
+    show_statistics: Annotated[Any, NoEffect("engine.checkpoint_stats() always has them")] = None
+    data_parallel: Annotated[Any, NoEffect("every process writes its own shard")] = None
+
+
 class Checkpoint(Section):
     """`checkpoint`: how checkpoints are written."""
 
-    tag_validation: Annotated[Any, NoEffect("one process chooses the tag for all")] = None
+    tag_validation: Annotated[Any, NoEffect("ranks that disagree about the tag are always refused")] = None
     load_universal: Annotated[Flag | None, NotBuilt("loading DeepSpeed's universal checkpoints")] = None
     use_node_local_storage: Annotated[Flag | None, NotBuilt("checkpoints spread over node-local disks")] = None
     parallel_write: Annotated[Any, NoEffect("every process writes its own shard")] = None
-    checkpoint_serialization: Annotated[Any, NoEffect("checkpoints are written by zeroxide's own writer")] = None
-    writer: Annotated[Any, NoEffect("checkpoints are written by zeroxide's own writer")] = None
+    checkpoint_serialization: Annotated[Any, NoEffect(_WRITER)] = None
+    writer: CheckpointWriter | None = None
 
 
 class Zeroxide(Section):
@@ -145,6 +160,8 @@ class Zeroxide(Section):
     transport: Annotated[
         Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
     ] = "auto"
+    checkpoint_background: Flag | None = None
+    checkpoint_memory: MemorySize | None = None
 
 
 class Document(Section):
