@@ -83,6 +83,14 @@ def test_a_users_mistake_is_one_line(train, arguments, phrases):
     one_line(train(*arguments), 2, *phrases)
 
 
+def test_a_launcher_of_several_ranks_is_refused(train, tmp_path, monkeypatch):
+    # Catches: every rank training on its own and writing the same files.
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    one_line(train(), 1, "2 ranks", "one process")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_command_is_one_line(capsys):
     assert zeroxide.cli.main(["trian"]) == 2
     lines = capsys.readouterr().err.splitlines()
