@@ -65,7 +65,7 @@ class Engine(nn.Module):
         self.global_rank = self.ranks.rank
         self.local_rank = self.ranks.local_rank
         self.world_size = self.ranks.world
-        self.watch = Watch(self.ranks)
+        self.watch = Watch(self.ranks, timeout=config.rank_timeout)
         self.lr_scheduler: Any = None
         self.training_dataloader: DataLoader[Any] | None = None
         self.global_steps = 0

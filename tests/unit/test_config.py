@@ -124,6 +124,10 @@ EFFECTS = [
     ("zeroxide.staging_bytes", "32MiB", {}, "staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "prefetch", 0),
     ("zeroxide.trim_libraries", True, {}, "trim_libraries", True),
+    ("zeroxide.rank_timeout", 2.5, {}, "rank_timeout", 2.5),
+    ("zeroxide.transport", "collective", {}, "transport", "collective"),
+    ("communication_data_type", "fp32", {"bf16": {"enabled": True}}, "reduce_dtype", "fp32"),
+    ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
 ]
 
 
@@ -228,7 +232,6 @@ NOT_BUILT = [
     ("hybrid_engine.enabled", True, "hybrid engine"),
     ("curriculum_learning.enabled", True, "curriculum"),
     ("sequence_parallel_size", 2, "sequence parallelism"),
-    ("gradient_allreduce_op", "sum", "summing"),
     ("managed_gradient_accumulation", False, "accumulation"),
     ("sparse_gradients", True, "sparse"),
     ("aio.use_gds", True, "GPUDirect"),
@@ -254,7 +257,6 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
         ("compile", {"deepcompile": False}),
         ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False}, "groups": {}}}),
         ("sequence_parallel_size", 1),
-        ("gradient_allreduce_op", "mean"),
         ("managed_gradient_accumulation", True),
         ("zero_optimization.mics_shard_size", -1),
         ("zero_optimization.zero_hpz_partition_size", 1),
@@ -383,6 +385,8 @@ WRONG = [
     *(("aio.queue_depth", value) for value in (0, -1, 5000, True, "8")),
     *(("zeroxide.threads", value) for value in (0, -1, 5000, True, "8")),
     *(("zeroxide.prefetch", value) for value in (-1, 1.5, 5000, True, "1")),
+    *(("zeroxide.rank_timeout", value) for value in (0, 0.5, -1, "10", True, NAN, INF, 1e6)),
+    *(("zeroxide.transport", value) for value in ("tcp", 1)),
     *(("zeroxide.format", value) for value in ("fp16", 1, None.__class__, "")),
     *(("zeroxide.io_engine", value) for value in ("libaio", 1)),
     *(("zero_optimization.offload_param.device", value) for value in ("disk", 1, True)),

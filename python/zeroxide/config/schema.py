@@ -20,6 +20,7 @@ from zeroxide.config.fields import (
     NonNegative,
     NotBuilt,
     PrintInterval,
+    Seconds,
     Section,
     WholeNumber,
     choice,
@@ -178,6 +179,7 @@ class Zeroxide(Section):
     transport: Annotated[
         Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
     ] = "auto"
+    rank_timeout: Seconds | None = None
 
 
 class Document(Section):
