@@ -56,8 +56,9 @@ fn each_rank(posts: Vec<(Post, Arc<Stop>)>, act: impl Fn(usize, &mut Post) + Syn
             .enumerate()
             .map(|(rank, (mut post, _))| {
                 scope.spawn(move || {
-                    let outcome =
-                        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| act(rank, &mut post)));
+                    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                        act(rank, &mut post)
+                    }));
                     if outcome.is_err() {
                         // The others must not wait for it.
                         for stop in stops {
@@ -85,7 +86,10 @@ fn each_rank(posts: Vec<(Post, Arc<Stop>)>, act: impl Fn(usize, &mut Post) + Syn
 fn byte(rank: usize, unit: usize, round: u64, at: usize) -> u8 {
     let mixed = (rank as u64 + 1) * 1_000_003 + (unit as u64 + 1) * 7919 + round * 104_729;
     #[expect(clippy::cast_possible_truncation, reason = "the low bits are wanted")]
-    let low = (mixed.wrapping_add(at as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40) as u8;
+    let low = (mixed
+        .wrapping_add(at as u64)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        >> 40) as u8;
     low
 }
 
@@ -106,7 +110,14 @@ fn has_gradients(seed: u64, rank: usize, unit: usize, round: u64) -> bool {
     Dice(seed ^ ((rank as u64) << 32) ^ ((unit as u64) << 16) ^ round ^ 0x5555_5555).below(4) > 0
 }
 
-fn check_round(post: &mut Post, seed: u64, (rank, world): (usize, usize), unit: usize, bytes: usize, round: u64) {
+fn check_round(
+    post: &mut Post,
+    seed: u64,
+    (rank, world): (usize, usize),
+    unit: usize,
+    bytes: usize,
+    round: u64,
+) {
     let share = bytes.div_ceil(world);
     let range = (rank * share).min(bytes)..((rank + 1) * share).min(bytes);
     post.take::<(), ExchangeError>(unit, range.clone(), |sources| {
@@ -120,7 +131,11 @@ fn check_round(post: &mut Post, seed: u64, (rank, world): (usize, usize), unit: 
             if let Some(source) = source {
                 assert_eq!(source.len(), range.len());
                 for (at, found) in range.clone().zip(*source) {
-                    assert_eq!(*found, byte(sender, unit, round, at), "byte {at} of rank {sender}");
+                    assert_eq!(
+                        *found,
+                        byte(sender, unit, round, at),
+                        "byte {at} of rank {sender}"
+                    );
                 }
             }
         }
@@ -130,7 +145,13 @@ fn check_round(post: &mut Post, seed: u64, (rank, world): (usize, usize), unit: 
 }
 
 /// One rank's part of several rounds, in an order of its own: sends, and takes whatever is ready in between.
-fn rounds_of(post: &mut Post, seed: u64, (rank, world): (usize, usize), units: &[usize], rounds: u64) {
+fn rounds_of(
+    post: &mut Post,
+    seed: u64,
+    (rank, world): (usize, usize),
+    units: &[usize],
+    rounds: u64,
+) {
     let mut dice = Dice(seed.wrapping_mul(31) + rank as u64 + 1);
     for round in 1..=rounds {
         let mut order: Vec<usize> = (0..units.len()).collect();
@@ -164,7 +185,8 @@ fn rounds_of(post: &mut Post, seed: u64, (rank, world): (usize, usize), units: &
         }
         while !waiting.is_empty() {
             let unit = waiting.swap_remove(dice.below(waiting.len()));
-            post.wait(|post| post.is_ready(unit)).expect("not called off");
+            post.wait(|post| post.is_ready(unit))
+                .expect("not called off");
             check_round(post, seed, (rank, world), unit, units[unit], round);
         }
     }
@@ -211,7 +233,10 @@ fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
         .expect("ready");
         if rank == 0 {
             let mut next = post.room(0).expect("not called off");
-            assert!(read.load(Ordering::Acquire), "rank 1 had not read what lay there");
+            assert!(
+                read.load(Ordering::Acquire),
+                "rank 1 had not read what lay there"
+            );
             next.fill(9);
         }
     });
@@ -225,7 +250,8 @@ fn calling_off_ends_every_wait_with_its_line() {
     let (mut post, stop) = posts.pop().expect("two");
     post.send(0, None).expect("nothing before it");
     silent.send(0, None).expect("nothing before it");
-    post.take::<(), ExchangeError>(0, 0..64, |_| Ok(())).expect("both have sent");
+    post.take::<(), ExchangeError>(0, 0..64, |_| Ok(()))
+        .expect("both have sent");
     let caller = thread::spawn(move || {
         thread::sleep(Duration::from_millis(50));
         stop.call_off("rank 1 is gone".into());
@@ -279,11 +305,16 @@ fn weights_are_one_copy_and_new_when_every_rank_says_so() {
     each_rank(posts, |rank, post| {
         assert!(post.has_version(0, 0));
         let (segment, start) = post.weights();
-        assert_eq!(start % (2 << 20), 0, "huge pages under weights need an aligned start");
+        assert_eq!(
+            start % (2 << 20),
+            0,
+            "huge pages under weights need an aligned start"
+        );
         assert!(segment.payload() >= start + 8192);
         for version in 1..20_u64 {
             post.set_version(0, version);
-            post.wait(|post| post.has_version(0, version)).expect("not called off");
+            post.wait(|post| post.has_version(0, version))
+                .expect("not called off");
             assert!(post.has_version(0, version - 1));
             // Only this rank can say it, so nobody can be there.
             assert!(!post.has_version(0, version + 2), "rank {rank}");
@@ -309,7 +340,8 @@ fn room_beyond_the_slots_is_given_back() {
     }
     assert!(in_use() >= 6 << 20);
     for unit in 0..units.len() {
-        post.take::<(), ExchangeError>(unit, 0..1 << 20, |_| Ok(())).expect("ready");
+        post.take::<(), ExchangeError>(unit, 0..1 << 20, |_| Ok(()))
+            .expect("ready");
     }
     assert!(in_use() < 2 << 20, "{} bytes are still in use", in_use());
 }
