@@ -219,7 +219,7 @@ class Engine(nn.Module):
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch)
+        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch, self._exchange.gathered())
         self._norm = math.sqrt(sum_squares) if not nonfinite else math.nan
         self.optimizer.overflow = nonfinite or not math.isfinite(self._norm)
         if self.optimizer.overflow:
