@@ -71,7 +71,7 @@ class Engine(nn.Module):
         self.global_rank = self.ranks.rank
         self.local_rank = self.ranks.local_rank
         self.world_size = self.ranks.world
-        self.watch = Watch(self.ranks)
+        self.watch = Watch(self.ranks, timeout=config.rank_timeout)
         self.lr_scheduler: Any = None
         self.training_dataloader: DataLoader[Any] | None = None
         self.global_steps = 0
@@ -238,7 +238,7 @@ class Engine(nn.Module):
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch)
+        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch, self._exchange.gathered())
         if landed:
             self._scaler.check_used()
         loss_scale = self._scaler.scale

@@ -145,6 +145,7 @@ EFFECTS = [
     ("zeroxide.checkpoint_background", True, {}, "checkpoint_background", True),
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint_memory", GIB),
     ("checkpoint.writer.decoupled", True, {}, "checkpoint_background", True),
+    ("zeroxide.rank_timeout", 2.5, {}, "rank_timeout", 2.5),
 ]
 
 
@@ -424,6 +425,8 @@ WRONG = [
     *(("aio.queue_depth", value) for value in (0, -1, 5000, True, "8")),
     *(("zeroxide.threads", value) for value in (0, -1, 5000, True, "8")),
     *(("zeroxide.prefetch", value) for value in (-1, 1.5, 5000, True, "1")),
+    *(("zeroxide.rank_timeout", value) for value in (0, 0.5, -1, "10", True, NAN, INF, 1e6)),
+    *(("zeroxide.transport", value) for value in ("tcp", 1)),
     *(("zeroxide.format", value) for value in ("fp16", 1, None.__class__, "")),
     *(("zeroxide.io_engine", value) for value in ("libaio", 1)),
     *(("zero_optimization.offload_param.device", value) for value in ("disk", 1, True)),

@@ -110,12 +110,20 @@ impl Core {
         self.check_unit("release", unit)?;
         self.clock += 1;
         let clock = self.clock;
+        // How long frames stay depends on when disk requests end, which differs between ranks. Whether a unit's other
+        // parts have to be brought again must not, or collectives would not meet.
+        let forget = self.place.world > 1 && self.units[unit].weights.on_disk();
         // Only the end of a use is a use: releasing once more does not make the unit a late one.
-        if let Some(Residence::Here { pinned, used, .. }) = self.residence_mut(unit)
+        if let Some(Residence::Here {
+            pinned,
+            used,
+            whole,
+        }) = self.residence_mut(unit)
             && *pinned
         {
             *pinned = false;
             *used = clock;
+            *whole &= !forget;
         }
         Ok(())
     }

@@ -88,7 +88,7 @@ impl Core {
             writes: 0,
             replies: channel(),
         };
-        let mut untouched = Vec::new();
+        let (mut untouched, mut others) = (Vec::new(), Vec::new());
         for (index, unit) in self.units.iter().enumerate() {
             let plan = segments(unit, groups, grad_scale)?;
             // Moments that are not on disk yet must all be written, also where there is no gradient.
@@ -104,8 +104,11 @@ impl Core {
                 .collect();
             step.work.extend(tiles.iter().map(|tile| (index, *tile)));
             let whole = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
-            if tiles.is_empty() {
-                untouched.push((index, plan.is_empty()));
+            match (tiles.is_empty(), plan.is_empty()) {
+                (true, true) => untouched.push(index),
+                // This rank's shard may hold none of the parameters that are updated: padding, or others of the unit.
+                (true, false) => others.push(index),
+                _ => {}
             }
             step.units.push(Progress {
                 plan,
@@ -124,13 +127,11 @@ impl Core {
             param.updates += 1;
         }
         self.clear_gradients();
-        for (unit, everywhere) in untouched {
-            // A shard may be all padding: then the others' parts of the unit change and this rank's does not.
-            if everywhere {
-                self.weights_kept(unit);
-            } else {
-                self.weights_renewed(unit);
-            }
+        for unit in untouched {
+            self.weights_kept(unit);
+        }
+        for unit in others {
+            self.weights_renewed(unit);
         }
         self.step = Some(step);
         if self.disk.is_none() {

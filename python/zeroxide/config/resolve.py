@@ -69,6 +69,7 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         reduce_dtype=precision.reduce_dtype,
         reduce_sum=document.gradient_allreduce_op == "sum",
         transport=own.transport,
+        rank_timeout=Config.rank_timeout if own.rank_timeout is None else own.rank_timeout,
         buffer_dtype=precision.buffer_dtype,
         train_batch_size=batch,
         train_micro_batch_size_per_gpu=micro,

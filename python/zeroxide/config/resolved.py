@@ -98,6 +98,8 @@ class Config:
     """Whether gradients are summed over ranks instead of averaged."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
     """What carries weights and gradients between ranks: shared memory where all are on one host, if it is "auto"."""
+    rank_timeout: float = 10.0
+    """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
     buffer_dtype: Dtype = "fp32"
     """dtype that the model's floating-point buffers are cast to."""
 

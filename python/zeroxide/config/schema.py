@@ -20,6 +20,7 @@ from zeroxide.config.fields import (
     NonNegative,
     NotBuilt,
     PrintInterval,
+    Seconds,
     Section,
     WholeNumber,
     choice,
@@ -162,6 +163,7 @@ class Zeroxide(Section):
     ] = "auto"
     checkpoint_background: Flag | None = None
     checkpoint_memory: MemorySize | None = None
+    rank_timeout: Seconds | None = None
 
 
 class Document(Section):

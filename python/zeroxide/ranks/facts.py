@@ -24,6 +24,7 @@ PER_RANK = {
     "io_engine": "a kernel may have io_uring and another not",
     "queue_depth": "it fits the host's disk",
     "threads": "it fits the host's processors; results do not depend on it",
+    "rank_timeout": "rank 0's counts for all but itself; it changes no number",
     "trim_libraries": "it concerns one process's memory",
     "steps_per_print": "one rank may print and the others not",
     "wall_clock_breakdown": "one rank may print and the others not",

@@ -14,13 +14,15 @@ from __future__ import annotations
 
 import math
 import struct
+import zlib
 from collections.abc import Iterable
 from typing import Protocol
 
 import torch
 
 from zeroxide import _core
-from zeroxide.ranks import Ranks, Watch, all_gather_single
+from zeroxide.errors import RanksError
+from zeroxide.ranks import Ranks, Watch, all_gather_single, name_ranks
 from zeroxide.zero.tensors import memory_at, spec
 from zeroxide.zero.unit import Unit
 
@@ -29,7 +31,7 @@ __all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals"
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
 
-_HEAD = struct.Struct("<d?")
+_HEAD = struct.Struct("<d?I")
 
 
 class Exchange(Protocol):
@@ -38,6 +40,9 @@ class Exchange(Protocol):
     @property
     def sent_bytes(self) -> int:
         """Bytes of gradients and weights that left this rank for others."""
+
+    def gathered(self) -> int:
+        """A checksum over the units gathered by collectives since the last call, in their order; 32 bits."""
 
     def connect(self) -> None:
         """Takes up the connection. Every rank calls it once, before weights are filled."""
@@ -64,6 +69,10 @@ class Alone:
     @property
     def sent_bytes(self) -> int:
         """Nothing leaves."""
+        return 0
+
+    def gathered(self) -> int:
+        """No collective is called."""
         return 0
 
     def connect(self) -> None:
@@ -101,6 +110,10 @@ class SharedExchange:
     def sent_bytes(self) -> int:
         """Bytes of gradients and weights that left this rank for others."""
         return self._reduced_bytes + self.moved.sent_bytes
+
+    def gathered(self) -> int:
+        """A checksum over the units gathered by collectives since the last call, in their order."""
+        return self.moved.take_order()
 
     def connect(self) -> None:
         """Raises RanksError when another rank's memory cannot be reached."""
@@ -152,9 +165,16 @@ class CollectiveGather:
         self.ranks = ranks
         self.watch = watch
         self.sent_bytes = 0
+        self._order = 0
+
+    def take_order(self) -> int:
+        """A checksum over the units gathered since the last call, in their order."""
+        order, self._order = self._order, 0
+        return order
 
     def gather(self, unit: Unit) -> None:
         """The unit's own part lies under its window; afterwards all of it does."""
+        self._order = zlib.crc32(unit.index.to_bytes(4, "little"), self._order)
         start, end = self.core.shard(unit.index)
         # gloo reads its input while it writes the output, which here is the memory around it.
         own = unit.flat[start:end].clone()
@@ -199,6 +219,10 @@ class CollectiveExchange:
     def sent_bytes(self) -> int:
         """Bytes of gradients and weights that left this rank for others."""
         return self._reduced_bytes + self.moved.sent_bytes
+
+    def gathered(self) -> int:
+        """A checksum over the units gathered by collectives since the last call, in their order."""
+        return self.moved.take_order()
 
     def connect(self) -> None:
         """The process group is the connection."""
@@ -246,22 +270,33 @@ class CollectiveExchange:
         self.core.receive_from(unit.index, spec(received))
 
 
-def settle(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
+def settle(core: _core.Offload, ranks: Ranks, watch: Watch, gathered: int) -> Totals:
     """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
 
-    The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
+    The ranks' sums are added in double precision in rank order, so that every rank has the same bits. Raises RanksError
+    on every rank when what they `gathered` differs: collectives of one size meet whatever the units are, and the weights
+    were then those of other units.
     """
     total, nonfinite, landed = core.grad_norm()
     if ranks.world == 1:
         return total, nonfinite, landed
     # What another rank waits for must not wait for this exchange.
     core.finish()
-    payload = bytearray(_HEAD.pack(total, nonfinite) + core.landed())
+    payload = bytearray(_HEAD.pack(total, nonfinite, gathered) + core.landed())
     with watch.waiting("the gradient norm"):
         rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
+    heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
+    if len({head[2] for head in heads}) > 1:
+        usual = max((head[2] for head in heads), key=[head[2] for head in heads].count)
+        odd = [rank for rank, head in enumerate(heads) if head[2] != usual]
+        raise RanksError(
+            f"{name_ranks(odd)} gathered other units than the rest since the last step, or in another order, so that "
+            "weights and gradients are mixed up: every rank must run the same modules in the same order where weights "
+            "are gathered by collectives; go on from a checkpoint",
+            ranks=odd,
+        )
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_landed(bytes(everywhere.tolist()))
-    heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
 
 

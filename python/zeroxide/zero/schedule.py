@@ -122,8 +122,11 @@ class _Frames:
         self._valid = {index for index in self._valid if not self._plan.units[index].trainable}
 
     def hold(self, index: int, pinned: list[int]) -> bool:
-        """Uses a unit, together with those `pinned`; whether it was still there and valid."""
-        there = index in self._valid
+        """Uses a unit, together with those `pinned`; whether it was still there and valid.
+
+        Weights that come from disk never are: how long their frames stay depends on the disk, and would differ by rank.
+        """
+        there = index in self._valid and self._plan.weights is not Home.DISK
         if index in self._used:
             self._used.remove(index)
         self._make_room(index, pinned)

@@ -1,0 +1,347 @@
+//! Rounds of gradients between ranks: threads stand for processes, each with a segment of its own.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use zeroxide_exchange::{ExchangeError, Post, PostPlan, Seat, Stop};
+
+/// After this, a rank that still waits counts as hung.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn plan(units: &[usize], slots: usize, long: &[usize]) -> PostPlan {
+    PostPlan {
+        units: units.to_vec(),
+        slots,
+        long: long.to_vec(),
+        weights: 0,
+    }
+}
+
+/// Posts that have found one another, and what ends their waiting.
+fn joined(world: usize, plan: &PostPlan) -> Vec<(Post, Arc<Stop>)> {
+    let mut posts: Vec<_> = (0..world)
+        .map(|rank| {
+            let stop = Arc::new(Stop::default());
+            let post = Post::new(rank, world, plan.clone(), Arc::clone(&stop)).expect("memory");
+            (post, stop)
+        })
+        .collect();
+    let seats: Vec<Seat> = posts.iter().map(|(post, _)| post.seat()).collect();
+    for (post, _) in &mut posts {
+        post.join(&seats).expect("all seats are of this process");
+    }
+    posts
+}
+
+/// Runs every rank in a thread of its own; a rank that hangs ends with an error instead.
+fn each_rank(posts: Vec<(Post, Arc<Stop>)>, act: impl Fn(usize, &mut Post) + Sync) {
+    let done = AtomicBool::new(false);
+    let stops: Vec<_> = posts.iter().map(|(_, stop)| Arc::clone(stop)).collect();
+    thread::scope(|scope| {
+        let watchdog = scope.spawn(|| {
+            thread::park_timeout(PATIENCE);
+            if !done.load(Ordering::Acquire) {
+                for stop in &stops {
+                    stop.call_off("a rank hangs".into());
+                }
+            }
+        });
+        let act = &act;
+        let stops = &stops;
+        let ranks: Vec<_> = posts
+            .into_iter()
+            .enumerate()
+            .map(|(rank, (mut post, _))| {
+                scope.spawn(move || {
+                    let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                        act(rank, &mut post)
+                    }));
+                    if outcome.is_err() {
+                        // The others must not wait for it.
+                        for stop in stops {
+                            stop.call_off(format!("rank {rank} has panicked"));
+                        }
+                    }
+                    (outcome, post)
+                })
+            })
+            .collect();
+        let outcomes: Vec<_> = ranks
+            .into_iter()
+            .map(|rank| rank.join().expect("panics are caught"))
+            .collect();
+        done.store(true, Ordering::Release);
+        watchdog.thread().unpark();
+        for (outcome, _) in outcomes {
+            if let Err(panic) = outcome {
+                std::panic::resume_unwind(panic);
+            }
+        }
+    });
+}
+
+fn byte(rank: usize, unit: usize, round: u64, at: usize) -> u8 {
+    let mixed = (rank as u64 + 1) * 1_000_003 + (unit as u64 + 1) * 7919 + round * 104_729;
+    #[expect(clippy::cast_possible_truncation, reason = "the low bits are wanted")]
+    let low = (mixed
+        .wrapping_add(at as u64)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        >> 40) as u8;
+    low
+}
+
+/// Small numbers that look random, a stream for each seed.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, most: usize) -> usize {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        usize::try_from(self.0 >> 11).expect("64 bits") % most
+    }
+}
+
+/// Whether a rank has gradients of a unit in a round: all ranks know, so that they can check one another.
+fn has_gradients(seed: u64, rank: usize, unit: usize, round: u64) -> bool {
+    Dice(seed ^ ((rank as u64) << 32) ^ ((unit as u64) << 16) ^ round ^ 0x5555_5555).below(4) > 0
+}
+
+fn check_round(
+    post: &mut Post,
+    seed: u64,
+    (rank, world): (usize, usize),
+    unit: usize,
+    bytes: usize,
+    round: u64,
+) {
+    let share = bytes.div_ceil(world);
+    let range = (rank * share).min(bytes)..((rank + 1) * share).min(bytes);
+    post.take::<(), ExchangeError>(unit, range.clone(), |sources| {
+        assert_eq!(sources.len(), world);
+        for (sender, source) in sources.iter().enumerate() {
+            assert_eq!(
+                source.is_some(),
+                has_gradients(seed, sender, unit, round),
+                "rank {rank}, unit {unit}, round {round}: what rank {sender} sent"
+            );
+            if let Some(source) = source {
+                assert_eq!(source.len(), range.len());
+                for (at, found) in range.clone().zip(*source) {
+                    assert_eq!(
+                        *found,
+                        byte(sender, unit, round, at),
+                        "byte {at} of rank {sender}"
+                    );
+                }
+            }
+        }
+        Ok(())
+    })
+    .expect("every rank has sent");
+}
+
+/// One rank's part of several rounds, in an order of its own: sends, and takes whatever is ready in between.
+fn rounds_of(
+    post: &mut Post,
+    seed: u64,
+    (rank, world): (usize, usize),
+    units: &[usize],
+    rounds: u64,
+) {
+    let mut dice = Dice(seed.wrapping_mul(31) + rank as u64 + 1);
+    for round in 1..=rounds {
+        let mut order: Vec<usize> = (0..units.len()).collect();
+        for at in (1..order.len()).rev() {
+            order.swap(at, dice.below(at + 1));
+        }
+        let mut waiting = Vec::new();
+        for unit in order {
+            assert_eq!(post.round(unit), round);
+            assert!(!post.is_sent(unit));
+            let lease = has_gradients(seed, rank, unit, round).then(|| {
+                let mut lease = post.room(unit).expect("not called off");
+                for (at, target) in lease.iter_mut().enumerate() {
+                    *target = byte(rank, unit, round, at);
+                }
+                lease
+            });
+            post.send(unit, lease).expect("not called off");
+            assert!(post.is_sent(unit));
+            waiting.push(unit);
+            if dice.below(3) == 0 {
+                thread::sleep(Duration::from_micros(dice.below(300) as u64));
+            }
+            waiting.retain(|unit| {
+                let ready = post.is_ready(*unit);
+                if ready {
+                    check_round(post, seed, (rank, world), *unit, units[*unit], round);
+                }
+                !ready
+            });
+        }
+        while !waiting.is_empty() {
+            let unit = waiting.swap_remove(dice.below(waiting.len()));
+            post.wait(|post| post.is_ready(unit))
+                .expect("not called off");
+            check_round(post, seed, (rank, world), unit, units[unit], round);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    /// Ranks send units in orders of their own, more of them at once than there are slots, and are a round ahead where
+    /// nothing holds them. Catches: a slot or stretch given out while another rank reads it, bytes or places of another
+    /// round or unit, the word for "nothing" left out, a reader that is not waited for.
+    #[test]
+    fn every_rank_reads_what_every_rank_has_sent(
+        seed in 1_u64..u64::MAX,
+        world in 1_usize..5,
+        units in prop::collection::vec(1_usize..9000, 1..8),
+        slots in 1_usize..4,
+        long in prop::collection::btree_set(0_usize..8, 0..3),
+    ) {
+        let long: Vec<usize> = long.into_iter().filter(|unit| *unit < units.len()).collect();
+        let posts = joined(world, &plan(&units, slots, &long));
+        each_rank(posts, |rank, post| rounds_of(post, seed, (rank, world), &units, 6));
+    }
+}
+
+/// Catches: room for the next round given out before the others have read the last one.
+#[test]
+fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
+    let posts = joined(2, &plan(&[64], 1, &[]));
+    let read = AtomicBool::new(false);
+    each_rank(posts, |rank, post| {
+        let mut lease = post.room(0).expect("free");
+        lease.fill(u8::try_from(rank).expect("small"));
+        post.send(0, Some(lease)).expect("filled");
+        post.wait(|post| post.is_ready(0)).expect("not called off");
+        if rank == 1 {
+            thread::sleep(Duration::from_millis(80));
+            read.store(true, Ordering::Release);
+        }
+        post.take::<(), ExchangeError>(0, 0..64, |sources| {
+            assert_eq!(sources[0].expect("sent"), [0; 64]);
+            Ok(())
+        })
+        .expect("ready");
+        if rank == 0 {
+            let mut next = post.room(0).expect("not called off");
+            assert!(
+                read.load(Ordering::Acquire),
+                "rank 1 had not read what lay there"
+            );
+            next.fill(9);
+        }
+    });
+}
+
+/// Catches: a wait that does not end, or ends without the reason.
+#[test]
+fn calling_off_ends_every_wait_with_its_line() {
+    let mut posts = joined(2, &plan(&[64, 64], 1, &[]));
+    let (mut silent, _) = posts.pop().expect("two");
+    let (mut post, stop) = posts.pop().expect("two");
+    post.send(0, None).expect("nothing before it");
+    silent.send(0, None).expect("nothing before it");
+    post.take::<(), ExchangeError>(0, 0..64, |_| Ok(()))
+        .expect("both have sent");
+    let caller = thread::spawn(move || {
+        thread::sleep(Duration::from_millis(50));
+        stop.call_off("rank 1 is gone".into());
+        stop.call_off("a later reason".into());
+    });
+    // Rank 1 has not read the round that rank 0 wants to follow up.
+    let ended = [
+        post.room(0).map(drop),
+        post.send(0, None),
+        post.wait(|post| post.is_ready(1)),
+        post.wait(|post| post.has_version(0, 1)),
+    ];
+    caller.join().expect("does not panic");
+    for outcome in ended {
+        match outcome {
+            Err(ExchangeError::Stopped { line }) => assert_eq!(line, "rank 1 is gone"),
+            other => panic!("expected the wait to end, got {other:?}"),
+        }
+    }
+    // What need not be waited for still works.
+    post.wait(|_| true).expect("ready at once");
+}
+
+/// Catches: calls out of turn that corrupt what others read instead of being refused.
+#[test]
+fn calls_out_of_turn_are_refused_by_name() {
+    let mut posts = joined(2, &plan(&[64], 1, &[]));
+    let (post, _) = &mut posts[0];
+    let refused = |outcome: Result<(), ExchangeError>, call: &str| match outcome {
+        Err(ExchangeError::Misuse { call: found, .. }) => assert_eq!(found, call),
+        other => panic!("{call}: expected to be refused, got {other:?}"),
+    };
+    refused(post.take(0, 0..64, |_| Ok(())), "take");
+    let lease = post.room(0).expect("free");
+    refused(post.room(0).map(drop), "room");
+    refused(post.send(0, None), "send");
+    post.send(0, Some(lease)).expect("filled");
+    refused(post.send(0, None), "send");
+    refused(post.room(0).map(drop), "room");
+    refused(post.take(0, 0..64, |_| Ok(())), "take");
+    let seats = [post.seat(), post.seat(), post.seat()];
+    refused(post.join(&seats), "join");
+}
+
+/// Catches: a version that is believed before every rank has it, weights that ranks do not share.
+#[test]
+fn weights_are_one_copy_and_new_when_every_rank_says_so() {
+    let mut plan = plan(&[64], 1, &[]);
+    plan.weights = 8192;
+    let posts = joined(3, &plan);
+    each_rank(posts, |rank, post| {
+        assert!(post.has_version(0, 0));
+        let (segment, start) = post.weights();
+        assert_eq!(
+            start % (2 << 20),
+            0,
+            "huge pages under weights need an aligned start"
+        );
+        assert!(segment.payload() >= start + 8192);
+        for version in 1..20_u64 {
+            post.set_version(0, version);
+            post.wait(|post| post.has_version(0, version))
+                .expect("not called off");
+            assert!(post.has_version(0, version - 1));
+            // Only this rank can say it, so nobody can be there.
+            assert!(!post.has_version(0, version + 2), "rank {rank}");
+        }
+    });
+}
+
+/// Catches: stretches that stay in memory after they were read.
+#[test]
+fn room_beyond_the_slots_is_given_back() {
+    let units = [1 << 20; 6];
+    let mut posts = joined(1, &plan(&units, 1, &[]));
+    let (post, _) = &mut posts[0];
+    let path = format!("/proc/self/fd/{}", post.seat().descriptor);
+    let in_use = || {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(&path).expect("open").blocks() * 512
+    };
+    for unit in 0..units.len() {
+        let mut lease = post.room(unit).expect("free");
+        lease.fill(1);
+        post.send(unit, Some(lease)).expect("filled");
+    }
+    assert!(in_use() >= 6 << 20);
+    for unit in 0..units.len() {
+        post.take::<(), ExchangeError>(unit, 0..1 << 20, |_| Ok(()))
+            .expect("ready");
+    }
+    assert!(in_use() < 2 << 20, "{} bytes are still in use", in_use());
+}

@@ -1,0 +1,155 @@
+//! The core spread over ranks, against plain loops over all gradients: sums in rank order, one kernel call a parameter.
+
+mod world;
+
+use world::{Case, Outcome, STEPS, live_of, reference};
+use zeroxide_layout::Format;
+use zeroxide_offload::{StateHome, WeightHome, Wire};
+use zeroxide_storage::{EngineKind, SimOptions};
+
+fn case(world: usize) -> Case {
+    Case {
+        world,
+        wire: Wire::Shared,
+        replicated: false,
+        weights: WeightHome::Host,
+        state: StateHome::Host,
+        format: Format::Split,
+        tile_elements: 2048,
+        threads: 1,
+        engine: EngineKind::Auto,
+    }
+}
+
+/// Master weights, moments and every rank's live weights bit for bit, norms but for the order of their sums.
+fn check(case: &Case) {
+    let what = format!(
+        "{} ranks, {:?}, replicated {}, weights {:?}, state {:?}, {:?}, tiles of {}, {} threads",
+        case.world,
+        case.wire,
+        case.replicated,
+        case.weights,
+        case.state,
+        case.format,
+        case.tile_elements,
+        case.threads
+    );
+    let (values, norms) = reference(case.world);
+    let outcome: Outcome = case.run();
+    for (key, parts) in &values {
+        for (part, (expected, found)) in parts.iter().zip(&outcome.values[key]).enumerate() {
+            let differing = expected
+                .iter()
+                .zip(found)
+                .filter(|(a, b)| a.to_bits() != b.to_bits())
+                .count();
+            assert_eq!(differing, 0, "{what}: part {part} of parameter {key:?}");
+        }
+    }
+    let live = live_of(&values);
+    for (rank, found) in outcome.live.iter().enumerate() {
+        assert!(*found == live, "{what}: live weights of rank {rank}");
+    }
+    assert_eq!(norms.len() as u64, STEPS);
+    for (expected, found) in norms.iter().zip(&outcome.norms) {
+        // 36,000 terms, all positive: less than 36,000 roundings of 2^-53.
+        assert!(
+            (expected - found).abs() <= 1e-11 * expected,
+            "{what}: {expected} {found}"
+        );
+    }
+}
+
+/// Catches: a sum in another order than that of the ranks, a shard that starts or ends elsewhere, a part that a rank
+/// leaves out, old weights under a window, ranks that do not agree on what has to be gathered.
+#[test]
+fn every_wire_home_and_world_gives_the_bits_of_plain_loops() {
+    for world in [1, 2, 3, 4] {
+        for wire in [Wire::Shared, Wire::Collective] {
+            for replicated in [false, true] {
+                check(&Case {
+                    wire,
+                    replicated,
+                    ..case(world)
+                });
+            }
+        }
+    }
+    for world in [2, 4] {
+        for wire in [Wire::Shared, Wire::Collective] {
+            for (weights, state) in [
+                (WeightHome::Host, StateHome::Disk),
+                (WeightHome::Disk, StateHome::Disk),
+                (WeightHome::Disk, StateHome::Host),
+                (WeightHome::Shard, StateHome::Host),
+                (WeightHome::Shard, StateHome::Disk),
+            ] {
+                check(&Case {
+                    wire,
+                    weights,
+                    state,
+                    ..case(world)
+                });
+            }
+        }
+    }
+}
+
+/// Catches: offsets of tiles, of a thread's parts or of a format's blocks that forget where the shard starts.
+#[test]
+fn tiles_threads_and_formats_change_nothing() {
+    for (tile_elements, threads) in [(2048, 3), (6144, 1), (1 << 20, 2)] {
+        for format in [Format::Split, Format::Fp32] {
+            for (wire, weights, state) in [
+                (Wire::Shared, WeightHome::Disk, StateHome::Disk),
+                (Wire::Collective, WeightHome::Shard, StateHome::Host),
+            ] {
+                check(&Case {
+                    wire,
+                    weights,
+                    state,
+                    format,
+                    tile_elements,
+                    threads,
+                    ..case(3)
+                });
+            }
+        }
+    }
+}
+
+/// Catches: a step of one rank that another overtakes, completions expected in order.
+#[test]
+fn a_disk_that_is_slow_and_reorders_changes_nothing() {
+    for seed in 0..3 {
+        let options = SimOptions {
+            seed,
+            reorder: true,
+            short_share: 0.3,
+            ..SimOptions::default()
+        };
+        for (wire, weights) in [
+            (Wire::Shared, WeightHome::Host),
+            (Wire::Shared, WeightHome::Disk),
+            (Wire::Collective, WeightHome::Disk),
+        ] {
+            check(&Case {
+                wire,
+                weights,
+                state: StateHome::Disk,
+                engine: EngineKind::Simulated(options.clone()),
+                ..case(2)
+            });
+        }
+    }
+}
+
+/// The same job again gives the same bits, whichever rank comes first.
+#[test]
+fn repetitions_give_the_same_bits() {
+    let first = case(4).run();
+    for _ in 0..5 {
+        let again = case(4).run();
+        assert!(again.values == first.values && again.norms == first.norms);
+    }
+}

@@ -1,0 +1,633 @@
+//! Ranks as threads of one process, each with a core of its own, and what one plain pass over everything makes of the
+//! same gradients.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use zeroxide_layout::{Dtype, Format, ParamShape};
+use zeroxide_offload::{
+    Offload, Part, Place, Seat, Settings, StateHome, UnitSpec, WeightHome, Wire,
+};
+use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, bf16_half_up, bf16_to_f32, step_fp32};
+use zeroxide_storage::EngineKind;
+
+pub(crate) const STEPS: u64 = 5;
+const MICRO: u64 = 2;
+const SCALE: f64 = 0.5;
+/// After this, a rank that still waits counts as hung.
+const PATIENCE: Duration = Duration::from_secs(60);
+const PARTS: [Part; 3] = [Part::Weights, Part::ExpAvg, Part::ExpAvgSq];
+
+/// Elements of each parameter of each unit; the third unit is frozen. The sizes let shards end inside parameters, hold
+/// several tiles, and be nothing but padding on the last ranks. Unit 0 takes gradients all through backward.
+const UNITS: [&[u64]; 5] = [&[5000, 77], &[9000, 1, 64, 700], &[3001], &[20_000], &[100]];
+const FROZEN: usize = 2;
+
+/// One way of running.
+#[derive(Clone)]
+pub(crate) struct Case {
+    pub(crate) world: usize,
+    pub(crate) wire: Wire,
+    pub(crate) replicated: bool,
+    pub(crate) weights: WeightHome,
+    pub(crate) state: StateHome,
+    pub(crate) format: Format,
+    pub(crate) tile_elements: u64,
+    pub(crate) threads: usize,
+    pub(crate) engine: EngineKind,
+}
+
+/// fp32 values of every parameter, by (unit, parameter): weights and both moments.
+pub(crate) type Values = HashMap<(usize, usize), [Vec<f32>; 3]>;
+
+/// What all ranks together come to.
+pub(crate) struct Outcome {
+    pub(crate) values: Values,
+    /// Live weights as each rank sees them under its windows, in units and parameters.
+    pub(crate) live: Vec<Vec<u16>>,
+    /// Sums of squares of the gradient, by step.
+    pub(crate) norms: Vec<f64>,
+}
+
+impl Case {
+    fn open(&self, rank: usize, directory: &TempDir) -> Offload {
+        let units: Vec<UnitSpec> = UNITS
+            .iter()
+            .enumerate()
+            .map(|(unit, params)| UnitSpec {
+                name: format!("unit {unit}"),
+                long: unit == 0,
+                params: params
+                    .iter()
+                    .map(|numel| ParamShape {
+                        numel: *numel,
+                        trainable: unit != FROZEN,
+                    })
+                    .collect(),
+                weights: self.weights,
+                state: self.state,
+            })
+            .collect();
+        #[expect(clippy::cast_precision_loss, reason = "a few ranks")]
+        let reduce_scale = 1.0 / self.world as f32;
+        let settings = Settings {
+            place: Place {
+                rank: u32::try_from(rank).expect("few"),
+                world: u32::try_from(self.world).expect("few"),
+                replicated: self.replicated,
+                wire: self.wire,
+            },
+            wire_grad: Dtype::F32,
+            reduce_scale,
+            limit: None,
+            threads: self.threads,
+            compute: Dtype::Bf16,
+            format: self.format,
+            grad: Dtype::F32,
+            tile_elements: self.tile_elements,
+            staging_bytes: 4 << 20,
+            gathered_bytes: 6 << 20,
+            engine: self.engine.clone(),
+            queue_depth: 8,
+            directories: vec![directory.path().to_path_buf()],
+            job: format!("rank {rank}"),
+        };
+        Offload::new(&settings, &units).expect("nothing in the way")
+    }
+
+    /// Trains on all ranks at once.
+    pub(crate) fn run(&self) -> Outcome {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let cores: Vec<Offload> = (0..self.world)
+            .map(|rank| self.open(rank, &directory))
+            .collect();
+        let board = Board::new(self.world);
+        let done = AtomicBool::new(false);
+        let rows = thread::scope(|scope| {
+            let watchdog = scope.spawn(|| {
+                thread::park_timeout(PATIENCE);
+                if !done.load(Ordering::Acquire) {
+                    cores
+                        .iter()
+                        .for_each(|core| core.call_off("a rank hangs".into()));
+                }
+            });
+            let ranks: Vec<_> = cores
+                .iter()
+                .enumerate()
+                .map(|(rank, core)| {
+                    let board = &board;
+                    scope.spawn(move || {
+                        let runner = Runner {
+                            case: self,
+                            rank,
+                            core,
+                            board,
+                        };
+                        runner.run()
+                    })
+                })
+                .collect();
+            let rows: Vec<_> = ranks
+                .into_iter()
+                .map(thread::ScopedJoinHandle::join)
+                .collect();
+            done.store(true, Ordering::Release);
+            watchdog.thread().unpark();
+            rows
+        });
+        let mut outcome = Outcome {
+            values: empty(),
+            live: Vec::new(),
+            norms: Vec::new(),
+        };
+        let mut covered = 0;
+        for row in rows {
+            let row = row.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            for (unit, param, start, values) in row.pieces {
+                covered += values[0].len();
+                let target = outcome
+                    .values
+                    .get_mut(&(unit, param))
+                    .expect("all are there");
+                for (target, values) in target.iter_mut().zip(values) {
+                    target[start..start + values.len()].copy_from_slice(&values);
+                }
+            }
+            outcome.live.push(row.live);
+            assert!(
+                outcome.norms.is_empty() || outcome.norms == row.norms,
+                "ranks agree"
+            );
+            outcome.norms = row.norms;
+        }
+        let elements: u64 = UNITS.iter().flat_map(|params| params.iter()).sum();
+        assert_eq!(
+            covered as u64, elements,
+            "each element is saved by one rank"
+        );
+        for core in &cores {
+            core.close().expect("nothing in the way");
+        }
+        let left = directory.path().read_dir().expect("exists").count();
+        assert_eq!(left, 0, "scratch files are removed");
+        outcome
+    }
+}
+
+/// One rank at work.
+struct Runner<'a> {
+    case: &'a Case,
+    rank: usize,
+    core: &'a Offload,
+    board: &'a Board,
+}
+
+/// What one rank has to show: runs of parameters in its shard with their values, its live weights, the norms.
+struct Row {
+    pieces: Vec<(usize, usize, usize, [Vec<f32>; 3])>,
+    live: Vec<u16>,
+    norms: Vec<f64>,
+}
+
+impl Runner<'_> {
+    fn run(&self) -> Row {
+        self.connect_and_fill();
+        let norms = (0..STEPS).map(|step| self.step(step)).collect();
+        // Gathering waits until the other ranks have updated their parts.
+        let live = self.live();
+        let mut pieces = Vec::new();
+        for unit in 0..UNITS.len() {
+            for (param, start, count) in self.core.pieces(unit).expect("a unit") {
+                let values = PARTS.map(|part| {
+                    let mut values = vec![0.0; usize::try_from(count).expect("small")];
+                    self.core
+                        .read_param(unit, param, part, start, &mut values)
+                        .expect("own elements");
+                    values
+                });
+                let start = usize::try_from(start).expect("small");
+                pieces.push((unit, param, start, values));
+            }
+        }
+        self.meet();
+        Row {
+            pieces,
+            live,
+            norms,
+        }
+    }
+
+    fn connect_and_fill(&self) {
+        if self.case.world > 1 && self.case.wire == Wire::Shared {
+            let seat = self.core.seat().expect("open").expect("shared");
+            let shown = seat.descriptor.to_ne_bytes().to_vec();
+            let seats: Vec<Seat> = self
+                .board
+                .swap(self.rank, shown)
+                .into_iter()
+                .map(|bytes| Seat {
+                    pid: seat.pid,
+                    descriptor: i32::from_ne_bytes(bytes.try_into().expect("four bytes")),
+                })
+                .collect();
+            self.core.join(&seats).expect("all are of this process");
+        }
+        for (unit, params) in UNITS.iter().enumerate() {
+            self.core.fill_begin(unit, Part::Weights).expect("idle");
+            for (param, numel) in params.iter().enumerate() {
+                // In two parts, since a checkpoint comes in parts.
+                let values = initial(unit, param, *numel);
+                let half = values.len() / 2;
+                for (start, part) in [(0, &values[..half]), (half, &values[half..])] {
+                    self.core
+                        .fill_param(unit, param, start as u64, part)
+                        .expect("fits");
+                }
+            }
+            self.core.fill_commit(unit).expect("begun");
+        }
+        self.meet();
+    }
+
+    fn meet(&self) {
+        self.board.swap(self.rank, Vec::new());
+    }
+
+    /// The order in which this rank's modules run. Through shared memory ranks may differ.
+    fn order(&self, step: u64) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..UNITS.len()).collect();
+        if self.case.wire == Wire::Shared && !self.moves_weights() {
+            let by = usize::try_from(step).expect("few") + self.rank;
+            order.rotate_left(by % UNITS.len());
+        }
+        order
+    }
+
+    /// Whether gathering needs the caller's collectives, which all ranks call in one order.
+    fn moves_weights(&self) -> bool {
+        self.case.world > 1
+            && !self.case.replicated
+            && (self.case.wire == Wire::Collective || self.case.weights != WeightHome::Host)
+            || self.case.replicated && self.case.weights != WeightHome::Host
+    }
+
+    /// Forward, backward and the update; returns the sum of squares over all ranks.
+    fn step(&self, step: u64) -> f64 {
+        for micro in 0..MICRO {
+            for unit in self.order(step) {
+                self.gather(unit);
+                self.core.release(unit).expect("gathered");
+            }
+            self.backward(step, micro);
+        }
+        let norm = self.core.grad_norm().expect("usable");
+        assert!(!norm.nonfinite);
+        let mut shown = norm.sum_squares.to_ne_bytes().to_vec();
+        shown.extend(
+            self.core
+                .landed()
+                .expect("usable")
+                .into_iter()
+                .map(u8::from),
+        );
+        self.core.finish().expect("nothing in the way");
+        let all = self.board.swap(self.rank, shown);
+        let landed: Vec<bool> = (8..all[0].len())
+            .map(|at| all.iter().any(|row| row[at] > 0))
+            .collect();
+        self.core.set_landed(&landed).expect("as many");
+        self.core.step(&[hyperparameters()], SCALE).expect("works");
+        let mut total = 0.0;
+        for row in all {
+            total += f64::from_ne_bytes(row[..8].try_into().expect("eight bytes"));
+        }
+        total
+    }
+
+    fn backward(&self, step: u64, micro: u64) {
+        let trained = |unit: &usize| *unit != FROZEN;
+        let order = self.order(step);
+        let mut waiting = Vec::new();
+        for unit in order.into_iter().rev().filter(trained) {
+            self.gather(unit);
+            for (param, numel) in UNITS[unit].iter().enumerate() {
+                if has_gradient(self.rank, step, micro, unit, param) {
+                    let grad = gradient(self.rank, step, micro, unit, param, *numel);
+                    // In two parts, as a large layer's gradient comes.
+                    let half = grad.len() / 2;
+                    let land = |start: usize, part: &[f32]| {
+                        self.core
+                            .land(unit, param, start as u64, Grad::F32(part), true)
+                            .expect("expected next");
+                    };
+                    land(0, &grad[..half]);
+                    if half < grad.len() {
+                        land(half, &grad[half..]);
+                    }
+                }
+            }
+            self.core.release(unit).expect("gathered");
+            // Gradients of the unit that is used all along are complete at the end.
+            if unit != 0 {
+                self.send(unit, &mut waiting);
+            }
+        }
+        self.send(0, &mut waiting);
+        if self.case.world == 1 {
+            return;
+        }
+        for unit in waiting {
+            assert!(self.core.receive(unit, true).expect("not called off"));
+        }
+    }
+
+    fn send(&self, unit: usize, waiting: &mut Vec<usize>) {
+        if self.case.world == 1 {
+            return;
+        }
+        self.core.send(unit).expect("once a backward");
+        if self.case.wire == Wire::Shared {
+            assert!(self.core.is_sent(unit).expect("a unit"));
+            waiting.push(unit);
+            waiting.retain(|unit| !self.core.receive(*unit, false).expect("not called off"));
+            return;
+        }
+        let (address, bytes) = self.core.outgoing(unit).expect("sent");
+        let sent = peek(address, bytes);
+        let all = self.board.swap(self.rank, sent);
+        let own = if self.case.replicated {
+            0..bytes
+        } else {
+            let (start, end) = self.core.shard(unit).expect("a unit");
+            let byte = |element: u64| usize::try_from(element).expect("small") * size_of::<f32>();
+            byte(start)..byte(end)
+        };
+        let received: Vec<u8> = all
+            .iter()
+            .flat_map(|sent| sent[own.clone()].iter().copied())
+            .collect();
+        self.core.receive_from(unit, &received).expect("fits");
+    }
+
+    /// Brings the unit under its window; where the other ranks' parts are not there, as a collective would.
+    fn gather(&self, unit: usize) {
+        let whole = self.core.gather(unit).expect("there is room");
+        // What the core says of this must be the same on all ranks, or they would not meet.
+        if self.moves_weights() {
+            let all = self.board.swap(self.rank, vec![u8::from(whole)]);
+            assert!(
+                all.iter().all(|other| *other == all[0]),
+                "unit {unit}: {all:?}"
+            );
+        }
+        if whole {
+            return;
+        }
+        assert!(self.moves_weights());
+        let (address, bytes, _anchor) = self.core.window(unit).expect("a unit").expect("a window");
+        let (start, end) = self.core.shard(unit).expect("a unit");
+        let byte = |element: u64| usize::try_from(element).expect("small") * size_of::<u16>();
+        let own = peek(address + byte(start), byte(end) - byte(start));
+        let all = self.board.swap(self.rank, own);
+        let mut at = address;
+        for (rank, part) in all.iter().enumerate() {
+            if rank != self.rank {
+                poke(at, part);
+            }
+            at += part.len();
+        }
+        assert_eq!(at, address + bytes, "the shards are the whole");
+        self.core.set_whole(unit).expect("gathered");
+    }
+
+    fn live(&self) -> Vec<u16> {
+        let mut live = Vec::new();
+        for (unit, params) in UNITS.iter().enumerate() {
+            self.gather(unit);
+            let (address, _, _anchor) = self.core.window(unit).expect("a unit").expect("a window");
+            for (param, numel) in params.iter().enumerate() {
+                let offset = self.core.param_offset(unit, param).expect("a parameter");
+                let byte = |element: u64| usize::try_from(element).expect("small") * 2;
+                let bytes = peek(address + byte(offset), byte(*numel));
+                live.extend(
+                    bytes
+                        .chunks(2)
+                        .map(|pair| u16::from_ne_bytes([pair[0], pair[1]])),
+                );
+            }
+            self.core.release(unit).expect("gathered");
+        }
+        live
+    }
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the window of a gathered unit, as Python sees it"
+)]
+fn peek(address: usize, bytes: usize) -> Vec<u8> {
+    // SAFETY: the core has just said that this range is readable, and nothing writes it before this returns.
+    unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), bytes) }
+        .to_vec()
+}
+
+#[expect(
+    unsafe_code,
+    reason = "the window of a gathered unit, as a collective fills it"
+)]
+fn poke(address: usize, bytes: &[u8]) {
+    let target = std::ptr::with_exposed_provenance_mut::<u8>(address);
+    // SAFETY: the range lies in the window of a unit that is gathered, outside of this rank's part of it.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
+}
+
+/// Where ranks meet and show one another bytes, as collectives do.
+struct Board {
+    state: Mutex<Meeting>,
+    changed: Condvar,
+}
+
+struct Meeting {
+    round: u64,
+    given: Vec<Option<Vec<u8>>>,
+    seen: Vec<Vec<u8>>,
+}
+
+impl Board {
+    fn new(world: usize) -> Self {
+        let given = vec![None; world];
+        Self {
+            state: Mutex::new(Meeting {
+                round: 0,
+                given,
+                seen: Vec::new(),
+            }),
+            changed: Condvar::new(),
+        }
+    }
+
+    /// What every rank gives, in rank order, once all of them have.
+    fn swap(&self, rank: usize, mine: Vec<u8>) -> Vec<Vec<u8>> {
+        let mut state = self.state.lock().expect("no rank has panicked");
+        let round = state.round;
+        assert!(state.given[rank].is_none(), "rank {rank} is here twice");
+        state.given[rank] = Some(mine);
+        if state.given.iter().all(Option::is_some) {
+            state.seen = state.given.iter_mut().filter_map(Option::take).collect();
+            state.round += 1;
+            self.changed.notify_all();
+        }
+        while state.round == round {
+            let (next, timeout) = self
+                .changed
+                .wait_timeout(state, PATIENCE)
+                .expect("no rank has panicked");
+            state = next;
+            assert!(
+                !timeout.timed_out() || state.round != round,
+                "a rank does not come"
+            );
+        }
+        state.seen.clone()
+    }
+}
+
+/// Gradients of a parameter come on some ranks, in some steps, in some micro-batches only; in step 2 unit 3 has none on
+/// any rank, and one small parameter has none in any odd step.
+fn has_gradient(rank: usize, step: u64, micro: u64, unit: usize, param: usize) -> bool {
+    match (unit, param) {
+        (3, _) => step != 2 && (rank != 0 || step != 1),
+        (1, 2) => step % 2 == 0,
+        (1, 3) => rank % 2 == 1 || micro == 1,
+        (0, 1) => rank == 0 && micro == 0,
+        _ => true,
+    }
+}
+
+fn hyperparameters() -> AdamParams {
+    AdamParams {
+        lr: 1e-2,
+        beta1: 0.9,
+        beta2: 0.99,
+        eps: 1e-8,
+        weight_decay: 0.1,
+        decoupled: true,
+        bias_correction: true,
+    }
+}
+
+fn initial(unit: usize, param: usize, numel: u64) -> Vec<f32> {
+    noise(unit as u64 * 31 + param as u64 + 100_000, numel)
+}
+
+fn gradient(rank: usize, step: u64, micro: u64, unit: usize, param: usize, numel: u64) -> Vec<f32> {
+    let which = ((step * MICRO + micro) * 8 + unit as u64) * 8 + param as u64;
+    noise(which * 16 + rank as u64, numel)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "24 bits fit")]
+/// Values in (-1, 1) by Weyl's sequence: no dependency, no two alike.
+fn noise(seed: u64, numel: u64) -> Vec<f32> {
+    (0..numel)
+        .map(|index| {
+            let mixed = (index + 1)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15)
+                .wrapping_add(seed.wrapping_mul(0xd1b5_4a32_d192_ed03));
+            ((mixed >> 40) as f32 / (1_u64 << 23) as f32) - 1.0
+        })
+        .collect()
+}
+
+fn empty() -> Values {
+    let mut values = HashMap::new();
+    for (unit, params) in UNITS.iter().enumerate() {
+        for (param, numel) in params.iter().enumerate() {
+            let numel = usize::try_from(*numel).expect("small");
+            values.insert((unit, param), [(); 3].map(|()| vec![0.0; numel]));
+        }
+    }
+    values
+}
+
+/// What the steps come to by plain loops and one kernel call a parameter and step: values, and the norms in double
+/// precision.
+pub(crate) fn reference(world: usize) -> (Values, Vec<f64>) {
+    let mut all = empty();
+    let mut norms = vec![0.0; usize::try_from(STEPS).expect("few")];
+    for ((unit, param), [weight, first, second]) in &mut all {
+        let (unit, param) = (*unit, *param);
+        *weight = initial(unit, param, weight.len() as u64);
+        if unit == FROZEN {
+            // Frozen weights are kept in the compute dtype.
+            for value in weight {
+                *value = bf16_to_f32(bf16_half_up(*value));
+            }
+            continue;
+        }
+        let mut updates = 0;
+        for step in 0..STEPS {
+            let Some(grad) = summed(world, step, unit, param, weight.len() as u64) else {
+                continue;
+            };
+            updates += 1;
+            for value in &grad {
+                norms[usize::try_from(step).expect("few")] += f64::from(*value) * f64::from(*value);
+            }
+            let constants = AdamStep::new(&hyperparameters(), updates, SCALE);
+            step_fp32(
+                &constants,
+                weight,
+                first,
+                second,
+                Grad::F32(&grad),
+                LowOut::None,
+            );
+        }
+    }
+    (all, norms)
+}
+
+/// For every micro-batch the sum in rank order, in fp32, times 1 / world; those sums added up. None without any.
+fn summed(world: usize, step: u64, unit: usize, param: usize, numel: u64) -> Option<Vec<f32>> {
+    #[expect(clippy::cast_precision_loss, reason = "a few ranks")]
+    let scale = 1.0 / world as f32;
+    let mut total: Option<Vec<f32>> = None;
+    for micro in 0..MICRO {
+        let mut sum: Option<Vec<f32>> = None;
+        for rank in (0..world).filter(|rank| has_gradient(*rank, step, micro, unit, param)) {
+            let grad = gradient(rank, step, micro, unit, param, numel);
+            sum = Some(match sum {
+                None => grad,
+                Some(sum) => sum.iter().zip(&grad).map(|(a, b)| a + b).collect(),
+            });
+        }
+        if let Some(sum) = sum {
+            let mean = sum.iter().map(|value| value * scale);
+            total = Some(match total {
+                None => mean.collect(),
+                Some(total) => total.iter().zip(mean).map(|(a, b)| a + b).collect(),
+            });
+        }
+    }
+    total
+}
+
+/// The live weights that belong to master weights.
+pub(crate) fn live_of(values: &Values) -> Vec<u16> {
+    let mut live = Vec::new();
+    for (unit, params) in UNITS.iter().enumerate() {
+        for param in 0..params.len() {
+            live.extend(
+                values[&(unit, param)][0]
+                    .iter()
+                    .map(|value| bf16_half_up(*value)),
+            );
+        }
+    }
+    live
+}

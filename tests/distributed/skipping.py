@@ -1,0 +1,30 @@
+"""A job whose ranks use different modules although weights are gathered by collectives. Argument: what differs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "numerics", "")]
+
+from families import build, micro_batch
+
+import zeroxide
+
+torch.set_num_threads(1)
+config = {
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+    "zero_optimization": {"stage": 3},
+    "zeroxide": {"transport": "collective", "threads": 1, "rank_timeout": 2},
+    "steps_per_print": None,
+}
+engine, *_ = zeroxide.initialize(model=build("skips-blocks"), config=config)
+run = {"one more": [[1, 0, 1, 0], [1, 1, 1, 0]], "others": [[1, 0, 1, 0], [0, 1, 0, 1]]}[sys.argv[1]]
+for step in range(5):
+    batch = micro_batch("skips-blocks", step) | {"run": torch.tensor(run[engine.global_rank])}
+    engine.backward(engine(**batch))
+    engine.step()
+    print("step", step, flush=True)
+engine.destroy()
