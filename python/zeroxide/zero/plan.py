@@ -196,14 +196,15 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
 
 
 def _wire(config: Config, ranks: Ranks) -> str:
-    if config.transport == "shared_memory" and not ranks.same_host:
+    if config.transport == "shared_memory" and not ranks.shares_memory:
         raise ConfigError(
-            'zeroxide.transport: "shared_memory" needs all ranks on one host; use "auto"',
+            'zeroxide.transport: "shared_memory" needs all ranks on one host, allowed to open one another\'s memory under '
+            '/proc; use "auto"',
             path="zeroxide.transport",
             expected='"auto" or "collective"',
             got='"shared_memory"',
         )
-    return "shared" if ranks.same_host and config.transport != "collective" else "collective"
+    return "shared" if ranks.shares_memory and config.transport != "collective" else "collective"
 
 
 def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
