@@ -92,7 +92,7 @@ class Job:
     ) -> None:
         self._until = time.monotonic() + timeout
         self._folder = tempfile.TemporaryDirectory(prefix="zeroxide-ranks-")
-        folder = Path(self._folder.name)
+        folder = self.folder = Path(self._folder.name)
         if isinstance(source_or_path, Path):
             script = source_or_path
         else:
