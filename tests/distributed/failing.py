@@ -15,9 +15,6 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "numerics", "")]
-
 from families import build, micro_batch
 
 import zeroxide

@@ -18,7 +18,9 @@ class Routed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.router = nn.Linear(WIDTH, 3)
-        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)) for _ in range(3))
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH)) for _ in range(3)
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         chances = functional.softmax(self.router(hidden), -1)

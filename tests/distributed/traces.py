@@ -136,7 +136,9 @@ class Trace:
             t = self.steps[step]["updates"][name]
             dg = scale * raw[name] + g.abs() * (off + 6 * UNIT)
             m, v = after[name]["exp_avg"].double(), after[name]["exp_avg_sq"].double()
-            dm = (1 - b1) * dg + 8 * UNIT * (b1 * before[name]["exp_avg"].double().abs() + (1 - b1) * g.abs()) + SMALLEST
+            dm = (
+                (1 - b1) * dg + 8 * UNIT * (b1 * before[name]["exp_avg"].double().abs() + (1 - b1) * g.abs()) + SMALLEST
+            )
             dv = (1 - b2) * (2 * g.abs() * dg + dg.square()) + 12 * UNIT * v + SMALLEST
             root, size = math.sqrt(1 - b2**t), lr / (1 - b1**t)
 

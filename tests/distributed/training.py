@@ -19,13 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "numerics", "")]
-
 from families import build, micro_batch
 from models import loss_of
 from plain import train_plain
+from torch import nn
 from traces import Trace
 
 import zeroxide
@@ -112,9 +109,7 @@ def whole_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     core = engine._alive()
     found: dict[str, dict[str, torch.Tensor]] = {}
     for unit in engine._units:
-        values = {
-            (at, part): torch.zeros(shape.numel()) for at, shape in enumerate(unit.shapes) for part in PARTS
-        }
+        values = {(at, part): torch.zeros(shape.numel()) for at, shape in enumerate(unit.shapes) for part in PARTS}
         for at, start, count in core.pieces(unit.index):
             for part in PARTS:
                 core.read_param(unit.index, at, part, start, spec(values[at, part][start : start + count]))
@@ -265,7 +260,9 @@ def held() -> dict[str, Any]:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(os.environ["JOB_FOLDER"])
-    cases = [Case(**{**each, "extras": tuple(each.get("extras", ()))}) for each in json.loads(Path(sys.argv[1]).read_text())]
+    cases = [
+        Case(**{**each, "extras": tuple(each.get("extras", ()))}) for each in json.loads(Path(sys.argv[1]).read_text())
+    ]
     dist.init_process_group("gloo")
     for case in cases:
         start = time.perf_counter()
@@ -273,7 +270,12 @@ def main() -> None:
         scratch.mkdir(exist_ok=True)
         found = train_plain(case, decay_groups) if case.plain else train(case, scratch)
         dist.barrier()
-        found |= {"name": case.name, "held": held(), "seconds": time.perf_counter() - start, "scratch": len(list(scratch.iterdir()))}
+        found |= {
+            "name": case.name,
+            "held": held(),
+            "seconds": time.perf_counter() - start,
+            "scratch": len(list(scratch.iterdir())),
+        }
         print("CASE", json.dumps(found), flush=True)
         dist.barrier()
     dist.destroy_process_group()

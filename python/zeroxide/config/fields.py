@@ -172,9 +172,7 @@ WholeNumber = Annotated[
     int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(_whole), expecting(f"an integer from 0 to {LARGEST_COUNT}")
 ]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), expecting("a finite number, 0 or more")]
-Seconds = Annotated[
-    float, Field(ge=1, le=86400, allow_inf_nan=False), expecting("a number of seconds from 1 to 86400")
-]
+Seconds = Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False), expecting("a number of seconds from 1 to 86400")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), expecting("a number from 0 to 1")]
 ByteSize = Annotated[
     int, PlainValidator(_size), expecting("a size above 0 and up to 1 PiB, in bytes or such as '64MiB'")
