@@ -57,7 +57,7 @@ fn each_rank(posts: Vec<(Post, Arc<Stop>)>, act: impl Fn(usize, &mut Post) + Syn
             .map(|(rank, (mut post, _))| {
                 scope.spawn(move || {
                     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                        act(rank, &mut post)
+                        act(rank, &mut post);
                     }));
                     if outcome.is_err() {
                         // The others must not wait for it.
