@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import socket
 import statistics
 import subprocess
 import sys
@@ -115,6 +116,57 @@ def run_worker(
             return found
     end = "\n".join((done.stdout + done.stderr).splitlines()[-12:])
     raise WorkerFailed(f"{worker} ended with status {done.returncode} and no result, {json.dumps(spec)}:\n{end}")
+
+
+def run_ranks(
+    side: Side,
+    worker: str,
+    spec: dict[str, Any],
+    *,
+    world: int,
+    threads: int,
+    environment: dict[str, str] | None = None,
+    prefix: Iterable[str] = (),
+    timeout: float = 900,
+) -> list[dict[str, Any]]:
+    """Runs `workers/<worker>` once for each of `world` ranks at a time; the results they emit, by rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    command = [*prefix, str(side.python), str(WORKERS / worker), json.dumps(spec)]
+    processes = []
+    for rank in range(world):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "LOCAL_SIZE": world}
+        variables = {key: str(value) for key, value in place.items()} | {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=side.variables((environment or {}) | variables, threads),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    found = []
+    try:
+        for process in processes:
+            output = process.communicate(timeout=timeout)[0].splitlines()
+            results = [json.loads(line.removeprefix("RESULT ")) for line in output if line.startswith("RESULT ")]
+            if not results:
+                end = "\n".join(output[-12:])
+                raise WorkerFailed(f"{worker} ended with status {process.returncode}, {json.dumps(spec)}:\n{end}")
+            found.append(results[-1])
+    except subprocess.TimeoutExpired as error:
+        raise WorkerFailed(f"{worker} ran longer than {timeout:.0f} s with {json.dumps(spec)}") from error
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    return found
 
 
 class Contestant:

@@ -76,7 +76,9 @@ def configuration(spec: dict[str, Any], largest: int) -> dict[str, Any]:
 
 
 def one_process_world() -> None:
-    """The variables a launcher would set, for a world of one."""
+    """The variables a launcher would set, for a world of one, unless one has set them."""
+    if "RANK" in os.environ:
+        return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -129,7 +131,10 @@ def main() -> None:
     steps = []
     process.reset_peak()
     for step in range(spec["steps"]):
-        batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], step)
+        place = step * engine.world_size + engine.global_rank
+        batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], place)
+        if engine.world_size > 1:
+            deepspeed.comm.barrier()
         io_before, t0 = process.disk(), time.perf_counter()
         loss = engine(**batch).loss
         t1 = time.perf_counter()

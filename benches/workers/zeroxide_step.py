@@ -82,7 +82,9 @@ def main() -> None:
     steps = []
     process.reset_peak()
     for step in range(spec["steps"]):
-        batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], step)
+        place = step * engine.world_size + engine.global_rank
+        batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], place)
+        engine.ranks.barrier()
         io_before, t0 = process.disk(), time.perf_counter()
         loss = engine(**batch).loss
         t1 = time.perf_counter()
@@ -109,6 +111,7 @@ def main() -> None:
     own = engine.memory()
     io = engine.io()
     plan = engine.plan().describe()
+    sent = engine.exchanged_bytes()
     engine.destroy()
     process.emit(
         {
@@ -128,6 +131,7 @@ def main() -> None:
             },
             "buckets": own,
             "io": io,
+            "sent_bytes": sent,
             "plan": plan,
         }
     )

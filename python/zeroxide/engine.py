@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -19,17 +19,22 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError
+from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import groups_for
+from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.exchange import Alone, CollectiveExchange, Exchange, SharedExchange, settle
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters
-from zeroxide.zero.plan import DTYPES, Plan, make_plan
+from zeroxide.zero.plan import Plan, make_plan
 from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
+
+if TYPE_CHECKING:
+    from zeroxide.checkpoint.background import Saver
 
 __all__ = ["Engine"]
 
@@ -44,7 +49,8 @@ CLIP_EPSILON = 1e-6
 class Engine(nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
-    The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well.
+    The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
+    and in fp16 `engine.scale(loss).backward()`.
     One optimizer step happens every `gradient_accumulation_steps` calls of `step`.
     """
 
@@ -72,7 +78,10 @@ class Engine(nn.Module):
         self.global_samples = 0
         self.micro_steps = 0
         self.skipped_steps = 0
+        self._saver: Saver | None = None
         self._boundary: bool | None = None
+        self.set_gradient_accumulation_boundary(None)
+        self._scaler = LossScaler(config.loss_scale)
         self._norm: float | None = None
         self._applied = False
         self._core: _core.Offload | None = None
@@ -97,7 +106,7 @@ class Engine(nn.Module):
         assert self._core is not None
         core, plan = self._core, self._plan
         on_disk = Home.DISK in (plan.weights, plan.state)
-        if on_disk or self.config.trim_libraries:
+        if self.config.trim_libraries:
             # Now, so that importing does not add to the peak of what follows, and again when that is done.
             _core.drop_clean_text()
         new = replace_meta_parameters(module)
@@ -111,23 +120,23 @@ class Engine(nn.Module):
             for param in unit.params:
                 param.data = unit.empty
                 param.grad = None
-        _cast_buffers(module, self.config)
+        cast_buffers(module, self.config)
         for group in groups:
             group["params"] = [new.get(id(param), param) for param in group["params"]]
         self._units = units
         self._gatherer = Gatherer(core, self._exchange, units, self.config.prefetch)
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
-        self.optimizer = EngineOptimizer(groups, core, self._update)
+        self.optimizer = EngineOptimizer(groups, core, self._update, self._scaler)
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
-        if on_disk or self.config.trim_libraries:
+        if self.config.trim_libraries:
             _core.drop_clean_text()
 
     def _make_exchange(self, units: list[Unit]) -> Exchange:
         core, plan = self._alive(), self._plan
         if plan.world == 1:
             return Alone(core)
-        wire = DTYPES[self.config.reduce_dtype]
+        wire = torch_dtype(self.config.reduce_dtype)
         if plan.wire == "shared":
             return SharedExchange(core, units, self.ranks, self.watch, wire)
         persistent = plan.weights is Home.HOST
@@ -170,14 +179,17 @@ class Engine(nn.Module):
         self._alive()
         start = time.perf_counter()
         self.watch.doing = ("forward", None, None, None)
-        output = self.module(*inputs, **kwargs)
+        inputs, kwargs = cast_inputs(self.config, (inputs, kwargs))
+        with forward_context(self.config):
+            output = self.module(*inputs, **kwargs)
         self._times["forward"] += time.perf_counter() - start
         return output
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
-        """Backward of a scalar loss, divided by the accumulation steps if `scale_wrt_gas`.
+        """Backward of a scalar loss, divided by the accumulation steps if `scale_wrt_gas`, and scaled in fp16.
 
-        Returns the loss that was differentiated. Raises ValueError for a loss that is not a scalar.
+        Returns the loss that was differentiated, without the loss scale. Raises ValueError for a loss that is not a
+        scalar.
         """
         self._alive()
         if loss.numel() != 1:
@@ -188,7 +200,7 @@ class Engine(nn.Module):
         self.watch.doing = ("backward", None, None, None)
         self._hooks.begin_backward()
         try:
-            loss.backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            self._scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         except BaseException:
             self._hooks.abandon_backward()
             raise
@@ -196,6 +208,13 @@ class Engine(nn.Module):
         self.watch.doing = IDLE
         self._times["backward"] += time.perf_counter() - start
         return loss
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss times the loss scale, for `engine.scale(loss).backward()`; without fp16 the loss itself.
+
+        Dividing by the accumulation steps is left to the caller.
+        """
+        return self._scaler.apply(loss)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends a micro-batch; at the accumulation boundary, updates the weights and moves the schedule on.
@@ -220,17 +239,27 @@ class Engine(nn.Module):
         core = self._alive()
         start = time.perf_counter()
         sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch, self._exchange.gathered())
-        self._norm = math.sqrt(sum_squares) if not nonfinite else math.nan
-        self.optimizer.overflow = nonfinite or not math.isfinite(self._norm)
+        if landed:
+            self._scaler.check_used()
+        loss_scale = self._scaler.scale
+        self._norm = math.sqrt(sum_squares) / loss_scale if not nonfinite else math.nan
+        finite = math.isfinite(self._norm)
+        self.optimizer.overflow = self.config.check_overflow and not finite
         if self.optimizer.overflow:
             self.skipped_steps += 1
             core.clear_gradients()
         elif landed:
             clip = self.config.gradient_clipping
-            scale = 1.0 if not clip else min(1.0, clip / (self._norm + CLIP_EPSILON))
-            core.step(self.optimizer.core_groups(), scale)
+            factor = min(1.0, clip / (self._norm + CLIP_EPSILON)) if clip and finite else 1.0
+            if self._saver is not None:
+                self._saver.before_update()
+            core.step(self.optimizer.core_groups(), factor / loss_scale)
             self._exchange.after_step()
+            # An autocast that the caller opened around several steps would go on with casts of the old weights.
+            torch.clear_autocast_cache()
             self._applied = True
+        if landed:
+            self._scaler.update(self.optimizer.overflow)
         self._times["step"] += time.perf_counter() - start
 
     def finish_step(self) -> None:
@@ -258,8 +287,12 @@ class Engine(nn.Module):
         return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decides from outside whether `step` updates the weights; None goes back to counting."""
-        self._boundary = is_boundary
+        """Decides from outside whether `step` updates the weights; None goes back to what the config says.
+
+        That is counting, or with `managed_gradient_accumulation` false an update at every `step`.
+        """
+        unmanaged = not self.config.managed_gradient_accumulation
+        self._boundary = True if is_boundary is None and unmanaged else is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -277,7 +310,10 @@ class Engine(nn.Module):
     # What scripts ask ------------------------------------------------------------------------------------------
 
     def get_global_grad_norm(self) -> float | None:
-        """Norm of all gradients at the last step, before clipping; NaN if one was not finite; None before it."""
+        """Norm of all gradients at the last step, before clipping and without the loss scale.
+
+        NaN if one was not finite; None before the first step.
+        """
         return self._norm
 
     def get_lr(self) -> list[float]:
@@ -307,8 +343,16 @@ class Engine(nn.Module):
         return self.config.precision == "bf16"
 
     def fp16_enabled(self) -> bool:
-        """Whether weights and activations are fp16: not in this version."""
-        return False
+        """Whether weights and activations are fp16."""
+        return self.config.precision == "fp16"
+
+    def loss_scale(self) -> float:
+        """What the next loss will be multiplied by before backward; 1 without fp16."""
+        return self._scaler.scale
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale follows overflows."""
+        return self._scaler.dynamic
 
     @property
     def config_params(self) -> dict[str, Any]:
@@ -347,6 +391,10 @@ class Engine(nn.Module):
             return {**counts, **seconds, "engine": "none"}
         return found
 
+    def exchanged_bytes(self) -> int:
+        """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
+        return self._exchange.sent_bytes
+
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""
         return dict(self._times)
@@ -361,12 +409,38 @@ class Engine(nn.Module):
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
     ) -> Path:
-        """Writes weights, optimizer state, schedule and `client_state` (JSON): all or nothing. Returns the path."""
-        from zeroxide.checkpoint.save import save_checkpoint
+        """Writes weights, optimizer state, schedule and `client_state` (JSON): all or nothing. Returns the path.
 
-        return save_checkpoint(
-            self, Path(save_dir), tag, client_state or {}, save_latest, include_frozen=not exclude_frozen_parameters
-        )
+        Every rank must call it. With `zeroxide.checkpoint_background` it returns when the save has begun: the
+        checkpoint is there when `wait_for_checkpoint` has returned, and a failure is raised by that, by the next save
+        or load, or by `destroy`, whichever comes first.
+        """
+        if self._saver is None:
+            from zeroxide.checkpoint.background import Saver
+
+            self._saver = Saver(self)
+        state = {} if client_state is None else client_state
+        return self._saver.save(Path(save_dir), tag, state, save_latest, not exclude_frozen_parameters)
+
+    def wait_for_checkpoint(self) -> Path | None:
+        """Waits for the save in the background, on every rank; its path, or None if there is none.
+
+        Raises CheckpointError if it failed.
+        """
+        return None if self._saver is None else self._saver.conclude()
+
+    def checkpoint_stats(self) -> dict[str, Any]:
+        """What saving took on this rank so far: `saves`, `bytes` of state, and times in seconds.
+
+        `seconds_stopped` is what training stood still for, in `save_checkpoint`, before an update and in waiting;
+        `seconds_writing` is from the start of each save to its end. `memory` is what a save holds at present beside
+        the state and `memory_peak` the most that one held, in bytes; `under_way` tells whether one is being written.
+        """
+        if self._saver is None:
+            from zeroxide.checkpoint.background import Saver
+
+            self._saver = Saver(self)
+        return self._saver.stats()
 
     def load_checkpoint(
         self,
@@ -377,8 +451,10 @@ class Engine(nn.Module):
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
     ) -> tuple[Path, dict[str, Any]]:
-        """Loads what `save_checkpoint` wrote, in whatever offload mode or format. Returns (path, client_state)."""
+        """Loads what `save_checkpoint` wrote, at any world size, in any offload mode. Returns (path, client_state)."""
         from zeroxide.checkpoint.load import load_checkpoint
+
+        self.wait_for_checkpoint()
 
         return load_checkpoint(
             self,
@@ -389,24 +465,33 @@ class Engine(nn.Module):
             scheduler=load_lr_scheduler_states and not load_module_only,
         )
 
-    def save_16bit_model(self, save_dir: str | Path, save_filename: str | None = None) -> Path:
-        """Writes the live weights as safetensors that Hugging Face loads, in shards, one tensor at a time."""
+    def save_16bit_model(
+        self, save_dir: str | Path, save_filename: str | None = None, exclude_frozen_parameters: bool = False
+    ) -> Path:
+        """Writes the live weights as safetensors that Hugging Face loads, cut into files, each rank what it holds."""
         from zeroxide.checkpoint.export import save_model
 
-        return save_model(self, Path(save_dir), save_filename)
+        return save_model(self, Path(save_dir), save_filename, include_frozen=not exclude_frozen_parameters)
 
     def destroy(self) -> None:
-        """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent."""
+        """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent.
+
+        Waits for a save in the background first; raises CheckpointError at the end if that failed.
+        """
         if self._core is None:
             return
-        core, self._core = self._core, None
-        if hasattr(self, "_hooks"):
-            self._hooks.close()
-            for unit in self._units:
-                unit.hide()
-        core.close()
-        self.watch.close()
-        self.ranks.close()
+        try:
+            if self._saver is not None:
+                self._saver.finish()
+        finally:
+            core, self._core = self._core, None
+            if hasattr(self, "_hooks"):
+                self._hooks.close()
+                for unit in self._units:
+                    unit.hide()
+            core.close()
+            self.watch.close()
+            self.ranks.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
 
@@ -494,14 +579,6 @@ def _make_core(plan: Plan, config: Config) -> _core.Offload:
         world=plan.world,
         replicated=plan.replicated,
         wire=plan.wire,
-        wire_grad=DTYPE_NAMES[DTYPES[config.reduce_dtype]],
+        wire_grad=DTYPE_NAMES[torch_dtype(config.reduce_dtype)],
         reduce_scale=1.0 if config.reduce_sum else 1.0 / plan.world,
     )
-
-
-def _cast_buffers(module: nn.Module, config: Config) -> None:
-    dtype = torch.bfloat16 if config.buffer_dtype == "bf16" else torch.float32
-    for owner in module.modules():
-        for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                owner._buffers[name] = buffer.to(dtype)

@@ -12,6 +12,7 @@ A source that is a string is run after `PREAMBLE`, which starts the ranks; a pat
 from __future__ import annotations
 
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -190,7 +191,11 @@ def run_ranks(
 
 
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 that nobody used a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    """A TCP port of 127.0.0.1 that nobody uses, below those that the system gives to outgoing connections."""
+    while True:
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", random.randrange(12000, 32000)))
+            except OSError:
+                continue
+            return sock.getsockname()[1]

@@ -146,6 +146,12 @@ def test_every_field_of_the_config_must_agree_or_says_why_not():
         assert changed == (field.name not in PER_RANK), field.name
     known = {field.name for field in dataclasses.fields(Config)}
     assert {path.split(".")[0] for path in PER_RANK} <= known
+    decides_numbers_or_collectives = {
+        *("stage", "precision", "format", "grad_dtype", "buffer_dtype", "train_batch_size"),
+        *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "dataloader_drop_last"),
+        *("optimizer", "scheduler", "offload_param", "offload_optimizer", "unit_bytes", "prefetch"),
+    }
+    assert decides_numbers_or_collectives & PER_RANK.keys() == set()
 
 
 def test_directories_may_differ(tmp_path):

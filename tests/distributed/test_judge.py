@@ -129,10 +129,18 @@ def test_waiting_alone_is_no_failure(others):
 def test_waiting_for_a_rank_that_has_finished_is_a_failure():
     judge = make(2)
     judge.finished(1)
-    assert live(judge, 1, waits(9.0)) is None
+    assert live(judge, 11, waits(9.0)) is None
     verdict = live(judge, 1, waits(10.5))
     assert verdict.ranks == (1,)
     assert "rank 1 finished, and the others have waited for 10.5 s" in verdict.line
+
+
+def test_a_rank_that_finishes_late_leaves_the_others_time_to_notice():
+    judge = make(2)
+    assert live(judge, 50, waits(50.0), Activity(FORWARD)) is None
+    judge.finished(1)
+    assert live(judge, 10, waits(60.0)) is None
+    assert live(judge, 1, waits(61.0)) is not None
 
 
 def test_other_ranks_judge_rank_0_alone():

@@ -255,3 +255,18 @@ def test_a_single_rank_answers_itself():
     with pytest.raises(ValueError, match="source"):
         ranks.broadcast_tensor(None, 1)
     ranks.close()
+
+
+def test_ranks_that_may_not_open_one_anothers_memory_say_so():
+    # Catches: taking one host for enough; a rank that decides alone would wait for the others' shared memory for ever.
+    source = """
+    import sys
+    starting = sys.modules["zeroxide.ranks.start"]
+    say(ranks.same_host, ranks.shares_memory)
+    if ranks.rank == 1:
+        starting._opens = lambda path: False
+    again = start()
+    say(again.same_host, again.shares_memory)
+    """
+    results = run_ranks(2, source)
+    assert [result.out.split() for result in results] == [["True", "True", "True", "False"]] * 2, results[0].err

@@ -88,7 +88,7 @@ def set_first(body, *keys, value):
 
 
 FORGED = [
-    (("version",), 2, "has version 2, this zeroxide reads up to 1: load it with zeroxide"),
+    (("version",), 3, "has version 3, this zeroxide reads up to 2: load it with zeroxide"),
     (("version",), 0, "is not well-formed at version"),
     (("version",), "1", "is not well-formed at version"),
     (("format",), "other", '"format" is not "zeroxide-checkpoint"'),
@@ -105,7 +105,7 @@ FORGED = [
     (("parameters", 0, "names"), ["items.1.weight"], "two parameters are called items.1.weight"),
     (("client_state",), [1], "client_state is no dict"),
     (("groups", 0, "hyperparameters"), 5, "an optimizer group is no dict"),
-    (("generators", "torch"), "AAAA", "is not well-formed"),
+    (("generators", 0, "torch"), "AAAA", "is not well-formed"),
     (("generators",), {}, "is not well-formed"),
     (("files", 0, "bytes"), 1 << 40, "is damaged: it should have 1099511627776 bytes"),
 ]

@@ -83,6 +83,14 @@ def test_a_users_mistake_is_one_line(train, arguments, phrases):
     one_line(train(*arguments), 2, *phrases)
 
 
+def test_a_launcher_of_several_ranks_is_refused(train, tmp_path, monkeypatch):
+    # Catches: every rank training on its own and writing the same files.
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    one_line(train(), 1, "2 ranks", "one process")
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_unknown_command_is_one_line(capsys):
     assert zeroxide.cli.main(["trian"]) == 2
     lines = capsys.readouterr().err.splitlines()
@@ -148,6 +156,17 @@ def test_a_gradient_that_is_not_finite_is_named(train):
 
     fake = FakeInitialize(poison)
     one_line(train(fake=fake), 1, "the gradient norm is nan at step 2", "there is no checkpoint yet")
+
+
+def test_an_overflow_in_fp16_does_not_end_the_run(train, tmp_path):
+    def overflow(step):
+        fake.engine.get_global_grad_norm = lambda: math.nan if step == 2 else 1.0
+
+    fake = FakeInitialize(overflow)
+    assert train("--dtype", "fp16", fake=fake) == (0, [])
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    norms = [event["grad_norm"] for event in events if event["event"] == "step"]
+    assert norms == [1.0, None, 1.0, 1.0, 1.0, 1.0]
 
 
 def test_an_input_output_error_in_the_middle_of_a_step(train, tmp_path):

@@ -82,6 +82,7 @@ def config_of(mode: Mode, directory: Path, dtype: str = "bf16", **more: Any) -> 
         own |= {"tile_bytes": mode.tile_bytes, "staging_bytes": mode.staging_bytes}
     config: dict[str, Any] = {
         "bf16": {"enabled": dtype == "bf16"},
+        "fp16": {"enabled": dtype == "fp16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {
             "stage": 3,

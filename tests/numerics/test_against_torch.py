@@ -72,9 +72,21 @@ def half_up(values: torch.Tensor) -> torch.Tensor:
     return ((bits + 0x8000) >> 16 << 16).to(torch.int32).view(torch.float32).bfloat16()
 
 
+ROUND = {"bf16": half_up, "fp16": torch.Tensor.half, "fp32": torch.Tensor.float}
+"""fp32 to live weights."""
+
+
 @pytest.mark.parametrize(
     ("family", "dtype"),
-    [("gpt", "bf16"), ("gpt", "fp32"), ("partly-frozen", "bf16"), ("hf-llama", "bf16"), ("conv", "fp32")],
+    [
+        ("gpt", "bf16"),
+        ("gpt", "fp16"),
+        ("gpt", "fp32"),
+        ("partly-frozen", "bf16"),
+        ("partly-frozen", "fp16"),
+        ("hf-llama", "bf16"),
+        ("conv", "fp32"),
+    ],
 )
 def test_masters_follow_torch_adamw_fed_the_same_gradients(family, dtype, tmp_path):
     steps = 50
@@ -89,13 +101,16 @@ def test_masters_follow_torch_adamw_fed_the_same_gradients(family, dtype, tmp_pa
     worst = 0.0
     seen = record_gradients(model)
     config = config_of(MODE, tmp_path, dtype, gradient_clipping=CLIP, gradient_accumulation_steps=2)
+    # A power of two, that changes on the way; gradients and norm are divided by it exactly.
+    config["fp16"] |= {"initial_scale_power": 6, "loss_scale_window": 20}
     with started(model, model_parameters=groups, config=config) as engine:
         feed = iter(batches(family, 2 * steps))
         for _ in range(steps):
+            scale = engine.loss_scale()
             for _ in range(2):
                 engine.backward(loss_of(engine(**next(feed))))
                 engine.step()
-            grads = {name: sum(parts[1:], parts[0]).float() for name, parts in seen.items()}
+            grads = {name: sum(parts[1:], parts[0]).float() / scale for name, parts in seen.items()}
             for parts in seen.values():
                 parts.clear()
             # One rounding a product and n - 1 a sum: 4096 + n / 4096 roundings of 2^-53 each are far below 1e-9.
@@ -110,18 +125,25 @@ def test_masters_follow_torch_adamw_fed_the_same_gradients(family, dtype, tmp_pa
             plain.step()
         for name, (master, _, _) in state_of(engine).items():
             if name not in bounds:
-                expected = half_up(start[name]).float() if dtype == "bf16" else start[name]
-                assert torch.equal(master, expected), f"{name} is frozen"
+                assert torch.equal(master, ROUND[dtype](start[name]).float()), f"{name} is frozen"
                 continue
             apart = (master.double() - masters[name].detach().double()).abs()
             worst = max(worst, (apart / (2 * bounds[name].dp)).max().item())
             assert not torch.equal(masters[name], start[name].float())
+        assert engine.skipped_steps == 0
+        assert scale == {"fp16": 2.0**8}.get(dtype, 1.0)
     assert worst <= 1.0
     # The bound is of use only if it is far below what training does: 50 steps of about 1e-3 each.
     assert max(bound.dp.max().item() for bound in bounds.values()) < 1e-4
 
 
-@pytest.mark.parametrize(("family", "dtype"), [(name, dtype) for name in FAMILIES for dtype in FAMILIES[name].dtypes])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *((name, dtype) for name in FAMILIES for dtype in FAMILIES[name].dtypes),
+        *((name, "fp16") for name in ("gpt", "used-twice", "recurrent", "hf-gpt2", "hf-llama", "hf-t5")),
+    ],
+)
 def test_first_forward_and_backward_are_those_of_the_plain_model(family, dtype, tmp_path):
     """The same operations on the same weights: the same bits, up to the order of sums inside one matrix product.
 
@@ -131,21 +153,23 @@ def test_first_forward_and_backward_are_those_of_the_plain_model(family, dtype, 
     model = build(family).train()
     # Weights lie contiguous in the flat buffer: torch's convolutions sum in another order for other layouts.
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    if dtype == "bf16":
-        with torch.no_grad():
-            for param in plain.parameters():
-                param.data = half_up(param.data)
-            for buffer_owner in plain.modules():
-                for name, buffer in buffer_owner._buffers.items():
-                    if buffer is not None and buffer.is_floating_point():
-                        buffer_owner._buffers[name] = buffer.bfloat16()
+    for param in plain.parameters():
+        param.data = ROUND[dtype](param.data)
+    for buffer_owner in plain.modules():
+        for name, buffer in buffer_owner._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                buffer_owner._buffers[name] = buffer.to(ROUND[dtype](torch.ones(1)).dtype)
     (batch,) = batches(family, 1)
     seen = record_gradients(model)
-    with started(model, config=config_of(MODE, tmp_path, dtype)) as engine:
+    config = config_of(MODE, tmp_path, dtype)
+    config["fp16"]["initial_scale_power"] = 4
+    with started(model, config=config) as engine:
+        scale = engine.loss_scale()
         loss = loss_of(engine(**batch))
         engine.backward(loss)
+    assert scale == (2.0**4 if dtype == "fp16" else 1.0)
     expected = loss_of(plain(**batch))
-    expected.backward()
+    (expected.float() * scale).backward()
     assert torch.equal(loss, expected)
     for name, param in plain.named_parameters():
         if param.requires_grad and param.grad is not None:
@@ -153,15 +177,17 @@ def test_first_forward_and_backward_are_those_of_the_plain_model(family, dtype, 
             assert torch.equal(got, param.grad), name
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("gpt", "bf16"), ("gpt", "fp32"), ("hf-gpt2", "bf16"), ("conv", "fp32")])
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("gpt", "bf16"), ("gpt", "fp16"), ("gpt", "fp32"), ("hf-gpt2", "bf16"), ("conv", "fp32")]
+)
 def test_losses_follow_plain_training(family, dtype, tmp_path):
     """Free-running for 50 steps. Masters stay within `Bound`, a few fp32 ulp, so forward sees the same bf16 weights but
     for the few whose master lies that close to a rounding boundary; each of those moves by one bf16 ulp, 2^-8 of
     itself at most, as does every activation behind it. A loss then moves by less than the rounding of its own logits:
-    2^-7 of it for bf16; for fp32, whose ulp is 2^-23, by the bound's own growth, 1e-4 with room.
+    2^-7 of it for bf16 and 2^-10 for fp16; for fp32, whose ulp is 2^-23, by the bound's own growth, 1e-4 with room.
     """
     steps, lr = 50, 1e-3
-    relative = 2.0**-7 if dtype == "bf16" else 1e-4
+    relative = {"bf16": 2.0**-7, "fp16": 2.0**-10, "fp32": 1e-4}[dtype]
     model = build(family).train()
     plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     live = [param for param in plain.parameters() if param.requires_grad]
@@ -171,6 +197,8 @@ def test_losses_follow_plain_training(family, dtype, tmp_path):
     mine, theirs = [], []
     config = config_of(MODE, tmp_path, dtype, gradient_clipping=CLIP)
     config["optimizer"]["params"] = {"lr": lr, "weight_decay": 0.1}
+    scale = 2.0**8 if dtype == "fp16" else 1.0
+    config["fp16"]["loss_scale"] = scale
     with started(model, config=config) as engine:
         for batch in feed:
             loss = loss_of(engine(**batch))
@@ -179,12 +207,12 @@ def test_losses_follow_plain_training(family, dtype, tmp_path):
             mine.append(loss.item())
     for batch in feed:
         for param, master in zip(live, masters, strict=True):
-            param.data = half_up(master) if dtype == "bf16" else master
+            param.data = ROUND[dtype](master)
         loss = loss_of(plain(**batch))
-        loss.backward()
+        (loss * scale).backward()
         theirs.append(loss.item())
         for param, master in zip(live, masters, strict=True):
-            master.grad = param.grad.float()
+            master.grad = param.grad.float() / scale
             param.grad = None
         torch.nn.utils.clip_grad_norm_(masters, CLIP)
         optimizer.step()

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from zeroxide.checkpoint.cutting import Tensor, cut_into_files
+from zeroxide.checkpoint.cutting import Tensor, cut_into_files, whole
 from zeroxide.checkpoint.stream import DTYPES, Entry, StreamWriter
 
 # The writer --------------------------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_short_writes_go_on(tmp_path, monkeypatch):
 )
 def test_cutting_covers_every_element_once(tensors, limit, pieces):
     tensors = [Tensor(f"t{at}", DTYPES[name], shape) for at, (shape, name) in enumerate(tensors)]
-    files = cut_into_files(tensors, limit, pieces=pieces)
+    files = cut_into_files(whole(tensors), limit, pieces=pieces)
     seen = {tensor.name: [] for tensor in tensors}
     for cuts in files:
         assert cuts

@@ -238,8 +238,15 @@ def test_a_directory_that_is_no_checkpoint_is_not_replaced(make, tmp_path, monke
         (tmp_path / "mine" / "thesis.txt").write_text("years of work")
 
     written = []
-    write = save._Pending.write
-    monkeypatch.setattr(save._Pending, "write", lambda *args: (written.append(when), write(*args), thesis()))
+    write = save.Save.write
+
+    def act(*args):
+        written.append(when)
+        report = write(*args)
+        thesis()
+        return report
+
+    monkeypatch.setattr(save.Save, "write", act)
     if when == "before":
         thesis()
     with pytest.raises(CheckpointError, match="exists and is not a zeroxide checkpoint"):

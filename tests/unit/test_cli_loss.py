@@ -16,7 +16,7 @@ def both(logits, labels, vocabulary, **options):
     return results
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("piece", [1, 700, 1 << 20])
 def test_same_loss_and_gradient_as_transformers(monkeypatch, dtype, piece):
     monkeypatch.setattr(module, "_PIECE_ELEMENTS", piece)

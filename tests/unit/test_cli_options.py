@@ -14,6 +14,7 @@ def test_defaults_resolve():
     assert options.threads == len(os.sched_getaffinity(0))
     assert TrainOptions(steps=10_000).checked().warmup == 100
     assert TrainOptions(dtype="fp32").checked().format == "fp32"
+    assert TrainOptions(dtype="fp16").checked().format == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,8 @@ def test_defaults_resolve():
         ({"warmup": 100, "steps": 100}, "--warmup 100 leaves no step"),
         ({"warmup": -1}, "--warmup"),
         ({"schedule": "cosin"}, "did you mean cosine?"),
-        ({"dtype": "fp16"}, "--dtype must be one of bf16, fp32"),
+        ({"dtype": "fp8"}, "--dtype must be one of bf16, fp16, fp32"),
+        ({"format": "split", "dtype": "fp16"}, "--format split needs --dtype bf16"),
         ({"format": "compact"}, "--format"),
         ({"format": "split", "dtype": "fp32"}, "--format split needs --dtype bf16"),
         ({"io_engine": "aio"}, "--io-engine"),

@@ -103,6 +103,20 @@ def test_a_signal_leaves_a_state_to_go_on_from_with_the_same_bits(tmp_path, text
     assert not [name for name in os.listdir(tmp_path) if name.startswith("zeroxide-")]
 
 
+def test_fp16_gives_the_same_run_in_memory_and_on_disk_and_a_model_that_loads(tmp_path, text):
+    options = [*COMMON, "--data", text, "--steps", 12, "--warmup", 0, "--sample-tokens", 0, "--dtype", "fp16"]
+    runs = {"none": ["--offload", "none"], "nvme": ["--offload", f"nvme:{tmp_path}"]}
+    for name, extra in runs.items():
+        finished = train(*options, "--out", tmp_path / name, *extra)
+        assert finished.returncode == 0, finished.stderr
+    first = losses(tmp_path / "none")
+    assert losses(tmp_path / "nvme") == first
+    assert first[12] < first[1] - 0.3
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "nvme" / "model")
+    assert model.dtype == torch.float16
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, text):
     options = [*COMMON, "--data", text, "--steps", 30, "--sample-tokens", 0, "--save-every", 4]
     options += ["--offload", f"nvme:{tmp_path}"]

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from zeroxide.config import Config, Offload, Optimizer, Scheduler, load
+from zeroxide.config import Config, LossScale, Offload, Optimizer, Scheduler, load
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.fields import NoEffect, NotBuilt
 from zeroxide.config.schema import (
@@ -59,6 +59,8 @@ def complaint(config: object = None, **shortcuts: object) -> ConfigError:
 
 STAGE3 = {"zero_optimization": {"stage": 3}}
 ADAM = {"optimizer": {"type": "Adam", "params": {}}}
+BF16 = {"bf16": {"enabled": True}}
+FP16 = {"fp16": {"enabled": True}}
 
 # key, value, what it needs beside it, field of Config, value of that field
 EFFECTS = [
@@ -69,10 +71,26 @@ EFFECTS = [
     ("steps_per_print", 7, {}, "steps_per_print", 7),
     ("wall_clock_breakdown", True, {}, "wall_clock_breakdown", True),
     ("dataloader_drop_last", True, {}, "dataloader_drop_last", True),
+    ("managed_gradient_accumulation", False, {}, "managed_gradient_accumulation", False),
     ("bf16.enabled", True, {}, "precision", "bf16"),
+    ("bf16.check_grad_overflow", False, BF16, "check_overflow", False),
     ("bfloat16.enabled", True, {}, "precision", "bf16"),
+    ("bfloat16.check_grad_overflow", False, {"bfloat16": {"enabled": True}}, "check_overflow", False),
+    ("fp16.enabled", True, {}, "precision", "fp16"),
+    ("fp16.auto_cast", True, FP16, "cast_inputs", True),
+    ("fp16.loss_scale", 128, FP16, "loss_scale", LossScale(initial=128.0, dynamic=False)),
+    ("fp16.initial_scale_power", 8, FP16, "loss_scale", LossScale(initial=256.0)),
+    ("fp16.loss_scale_window", 7, FP16, "loss_scale", LossScale(window=7)),
+    ("fp16.hysteresis", 5, FP16, "loss_scale", LossScale(hysteresis=5)),
+    ("fp16.consecutive_hysteresis", True, FP16, "loss_scale", LossScale(consecutive_hysteresis=True)),
+    ("fp16.min_loss_scale", 0.5, FP16, "loss_scale", LossScale(minimum=0.5)),
+    ("torch_autocast.enabled", True, {}, "autocast", "bf16"),
+    ("torch_autocast.dtype", "float16", {"torch_autocast": {"enabled": True}}, "autocast", "fp16"),
     ("data_types.grad_accum_dtype", "fp32", {"bf16": {"enabled": True}}, "grad_dtype", "fp32"),
     ("data_types.buffer_dtype", "fp32", {"bf16": {"enabled": True}}, "buffer_dtype", "fp32"),
+    ("communication_data_type", "fp32", BF16, "reduce_dtype", "fp32"),
+    ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
+    ("zeroxide.transport", "collective", {}, "transport", "collective"),
     ("optimizer.type", "AdamW", {"optimizer": {}}, "optimizer", Optimizer()),
     ("optimizer.params.lr", 0.25, ADAM, "optimizer", Optimizer(lr=0.25)),
     ("optimizer.params.betas", [0.5, 0.75], ADAM, "optimizer", Optimizer(betas=(0.5, 0.75))),
@@ -123,11 +141,11 @@ EFFECTS = [
     ("zeroxide.tile_bytes", "256KiB", {}, "tile_bytes", 256 << 10),
     ("zeroxide.staging_bytes", "32MiB", {}, "staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "prefetch", 0),
-    ("zeroxide.trim_libraries", True, {}, "trim_libraries", True),
+    ("zeroxide.trim_libraries", False, {}, "trim_libraries", False),
+    ("zeroxide.checkpoint_background", True, {}, "checkpoint_background", True),
+    ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint_memory", GIB),
+    ("checkpoint.writer.decoupled", True, {}, "checkpoint_background", True),
     ("zeroxide.rank_timeout", 2.5, {}, "rank_timeout", 2.5),
-    ("zeroxide.transport", "collective", {}, "transport", "collective"),
-    ("communication_data_type", "fp32", {"bf16": {"enabled": True}}, "reduce_dtype", "fp32"),
-    ("gradient_allreduce_op", "sum", {}, "reduce_sum", True),
 ]
 
 
@@ -159,7 +177,7 @@ def keys_with_an_effect() -> set[str]:
                 info = owner.model_fields[step]
                 owner = section_of(info.annotation) or owner
             marked = any(isinstance(mark, NoEffect | NotBuilt) for mark in info.metadata)
-            if not marked and section_of(info.annotation) is None and path[-1] != "params" and path[0] != "fp16":
+            if not marked and section_of(info.annotation) is None and path[-1] != "params":
                 found.add(".".join((*prefix, *path)))
     return found
 
@@ -196,7 +214,6 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
         "zero_optimization.offload_optimizer.buffer_size",
         "aio.thread_count",
         "aio.block_size",
-        "fp16.enabled",
         "fp16.loss_scale",
         "flops_profiler",
         "optimizer.params.torch_adam",
@@ -210,7 +227,7 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
 
 
 NOT_BUILT = [
-    ("fp16.enabled", True, "fp16 training"),
+    ("fp16.fp16_master_weights_and_grads", True, "fp16 master weights"),
     ("pipeline", {"stages": 2}, "pipeline parallelism"),
     ("tensor_parallel.autotp_size", 2, "tensor parallelism"),
     ("expert_parallel.ep_size", 2, "expert parallelism"),
@@ -220,7 +237,7 @@ NOT_BUILT = [
     ("zero_optimization.mics_shard_size", 2, "MiCS"),
     ("zero_optimization.offload_optimizer.ratio", 0.5, "splitting"),
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
-    ("torch_autocast.enabled", True, "autocast"),
+    ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),
     ("amp.enabled", True, "Apex"),
     ("compression_training.weight_quantization.shared_parameters.enabled", True, "compression"),
     ("flops_profiler.enabled", True, "FLOPs"),
@@ -232,7 +249,6 @@ NOT_BUILT = [
     ("hybrid_engine.enabled", True, "hybrid engine"),
     ("curriculum_learning.enabled", True, "curriculum"),
     ("sequence_parallel_size", 2, "sequence parallelism"),
-    ("managed_gradient_accumulation", False, "accumulation"),
     ("sparse_gradients", True, "sparse"),
     ("aio.use_gds", True, "GPUDirect"),
     ("activation_checkpointing.cpu_checkpointing", True, "activation offload"),
@@ -257,7 +273,7 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
         ("compile", {"deepcompile": False}),
         ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False}, "groups": {}}}),
         ("sequence_parallel_size", 1),
-        ("managed_gradient_accumulation", True),
+        ("torch_autocast.lower_precision_safe_modules", []),
         ("zero_optimization.mics_shard_size", -1),
         ("zero_optimization.zero_hpz_partition_size", 1),
         ("zero_optimization.offload_optimizer.ratio", 1.0),
@@ -353,7 +369,29 @@ def test_auto_and_null_mean_unset():
         ({"zeroxide": {"format": "split"}}, 'zeroxide.format: "split" keeps a weight as two bf16 halves'),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, '"bf16" gradients under fp32 training: not built yet'),
         ({"data_types": {"grad_accum_dtype": "fp16"}, "bf16": {"enabled": True}}, '"fp16" gradients under bf16'),
-        ({"data_types": {"buffer_dtype": "fp16"}}, 'data_types.buffer_dtype: "fp16": not built yet'),
+        (
+            {"data_types": {"grad_accum_dtype": "bf16"}, "fp16": {"enabled": True}},
+            'data_types.grad_accum_dtype: "bf16" gradients under fp16 training: not built yet',
+        ),
+        (
+            {"communication_data_type": "bf16", "fp16": {"enabled": True}},
+            'communication_data_type: "bf16" for gradients of fp16 training: not built yet',
+        ),
+        (merged(BF16, FP16), "bf16.enabled and fp16.enabled are both true: weights have one dtype"),
+        (merged({"bfloat16": {"enabled": True}}, FP16), "bfloat16.enabled and fp16.enabled are both true"),
+        (
+            merged(FP16, {"zeroxide": {"format": "split"}}),
+            'zeroxide.format: "split" keeps a weight as two bf16 halves and needs bf16.enabled, got fp16 training',
+        ),
+        (
+            merged(FP16, {"torch_autocast": {"enabled": True}}),
+            "torch_autocast.enabled keeps fp32 weights and contradicts fp16.enabled; switch one of them off",
+        ),
+        (merged(BF16, {"torch_autocast": {"enabled": True}}), "contradicts bf16.enabled"),
+        (
+            {"fp16": {"enabled": True, "initial_scale_power": 2, "min_loss_scale": 8}},
+            "fp16.min_loss_scale = 8 is above the first scale, 2 to the power of fp16.initial_scale_power = 4",
+        ),
         ({"zeroxide": {"tile_bytes": "8MiB", "staging_bytes": "4MiB"}}, "is larger than zeroxide.staging_bytes"),
         ({"zeroxide": {"host_memory": "1GiB", "staging_bytes": "1GiB"}}, "leaves nothing of host_memory"),
         ({1: 2}, "expected a key that is a string, got 1"),
@@ -372,6 +410,8 @@ COUNTS = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 RATES = ["gradient_clipping", "optimizer.params.lr", "optimizer.params.eps", "optimizer.params.weight_decay"]
 SIZES = [f"zeroxide.{name}" for name in ("host_memory", "unit_bytes", "tile_bytes", "staging_bytes")]
 FLAGS = ["wall_clock_breakdown", "dataloader_drop_last", "bf16.enabled", "optimizer.params.bias_correction"]
+FLAGS += ["bf16.check_grad_overflow", "fp16.enabled", "fp16.auto_cast", "fp16.consecutive_hysteresis"]
+FLAGS += ["managed_gradient_accumulation", "torch_autocast.enabled"]
 NAN, INF = math.nan, math.inf
 WRONG = [
     *((key, value) for key in COUNTS for value in (0, -1, 1.5, "8", True, [8], 1 << 40, NAN, INF)),
@@ -392,6 +432,11 @@ WRONG = [
     *(("zero_optimization.offload_param.device", value) for value in ("disk", 1, True)),
     *(("zero_optimization.offload_param.nvme_path", value) for value in ("", "  ", 1, "a\0b")),
     *(("data_types.grad_accum_dtype", value) for value in ("float", 16)),
+    *(("fp16.loss_scale", value) for value in (-1, "128", True, INF, NAN)),
+    *(("fp16.initial_scale_power", value) for value in (-1, 128, 1.5, "16", True)),
+    *(("fp16.min_loss_scale", value) for value in (0, -1, "1", True, INF)),
+    *((f"fp16.{key}", value) for key in ("loss_scale_window", "hysteresis") for value in (0, -1, 1.5, "2", True)),
+    *(("torch_autocast.dtype", value) for value in ("fp32", "float", 16)),
     *(("scheduler.params.warmup_num_steps", value) for value in (0, -1, "5", 1.5)),
     *(("scheduler.params.warmup_type", value) for value in ("cubic", 1)),
     *(("scheduler.params.warmup_max_lr", value) for value in (-1, "1", [1])),

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zeroxide.config import Config, Offload, Optimizer, load
+from zeroxide.config import Config, LossScale, Offload, Optimizer, load
 from zeroxide.errors import ConfigError
 
 GIB = 1 << 30
@@ -90,7 +90,11 @@ def test_defaults():
     assert load(lr=0.1).precision == "fp32"
     bf16 = load(dtype="bf16")
     assert (bf16.precision, bf16.format, bf16.grad_dtype, bf16.buffer_dtype) == ("bf16", "split", "bf16", "bf16")
-    assert load(host_memory=GIB).trim_libraries is True
+    assert (bf16.loss_scale, bf16.check_overflow, bf16.autocast) == (None, True, None)
+    fp16 = load(dtype="fp16")
+    assert (fp16.precision, fp16.format, fp16.grad_dtype, fp16.buffer_dtype) == ("fp16", "fp32", "fp16", "fp16")
+    assert (fp16.loss_scale, fp16.check_overflow, fp16.cast_inputs) == (LossScale(), True, False)
+    assert load().trim_libraries is True
     assert load({"zeroxide": {"trim_libraries": False}}, host_memory=GIB).trim_libraries is False
 
 
@@ -116,6 +120,10 @@ def test_defaults():
         ({"dtype": "bf16"}, "precision", "bf16"),
         ({"dtype": "torch.bfloat16"}, "precision", "bf16"),
         ({"dtype": "float32"}, "precision", "fp32"),
+        ({"dtype": "fp16"}, "precision", "fp16"),
+        ({"dtype": "torch.float16"}, "precision", "fp16"),
+        ({"dtype": "half"}, "precision", "fp16"),
+        ({"dtype": "fp16"}, "loss_scale", LossScale()),
         ({"gradient_clipping": 2}, "gradient_clipping", 2.0),
         ({"gradient_clipping": 0}, "gradient_clipping", None),
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", 4),
@@ -127,6 +135,7 @@ def test_shortcuts(shortcuts, name, expected):
 
 def test_shortcuts_take_torch_dtypes():
     assert load(dtype=torch.bfloat16).precision == "bf16"
+    assert load(dtype=torch.float16).precision == "fp16"
     assert load(dtype=torch.float32).precision == "fp32"
 
 
@@ -141,7 +150,7 @@ def test_shortcuts_take_torch_dtypes():
         ({"offload": "nvme"}, 'got "nvme"'),
         ({"offload_param": "cpu:/x"}, 'offload_param: expected "none"'),
         ({"host_memory": "2"}, "host_memory: expected a size from 1 MiB to 1 PiB"),
-        ({"dtype": "fp16"}, 'dtype: expected "bf16" or "fp32" (fp16 is not built yet), got "fp16"'),
+        ({"dtype": "fp8"}, 'dtype: expected "bf16", "fp16" or "fp32", got "fp8"'),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps: expected an integer from 1"),
     ],
 )
@@ -209,8 +218,40 @@ def test_a_shortcut_may_repeat_the_config_but_not_contradict_it(keyword, same, o
             'offload_optimizer="cpu" needs stage 1 or more and contradicts zero_optimization.stage = 0',
         ),
         ({"bf16": {"enabled": False}}, {"dtype": "bf16"}, 'dtype="bf16" contradicts bf16.enabled = false'),
+        ({"fp16": {"enabled": False}}, {"dtype": "fp16"}, 'dtype="fp16" contradicts fp16.enabled = false'),
+        ({"fp16": {"enabled": True}}, {"dtype": "bf16"}, 'dtype="bf16" contradicts fp16.enabled = true'),
+        ({"fp16": {"enabled": True}}, {"dtype": "fp32"}, 'dtype="fp32" contradicts fp16.enabled = true'),
+        ({"bf16": {"enabled": True}}, {"dtype": "fp16"}, 'dtype="fp16" contradicts bf16.enabled = true'),
+        ({"torch_autocast": {"enabled": True}}, {"dtype": "fp16"}, 'contradicts dtype="fp16"'),
         ({"zeroxide": {"format": "split"}}, {"dtype": "fp32"}, "needs bf16.enabled"),
     ],
 )
 def test_contradictions_between_sections(config, shortcuts, line):
     assert line in str(complaint(config, **shortcuts))
+
+
+def test_a_shortcut_and_a_section_go_together():
+    assert load({"fp16": {"loss_scale": 4}}, dtype="fp16").loss_scale == LossScale(initial=4.0, dynamic=False)
+    assert load({"bf16": {"enabled": False}}, dtype="fp16").precision == "fp16"
+    assert load({"fp16": {"enabled": False}}, dtype="bf16").precision == "bf16"
+
+
+def test_keys_of_scaling_that_is_not_done_are_listed():
+    def idle(config: dict) -> dict:
+        return dict(load(config).no_effect)
+
+    settings = {"loss_scale_window": 5, "hysteresis": 3, "auto_cast": True}
+    assert idle({"fp16": {"enabled": False, **settings}}) == {f"fp16.{name}": "fp16 is off" for name in settings}
+    assert idle({"fp16": {"enabled": True, **settings}}) == {}
+    assert set(idle({"fp16": {"enabled": True, "loss_scale": 8, **settings}})) == {
+        "fp16.loss_scale_window",
+        "fp16.hysteresis",
+    }
+    assert set(idle({"torch_autocast": {"dtype": "bf16"}})) == {"torch_autocast.dtype"}
+    assert set(idle({"bf16": {"check_grad_overflow": False}})) == {"bf16.check_grad_overflow"}
+
+
+def test_autocast_in_fp16_scales_the_loss():
+    assert load({"torch_autocast": {"enabled": True}}).loss_scale is None
+    config = load({"torch_autocast": {"enabled": True, "dtype": "torch.float16"}})
+    assert (config.precision, config.autocast, config.loss_scale) == ("fp32", "fp16", LossScale())

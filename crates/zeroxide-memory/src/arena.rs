@@ -91,6 +91,19 @@ impl Arena {
         self.region.lease_first(len, align)
     }
 
+    /// Gives the arena's memory back to the operating system until it is written again, if no lease is alive; its bytes
+    /// are zero then. Returns whether it did.
+    ///
+    /// # Errors
+    /// [`MemoryError::Forked`], [`MemoryError::Os`].
+    pub fn discard_if_free(&self) -> Result<bool, MemoryError> {
+        match self.region.lease_first(self.capacity, PAGE) {
+            Ok(mut whole) => whole.discard().map(|()| true),
+            Err(MemoryError::Exhausted { .. }) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
     /// Bytes of the arena, a multiple of 4 KiB.
     pub fn capacity(&self) -> usize {
         self.capacity

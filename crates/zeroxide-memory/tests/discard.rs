@@ -52,3 +52,17 @@ fn foreign_memory_lives_as_long_as_its_last_lease() {
     assert_eq!(Arc::strong_count(&owner), 1);
     assert!(owner[..40].iter().all(|byte| *byte == 0));
 }
+
+#[test]
+fn an_arena_gives_its_memory_back_only_when_nobody_has_a_lease() {
+    let budget = Budget::new(None);
+    let arena = Arena::new(&budget, Bucket::Staging, 3 * PAGE).unwrap();
+    let mut lease = arena.lease(PAGE, PAGE).unwrap();
+    lease.fill(7);
+    assert!(!arena.discard_if_free().unwrap());
+    assert!(lease.iter().all(|byte| *byte == 7));
+    drop(lease);
+    assert!(arena.discard_if_free().unwrap());
+    let lease = arena.lease(3 * PAGE, PAGE).unwrap();
+    assert!(lease.iter().all(|byte| *byte == 0));
+}

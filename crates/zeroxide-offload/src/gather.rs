@@ -94,6 +94,10 @@ impl Core {
             // The step brings it under its window itself.
             return Ok(true);
         }
+        if !self.units[unit].weights.on_disk() {
+            // There is nothing to read, and taking frames early would only cost another unit its own.
+            return Ok(true);
+        }
         self.poll_arrivals();
         match self.residence(unit) {
             Some(Residence::Away) => self.fetch(unit, false),
@@ -109,11 +113,13 @@ impl Core {
         // How long frames stay depends on when disk requests end, which differs between ranks. Whether a unit's other
         // parts have to be brought again must not, or collectives would not meet.
         let forget = self.place.world > 1 && self.units[unit].weights.on_disk();
+        // Only the end of a use is a use: releasing once more does not make the unit a late one.
         if let Some(Residence::Here {
             pinned,
             used,
             whole,
         }) = self.residence_mut(unit)
+            && *pinned
         {
             *pinned = false;
             *used = clock;

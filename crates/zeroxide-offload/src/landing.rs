@@ -39,6 +39,7 @@ impl Core {
     ) -> Result<()> {
         self.check_param("land", unit, param)?;
         self.finish_unit(unit)?;
+        self.retire_step()?;
         let away = self.arrives_away(unit, param)?;
         let dtype = if away { self.wire_grad } else { self.grad };
         let this = &mut self.units[unit];
@@ -108,6 +109,7 @@ impl Core {
     ) -> Result<()> {
         self.check_param("land_rows", unit, param)?;
         self.finish_unit(unit)?;
+        self.retire_step()?;
         let away = self.arrives_away(unit, param)?;
         let dtype = if away { self.wire_grad } else { self.grad };
         let this = &mut self.units[unit];

@@ -144,7 +144,26 @@ impl Core {
     /// Ends the step that has begun, if there is one.
     pub(crate) fn finish_step(&mut self) -> Result<()> {
         self.drive(|step| step.writes == 0 && step.is_updated(), Core::advance)?;
-        self.step = None;
+        self.retire_step()
+    }
+
+    /// Notes, without waiting, what the disk has done; where nothing is left, the step ends and the staging ring gives its
+    /// memory back: backward, which needs the most of it, does not use the ring.
+    pub(crate) fn retire_step(&mut self) -> Result<()> {
+        let Some(step) = self.step.as_mut().filter(|step| step.is_updated()) else {
+            return Ok(());
+        };
+        let mut outcome = Ok(());
+        while let (true, Ok(completion)) = (outcome.is_ok(), step.replies.1.try_recv()) {
+            outcome = step.note(completion);
+        }
+        self.settle_outcome(outcome)?;
+        if self.step.as_ref().is_some_and(|step| step.writes == 0) {
+            self.step = None;
+            if let Some(disk) = &self.disk {
+                disk.ring.discard_if_free()?;
+            }
+        }
         Ok(())
     }
 
@@ -453,6 +472,10 @@ impl ActiveStep {
 
     fn receive(&mut self, waited: &mut Duration) -> Result<()> {
         let completion = receive(&self.replies.1, waited)?;
+        self.note(completion)
+    }
+
+    fn note(&mut self, completion: Completion) -> Result<()> {
         if completion.tag & WRITE != 0 {
             self.writes -= 1;
             self.units[to_usize(completion.tag & !WRITE)].writes -= 1;

@@ -15,7 +15,17 @@ from zeroxide.zero.tensors import spec
 if TYPE_CHECKING:
     from zeroxide.engine import Engine
 
-__all__ = ["PARTS", "Held", "LiveState", "Staging", "held_parameters", "persistent_buffers"]
+__all__ = [
+    "PARTS",
+    "Held",
+    "LiveState",
+    "Run",
+    "Staging",
+    "held_parameters",
+    "own_pieces",
+    "persistent_buffers",
+    "pieces_to_fill",
+]
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 """The parts of a parameter's state, as the core names them: fp32 weight, first and second moment."""
@@ -69,6 +79,36 @@ def held_parameters(engine: Engine) -> list[Held]:
     ]
 
 
+@dataclass(frozen=True)
+class Run:
+    """Elements `start .. start + count` of a parameter."""
+
+    held: Held
+    start: int
+    count: int
+
+
+def own_pieces(engine: Engine) -> list[Run]:
+    """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
+    core = engine._alive()
+    held = {(each.unit, each.position): each for each in held_parameters(engine)}
+    return [
+        Run(held[unit.index, position], start, count)
+        for unit in engine._units
+        for position, start, count in core.pieces(unit.index)
+    ]
+
+
+def pieces_to_fill(engine: Engine, part: str) -> list[Run]:
+    """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its own.
+
+    Every rank keeps the weights up to stage 2, and the moments at stage 0.
+    """
+    if engine.config.stage < (3 if part == "weights" else 1):
+        return [Run(held, 0, held.numel) for held in held_parameters(engine)]
+    return own_pieces(engine)
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     """The buffers that are part of the model's state, each once, under its first name."""
     found: dict[str, torch.Tensor] = {}
@@ -109,20 +149,24 @@ class LiveState:
         self._step = min(self._step, staging.elements)
 
     def chunks(self, held: Held, part: str, start: int, count: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16.
+        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16 or fp16.
 
         Each chunk is valid until the next one is taken.
         """
         end = start + count
         while start < end:
             boundary = (held.offset + start) // self._step * self._step + self._step - held.offset
-            values = self._staging.values[: min(end, boundary) - start]
+            length = min(end, boundary) - start
+            values = self._staging.values[:length]
+            stored = self._staging.stored(dtype, length)
+            if dtype == torch.float32:
+                values = stored
             self._core.read_param(held.unit, held.position, part, start, spec(values))
-            start += values.numel()
+            start += length
             if dtype == torch.bfloat16:
-                rounded = self._staging.stored(torch.bfloat16, values.numel())
-                self._core.round_bf16(spec(values), spec(rounded))
-                yield rounded
+                self._core.round_bf16(spec(values), spec(stored))
+            elif dtype == torch.float16:
+                stored.copy_(values)
             else:
-                assert dtype == torch.float32, "live state is fp32 or bf16"
-                yield values
+                assert dtype == torch.float32, "live state is fp32, bf16 or fp16"
+            yield stored

@@ -10,7 +10,7 @@ import torch
 
 from zeroxide.checkpoint.stream import Entry
 
-__all__ = ["FILE_BYTES", "Cut", "Tensor", "cut_into_files"]
+__all__ = ["FILE_BYTES", "Cut", "Tensor", "cut_into_files", "whole"]
 
 FILE_BYTES = 2 << 30
 """Largest file that is made of more than one tensor; also the largest piece of one tensor in a checkpoint."""
@@ -46,18 +46,24 @@ class Cut:
         return Entry(key, self.tensor.dtype, self.tensor.shape if whole else (self.count,))
 
 
-def cut_into_files(tensors: Iterable[Tensor], limit: int, *, pieces: bool) -> list[list[Cut]]:
-    """Packs tensors into files of at most `limit` bytes, in order; within a file the wider elements come first.
+def whole(tensors: Iterable[Tensor]) -> list[Cut]:
+    """All of each tensor."""
+    return [Cut(tensor, 0, tensor.numel) for tensor in tensors]
 
-    A tensor larger than `limit` is cut if `pieces`, else it has a file of its own.
+
+def cut_into_files(wanted: Iterable[Cut], limit: int, *, pieces: bool) -> list[list[Cut]]:
+    """Packs cuts into files of at most `limit` bytes, in order; within a file the wider elements come first.
+
+    What is larger than `limit` is cut further if `pieces`, else it has a file of its own.
     """
     files: list[list[Cut]] = []
     room = 0
-    for tensor in tensors:
+    for each in wanted:
+        tensor, end = each.tensor, each.start + each.count
         size = tensor.dtype.itemsize
-        step = max(1, limit // size) if pieces else tensor.numel
-        for start in range(0, max(1, tensor.numel), max(1, step)):
-            count = min(step, tensor.numel - start)
+        step = max(1, limit // size) if pieces else each.count
+        for start in range(each.start, max(each.start + 1, end), max(1, step)):
+            count = min(step, end - start)
             if not files or count * size > room:
                 files.append([])
                 room = limit

@@ -14,7 +14,7 @@ from types import TracebackType
 
 import torch
 
-from zeroxide.checkpoint.contents import Held, LiveState, Staging
+from zeroxide.checkpoint.contents import LiveState, Run, Staging
 from zeroxide.checkpoint.stream import bytes_of, write_all
 
 __all__ = ["Keeping"]
@@ -28,7 +28,7 @@ class Keeping:
     def __init__(self, elements: int, directory: Path | None, live: LiveState, staging: Staging) -> None:
         self._live = live
         self._staging = staging
-        self._places: dict[tuple[str, str], int] = {}
+        self._places: dict[tuple[str, str, int], int] = {}
         self._file = tempfile.TemporaryFile(dir=directory) if elements else None  # noqa: SIM115
         if self._file is not None:
             os.posix_fallocate(self._file.fileno(), 0, elements * FP32_BYTES)
@@ -39,6 +39,10 @@ class Keeping:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives the room back. Idempotent."""
         if self._file is not None:
             self._file.close()
 
@@ -48,24 +52,24 @@ class Keeping:
         if self._file is not None:
             self._file.seek(0)
 
-    def keep(self, held: Held, part: str) -> None:
-        """Copies the present values of one part of a parameter."""
+    def keep(self, run: Run, part: str) -> None:
+        """Copies the present values of one part of a run."""
         assert self._file is not None, "room was asked for"
         descriptor = self._file.fileno()
-        self._places[held.name, part] = os.lseek(descriptor, 0, os.SEEK_CUR)
-        for values in self._live.chunks(held, part, 0, held.numel, torch.float32):
+        self._places[run.held.name, part, run.start] = os.lseek(descriptor, 0, os.SEEK_CUR)
+        for values in self._live.chunks(run.held, part, run.start, run.count, torch.float32):
             write_all(descriptor, bytes_of(values))
 
-    def chunks(self, held: Held, part: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def chunks(self, run: Run, part: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values) of what was kept. Each chunk is valid until the next one is taken."""
         assert self._file is not None, "something was kept"
-        at = self._places[held.name, part]
-        for start in range(0, held.numel, self._staging.elements):
-            values = self._staging.values[: min(self._staging.elements, held.numel - start)]
+        at = self._places[run.held.name, part, run.start]
+        for start in range(0, run.count, self._staging.elements):
+            values = self._staging.values[: min(self._staging.elements, run.count - start)]
             view = bytes_of(values)
             done = 0
             while done < view.nbytes:
                 count = os.preadv(self._file.fileno(), [view[done:]], at + start * FP32_BYTES + done)
                 assert count, "what was kept is all there"
                 done += count
-            yield start, values
+            yield run.start + start, values

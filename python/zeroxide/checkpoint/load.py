@@ -1,4 +1,7 @@
-"""Loading: everything is compared and verified first, and only then does the engine change."""
+"""Loading: everything is compared and verified first, on all ranks, and only then does any engine change.
+
+Whatever world, stage or offload mode saved, a rank reads the ranges of elements that it holds, wherever they lie.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zeroxide.checkpoint import generators
+from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.commit import find
-from zeroxide.checkpoint.contents import PARTS, Held, LiveState, Staging, held_parameters, persistent_buffers
+from zeroxide.checkpoint.contents import (
+    PARTS,
+    LiveState,
+    Run,
+    Staging,
+    held_parameters,
+    persistent_buffers,
+    pieces_to_fill,
+)
 from zeroxide.checkpoint.keeping import Keeping
 from zeroxide.checkpoint.manifest import Manifest, Piece, SavedBuffer, SavedParameter, read_manifest
 from zeroxide.checkpoint.match import match_buffers, match_groups, match_parameters
@@ -36,51 +48,97 @@ def load_checkpoint(
 ) -> tuple[Path, dict[str, Any]]:
     """Loads weights and buffers and, as asked, optimizer state and schedule. Returns (path, client_state).
 
-    With `optimizer` or `scheduler`, training goes on where it was: counters and the states of torch's, Python's and
-    numpy's global random number generators are restored as well. A parameter that was frozen when it was saved and is
-    trainable now starts with zero moments; one that was left out of the checkpoint keeps its values.
+    Every rank must call it with the same arguments. With `optimizer` or `scheduler`, training goes on where it was:
+    counters, loss scale and the states of torch's, Python's and numpy's global random number generators are restored
+    as well, those of each rank; a rank that the saved run did not have keeps its generators as they are. A parameter
+    that was frozen when it was saved and is trainable now starts with zero moments; one that was left out of the
+    checkpoint keeps its values.
 
-    Raises CheckpointError, before the engine has changed, for a checkpoint that is missing, damaged or of another
-    model; an error after that says that the engine holds a mixture.
+    Raises CheckpointError on all ranks, before any engine has changed, for a checkpoint that is missing, damaged or
+    of another model; an error after that says that the engines hold a mixture.
     """
-    path = find(load_dir, None if tag is None else str(tag))
-    load = _Load(engine, path, read_manifest(path), strict=strict, optimizer=optimizer, scheduler=scheduler)
+    team = Team(engine.ranks)
+    asked = {"load_optimizer_states": optimizer, "load_lr_scheduler_states": scheduler, "load_module_strict": strict}
+
+    def look() -> dict[str, Any]:
+        # One rank follows `latest`, since a save of somebody else may move it on meanwhile.
+        found = find(load_dir, None if tag is None else str(tag)) if team.leads or tag is not None else None
+        return {"name": None if found is None else found.name, "asked": asked}
+
+    looked = team.together(look, load_dir)
+    path = load_dir / looked[0]["name"]
+    manifests: list[Manifest] = []
+
+    def read() -> dict[str, Any]:
+        manifests.append(read_manifest(path))
+        return {"tag": looked[team.rank]["name"] or path.name, "manifest": manifests[0].checksum(), **asked}
+
+    team.same(team.together(read, path), "load different checkpoints", path)
+    load = _Load(engine, path, manifests[0], team, strict=strict, optimizer=optimizer, scheduler=scheduler)
     load.apply()
     return path, load.client_state
 
 
 @dataclass(frozen=True)
 class _Fill:
-    """One part of one unit that will be filled: where each parameter's values come from, in the core's order."""
+    """One part of one unit that will be filled: where the values of each run come from, in the core's order."""
 
     unit: int
     part: str
-    sources: list[tuple[Held, list[Piece] | None]]
-    """Pieces to read; an empty list means zeros, None the values that are there now."""
+    sources: list[tuple[Run, list[Piece] | None]]
+    """Pieces to read from; an empty list means zeros, None the values that are there now."""
 
     @property
-    def kept(self) -> list[Held]:
-        return [held for held, pieces in self.sources if pieces is None]
+    def kept(self) -> list[Run]:
+        return [run for run, pieces in self.sources if pieces is None]
 
 
 class _Load:
     """One load. Making it compares and verifies, and changes nothing."""
 
     def __init__(
-        self, engine: Engine, path: Path, manifest: Manifest, *, strict: bool, optimizer: bool, scheduler: bool
+        self,
+        engine: Engine,
+        path: Path,
+        manifest: Manifest,
+        team: Team,
+        *,
+        strict: bool,
+        optimizer: bool,
+        scheduler: bool,
     ) -> None:
         self.engine = engine
         self.core = engine._alive()
         self.path = path
         self.manifest = manifest
+        self.team = team
         self.held = held_parameters(engine)
-        self.saved = match_parameters(self.held, manifest, path, strict=strict)
-        self.buffers = match_buffers(persistent_buffers(engine.module), manifest, path, strict=strict)
         self.resume = optimizer or scheduler
         self.optimizer = optimizer
+        self.staging = Staging()
+        team.together(lambda: self._compare(strict, scheduler), path)
+        parts = PARTS if optimizer else PARTS[:1]
+        self.fills = list(self._plan(parts))
+        needed = [
+            piece
+            for held in self.held
+            if (saved := self.saved[held.name]) is not None
+            for part in parts
+            if held.trainable or part == "weights"
+            for piece in saved.part(part)
+        ]
+        needed += [piece for _, saved in self.buffers for piece in saved.pieces]
+        self.sources = Sources(path, manifest.files, needed, self.staging, team)
+
+    def _compare(self, strict: bool, scheduler: bool) -> None:
+        engine, manifest, path = self.engine, self.manifest, self.path
+        self.saved = match_parameters(self.held, manifest, path, strict=strict)
+        self.buffers = match_buffers(persistent_buffers(engine.module), manifest, path, strict=strict)
         self.scheduler = scheduler and self._has_scheduler(strict)
         if self.resume:
             match_groups(self.held, self.saved, len(engine.optimizer.param_groups), manifest, path)
+        states = manifest.generators
+        self.generators = states[self.team.rank] if self.resume and self.team.rank < len(states) else None
         try:
             self.client_state: dict[str, Any] = decode(manifest.client_state)
             self.groups: list[dict[str, Any]] = [decode(group.hyperparameters) for group in manifest.groups]
@@ -89,15 +147,10 @@ class _Load:
                 raise TypeError("client_state is no dict")
             if not all(isinstance(group, dict) for group in self.groups):
                 raise TypeError("an optimizer group is no dict")
-            if self.resume:
-                generators.check(manifest.generators)
+            if self.generators is not None:
+                generators.check(self.generators)
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"the manifest of {path} is not well-formed: {error}", path=path) from None
-        self.fills = list(self._plan(PARTS if optimizer else PARTS[:1]))
-        self.staging = Staging()
-        needed = [piece for fill in self.fills for _, pieces in fill.sources for piece in pieces or ()]
-        needed += [piece for _, saved in self.buffers for piece in saved.pieces]
-        self.sources = Sources(path, manifest.files, needed, self.staging)
 
     def _has_scheduler(self, strict: bool) -> bool:
         here, there = self.engine.lr_scheduler, self.manifest.scheduler
@@ -119,18 +172,33 @@ class _Load:
         return False
 
     def _plan(self, parts: tuple[str, ...]) -> Iterator[_Fill]:
-        by_unit: dict[int, list[Held]] = {}
-        for held in self.held:
-            by_unit.setdefault(held.unit, []).append(held)
-        for unit, members in by_unit.items():
+        # A unit is filled on all ranks or on none, also where a rank holds nothing of it.
+        units = list(dict.fromkeys(held.unit for held in self.held))
+        mine: dict[tuple[int, str], list[Run]] = {}
+        for part in parts:
+            for run in pieces_to_fill(self.engine, part):
+                mine.setdefault((run.held.unit, part), []).append(run)
+        for unit in units:
             for part in parts:
-                sources = [
-                    (held, self._source(self.saved[held.name], part))
-                    for held in members
-                    if held.trainable or part == "weights"
-                ]
-                if any(pieces is not None for _, pieces in sources):
-                    yield _Fill(unit, part, sources)
+                if not self._is_saved(unit, part):
+                    continue
+                yield _Fill(
+                    unit,
+                    part,
+                    [
+                        (run, self._source(self.saved[run.held.name], part))
+                        for run in mine.get((unit, part), ())
+                        if run.held.trainable or part == "weights"
+                    ],
+                )
+
+    def _is_saved(self, unit: int, part: str) -> bool:
+        """Whether the checkpoint has or implies values for anything in this part of a unit."""
+        return any(
+            self._source(self.saved[held.name], part) is not None
+            for held in self.held
+            if held.unit == unit and (held.trainable or part == "weights")
+        )
 
     @staticmethod
     def _source(saved: SavedParameter | None, part: str) -> list[Piece] | None:
@@ -143,28 +211,10 @@ class _Load:
     def apply(self) -> None:
         """Changes the engine. Raises CheckpointError that says whether it is as before or a mixture."""
         live = LiveState(self.core, self.engine._plan.tile_elements, self.staging)
-        room: dict[int, int] = {}
-        for fill in self.fills:
-            room[fill.unit] = room.get(fill.unit, 0) + sum(held.numel for held in fill.kept)
-        try:
-            keeping = Keeping(max(room.values(), default=0), self._scratch(), live, self.staging)
-        except OSError as error:
-            raise CheckpointError(
-                f"{self.path} was not loaded: no room for the values that stay: {error.strerror}", path=self.path
-            ) from None
-        with keeping:
+        with self._make_room(live) as keeping:
             undo = self._resume_schedule()
-            done = 0
             try:
-                self.engine._gatherer.release_all()
-                self.core.clear_gradients()
-                for fill in self.fills:
-                    if not done or self.fills[done - 1].unit != fill.unit:
-                        self._keep_unit(fill.unit, keeping)
-                    self._fill(fill, keeping)
-                    done += 1
-                for buffer, saved in self.buffers:
-                    self._fill_buffer(buffer, saved)
+                self.team.together(lambda: self._change(keeping), self.path)
             except BaseException as error:
                 undo()
                 line = (
@@ -177,6 +227,49 @@ class _Load:
                 raise
         self._resume_counters()
 
+    def _make_room(self, live: LiveState) -> Keeping:
+        room: dict[int, int] = {}
+        for fill in self.fills:
+            room[fill.unit] = room.get(fill.unit, 0) + sum(run.count for run in fill.kept)
+        made: list[Keeping] = []
+
+        def make() -> None:
+            try:
+                made.append(Keeping(max(room.values(), default=0), self._scratch(), live, self.staging))
+            except OSError as error:
+                raise CheckpointError(
+                    f"{self.path} was not loaded: no room for the values that stay: {error.strerror}", path=self.path
+                ) from None
+
+        try:
+            self.team.together(make, self.path)
+        except BaseException:
+            for keeping in made:
+                keeping.close()
+            raise
+        return made[0]
+
+    def _change(self, keeping: Keeping) -> None:
+        """Fills everything. A failure leaves nothing half begun, and the other ranks none to wait for."""
+        self.engine._gatherer.release_all()
+        self.core.clear_gradients()
+        left = list(reversed(self.fills))
+        unit = None
+        try:
+            while left:
+                if left[-1].unit != unit:
+                    unit = left[-1].unit
+                    self._keep_unit(unit, keeping)
+                self._fill(left.pop(), keeping)
+            for buffer, saved in self.buffers:
+                self._fill_buffer(buffer, saved)
+        except BaseException:
+            # The others go on, and every fill is an act of all ranks.
+            for fill in reversed(left) if self.team.world > 1 else ():
+                self.core.fill_begin(fill.unit, fill.part)
+                self.core.fill_commit(fill.unit)
+            raise
+
     def _scratch(self) -> Path | None:
         config = self.engine.config
         homes = ((self.engine._plan.weights, config.offload_param), (self.engine._plan.state, config.offload_optimizer))
@@ -186,31 +279,31 @@ class _Load:
         keeping.start_unit()
         for fill in self.fills:
             if fill.unit == unit:
-                for held in fill.kept:
-                    keeping.keep(held, fill.part)
+                for run in fill.kept:
+                    keeping.keep(run, fill.part)
 
     def _fill(self, fill: _Fill, keeping: Keeping) -> None:
         self.core.fill_begin(fill.unit, fill.part)
         try:
-            for held, pieces in fill.sources:
-                for start, values in self._values(held, fill.part, pieces, keeping):
-                    self.core.fill_param(fill.unit, held.position, start, spec(values))
+            for run, pieces in fill.sources:
+                for start, values in self._values(run, fill.part, pieces, keeping):
+                    self.core.fill_param(fill.unit, run.held.position, start, spec(values))
         finally:
             # Also after an error: a fill that stays open would refuse the next load.
             self.core.fill_commit(fill.unit)
 
     def _values(
-        self, held: Held, part: str, pieces: list[Piece] | None, keeping: Keeping
+        self, run: Run, part: str, pieces: list[Piece] | None, keeping: Keeping
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, fp32 values) of a parameter's part."""
+        """(first element, fp32 values) of one part of a run."""
         if pieces is None:
-            yield from keeping.chunks(held, part)
+            yield from keeping.chunks(run, part)
         elif not pieces:
-            zeros = self.staging.values[: min(held.numel, self.staging.elements)].zero_()
-            for start in range(0, held.numel, self.staging.elements):
-                yield start, zeros[: held.numel - start]
+            zeros = self.staging.values[: min(run.count, self.staging.elements)].zero_()
+            for start in range(0, run.count, self.staging.elements):
+                yield run.start + start, zeros[: run.count - start]
         else:
-            for start, stored in self.sources.chunks(pieces):
+            for start, stored in self.sources.chunks(pieces, run.start, run.count):
                 if stored.dtype == torch.float32:
                     yield start, stored
                 else:
@@ -219,7 +312,7 @@ class _Load:
     @torch.no_grad()
     def _fill_buffer(self, buffer: torch.Tensor, saved: SavedBuffer) -> None:
         flat = buffer.view(-1) if buffer.is_contiguous() else torch.empty(buffer.numel(), dtype=buffer.dtype)
-        for start, values in self.sources.chunks(saved.pieces):
+        for start, values in self.sources.chunks(saved.pieces, 0, buffer.numel()):
             flat[start : start + values.numel()].copy_(values)
         if not buffer.is_contiguous():
             buffer.copy_(flat.view(buffer.shape))
@@ -239,18 +332,25 @@ class _Load:
                 group.update(values)
 
         keep = SCHEDULED if self.engine.lr_scheduler is not None and not self.scheduler else ()
+
+        def resume() -> None:
+            try:
+                if scheduler is not None:
+                    scheduler.load_state_dict(self.schedule)
+                for group, values in zip(groups, self.groups, strict=False):
+                    names = values if self.optimizer else (SCHEDULED if self.scheduler else ())
+                    group.update({name: values[name] for name in names if name in values and name not in keep})
+            except Exception as error:
+                raise CheckpointError(
+                    f"{self.path} was not loaded: the lr_scheduler refused its state ({type(error).__name__}: {error})",
+                    path=self.path,
+                ) from error
+
         try:
-            if scheduler is not None:
-                scheduler.load_state_dict(self.schedule)
-            for group, values in zip(groups, self.groups, strict=False):
-                names = values if self.optimizer else (SCHEDULED if self.scheduler else ())
-                group.update({name: values[name] for name in names if name in values and name not in keep})
-        except Exception as error:
+            self.team.together(resume, self.path)
+        except BaseException:
             undo()
-            raise CheckpointError(
-                f"{self.path} was not loaded: the lr_scheduler refused its state ({type(error).__name__}: {error})",
-                path=self.path,
-            ) from error
+            raise
         return undo
 
     def _resume_counters(self) -> None:
@@ -260,6 +360,8 @@ class _Load:
                 was = self.saved[held.name]
                 if was is not None:
                     self.core.set_updates(held.unit, held.position, was.updates)
+            if self.manifest.loss_scale is not None:
+                engine._scaler.load_state_dict(self.manifest.loss_scale.model_dump())
         if not self.resume:
             return
         engine.global_steps = saved.global_steps
@@ -270,4 +372,5 @@ class _Load:
         engine.micro_steps = (
             saved.micro_steps if engine._boundary is not None else -(-saved.micro_steps // steps) * steps
         )
-        generators.restore(self.manifest.generators)
+        if self.generators is not None:
+            generators.restore(self.generators)

@@ -25,6 +25,7 @@ __all__ = [
     "Piece",
     "SavedBuffer",
     "SavedFile",
+    "SavedLossScale",
     "SavedParameter",
     "SavedScheduler",
     "looks_pickled",
@@ -33,7 +34,8 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
-VERSION = 1
+VERSION = 2
+"""1 held the random generators of one process; everything else reads as it is."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -119,6 +121,14 @@ class Counters(_Section):
     skipped_steps: Size
 
 
+class SavedLossScale(_Section):
+    """A dynamic loss scale and the counts that it depends on; as `LossScaler.state_dict`."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    hysteresis: Annotated[int, Field(ge=1)]
+    good_steps: Size
+
+
 class SavedScheduler(_Section):
     """State of a learning-rate schedule and the class that it is of."""
 
@@ -145,7 +155,10 @@ class Manifest(_Section):
     counters: Counters
     groups: list[Group]
     scheduler: SavedScheduler | None
-    generators: dict[str, Any]
+    loss_scale: SavedLossScale | None = None
+    """Written only where there is one, so that any version reads a checkpoint that has none."""
+    generators: list[dict[str, Any]]
+    """Random generators of every rank that saved; none in a checkpoint that was converted."""
     client_state: Any
     parameters: list[SavedParameter]
     buffers: list[SavedBuffer]
@@ -154,7 +167,13 @@ class Manifest(_Section):
     def text(self) -> str:
         """The manifest as it is written."""
         body = self.model_dump()
+        if self.loss_scale is None:
+            del body["loss_scale"]
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
+
+    def checksum(self) -> str:
+        """The digest of what this says, whichever version it was read from."""
+        return _digest_of(self.model_dump())
 
     def check(self) -> None:
         """Raises ValueError where the parts do not fit together."""
@@ -196,6 +215,11 @@ def _digest_of(body: dict[str, Any]) -> str:
     return made.hexdigest()
 
 
+def _from_version_1(body: dict[str, Any]) -> dict[str, Any]:
+    found = body.get("generators")
+    return {**body, "version": 2, "generators": [found] if isinstance(found, dict) else found}
+
+
 def looks_pickled(start: bytes) -> bool:
     """Whether a file that begins with `start` is a Python pickle or what torch.save wraps one in."""
     return start.startswith(_PICKLE_STARTS)
@@ -234,6 +258,8 @@ def read_manifest(directory: Path) -> Manifest:
         expected = body.pop("digest", None)
         if expected != _digest_of(body):
             raise ValueError(f"its checksum should be {expected} and is {_digest_of(body)}")
+        if version == 1:
+            body = _from_version_1(body)
         manifest = Manifest.model_validate(body)
         manifest.check()
     except ValidationError as error:

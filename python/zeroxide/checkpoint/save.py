@@ -1,40 +1,30 @@
-"""Saving: everything is written aside, made durable, and becomes the checkpoint by one rename."""
+"""Saving: every rank writes its own files aside, and they become the checkpoint by one rename of rank 0."""
 
 from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from zeroxide import _core
-from zeroxide.checkpoint import commit, cutting, generators
-from zeroxide.checkpoint.contents import PARTS, Held, LiveState, Staging, held_parameters, persistent_buffers
-from zeroxide.checkpoint.cutting import Cut, Tensor, cut_into_files
-from zeroxide.checkpoint.manifest import (
-    MANIFEST,
-    Counters,
-    Group,
-    Manifest,
-    Piece,
-    SavedBuffer,
-    SavedFile,
-    SavedParameter,
-    SavedScheduler,
-)
-from zeroxide.checkpoint.plain import encode
-from zeroxide.checkpoint.stream import StreamWriter, dtype_name, write_all
+from zeroxide.checkpoint import commit
+from zeroxide.checkpoint.agree import Team
+from zeroxide.checkpoint.contents import LiveState, Staging
+from zeroxide.checkpoint.description import Description
+from zeroxide.checkpoint.manifest import MANIFEST, Manifest, SavedFile
+from zeroxide.checkpoint.stream import StreamWriter, write_all
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
     from zeroxide.engine import Engine
 
-__all__ = ["save_checkpoint"]
+__all__ = ["Save", "save_checkpoint", "write_manifest"]
 
+T = TypeVar("T")
 MIB = 1 << 20
-ROOM_FOR_HEADERS = 1 * MIB
 
 
 def save_checkpoint(
@@ -44,50 +34,151 @@ def save_checkpoint(
     client_state: dict[str, Any],
     save_latest: bool,
     include_frozen: bool,
-) -> Path:
-    """Writes `save_dir/tag` (`global_step<N>` if the tag is None), whole or not at all, and returns that path.
+) -> tuple[Path, int]:
+    """Writes `save_dir/tag` (`global_step<N>` if the tag is None), whole or not at all.
 
-    Raises CheckpointError, with every earlier checkpoint as it was, when gradients are being accumulated, when
-    something is not JSON, or when the files cannot be written.
+    Returns that path, and the bytes that this rank wrote.
+
+    Every rank must call it with the same arguments; `client_state` is rank 0's. Raises CheckpointError on all ranks,
+    with every earlier checkpoint as it was, when gradients are being accumulated, when something is not JSON, when
+    the ranks disagree, or when the files of any rank cannot be written.
     """
-    tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
-    commit.check_tag(tag, save_dir)
-    _check_boundary(engine)
-    pending = _Pending(engine, client_state, include_frozen)
-    committed = False
+    save = Save(engine, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
+    live = LiveState(engine._alive(), engine._plan.tile_elements, Staging())
     try:
-        commit.make_directory(save_dir)
-        with commit.locked(save_dir):
-            commit.tidy(save_dir)
-        commit.check_target(save_dir / tag)
-        _check_room(save_dir, pending.bytes)
-        aside = commit.Aside(save_dir)
+        reports = save.team.together(lambda: save.write(save.description.values(live)), save.target)
+        save.team.together(lambda: save.commit(reports), save.target)
+    finally:
+        save.close()
+    return save.target, sum(file["bytes"] for file in reports[save.team.rank]["files"])
+
+
+class Save:
+    """One save between its start and its end, on this rank.
+
+    Making it (on every rank) checks everything that can be checked beforehand and opens the directory aside.
+    `write` and `commit` may run in another thread; `close` ends it in any case.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        save_dir: Path,
+        tag: str | None,
+        client_state: dict[str, Any],
+        save_latest: bool,
+        include_frozen: bool,
+        *,
+        frozen_in_time: bool,
+    ) -> None:
+        self.team = Team(engine.ranks)
+        self.tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        self.save_dir = save_dir
+        self.target = save_dir / self.tag
+        self._save_latest = save_latest
+        self._committed = False
+        self._held_aside: commit.Aside | None = None
+
+        def describe() -> dict[str, Any]:
+            commit.check_tag(self.tag, save_dir)
+            _check_boundary(engine)
+            self.description = Description(
+                engine, client_state, include_frozen, self.team.rank, self.team.world, frozen_in_time=frozen_in_time
+            )
+            asked = {"tag": self.tag, "exclude_frozen_parameters": not include_frozen, "step": engine.global_steps}
+            return {"bytes": self.description.bytes, "asked": asked}
+
+        found = self.team.together(describe, self.target)
+        self.team.same([each["asked"] for each in found], "save different checkpoints", self.target)
+        self.bytes: int = sum(each["bytes"] for each in found)
+        """Room that the whole checkpoint takes, rounded up."""
         try:
-            pending.write(aside.path)
-            with commit.locked(save_dir):
-                commit.tidy(save_dir)
-                replaced = commit.publish(aside.path, save_dir, tag)
-                committed = True
-                if save_latest:
-                    commit.set_latest(save_dir, tag)
-                if replaced is not None:
-                    commit.discard(replaced)
-        finally:
-            aside.close(remove=not committed)
-    except OSError as error:
-        raise CheckpointError(_line(error, save_dir, tag, pending.bytes, committed), path=save_dir / tag) from error
-    return save_dir / tag
+            name = self.team.together(self._open_aside, self.target)[0]
+            assert name is not None, "rank 0 has opened a directory"
+            self.aside = save_dir / name
+            self.team.together(self._check_shared, self.target)
+        except BaseException:
+            self.close()
+            raise
 
+    def _open_aside(self) -> str | None:
+        if not self.team.leads:
+            return None
 
-def _line(error: OSError, save_dir: Path, tag: str, need: int, committed: bool) -> str:
-    reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
-    if committed:
-        return f"checkpoint {tag} is in {save_dir}, but `latest` still names the one before: {reason}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        reason += f" (it takes {need / MIB:.1f} MiB)"
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        reason += ": the path to save to leads through a file"
-    return f"checkpoint {tag} was not saved to {save_dir}: {reason}; checkpoints saved before are intact"
+        def act() -> str:
+            commit.make_directory(self.save_dir)
+            with commit.locked(self.save_dir):
+                commit.tidy(self.save_dir)
+            commit.check_target(self.target)
+            _check_room(self.save_dir, self.bytes)
+            self._held_aside = commit.Aside(self.save_dir)
+            return self._held_aside.path.name
+
+        return self._explained(act)
+
+    def _check_shared(self) -> None:
+        if not self.aside.is_dir():
+            raise CheckpointError(
+                f"{self.aside} of rank 0 is not there: save_dir must be on a file system that all ranks share",
+                path=self.target,
+            )
+
+    def write(self, values: Iterator[torch.Tensor]) -> dict[str, Any]:
+        """Writes the files of this rank, makes them durable and returns the report of them. Raises CheckpointError."""
+        return self._explained(lambda: self.description.report(list(self._write_files(values))))
+
+    def _write_files(self, values: Iterator[torch.Tensor]) -> Iterator[SavedFile]:
+        for name, cuts in self.description.files:
+            with StreamWriter(self.aside / name, [cut.entry for cut in cuts], {}) as writer:
+                left = sum(cut.count for cut in cuts)
+                while left:
+                    chunk = next(values)
+                    writer.write(chunk)
+                    left -= chunk.numel()
+                    # Not held any longer than its turn lasts.
+                    del chunk
+                # Tensors without elements have their turn as well.
+                checksum = writer.finish()
+            yield SavedFile(name=name, bytes=writer.bytes, blake2b=checksum)
+
+    def commit(self, reports: Sequence[dict[str, Any]]) -> None:
+        """On rank 0, makes what all ranks wrote the checkpoint. Raises CheckpointError."""
+        if self.team.leads:
+            self._explained(lambda: self._commit(self.description.manifest(reports)))
+
+    def _commit(self, manifest: Manifest) -> None:
+        write_manifest(self.aside / MANIFEST, manifest)
+        commit.sync_directory(self.aside)
+        with commit.locked(self.save_dir):
+            commit.tidy(self.save_dir)
+            replaced = commit.publish(self.aside, self.save_dir, self.tag)
+            self._committed = True
+            if self._save_latest:
+                commit.set_latest(self.save_dir, self.tag)
+            if replaced is not None:
+                commit.discard(replaced)
+
+    def close(self) -> None:
+        """Ends the save; without a commit, removes what was written. No rank may still be writing. Idempotent."""
+        held, self._held_aside = self._held_aside, None
+        if held is not None:
+            held.close(remove=not self._committed)
+
+    def _explained(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except OSError as error:
+            raise CheckpointError(self._line(error), path=self.target) from error
+
+    def _line(self, error: OSError) -> str:
+        reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
+        if self._committed:
+            return f"checkpoint {self.tag} is in {self.save_dir}, but `latest` still names the one before: {reason}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += f" (it takes {self.bytes / MIB:.1f} MiB)"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason += ": the path to save to leads through a file"
+        return f"checkpoint {self.tag} was not saved to {self.save_dir}: {reason}; checkpoints saved before are intact"
 
 
 def _check_boundary(engine: Engine) -> None:
@@ -114,130 +205,11 @@ def _check_room(save_dir: Path, need: int) -> None:
         )
 
 
-class _Pending:
-    """A checkpoint described and not yet written. Making it changes nothing and finds what is not JSON."""
-
-    def __init__(self, engine: Engine, client_state: dict[str, Any], include_frozen: bool) -> None:
-        self._engine = engine
-        self._core = engine._alive()
-        if not isinstance(client_state, dict):
-            raise CheckpointError(f"client_state must be a dict, got {type(client_state).__name__}")
-        self._client_state = encode(client_state, "client_state")
-        self._scheduler = _scheduler(engine.lr_scheduler)
-        self._groups = [
-            Group(hyperparameters=encode(group, f"optimizer group {number}"))
-            for number, group in enumerate(engine.optimizer.hyperparameters())
-        ]
-        self._held = held_parameters(engine)
-        self._buffers = persistent_buffers(engine.module)
-        for name, buffer in self._buffers.items():
-            if dtype_name(buffer.dtype) is None:
-                raise CheckpointError(f"buffer {name} has dtype {buffer.dtype}, which safetensors files cannot hold")
-        self._files = [
-            (f"{family}-{number:05}.safetensors", cuts)
-            for family, tensors in self._families(engine._plan.compute, include_frozen)
-            for number, cuts in enumerate(cut_into_files(tensors, cutting.FILE_BYTES, pieces=True), 1)
-        ]
-        payload = sum(cut.entry.bytes for _, cuts in self._files for cut in cuts)
-        self.bytes = payload + ROOM_FOR_HEADERS
-        """Room that the checkpoint takes, rounded up."""
-
-    def _families(self, compute: torch.dtype, include_frozen: bool) -> list[tuple[str, list[Tensor]]]:
-        # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
-        weights = [
-            Tensor(held.name, torch.float32 if held.trainable else compute, held.shape)
-            for held in self._held
-            if held.trainable or include_frozen
-        ]
-        moments = [Tensor(held.name, torch.float32, held.shape) for held in self._held if held.trainable]
-        buffers = [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self._buffers.items()]
-        return [("weights", weights), ("exp_avg", moments), ("exp_avg_sq", moments), ("buffers", buffers)]
-
-    def write(self, directory: Path) -> None:
-        """Writes all files and makes them and their names durable. Raises OSError."""
-        live = LiveState(self._core, self._engine._plan.tile_elements, Staging())
-        by_name = {held.name: held for held in self._held}
-        written = []
-        pieces: dict[tuple[str, str], list[Piece]] = {}
-        for name, cuts in self._files:
-            family = name.partition("-")[0]
-            with StreamWriter(directory / name, [cut.entry for cut in cuts], {}) as writer:
-                for cut in cuts:
-                    self._write_cut(writer, family, cut, by_name, live)
-                checksum = writer.finish()
-            written.append(SavedFile(name=name, bytes=writer.bytes, blake2b=checksum))
-            for cut in cuts:
-                pieces.setdefault((family, cut.tensor.name), []).append(_piece(name, cut))
-        self._write_manifest(directory / MANIFEST, self._manifest(pieces, written))
-        commit.sync_directory(directory)
-
-    def _write_cut(
-        self, writer: StreamWriter, family: str, cut: Cut, by_name: dict[str, Held], live: LiveState
-    ) -> None:
-        if family not in PARTS:
-            whole = self._buffers[cut.tensor.name].detach().contiguous().reshape(-1)
-            writer.write(whole[cut.start : cut.start + cut.count])
-            return
-        for values in live.chunks(by_name[cut.tensor.name], family, cut.start, cut.count, cut.tensor.dtype):
-            writer.write(values)
-
-    def _manifest(self, pieces: dict[tuple[str, str], list[Piece]], files: list[SavedFile]) -> Manifest:
-        engine = self._engine
-        return Manifest(
-            zeroxide=_core.__version__,
-            precision=engine.config.precision,
-            state_format=engine._plan.format,
-            counters=Counters(
-                global_steps=engine.global_steps,
-                global_samples=engine.global_samples,
-                micro_steps=engine.micro_steps,
-                skipped_steps=engine.skipped_steps,
-            ),
-            groups=self._groups,
-            scheduler=self._scheduler,
-            generators=generators.read(),
-            client_state=self._client_state,
-            parameters=[
-                SavedParameter(
-                    names=list(held.names),
-                    shape=list(held.shape),
-                    trainable=held.trainable,
-                    updates=self._core.updates(held.unit, held.position),
-                    group=held.group,
-                    weights=pieces.get(("weights", held.name), []),
-                    exp_avg=pieces.get(("exp_avg", held.name), []),
-                    exp_avg_sq=pieces.get(("exp_avg_sq", held.name), []),
-                )
-                for held in self._held
-            ],
-            buffers=[
-                SavedBuffer(name=name, shape=list(buffer.shape), pieces=pieces[("buffers", name)])
-                for name, buffer in self._buffers.items()
-            ],
-            files=files,
-        )
-
-    @staticmethod
-    def _write_manifest(path: Path, manifest: Manifest) -> None:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            write_all(descriptor, memoryview(manifest.text().encode()))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _piece(file: str, cut: Cut) -> Piece:
-    entry = cut.entry
-    return Piece(
-        file=file, key=entry.key, start=cut.start, count=cut.count, dtype=dtype_name(entry.dtype) or str(entry.dtype)
-    )
-
-
-def _scheduler(scheduler: Any) -> SavedScheduler | None:
-    if scheduler is None:
-        return None
-    kind = type(scheduler).__name__
-    if not hasattr(scheduler, "state_dict"):
-        raise CheckpointError(f"the lr_scheduler {kind} has no state_dict(): its position cannot be saved")
-    return SavedScheduler(kind=kind, state=encode(scheduler.state_dict(), f"{kind}.state_dict()"))
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest as a new, durable file. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, memoryview(manifest.text().encode()))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

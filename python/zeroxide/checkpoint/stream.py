@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
+import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -94,6 +95,43 @@ def write_all(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
+class _Hasher:
+    """A checksum that a thread of its own makes beside the caller.
+
+    An executor would refuse its work once the program is ending, when a save in the background may still be writing.
+    """
+
+    def __init__(self) -> None:
+        self._digest = digest()
+        self._given: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="zeroxide-digest")
+        self._thread.start()
+
+    def _run(self) -> None:
+        while (data := self._given.get()) is not None:
+            self._digest.update(data)
+            del data
+            self._done.put(None)
+
+    def start(self, data: memoryview) -> None:
+        """Begins to take `data` in, which must not change before `wait` returns."""
+        self._given.put(data)
+
+    def wait(self) -> None:
+        """Waits for what was started last."""
+        self._done.get()
+
+    def hexdigest(self) -> str:
+        """Of all that was taken in."""
+        return self._digest.hexdigest()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._given.put(None)
+        self._thread.join()
+
+
 class StreamWriter:
     """A new safetensors file, given as pieces of its tensors in the order of `entries`.
 
@@ -110,9 +148,8 @@ class StreamWriter:
         self.bytes = 0
         self._left = [(entry, entry.bytes) for entry in entries]
         self._left.reverse()
-        self._digest = digest()
-        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="zeroxide-digest")
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._hasher = _Hasher()
         try:
             self._put(memoryview(header(entries, metadata)))
         except BaseException:
@@ -143,11 +180,11 @@ class StreamWriter:
 
     def _put(self, data: memoryview) -> None:
         # The checksum is made beside the write: both let other threads run, and neither changes the data.
-        hashed = self._hasher.submit(self._digest.update, data)
+        self._hasher.start(data)
         try:
             write_all(self._descriptor, data)
         finally:
-            hashed.result()
+            self._hasher.wait()
         self.bytes += data.nbytes
 
     def finish(self) -> str:
@@ -155,12 +192,12 @@ class StreamWriter:
         missing = [entry.key for entry, left in self._left if left]
         assert not missing, f"{missing[-1]} is not complete"
         os.fsync(self._descriptor)
-        return self._digest.hexdigest()
+        return self._hasher.hexdigest()
 
     def close(self) -> None:
         """Closes the file, complete or not. Idempotent."""
         if self._descriptor < 0:
             return
         descriptor, self._descriptor = self._descriptor, -1
-        self._hasher.shutdown()
+        self._hasher.close()
         os.close(descriptor)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
+from zeroxide.cli.convert import convert
 from zeroxide.cli.train import train
 from zeroxide.errors import ZeroxideError
 
@@ -30,8 +31,7 @@ def _application() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     application.command()(train)
-    # With a callback, typer keeps `train` a sub-command although it is the only one.
-    application.callback()(lambda: None)
+    application.command()(convert)
     return application
 
 

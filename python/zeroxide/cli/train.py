@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 
 from zeroxide.cli.training.options import TrainOptions
+from zeroxide.errors import RanksError
+from zeroxide.ranks.environment import read_environment
 
 __all__ = ["train"]
 
@@ -65,7 +68,7 @@ def train(
     accumulate: Annotated[
         int, typer.Option(help="Micro-batches per step.", rich_help_panel=_MODEL)
     ] = _DEFAULT.accumulate,
-    dtype: Annotated[str, typer.Option(help="Compute in bf16 or fp32.", rich_help_panel=_MODEL)] = _DEFAULT.dtype,
+    dtype: Annotated[str, typer.Option(help="Compute in bf16, fp16 or fp32.", rich_help_panel=_MODEL)] = _DEFAULT.dtype,
     seed: Annotated[
         int, typer.Option(help="Decides initial weights, data order and dropout.", rich_help_panel=_MODEL)
     ] = _DEFAULT.seed,
@@ -155,6 +158,17 @@ def train(
         explicit.add("data")
     if not resume:
         options.checked()  # before torch is imported: a wrong option is answered at once
+    _only_one()
     from zeroxide.cli.training.job import run
 
     return run(options, resume=resume, explicit=frozenset(explicit))
+
+
+def _only_one() -> None:
+    """Each of several ranks would write the same files: refused before anything is read."""
+    world = read_environment(os.environ).world
+    if world > 1:
+        raise RanksError(
+            f"zeroxide train is one process, and the environment names {world} ranks: start it without a launcher; "
+            "for several ranks write a script around zeroxide.initialize"
+        )

@@ -14,11 +14,22 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from zeroxide.config.resolved import Config, Dtype, Offload, Optimizer, Scheduler
+from zeroxide.config.resolved import Config, Dtype, LossScale, LowDtype, Offload, Optimizer, Scheduler
 from zeroxide.config.sizes import format_bytes, parse_bytes
 from zeroxide.errors import ConfigError
 
-__all__ = ["Config", "Dtype", "Offload", "Optimizer", "Scheduler", "format_bytes", "load", "parse_bytes"]
+__all__ = [
+    "Config",
+    "Dtype",
+    "LossScale",
+    "LowDtype",
+    "Offload",
+    "Optimizer",
+    "Scheduler",
+    "format_bytes",
+    "load",
+    "parse_bytes",
+]
 
 _LARGEST_FILE = 8 << 20  # bytes; real configs are a few KiB
 
@@ -42,8 +53,8 @@ def load(
     """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
 
     `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
-    precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp32"` or the torch
-    dtype. Without a precision in the config and without `dtype`, training is in fp32.
+    precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp16"`, `"fp32"` or
+    the torch dtype. Without a precision in the config and without `dtype`, training is in fp32.
 
     Raises `ConfigError`: for an unknown key, a value that does not fit, a key whose meaning is not built yet, and a
     shortcut that contradicts the config.

@@ -45,6 +45,7 @@ __all__ = [
     "choice",
     "directory",
     "expecting",
+    "whole",
 ]
 
 LARGEST_COUNT = 2**31 - 1
@@ -120,7 +121,7 @@ def choice(*names: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-def _whole(value: Any) -> Any:
+def whole(value: Any) -> Any:
     """JSON writers print large integers as `5e8`: take a float without a fraction as the integer it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
@@ -158,7 +159,7 @@ def directory(value: Any) -> Path:
 def _print_interval(value: Any) -> int | None:
     if isinstance(value, float) and value == float("inf"):
         return None
-    value = _whole(value)
+    value = whole(value)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST_COUNT:
         raise ValueError
     return value
@@ -166,10 +167,10 @@ def _print_interval(value: Any) -> int | None:
 
 Flag = Annotated[bool, expecting("true or false")]
 Count = Annotated[
-    int, Field(ge=1, le=LARGEST_COUNT), BeforeValidator(_whole), expecting(f"an integer from 1 to {LARGEST_COUNT}")
+    int, Field(ge=1, le=LARGEST_COUNT), BeforeValidator(whole), expecting(f"an integer from 1 to {LARGEST_COUNT}")
 ]
 WholeNumber = Annotated[
-    int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(_whole), expecting(f"an integer from 0 to {LARGEST_COUNT}")
+    int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(whole), expecting(f"an integer from 0 to {LARGEST_COUNT}")
 ]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), expecting("a finite number, 0 or more")]
 Seconds = Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False), expecting("a number of seconds from 1 to 86400")]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from zeroxide.config.check import nearest, show, validate
-from zeroxide.config.resolved import Config, Dtype, Offload, Optimizer, Scheduler
+from zeroxide.config.resolve_precision import resolve_precision
+from zeroxide.config.resolved import Config, Offload, Optimizer, Scheduler
 from zeroxide.config.schema import (
     Document,
     OptimizerParams,
@@ -50,7 +51,7 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
     own = document.zeroxide or Zeroxide()
     zero = document.zero_optimization
 
-    precision = _precision(document, shortcuts)
+    precision = resolve_precision(document, shortcuts, own.format, no_effect)
     stage, offload_param, offload_optimizer = _offload(zero, shortcuts)
     batch, micro, accumulation = _batch(document, shortcuts, world_size)
     clipping = agree("gradient_clipping", shortcuts.gradient_clipping, "gradient_clipping", document.gradient_clipping)
@@ -58,17 +59,22 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
     optimizer = _optimizer(document.optimizer, shortcuts, origin, no_effect)
     return Config(
         stage=stage,
-        precision=precision,
-        format=_format(own, precision),
-        grad_dtype=_grad_dtype(document, precision),
-        reduce_dtype=_reduce_dtype(document, precision),
+        precision=precision.precision,
+        autocast=precision.autocast,
+        cast_inputs=precision.cast_inputs,
+        loss_scale=precision.loss_scale,
+        check_overflow=precision.check_overflow,
+        format=precision.format,
+        grad_dtype=precision.grad_dtype,
+        reduce_dtype=precision.reduce_dtype,
         reduce_sum=document.gradient_allreduce_op == "sum",
         transport=own.transport,
         rank_timeout=Config.rank_timeout if own.rank_timeout is None else own.rank_timeout,
-        buffer_dtype=_buffer_dtype(document, precision),
+        buffer_dtype=precision.buffer_dtype,
         train_batch_size=batch,
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accumulation,
+        managed_gradient_accumulation=document.managed_gradient_accumulation,
         gradient_clipping=clipping or None,
         dataloader_drop_last=document.dataloader_drop_last,
         optimizer=optimizer,
@@ -83,72 +89,14 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         io_engine=own.io_engine,
         queue_depth=(document.aio.queue_depth if document.aio else None) or Config.queue_depth,
         threads=own.threads,
-        trim_libraries=host_memory is not None if own.trim_libraries is None else own.trim_libraries,
+        trim_libraries=own.trim_libraries,
+        checkpoint_background=_background(document, own),
+        checkpoint_memory=own.checkpoint_memory,
         steps_per_print=document.steps_per_print,
         wall_clock_breakdown=document.wall_clock_breakdown,
         no_effect=no_effect,
         source=dict(data),
     )
-
-
-def _precision(document: Document, shortcuts: Shortcuts) -> Dtype:
-    if document.bf16 is not None and document.bfloat16 is not None:
-        raise ConfigError("bf16 and bfloat16 are two names of one section; keep one of them", path="bfloat16")
-    name = "bf16" if document.bfloat16 is None else "bfloat16"
-    section = document.bf16 or document.bfloat16
-    enabled = section.enabled if section is not None and "enabled" in section.model_fields_set else None
-    wanted = None if shortcuts.dtype is None else shortcuts.dtype == "bf16"
-    if wanted is not None and enabled is not None and wanted != enabled:
-        raise ConfigError(
-            f"dtype={show(shortcuts.dtype)} contradicts {name}.enabled = {show(enabled)} in the config; "
-            "give only one of them",
-            path=f"{name}.enabled",
-        )
-    return "bf16" if wanted or enabled else "fp32"
-
-
-def _format(own: Zeroxide, precision: Dtype) -> Literal["split", "fp32"]:
-    if own.format == "split" and precision != "bf16":
-        raise ConfigError(
-            'zeroxide.format: "split" keeps a weight as two bf16 halves and needs bf16.enabled, got fp32 training',
-            path="zeroxide.format",
-            expected='"fp32"',
-            got='"split"',
-        )
-    return own.format or ("split" if precision == "bf16" else "fp32")
-
-
-def _grad_dtype(document: Document, precision: Dtype) -> Dtype:
-    wanted = document.data_types.grad_accum_dtype if document.data_types else None
-    if wanted is None:
-        return precision
-    if wanted == "fp16" or (wanted == "bf16" and precision == "fp32"):
-        raise ConfigError(
-            f"data_types.grad_accum_dtype: {show(wanted)} gradients under {precision} training: not built yet",
-            path="data_types.grad_accum_dtype",
-            expected='"fp32"' if precision == "fp32" else '"bf16" or "fp32"',
-            got=show(wanted),
-        )
-    return "bf16" if wanted == "bf16" else "fp32"
-
-
-def _reduce_dtype(document: Document, precision: Dtype) -> Dtype:
-    wanted = document.communication_data_type
-    if wanted is not None and wanted not in ("fp32", precision):
-        raise ConfigError(
-            f"communication_data_type: {show(wanted)} for gradients of {precision} training: not built yet",
-            path="communication_data_type",
-            expected='"fp32"' if precision == "fp32" else f'"{precision}" or "fp32"',
-            got=show(wanted),
-        )
-    return "fp32" if wanted == "fp32" else precision
-
-
-def _buffer_dtype(document: Document, precision: Dtype) -> Dtype:
-    wanted = document.data_types.buffer_dtype if document.data_types else None
-    if wanted == "fp16":
-        raise ConfigError('data_types.buffer_dtype: "fp16": not built yet', path="data_types.buffer_dtype")
-    return wanted or precision
 
 
 def _batch(document: Document, shortcuts: Shortcuts, world_size: int) -> tuple[int | None, int | None, int]:
@@ -255,6 +203,20 @@ def _offload(zero: ZeroOptimization | None, shortcuts: Shortcuts) -> tuple[int, 
     if stage is None:
         stage = 3 if home_param.enabled or home_state.enabled else 0
     return stage, home_param, home_state
+
+
+def _background(document: Document, own: Zeroxide) -> bool:
+    writer = document.checkpoint.writer if document.checkpoint is not None else None
+    theirs = None if writer is None else writer.decoupled
+    if own.checkpoint_background is None:
+        return bool(theirs)
+    if theirs is not None and theirs is not own.checkpoint_background:
+        raise ConfigError(
+            f"zeroxide.checkpoint_background = {show(own.checkpoint_background)} contradicts "
+            f"checkpoint.writer.decoupled = {show(theirs)}",
+            path="zeroxide.checkpoint_background",
+        )
+    return own.checkpoint_background
 
 
 def _staging(own: Zeroxide, host_memory: int | None) -> int | None:

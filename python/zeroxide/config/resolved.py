@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["Config", "Dtype", "Offload", "Optimizer", "Scheduler"]
+__all__ = ["Config", "Dtype", "LossScale", "LowDtype", "Offload", "Optimizer", "Scheduler"]
 
-Dtype = Literal["fp32", "bf16"]
+Dtype = Literal["fp32", "bf16", "fp16"]
+LowDtype = Literal["bf16", "fp16"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,26 @@ class Offload:
 
     def __str__(self) -> str:
         return f"nvme:{self.path}" if self.kind == "nvme" else self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class LossScale:
+    """How the factor on the loss is chosen that keeps small fp16 gradients from vanishing.
+
+    A dynamic scale is halved when gradients overflow and doubled after `window` steps without an overflow.
+    """
+
+    initial: float = 2.0**16
+    """The scale of the first step; with `dynamic` false, that of every step."""
+    dynamic: bool = True
+    window: int = 1000
+    """Steps in a row without an overflow after which the scale is doubled."""
+    hysteresis: int = 2
+    """The overflow that halves the scale: those before it only skip their steps."""
+    consecutive_hysteresis: bool = False
+    """Whether the overflows before it must follow one another: a good step restores the count."""
+    minimum: float = 1.0
+    """The scale is never halved below this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +77,21 @@ class Config:
     """ZeRO stage, 0 to 3."""
     precision: Dtype = "fp32"
     """dtype of weights and activations in forward and backward."""
+    autocast: LowDtype | None = None
+    """dtype of torch.autocast around every forward; `None` for none. The weights are fp32 then."""
+    cast_inputs: bool = False
+    """Whether floating-point inputs of the model are cast to `precision`."""
+    loss_scale: LossScale | None = None
+    """Set exactly when forward computes in fp16, as `precision` or under autocast."""
+    check_overflow: bool = True
+    """Whether a step whose gradients are not finite is left out."""
     format: Literal["split", "fp32"] = "fp32"
     """How the optimizer keeps exact weights: as two 16-bit halves (bf16 only) or as an fp32 master copy."""
     grad_dtype: Dtype = "fp32"
-    """dtype that gradients are stored and accumulated in."""
+    """dtype that gradients are stored and accumulated in: that of the weights unless the config says fp32.
+
+    In fp16, a sum over micro-batches can overflow where its terms do not; it is found like any other overflow.
+    """
     reduce_dtype: Dtype = "fp32"
     """dtype in which gradients travel between ranks; they are summed in fp32."""
     reduce_sum: bool = False
@@ -77,6 +109,8 @@ class Config:
     """Samples per forward pass of one process."""
     gradient_accumulation_steps: int = 1
     """Forward and backward passes per optimizer step."""
+    managed_gradient_accumulation: bool = True
+    """Whether the engine counts micro-batches; otherwise every call of `step` is an optimizer step."""
     gradient_clipping: float | None = None
     """Largest global gradient norm; `None` leaves gradients as they are."""
     dataloader_drop_last: bool = False
@@ -103,8 +137,13 @@ class Config:
     """Most disk requests in flight at once."""
     threads: int | None = None
     """Optimizer threads; `None` is one for each CPU that the process may use."""
-    trim_libraries: bool = False
+    trim_libraries: bool = True
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
+
+    checkpoint_background: bool = False
+    """Whether training goes on while a checkpoint is written."""
+    checkpoint_memory: int | None = None
+    """Most memory in which state waits to be written; `None` is half of what is free, within `host_memory`."""
 
     steps_per_print: int | None = 10
     """Optimizer steps between progress lines; `None` prints none."""

@@ -26,45 +26,12 @@ from zeroxide.config.fields import (
     choice,
     expecting,
 )
+from zeroxide.config.schema_precision import Bf16, DataTypes, DtypeName, Fp16, TorchAutocast
 from zeroxide.config.schema_zero import ZeroOptimization
 
 __all__ = ["Document", "OptimizerParams", "SchedulerParams", "WarmupCosineParams", "WarmupDecayParams", "WarmupParams"]
 
-DtypeName = Annotated[Literal["fp32", "bf16", "fp16"], choice("fp32", "bf16", "fp16")]
-
 _MONITOR = "monitors (metrics go to the JSONL log)"
-
-
-class Bf16(Section):
-    """`bf16`: train with bf16 weights, gradients and activations; the optimizer state stays exact."""
-
-    enabled: Flag = False
-    immediate_grad_update: Annotated[Flag | None, NoEffect("gradients always land as soon as they arrive")] = None
-    check_grad_overflow: Annotated[Flag | None, NoEffect("the pass that stores a gradient always checks it")] = None
-    bf16_master_weights_and_grads: Annotated[Flag | None, NotBuilt("bf16 master weights")] = None
-    bf16_optimizer_states: Annotated[Flag | None, NotBuilt("bf16 optimizer states")] = None
-
-
-class Fp16(Section):
-    """`fp16`: known, so that `"enabled": false` passes; training in fp16 is not built yet."""
-
-    enabled: Annotated[Flag, NotBuilt("fp16 training with loss scaling")] = False
-    auto_cast: Annotated[Any, NoEffect("fp16 is off")] = None
-    loss_scale: Annotated[Any, NoEffect("fp16 is off")] = None
-    initial_scale_power: Annotated[Any, NoEffect("fp16 is off")] = None
-    loss_scale_window: Annotated[Any, NoEffect("fp16 is off")] = None
-    hysteresis: Annotated[Any, NoEffect("fp16 is off")] = None
-    consecutive_hysteresis: Annotated[Any, NoEffect("fp16 is off")] = None
-    min_loss_scale: Annotated[Any, NoEffect("fp16 is off")] = None
-    fp16_master_weights_and_grads: Annotated[Any, NoEffect("fp16 is off")] = None
-
-
-class DataTypes(Section):
-    """`data_types`: what gradients are kept in, and what floating-point buffers are cast to."""
-
-    grad_accum_dtype: DtypeName | None = None
-    buffer_dtype: DtypeName | None = None
-    param_dtype: Annotated[DtypeName | None, NotBuilt("a parameter dtype other than the one `bf16` sets")] = None
 
 
 class OptimizerParams(Section):
@@ -153,15 +120,30 @@ class ActivationCheckpointing(Section):
     profile: Annotated[Any, NoEffect("use torch.profiler")] = None
 
 
+_WRITER = "checkpoints are written by zeroxide's own writer"
+
+
+class CheckpointWriter(Section):
+    """`checkpoint.writer`: whether training goes on while a checkpoint is written."""
+
+    decoupled: Flag | None = None
+    type: Annotated[Any, NoEffect(_WRITER)] = None
+    io_buffer_size: Annotated[Any, NoEffect(_WRITER)] = None
+    io_buffer_double: Annotated[Any, NoEffect(_WRITER)] = None
+    io_multiplier: Annotated[Any, NoEffect(_WRITER)] = None
+    show_statistics: Annotated[Any, NoEffect("engine.checkpoint_stats() always has them")] = None
+    data_parallel: Annotated[Any, NoEffect("every process writes its own shard")] = None
+
+
 class Checkpoint(Section):
     """`checkpoint`: how checkpoints are written."""
 
-    tag_validation: Annotated[Any, NoEffect("one process chooses the tag for all")] = None
+    tag_validation: Annotated[Any, NoEffect("ranks that disagree about the tag are always refused")] = None
     load_universal: Annotated[Flag | None, NotBuilt("loading DeepSpeed's universal checkpoints")] = None
     use_node_local_storage: Annotated[Flag | None, NotBuilt("checkpoints spread over node-local disks")] = None
     parallel_write: Annotated[Any, NoEffect("every process writes its own shard")] = None
-    checkpoint_serialization: Annotated[Any, NoEffect("checkpoints are written by zeroxide's own writer")] = None
-    writer: Annotated[Any, NoEffect("checkpoints are written by zeroxide's own writer")] = None
+    checkpoint_serialization: Annotated[Any, NoEffect(_WRITER)] = None
+    writer: CheckpointWriter | None = None
 
 
 class Zeroxide(Section):
@@ -175,10 +157,12 @@ class Zeroxide(Section):
     tile_bytes: ByteSize | None = None
     staging_bytes: MemorySize | None = None
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
-    trim_libraries: Flag | None = None
+    trim_libraries: Flag = True
     transport: Annotated[
         Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
     ] = "auto"
+    checkpoint_background: Flag | None = None
+    checkpoint_memory: MemorySize | None = None
     rank_timeout: Seconds | None = None
 
 
@@ -188,6 +172,7 @@ class Document(Section):
     train_batch_size: Count | None = None
     train_micro_batch_size_per_gpu: Count | None = None
     gradient_accumulation_steps: Count | None = None
+    managed_gradient_accumulation: Flag = True
     gradient_clipping: NonNegative | None = None
     steps_per_print: PrintInterval = 10
     wall_clock_breakdown: Flag = False
@@ -195,6 +180,7 @@ class Document(Section):
     bf16: Bf16 | None = None
     bfloat16: Bf16 | None = None
     fp16: Fp16 | None = None
+    torch_autocast: TorchAutocast | None = None
     data_types: DataTypes | None = None
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
@@ -220,9 +206,6 @@ class Document(Section):
     timers: Annotated[Any, NoEffect("throughput is timed without synchronising")] = None
 
     # What is not built yet.
-    managed_gradient_accumulation: Annotated[
-        Flag | None, NotBuilt("accumulation managed by the caller", neutral=(True,))
-    ] = None
     sequence_parallel_size: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
     data_parallel_size: Annotated[Count | None, NotBuilt("a mesh of several processes", neutral=(1,))] = None
     graph_harvesting: Annotated[Any, NotBuilt("CUDA graphs")] = None
@@ -231,7 +214,6 @@ class Document(Section):
     pipeline: Annotated[Any, NotBuilt("pipeline parallelism")] = None
     tensor_parallel: Annotated[Any, NotBuilt("tensor parallelism")] = None
     expert_parallel: Annotated[Any, NotBuilt("expert parallelism")] = None
-    torch_autocast: Annotated[Any, NotBuilt("autocast")] = None
     amp: Annotated[Any, NotBuilt("Apex AMP")] = None
     compile: Annotated[Any, NotBuilt("compiled graphs")] = None
     hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None

@@ -9,13 +9,12 @@ from pydantic import PlainValidator
 from zeroxide.config.check import show
 from zeroxide.config.fields import Betas, Count, MemorySize, NonNegative, Section, directory, expecting
 from zeroxide.config.resolved import Offload
+from zeroxide.config.schema_precision import dtype_named
 from zeroxide.errors import ConfigError
 
 __all__ = ["Shortcuts", "agree"]
 
 T = TypeVar("T")
-
-_DTYPES = {"bf16": "bf16", "bfloat16": "bf16", "fp32": "fp32", "float32": "fp32"}
 
 
 def _offload(value: Any) -> Offload:
@@ -31,17 +30,9 @@ def _offload(value: Any) -> Offload:
     raise ValueError
 
 
-def _dtype(value: Any) -> str:
-    # A torch dtype is known by its name, so that this package need not import torch.
-    name = _DTYPES.get(str(value).removeprefix("torch."))
-    if name is None:
-        raise ValueError
-    return name
-
-
 Home = Annotated[Offload, PlainValidator(_offload), expecting('"none", "cpu" or "nvme:DIRECTORY"')]
 Precision = Annotated[
-    Literal["bf16", "fp32"], PlainValidator(_dtype), expecting('"bf16" or "fp32" (fp16 is not built yet)')
+    Literal["bf16", "fp16", "fp32"], PlainValidator(dtype_named), expecting('"bf16", "fp16" or "fp32"')
 ]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from zeroxide import _core
+from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.groups import core_groups
 
 __all__ = ["EngineOptimizer"]
@@ -20,13 +21,26 @@ class EngineOptimizer(torch.optim.Optimizer):
     are in the checkpoint of the engine.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], core: _core.Offload, apply: Callable[[], None]) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], core: _core.Offload, apply: Callable[[], None], scaler: LossScaler
+    ) -> None:
         # torch's schedulers look at the defaults to see which hyperparameters there are.
         super().__init__(groups, {key: value for key, value in groups[0].items() if key != "params"})
         self._core = core
         self._apply = apply
+        self._scaler = scaler
         self.overflow = False
         """Whether the last step was left out because a gradient was not finite."""
+
+    @property
+    def loss_scale(self) -> float:
+        """What the next loss will be multiplied by before backward; 1 without fp16."""
+        return self._scaler.scale
+
+    @property
+    def cur_scale(self) -> float:
+        """The same as `loss_scale`."""
+        return self._scaler.scale
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """One optimizer step over the gradients that have landed; `closure` is not supported."""

@@ -33,7 +33,8 @@ class Member:
     """Seconds since it was last heard of, not counting those in which nobody was listening."""
     line: str = ""
     """Its own words on why it failed."""
-    failed_for: float = 0.0
+    ended_for: float = 0.0
+    """Seconds since it was known to have finished or failed."""
     ticks_when_heard: int | None = None
 
     @property
@@ -89,8 +90,8 @@ class Judge:
         for member in self.members.values():
             if member.status == "running":
                 member.silence += seconds
-            elif member.status == "failed":
-                member.failed_for += seconds
+            else:
+                member.ended_for += seconds
         return self._lost() or self._silent() or self._said() or self._apart()
 
     def look(self) -> None:
@@ -151,9 +152,9 @@ class Judge:
 
     def _said(self) -> Verdict | None:
         said = [each for each in self.members.values() if each.status == "failed"]
-        if not said or max(each.failed_for for each in said) < self._settle:
+        if not said or max(each.ended_for for each in said) < self._settle:
             return None
-        first = max(said, key=lambda each: each.failed_for)
+        first = max(said, key=lambda each: each.ended_for)
         doing = describe(first.activity.doing)
         return self._verdict([first.rank], f"rank {first.rank} failed while {doing}: {first.line}", "")
 
@@ -168,6 +169,9 @@ class Judge:
         waits = {each.activity.doing[1:] for each in running}
         longest = min(each.activity.seconds for each in running)
         if finished:
+            # A rank may finish at once after it came late; the others have then not yet noticed that they may go on.
+            if min(self.members[rank].ended_for for rank in finished) <= self._timeout:
+                return None
             return self._verdict(
                 finished,
                 f"{name_ranks(finished)} finished, and the others have waited for {longest:.1f} s",

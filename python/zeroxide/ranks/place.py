@@ -62,6 +62,8 @@ class Ranks:
     """What torch calls the group's backend: "gloo", "cpu:gloo,cuda:nccl", "fake"."""
     same_host: bool = True
     """Whether all ranks share hostname, boot, and pid, user and network namespaces."""
+    shares_memory: bool = True
+    """Whether, besides, each rank may open the anonymous memory of every other: same user, and nothing forbids it."""
     lost: str | None = None
     """Why the other ranks can no longer be relied on, in one line; set by the watch."""
     explain: Callable[[], RanksError | None] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import selectors
 import socket
+import threading
 from typing import Any, Protocol
 
 from zeroxide.ranks.activity import Activity, Verdict, as_doing
@@ -96,6 +97,9 @@ class Hub:
         self._waker = _Waker()
         self._waker.selector.register(listener, selectors.EVENT_READ, "listener")
         self._visitors: list[_Visitor] = []
+        self._arrived = {0}
+        self.complete = threading.Event()
+        """Set once every rank has connected: before that rank 0 cannot tell them that it has finished."""
 
     def wait(self, seconds: float) -> None:
         """See `Side`."""
@@ -134,6 +138,9 @@ class Hub:
             if not hmac.compare_digest(str(message["token"]), self._token):
                 raise PermissionError
             visitor.rank = int(message["rank"])
+            self._arrived.add(visitor.rank)
+            if len(self._arrived) == len(self._judge.members):
+                self.complete.set()
         elif "doing" in message:
             self._judge.heard(visitor.rank, Activity(as_doing(message["doing"]), float(message["seconds"])))
         elif "failed" in message:

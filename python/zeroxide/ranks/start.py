@@ -148,8 +148,29 @@ def _over_default_group(owned: bool, place: Place | None) -> Ranks:
     hosts = ranks.gather_objects(host_identity())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     ranks.same_host = len(here) == ranks.world
+    ranks.shares_memory = ranks.same_host and _shares_memory(ranks)
     if place is None or place.local_rank is None or place.local_world is None:
         ranks.local_rank, ranks.local_world = here.index(ranks.rank), len(here)
     else:
         ranks.local_rank, ranks.local_world = place.local_rank, place.local_world
     return ranks
+
+
+def _shares_memory(ranks: Ranks) -> bool:
+    """Whether every rank can open a file without a name that another has made; tried, since many settings decide it."""
+    descriptor = os.memfd_create("zeroxide-probe")
+    try:
+        seats = ranks.gather_objects([os.getpid(), descriptor])
+        opened = all(_opens(f"/proc/{pid}/fd/{number}") for pid, number in seats)
+        # Also keeps the descriptor open until everybody has tried it.
+        return all(ranks.gather_objects(opened))
+    finally:
+        os.close(descriptor)
+
+
+def _opens(path: str) -> bool:
+    try:
+        os.close(os.open(path, os.O_RDWR))
+    except OSError:
+        return False
+    return True

@@ -69,6 +69,7 @@ class Watch:
         self._own_line: str | None = None
         self._closing = False
         self._callbacks: list[Callable[[str], object]] = []
+        self._lock = threading.Lock()
         self._side: Side | None = None
         self._thread: threading.Thread | None = None
         if ranks.alone:
@@ -80,6 +81,9 @@ class Watch:
         self._thread.start()
         atexit.register(self.close)
         _live.add(self)
+        if isinstance(self._side, Hub):
+            # They are on their way: each has this rank's address.
+            self._side.complete.wait(timeout)
 
     # The main thread's side ------------------------------------------------------------------------------------------
 
@@ -96,9 +100,11 @@ class Watch:
 
     def on_failure(self, callback: Callable[[str], object]) -> None:
         """`callback(line)` is called in the watch's thread as soon as a failure is known; at once if one is already."""
-        self._callbacks.append(callback)
-        if self._verdict is not None:
-            callback(self._verdict.line)
+        with self._lock:
+            self._callbacks.append(callback)
+            verdict = self._verdict
+        if verdict is not None:
+            callback(verdict.line)
 
     def check(self) -> None:
         """Raises RanksError, naming the rank, if a failure is known."""
@@ -202,10 +208,12 @@ class Watch:
 
     def _fail(self, verdict: Verdict) -> None:
         self._ranks.lost = verdict.line
-        self._verdict = verdict
+        with self._lock:
+            self._verdict = verdict
+            callbacks = list(self._callbacks)
         self._known.set()
         atexit.register(_limit_exit, max(self._grace, 3.0))
-        for callback in self._callbacks:
+        for callback in callbacks:
             # A broken callback must not keep this process alive.
             with contextlib.suppress(Exception):
                 callback(verdict.line)
@@ -352,9 +360,10 @@ def _chain_excepthook(watch: Watch) -> tuple[Any, Any]:
         if watch is None or not ours:
             return
         watch.failed(_said(error))
-        if verdict is None and watch._verdict is not None and watch._ranks.rank not in watch._verdict.ranks:
+        verdict = watch._verdict
+        if verdict is not None and watch._ranks.rank not in verdict.ranks:
             # What this rank stumbled over was the consequence of another rank's end.
-            _print(watch._verdict.line)
+            _print(verdict.line)
 
     sys.excepthook = hook
     return hook, before

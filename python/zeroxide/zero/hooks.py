@@ -51,9 +51,12 @@ class Hooks:
         self.inside_backward = False
         self.entered: list[set[Origin]] = []
         self.handles: list[Any] = []
-        for unit in units:
+        # Each goes before what is there, so the last one registered runs first: units of one module in their order.
+        for unit in reversed(units):
             for owner in unit.modules:
                 self._add(owner.register_forward_pre_hook(partial(self._before, unit), prepend=True, with_kwargs=True))
+        for unit in units:
+            for owner in unit.modules:
                 self._add(owner.register_forward_hook(partial(self._after, unit), always_call=True))
         # Prepended last, so that a pass begins before the first unit of it is gathered.
         self._add(module.register_forward_pre_hook(self._enter, prepend=True))

@@ -35,14 +35,21 @@ Land = Callable[[int, torch.Tensor], None]
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b whose weight gradient goes to `land` in parts and not to autograd."""
+    """x W^T + b whose weight gradient goes to `land` in parts and not to autograd.
+
+    `dtype` is that of x, bias and all products. It may be lower than the weight's, which is cast each time it is used:
+    no copy of it lives from forward to backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, land: Land) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, land: Land, dtype: torch.dtype
+    ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.land = land
+        ctx.dtype = dtype
         ctx.has_bias = bias is not None
-        return functional.linear(x, weight, bias)
+        return functional.linear(x, weight.to(dtype), bias)
 
     @staticmethod
     @once_differentiable
@@ -51,14 +58,14 @@ class _Linear(torch.autograd.Function):
         flat = grad.reshape(-1, grad.shape[-1])
         x_flat = x.reshape(-1, x.shape[-1])
         # First: when the weight's own gradient is complete, its unit may be released.
-        x_grad = flat.mm(weight).view(x.shape) if ctx.needs_input_grad[0] else None
+        x_grad = flat.mm(weight.to(ctx.dtype)).view(x.shape) if ctx.needs_input_grad[0] else None
         if ctx.needs_input_grad[1]:
             rows = max(1, PART // weight.shape[1])
             for start in range(0, weight.shape[0], rows):
                 part = flat[:, start : start + rows].t().mm(x_flat)
                 ctx.land(start * weight.shape[1], part)
         bias_grad = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
-        return x_grad, None, bias_grad, None
+        return x_grad, None, bias_grad, None, None
 
 
 class LargeModules:
@@ -98,7 +105,13 @@ class LargeModules:
             self.note_run(unit, owner)
         if not torch.is_grad_enabled() or not owner.weight.requires_grad:
             return functional.linear(x, owner.weight, owner.bias)
-        output: torch.Tensor = _Linear.apply(x, owner.weight, owner.bias, land)
+        bias: torch.Tensor | None = owner.bias
+        dtype = owner.weight.dtype
+        if torch.is_autocast_enabled("cpu"):
+            # What autocast does to the arguments of a linear layer; autograd casts their gradients back.
+            dtype = torch.get_autocast_dtype("cpu")
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        output: torch.Tensor = _Linear.apply(x, owner.weight, bias, land, dtype)
         return output
 
     def _land_part(self, unit: Unit, position: int, start: int, part: torch.Tensor) -> None:

@@ -16,21 +16,21 @@ from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
+from zeroxide.precision import torch_dtype
 from zeroxide.ranks import Ranks
 from zeroxide.zero.state import Home
 
-__all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan"]
+__all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan", "padded_sizes"]
 
 MIB = 1 << 20
 DEFAULT_UNIT_BYTES = 512 * MIB
 DEFAULT_TILE_ELEMENTS = 512 << 10
-DEFAULT_STAGING_BYTES = 48 * MIB
+DEFAULT_STAGING_BYTES = 32 * MIB
 FRAME = 2 * MIB
 TILE_QUANTUM = 2048
 MIN_TILES_IN_RING = 2
 SLOTS = 3
 """Units whose gradients can be on their way to other ranks at once, as the core counts them."""
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     entries = list(_parameters(module))
     check_model(module, entries)
     unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
-    compute = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    compute = torch_dtype(config.precision)
     units = _find_units(module, entries, unit_bytes // compute.itemsize)
     ranks = ranks or Ranks()
     if ranks.world > 1:
@@ -177,7 +177,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         units=units,
         compute=compute,
         format=config.format,
-        grad=torch.bfloat16 if config.grad_dtype == "bf16" else torch.float32,
+        grad=torch_dtype(config.grad_dtype),
         weights=weights,
         state=state,
         tile_elements=_tile_elements(config, compute),
@@ -196,14 +196,15 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
 
 
 def _wire(config: Config, ranks: Ranks) -> str:
-    if config.transport == "shared_memory" and not ranks.same_host:
+    if config.transport == "shared_memory" and not ranks.shares_memory:
         raise ConfigError(
-            'zeroxide.transport: "shared_memory" needs all ranks on one host; use "auto"',
+            'zeroxide.transport: "shared_memory" needs all ranks on one host, allowed to open one another\'s memory under '
+            '/proc; use "auto"',
             path="zeroxide.transport",
             expected='"auto" or "collective"',
             got='"shared_memory"',
         )
-    return "shared" if ranks.same_host and config.transport != "collective" else "collective"
+    return "shared" if ranks.shares_memory and config.transport != "collective" else "collective"
 
 
 def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
@@ -351,7 +352,7 @@ def _tile_elements(config: Config, compute: torch.dtype) -> int:
     return max(TILE_QUANTUM, config.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
 
 
-def _padded(unit: UnitPlan, world: int) -> tuple[int, int]:
+def padded_sizes(unit: UnitPlan, world: int) -> tuple[int, int]:
     """(trainable, all) elements of a unit's flat layout, as the core pads them."""
     quantum = TILE_QUANTUM * world
     trainable = frozen = 0
@@ -366,7 +367,7 @@ def _padded(unit: UnitPlan, world: int) -> tuple[int, int]:
 
 
 def _place(plan: Plan, config: Config) -> None:
-    sizes = [_padded(unit, plan.world) for unit in plan.units]
+    sizes = [padded_sizes(unit, plan.world) for unit in plan.units]
     outgoing = _outgoing(plan, [size for size, _ in sizes], config)
     trainable = sum(size for size, _ in sizes) // (1 if plan.replicated else plan.world)
     total = sum(size for _, size in sizes)
@@ -417,7 +418,7 @@ def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
     """Room for gradients on their way to other ranks: units used all through backward, and a few others."""
     if plan.world == 1:
         return 0
-    item = DTYPES[config.reduce_dtype].itemsize
+    item = torch_dtype(config.reduce_dtype).itemsize
     long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.span)
     short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.span and size]
     return (long + min(SLOTS, len(short)) * max(short, default=0)) * item

@@ -52,7 +52,7 @@ def _save_model(this: Running) -> None:
         shutil.copytree(this.data.tokenizer_folder, aside)
         config = this.model.config
         config.architectures = [type(this.model).__name__]
-        config.dtype = "bfloat16" if this.options.dtype == "bf16" else "float32"
+        config.dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[this.options.dtype]
         config.save_pretrained(aside)
         if this.model.generation_config is not None:
             this.model.generation_config.save_pretrained(aside)

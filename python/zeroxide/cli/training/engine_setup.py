@@ -86,6 +86,7 @@ def _engine_config(options: TrainOptions) -> dict[str, Any]:
         "gradient_clipping": options.clip,
         "steps_per_print": math.inf,
         "bf16": {"enabled": options.dtype == "bf16"},
+        "fp16": {"enabled": options.dtype == "fp16"},
         # Rotary frequencies lose their meaning in bf16; Hugging Face keeps them in fp32 too.
         "data_types": {"buffer_dtype": "fp32"},
         "optimizer": {

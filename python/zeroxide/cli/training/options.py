@@ -18,7 +18,7 @@ _LARGEST_COUNT = 1 << 40
 _LARGEST_SEQUENCE = 1 << 20
 
 SCHEDULES = ("cosine", "linear", "constant")
-DTYPES = ("bf16", "fp32")
+DTYPES = ("bf16", "fp16", "fp32")
 FORMATS = ("split", "fp32")
 IO_ENGINES = ("auto", "io_uring", "threads")
 
@@ -54,7 +54,7 @@ class TrainOptions:
     accumulate: int = 1
     """Micro-batches per step."""
     dtype: str = "bf16"
-    """What forward and backward compute in: `bf16` or `fp32`."""
+    """What forward and backward compute in: `bf16`, `fp16` with a dynamic loss scale, or `fp32`."""
     seed: int = 0
     """Determines initial weights, data order and dropout."""
     eval_every: int = 0

@@ -1,0 +1,36 @@
+"""`zeroxide convert`: checkpoints of DeepSpeed into zeroxide's, and either into a model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+__all__ = ["convert"]
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="Directory of checkpoints, or one checkpoint in it.", metavar="SOURCE")],
+    target: Annotated[str, typer.Argument(help="Directory to write to.", metavar="TARGET")],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            help="checkpoint, or a model in fp32, bf16 or fp16. Default: checkpoint from DeepSpeed's, else fp32.",
+            show_default=False,
+        ),
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Which checkpoint. Default: the newest.", show_default=False)] = None,
+    exclude_frozen: Annotated[bool, typer.Option(help="Leave out the weights of frozen parameters.")] = False,
+) -> None:
+    """Convert a checkpoint: DeepSpeed's ZeRO-1, 2 or 3 into zeroxide's, or either into safetensors for Hugging Face.
+
+    Pickles are read without running anything that they contain.
+    """
+    # Only now, so that help and a wrong option cost no start of torch.
+    from zeroxide.checkpoint.convert import convert as run
+
+    path, notes = run(Path(source), Path(target), to, tag, include_frozen=not exclude_frozen)
+    for note in notes:
+        print(f"zeroxide: note: {note}", flush=True)
+    print(path, flush=True)

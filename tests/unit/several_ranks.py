@@ -1,0 +1,133 @@
+"""Several ranks in one process: a thread each, and engines that each save and load their part of the elements."""
+
+import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from zeroxide.checkpoint import agree, contents, description, export, load, save
+from zeroxide.ranks import Ranks
+from zeroxide.zero.tensors import spec
+
+PARTS = ("weights", "exp_avg", "exp_avg_sq")
+SECONDS = 60
+"""After which a rank that waits for another one gives up."""
+
+
+FAKES = {}
+"""Who an engine's own ranks are taken for, by their id."""
+
+
+class Meeting:
+    """Where the ranks of one world meet."""
+
+    def __init__(self, world):
+        self.barrier = threading.Barrier(world)
+        self.found = [None] * world
+
+
+class FakeRanks:
+    """What is asked of an engine's ranks, between threads."""
+
+    def __init__(self, rank, meeting):
+        self.rank = rank
+        self.world = meeting.barrier.parties
+        self.local_world = self.world
+        self.alone = self.world == 1
+        self._meeting = meeting
+
+    def barrier(self):
+        self._meeting.barrier.wait(SECONDS)
+
+    def gather_objects(self, obj):
+        self._meeting.found[self.rank] = json.dumps(obj)
+        self.barrier()
+        found = [json.loads(each) for each in self._meeting.found]
+        self.barrier()
+        return found
+
+
+def run_on(engine, rank, world):
+    """The runs of elements in slice `rank` of each unit's parameters laid end to end, trainable and frozen apart."""
+    found = []
+    held = contents.held_parameters(engine)
+    for unit in sorted({each.unit for each in held}):
+        for trainable in (True, False):
+            members = [each for each in held if each.unit == unit and each.trainable is trainable]
+            share = -(-sum(each.numel for each in members) // world)
+            begin, end, at = rank * share, (rank + 1) * share, 0
+            for each in members:
+                low, high = max(begin - at, 0), min(end - at, each.numel)
+                if low < high:
+                    found.append(contents.Run(each, low, high - low))
+                at += each.numel
+    return found
+
+
+@pytest.fixture
+def sharded(monkeypatch):
+    """Lets every engine that has joined others save and load with them, and own its slice of each unit only."""
+    for module in (save, load, export):
+        monkeypatch.setattr(module, "Team", lambda ranks: agree.Team(FAKES.get(id(ranks), ranks)))
+
+    real = contents.own_pieces
+
+    def own(engine):
+        return run_on(engine, engine.fake.rank, engine.fake.world) if hasattr(engine, "fake") else real(engine)
+
+    for module in (description, export):
+        monkeypatch.setattr(module, "own_pieces", own, raising=False)
+    monkeypatch.setattr(load, "pieces_to_fill", lambda engine, part: own(engine))
+
+
+def join(engines):
+    """Makes engines the ranks of one world."""
+    meeting = Meeting(len(engines))
+    for rank, engine in enumerate(engines):
+        # Training goes by the engine's own ranks, of which there is one.
+        engine.ranks = Ranks()
+        engine.fake = FakeRanks(rank, meeting)
+        FAKES[id(engine.ranks)] = engine.fake
+    return engines
+
+
+def on_all(engines, act, *, errors=False):
+    """`act(engine)` on all ranks at once; with `errors`, what each raised instead of raising it."""
+
+    def one(engine):
+        torch.set_num_threads(1)
+        try:
+            return act(engine)
+        except BaseException as error:
+            if not errors:
+                raise
+            return error
+
+    with ThreadPoolExecutor(len(engines)) as pool:
+        return [each.result(SECONDS) for each in [pool.submit(one, engine) for engine in engines]]
+
+
+def own_state(engine):
+    """Every bit of the state that this rank owns, by (name, part, start)."""
+    found = {}
+    fake = getattr(engine, "fake", Ranks())
+    for run in run_on(engine, fake.rank, fake.world):
+        for part in PARTS:
+            values = torch.empty(run.count)
+            engine._alive().read_param(run.held.unit, run.held.position, part, run.start, spec(values))
+            found[run.held.name, part, run.start] = values.view(torch.int32)
+    return found
+
+
+def put_together(engines):
+    """The state of all ranks by (name, part), every element once."""
+    found = {}
+    for engine in engines:
+        for (name, part, start), values in own_state(engine).items():
+            found.setdefault((name, part), []).append((start, values))
+    return {
+        key: torch.cat([values for _, values in sorted(pieces, key=lambda each: each[0])])
+        for key, pieces in found.items()
+    }
