@@ -67,6 +67,7 @@ ranks = FileRanks(rank=int(os.environ["RANK"]), world=int(os.environ["WORLD_SIZE
 Starting torch takes seconds of processor time; what does not concern its collectives can be tried without it."""
 
 PACKAGE = Path(zeroxide.__file__).parents[1]
+TESTS = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -93,13 +94,14 @@ class Job:
     ) -> None:
         self._until = time.monotonic() + timeout
         self._folder = tempfile.TemporaryDirectory(prefix="zeroxide-ranks-")
-        folder = Path(self._folder.name)
+        folder = self.folder = Path(self._folder.name)
         if isinstance(source_or_path, Path):
             script = source_or_path
         else:
             script = folder / "rank.py"
             script.write_text(preamble + textwrap.dedent(source_or_path))
         port = str(free_port())
+        modules = [str(PACKAGE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
         self.processes: list[subprocess.Popen[bytes]] = []
         self._files: list[tuple[Path, Path]] = []
         for rank in range(world):
@@ -108,7 +110,7 @@ class Job:
                     name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "OMPI_", "PMI"))
                 },
                 "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep),
+                "PYTHONPATH": os.pathsep.join(modules),
                 "RANK": str(rank),
                 "WORLD_SIZE": str(world),
                 "LOCAL_RANK": str(rank),

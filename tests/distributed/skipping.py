@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 import torch
-
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "numerics", "")]
-
 from families import build, micro_batch
 
 import zeroxide

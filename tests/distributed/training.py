@@ -19,13 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-
-sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("distributed", "numerics", "")]
-
 from families import build, micro_batch
 from models import loss_of
 from plain import train_plain
+from torch import nn
 from traces import Trace
 
 import zeroxide
@@ -163,7 +160,7 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+        total.update(tensors[name].contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:16]
 
 

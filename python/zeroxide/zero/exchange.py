@@ -273,9 +273,9 @@ class CollectiveExchange:
 def settle(core: _core.Offload, ranks: Ranks, watch: Watch, gathered: int) -> Totals:
     """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
 
-    The ranks' sums are added in double precision in rank order, so that every rank has the same bits. Raises RanksError
-    on every rank when what they `gathered` differs: collectives of one size meet whatever the units are, and the weights
-    were then those of other units.
+    The ranks' sums are added in double precision in rank order, so that every rank has the same bits. Raises
+    RanksError on every rank when what they `gathered` differs: collectives of one size meet whatever the units are, and
+    the weights were then those of other units.
     """
     total, nonfinite, landed = core.grad_norm()
     if ranks.world == 1:

@@ -128,7 +128,7 @@ impl BlockStore {
                 return Err(StorageError::DuplicateDirectory { path: root.clone() });
             }
             seen.push(canonical);
-            store.scratch.push(Scratch::open(root, &job)?);
+            store.scratch.push(Scratch::open(root, &job, ephemeral)?);
         }
         for (scratch, bytes) in store.scratch.iter().zip(store.placement.bytes()) {
             store.files.push(scratch.allocate(*bytes)?);

@@ -31,10 +31,16 @@ pub(super) struct Scratch {
 
 impl Scratch {
     /// Makes `<root>/<job>` and locks it; takes over what a dead run left there.
-    pub(super) fn open(root: &Path, job: &str) -> Result<Self, StorageError> {
+    ///
+    /// `ephemeral`: it is to be removed at the end. What dead runs should have removed from `root` goes first: a rank that
+    /// was killed leaves as many bytes as its state has.
+    pub(super) fn open(root: &Path, job: &str, ephemeral: bool) -> Result<Self, StorageError> {
         let made_root = make_root(root)?.then(|| root.to_path_buf());
         let path = root.join(job);
-        match lock(&path) {
+        if ephemeral {
+            sweep(root, &path);
+        }
+        match lock(&path, ephemeral) {
             Ok((lock, previous)) => {
                 let taken_over = previous.map(|pid| {
                     (
@@ -102,6 +108,26 @@ impl Scratch {
     }
 }
 
+/// Removes what dead runs were to remove from `root`, but for the directory that this run takes over by its name. What
+/// cannot be removed stays: it is not this run's to complain of.
+fn sweep(root: &Path, own: &Path) {
+    let Ok(entries) = fs::read_dir(root) else {
+        return;
+    };
+    let paths = entries.flatten().map(|entry| entry.path());
+    for path in paths.filter(|path| path != own) {
+        if let Some(lock) = DirectoryLock::inherit(&path) {
+            let left = Scratch {
+                path,
+                made_root: None,
+                taken_over: None,
+                _lock: lock,
+            };
+            let _ = left.remove();
+        }
+    }
+}
+
 /// Removes a directory unless someone has put something there meanwhile.
 fn remove_empty(path: &Path) -> Result<(), StorageError> {
     match fs::remove_dir(path) {
@@ -137,7 +163,7 @@ fn make_root(root: &Path) -> Result<bool, StorageError> {
 }
 
 /// Makes the scratch directory itself and locks it.
-fn lock(path: &Path) -> Result<(DirectoryLock, Option<u32>), StorageError> {
+fn lock(path: &Path, ephemeral: bool) -> Result<(DirectoryLock, Option<u32>), StorageError> {
     let mut attempt = 0;
     loop {
         attempt += 1;
@@ -146,7 +172,7 @@ fn lock(path: &Path) -> Result<(DirectoryLock, Option<u32>), StorageError> {
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => check_ours(path)?,
             Err(source) => return Err(refusal("create", path, source)),
         }
-        match DirectoryLock::acquire(path) {
+        match DirectoryLock::acquire(path, ephemeral) {
             // The only way not to find a directory that was there a moment ago: a run that was ending
             // has removed it.
             Err(StorageError::MissingParent { .. }) if attempt < ATTEMPTS => {}
