@@ -9,13 +9,48 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zeroxide import zero
     from zeroxide.engine import Engine
     from zeroxide.errors import ZeroxideError
     from zeroxide.initialize import initialize
     from zeroxide.optim import AdamW
     from zeroxide.ranks import init_distributed
+    from zeroxide.zero import (
+        safe_get_full_fp32_param,
+        safe_get_full_grad,
+        safe_get_full_optimizer_state,
+        safe_get_local_fp32_param,
+        safe_get_local_grad,
+        safe_get_local_optimizer_state,
+        safe_set_full_fp32_param,
+        safe_set_full_grad,
+        safe_set_full_optimizer_state,
+        safe_set_local_fp32_param,
+        safe_set_local_grad,
+        safe_set_local_optimizer_state,
+    )
 
-__all__ = ["AdamW", "Engine", "ZeroxideError", "__version__", "init_distributed", "initialize"]
+__all__ = [
+    "AdamW",
+    "Engine",
+    "ZeroxideError",
+    "__version__",
+    "init_distributed",
+    "initialize",
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+    "zero",
+]
 
 _HOMES = {
     "AdamW": "zeroxide.optim",
@@ -31,6 +66,10 @@ def __getattr__(name: str) -> Any:
         from zeroxide._core import __version__
 
         return __version__
+    if name == "zero":
+        return importlib.import_module("zeroxide.zero")
+    if name.startswith("safe_") and name in __all__:
+        return getattr(importlib.import_module("zeroxide.zero"), name)
     if name in _HOMES:
         found = getattr(importlib.import_module(_HOMES[name]), name)
         globals()[name] = found

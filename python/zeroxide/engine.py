@@ -18,17 +18,20 @@ from torch.utils.data import DataLoader
 
 from zeroxide import _core
 from zeroxide.config import Config
-from zeroxide.errors import BudgetError, ConfigError
+from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import groups_for
 from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.exchange import Alone, CollectiveExchange, Exchange, SharedExchange, settle
+from zeroxide.zero.full_state import FullState, refuse_loading
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
-from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters
+from zeroxide.zero.leaf import mark_leaf_modules
+from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
 from zeroxide.zero.plan import Plan, make_plan
+from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
@@ -46,7 +49,7 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
 
 
-class Engine(nn.Module):
+class Engine(FullState, nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
     The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
@@ -88,10 +91,12 @@ class Engine(nn.Module):
         for path, reason in config.no_effect:
             logger.warning("config key %s has no effect: %s", path, reason)
         self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
-        groups = groups_for(module, config, optimizer, parameters)
+        only_looks = optimizer is None and config.optimizer is None and not _is_trained(module)
+        groups = [] if only_looks else groups_for(module, config, optimizer, parameters)
         _check_groups(groups)
+        mark_leaf_modules(module, config)
         threads = config.threads or len(os.sched_getaffinity(0))
-        self._plan = make_plan(module, config, threads=threads, resident=_resident_without(module), ranks=self.ranks)
+        self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
         self._core = _make_core(self._plan, config)
         self.watch.on_failure(self._core.call_off)
         try:
@@ -127,7 +132,10 @@ class Engine(nn.Module):
         self._gatherer = Gatherer(core, self._exchange, units, self.config.prefetch)
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
-        self.optimizer = EngineOptimizer(groups, core, self._update, self._scaler)
+        self._house = House(self._alive, self._before_change, units, self.ranks, self.watch, replicated=plan.replicated)
+        seat_all(self._house)
+        self._loading = refuse_loading(module)
+        self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
             _core.drop_clean_text()
@@ -221,6 +229,7 @@ class Engine(nn.Module):
 
         A step whose gradients are not finite is left out and counted in `skipped_steps`.
         """
+        self._check_trained("step")
         boundary = self.is_gradient_accumulation_boundary()
         self.micro_steps += 1
         self._applied = False
@@ -251,8 +260,7 @@ class Engine(nn.Module):
         elif landed:
             clip = self.config.gradient_clipping
             factor = min(1.0, clip / (self._norm + CLIP_EPSILON)) if clip and finite else 1.0
-            if self._saver is not None:
-                self._saver.before_update()
+            self._before_change()
             core.step(self.optimizer.core_groups(), factor / loss_scale)
             self._exchange.after_step()
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
@@ -261,6 +269,11 @@ class Engine(nn.Module):
         if landed:
             self._scaler.update(self.optimizer.overflow)
         self._times["step"] += time.perf_counter() - start
+
+    def _before_change(self) -> None:
+        """Waits until state may change: a save in the background has what it needs."""
+        if self._saver is not None:
+            self._saver.before_update()
 
     def finish_step(self) -> None:
         """Waits until the optimizer step under way is done and on disk.
@@ -318,7 +331,7 @@ class Engine(nn.Module):
 
     def get_lr(self) -> list[float]:
         """Learning rate of each group."""
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
 
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the weights."""
@@ -415,6 +428,7 @@ class Engine(nn.Module):
         checkpoint is there when `wait_for_checkpoint` has returned, and a failure is raised by that, by the next save
         or load, or by `destroy`, whichever comes first.
         """
+        self._check_trained("save_checkpoint")
         if self._saver is None:
             from zeroxide.checkpoint.background import Saver
 
@@ -454,6 +468,7 @@ class Engine(nn.Module):
         """Loads what `save_checkpoint` wrote, at any world size, in any offload mode. Returns (path, client_state)."""
         from zeroxide.checkpoint.load import load_checkpoint
 
+        self._check_trained("load_checkpoint")
         self.wait_for_checkpoint()
 
         return load_checkpoint(
@@ -487,6 +502,8 @@ class Engine(nn.Module):
             core, self._core = self._core, None
             if hasattr(self, "_hooks"):
                 self._hooks.close()
+                for handle in self._loading:
+                    handle.remove()
                 for unit in self._units:
                     unit.hide()
             core.close()
@@ -494,6 +511,10 @@ class Engine(nn.Module):
             self.ranks.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
+
+    def _check_trained(self, call: str) -> None:
+        if self.optimizer is None:
+            raise ModelError(f"{call}: every parameter is frozen, and the engine was made without an optimizer")
 
     def _check_budget(self) -> None:
         limit = self.config.host_memory
@@ -526,14 +547,8 @@ class Engine(nn.Module):
             core.close()
 
 
-def _resident_without(module: nn.Module) -> int:
-    """Resident bytes of the process less those of the model's parameters, which move into the core's buckets."""
-    storages = {
-        param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
-        for param in module.parameters()
-        if param.device.type == "cpu"
-    }
-    return max(0, _core.resident()["rss"] - sum(storages.values()))
+def _is_trained(module: nn.Module) -> bool:
+    return any(param.requires_grad for param in module.parameters())
 
 
 def _check_groups(groups: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from zeroxide.config import Config, load
 from zeroxide.engine import Engine
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.ranks import Ranks, agree, config_facts, model_facts, start, version_facts
+from zeroxide.zero.init import is_building
 from zeroxide.zero.materialize import WeightSource
 
 __all__ = ["initialize"]
@@ -47,7 +48,7 @@ def initialize(
     dtype: str | None = None,
     gradient_clipping: float | None = None,
     gradient_accumulation_steps: int | None = None,
-) -> tuple[Engine, torch.optim.Optimizer, DataLoader[Any] | None, Any]:
+) -> tuple[Engine, Any, DataLoader[Any] | None, Any]:
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
     model: any module with floating-point parameters, all in host memory or all on the meta device (then `weights`
@@ -59,11 +60,16 @@ def initialize(
     offload: "none", "cpu" or "nvme:DIR" for parameters and optimizer state together.
     host_memory: most resident memory of the whole process, in bytes or as "2GiB".
 
+    A model whose parameters are all frozen gets no optimizer if nobody asks for one: an engine for evaluation, whose
+    optimizer is None.
+
     Returns (engine, optimizer, dataloader or None, lr_scheduler or None). Raises ConfigError, ModelError,
     BudgetError or StorageError, each in one line.
     """
     if model is None:
         raise ModelError("initialize needs a model")
+    if is_building():
+        raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
     if mpu is not None or mesh_param is not None:
         name = "mpu" if mpu is not None else "mesh_param"
         raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
@@ -98,12 +104,15 @@ def initialize(
     return engine, engine.optimizer, loader, engine.lr_scheduler
 
 
-def _scheduler(config: Config, given: Any, optimizers: tuple[torch.optim.Optimizer, Any]) -> Any:
+def _scheduler(config: Config, given: Any, optimizers: tuple[torch.optim.Optimizer | None, Any]) -> Any:
     """The schedule; `optimizers` are the engine's, and the one whose groups the engine took over."""
     optimizer = optimizers[0]
+    if given is None and config.scheduler is None:
+        return None
+    if optimizer is None:
+        raise ConfigError("a schedule needs an optimizer: the config has none", path="scheduler")
     if given is None:
-        if config.scheduler is None:
-            return None
+        assert config.scheduler is not None
         from zeroxide.optim import schedules
 
         return getattr(schedules, config.scheduler.name)(optimizer, **config.scheduler.params)

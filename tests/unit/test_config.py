@@ -65,6 +65,9 @@ FP16 = {"fp16": {"enabled": True}}
 # key, value, what it needs beside it, field of Config, value of that field
 EFFECTS = [
     ("train_batch_size", 8, {}, "train_batch_size", 8),
+    ("zero_optimization.leaf_module.classes", ["Moe"], {}, "leaf_classes", ("Moe",)),
+    ("zero_optimization.leaf_module.names", ["model.moe"], {}, "leaf_names", ("model.moe",)),
+    ("zero_optimization.leaf_module.name_suffixes", [".moe"], {}, "leaf_suffixes", (".moe",)),
     ("train_micro_batch_size_per_gpu", 4, {}, "train_micro_batch_size_per_gpu", 4),
     ("gradient_accumulation_steps", 3, {}, "gradient_accumulation_steps", 3),
     ("gradient_clipping", 0.5, {}, "gradient_clipping", 0.5),

@@ -36,7 +36,7 @@ pub(crate) struct Fill {
 
 impl Core {
     /// Components other than the live weight that `part` is made of.
-    fn side_components(&self, part: Part) -> Vec<(Component, usize)> {
+    pub(crate) fn side_components(&self, part: Part) -> Vec<(Component, usize)> {
         self.state_layout
             .components()
             .iter()
@@ -51,7 +51,7 @@ impl Core {
 
     /// The elements under the unit's window that a fill of its weights writes: this rank's, or all where every rank has
     /// its own copy of them.
-    fn filled_window(&self, unit: usize) -> Range<u64> {
+    pub(crate) fn filled_window(&self, unit: usize) -> Range<u64> {
         let this = &self.units[unit];
         match &this.weights {
             Weights::Borrowed { .. } | Weights::Moving { home: Some(_), .. } => 0..0,
@@ -316,7 +316,7 @@ impl Core {
     }
 
     /// The other moment must exist on disk once one of them does.
-    fn write_zero_moments(&mut self, unit: usize, filled: Part) -> Result<()> {
+    pub(crate) fn write_zero_moments(&mut self, unit: usize, filled: Part) -> Result<()> {
         if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
             *moments_are_zero = false;
         }
@@ -344,7 +344,7 @@ impl Core {
     }
 }
 
-fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
+pub(crate) fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
     match dtype {
         Dtype::F32 => bytemuck::cast_slice_mut(bytes).copy_from_slice(values),
         Dtype::Bf16 => {

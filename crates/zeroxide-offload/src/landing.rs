@@ -304,7 +304,7 @@ fn land_pieces(
 }
 
 /// The norm of what lies in a gradient buffer, with the bits that landing it whole would give.
-fn measure(pool: &zeroxide_optim::Pool, dtype: Dtype, bytes: &mut [u8]) -> LandStats {
+pub(crate) fn measure(pool: &zeroxide_optim::Pool, dtype: Dtype, bytes: &mut [u8]) -> LandStats {
     let pieces: Vec<_> = bytes
         .chunks_mut(PIECE * dtype.size())
         .map(|piece| Mutex::new((piece, LandStats::default())))

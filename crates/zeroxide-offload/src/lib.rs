@@ -4,6 +4,7 @@
 //! [`Offload`] is the only entry. Its calls may come from any thread; each holds the state for as long as it runs.
 
 mod core;
+mod edit;
 mod error;
 mod fill;
 mod gather;

@@ -126,6 +126,33 @@ impl Offload {
         })
     }
 
+    /// Writes elements `start..` of one parameter, given as fp32, where this rank keeps them; all else stays. Every rank
+    /// calls it, with the whole parameter or with its own part.
+    pub fn write_param(
+        &self,
+        unit: usize,
+        param: usize,
+        part: Part,
+        start: u64,
+        values: &[f32],
+    ) -> Result<()> {
+        self.with("write_param", |core| {
+            core.write_param(unit, param, part, start, values)
+        })
+    }
+
+    /// Reads elements `start..` of one parameter's accumulated gradient as fp32; zero if there is none.
+    pub fn read_grad(&self, unit: usize, param: usize, start: u64, out: &mut [f32]) -> Result<()> {
+        self.with("read_grad", |core| core.read_grad(unit, param, start, out))
+    }
+
+    /// Replaces elements `start..` of one parameter's gradient, which it has afterwards.
+    pub fn write_grad(&self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
+        self.with("write_grad", |core| {
+            core.write_grad(unit, param, start, values)
+        })
+    }
+
     /// Updates made so far to one parameter.
     pub fn updates(&self, unit: usize, param: usize) -> Result<u64> {
         self.with("updates", |core| core.updates(unit, param))

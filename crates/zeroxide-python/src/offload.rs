@@ -153,6 +153,27 @@ impl PyOffload {
         map(py, done)
     }
 
+    /// Writes elements `start..` of one parameter's "weights", "`exp_avg`", "`exp_avg_sq`" or "grad", as fp32, where this
+    /// rank keeps them; all else stays.
+    fn write_param(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        part: &str,
+        start: u64,
+        values: &TensorSpec,
+    ) -> PyResult<()> {
+        let values = values.f32()?;
+        let done = if part == GRADIENT {
+            py.detach(|| self.inner.write_grad(unit, param, start, values))
+        } else {
+            let part = parse_part(part)?;
+            py.detach(|| self.inner.write_param(unit, param, part, start, values))
+        };
+        map(py, done)
+    }
+
     /// Reads elements `start..` of one parameter into an fp32 tensor.
     fn read_param(
         &self,
@@ -163,9 +184,13 @@ impl PyOffload {
         start: u64,
         out: &TensorSpec,
     ) -> PyResult<()> {
-        let part = parse_part(part)?;
         let out = out.f32_mut()?;
-        let done = py.detach(|| self.inner.read_param(unit, param, part, start, out));
+        let done = if part == GRADIENT {
+            py.detach(|| self.inner.read_grad(unit, param, start, out))
+        } else {
+            let part = parse_part(part)?;
+            py.detach(|| self.inner.read_param(unit, param, part, start, out))
+        };
         map(py, done)
     }
 
@@ -452,12 +477,19 @@ fn parse_dtype(name: &str) -> PyResult<Dtype> {
     Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
+/// The part of a parameter that is read and written, but never filled.
+const GRADIENT: &str = "grad";
+
 fn parse_part(name: &str) -> PyResult<Part> {
     match name {
         "weights" => Ok(Part::Weights),
         "exp_avg" => Ok(Part::ExpAvg),
         "exp_avg_sq" => Ok(Part::ExpAvgSq),
-        other => Err(unknown("part", other, "weights, exp_avg or exp_avg_sq")),
+        other => Err(unknown(
+            "part",
+            other,
+            "weights, exp_avg, exp_avg_sq or, where it is not filled, grad",
+        )),
     }
 }
 

@@ -19,7 +19,7 @@ from zeroxide.config.schema import (
 )
 from zeroxide.config.schema import Optimizer as OptimizerSection
 from zeroxide.config.schema import Scheduler as SchedulerSection
-from zeroxide.config.schema_zero import OffloadOptimizer, OffloadParam, ZeroOptimization
+from zeroxide.config.schema_zero import LeafModule, OffloadOptimizer, OffloadParam, ZeroOptimization
 from zeroxide.config.shortcuts import Shortcuts, agree
 from zeroxide.errors import ConfigError
 
@@ -57,6 +57,7 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
     clipping = agree("gradient_clipping", shortcuts.gradient_clipping, "gradient_clipping", document.gradient_clipping)
     host_memory = agree("host_memory", shortcuts.host_memory, "zeroxide.host_memory", own.host_memory)
     optimizer = _optimizer(document.optimizer, shortcuts, origin, no_effect)
+    leaf = (zero.leaf_module if zero is not None else None) or LeafModule()
     return Config(
         stage=stage,
         precision=precision.precision,
@@ -81,6 +82,9 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         scheduler=_scheduler(document.scheduler, origin, no_effect),
         offload_param=offload_param,
         offload_optimizer=offload_optimizer,
+        leaf_classes=tuple(leaf.classes or ()),
+        leaf_names=tuple(leaf.names or ()),
+        leaf_suffixes=tuple(leaf.name_suffixes or ()),
         host_memory=host_memory,
         unit_bytes=own.unit_bytes,
         staging_bytes=_staging(own, host_memory),

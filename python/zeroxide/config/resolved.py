@@ -122,6 +122,12 @@ class Config:
 
     offload_param: Offload = field(default_factory=Offload)
     offload_optimizer: Offload = field(default_factory=Offload)
+    leaf_classes: tuple[str, ...] = ()
+    """Classes of modules that are gathered whole, as "Name" or "module.path.Name"."""
+    leaf_names: tuple[str, ...] = ()
+    """Full names of modules that are gathered whole."""
+    leaf_suffixes: tuple[str, ...] = ()
+    """What names of modules that are gathered whole end in."""
     host_memory: int | None = None
     """Budget for the whole process's resident memory; `None` sets no limit."""
     unit_bytes: int | None = None

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from zeroxide.config.fields import Directory, Flag, NoEffect, NotBuilt, Section, choice, expecting
 
-__all__ = ["OffloadOptimizer", "OffloadParam", "ZeroOptimization"]
+__all__ = ["LeafModule", "OffloadOptimizer", "OffloadParam", "ZeroOptimization"]
 
+Names = Annotated[list[str], expecting("a list of names")]
 Device = Annotated[Literal["none", "cpu", "nvme"], choice("none", "cpu", "nvme")]
 
 _BUFFERS = "transfer buffers come from one ring; see zeroxide.staging_bytes"
@@ -45,6 +46,14 @@ class OffloadOptimizer(Section):
     cpuadam_cores_perc: Annotated[Any, NoEffect("see zeroxide.threads")] = None
     ratio: Annotated[Any, NotBuilt("splitting the optimizer between devices", neutral=(1,))] = None
     super_offload: Annotated[Flag | None, NotBuilt("super offload")] = None
+
+
+class LeafModule(Section):
+    """`zero_optimization.leaf_module`: modules that are gathered whole."""
+
+    classes: Names | None = None
+    names: Names | None = None
+    name_suffixes: Names | None = None
 
 
 class ZeroOptimization(Section):
@@ -85,7 +94,7 @@ class ZeroOptimization(Section):
     stage3_module_granularity_threshold: Annotated[Any, NoEffect("see zeroxide.unit_bytes")] = None
     stage3_use_all_reduce_for_fetch_params: Annotated[Any, NoEffect("a unit is gathered by one collective")] = None
     stage3_allgather_sequential: Annotated[Any, NoEffect("a unit is gathered by one collective")] = None
-    leaf_module: Annotated[Any, NoEffect("a unit is gathered whole, whatever it contains")] = None
+    leaf_module: LeafModule | None = None
     memory_efficient_linear: Annotated[Any, NoEffect("no function of torch is replaced")] = None
     override_module_apply: Annotated[Any, NoEffect("no function of torch is replaced")] = None
     pipeline_loading_checkpoint: Annotated[Any, NoEffect("checkpoints are always loaded as a stream")] = None

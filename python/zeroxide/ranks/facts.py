@@ -75,7 +75,7 @@ def model_facts(module: nn.Module) -> dict[str, Fact]:
     """
     return {
         "model.parameters": [
-            f"{name} {str(each.dtype).removeprefix('torch.')} {list(each.shape)} "
+            f"{name} {str(each.dtype).removeprefix('torch.')} {list(getattr(each, 'ds_shape', each.shape))} "
             f"{'trained' if each.requires_grad else 'frozen'}"
             for name, each in module.named_parameters()
         ]

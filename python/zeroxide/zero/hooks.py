@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
+from zeroxide.errors import ModelError
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.reduce import Reducer
 from zeroxide.zero.unit import Unit
@@ -188,6 +189,11 @@ def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None]) -> No
     """Runs `act` when the gradient of any of the tensors is known."""
 
     def hook(grad: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            raise ModelError(
+                "backward with create_graph=True: a graph of the backward would refer to weights that are gone when it "
+                "is used; double backward is not supported"
+            )
         act()
 
     for tensor in tensors:

@@ -95,7 +95,9 @@ class LargeModules:
             land = partial(self._land_part, unit, position)
             owner.forward = partial(self._linear, unit, owner, land)  # type: ignore[method-assign]
             self.patched.append(owner)
-        elif type(owner) is nn.Embedding and not owner.sparse and not owner.scale_grad_by_freq:
+        elif (
+            type(owner) is nn.Embedding and owner.weight is weight and not owner.sparse and not owner.scale_grad_by_freq
+        ):
             owner.sparse = True
             self.sparse.append(owner)
 

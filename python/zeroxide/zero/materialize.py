@@ -15,9 +15,10 @@ from zeroxide import _core
 from zeroxide.errors import ModelError
 from zeroxide.ranks import Ranks
 from zeroxide.zero.plan import UnitPlan
+from zeroxide.zero.slices import slice_of
 from zeroxide.zero.tensors import spec
 
-__all__ = ["WeightSource", "fill_units", "replace_meta_parameters"]
+__all__ = ["WeightSource", "fill_units", "replace_meta_parameters", "resident_without"]
 
 
 class WeightSource(Protocol):
@@ -30,6 +31,18 @@ class WeightSource(Protocol):
         the modules that own them, whose parameters and buffers are real during the call. Modules that own only
         buffers come in a last call with no tensors.
         """
+
+
+def resident_without(module: nn.Module) -> int:
+    """Resident bytes of the process less those of the model's parameters, which move into the core's buckets."""
+    storages = {
+        param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
+        for param in module.parameters()
+        if param.device.type == "cpu"
+    }
+    slices = (slice_of(param) for param in module.parameters())
+    storages.update({-1 - at: each.nbytes for at, each in enumerate(slices) if each is not None})
+    return max(0, _core.resident()["rss"] - sum(storages.values()))
 
 
 def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
@@ -72,10 +85,17 @@ def fill_units(
             _make(index, plan, core, source, new, seen, ranks)
         else:
             for position, entry in enumerate(plan.params):
-                values = entry.param.detach().to(torch.float32).contiguous()
-                ranks.broadcast_tensor(values)
+                kept = slice_of(entry.param)
+                if kept is not None and not kept.whole:
+                    kept.gather(entry.param)
+                    values = entry.param.detach().to(torch.float32).contiguous()
+                else:
+                    values = entry.param.detach().to(torch.float32).contiguous()
+                    ranks.broadcast_tensor(values)
                 core.fill_param(index, position, 0, spec(values.view(-1)))
                 entry.param.data = torch.empty(0, dtype=entry.param.dtype)
+                if kept is not None:
+                    kept.drop()
         core.fill_commit(index)
     if new and source is not None:
         rest = {name: owner for name, owner in module.named_modules() if id(owner) not in seen and _meta_buffers(owner)}

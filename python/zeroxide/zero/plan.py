@@ -18,9 +18,11 @@ from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.precision import torch_dtype
 from zeroxide.ranks import Ranks
+from zeroxide.zero.keeper import keeper_of, shape_of
+from zeroxide.zero.slices import slice_of
 from zeroxide.zero.state import Home
 
-__all__ = ["ParameterPlan", "Plan", "UnitPlan", "make_plan", "padded_sizes"]
+__all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan", "padded_sizes"]
 
 MIB = 1 << 20
 DEFAULT_UNIT_BYTES = 512 * MIB
@@ -31,6 +33,8 @@ TILE_QUANTUM = 2048
 MIN_TILES_IN_RING = 2
 SLOTS = 3
 """Units whose gradients can be on their way to other ranks at once, as the core counts them."""
+EXTERNAL = "_external_parameters"
+"""Attribute of a module: parameters of others that its forward uses."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     for a model that cannot be trained, BudgetError when `config.host_memory` cannot hold the payload.
     """
     entries = list(_parameters(module))
-    check_model(module, entries)
+    check_model(module, entries, config)
     unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
     compute = torch_dtype(config.precision)
     units = _find_units(module, entries, unit_bytes // compute.itemsize)
@@ -218,12 +222,15 @@ def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
     return [UnitPlan(name, unit.modules, params, unit.span) for name, params in parts]
 
 
-def check_model(module: nn.Module, entries: list[ParameterPlan]) -> None:
+def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config) -> None:
     """Refuses models that have nothing to train or parameters that cannot be laid out."""
     if not entries:
         raise ModelError(f"{type(module).__name__} has no parameters: there is nothing to train")
-    if not any(entry.trainable for entry in entries):
-        raise ModelError(f"every parameter of {type(module).__name__} is frozen: nothing to train")
+    if config.optimizer is not None and not any(entry.trainable for entry in entries):
+        raise ModelError(
+            f"every parameter of {type(module).__name__} is frozen: nothing to train; without an optimizer "
+            "in the config it can be used for evaluation"
+        )
     devices = Counter(entry.param.device.type for entry in entries)
     if len(devices) > 1:
         (first, _), (other, _) = devices.most_common(2)
@@ -234,6 +241,12 @@ def check_model(module: nn.Module, entries: list[ParameterPlan]) -> None:
             name=odd.name,
         )
     for entry in entries:
+        if keeper_of(entry.param) is not None and slice_of(entry.param) is None:
+            raise ModelError(
+                f"{entry.name} belongs to an engine, or did until that was destroyed: build the model again, and load "
+                "what engine.module_state_dict() or a checkpoint has kept",
+                name=entry.name,
+            )
         if not entry.param.is_floating_point():
             raise ModelError(
                 f"{entry.name} has dtype {entry.param.dtype}: only floating-point parameters can be trained; "
@@ -260,18 +273,32 @@ def _parameters(module: nn.Module) -> Iterator[ParameterPlan]:
                 continue
             owners.setdefault(id(param), []).append((prefix, owner))
             first.setdefault(id(param), (f"{prefix}.{name}" if prefix else name, param))
+    for prefix, user in module.named_modules():
+        for param in user.__dict__.get(EXTERNAL, ()):
+            if id(param) in first and all(user is not owner for _, owner in owners[id(param)]):
+                owners[id(param)].append((prefix, user))
     for key, (name, param) in first.items():
-        yield ParameterPlan(name, param, tuple(owners[key]), param.shape, param.numel(), param.requires_grad)
+        shape = shape_of(param)
+        yield ParameterPlan(name, param, tuple(owners[key]), shape, shape.numel(), param.requires_grad)
 
 
-def _block_lists(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.ModuleList]]:
-    """The outermost module lists with at least two items that have parameters."""
+def is_leaf(module: nn.Module) -> bool:
+    """Whether the module is marked to be gathered whole."""
+    return bool(module.__dict__.get("_z3_leaf"))
+
+
+def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The items of the outermost module lists with at least two items that have parameters, and leaf modules."""
+    if is_leaf(module):
+        return
     for name, child in module.named_children():
         path = f"{prefix}.{name}" if prefix else name
-        if isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
+        if is_leaf(child):
             yield path, child
+        elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
+            yield from ((f"{path}.{index}", item) for index, item in enumerate(child))
         else:
-            yield from _block_lists(child, path)
+            yield from _blocks(child, path)
 
 
 def _has_parameters(module: nn.Module) -> bool:
@@ -279,9 +306,7 @@ def _has_parameters(module: nn.Module) -> bool:
 
 
 def _find_units(module: nn.Module, entries: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
-    blocks: list[tuple[str, nn.Module]] = []
-    for path, items in _block_lists(module):
-        blocks += [(f"{path}.{index}", item) for index, item in enumerate(items)]
+    blocks = list(_blocks(module))
     home: dict[int, int] = {}
     for index, (_, block) in enumerate(blocks):
         for child in block.modules():
@@ -306,14 +331,14 @@ def _block_units(name: str, block: nn.Module, params: list[ParameterPlan], max_e
     if not params:
         return []
     unit = UnitPlan(name, list(_called(block)), params)
-    if unit.numel <= max_elements:
+    if unit.numel <= max_elements or is_leaf(block):
         return [unit]
-    return _by_owner(params)
+    return _by_owner(block, params)
 
 
 def _called(block: nn.Module) -> Iterator[nn.Module]:
     """The modules whose forward runs when the block is used: itself, or its items where it is only a container."""
-    if type(block).forward is nn.Module.forward:
+    if type(block).forward is nn.Module.forward and not is_leaf(block):
         for child in block.children():
             yield from _called(child)
     else:
@@ -325,18 +350,24 @@ def _root_units(module: nn.Module, left: list[ParameterPlan], max_elements: int)
         return []
     owners = _distinct(owner for entry in left for _, owner in entry.owners)
     whole = UnitPlan("root", _distinct([module, *owners]), left, span=True)
-    if whole.numel <= max_elements:
+    if whole.numel <= max_elements or is_leaf(module):
         return [whole]
-    return _by_owner(left)
+    return _by_owner(module, left)
 
 
-def _by_owner(params: list[ParameterPlan]) -> list[UnitPlan]:
+def _by_owner(block: nn.Module, params: list[ParameterPlan]) -> list[UnitPlan]:
+    """One unit for the parameters of each module of `block`; a leaf module's are those of all modules below it."""
+    above: dict[int, nn.Module] = {}
+    for leaf in filter(is_leaf, block.modules()):
+        for below in leaf.modules():
+            above.setdefault(id(below), leaf)
     groups: dict[tuple[int, ...], list[ParameterPlan]] = {}
     for entry in params:
-        groups.setdefault(tuple(id(owner) for _, owner in entry.owners), []).append(entry)
+        users = _distinct(above.get(id(owner), owner) for _, owner in entry.owners)
+        groups.setdefault(tuple(id(user) for user in users), []).append(entry)
     units = []
     for group in groups.values():
-        owners = _distinct(owner for entry in group for _, owner in entry.owners)
+        owners = _distinct(above.get(id(owner), owner) for entry in group for _, owner in entry.owners)
         # Parameters with several owners may be used through any of them, also without its forward.
         units.append(UnitPlan(group[0].name.rpartition(".")[0] or "root", owners, group, span=len(owners) > 1))
     return units

@@ -37,6 +37,8 @@ class Unit:
             self.views.append(flat[offset : offset + shape.numel()].view(shape))
         self.empty = torch.empty(0, dtype=dtype)
         self.state = UnitState.RELEASED
+        self.lent: dict[int, torch.Tensor] = {}
+        """Positions whose parameters show a copy of their values, whatever becomes of the unit."""
 
     def show(self) -> None:
         """Lets the parameters be views of the flat weights. The core holds the memory under them."""
@@ -45,6 +47,7 @@ class Unit:
         for param, view in zip(self.params, self.views, strict=True):
             param.data = view
         self.state = UnitState.GATHERED
+        self._show_lent()
 
     def hide(self) -> None:
         """Makes the parameters empty again."""
@@ -53,3 +56,19 @@ class Unit:
         for param in self.params:
             param.data = self.empty
         self.state = UnitState.RELEASED
+        self._show_lent()
+
+    def lend(self, position: int, copy: torch.Tensor) -> None:
+        """Lets a parameter show `copy`, in its shape and dtype, until it is taken back."""
+        self.lent[position] = copy
+        self.params[position].data = copy
+
+    def take_back(self, position: int) -> None:
+        """Ends `lend`."""
+        self.lent.pop(position, None)
+        gathered = self.state is UnitState.GATHERED
+        self.params[position].data = self.views[position] if gathered else self.empty
+
+    def _show_lent(self) -> None:
+        for position, copy in self.lent.items():
+            self.params[position].data = copy

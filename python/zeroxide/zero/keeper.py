@@ -1,0 +1,130 @@
+"""Parameters whose values are elsewhere: what they say of themselves while they are empty.
+
+Such a parameter shows size 0 wherever it is not in use, as with DeepSpeed, and answers under DeepSpeed's names:
+`ds_shape`, `ds_numel`, `ds_id`, `ds_status`, `ds_tensor` and `ds_persist`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from zeroxide.errors import ModelError
+
+__all__ = ["Keeper", "ManagedParameter", "ZeroParamStatus", "keeper_of", "manage", "new_id", "shape_of"]
+
+_ids = itertools.count()
+
+
+def new_id() -> int:
+    """The next `ds_id`. Ranks that manage their parameters in one order give them the same."""
+    return next(_ids)
+
+
+class ZeroParamStatus(Enum):
+    """DeepSpeed's words for whether a parameter can be used. INFLIGHT exists for its users; nothing is ever in it."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+class Keeper(Protocol):
+    """Who has the values of one parameter."""
+
+    ident: int
+    shape: torch.Size
+
+    def available(self) -> bool:
+        """Whether the parameter shows its values now."""
+
+    def local(self) -> torch.Tensor:
+        """This rank's part of the values, flat; a copy, or memory that must not be written."""
+
+    def open(self, param: nn.Parameter) -> None:
+        """Gives the parameter a copy of all its values, on every rank. Called again, it counts."""
+
+    def close(self, param: nn.Parameter, source: int | None) -> None:
+        """Ends one `open`; with `source`, what that rank has written becomes the value on every rank.
+
+        Raises ModelError, on all ranks, when the parameter no longer has its shape there.
+        """
+
+
+class ManagedParameter(nn.Parameter):
+    """A parameter with a keeper."""
+
+    _keeper: Keeper
+
+    @property
+    def ds_id(self) -> int:
+        """A number of its own, the same on every rank."""
+        return self._keeper.ident
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        """The shape while it is in use."""
+        return self._keeper.shape
+
+    @property
+    def ds_numel(self) -> int:
+        """Elements while it is in use."""
+        return self._keeper.shape.numel()
+
+    @property
+    def ds_status(self) -> ZeroParamStatus:
+        """AVAILABLE while it shows its values, else NOT_AVAILABLE."""
+        return ZeroParamStatus.AVAILABLE if self._keeper.available() else ZeroParamStatus.NOT_AVAILABLE
+
+    @property
+    def ds_tensor(self) -> torch.Tensor:
+        """This rank's part of the values, flat and without padding. Writing into it changes nothing: see
+        `safe_set_local_fp32_param`."""
+        return self._keeper.local()
+
+    @property
+    def ds_persist(self) -> bool:
+        """Whether it always shows its values: never."""
+        return False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            with _copied(self):
+                memo[id(self)] = nn.Parameter(self.data.clone(), self.requires_grad)
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        with _copied(self):
+            return torch._utils._rebuild_parameter, (self.data, self.requires_grad, {})
+
+
+def _copied(param: ManagedParameter) -> torch.no_grad:
+    # Within zero.Init the look at its size gathers it.
+    if param.data.numel() != param._keeper.shape.numel():
+        raise ModelError(
+            f"a parameter of shape {tuple(param._keeper.shape)} was to be copied or pickled while it is empty: do so "
+            "inside zeroxide.zero.GatheredParameters, or take engine.module_state_dict()"
+        )
+    return torch.no_grad()
+
+
+def manage(param: nn.Parameter, keeper: Keeper) -> None:
+    """Makes `keeper` answer for the parameter. A subclass of Parameter keeps its class, and has no `ds_` names."""
+    param._keeper = keeper  # type: ignore[attr-defined]
+    if type(param) is nn.Parameter:
+        param.__class__ = ManagedParameter
+
+
+def keeper_of(param: torch.Tensor) -> Keeper | None:
+    """Who has the parameter's values; None for one that has them itself."""
+    return getattr(param, "_keeper", None)
+
+
+def shape_of(param: torch.Tensor) -> torch.Size:
+    """The shape that the parameter has while it is in use."""
+    keeper = keeper_of(param)
+    return param.shape if keeper is None else keeper.shape

@@ -1,0 +1,236 @@
+"""Parameters of an engine, one by one: reading and changing values that lie in the ranks' shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from zeroxide import _core
+from zeroxide.errors import ModelError
+from zeroxide.ranks import Ranks, Watch
+from zeroxide.zero.keeper import keeper_of, manage, new_id
+from zeroxide.zero.state import UnitState
+from zeroxide.zero.tensors import spec
+from zeroxide.zero.unit import Unit
+
+__all__ = ["House", "Seat", "seat_all", "seat_of"]
+
+
+class House:
+    """What the parameters of one engine have in common."""
+
+    def __init__(
+        self,
+        core: Callable[[], _core.Offload],
+        before_change: Callable[[], None],
+        units: list[Unit],
+        ranks: Ranks,
+        watch: Watch,
+        *,
+        replicated: bool,
+    ) -> None:
+        self.core = core
+        self.before_change = before_change
+        self.units = units
+        self.ranks = ranks
+        self.watch = watch
+        self.replicated = replicated
+
+    @property
+    def alone(self) -> bool:
+        """Whether this rank has all values of everything."""
+        return self.ranks.world == 1 or self.replicated
+
+    def barrier(self, name: str) -> None:
+        """Until every rank is here."""
+        with self.watch.waiting("a barrier", name):
+            self.ranks.barrier()
+
+    def broadcast(self, values: torch.Tensor, source: int, name: str) -> None:
+        """Overwrites `values`, contiguous, with that rank's."""
+        with self.watch.waiting("a broadcast", name):
+            self.ranks.broadcast_tensor(values, source)
+
+
+class Seat:
+    """Keeps one parameter of an engine. `part` is "weights", "exp_avg", "exp_avg_sq" or "grad"; values are fp32."""
+
+    def __init__(self, house: House, unit: Unit, position: int) -> None:
+        self.house = house
+        self.unit = unit
+        self.position = position
+        self.name = unit.names[position]
+        self.shape = unit.shapes[position]
+        self.trainable = unit.trainable[position]
+        self.holds = 0
+        old = keeper_of(unit.params[position])
+        self.ident = new_id() if old is None else old.ident
+        self.offset = house.core().param_offset(unit.index, position)
+        start, end = house.core().shard(unit.index)
+        self.shard = end - start
+        manage(unit.params[position], self)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the live weight."""
+        return self.unit.flat.dtype
+
+    def available(self) -> bool:
+        """Whether the parameter shows its values now."""
+        return self.holds > 0 or self.unit.state is UnitState.GATHERED
+
+    # Who has what ---------------------------------------------------------------------------------------------------
+
+    def pieces(self) -> list[tuple[int, int, int]]:
+        """(rank, first element, elements) of the shards that hold the parameter."""
+        numel = self.shape.numel()
+        if self.house.alone:
+            return [(self.house.ranks.rank, 0, numel)]
+        found = []
+        for rank in range(self.offset // self.shard, self.house.ranks.world):
+            first = max(self.offset, rank * self.shard)
+            end = min(self.offset + numel, (rank + 1) * self.shard)
+            if first >= end:
+                break
+            found.append((rank, first - self.offset, end - first))
+        return found
+
+    def own(self) -> tuple[int, int]:
+        """(first element, elements) of this rank's piece; elements are 0 where it has none."""
+        for rank, start, count in self.pieces():
+            if rank == self.house.ranks.rank:
+                return start, count
+        return 0, 0
+
+    # Values ---------------------------------------------------------------------------------------------------------
+
+    def read_own(self, part: str) -> torch.Tensor:
+        """This rank's piece; nothing is exchanged."""
+        start, count = self.own()
+        out = torch.empty(count, dtype=torch.float32)
+        if count:
+            self.house.core().read_param(self.unit.index, self.position, part, start, spec(out))
+        return out
+
+    def read(self, part: str) -> torch.Tensor:
+        """All elements, on every rank. Every rank calls it."""
+        full = torch.empty(self.shape.numel(), dtype=torch.float32)
+        for rank, start, count in self.pieces():
+            piece = full[start : start + count]
+            if rank == self.house.ranks.rank:
+                self.house.core().read_param(self.unit.index, self.position, part, start, spec(piece))
+            if not self.house.alone:
+                self.house.broadcast(piece, rank, self.name)
+        return full
+
+    def write(self, part: str, full: torch.Tensor) -> None:
+        """Makes `full`, which is the same on every rank, the parameter's. Every rank calls it."""
+        # Other ranks may still use the weights, which may be one copy for all.
+        self.house.barrier(self.name)
+        if part == "grad":
+            start, count = self.own()
+            self._write(part, start, full[start : start + count])
+        else:
+            self._write(part, 0, full)
+        self.house.barrier(self.name)
+
+    def write_own(self, part: str, values: torch.Tensor) -> None:
+        """Replaces this rank's piece. Every rank calls it."""
+        self.house.barrier(self.name)
+        self._write(part, self.own()[0], values)
+        self.house.barrier(self.name)
+
+    def _write(self, part: str, start: int, values: torch.Tensor) -> None:
+        self.house.before_change()
+        self.house.core().write_param(self.unit.index, self.position, part, start, spec(values))
+
+    def has_gradient(self, everywhere: bool) -> bool:
+        """Whether a gradient has come since the last step: on any rank, which all call, or on this one."""
+        if not self.trainable:
+            return False
+        before = sum(unit.num_trainable for unit in self.house.units[: self.unit.index])
+        landed = self.house.core().landed()[before + sum(self.unit.trainable[: self.position])]
+        if everywhere and self.house.ranks.world > 1:
+            with self.house.watch.waiting("whether there is a gradient", self.name):
+                landed = int(self.house.ranks.gather_rows(torch.tensor([landed], dtype=torch.uint8)).amax())
+        return bool(landed)
+
+    def live(self, exact: torch.Tensor) -> torch.Tensor:
+        """The live weight that fp32 values have, flat, in the compute dtype."""
+        if self.dtype is torch.float32:
+            return exact
+        if self.dtype is not torch.bfloat16:
+            return exact.to(self.dtype)
+        out = torch.empty(exact.numel(), dtype=torch.bfloat16)
+        if exact.numel():
+            _core.Offload.round_bf16(spec(exact), spec(out))
+        return out
+
+    # As a keeper ----------------------------------------------------------------------------------------------------
+
+    def local(self) -> torch.Tensor:
+        """This rank's piece of the live weight; nothing is exchanged."""
+        return self.live(self.read_own("weights"))
+
+    def open(self, param: nn.Parameter) -> None:
+        """See `Keeper`. The copy is beside the unit's own memory, which other ranks may share."""
+        self.holds += 1
+        if self.holds == 1:
+            copy = self.live(self.read("weights")).view(self.shape)
+            self.unit.lend(self.position, copy)
+
+    def close(self, param: nn.Parameter, source: int | None) -> None:
+        """See `Keeper`. Elements that were not changed keep all bits of their master weight, and moments stay."""
+        self.holds -= 1
+        problem = None
+        if source is not None:
+            fits = param.shape == self.shape and param.dtype == self.dtype and param.device.type == "cpu"
+            problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
+        if source is not None and problem is None:
+            flat = param.detach().contiguous().view(-1)
+            if self.house.ranks.rank != source:
+                flat = torch.empty(self.shape.numel(), dtype=self.dtype)
+            if self.house.ranks.world > 1:
+                self.house.broadcast(flat, source, self.name)
+            self._replace(flat)
+            if self.holds:
+                self.unit.lend(self.position, flat.clone().view(self.shape))
+        if not self.holds:
+            self.unit.take_back(self.position)
+        if problem is not None:
+            raise ModelError(
+                f"{self.name} is {problem} on rank {source} after GatheredParameters: expected {self.dtype} "
+                f"{tuple(self.shape)}; write into the parameter instead of replacing it",
+                name=self.name,
+            )
+
+    def _agreed(self, problem: str | None, source: int) -> str | None:
+        if self.house.ranks.world == 1:
+            return problem
+        with self.house.watch.waiting("whether a changed parameter fits", self.name):
+            found: str | None = self.house.ranks.gather_objects(problem)[source]
+        return found
+
+    def _replace(self, live: torch.Tensor) -> None:
+        full = live.to(torch.float32)
+        start, count = self.own()
+        if count:
+            exact = self.read_own("weights")
+            piece = full[start : start + count]
+            piece.copy_(torch.where(self.live(exact) == live[start : start + count], exact, piece))
+        self.write("weights", full)
+
+
+def seat_all(house: House) -> None:
+    """Gives every parameter of the engine its seat."""
+    for unit in house.units:
+        for position in range(len(unit.params)):
+            Seat(house, unit, position)
+
+
+def seat_of(param: torch.Tensor) -> Seat | None:
+    """The seat of an engine's parameter."""
+    keeper = keeper_of(param)
+    return keeper if isinstance(keeper, Seat) else None

@@ -1,0 +1,163 @@
+"""Parameters before there is an engine: each rank keeps a slice of every one.
+
+A parameter of n elements is cut into equal slices of ceil(n / ranks), the last one shorter or empty. Its values are
+those of one rank, given to the others when it is cut.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from zeroxide.errors import ModelError, StorageError
+from zeroxide.ranks import Ranks, all_gather_single
+from zeroxide.zero.keeper import keeper_of, manage, new_id
+
+__all__ = ["Slice", "SliceFile", "slice_of"]
+
+CHUNK = 64 << 20
+"""Bytes of the file that are mapped at once."""
+PAGE = 4096
+
+
+class SliceFile:
+    """Memory for slices in an unnamed file: the system may write it out, and it does not count as resident.
+
+    Raises StorageError when the directory cannot hold it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.chunk: mmap.mmap | None = None
+        self.used = 0
+
+    def take(self, nbytes: int) -> tuple[mmap.mmap, int]:
+        """(mapping, offset) of memory for `nbytes`, zero at first."""
+        size = -(-nbytes // PAGE) * PAGE
+        if self.chunk is None or self.used + size > len(self.chunk):
+            try:
+                with tempfile.TemporaryFile(dir=self.directory) as file:
+                    file.truncate(max(CHUNK, size))
+                    self.chunk = mmap.mmap(file.fileno(), max(CHUNK, size))
+            except OSError as error:
+                raise StorageError(
+                    f"{self.directory}: slices of parameters cannot be kept there: {error.strerror}",
+                    path=self.directory,
+                    errno=error.errno,
+                ) from error
+            self.used = 0
+        start = self.used
+        self.used += size
+        return self.chunk, start
+
+
+class Slice:
+    """Keeps one parameter. `dtype` is that of the slice and of the parameter."""
+
+    def __init__(
+        self, name: str, param: nn.Parameter, ranks: Ranks, dtype: torch.dtype, file: SliceFile | None
+    ) -> None:
+        self.ident = new_id()
+        self.name = name
+        self.shape = param.shape
+        self.dtype = dtype
+        self.ranks = ranks
+        self.each = -(-self.shape.numel() // ranks.world)
+        self.holds = 0
+        self.whole = True
+        nbytes = self.each * dtype.itemsize
+        self.mapped = file.take(nbytes) if file is not None and nbytes else None
+        if self.mapped is None:
+            self.values = torch.empty(self.each, dtype=dtype)
+        else:
+            self.values = torch.frombuffer(self.mapped[0], dtype=dtype, count=self.each, offset=self.mapped[1])
+        manage(param, self)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes that the slice takes while it is not in use."""
+        return 0 if self.mapped is not None else self.values.nbytes
+
+    def available(self) -> bool:
+        """Whether the parameter shows its values now."""
+        return self.whole
+
+    def local(self) -> torch.Tensor:
+        """This rank's elements, without padding."""
+        start = self.ranks.rank * self.each
+        return self.values[: max(0, min(self.each, self.shape.numel() - start))]
+
+    def cut(self, param: nn.Parameter, source: int = 0) -> None:
+        """Takes the parameter's values from rank `source` and empties it, everywhere but in `open`s still to end."""
+        flat = param.detach().to(self.dtype).contiguous().view(-1)
+        self.ranks.broadcast_tensor(flat, source)
+        local = self.local()
+        start = self.ranks.rank * self.each
+        local.copy_(flat[start : start + local.numel()])
+        self._drop_pages()
+        if self.holds:
+            param.data = flat.view(self.shape)
+        else:
+            self.empty(param)
+
+    def gather(self, param: nn.Parameter) -> None:
+        """Gives the parameter all its values."""
+        if self.ranks.alone:
+            flat = self.values.clone()
+        else:
+            flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype)
+            all_gather_single(flat, self.values, group=self.ranks.group)
+        self._drop_pages()
+        param.data = flat[: self.shape.numel()].view(self.shape)
+        self.whole = True
+
+    def empty(self, param: nn.Parameter) -> None:
+        """Takes the values away again; changes are lost."""
+        param.data = torch.empty(0, dtype=self.dtype)
+        self.whole = False
+
+    def drop(self) -> None:
+        """Gives the slice's memory back: somebody else has the values now."""
+        self.whole = False
+        self.values = torch.empty(0, dtype=self.dtype)
+        self.mapped = None
+
+    def open(self, param: nn.Parameter) -> None:
+        """See `Keeper`."""
+        self.holds += 1
+        if not self.whole:
+            self.gather(param)
+
+    def close(self, param: nn.Parameter, source: int | None) -> None:
+        """See `Keeper`."""
+        self.holds -= 1
+        if source is not None:
+            problems = self.ranks.gather_objects(None if param.shape == self.shape else list(param.shape))
+            if problems[source] is not None:
+                self.empty(param)
+                raise ModelError(
+                    f"{self.name} has shape {tuple(problems[source])} on rank {source} after GatheredParameters: "
+                    f"expected {tuple(self.shape)}; write into the parameter instead of replacing it",
+                    name=self.name,
+                )
+            if param.shape != self.shape:
+                param.data = torch.empty(self.shape, dtype=self.dtype)
+            self.cut(param, source)
+        elif not self.holds:
+            self.empty(param)
+
+    def _drop_pages(self) -> None:
+        if self.mapped is not None:
+            # The file has them; the mapping need not.
+            mapping, start = self.mapped
+            mapping.madvise(mmap.MADV_DONTNEED, start, -(-self.values.nbytes // PAGE) * PAGE)
+
+
+def slice_of(param: torch.Tensor) -> Slice | None:
+    """The slice that keeps the parameter, if it is one."""
+    keeper = keeper_of(param)
+    return keeper if isinstance(keeper, Slice) else None
