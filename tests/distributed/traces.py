@@ -108,8 +108,12 @@ class Trace:
         """Updates that each parameter has had before the step."""
         return self.steps[step - 1]["updates"] if step else {}
 
-    def compare(self, step: int, state: State, losses: list[float], worst: dict[str, float], case: Case) -> None:
-        """Notes in `worst` the largest difference to the trace after the step, in units of the bound."""
+    def compare(
+        self, step: int, state: State, losses: list[float], norm: float, worst: dict[str, float], case: Case
+    ) -> None:
+        """norm: of the gradient before clipping, which would hide a factor in all gradients.
+
+        Notes in `worst` the largest difference to the trace after the step, in units of the bound."""
         roundings = self.micro_batches * (self.world + 1) + case.micro_batches * (dist.get_world_size() + 1)
         before, after = self.steps[step]["state"], self.steps[step + 1]["state"]
         sizes = {name: size.double() for name, size in self.steps[step]["sizes"].items()}
@@ -121,10 +125,12 @@ class Trace:
         grads = {
             name: (after[name]["exp_avg"].double() - b1 * before[name]["exp_avg"].double()) / (1 - b1) for name in sizes
         }
-        norm = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
+        clipped = math.sqrt(sum(grad.square().sum().item() for grad in grads.values()))
         raw = {name: roundings * UNIT * size for name, size in sizes.items()}
-        scale = 1.0 if case.clip is None else min(1.0, norm / max(self.norm(step), 1e-30))
-        off = math.sqrt(sum((scale * each).square().sum().item() for each in raw.values())) / max(norm, 1e-30)
+        scale = 1.0 if case.clip is None else min(1.0, clipped / self.norm(step))
+        error = math.sqrt(sum(each.square().sum().item() for each in raw.values()))
+        off = error / self.norm(step)
+        worst["norm"] = max(worst.get("norm", 0.0), abs(norm - self.norm(step)) / error)
         for name, parts in after.items():
             if name not in sizes or self.steps[step]["updates"].get(name, 0) == self.updates(step).get(name, 0):
                 for part in parts:

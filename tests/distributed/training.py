@@ -212,7 +212,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             if made is not None and sizes is not None:
                 made.end(sizes, mean=case.total is None, norm=norms[-1], updates=updates_of(engine))
             if trace is not None:
-                trace.compare(step, whole_state(engine), losses[-case.micro_batches :], worst, case)
+                trace.compare(step, whole_state(engine), losses[-case.micro_batches :], norms[-1], worst, case)
             if "between" in case.extras:
                 aside += between_steps(engine, case, step)
         state = whole_state(engine)
