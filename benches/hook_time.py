@@ -4,8 +4,8 @@
 
 One process, weights and state in host memory, or with --offload nvme on disk. Every entry that autograd or a module
 calls (before and after forward, before backward, a gradient that arrived, the ends of passes) is timed from its first
-to its last line; what it spends inside the Rust core, which holds no Python lock, is timed as well and taken off. The timers
-themselves count as hooks, so the share printed is an upper bound. The steps are timed without them, in turns.
+line to its last; what it spends inside the Rust core, which holds no Python lock, is timed as well and taken off. The
+timers themselves count as hooks, so the share printed is an upper bound. The steps are timed without them, in turns.
 """
 
 from __future__ import annotations

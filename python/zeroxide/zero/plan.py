@@ -202,8 +202,8 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
 def _wire(config: Config, ranks: Ranks) -> str:
     if config.transport == "shared_memory" and not ranks.shares_memory:
         raise ConfigError(
-            'zeroxide.transport: "shared_memory" needs all ranks on one host, allowed to open one another\'s memory under '
-            '/proc; use "auto"',
+            'zeroxide.transport: "shared_memory" needs all ranks on one host, and that each may open the others\' memory '
+            'under /proc; use "auto"',
             path="zeroxide.transport",
             expected='"auto" or "collective"',
             got='"shared_memory"',
