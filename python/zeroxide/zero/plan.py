@@ -202,7 +202,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
 def _wire(config: Config, ranks: Ranks) -> str:
     if config.transport == "shared_memory" and not ranks.shares_memory:
         raise ConfigError(
-            'zeroxide.transport: "shared_memory" needs all ranks on one host, and that each may open the others\' memory '
+            'zeroxide.transport: "shared_memory" needs all ranks on one host, each allowed to open the others\' memory '
             'under /proc; use "auto"',
             path="zeroxide.transport",
             expected='"auto" or "collective"',
