@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +20,11 @@ from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_optimizer import EngineOptimizer
-from zeroxide.optim.groups import groups_for
+from zeroxide.optim.groups import check_groups, groups_for
 from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
-from zeroxide.zero.exchange import Alone, CollectiveExchange, Exchange, SharedExchange, settle
+from zeroxide.zero.core import open_core
+from zeroxide.zero.exchange import make_exchange, settle
 from zeroxide.zero.full_state import FullState, refuse_loading
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
@@ -33,7 +33,6 @@ from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_par
 from zeroxide.zero.plan import Plan, make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
-from zeroxide.zero.tensors import DTYPE_NAMES
 from zeroxide.zero.unit import Unit
 
 if TYPE_CHECKING:
@@ -93,11 +92,11 @@ class Engine(FullState, nn.Module):
         self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
         only_looks = optimizer is None and config.optimizer is None and not _is_trained(module)
         groups = [] if only_looks else groups_for(module, config, optimizer, parameters)
-        _check_groups(groups)
+        check_groups(groups)
         mark_leaf_modules(module, config)
         threads = config.threads or len(os.sched_getaffinity(0))
         self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
-        self._core = _make_core(self._plan, config)
+        self._core = open_core(self._plan, config)
         self.watch.on_failure(self._core.call_off)
         try:
             self._place(module, groups, weights)
@@ -117,7 +116,7 @@ class Engine(FullState, nn.Module):
         new = replace_meta_parameters(module)
         # Units remember shapes before the parameters lose them.
         units = [Unit(index, unit, core, plan.compute) for index, unit in enumerate(plan.units)]
-        self._exchange = self._make_exchange(units)
+        self._exchange = make_exchange(core, plan, units, self.ranks, self.watch, torch_dtype(self.config.reduce_dtype))
         self._exchange.connect()
         fill_units(module, plan.units, core, weights, new, self.ranks)
         for unit in units:
@@ -139,18 +138,6 @@ class Engine(FullState, nn.Module):
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
             _core.drop_clean_text()
-
-    def _make_exchange(self, units: list[Unit]) -> Exchange:
-        core, plan = self._alive(), self._plan
-        if plan.world == 1:
-            return Alone(core)
-        wire = torch_dtype(self.config.reduce_dtype)
-        if plan.wire == "shared":
-            return SharedExchange(core, units, self.ranks, self.watch, wire)
-        persistent = plan.weights is Home.HOST
-        return CollectiveExchange(
-            core, units, self.ranks, self.watch, wire, replicated=plan.replicated, persistent=persistent
-        )
 
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
         core = self._alive()
@@ -549,51 +536,3 @@ class Engine(FullState, nn.Module):
 
 def _is_trained(module: nn.Module) -> bool:
     return any(param.requires_grad for param in module.parameters())
-
-
-def _check_groups(groups: list[dict[str, Any]]) -> None:
-    seen: set[int] = set()
-    for number, group in enumerate(groups):
-        for param in group["params"]:
-            if id(param) in seen:
-                raise ConfigError(
-                    f"a parameter of shape {tuple(param.shape)} is in two optimizer groups (again in group {number})",
-                    path="model_parameters",
-                )
-            seen.add(id(param))
-
-
-def _make_core(plan: Plan, config: Config) -> _core.Offload:
-    weights = {Home.HOST: "host", Home.SHARD: "shard", Home.DISK: "disk"}[plan.weights]
-    state = "disk" if plan.state is Home.DISK else "host"
-    units = [
-        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state, unit.span)
-        for unit in plan.units
-    ]
-    directories = [
-        offload.path
-        for offload, home in ((config.offload_param, plan.weights), (config.offload_optimizer, plan.state))
-        if home is Home.DISK and offload.path is not None
-    ]
-    payload_limit = None if plan.limit is None else plan.limit - plan.resident_before
-    return _core.Offload(
-        units=units,
-        limit=payload_limit,
-        threads=plan.threads,
-        compute=DTYPE_NAMES[plan.compute],
-        format=plan.format,
-        grad=DTYPE_NAMES[plan.grad],
-        tile_elements=plan.tile_elements,
-        staging_bytes=plan.staging_bytes,
-        gathered_bytes=plan.gathered_bytes,
-        engine=config.io_engine,
-        queue_depth=config.queue_depth,
-        directories=list(dict.fromkeys(directories)),
-        job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
-        rank=plan.rank,
-        world=plan.world,
-        replicated=plan.replicated,
-        wire=plan.wire,
-        wire_grad=DTYPE_NAMES[torch_dtype(config.reduce_dtype)],
-        reduce_scale=1.0 if config.reduce_sum else 1.0 / plan.world,
-    )

@@ -11,7 +11,7 @@ from torch import nn
 from zeroxide.config import Config
 from zeroxide.errors import ConfigError, ModelError
 
-__all__ = ["core_groups", "defaults_from", "groups_for"]
+__all__ = ["check_groups", "core_groups", "defaults_from", "groups_for"]
 
 CoreGroup = tuple[float, float, float, float, float, bool, bool]
 
@@ -109,3 +109,16 @@ def core_groups(groups: Iterable[Mapping[str, Any]]) -> list[CoreGroup]:
         )
         for group in groups
     ]
+
+
+def check_groups(groups: list[dict[str, Any]]) -> None:
+    """Raises ConfigError when a parameter is in two groups."""
+    seen: set[int] = set()
+    for number, group in enumerate(groups):
+        for param in group["params"]:
+            if id(param) in seen:
+                raise ConfigError(
+                    f"a parameter of shape {tuple(param.shape)} is in two optimizer groups (again in group {number})",
+                    path="model_parameters",
+                )
+            seen.add(id(param))

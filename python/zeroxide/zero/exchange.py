@@ -23,10 +23,12 @@ import torch
 from zeroxide import _core
 from zeroxide.errors import RanksError
 from zeroxide.ranks import Ranks, Watch, all_gather_single, name_ranks
+from zeroxide.zero.plan import Plan
+from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import memory_at, spec
 from zeroxide.zero.unit import Unit
 
-__all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "settle"]
+__all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "make_exchange", "settle"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
@@ -268,6 +270,18 @@ class CollectiveExchange:
                 dist.all_to_all_single(received, outgoing, group=self.ranks.group)
                 self._reduced_bytes += outgoing.nbytes // world * (world - 1)
         self.core.receive_from(unit.index, spec(received))
+
+
+def make_exchange(
+    core: _core.Offload, plan: Plan, units: list[Unit], ranks: Ranks, watch: Watch, wire: torch.dtype
+) -> Exchange:
+    """What carries the units of `plan` between its ranks; `wire` is the dtype in which gradients travel."""
+    if plan.world == 1:
+        return Alone(core)
+    if plan.wire == "shared":
+        return SharedExchange(core, units, ranks, watch, wire)
+    persistent = plan.weights is Home.HOST
+    return CollectiveExchange(core, units, ranks, watch, wire, replicated=plan.replicated, persistent=persistent)
 
 
 def settle(core: _core.Offload, ranks: Ranks, watch: Watch, gathered: int) -> Totals:

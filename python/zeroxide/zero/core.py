@@ -1,0 +1,55 @@
+"""From a plan to the core that holds its units."""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+from zeroxide import _core
+from zeroxide.config import Config
+from zeroxide.precision import torch_dtype
+from zeroxide.zero.plan import Plan
+from zeroxide.zero.state import Home
+from zeroxide.zero.tensors import DTYPE_NAMES
+
+__all__ = ["open_core"]
+
+
+def open_core(plan: Plan, config: Config) -> _core.Offload:
+    """The core for a plan, all memory and disk space reserved, weights undefined.
+
+    Raises BudgetError and StorageError.
+    """
+    weights = {Home.HOST: "host", Home.SHARD: "shard", Home.DISK: "disk"}[plan.weights]
+    state = "disk" if plan.state is Home.DISK else "host"
+    units = [
+        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state, unit.span)
+        for unit in plan.units
+    ]
+    directories = [
+        offload.path
+        for offload, home in ((config.offload_param, plan.weights), (config.offload_optimizer, plan.state))
+        if home is Home.DISK and offload.path is not None
+    ]
+    payload_limit = None if plan.limit is None else plan.limit - plan.resident_before
+    return _core.Offload(
+        units=units,
+        limit=payload_limit,
+        threads=plan.threads,
+        compute=DTYPE_NAMES[plan.compute],
+        format=plan.format,
+        grad=DTYPE_NAMES[plan.grad],
+        tile_elements=plan.tile_elements,
+        staging_bytes=plan.staging_bytes,
+        gathered_bytes=plan.gathered_bytes,
+        engine=config.io_engine,
+        queue_depth=config.queue_depth,
+        directories=list(dict.fromkeys(directories)),
+        job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
+        rank=plan.rank,
+        world=plan.world,
+        replicated=plan.replicated,
+        wire=plan.wire,
+        wire_grad=DTYPE_NAMES[torch_dtype(config.reduce_dtype)],
+        reduce_scale=1.0 if config.reduce_sum else 1.0 / plan.world,
+    )
