@@ -197,7 +197,7 @@ class Engine(FullState, nn.Module):
         try:
             self._scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         except BaseException:
-            self._hooks.abandon_backward()
+            self._hooks.fail_backward()
             raise
         self._hooks.end_backward()
         self.watch.doing = IDLE

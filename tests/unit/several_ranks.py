@@ -16,8 +16,10 @@ SECONDS = 60
 """After which a rank that waits for another one gives up."""
 
 
-FAKES = {}
-"""Who an engine's own ranks are taken for, by their id."""
+class OneOfSeveral(Ranks):
+    """A single rank as training sees it, which checkpoints take for `fake`."""
+
+    fake = None
 
 
 class Meeting:
@@ -70,7 +72,7 @@ def run_on(engine, rank, world):
 def sharded(monkeypatch):
     """Lets every engine that has joined others save and load with them, and own its slice of each unit only."""
     for module in (save, load, export):
-        monkeypatch.setattr(module, "Team", lambda ranks: agree.Team(FAKES.get(id(ranks), ranks)))
+        monkeypatch.setattr(module, "Team", lambda ranks: agree.Team(getattr(ranks, "fake", None) or ranks))
 
     real = contents.own_pieces
 
@@ -87,9 +89,8 @@ def join(engines):
     meeting = Meeting(len(engines))
     for rank, engine in enumerate(engines):
         # Training goes by the engine's own ranks, of which there is one.
-        engine.ranks = Ranks()
-        engine.fake = FakeRanks(rank, meeting)
-        FAKES[id(engine.ranks)] = engine.fake
+        engine.ranks = OneOfSeveral()
+        engine.fake = engine.ranks.fake = FakeRanks(rank, meeting)
     return engines
 
 

@@ -23,7 +23,7 @@ ELEMENTS = 8 << 20
 @pytest.fixture
 def core(tmp_path):
     made = _core.Offload(
-        units=[("big", [(ELEMENTS, True)], "disk", "disk")], limit=None, threads=1, compute="f32", format="fp32",
+        units=[("big", [(ELEMENTS, True)], "disk", "disk", False)], limit=None, threads=1, compute="f32", format="fp32",
         grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20, gathered_bytes=ELEMENTS * 4, engine="auto",
         queue_depth=16, directories=[tmp_path], job="gil",
     )  # fmt: skip
@@ -83,7 +83,7 @@ def test_long_calls_let_other_threads_run(core):
 
 def test_a_gather_from_disk_lets_other_threads_run(tmp_path):
     with_two = _core.Offload(
-        units=[(name, [(ELEMENTS, True)], "disk", "host") for name in ("a", "b")], limit=None, threads=1,
+        units=[(name, [(ELEMENTS, True)], "disk", "host", False) for name in ("a", "b")], limit=None, threads=1,
         compute="f32", format="fp32", grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20,
         gathered_bytes=ELEMENTS * 4, engine="auto", queue_depth=16, directories=[tmp_path], job="gil",
     )  # fmt: skip
@@ -108,7 +108,8 @@ def test_two_calls_of_two_cores_overlap(tmp_path):
     cores = []
     for job in "ab":
         made = _core.Offload(
-            units=[("big", [(ELEMENTS, True)], "host", "host")], limit=None, threads=1, compute="f32", format="fp32",
+            units=[("big", [(ELEMENTS, True)], "host", "host", False)],
+            limit=None, threads=1, compute="f32", format="fp32",
             grad="f32", tile_elements=512 << 10, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
             directories=[], job=job,
         )  # fmt: skip

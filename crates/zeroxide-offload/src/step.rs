@@ -78,6 +78,7 @@ impl Core {
             return misuse("step", "a fill has not been committed");
         }
         self.finish_step()?;
+        self.check_exchanged()?;
         self.cache.clear();
         self.settle_arrivals()?;
         let mut step = ActiveStep {
@@ -139,6 +140,25 @@ impl Core {
         }
         let started = self.start_all_reads();
         self.settle_outcome(started)
+    }
+
+    /// With several ranks, what a step uses has been summed over them: otherwise it would use what an earlier step left.
+    fn check_exchanged(&self) -> Result<()> {
+        if self.place.world == 1 {
+            return Ok(());
+        }
+        let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(|param| param.landed);
+        match self.units.iter().find(missed) {
+            Some(unit) => misuse(
+                "step",
+                format!(
+                    "gradients of unit {} have not been exchanged with the other ranks: the last backward before a step \
+                     must be outside of no_sync, and start from an output of the engine",
+                    unit.name
+                ),
+            ),
+            None => Ok(()),
+        }
     }
 
     /// Ends the step that has begun, if there is one.

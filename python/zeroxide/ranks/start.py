@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from datetime import timedelta
@@ -46,10 +47,13 @@ def start(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, port: int | None = N
         return Ranks()
     _make_group(place, default_backend(), timedelta(seconds=timeout_seconds), None)
     try:
-        return _over_default_group(owned=True, place=place)
+        ranks = _over_default_group(owned=True, place=place)
     except BaseException:
         dist.destroy_process_group()
         raise
+    # A group that is left to the end of the process can end it with an abort: gloo's threads are still running then.
+    atexit.register(ranks.close)
+    return ranks
 
 
 def init_distributed(

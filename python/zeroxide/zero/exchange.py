@@ -55,6 +55,12 @@ class Exchange(Protocol):
     def send(self, unit: Unit) -> None:
         """The unit's gradients of this backward are complete."""
 
+    def is_sent(self, unit: Unit) -> bool:
+        """Whether the unit's gradients of this backward have gone out: no other may arrive."""
+
+    def abandon(self) -> None:
+        """A backward failed on this rank: what it has sent and others have not can no longer be matched."""
+
     def end_backward(self) -> None:
         """Reduces every unit of this backward that is still to be reduced."""
 
@@ -87,6 +93,13 @@ class Alone:
     def send(self, unit: Unit) -> None:
         """The gradients are where they belong."""
 
+    def is_sent(self, unit: Unit) -> bool:
+        """Nothing is."""
+        return False
+
+    def abandon(self) -> None:
+        """The gradients that have landed are forgotten by `zero_grad`."""
+
     def end_backward(self) -> None:
         """Nothing is outstanding."""
 
@@ -105,6 +118,7 @@ class SharedExchange:
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.waiting: list[Unit] = []
         self.sent: set[int] = set()
+        self.broken = False
         self.moved = CollectiveGather(core, ranks, watch)
         self._reduced_bytes = 0
 
@@ -135,6 +149,7 @@ class SharedExchange:
 
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
+        check_whole(self.broken)
         if unit.index in self.sent:
             return
         with self.watch.waiting("room for gradients", unit.name):
@@ -145,8 +160,17 @@ class SharedExchange:
         self._reduced_bytes += share * (self.ranks.world - 1)
         self.waiting = [each for each in self.waiting if not self.core.receive(each.index, False)]
 
+    def is_sent(self, unit: Unit) -> bool:
+        """Whether the others may be reading it."""
+        return unit.index in self.sent
+
+    def abandon(self) -> None:
+        """Everything from here on is refused."""
+        self.broken = True
+
     def end_backward(self) -> None:
         """Waits for the other ranks."""
+        check_whole(self.broken)
         for unit in self.trainable:
             self.send(unit)
         for unit in self.waiting:
@@ -156,7 +180,8 @@ class SharedExchange:
         self.sent.clear()
 
     def after_step(self) -> None:
-        """Whoever gathers a unit waits for it."""
+        """Ends the step here: a rank that does something else next, or nothing, must not keep the others waiting."""
+        self.core.finish()
 
 
 class CollectiveGather:
@@ -214,6 +239,7 @@ class CollectiveExchange:
         self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
         self.complete: set[int] = set()
         self.next = 0
+        self.broken = False
         self.moved = CollectiveGather(core, ranks, watch)
         self._reduced_bytes = 0
 
@@ -236,13 +262,23 @@ class CollectiveExchange:
 
     def send(self, unit: Unit) -> None:
         """Reduces as many units as are complete and next in order."""
+        check_whole(self.broken)
         self.complete.add(unit.index)
         while self.next < len(self.order) and self.order[self.next].index in self.complete:
             self._reduce(self.order[self.next])
             self.next += 1
 
+    def is_sent(self, unit: Unit) -> bool:
+        """Whether it was called complete."""
+        return unit.index in self.complete
+
+    def abandon(self) -> None:
+        """Everything from here on is refused."""
+        self.broken = True
+
     def end_backward(self) -> None:
         """Reduces what is left."""
+        check_whole(self.broken)
         for unit in self.order[self.next :]:
             self._reduce(unit)
         self.complete.clear()
@@ -270,6 +306,15 @@ class CollectiveExchange:
                 dist.all_to_all_single(received, outgoing, group=self.ranks.group)
                 self._reduced_bytes += outgoing.nbytes // world * (world - 1)
         self.core.receive_from(unit.index, spec(received))
+
+
+def check_whole(broken: bool) -> None:
+    """Raises RanksError after a backward that failed."""
+    if broken:
+        raise RanksError(
+            "a backward failed on this rank after gradients may have gone out to the others: make the engine again and "
+            "go on from the last checkpoint"
+        )
 
 
 def make_exchange(

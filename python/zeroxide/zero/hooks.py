@@ -41,7 +41,7 @@ class Hooks:
     def __init__(self, module: nn.Module, gatherer: Gatherer, units: list[Unit]) -> None:
         self.gatherer = gatherer
         self.units = units
-        self.reducer = Reducer(gatherer.core, units, self._gradients_complete, self.note_run)
+        self.reducer = Reducer(gatherer.core, units, self._gradients_complete, self.note_run, self._check_open)
         self.exchange = gatherer.exchange
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
@@ -49,6 +49,7 @@ class Hooks:
         # Modules run so far in this pass; a unit whose module runs twice gets gradients twice.
         self.ran: set[tuple[int, int]] = set()
         self.repeated: set[int] = set()
+        self.backward_ended = False
         self.inside_backward = False
         self.entered: list[set[Origin]] = []
         self.handles: list[Any] = []
@@ -68,11 +69,15 @@ class Hooks:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         if not in_backward():
-            # Also after a backward that failed and was not started by the engine.
-            self.inside_backward = False
+            if self.inside_backward:
+                # A backward that failed and was not started by the engine.
+                self.fail_backward()
             self.entered.clear()
-            self.ran.clear()
-            self.repeated.clear()
+            if self.backward_ended and torch.is_grad_enabled():
+                # Several forwards before one backward count together.
+                self.ran.clear()
+                self.repeated.clear()
+                self.backward_ended = False
             self.gatherer.start_pass(torch.is_grad_enabled())
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -85,6 +90,8 @@ class Hooks:
 
     def note_run(self, unit: Unit, module: nn.Module) -> None:
         """Notes that a module of the unit runs in forward, for the first time in this pass or again."""
+        if not self.gatherer.training:
+            return
         key = (unit.index, id(module))
         if key in self.ran:
             self.repeated.add(unit.index)
@@ -121,7 +128,7 @@ class Hooks:
             Variable._execution_engine.queue_callback(self.end_backward)
 
     def _before_backward(self, unit: Unit) -> None:
-        if not self.reducer.is_complete(unit):
+        if unit.index in self.repeated or not self.reducer.is_complete(unit):
             self._hold(unit)
 
     def _hold(self, unit: Unit) -> None:
@@ -141,22 +148,38 @@ class Hooks:
         self.gatherer.gather(unit)
 
     def _gradients_complete(self, unit: Unit) -> None:
+        # A module that ran twice has its backward twice, and may get gradients twice.
+        if unit.span or unit.index in self.repeated:
+            return
         # What is frozen may still be needed for the gradient of the unit's input.
-        if not unit.span and not unit.has_frozen:
+        if not unit.has_frozen:
             self.gatherer.release(unit)
-        if self.synchronize and not unit.span and unit.index not in self.repeated:
+        if self.synchronize:
             self.exchange.send(unit)
+
+    def _check_open(self, unit: Unit) -> None:
+        if self.exchange.is_sent(unit):
+            raise ModelError(
+                f"a gradient of {unit.name} arrived after the unit had been reduced over the ranks: a module is used "
+                "again in a way that forward did not show; make it part of a leaf module (zero.set_z3_leaf_modules)",
+                name=unit.name,
+            )
 
     def end_backward(self) -> None:
         """Releases every unit and ends the exchange of gradients. Called by autograd at the end of a backward."""
         if self.inside_backward:
-            self.abandon_backward()
+            self._leave_backward()
             if self.synchronize:
                 self.exchange.end_backward()
 
-    def abandon_backward(self) -> None:
-        """Releases every unit, after a backward that failed."""
+    def fail_backward(self) -> None:
+        """Releases every unit, after a backward that failed. With several ranks there is no going on."""
+        self._leave_backward()
+        self.exchange.abandon()
+
+    def _leave_backward(self) -> None:
         self.inside_backward = False
+        self.backward_ended = True
         self.held.clear()
         self.gatherer.release_all()
 

@@ -77,10 +77,12 @@ class LargeModules:
         units: list[Unit],
         complete: Callable[[Unit, int], None],
         note_run: Callable[[Unit, nn.Module], None],
+        check_open: Callable[[Unit], None],
     ) -> None:
         self.core = core
         self.complete = complete
         self.note_run = note_run
+        self.check_open = check_open
         self.patched: list[nn.Linear] = []
         self.sparse: list[nn.Embedding] = []
         for unit in units:
@@ -103,7 +105,8 @@ class LargeModules:
 
     def _linear(self, unit: Unit, owner: nn.Linear, land: Land, x: torch.Tensor) -> torch.Tensor:
         # In backward it is recomputation, which adds no gradient of its own.
-        if torch._C._current_graph_task_id() == -1:
+        # Where the unit is this module's alone, its own hook has noted it.
+        if torch._C._current_graph_task_id() == -1 and owner not in unit.modules:
             self.note_run(unit, owner)
         if not torch.is_grad_enabled() or not owner.weight.requires_grad:
             return functional.linear(x, owner.weight, owner.bias)
@@ -117,6 +120,7 @@ class LargeModules:
         return output
 
     def _land_part(self, unit: Unit, position: int, start: int, part: torch.Tensor) -> None:
+        self.check_open(unit)
         self.core.land(unit.index, position, start, spec(part), True)
         if start + part.numel() == unit.shapes[position].numel():
             self.complete(unit, position)

@@ -26,9 +26,11 @@ class Reducer:
         units: list[Unit],
         complete: Callable[[Unit], None],
         note_run: Callable[[Unit, nn.Module], None],
+        check_open: Callable[[Unit], None],
     ) -> None:
         self.core = core
         self.complete = complete
+        self.check_open = check_open
         self.missing: list[set[int]] = []
         self.handles = []
         for unit in units:
@@ -39,7 +41,7 @@ class Reducer:
                 handle = unit.params[position].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self.handles.append(handle)
         self.units = units
-        self.large = LargeModules(core, units, self.arrived, note_run)
+        self.large = LargeModules(core, units, self.arrived, note_run, check_open)
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
@@ -54,6 +56,7 @@ class Reducer:
         grad = param.grad
         if grad is None:
             return
+        self.check_open(unit)
         param.grad = None
         if grad.layout is torch.strided:
             self.core.land(unit.index, position, 0, spec(grad.contiguous()), True)
