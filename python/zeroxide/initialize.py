@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from zeroxide.config import Config, load
 from zeroxide.engine import Engine
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.ranks import Ranks, agree, config_facts, model_facts, start, version_facts
+from zeroxide.ranks import Ranks, agree, config_facts, model_facts, sampler_facts, start, version_facts
 from zeroxide.zero.init import is_building
 from zeroxide.zero.materialize import WeightSource
 
@@ -143,10 +143,10 @@ def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ra
                 "there is no batch"
             )
     sampler: DistributedSampler[Any] | None = None
-    agree(ranks, {} if data is None or not hasattr(data, "__len__") else {"sampler.samples in the data set": len(data)})
     shuffle = not isinstance(data, torch.utils.data.IterableDataset)
     if shuffle and ranks.world > 1:
         sampler = DistributedSampler(data, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last)
+    agree(ranks, {} if sampler is None else sampler_facts(sampler))
     return DataLoader(
         data,
         batch_size=batch,

@@ -12,7 +12,6 @@ in rank order. Two carriers give the same bits:
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from collections.abc import Iterable
@@ -360,7 +359,8 @@ def settle(core: _core.Offload, ranks: Ranks, watch: Watch, gathered: int) -> To
 
 
 def _sum(values: Iterable[float]) -> float:
+    # Not the builtin: from Python 3.12 on that one compensates for rounding, and bits would depend on the version.
     total = 0.0
     for value in values:
         total += value
-    return total if not math.isnan(total) else math.nan
+    return total
