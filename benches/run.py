@@ -21,6 +21,8 @@ SIZES = {
     "import_time": ["--rounds", "7"],
     "cpu_adam": ["--rounds", "5", "--parameters", "64000000"],
     "disk_queue": ["--rounds", "5"],
+    "hook_time": [],
+    "checkpoint": ["--rounds", "1", "--model", "124m"],
     "data_parallel": ["--rounds", "2"],
     "train_step": ["--rounds", "2", "--model", "124m"],
 }

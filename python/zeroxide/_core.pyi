@@ -19,7 +19,7 @@ __version__: str
 class TensorSpec:
     """Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive."""
 
-    def __new__(cls, *, owner: object, data_ptr: int, numel: int, dtype: str) -> TensorSpec: ...
+    def __new__(cls, owner: object, data_ptr: int, numel: int, dtype: str, /) -> TensorSpec: ...
 
 @final
 class Window:

@@ -128,12 +128,23 @@ class Engine(FullState, nn.Module):
         for group in groups:
             group["params"] = [new.get(id(param), param) for param in group["params"]]
         self._units = units
-        self._gatherer = Gatherer(core, self._exchange, units, self.config.prefetch)
+        self._gatherer = Gatherer(
+            core, self._exchange, units, self.config.prefetch, visible=plan.visible, stays=plan.weights is Home.HOST
+        )
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
-        self._house = House(self._alive, self._before_change, units, self.ranks, self.watch, replicated=plan.replicated)
+        self._house = House(
+            self._alive,
+            self._before_change,
+            units,
+            self.ranks,
+            self.watch,
+            replicated=plan.replicated,
+            visible=plan.visible,
+        )
         seat_all(self._house)
         self._loading = refuse_loading(module)
+        self._gatherer.show_all()
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
@@ -218,6 +229,9 @@ class Engine(FullState, nn.Module):
         """
         self._check_trained("step")
         boundary = self.is_gradient_accumulation_boundary()
+        if boundary:
+            # Before anything is counted: the same call works when the change has been made where it counts.
+            self._check_edits()
         self.micro_steps += 1
         self._applied = False
         if not boundary:
@@ -256,6 +270,18 @@ class Engine(FullState, nn.Module):
         if landed:
             self._scaler.update(self.optimizer.overflow)
         self._times["step"] += time.perf_counter() - start
+
+    def _check_edits(self) -> None:
+        if not self._plan.visible or self._plan.keeps_edits:
+            return
+        for unit in self._units:
+            name = unit.edited()
+            if name is not None:
+                raise ModelError(
+                    f"{name} was changed in place, which its master weight knows nothing of: change it inside "
+                    "zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+                    name=name,
+                )
 
     def _before_change(self) -> None:
         """Waits until state may change: a save in the background has what it needs."""

@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -237,7 +238,7 @@ def case_gathered_parameters_of_an_engine():
             with zero.GatheredParameters(weight):
                 pass
             assert weight.shape == (144, 48)
-        assert weight.numel() == 0
+        assert (weight.numel() > 0) == weight.ds_persist
         with zero.GatheredParameters([weight, None, bias], modifier_rank=1), torch.no_grad():
             weight[3].fill_(float(RANK) + 0.5)
             with zero.GatheredParameters(bias, modifier_rank=0):
@@ -257,9 +258,53 @@ def case_gathered_parameters_of_an_engine():
             engine.backward(engine(ids(RANK)))
             assert weight.shape == (144, 48)
         engine.step()
-        assert all(param.numel() == 0 for param in model.parameters())
+        assert all((param.numel() > 0) == param.ds_persist for param in model.parameters())
         same(full(engine), full(engine))
         engine.destroy()
+
+
+def case_visible_parameters():
+    """At stages 0 to 2 parameters show what the last step, load or change has left, on every rank."""
+    for stage in (0, 1, 2):
+        for transport in ("collective", "shared_memory"):
+            for more in ({}, {"offload_optimizer": "nvme"}):
+                if more and stage == 0:
+                    continue
+                base = {"zero_optimization": {"stage": stage, **more}, "zeroxide": {"transport": transport}}
+                model = seeded()
+                expected = values_of(model)
+                engine = start(model, base, "fp32")
+                assert model.wte.weight.ds_persist
+                seen = values_of(model)
+                same(seen, expected)
+                for step in range(3):
+                    engine.backward(engine(ids(step * WORLD + RANK)))
+                    engine.step()
+                    before, seen = seen, values_of(model)
+                    assert not torch.equal(before["h.0.up.weight"], seen["h.0.up.weight"])
+                    same(seen, full(engine))
+                folder = os.path.join(os.environ["JOB_FOLDER"], f"visible-{stage}-{transport}-{len(more)}")
+                engine.save_checkpoint(folder)
+                engine.backward(engine(ids(RANK)))
+                engine.step()
+                engine.load_checkpoint(folder)
+                same(values_of(model), seen)
+                with zero.GatheredParameters(model.h[0].up.weight, modifier_rank=1):
+                    model.h[0].up.weight.data.mul_(0.5)
+                assert torch.equal(model.h[0].up.weight, seen["h.0.up.weight"] * 0.5)
+                engine.load_module_state_dict(expected, strict=False)
+                same(values_of(model), expected)
+                # Through shared memory it is one copy for all.
+                engine.ranks.barrier()
+                with torch.no_grad():
+                    model.h[1].up.weight.mul_(0.5)
+                engine.backward(engine(ids(RANK)))
+                if transport == "collective":
+                    engine.step()
+                else:
+                    with pytest.raises(ModelError, match=r"h\.1\.up\.weight was changed in place"):
+                        engine.step()
+                engine.destroy()
 
 
 def case_full_state_dicts():
@@ -272,7 +317,10 @@ def case_full_state_dicts():
             same(got, expected)
         else:
             assert got == {}
-        assert all(value.numel() == 0 for name, value in engine.module.state_dict().items())
+        assert all(
+            (value.numel() > 0) == (base["zero_optimization"]["stage"] < 3)
+            for name, value in engine.module.state_dict().items()
+        )
         raised = ""
         try:
             engine.load_module_state_dict({"nothing": torch.ones(1)} if RANK == 0 else {})

@@ -205,7 +205,8 @@ def test_an_unregistered_parameter_of_another_module_is_not_there(tmp_path):
     model = Borrowing()
     for user in model.tail:
         zero.unregister_external_parameter(user, model.h[0].mix.weight)
-    with started(model, config=config_of(Mode(), tmp_path)) as engine, pytest.raises(RuntimeError):
+    on_disk = config_of(Mode("nvme", "nvme", prefetch=0), tmp_path)
+    with started(model, config=on_disk) as engine, pytest.raises(RuntimeError):
         engine(ids())
     with pytest.raises(ModelError, match="has not registered"):
         zero.unregister_external_parameter(nn.Linear(2, 2), nn.Parameter(torch.ones(1)))

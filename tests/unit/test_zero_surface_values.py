@@ -275,7 +275,7 @@ def test_state_dicts(mode, tmp_path):
         assert got["head.weight"] is got["wte.weight"]
         assert "x.seen" in engine.module_state_dict({"kept": 1}, "x.")
         one_line(ModelError, "engine.load_module_state_dict", engine.module.load_state_dict, released)
-        one_line(ModelError, "empty", engine.module.h[0].load_state_dict, engine.module.h[0].state_dict())
+        one_line(ModelError, "in an engine", engine.module.h[0].load_state_dict, engine.module.h[0].state_dict())
         with zero.GatheredParameters(model.h[0].parameters(), modifier_rank=0):
             model.h[0].load_state_dict({k: v + 1 for k, v in model.h[0].state_dict().items()})
         for name in expected:

@@ -50,7 +50,7 @@ impl Element {
 #[pymethods]
 impl TensorSpec {
     #[new]
-    #[pyo3(signature = (*, owner, data_ptr, numel, dtype))]
+    #[pyo3(signature = (owner, data_ptr, numel, dtype, /))]
     fn new(owner: Py<PyAny>, data_ptr: usize, numel: usize, dtype: &str) -> PyResult<Self> {
         let dtype = match dtype {
             "int64" => Element::Int64,

@@ -23,7 +23,6 @@ from zeroxide import _core
 from zeroxide.errors import RanksError
 from zeroxide.ranks import Ranks, Watch, all_gather_single, name_ranks
 from zeroxide.zero.plan import Plan
-from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import memory_at, spec
 from zeroxide.zero.unit import Unit
 
@@ -37,6 +36,9 @@ _HEAD = struct.Struct("<d?I")
 
 class Exchange(Protocol):
     """What hooks and engine ask of the other ranks."""
+
+    closed: set[int]
+    """Units whose gradients of this backward have gone out: no other may arrive. The same set at all times."""
 
     @property
     def sent_bytes(self) -> int:
@@ -54,9 +56,6 @@ class Exchange(Protocol):
     def send(self, unit: Unit) -> None:
         """The unit's gradients of this backward are complete."""
 
-    def is_sent(self, unit: Unit) -> bool:
-        """Whether the unit's gradients of this backward have gone out: no other may arrive."""
-
     def abandon(self) -> None:
         """A backward failed on this rank: what it has sent and others have not can no longer be matched."""
 
@@ -64,14 +63,16 @@ class Exchange(Protocol):
         """Reduces every unit of this backward that is still to be reduced."""
 
     def after_step(self) -> None:
-        """The optimizer step has begun on every rank."""
+        """The optimizer step has begun on every rank. Afterwards weights that are always visible are the new ones."""
 
 
 class Alone:
     """One rank: nothing to exchange."""
 
-    def __init__(self, core: _core.Offload) -> None:
+    def __init__(self, core: _core.Offload, *, visible: bool) -> None:
         self.core = core
+        self.visible = visible
+        self.closed: set[int] = set()
 
     @property
     def sent_bytes(self) -> int:
@@ -92,10 +93,6 @@ class Alone:
     def send(self, unit: Unit) -> None:
         """The gradients are where they belong."""
 
-    def is_sent(self, unit: Unit) -> bool:
-        """Nothing is."""
-        return False
-
     def abandon(self) -> None:
         """The gradients that have landed are forgotten by `zero_grad`."""
 
@@ -104,19 +101,31 @@ class Alone:
 
     def after_step(self) -> None:
         """No other rank has a part of the weights."""
+        if self.visible:
+            self.core.finish()
 
 
 class SharedExchange:
     """Between ranks of one host, through shared memory."""
 
-    def __init__(self, core: _core.Offload, units: list[Unit], ranks: Ranks, watch: Watch, wire: torch.dtype) -> None:
+    def __init__(
+        self,
+        core: _core.Offload,
+        units: list[Unit],
+        ranks: Ranks,
+        watch: Watch,
+        wire: torch.dtype,
+        *,
+        visible: bool,
+    ) -> None:
         self.core = core
         self.ranks = ranks
         self.watch = watch
         self.wire = wire
+        self.shown = units if visible else []
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.waiting: list[Unit] = []
-        self.sent: set[int] = set()
+        self.closed: set[int] = set()
         self.broken = False
         self.moved = CollectiveGather(core, ranks, watch)
         self._reduced_bytes = 0
@@ -149,19 +158,15 @@ class SharedExchange:
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
         check_whole(self.broken)
-        if unit.index in self.sent:
+        if unit.index in self.closed:
             return
         with self.watch.waiting("room for gradients", unit.name):
             self.core.send(unit.index)
-        self.sent.add(unit.index)
+        self.closed.add(unit.index)
         self.waiting.append(unit)
         share = unit.layout_numel * self.wire.itemsize // self.ranks.world
         self._reduced_bytes += share * (self.ranks.world - 1)
         self.waiting = [each for each in self.waiting if not self.core.receive(each.index, False)]
-
-    def is_sent(self, unit: Unit) -> bool:
-        """Whether the others may be reading it."""
-        return unit.index in self.sent
 
     def abandon(self) -> None:
         """Everything from here on is refused."""
@@ -176,11 +181,15 @@ class SharedExchange:
             with self.watch.waiting("gradients", unit.name):
                 self.core.receive(unit.index, True)
         self.waiting.clear()
-        self.sent.clear()
+        self.closed.clear()
 
     def after_step(self) -> None:
         """Ends the step here: a rank that does something else next, or nothing, must not keep the others waiting."""
         self.core.finish()
+        # The one copy has every rank's part when all have updated theirs.
+        for unit in self.shown:
+            self.gather(unit)
+            self.core.release(unit.index)
 
 
 class CollectiveGather:
@@ -213,7 +222,7 @@ class CollectiveGather:
 class CollectiveExchange:
     """Between any ranks, through collectives of torch.distributed.
 
-    `replicated`: every rank keeps all gradients (stage 0). `persistent`: every rank keeps all weights (stages 0 to 2),
+    `replicated`: every rank keeps all gradients (stage 0). `visible`: every rank keeps all weights (stages 0 to 2),
     which are brought up to date right after a step.
     """
 
@@ -226,17 +235,18 @@ class CollectiveExchange:
         wire: torch.dtype,
         *,
         replicated: bool,
-        persistent: bool,
+        visible: bool,
     ) -> None:
         self.core = core
         self.ranks = ranks
         self.watch = watch
         self.wire = wire
         self.replicated = replicated
-        self.refreshed = units if persistent and not replicated else []
+        self.visible = visible
+        self.refreshed = units if visible and not replicated else []
         # Backward runs roughly from the last unit to the first; what is left at the root ends last.
         self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
-        self.complete: set[int] = set()
+        self.closed: set[int] = set()
         self.next = 0
         self.broken = False
         self.moved = CollectiveGather(core, ranks, watch)
@@ -262,14 +272,10 @@ class CollectiveExchange:
     def send(self, unit: Unit) -> None:
         """Reduces as many units as are complete and next in order."""
         check_whole(self.broken)
-        self.complete.add(unit.index)
-        while self.next < len(self.order) and self.order[self.next].index in self.complete:
+        self.closed.add(unit.index)
+        while self.next < len(self.order) and self.order[self.next].index in self.closed:
             self._reduce(self.order[self.next])
             self.next += 1
-
-    def is_sent(self, unit: Unit) -> bool:
-        """Whether it was called complete."""
-        return unit.index in self.complete
 
     def abandon(self) -> None:
         """Everything from here on is refused."""
@@ -280,11 +286,13 @@ class CollectiveExchange:
         check_whole(self.broken)
         for unit in self.order[self.next :]:
             self._reduce(unit)
-        self.complete.clear()
+        self.closed.clear()
         self.next = 0
 
     def after_step(self) -> None:
         """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones."""
+        if self.visible:
+            self.core.finish()
         for unit in self.refreshed:
             self.gather(unit)
             self.core.release(unit.index)
@@ -321,11 +329,10 @@ def make_exchange(
 ) -> Exchange:
     """What carries the units of `plan` between its ranks; `wire` is the dtype in which gradients travel."""
     if plan.world == 1:
-        return Alone(core)
+        return Alone(core, visible=plan.visible)
     if plan.wire == "shared":
-        return SharedExchange(core, units, ranks, watch, wire)
-    persistent = plan.weights is Home.HOST
-    return CollectiveExchange(core, units, ranks, watch, wire, replicated=plan.replicated, persistent=persistent)
+        return SharedExchange(core, units, ranks, watch, wire, visible=plan.visible)
+    return CollectiveExchange(core, units, ranks, watch, wire, replicated=plan.replicated, visible=plan.visible)
 
 
 def settle(core: _core.Offload, ranks: Ranks, watch: Watch, gathered: int) -> Totals:

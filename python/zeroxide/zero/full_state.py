@@ -1,7 +1,7 @@
 """The model's state dict with full values, out of an engine and into it.
 
-`module.state_dict()` of an engine's module has tensors of size 0, as DeepSpeed's has. Loading such a dict, or any
-other, into a module whose parameters are empty is refused.
+`module.state_dict()` of an engine's module has tensors of size 0 at stage 3, as DeepSpeed's has. Loading a dict into a
+module of an engine is refused at every stage: parameters are empty, or master weights would not hear of it.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], str
 
 
 def refuse_loading(module: nn.Module) -> list[Any]:
-    """Makes `load_state_dict` of every module refuse to load into an empty parameter. Returns the hooks' handles."""
+    """Makes `load_state_dict` of every module refuse to load into an engine's parameters. Returns the hooks' handles."""
     return [
         each.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
         for each in module.modules()
@@ -138,9 +138,9 @@ def _refuse(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
         if param is None or prefix + name not in state_dict:
             continue
         keeper = keeper_of(param)
-        if isinstance(keeper, Seat) and param.shape != keeper.shape:
+        if isinstance(keeper, Seat) and not keeper.holds:
             raise ModelError(
-                f"load_state_dict: {keeper.name} is empty while it is not in use: call engine.load_module_state_dict, "
+                f"load_state_dict: {keeper.name} has its values in an engine: call engine.load_module_state_dict, "
                 "or load inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
                 name=keeper.name,
             )

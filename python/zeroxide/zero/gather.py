@@ -46,13 +46,27 @@ class Gatherer:
 
     For another device the gather ends with a copy from the unit's home into a device buffer; hooks and engine only
     see `gather` and `release`.
+
+    `visible`: parameters show their values at all times. `stays`: the memory under them holds the values at all times,
+    so that they are hidden once, at the end of a pass, and not shown again in between.
     """
 
-    def __init__(self, core: _core.Offload, exchange: Exchange, units: list[Unit], prefetch: int) -> None:
+    def __init__(
+        self,
+        core: _core.Offload,
+        exchange: Exchange,
+        units: list[Unit],
+        prefetch: int,
+        *,
+        visible: bool,
+        stays: bool,
+    ) -> None:
         self.core = core
         self.exchange = exchange
         self.units = units
         self.prefetch = prefetch
+        self.visible = visible
+        self.stays = stays
         self.orders = {True: GatherOrder(), False: GatherOrder()}
         self.training = True
 
@@ -73,10 +87,20 @@ class Gatherer:
 
     def release(self, unit: Unit) -> None:
         """Ends the use of the unit's parameters. Idempotent."""
-        unit.hide()
+        if not self.stays:
+            unit.hide()
         self.core.release(unit.index)
+
+    def show_all(self) -> None:
+        """Lets parameters that are visible at all times show their values for the first time."""
+        for unit in self.units if self.visible else ():
+            self.gather(unit)
+            self.release(unit)
+            unit.note_versions()
 
     def release_all(self) -> None:
         """Ends the use of every unit."""
         for unit in self.units:
-            self.release(unit)
+            if not self.visible:
+                unit.hide()
+            self.core.release(unit.index)

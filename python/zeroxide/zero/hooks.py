@@ -41,7 +41,7 @@ class Hooks:
     def __init__(self, module: nn.Module, gatherer: Gatherer, units: list[Unit]) -> None:
         self.gatherer = gatherer
         self.units = units
-        self.reducer = Reducer(gatherer.core, units, self._gradients_complete, self.note_run, self._check_open)
+        self.reducer = Reducer(gatherer.core, units, self._gradients_complete, self.note_run, gatherer.exchange.closed)
         self.exchange = gatherer.exchange
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
@@ -157,14 +157,6 @@ class Hooks:
         if self.synchronize:
             self.exchange.send(unit)
 
-    def _check_open(self, unit: Unit) -> None:
-        if self.exchange.is_sent(unit):
-            raise ModelError(
-                f"a gradient of {unit.name} arrived after the unit had been reduced over the ranks: a module is used "
-                "again in a way that forward did not show; make it part of a leaf module (zero.set_z3_leaf_modules)",
-                name=unit.name,
-            )
-
     def end_backward(self) -> None:
         """Releases every unit and ends the exchange of gradients. Called by autograd at the end of a backward."""
         if self.inside_backward:
@@ -201,6 +193,20 @@ def _origin(tensor: torch.Tensor) -> Origin:
 
 def _tensors(tree: Any) -> Iterator[torch.Tensor]:
     """Every tensor in nested containers, dataclasses among them."""
+    if isinstance(tree, torch.Tensor):
+        yield tree
+        return
+    # What nearly every module takes and gives, without the cost of looking for other kinds of containers.
+    if tree is None or type(tree) is bool:
+        return
+    if type(tree) is tuple or type(tree) is list:
+        for each in tree:
+            yield from _tensors(each)
+        return
+    if type(tree) is dict:
+        for each in tree.values():
+            yield from _tensors(each)
+        return
     for leaf in tree_leaves(tree):
         if isinstance(leaf, torch.Tensor):
             yield leaf

@@ -39,6 +39,10 @@ class Keeper(Protocol):
     ident: int
     shape: torch.Size
 
+    @property
+    def persists(self) -> bool:
+        """Whether the parameter shows its values at all times."""
+
     def available(self) -> bool:
         """Whether the parameter shows its values now."""
 
@@ -88,8 +92,8 @@ class ManagedParameter(nn.Parameter):
 
     @property
     def ds_persist(self) -> bool:
-        """Whether it always shows its values: never."""
-        return False
+        """Whether it always shows its values, as at stages 0 to 2."""
+        return self._keeper.persists
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:

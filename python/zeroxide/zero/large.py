@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from zeroxide import _core
+from zeroxide.errors import ModelError
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
 
@@ -77,12 +78,12 @@ class LargeModules:
         units: list[Unit],
         complete: Callable[[Unit, int], None],
         note_run: Callable[[Unit, nn.Module], None],
-        check_open: Callable[[Unit], None],
+        closed: set[int],
     ) -> None:
         self.core = core
         self.complete = complete
         self.note_run = note_run
-        self.check_open = check_open
+        self.closed = closed
         self.patched: list[nn.Linear] = []
         self.sparse: list[nn.Embedding] = []
         for unit in units:
@@ -120,7 +121,8 @@ class LargeModules:
         return output
 
     def _land_part(self, unit: Unit, position: int, start: int, part: torch.Tensor) -> None:
-        self.check_open(unit)
+        if unit.index in self.closed:
+            raise_closed(unit)
         self.core.land(unit.index, position, start, spec(part), True)
         if start + part.numel() == unit.shapes[position].numel():
             self.complete(unit, position)
@@ -139,3 +141,12 @@ def land_rows(core: _core.Offload, unit: Unit, position: int, grad: torch.Tensor
     """Lands a sparse gradient of shape (rows, width), not coalesced."""
     rows = grad._indices()[0].contiguous()
     core.land_rows(unit.index, position, grad.shape[0], spec(rows), spec(grad._values().contiguous()))
+
+
+def raise_closed(unit: Unit) -> NoReturn:
+    """Raises ModelError: a gradient has come after the unit's had gone out to the other ranks."""
+    raise ModelError(
+        f"a gradient of {unit.name} arrived after the unit had been reduced over the ranks: a module is used again in "
+        "a way that forward did not show; make it part of a leaf module (zero.set_z3_leaf_modules)",
+        name=unit.name,
+    )

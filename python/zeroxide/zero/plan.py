@@ -101,6 +101,16 @@ class Plan:
         return self.world > 1 and self.stage == 0
 
     @property
+    def visible(self) -> bool:
+        """Whether parameters show their values at all times: every rank has them anyway."""
+        return self.stage < 3
+
+    @property
+    def keeps_edits(self) -> bool:
+        """Whether a change in place of a visible parameter counts: it is the master weight, and no other rank's."""
+        return self.visible and self.compute is torch.float32 and (self.world == 1 or self.wire == "collective")
+
+    @property
     def payload(self) -> int:
         """Bytes of all buckets together."""
         return sum(self.buckets.values())
@@ -195,8 +205,20 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         stage=config.stage,
         wire=wire,
     )
+    if not plan.keeps_edits:
+        _refuse_edits(module)
     _place(plan, config)
     return plan
+
+
+def _refuse_edits(module: nn.Module) -> None:
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
+            raise ModelError(
+                f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which a master "
+                "weight or another rank's shard knows nothing of; only fp32 at stages 0 to 2 without offload allows that",
+                name=name,
+            )
 
 
 def _wire(config: Config, ranks: Ranks) -> str:

@@ -10,7 +10,7 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
-from zeroxide.zero.large import LargeModules, land_rows
+from zeroxide.zero.large import LargeModules, land_rows, raise_closed
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
 
@@ -26,11 +26,11 @@ class Reducer:
         units: list[Unit],
         complete: Callable[[Unit], None],
         note_run: Callable[[Unit, nn.Module], None],
-        check_open: Callable[[Unit], None],
+        closed: set[int],
     ) -> None:
         self.core = core
         self.complete = complete
-        self.check_open = check_open
+        self.closed = closed
         self.missing: list[set[int]] = []
         self.handles = []
         for unit in units:
@@ -41,7 +41,7 @@ class Reducer:
                 handle = unit.params[position].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self.handles.append(handle)
         self.units = units
-        self.large = LargeModules(core, units, self.arrived, note_run, check_open)
+        self.large = LargeModules(core, units, self.arrived, note_run, closed)
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
@@ -56,10 +56,12 @@ class Reducer:
         grad = param.grad
         if grad is None:
             return
-        self.check_open(unit)
+        if unit.index in self.closed:
+            raise_closed(unit)
         param.grad = None
         if grad.layout is torch.strided:
-            self.core.land(unit.index, position, 0, spec(grad.contiguous()), True)
+            whole = grad if grad.is_contiguous() else grad.contiguous()
+            self.core.land(unit.index, position, 0, spec(whole), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
             land_rows(self.core, unit, position, grad)
         else:

@@ -30,6 +30,7 @@ class House:
         watch: Watch,
         *,
         replicated: bool,
+        visible: bool,
     ) -> None:
         self.core = core
         self.before_change = before_change
@@ -37,6 +38,7 @@ class House:
         self.ranks = ranks
         self.watch = watch
         self.replicated = replicated
+        self.visible = visible
 
     @property
     def alone(self) -> bool:
@@ -71,6 +73,11 @@ class Seat:
         start, end = house.core().shard(unit.index)
         self.shard = end - start
         manage(unit.params[position], self)
+
+    @property
+    def persists(self) -> bool:
+        """See `Keeper`."""
+        return self.house.visible
 
     @property
     def dtype(self) -> torch.dtype:

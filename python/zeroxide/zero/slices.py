@@ -58,6 +58,8 @@ class SliceFile:
 class Slice:
     """Keeps one parameter. `dtype` is that of the slice and of the parameter."""
 
+    persists = False
+
     def __init__(
         self, name: str, param: nn.Parameter, ranks: Ranks, dtype: torch.dtype, file: SliceFile | None
     ) -> None:

@@ -39,6 +39,7 @@ class Unit:
         self.state = UnitState.RELEASED
         self.lent: dict[int, torch.Tensor] = {}
         """Positions whose parameters show a copy of their values, whatever becomes of the unit."""
+        self.versions = [0] * len(self.params)
 
     def show(self) -> None:
         """Lets the parameters be views of the flat weights. The core holds the memory under them."""
@@ -68,6 +69,18 @@ class Unit:
         self.lent.pop(position, None)
         gathered = self.state is UnitState.GATHERED
         self.params[position].data = self.views[position] if gathered else self.empty
+        self.versions[position] = self.params[position]._version
+
+    def note_versions(self) -> None:
+        """Takes the parameters as they are for unchanged."""
+        self.versions = [param._version for param in self.params]
+
+    def edited(self) -> str | None:
+        """The name of a parameter changed in place since `note_versions`, other than while lent; None if none was."""
+        for position, (param, version) in enumerate(zip(self.params, self.versions, strict=True)):
+            if param._version != version and position not in self.lent:
+                return self.names[position]
+        return None
 
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():
