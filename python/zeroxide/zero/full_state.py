@@ -125,7 +125,7 @@ def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], str
 
 
 def refuse_loading(module: nn.Module) -> list[Any]:
-    """Makes `load_state_dict` of every module refuse to load into an engine's parameters. Returns the hooks' handles."""
+    """Makes `load_state_dict` of every module refuse to load into an engine's parameters. Returns their handles."""
     return [
         each.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
         for each in module.modules()

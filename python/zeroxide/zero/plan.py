@@ -216,7 +216,7 @@ def _refuse_edits(module: nn.Module) -> None:
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
             raise ModelError(
                 f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which a master "
-                "weight or another rank's shard knows nothing of; only fp32 at stages 0 to 2 without offload allows that",
+                "weight or another rank's shard knows nothing of; only fp32 at stages 0 to 2 allows that",
                 name=name,
             )
 
