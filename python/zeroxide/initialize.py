@@ -92,7 +92,8 @@ def initialize(
         gradient_clipping=gradient_clipping,
         gradient_accumulation_steps=gradient_accumulation_steps,
     )
-    agree(ranks, {**version_facts(), **config_facts(resolved), **model_facts(model)})
+    given = {"sampler.training_data": "none" if training_data is None else "given"}
+    agree(ranks, {**version_facts(), **config_facts(resolved), **model_facts(model), **given})
     engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
     try:
         engine.lr_scheduler = _scheduler(resolved, lr_scheduler, (engine.optimizer, optimizer))
