@@ -144,11 +144,12 @@ class Engine(FullState, nn.Module):
         )
         seat_all(self._house)
         self._loading = refuse_loading(module)
-        self._gatherer.show_all()
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
             _core.drop_clean_text()
+        # Last: nothing can fail any more and leave parameters over memory that is gone.
+        self._gatherer.show_all()
 
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
         core = self._alive()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import logging
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,23 @@ __all__ = ["default_backend", "init_distributed", "start"]
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 """How long a collective may take; torch's default. A lost rank is noticed by the watch long before."""
+
+
+LAST_COLLECTIVE_SECONDS = 0.05
+"""How long the end of a process leaves the interpreter lock to threads of torch; they need microseconds."""
+
+
+def _at_exit() -> None:
+    # Once, and before anything that is registered later and runs earlier.
+    atexit.unregister(_let_threads_finish)
+    atexit.register(_let_threads_finish)
+
+
+def _let_threads_finish() -> None:
+    # gloo's thread drops a collective's tensors after it has woken whoever waited for them, and needs the interpreter
+    # lock for that. If the interpreter has begun to end meanwhile, Python ends that thread by force, inside a
+    # destructor, and the process aborts ("terminate called without an active exception"). Sleeping leaves it the lock.
+    time.sleep(LAST_COLLECTIVE_SECONDS)
 
 
 def default_backend() -> str:
@@ -41,17 +59,19 @@ def start(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, port: int | None = N
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
+        _at_exit()
         return _over_default_group(owned=False, place=None)
     place = read_environment(os.environ, port)
     if place.world == 1:
         return Ranks()
+    _at_exit()
     _make_group(place, default_backend(), timedelta(seconds=timeout_seconds), None)
     try:
         ranks = _over_default_group(owned=True, place=place)
     except BaseException:
         dist.destroy_process_group()
         raise
-    # A group that is left to the end of the process can end it with an abort: gloo's threads are still running then.
+    # Destroying the group joins gloo's threads; see `_let_threads_finish`.
     atexit.register(ranks.close)
     return ranks
 
