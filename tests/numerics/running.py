@@ -137,6 +137,7 @@ def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
         engine._gatherer.gather(unit)
         found |= {name: param.detach().clone() for name, param in zip(unit.names, unit.params, strict=True)}
         engine._gatherer.release(unit)
+    engine._gatherer.release_all()
     return found
 
 
