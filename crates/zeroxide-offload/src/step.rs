@@ -174,7 +174,11 @@ impl Core {
             return Ok(());
         };
         let mut outcome = Ok(());
-        while let (true, Ok(completion)) = (outcome.is_ok(), step.replies.1.try_recv()) {
+        while outcome.is_ok() {
+            // Only now: after an error a completion that is taken and not noted would be waited for without end.
+            let Ok(completion) = step.replies.1.try_recv() else {
+                break;
+            };
             outcome = step.note(completion);
         }
         self.settle_outcome(outcome)?;

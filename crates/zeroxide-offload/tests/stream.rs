@@ -99,6 +99,44 @@ fn an_error_in_the_middle_of_a_step_is_named_and_poisons_the_state() {
     }
 }
 
+/// Catches: a completion that is taken after an error and not noted, which the end of the step then waits for for ever.
+#[test]
+fn several_writes_that_fail_together_end_the_step() {
+    for from in 20..60 {
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let case = Case {
+                engine: sim(|options| {
+                    options.faults = vec![FaultRule {
+                        kind: Some(OpKind::Write),
+                        when: Trigger::From(from),
+                        fault: Fault::Errno(EIO),
+                    }];
+                }),
+                weights: WeightHome::Host,
+                ..Case::default()
+            };
+            let offload = case.open();
+            let gather_all = || {
+                (0..harness::UNITS.len()).try_for_each(|unit| {
+                    offload.gather(unit)?;
+                    offload.release(unit)
+                })
+            };
+            let failure = (0..40).find_map(|step| {
+                let outcome = harness::step(&offload, step).and_then(|()| gather_all());
+                // The last writes end before anybody looks.
+                std::thread::sleep(std::time::Duration::from_millis(3));
+                outcome.err()
+            });
+            // Nobody listens any more where this comes too late.
+            let _ = ended.send(failure.is_some());
+        });
+        let found = end.recv_timeout(std::time::Duration::from_secs(60));
+        assert_eq!(found, Ok(true), "writes fail from {from} on");
+    }
+}
+
 /// Catches: a checksum not compared in the step, in the gather, or in a read for a checkpoint.
 #[test]
 fn a_bit_that_flips_on_the_disk_never_becomes_a_number() {

@@ -11,7 +11,7 @@ use zeroxide_storage::{EngineKind, SimOptions};
 
 pub(crate) const REFERENCE_STEPS: u64 = 4;
 /// Elements of each parameter of each unit, and whether it is trained. Odd sizes, so that boundaries fall anywhere.
-const UNITS: [&[(u64, bool)]; 3] = [
+pub(crate) const UNITS: [&[(u64, bool)]; 3] = [
     &[(5000, true), (77, true), (3001, false)],
     &[(9000, true), (1, true), (64, true), (700, true)],
     &[(123, false), (20_000, true)],
