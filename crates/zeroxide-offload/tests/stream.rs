@@ -132,7 +132,7 @@ fn several_writes_that_fail_together_end_the_step() {
             // Nobody listens any more where this comes too late.
             let _ = ended.send(failure.is_some());
         });
-        let found = end.recv_timeout(std::time::Duration::from_secs(60));
+        let found = end.recv_timeout(std::time::Duration::from_mins(1));
         assert_eq!(found, Ok(true), "writes fail from {from} on");
     }
 }
