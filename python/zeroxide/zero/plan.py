@@ -205,7 +205,8 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         stage=config.stage,
         wire=wire,
     )
-    if not plan.keeps_edits:
+    # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
+    if not plan.keeps_edits or plan.world > 1:
         _refuse_edits(module)
     _place(plan, config)
     return plan
@@ -216,7 +217,7 @@ def _refuse_edits(module: nn.Module) -> None:
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
             raise ModelError(
                 f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which a master "
-                "weight or another rank's shard knows nothing of; only fp32 at stages 0 to 2 allows that",
+                "weight or another rank's shard knows nothing of; only fp32 at stages 0 to 2 on one rank allows that",
                 name=name,
             )
 
