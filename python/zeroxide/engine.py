@@ -97,6 +97,7 @@ class Engine(FullState, nn.Module):
         threads = config.threads or len(os.sched_getaffinity(0))
         self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
         self._core = open_core(self._plan, config)
+        self._process = os.getpid()
         self.watch.on_failure(self._core.call_off)
         try:
             self._place(module, groups, weights)
@@ -505,9 +506,13 @@ class Engine(FullState, nn.Module):
     def destroy(self) -> None:
         """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent.
 
-        Waits for a save in the background first; raises CheckpointError at the end if that failed.
+        Waits for a save in the background first; raises CheckpointError at the end if that failed. In a forked child
+        it only lets go: disk, memory and peers are the parent's.
         """
         if self._core is None:
+            return
+        if os.getpid() != self._process:
+            self._core = None
             return
         try:
             if self._saver is not None:

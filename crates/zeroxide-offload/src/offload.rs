@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use zeroxide_exchange::{Seat, Stop};
-use zeroxide_memory::{Anchor, Bucket, Budget, Usage};
+use zeroxide_memory::{Anchor, Bucket, Budget, ForkGuard, Usage};
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::IoCounters;
 
@@ -32,6 +32,7 @@ pub struct IoReport {
 
 /// Units of parameters, their tiers, and the optimizer over them.
 pub struct Offload {
+    guard: ForkGuard,
     core: Mutex<Option<Core>>,
     budget: Budget,
     stop: Option<Arc<Stop>>,
@@ -44,6 +45,7 @@ impl Offload {
         let budget = core.budget.clone();
         let stop = core.mail.stop().cloned();
         Ok(Self {
+            guard: ForkGuard::new(),
             stop,
             core: Mutex::new(Some(core)),
             budget,
@@ -51,6 +53,9 @@ impl Offload {
     }
 
     fn with<T>(&self, call: &'static str, work: impl FnOnce(&mut Core) -> Result<T>) -> Result<T> {
+        // Before the lock: a thread that held it at the fork is not there to give it back, and neither is one that
+        // would report a transfer.
+        self.guard.check_process()?;
         match self.lock().as_mut() {
             Some(core) => work(core),
             None => misuse(call, "already closed"),
@@ -381,8 +386,12 @@ impl Offload {
         })
     }
 
-    /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent.
+    /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent. Does nothing in a
+    /// forked child, where all of that belongs to the parent.
     pub fn close(&self) -> Result<()> {
+        if self.guard.is_forked() {
+            return Ok(());
+        }
         let Some(mut core) = self.lock().take() else {
             return Ok(());
         };
@@ -398,6 +407,16 @@ impl Offload {
             // Weights that will never be read again do not matter at the end.
             Ok(()) | Err(OffloadError::Storage(_)) => Ok(()),
             Err(error) => Err(error),
+        }
+    }
+}
+
+impl Drop for Offload {
+    fn drop(&mut self) {
+        if self.guard.is_forked() {
+            // The parts would wait for threads that are not there. The exit of the child gives their memory back.
+            let core = self.core.get_mut().ok().and_then(Option::take);
+            std::mem::forget(core);
         }
     }
 }

@@ -6,8 +6,9 @@ torch is imported where it is used: a single rank needs none of it here.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zeroxide.errors import RanksError
@@ -70,6 +71,8 @@ class Ranks:
     """Waits a moment for the watch to find out why a collective failed; set by the watch."""
     own_group: bool = False
     """Whether `group` is one that was made beside the default group, which takes no tensors in host memory."""
+    process: int = field(default_factory=os.getpid)
+    """The process that the groups' threads live in."""
 
     @property
     def alone(self) -> bool:
@@ -149,8 +152,11 @@ class Ranks:
     def close(self) -> None:
         """Destroys the process groups that `start` made, and no other. Calling it again does nothing.
 
-        With a lost rank they are left to the end of the process, since destroying them waits for that rank.
+        With a lost rank they are left to the end of the process, since destroying them waits for that rank; in a forked
+        child to the parent, since it would wait for threads that are not there.
         """
+        if os.getpid() != self.process:
+            return
         owned, own_group, group = self.owned, self.own_group, self.group
         self.owned = self.own_group = False
         if self.lost is None and (owned or own_group):
