@@ -30,6 +30,7 @@ from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
+from zeroxide.zero.parting import part_from
 from zeroxide.zero.plan import Plan, make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
@@ -506,8 +507,9 @@ class Engine(FullState, nn.Module):
     def destroy(self) -> None:
         """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent.
 
-        Waits for a save in the background first; raises CheckpointError at the end if that failed. In a forked child
-        it only lets go: disk, memory and peers are the parent's.
+        Waits for a save in the background first; raises CheckpointError at the end if that failed. At stages 0 to 2 the
+        model keeps its weights, in memory of its own; at stage 3 they are gone (see `module_state_dict`). In a forked
+        child it only lets go: disk, memory and peers are the parent's.
         """
         if self._core is None:
             return
@@ -519,15 +521,16 @@ class Engine(FullState, nn.Module):
                 self._saver.finish()
         finally:
             core, self._core = self._core, None
-            if hasattr(self, "_hooks"):
-                self._hooks.close()
-                for handle in self._loading:
-                    handle.remove()
-                for unit in self._units:
-                    unit.hide()
-            core.close()
-            self.watch.close()
-            self.ranks.close()
+            try:
+                if hasattr(self, "_hooks"):
+                    self._hooks.close()
+                    for handle in self._loading:
+                        handle.remove()
+                    part_from(self.module, self._units, visible=self._plan.visible)
+            finally:
+                core.close()
+                self.watch.close()
+                self.ranks.close()
 
     # Inside -----------------------------------------------------------------------------------------------------
 

@@ -304,7 +304,10 @@ def case_visible_parameters():
                 else:
                     with pytest.raises(ModelError, match=r"h\.1\.up\.weight was changed in place"):
                         engine.step()
+                engine.ranks.barrier()
+                last = values_of(model)
                 engine.destroy()
+                same(values_of(model), last)
 
 
 def case_full_state_dicts():

@@ -67,7 +67,6 @@ def test_parameters_show_the_weights_of_the_last_step(settings, dtype):
         assert weight.ds_status is zero.ZeroParamStatus.AVAILABLE
         average = copy.deepcopy(weight)
         assert torch.equal(average, weight)
-    assert model.h[0].up.weight.numel() == 0, "its memory went with the engine"
 
 
 def test_a_penalty_on_weights_trains_as_in_plain_torch(tmp_path):

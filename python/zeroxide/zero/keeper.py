@@ -15,7 +15,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 
-__all__ = ["Keeper", "ManagedParameter", "ZeroParamStatus", "keeper_of", "manage", "new_id", "shape_of"]
+__all__ = ["Keeper", "ManagedParameter", "ZeroParamStatus", "keeper_of", "manage", "new_id", "shape_of", "unmanage"]
 
 _ids = itertools.count()
 
@@ -121,6 +121,13 @@ def manage(param: nn.Parameter, keeper: Keeper) -> None:
     param._keeper = keeper  # type: ignore[attr-defined]
     if type(param) is nn.Parameter:
         param.__class__ = ManagedParameter
+
+
+def unmanage(param: nn.Parameter) -> None:
+    """Undoes `manage`: the parameter has its values itself again."""
+    del param._keeper  # type: ignore[attr-defined]
+    if type(param) is ManagedParameter:
+        param.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
 def keeper_of(param: torch.Tensor) -> Keeper | None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.zero.keeper import unmanage
 from zeroxide.zero.plan import UnitPlan
 from zeroxide.zero.state import UnitState
 from zeroxide.zero.tensors import view_of
@@ -58,6 +59,14 @@ class Unit:
             param.data = self.empty
         self.state = UnitState.RELEASED
         self._show_lent()
+
+    def hand_over(self) -> None:
+        """Gives every parameter memory of its own with the values it shows, and forgets that it was a unit's."""
+        for param in self.params:
+            param.data = param.data.clone()
+            unmanage(param)
+        self.state = UnitState.RELEASED
+        self.lent.clear()
 
     def lend(self, position: int, copy: torch.Tensor) -> None:
         """Lets a parameter show `copy`, in its shape and dtype, until it is taken back."""

@@ -1,0 +1,41 @@
+"""What becomes of the parameters when their engine ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from zeroxide.errors import ModelError
+from zeroxide.zero.unit import Unit
+
+__all__ = ["part_from"]
+
+
+def part_from(module: nn.Module, units: list[Unit], *, visible: bool) -> None:
+    """Takes the parameters out of the engine, whose memory is still there.
+
+    Where they show their values at all times, they keep them, in memory of their own. Where they do not, the model may
+    be larger than memory: they end empty, and their modules raise ModelError when they run, are saved or loaded into.
+    """
+    try:
+        if visible:
+            for unit in units:
+                unit.hand_over()
+    finally:
+        # Nothing may be left over memory that goes now.
+        for unit in units:
+            unit.hide()
+    if not visible:
+        for each in module.modules():
+            if each._parameters:
+                each.register_forward_pre_hook(_refuse)
+                each.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+                each.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+
+
+def _refuse(module: nn.Module, *_: Any) -> None:
+    raise ModelError(
+        f"{type(module).__name__} lost its weights when its engine was destroyed: at stage 3 they are the engine's. "
+        "Take engine.module_state_dict() or save before, and build the model again"
+    )

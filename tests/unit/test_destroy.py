@@ -1,0 +1,117 @@
+"""What a model is after its engine was destroyed."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from models import build
+from running import Mode, config_of, started
+from torch import nn
+
+import zeroxide
+from zeroxide import zero
+from zeroxide.errors import ConfigError, ModelError
+
+
+def ids(seed=0):
+    return torch.randint(0, 61, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def settings(folder, stage, optimizer="none", dtype="fp32"):
+    config = config_of(Mode("none", optimizer), folder, dtype)
+    config["zero_optimization"] |= {"stage": stage}
+    return config
+
+
+def trained(engine, seed=0):
+    engine.backward(engine(ids(seed)))
+    engine.step()
+    return {name: param.detach().clone() for name, param in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_visible_parameters_stay_and_are_plain_ones(stage, dtype, tmp_path):
+    """Catches: views that outlive their memory, a keeper that stays, tied weights that part."""
+    model = build("gpt")
+    with started(model, config=settings(tmp_path, stage, dtype=dtype)) as engine:
+        last = trained(engine)
+        places = {param.data_ptr() for param in model.parameters()}
+    memory = weakref.ref(engine)
+    del engine
+    gc.collect()
+    assert memory() is None, "the model must not keep its engine alive"
+    assert model.head.weight is model.wte.weight
+    for name, param in model.named_parameters():
+        assert type(param) is nn.Parameter, name
+        assert torch.equal(param, last[name]), name
+        assert param.data_ptr() not in places, "the engine's memory is not theirs to keep"
+        assert param.grad is None
+    copied = copy.deepcopy(model)
+    copied.load_state_dict(model.state_dict())
+    copied(ids()).backward()
+    optimizer = torch.optim.SGD(copied.parameters(), lr=0.1)
+    optimizer.step()
+    assert not torch.equal(copied.wte.weight, model.wte.weight)
+
+
+def test_a_model_goes_from_one_engine_to_the_next(tmp_path):
+    """Like a plain model with these weights, given to an engine for the first time."""
+    model = build("gpt")
+    (tmp_path / "first").mkdir()
+    with started(model, config=settings(tmp_path / "first", 2)) as engine:
+        last = trained(engine)
+    results = []
+    for number, again in enumerate((copy.deepcopy(model), model)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with started(again, config=settings(folder, 3, "nvme")) as engine:
+            for param, (name, value) in zip(again.parameters(), last.items(), strict=True):
+                assert torch.equal(zeroxide.safe_get_full_fp32_param(param), value), name
+            engine.backward(engine(ids(1)))
+            engine.step()
+            results.append(engine.module_state_dict())
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_a_model_of_zero_init_keeps_its_weights_too(tmp_path):
+    torch.manual_seed(0)
+    with zero.Init(config_dict_or_path=settings(tmp_path, 2)):
+        model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    with started(model, config=settings(tmp_path, 2)) as engine:
+        last = {name: value.clone() for name, value in engine.module_state_dict().items()}
+    assert list(last) == list(model.state_dict())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, last[name]), name
+
+
+def test_at_stage_3_the_modules_say_where_the_weights_went(tmp_path):
+    """Empty tensors would be saved without a word."""
+    model = build("gpt")
+    with started(model, config=settings(tmp_path, 3)) as engine:
+        state = engine.module_state_dict()
+        trained(engine)
+    with pytest.raises(ModelError, match="engine was destroyed"):
+        model.state_dict()
+    with pytest.raises(ModelError, match="engine was destroyed"):
+        model(ids())
+    with pytest.raises(ModelError, match="engine was destroyed"):
+        model.load_state_dict(state)
+    with pytest.raises(ModelError, match="did at stage 3 until that was destroyed"):
+        zeroxide.initialize(model=model, config=settings(tmp_path, 3))
+
+
+def test_an_initialize_that_fails_late_gives_the_model_back(tmp_path):
+    """A schedule is refused after the engine stands."""
+    model = build("gpt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config = settings(tmp_path, 1) | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -3}}}
+    with pytest.raises(ConfigError):
+        zeroxide.initialize(model=model, model_parameters=model.parameters(), config=config)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
