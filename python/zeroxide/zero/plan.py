@@ -266,8 +266,8 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
     for entry in entries:
         if keeper_of(entry.param) is not None and slice_of(entry.param) is None:
             raise ModelError(
-                f"{entry.name} belongs to an engine, or did at stage 3 until that was destroyed: build the model again, "
-                "and load what engine.module_state_dict() or a checkpoint has kept",
+                f"{entry.name} belongs to an engine, or did at stage 3 until that was destroyed: build the model "
+                "again, and load what engine.module_state_dict() or a checkpoint has kept",
                 name=entry.name,
             )
         if not entry.param.is_floating_point():
