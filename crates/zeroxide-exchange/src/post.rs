@@ -18,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use zeroxide_layout::{PAGE, checked_align_up_usize};
-use zeroxide_memory::{FRAME, Lease, SharedSegment};
+use zeroxide_memory::{Bucket, Budget, FRAME, Lease, Reservation, SharedSegment};
 
 use crate::bell;
 use crate::error::{ExchangeError, Result};
@@ -105,9 +105,16 @@ enum Outgoing {
     /// Nothing.
     Idle,
     /// Leased to whoever fills it.
-    Filling { place: u64 },
+    Filling {
+        place: u64,
+        stretch: Option<Reservation>,
+    },
     /// Sent; others may be reading.
-    Sent { place: u64, bytes: Option<Lease> },
+    Sent {
+        place: u64,
+        bytes: Option<Lease>,
+        _stretch: Option<Reservation>,
+    },
 }
 
 /// One rank's end of the exchange.
@@ -122,16 +129,29 @@ pub struct Post {
     /// Number of the round that each unit is in, from 1.
     rounds: Vec<u64>,
     stop: Arc<Stop>,
+    budget: Budget,
+    _slots: Option<Reservation>,
 }
 
 impl Post {
     /// Makes this rank's segment. The other ranks find it through [`seat`](Self::seat); nothing else may be called
-    /// before [`join`](Self::join).
+    /// before [`join`](Self::join). `budget` counts the slots for as long as the post exists, and a unit's own stretch
+    /// while it is used; the weights are the caller's to count.
     ///
     /// # Errors
     /// [`ExchangeError::Memory`].
-    pub fn new(rank: usize, world: usize, plan: PostPlan, stop: Arc<Stop>) -> Result<Self> {
+    pub fn new(
+        rank: usize,
+        world: usize,
+        plan: PostPlan,
+        budget: &Budget,
+        stop: Arc<Stop>,
+    ) -> Result<Self> {
         let places = Places::new(&plan);
+        let counted = match places.slots.last() {
+            None => None,
+            Some(last) => Some(budget.reserve(Bucket::Gradients, last.end as u64)?),
+        };
         let words = words(&plan);
         let payload = places.gradients + if rank == 0 { plan.weights } else { 0 };
         let segment = Arc::new(SharedSegment::create(words, payload.max(PAGE))?);
@@ -145,6 +165,8 @@ impl Post {
             rounds: vec![1; units],
             plan,
             stop,
+            budget: budget.clone(),
+            _slots: counted,
         })
     }
 
@@ -186,11 +208,6 @@ impl Post {
         (&self.segments[0], self.places.gradients)
     }
 
-    /// Bytes that this rank's slots take: what the budget has to count.
-    pub fn slot_bytes(&self) -> usize {
-        self.places.slots.last().map_or(0, |slot| slot.end)
-    }
-
     /// Which round the unit is in.
     pub fn round(&self, unit: usize) -> u64 {
         self.rounds[unit]
@@ -200,7 +217,8 @@ impl Post {
     /// round.
     ///
     /// # Errors
-    /// [`ExchangeError::Misuse`] when the unit's room is already given out or sent, [`ExchangeError::Stopped`].
+    /// [`ExchangeError::Misuse`] when the unit's room is already given out or sent, [`ExchangeError::Stopped`],
+    /// [`ExchangeError::Memory`] when no slot is free and the budget has nothing left for the unit's own stretch.
     pub fn room(&mut self, unit: usize) -> Result<Lease> {
         self.await_last_round(unit)?;
         if !matches!(self.outgoing[unit], Outgoing::Idle) {
@@ -217,7 +235,7 @@ impl Post {
             .iter()
             .filter_map(|outgoing| match outgoing {
                 Outgoing::Idle => None,
-                Outgoing::Filling { place } | Outgoing::Sent { place, .. } => Some(*place),
+                Outgoing::Filling { place, .. } | Outgoing::Sent { place, .. } => Some(*place),
             })
             .collect();
         let place = match self.places.reserved[unit] {
@@ -228,7 +246,14 @@ impl Post {
                 .unwrap_or(OWN_STRETCH),
         };
         let range = self.range(unit, place);
-        self.outgoing[unit] = Outgoing::Filling { place };
+        let stretch = match place {
+            OWN_STRETCH => Some(
+                self.budget
+                    .reserve(Bucket::Gradients, self.plan.units[unit] as u64)?,
+            ),
+            _ => None,
+        };
+        self.outgoing[unit] = Outgoing::Filling { place, stretch };
         // SAFETY: a place is given out again only after every rank has said that it has read what was there (`reclaim`),
         // and no rank writes another's segment.
         Ok(unsafe { self.segments[self.rank].lease(range) })
@@ -240,9 +265,9 @@ impl Post {
     /// [`ExchangeError::Misuse`] when this round was already sent, [`ExchangeError::Stopped`].
     pub fn send(&mut self, unit: usize, bytes: Option<Lease>) -> Result<()> {
         self.await_last_round(unit)?;
-        let place = match (&self.outgoing[unit], &bytes) {
-            (Outgoing::Filling { place }, Some(_)) => *place,
-            (Outgoing::Idle, None) => NOTHING,
+        let (place, stretch) = match (&mut self.outgoing[unit], &bytes) {
+            (Outgoing::Filling { place, stretch }, Some(_)) => (*place, stretch.take()),
+            (Outgoing::Idle, None) => (NOTHING, None),
             _ => {
                 return Err(ExchangeError::Misuse {
                     call: "send",
@@ -254,7 +279,11 @@ impl Post {
             }
         };
         let word = (self.rounds[unit] << PLACE_BITS) | place;
-        self.outgoing[unit] = Outgoing::Sent { place, bytes };
+        self.outgoing[unit] = Outgoing::Sent {
+            place,
+            bytes,
+            _stretch: stretch,
+        };
         // Release: whoever sees the word sees the bytes.
         self.segments[self.rank]
             .word(self.sent(unit))

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use zeroxide_exchange::{ExchangeError, Post, PostPlan, Seat, Stop};
+use zeroxide_memory::{Bucket, Budget, MemoryError};
 
 /// After this, a rank that still waits counts as hung.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -22,10 +23,16 @@ fn plan(units: &[usize], slots: usize, long: &[usize]) -> PostPlan {
 
 /// Posts that have found one another, and what ends their waiting.
 fn joined(world: usize, plan: &PostPlan) -> Vec<(Post, Arc<Stop>)> {
+    joined_within(&Budget::new(None), world, plan)
+}
+
+/// Ranks that count in one budget.
+fn joined_within(budget: &Budget, world: usize, plan: &PostPlan) -> Vec<(Post, Arc<Stop>)> {
     let mut posts: Vec<_> = (0..world)
         .map(|rank| {
             let stop = Arc::new(Stop::default());
-            let post = Post::new(rank, world, plan.clone(), Arc::clone(&stop)).expect("memory");
+            let post =
+                Post::new(rank, world, plan.clone(), budget, Arc::clone(&stop)).expect("memory");
             (post, stop)
         })
         .collect();
@@ -350,4 +357,43 @@ fn room_beyond_the_slots_is_given_back() {
             .expect("ready");
     }
     assert!(in_use() < 2 << 20, "{} bytes are still in use", in_use());
+}
+
+#[test]
+fn what_is_on_its_way_is_counted_for_as_long_as_it_is() {
+    let budget = Budget::new(Some(2 * 300 + 200));
+    let mut posts = joined_within(&budget, 2, &plan(&[300, 200, 100], 1, &[]));
+    let counted = |budget: &Budget| budget.usage(Bucket::Gradients).current;
+    assert_eq!(counted(&budget), 2 * 300, "a slot of each rank");
+    let (receiver, _) = posts.pop().expect("two ranks");
+    let (mut sender, mut receiver) = (posts.pop().expect("two ranks").0, receiver);
+
+    let in_slot = sender.room(0).expect("the slot is free");
+    let in_stretch = sender.room(1).expect("the budget has room");
+    assert_eq!(counted(&budget), 2 * 300 + 200);
+    let refused = sender
+        .room(2)
+        .expect_err("neither a slot nor bytes are left");
+    assert!(
+        matches!(
+            refused,
+            ExchangeError::Memory(MemoryError::OverBudget { need: 100, .. })
+        ),
+        "{refused}"
+    );
+    for (unit, bytes) in [(0, in_slot), (1, in_stretch)] {
+        sender.send(unit, Some(bytes)).expect("first of its round");
+        receiver.send(unit, None).expect("first of its round");
+    }
+    assert_eq!(counted(&budget), 2 * 300 + 200, "sent and not yet read");
+    for unit in [1, 0] {
+        for post in [&mut receiver, &mut sender] {
+            post.take(unit, 0..10, |_| Ok::<_, ExchangeError>(()))
+                .expect("both have sent");
+        }
+    }
+    assert_eq!(counted(&budget), 2 * 300);
+    let room = sender.room(2).expect("all is free again");
+    drop((room, sender, receiver));
+    assert_eq!(counted(&budget), 0);
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use zeroxide_exchange::{Post, PostPlan, Seat, Stop};
 use zeroxide_layout::PAGE;
-use zeroxide_memory::{Arena, Bucket, Budget, FRAME, Reservation};
+use zeroxide_memory::{Arena, Bucket, Budget, FRAME};
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
@@ -25,7 +25,6 @@ pub(crate) enum Mail {
         /// Where each unit's weights start in the shared segment; `None` where they are not shared.
         weights: Vec<Option<usize>>,
         stop: Arc<Stop>,
-        _counted: Option<Reservation>,
     },
     /// Through the caller's collectives.
     Collective {
@@ -91,17 +90,13 @@ impl Mail {
             place.rank as usize,
             place.world as usize,
             plan,
+            budget,
             Arc::clone(&stop),
         )?;
-        let counted = match post.slot_bytes() {
-            0 => None,
-            bytes => Some(budget.reserve(Bucket::Gradients, bytes as u64)?),
-        };
         Ok(Self::Shared {
             post: Box::new(post),
             weights,
             stop,
-            _counted: counted,
         })
     }
 

@@ -9,9 +9,9 @@ use zeroxide_offload::{ExchangeError, OffloadError};
 pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
     let name = match error {
         OffloadError::Storage(_) | OffloadError::Poisoned { .. } => "StorageError",
-        OffloadError::Memory(MemoryError::OverBudget { .. }) | OffloadError::NoFrames { .. } => {
-            "BudgetError"
-        }
+        OffloadError::Memory(MemoryError::OverBudget { .. })
+        | OffloadError::Exchange(ExchangeError::Memory(MemoryError::OverBudget { .. }))
+        | OffloadError::NoFrames { .. } => "BudgetError",
         OffloadError::Exchange(ExchangeError::Stopped { .. }) => "RanksError",
         OffloadError::Memory(_)
         | OffloadError::Exchange(_)
