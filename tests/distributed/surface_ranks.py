@@ -310,6 +310,16 @@ def case_visible_parameters():
                 same(values_of(model), last)
 
 
+def case_embeddings_that_change_in_forward():
+    """Each rank would rescale the rows that it looked up, and only those of its own shard would last."""
+    for stage in range(4):
+        for transport in ("collective", "shared_memory"):
+            base = {"zero_optimization": {"stage": stage}, "zeroxide": {"transport": transport}}
+            model = nn.Sequential(nn.Embedding(61, 8, max_norm=0.5), nn.Linear(8, 61))
+            with pytest.raises(ModelError, match=r"0 has max_norm = 0\.5"):
+                start(model, base, "fp32")
+
+
 def case_full_state_dicts():
     for base in ENGINES[:4]:
         model = seeded("gpt", seed=RANK)

@@ -21,7 +21,7 @@ from zeroxide.ranks import Ranks, Watch, agree, init_distributed, place, start
 COLLECTIVES = """
 import json, math
 import torch.distributed as dist
-from zeroxide.ranks import all_gather_single, reduce_scatter_single
+from zeroxide.ranks import all_gather_single
 
 words = "e\u00e9" * (500 * ranks.rank)
 objects = ranks.gather_objects({"rank": ranks.rank, "list": [1, None, 0.1], "words": words})
@@ -32,10 +32,9 @@ tensor = ranks.broadcast_tensor(torch.full((3, 2), ranks.rank, dtype=torch.bfloa
 assert tensor.tolist() == [[source] * 2] * 3
 ranks.barrier()
 if ranks.group is not None:
-    given = torch.arange(2 * ranks.world, dtype=torch.float32) + ranks.rank
-    output = torch.empty(2)
-    reduce_scatter_single(output, given, ranks.group)
-    assert output.tolist() == [ranks.world * (2 * ranks.rank + i) + sum(range(ranks.world)) for i in range(2)]
+    whole = torch.empty(2 * ranks.world)
+    all_gather_single(whole, torch.tensor([ranks.rank + 0.5, -ranks.rank]), ranks.group)
+    assert whole.tolist() == [value for r in range(ranks.world) for value in (r + 0.5, -r)]
 say(json.dumps({
     "rank": ranks.rank, "world": ranks.world, "local": [ranks.local_rank, ranks.local_world],
     "owned": ranks.owned, "same_host": ranks.same_host, "numbers": [n.hex() for row in numbers for n in row],

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Ranks", "all_gather_single", "reduce_scatter_single"]
+__all__ = ["Ranks", "all_gather_single"]
 
 
 def all_gather_single(output: torch.Tensor, given: torch.Tensor, group: ProcessGroup | None = None, **more: Any) -> Any:
@@ -27,16 +27,6 @@ def all_gather_single(output: torch.Tensor, given: torch.Tensor, group: ProcessG
 
     # torch 2.13 gave all_gather_into_tensor this name and warns about the old one.
     call = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return call(output, given, group=group, **more)
-
-
-def reduce_scatter_single(
-    output: torch.Tensor, given: torch.Tensor, group: ProcessGroup | None = None, **more: Any
-) -> Any:
-    """`output` becomes this rank's piece of the sum over ranks of `given`; same dtype, numel of `given` / ranks."""
-    import torch.distributed as dist
-
-    call = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return call(output, given, group=group, **more)
 
 
