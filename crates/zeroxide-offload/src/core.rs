@@ -15,7 +15,7 @@ use crate::homes::{GradArena, ShardArena, Share, StateArena, lay_out};
 use crate::mail::Mail;
 use crate::read::CachedTile;
 use crate::settings::{Place, Settings, StateHome, UnitSpec, WeightHome};
-use crate::step::ActiveStep;
+use crate::stream::ActiveStep;
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::{Residence, Weights};
 
