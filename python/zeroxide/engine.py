@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zeroxide import _core
+from zeroxide.answers import Answers
 from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.loss_scale import LossScaler
@@ -31,7 +32,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
 from zeroxide.zero.parting import part_from
-from zeroxide.zero.plan import Plan, make_plan
+from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
 from zeroxide.zero.unit import Unit
@@ -49,7 +50,7 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
 
 
-class Engine(FullState, nn.Module):
+class Engine(Answers, FullState, nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
     The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
@@ -176,11 +177,6 @@ class Engine(FullState, nn.Module):
                 path="model_parameters",
             )
 
-    def _alive(self) -> _core.Offload:
-        if self._core is None:
-            raise RuntimeError("the engine was destroyed")
-        return self._core
-
     # Training -------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -305,10 +301,6 @@ class Engine(FullState, nn.Module):
 
     # Accumulation ---------------------------------------------------------------------------------------------
 
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step."""
-        return self.config.gradient_accumulation_steps
-
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the next `step` updates the weights."""
         if self._boundary is not None:
@@ -335,98 +327,6 @@ class Engine(FullState, nn.Module):
             yield
         finally:
             self._hooks.synchronize = True
-
-    # What scripts ask ------------------------------------------------------------------------------------------
-
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of all gradients at the last step, before clipping and without the loss scale.
-
-        NaN if one was not finite; None before the first step.
-        """
-        return self._norm
-
-    def get_lr(self) -> list[float]:
-        """Learning rate of each group."""
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step` changed the weights."""
-        return self._applied
-
-    def train_batch_size(self) -> int:
-        """Samples per optimizer step."""
-        return self.config.train_batch_size or (
-            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.ranks.world
-        )
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per forward."""
-        return self.config.train_micro_batch_size_per_gpu or 1
-
-    def zero_optimization_stage(self) -> int:
-        """ZeRO stage of the config."""
-        return self.config.stage
-
-    def bfloat16_enabled(self) -> bool:
-        """Whether weights and activations are bf16."""
-        return self.config.precision == "bf16"
-
-    def fp16_enabled(self) -> bool:
-        """Whether weights and activations are fp16."""
-        return self.config.precision == "fp16"
-
-    def loss_scale(self) -> float:
-        """What the next loss will be multiplied by before backward; 1 without fp16."""
-        return self._scaler.scale
-
-    def dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale follows overflows."""
-        return self._scaler.dynamic
-
-    @property
-    def config_params(self) -> dict[str, Any]:
-        """The config as it was given, parsed."""
-        return dict(self.config.source)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return torch.device("cpu")
-
-    def plan(self) -> Plan:
-        """Units, homes and expected bytes."""
-        return self._plan
-
-    def memory(self) -> dict[str, Any]:
-        """Bytes per bucket as {"current", "peak"}, the process under "process", and the budget under "limit"."""
-        usage: dict[str, Any] = {
-            name: {"current": current, "peak": peak} for name, (current, peak) in self._alive().usage().items()
-        }
-        usage["process"] = _core.resident()
-        usage["limit"] = self.config.host_memory
-        return usage
-
-    def io(self) -> dict[str, Any]:
-        """Disk traffic since the start, in bytes and seconds.
-
-        `read_seconds` and `write_seconds` are times with at least one such operation in flight, `wait_seconds` those in
-        which compute stood still for the disk, and `update_seconds` those spent on optimizer steps, waiting included,
-        also where that was within the next forward.
-        """
-        found = self._alive().io()
-        if found is None:
-            counts = dict.fromkeys(("read_bytes", "write_bytes", "reads", "writes", "tiles_updated"), 0)
-            seconds = dict.fromkeys(("read_seconds", "write_seconds", "wait_seconds", "update_seconds"), 0.0)
-            return {**counts, **seconds, "engine": "none"}
-        return found
-
-    def exchanged_bytes(self) -> int:
-        """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
-        return self._exchange.sent_bytes
-
-    def times(self) -> dict[str, float]:
-        """Seconds spent in forward, backward and step since the start."""
-        return dict(self._times)
 
     # Checkpoints ------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,131 @@
+"""What scripts ask of an engine: its settings, and what it has counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zeroxide import _core
+from zeroxide._core import Offload
+from zeroxide.config import Config
+from zeroxide.loss_scale import LossScaler
+from zeroxide.ranks import Ranks
+from zeroxide.zero.exchange import Exchange
+from zeroxide.zero.plan import Plan
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """The engine's methods that change nothing."""
+
+    config: Config
+    optimizer: Any
+    ranks: Ranks
+    _applied: bool
+    _core: Offload | None
+    _exchange: Exchange
+    _norm: float | None
+    _plan: Plan
+    _scaler: LossScaler
+    _times: dict[str, float]
+
+    def _alive(self) -> Offload:
+        if self._core is None:
+            raise RuntimeError("the engine was destroyed")
+        return self._core
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.config.gradient_accumulation_steps
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of all gradients at the last step, before clipping and without the loss scale.
+
+        NaN if one was not finite; None before the first step.
+        """
+        return self._norm
+
+    def get_lr(self) -> list[float]:
+        """Learning rate of each group."""
+        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step` changed the weights."""
+        return self._applied
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step."""
+        return self.config.train_batch_size or (
+            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.ranks.world
+        )
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward."""
+        return self.config.train_micro_batch_size_per_gpu or 1
+
+    def zero_optimization_stage(self) -> int:
+        """ZeRO stage of the config."""
+        return self.config.stage
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether weights and activations are bf16."""
+        return self.config.precision == "bf16"
+
+    def fp16_enabled(self) -> bool:
+        """Whether weights and activations are fp16."""
+        return self.config.precision == "fp16"
+
+    def loss_scale(self) -> float:
+        """What the next loss will be multiplied by before backward; 1 without fp16."""
+        return self._scaler.scale
+
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale follows overflows."""
+        return self._scaler.dynamic
+
+    @property
+    def config_params(self) -> dict[str, Any]:
+        """The config as it was given, parsed."""
+        return dict(self.config.source)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return torch.device("cpu")
+
+    def plan(self) -> Plan:
+        """Units, homes and expected bytes."""
+        return self._plan
+
+    def memory(self) -> dict[str, Any]:
+        """Bytes per bucket as {"current", "peak"}, the process under "process", and the budget under "limit"."""
+        usage: dict[str, Any] = {
+            name: {"current": current, "peak": peak} for name, (current, peak) in self._alive().usage().items()
+        }
+        usage["process"] = _core.resident()
+        usage["limit"] = self.config.host_memory
+        return usage
+
+    def io(self) -> dict[str, Any]:
+        """Disk traffic since the start, in bytes and seconds.
+
+        `read_seconds` and `write_seconds` are times with at least one such operation in flight, `wait_seconds` those in
+        which compute stood still for the disk, and `update_seconds` those spent on optimizer steps, waiting included,
+        also where that was within the next forward.
+        """
+        found = self._alive().io()
+        if found is None:
+            counts = dict.fromkeys(("read_bytes", "write_bytes", "reads", "writes", "tiles_updated"), 0)
+            seconds = dict.fromkeys(("read_seconds", "write_seconds", "wait_seconds", "update_seconds"), 0.0)
+            return {**counts, **seconds, "engine": "none"}
+        return found
+
+    def exchanged_bytes(self) -> int:
+        """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
+        return self._exchange.sent_bytes
+
+    def times(self) -> dict[str, float]:
+        """Seconds spent in forward, backward and step since the start."""
+        return dict(self._times)
