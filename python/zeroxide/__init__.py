@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zeroxide import zero
+    from zeroxide import errors, optim, zero
     from zeroxide.engine import Engine
     from zeroxide.errors import ZeroxideError
     from zeroxide.initialize import initialize
@@ -35,8 +35,10 @@ __all__ = [
     "Engine",
     "ZeroxideError",
     "__version__",
+    "errors",
     "init_distributed",
     "initialize",
+    "optim",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
     "safe_get_full_optimizer_state",
@@ -66,8 +68,8 @@ def __getattr__(name: str) -> Any:
         from zeroxide._core import __version__
 
         return __version__
-    if name == "zero":
-        return importlib.import_module("zeroxide.zero")
+    if name in ("errors", "optim", "zero"):
+        return importlib.import_module(f"zeroxide.{name}")
     if name.startswith("safe_") and name in __all__:
         return getattr(importlib.import_module("zeroxide.zero"), name)
     if name in _HOMES:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,6 +101,8 @@ class Engine(Answers, FullState, nn.Module):
         self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
         self._core = open_core(self._plan, config)
         self._process = os.getpid()
+        # Also at the end of the process, which may come without `destroy`: scratch files are large.
+        weakref.finalize(self, self._core.close)
         self.watch.on_failure(self._core.call_off)
         try:
             self._place(module, groups, weights)
@@ -462,11 +465,6 @@ class Engine(Answers, FullState, nn.Module):
         if self.config.wall_clock_breakdown:
             line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
         print(line, flush=True)
-
-    def __del__(self) -> None:
-        core = self.__dict__.get("_core")
-        if core is not None:
-            core.close()
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -115,3 +117,42 @@ def test_an_initialize_that_fails_late_gives_the_model_back(tmp_path):
         zeroxide.initialize(model=model, model_parameters=model.parameters(), config=config)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+PROGRAM = """
+import os, sys
+import torch
+import zeroxide
+from torch import nn
+
+folder, what, end = sys.argv[1:]
+model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 1))
+offload = f"nvme:{folder}"
+if what == "engine":
+    engine, *_ = zeroxide.initialize(model=model, config={"steps_per_print": None}, offload=offload, lr=1e-3)
+    for _ in range(2):
+        engine.backward(engine(torch.ones(2, 64)).mean())
+        engine.step()  # its last writes are still on their way
+else:
+    optimizer = zeroxide.optim.AdamW(model.parameters(), offload=offload)
+    model(torch.ones(2, 64)).mean().backward()
+    optimizer.step()
+assert os.listdir(folder) != []
+if end == "raise":
+    raise SystemError("the end")
+if end == "exit":
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize(("end", "code"), [("return", 0), ("raise", 1), ("exit", 3)])
+@pytest.mark.parametrize("what", ["engine", "optimizer"])
+def test_a_program_that_just_ends_leaves_no_scratch_files(what, end, code, tmp_path):
+    """As DeepSpeed's scripts do. The model, in a cycle with its engine, is not collected at the end of a process."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tmp_path), what, end], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code, done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert ("the end" in done.stderr) == (end == "raise")
+    assert done.stderr.count("Traceback") == (end == "raise"), done.stderr

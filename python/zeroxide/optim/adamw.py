@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -105,6 +106,8 @@ class AdamW(torch.optim.Optimizer):
             job=f"adamw-{os.getpid()}-{secrets.token_hex(4)}",
         )
         self._cores.append(core)
+        # Also at the end of the process, which may come without `close`: scratch files are large.
+        weakref.finalize(self, core.close)
         for at, (param, number) in enumerate(members):
             core.fill_begin(at, "weights")
             values = param.detach().to(torch.float32).contiguous().view(-1)
@@ -195,10 +198,6 @@ class AdamW(torch.optim.Optimizer):
     def close(self) -> None:
         """Removes the scratch files and gives the memory of the state back. Idempotent."""
         for core in self._cores:
-            core.close()
-
-    def __del__(self) -> None:
-        for core in self.__dict__.get("_cores", []):
             core.close()
 
 
