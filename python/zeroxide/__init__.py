@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zeroxide import errors, optim, zero
+    from zeroxide.arguments import add_config_arguments
     from zeroxide.engine import Engine
     from zeroxide.errors import ZeroxideError
     from zeroxide.initialize import initialize
@@ -35,6 +36,7 @@ __all__ = [
     "Engine",
     "ZeroxideError",
     "__version__",
+    "add_config_arguments",
     "errors",
     "init_distributed",
     "initialize",
@@ -57,6 +59,7 @@ __all__ = [
 _HOMES = {
     "AdamW": "zeroxide.optim",
     "Engine": "zeroxide.engine",
+    "add_config_arguments": "zeroxide.arguments",
     "ZeroxideError": "zeroxide.errors",
     "init_distributed": "zeroxide.ranks",
     "initialize": "zeroxide.initialize",

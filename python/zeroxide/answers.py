@@ -18,7 +18,7 @@ __all__ = ["Answers"]
 
 
 class Answers:
-    """The engine's methods that change nothing."""
+    """The engine's methods about its settings and counts, under DeepSpeed's names where it has them."""
 
     config: Config
     optimizer: Any
@@ -51,6 +51,15 @@ class Answers:
         """Learning rate of each group."""
         return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
 
+    def get_mom(self) -> list[tuple[float, float]]:
+        """Adam's betas of each group."""
+        return [] if self.optimizer is None else [tuple(group["betas"]) for group in self.optimizer.param_groups]
+
+    def set_lr(self, lr: float) -> None:
+        """Sets the learning rate of every group. A schedule overwrites it at its next step."""
+        for group in () if self.optimizer is None else self.optimizer.param_groups:
+            group["lr"] = lr
+
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the weights."""
         return self._applied
@@ -65,9 +74,42 @@ class Answers:
         """Samples per forward."""
         return self.config.train_micro_batch_size_per_gpu or 1
 
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(samples per optimizer step, samples per forward, forwards per optimizer step)."""
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    def gradient_clipping(self) -> float:
+        """Largest global gradient norm; 0 where gradients are left as they are."""
+        return self.config.gradient_clipping or 0.0
+
+    def steps_per_print(self) -> int | None:
+        """Optimizer steps from one line of progress to the next; None for no lines."""
+        return self.config.steps_per_print
+
+    def wall_clock_breakdown(self) -> bool:
+        """Whether those lines have times."""
+        return self.config.wall_clock_breakdown
+
+    @property
+    def dp_world_size(self) -> int:
+        """Ranks that share the data."""
+        return self.ranks.world
+
     def zero_optimization_stage(self) -> int:
         """ZeRO stage of the config."""
         return self.config.stage
+
+    def zero_optimization(self) -> bool:
+        """Whether ranks share the optimizer state: stage 1 or more."""
+        return self.config.stage >= 1
+
+    def zero_optimization_partition_gradients(self) -> bool:
+        """Whether ranks share gradients: stage 2 or more."""
+        return self.config.stage >= 2
+
+    def zero_optimization_partition_weights(self) -> bool:
+        """Whether ranks share weights: stage 3."""
+        return self.config.stage >= 3
 
     def bfloat16_enabled(self) -> bool:
         """Whether weights and activations are bf16."""
