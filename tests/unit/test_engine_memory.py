@@ -15,6 +15,9 @@ from models import FAMILIES, Gpt, batches, build, loss_of, next_token_loss
 from running import COVERING, Mode, assert_released, config_of, started, weights_of
 from torch import nn
 
+from zeroxide import _core
+from zeroxide.errors import BudgetError
+
 DISK = Mode("nvme", "nvme", "split", 2, "io_uring", 8192, 1 << 20)
 
 
@@ -238,3 +241,21 @@ def test_files_hold_what_the_plan_says(tmp_path):
         size = sum(path.stat().st_size for path in Path(tmp_path).rglob("blocks*"))
         assert size >= engine.plan().disk_bytes
         assert engine.io()["write_bytes"] > 0
+
+
+def test_slots_between_ranks_are_within_the_budget():
+    """They are reserved last: one byte less than everything takes is refused for them, with the user's exception."""
+
+    def core(limit):
+        return _core.Offload(
+            units=[("only", [(1000, True)], "host", "host", False)], limit=limit, threads=1, compute="f32",
+            format="fp32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0, engine="auto",
+            queue_depth=16, directories=[], job="slots", world=2, wire="shared",
+        )  # fmt: skip
+
+    whole = core(None)
+    total = whole.usage()["total"][0]
+    whole.close()
+    core(total).close()
+    with pytest.raises(BudgetError, match=rf"bytes for gradients do not fit, .* of {total - 1} bytes"):
+        core(total - 1)

@@ -105,16 +105,9 @@ enum Outgoing {
     /// Nothing.
     Idle,
     /// Leased to whoever fills it.
-    Filling {
-        place: u64,
-        stretch: Option<Reservation>,
-    },
+    Filling { place: u64 },
     /// Sent; others may be reading.
-    Sent {
-        place: u64,
-        bytes: Option<Lease>,
-        _stretch: Option<Reservation>,
-    },
+    Sent { place: u64, bytes: Option<Lease> },
 }
 
 /// One rank's end of the exchange.
@@ -131,6 +124,8 @@ pub struct Post {
     stop: Arc<Stop>,
     budget: Budget,
     _slots: Option<Reservation>,
+    /// What each unit's own stretch takes, while it is used.
+    stretches: Vec<Option<Reservation>>,
 }
 
 impl Post {
@@ -167,6 +162,7 @@ impl Post {
             stop,
             budget: budget.clone(),
             _slots: counted,
+            stretches: (0..units).map(|_| None).collect(),
         })
     }
 
@@ -235,7 +231,7 @@ impl Post {
             .iter()
             .filter_map(|outgoing| match outgoing {
                 Outgoing::Idle => None,
-                Outgoing::Filling { place, .. } | Outgoing::Sent { place, .. } => Some(*place),
+                Outgoing::Filling { place } | Outgoing::Sent { place, .. } => Some(*place),
             })
             .collect();
         let place = match self.places.reserved[unit] {
@@ -246,14 +242,11 @@ impl Post {
                 .unwrap_or(OWN_STRETCH),
         };
         let range = self.range(unit, place);
-        let stretch = match place {
-            OWN_STRETCH => Some(
-                self.budget
-                    .reserve(Bucket::Gradients, self.plan.units[unit] as u64)?,
-            ),
-            _ => None,
-        };
-        self.outgoing[unit] = Outgoing::Filling { place, stretch };
+        if place == OWN_STRETCH {
+            let bytes = range.len() as u64;
+            self.stretches[unit] = Some(self.budget.reserve(Bucket::Gradients, bytes)?);
+        }
+        self.outgoing[unit] = Outgoing::Filling { place };
         // SAFETY: a place is given out again only after every rank has said that it has read what was there (`reclaim`),
         // and no rank writes another's segment.
         Ok(unsafe { self.segments[self.rank].lease(range) })
@@ -265,9 +258,9 @@ impl Post {
     /// [`ExchangeError::Misuse`] when this round was already sent, [`ExchangeError::Stopped`].
     pub fn send(&mut self, unit: usize, bytes: Option<Lease>) -> Result<()> {
         self.await_last_round(unit)?;
-        let (place, stretch) = match (&mut self.outgoing[unit], &bytes) {
-            (Outgoing::Filling { place, stretch }, Some(_)) => (*place, stretch.take()),
-            (Outgoing::Idle, None) => (NOTHING, None),
+        let place = match (&self.outgoing[unit], &bytes) {
+            (Outgoing::Filling { place }, Some(_)) => *place,
+            (Outgoing::Idle, None) => NOTHING,
             _ => {
                 return Err(ExchangeError::Misuse {
                     call: "send",
@@ -279,11 +272,7 @@ impl Post {
             }
         };
         let word = (self.rounds[unit] << PLACE_BITS) | place;
-        self.outgoing[unit] = Outgoing::Sent {
-            place,
-            bytes,
-            _stretch: stretch,
-        };
+        self.outgoing[unit] = Outgoing::Sent { place, bytes };
         // Release: whoever sees the word sees the bytes.
         self.segments[self.rank]
             .word(self.sent(unit))
@@ -398,6 +387,7 @@ impl Post {
             if place == OWN_STRETCH {
                 // SAFETY: every rank has read it, and the lease went with the line above.
                 unsafe { self.segments[self.rank].discard(self.range(unit, place)) }?;
+                self.stretches[unit] = None;
             }
         }
         Ok(())
