@@ -32,6 +32,7 @@ from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
+from zeroxide.zero.messages import Messages
 from zeroxide.zero.parting import part_from
 from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
@@ -101,13 +102,14 @@ class Engine(Answers, FullState, nn.Module):
         self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
         self._core = open_core(self._plan, config)
         self._process = os.getpid()
+        self._messages = Messages(self.ranks, self.watch)
         # Also at the end of the process, which may come without `destroy`: scratch files are large.
-        weakref.finalize(self, self._core.close)
+        weakref.finalize(self, _close, self._core, self._messages)
         self.watch.on_failure(self._core.call_off)
         try:
             self._place(module, groups, weights)
         except BaseException:
-            self._core.close()
+            _close(self._core, self._messages)
             self.watch.close()
             raise
 
@@ -122,7 +124,7 @@ class Engine(Answers, FullState, nn.Module):
         new = replace_meta_parameters(module)
         # Units remember shapes before the parameters lose them.
         units = [Unit(index, unit, core, plan.compute) for index, unit in enumerate(plan.units)]
-        self._exchange = make_exchange(core, plan, units, self.ranks, self.watch, torch_dtype(self.config.reduce_dtype))
+        self._exchange = make_exchange(core, plan, units, self._messages, torch_dtype(self.config.reduce_dtype))
         self._exchange.connect()
         fill_units(module, plan.units, core, weights, new, self.ranks)
         for unit in units:
@@ -135,7 +137,13 @@ class Engine(Answers, FullState, nn.Module):
             group["params"] = [new.get(id(param), param) for param in group["params"]]
         self._units = units
         self._gatherer = Gatherer(
-            core, self._exchange, units, self.config.prefetch, visible=plan.visible, stays=plan.weights is Home.HOST
+            core,
+            self._exchange,
+            units,
+            self.config.prefetch,
+            visible=plan.visible,
+            home=plan.weights,
+            world=plan.world,
         )
         self._hooks = Hooks(module, self._gatherer, units)
         self._assign_groups(groups)
@@ -250,7 +258,7 @@ class Engine(Answers, FullState, nn.Module):
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch, self._exchange.gathered())
+        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch)
         if landed:
             self._scaler.check_used()
         loss_scale = self._scaler.scale
@@ -286,7 +294,8 @@ class Engine(Answers, FullState, nn.Module):
                 )
 
     def _before_change(self) -> None:
-        """Waits until state may change: a save in the background has what it needs."""
+        """Waits until state may change: a save in the background has what it needs, and no weights are on their way."""
+        self._gatherer.settle()
         if self._saver is not None:
             self._saver.before_update()
 
@@ -431,7 +440,7 @@ class Engine(Answers, FullState, nn.Module):
                         handle.remove()
                     part_from(self.module, self._units, visible=self._plan.visible)
             finally:
-                core.close()
+                _close(core, self._messages)
                 self.watch.close()
                 self.ranks.close()
 
@@ -465,6 +474,12 @@ class Engine(Answers, FullState, nn.Module):
         if self.config.wall_clock_breakdown:
             line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
         print(line, flush=True)
+
+
+def _close(core: _core.Offload, messages: Messages) -> None:
+    """Messages first: they read and write the core's memory."""
+    messages.close()
+    core.close()
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -17,10 +17,14 @@ config = {
     "steps_per_print": None,
 }
 engine, *_ = zeroxide.initialize(model=build("skips-blocks"), config=config)
-run = {"one more": [[1, 0, 1, 0], [1, 1, 1, 0]], "others": [[1, 0, 1, 0], [0, 1, 0, 1]]}[sys.argv[1]]
+what, _, evaluating = sys.argv[1].partition(", ")
+run = {"one more": [[1, 0, 1, 0], [1, 1, 1, 0]], "others": [[1, 0, 1, 0], [0, 1, 0, 1]]}[what]
 for step in range(5):
     batch = micro_batch("skips-blocks", step) | {"run": torch.tensor(run[engine.global_rank])}
-    engine.backward(engine(**batch))
-    engine.step()
+    with torch.set_grad_enabled(not evaluating):
+        loss = engine(**batch)
+    if not evaluating:
+        engine.backward(loss)
+        engine.step()
     print("step", step, flush=True)
 engine.destroy()

@@ -117,6 +117,7 @@ impl Core {
                 state,
                 grad,
                 outgoing: None,
+                incoming: None,
                 fresh: true,
                 params: Unit::param_states(&spec.params),
             });

@@ -51,6 +51,42 @@ impl Core {
         })
     }
 
+    /// As [`gather`](Self::gather), ahead of the unit's use; `None` where units that are held leave it no room.
+    ///
+    /// With several ranks the answer depends only on which units are held, never on what the disk has done, so that all
+    /// ranks get the same one.
+    pub(crate) fn gather_ahead(&mut self, unit: usize) -> Result<Option<bool>> {
+        self.check_usable()?;
+        Ok(if self.has_room(unit)? {
+            Some(self.gather(unit)?)
+        } else {
+            None
+        })
+    }
+
+    /// Whether the unit's weights would fit under its window beside those of all units that are held.
+    pub(crate) fn has_room(&self, unit: usize) -> Result<bool> {
+        self.check_unit("has_room", unit)?;
+        let Some(pool) = &self.frames else {
+            return Ok(true);
+        };
+        let held = |other: &usize| {
+            *other == unit
+                || matches!(
+                    self.residence(*other),
+                    Some(Residence::Here { pinned: true, .. })
+                )
+        };
+        let frames: usize = (0..self.units.len())
+            .filter(held)
+            .filter_map(|other| match &self.units[other].weights {
+                Weights::Moving { window, .. } => Some(window.frames()),
+                _ => None,
+            })
+            .sum();
+        Ok(frames <= pool.capacity())
+    }
+
     /// The other ranks' parts of the unit's weights lie under its window.
     pub(crate) fn set_whole(&mut self, unit: usize) -> Result<()> {
         self.check_unit("set_whole", unit)?;
@@ -244,7 +280,9 @@ impl Core {
                     pinned: false,
                     used,
                     ..
-                }) if !self.is_updating(unit) => Some((*used, unit)),
+                }) if !(self.is_updating(unit) && self.units[unit].weights.on_disk()) => {
+                    Some((*used, unit))
+                }
                 _ => None,
             })
             .min()
@@ -274,9 +312,12 @@ impl Core {
         })
     }
 
-    /// Takes the frames away from a unit that nobody uses; its bytes are on disk.
+    /// Takes the frames away from a unit that nobody uses; its bytes are at home.
     pub(crate) fn evict(&mut self, unit: usize) -> Result<()> {
-        self.finish_writes(unit)?;
+        // Elsewhere a step updates the shard at home, and what is under the window is a copy.
+        if self.units[unit].weights.on_disk() {
+            self.finish_writes(unit)?;
+        }
         if let Weights::Moving {
             window, residence, ..
         } = &mut self.units[unit].weights

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use zeroxide_exchange::{Post, PostPlan, Seat, Stop};
-use zeroxide_layout::PAGE;
+use zeroxide_layout::{Dtype, PAGE};
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME};
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::settings::{Settings, UnitSpec, WeightHome, Wire};
+use crate::settings::{Place, Settings, UnitSpec, WeightHome, Wire};
 use crate::unit::Unit;
 use crate::weights::{Residence, Weights};
 
@@ -26,10 +26,12 @@ pub(crate) enum Mail {
         weights: Vec<Option<usize>>,
         stop: Arc<Stop>,
     },
-    /// Through the caller's collectives.
+    /// Carried by the caller.
     Collective {
-        /// Room for what is on its way.
+        /// Room for what is on its way out.
         arena: Option<Arena>,
+        /// Room for what comes in, of one unit at a time.
+        incoming: Option<Arena>,
         stop: Arc<Stop>,
     },
 }
@@ -56,14 +58,24 @@ impl Mail {
         let short = (0..units.len()).filter(|unit| !specs[*unit].long);
         let slots = SLOTS.min(short.clone().filter(|unit| bytes[*unit] > 0).count());
         if place.wire == Wire::Collective {
-            let reserved: usize = long.iter().map(|unit| bytes[*unit]).sum();
-            let largest = short.map(|unit| bytes[unit]).max().unwrap_or(0);
-            let room = reserved + slots * largest.next_multiple_of(PAGE) + long.len() * PAGE;
-            let arena = match room {
-                0 => None,
-                room => Some(Arena::new(budget, Bucket::Gradients, room)?),
+            let page = |unit: &usize| bytes[*unit].next_multiple_of(PAGE);
+            let reserved: usize = long.iter().map(page).sum();
+            let largest = short.map(|unit| page(&unit)).max().unwrap_or(0);
+            let room = reserved + slots * largest;
+            let coming = units
+                .iter()
+                .map(|unit| incoming_bytes(settings.place, settings.wire_grad, unit))
+                .max()
+                .unwrap_or(0);
+            let reserve = |room: usize| match room {
+                0 => Ok(None),
+                room => Arena::new(budget, Bucket::Gradients, room).map(Some),
             };
-            return Ok(Self::Collective { arena, stop });
+            return Ok(Self::Collective {
+                arena: reserve(room)?,
+                incoming: reserve(coming.next_multiple_of(PAGE))?,
+                stop,
+            });
         }
         let mut end = 0;
         let weights = units
@@ -175,6 +187,25 @@ impl Core {
         Ok(())
     }
 
+    /// Where the other ranks' gradients of the unit are to arrive, rank after rank: address and bytes, valid until
+    /// [`receive_from`](Self::receive_from).
+    pub(crate) fn incoming(&mut self, unit: usize) -> Result<(usize, usize)> {
+        self.check_unit("incoming", unit)?;
+        if self.units[unit].incoming.is_none() {
+            let bytes = incoming_bytes(self.place, self.wire_grad, &self.units[unit]);
+            let Mail::Collective {
+                incoming: Some(arena),
+                ..
+            } = &self.mail
+            else {
+                return misuse("incoming", "nothing comes in by way of the caller");
+            };
+            self.units[unit].incoming = Some(arena.lease(bytes, PAGE)?);
+        }
+        let lease = self.units[unit].incoming.as_ref().expect("leased above");
+        Ok((lease.as_ptr().expose_provenance(), lease.len()))
+    }
+
     /// Before this rank reads weights that others update: waits until they have, for the last step that this rank made.
     pub(crate) fn await_versions(&mut self, unit: usize) -> Result<()> {
         if !self.shares_weights() || !matches!(self.units[unit].weights, Weights::Host { .. }) {
@@ -221,4 +252,10 @@ impl Core {
             post.set_version(unit, self.steps);
         }
     }
+}
+
+/// Bytes of the other ranks' gradients of what a rank keeps of `unit`.
+fn incoming_bytes(place: Place, wire: Dtype, unit: &Unit) -> usize {
+    let kept = to_usize(unit.kept().end - unit.kept().start);
+    kept * wire.size() * (place.world as usize - 1)
 }

@@ -203,14 +203,21 @@ impl Offload {
         self.with("receive", |core| core.receive(unit, wait))
     }
 
-    /// (address, bytes) of what a unit sends, for collectives; valid until [`receive_from`](Self::receive_from).
+    /// (address, bytes) of what a unit sends, where the caller carries it; valid until
+    /// [`receive_from`](Self::receive_from).
     pub fn outgoing(&self, unit: usize) -> Result<(usize, usize)> {
         self.with("outgoing", |core| core.outgoing(unit))
     }
 
-    /// Sums what collectives have brought: this rank's shard of each rank's gradients, in rank order.
-    pub fn receive_from(&self, unit: usize, received: &[u8]) -> Result<()> {
-        self.with("receive_from", |core| core.receive_from(unit, received))
+    /// (address, bytes) of where the other ranks' gradients of what this rank keeps of a unit have to come, rank after
+    /// rank; valid until [`receive_from`](Self::receive_from). One unit at a time.
+    pub fn incoming(&self, unit: usize) -> Result<(usize, usize)> {
+        self.with("incoming", |core| core.incoming(unit))
+    }
+
+    /// Sums what has come in with this rank's own, in rank order.
+    pub fn receive_from(&self, unit: usize) -> Result<()> {
+        self.with("receive_from", |core| core.receive_from(unit))
     }
 
     /// Which trainable parameters have had a gradient since the last step.
@@ -256,6 +263,16 @@ impl Offload {
     /// there, too. Idempotent.
     pub fn gather(&self, unit: usize) -> Result<bool> {
         self.with("gather", |core| core.gather(unit))
+    }
+
+    /// As [`gather`](Self::gather), ahead of use; `None` where units that are held leave no room, alike on all ranks.
+    pub fn gather_ahead(&self, unit: usize) -> Result<Option<bool>> {
+        self.with("gather_ahead", |core| core.gather_ahead(unit))
+    }
+
+    /// Whether a unit's weights have room beside those of all units that are held.
+    pub fn has_room(&self, unit: usize) -> Result<bool> {
+        self.with("has_room", |core| core.has_room(unit))
     }
 
     /// Starts reading a unit if there is room; returns whether it is here or on its way.

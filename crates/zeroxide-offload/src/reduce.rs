@@ -24,7 +24,7 @@ impl Core {
     /// Ends the unit's part of this backward: its gradients go out, zero where none has arrived. Idempotent through
     /// [`is_sent`](Self::is_sent).
     ///
-    /// With collectives, the caller then fetches them through [`outgoing`](Self::outgoing).
+    /// Where the caller carries them, he finds them through [`outgoing`](Self::outgoing).
     pub(crate) fn send(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_unit("send", unit)?;
@@ -100,28 +100,23 @@ impl Core {
         }
     }
 
-    /// Sums what collectives have brought: for each rank in order, the bytes of this rank's shard.
-    pub(crate) fn receive_from(&mut self, unit: usize, received: &[u8]) -> Result<()> {
+    /// Sums what the caller has brought to [`incoming`](Self::incoming), with this rank's own in its place among them.
+    pub(crate) fn receive_from(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_unit("receive_from", unit)?;
         self.finish_unit(unit)?;
         let (wire, grad, scale) = (self.wire_grad, self.grad, self.reduce_scale);
         let place = self.place;
         let this = &mut self.units[unit];
-        let kept = this.kept();
-        let each = to_usize(kept.end - kept.start) * wire.size();
-        if each == 0 || received.len() != each * place.world as usize {
+        let own = byte_range(&this.kept(), wire.size());
+        let (Some(outgoing), Some(incoming)) = (this.outgoing.take(), this.incoming.take()) else {
             return misuse(
                 "receive_from",
-                format!(
-                    "{} bytes for unit {}; expected {each} from each of {} ranks",
-                    received.len(),
-                    this.name,
-                    place.world
-                ),
+                format!("unit {} has not been sent and received", this.name),
             );
-        }
-        let sources: Vec<&[u8]> = received.chunks(each).collect();
+        };
+        let mut sources: Vec<&[u8]> = incoming.chunks(own.len()).collect();
+        sources.insert(place.rank as usize, &outgoing[own]);
         reduce_into(
             &self.pool,
             this,
@@ -130,9 +125,7 @@ impl Core {
             grad,
             scale,
             (place.rank, place.replicated),
-        )?;
-        this.outgoing = None;
-        Ok(())
+        )
     }
 
     /// Which trainable parameters have had a gradient since the last step, in the order of units and parameters.

@@ -63,6 +63,8 @@ pub(crate) struct Unit {
     pub(crate) grad: Option<Lease>,
     /// Gradients of all trainable elements on their way to the ranks that keep them, in the dtype they travel in.
     pub(crate) outgoing: Option<Lease>,
+    /// Where the other ranks' gradients of what this rank keeps arrive, rank after rank, while the caller carries them.
+    pub(crate) incoming: Option<Lease>,
     /// Nothing has been reduced into `grad` since the last step.
     pub(crate) fresh: bool,
     pub(crate) params: Vec<ParamState>,

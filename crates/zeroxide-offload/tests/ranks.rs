@@ -118,7 +118,8 @@ fn tiles_threads_and_formats_change_nothing() {
     }
 }
 
-/// Catches: a step of one rank that another overtakes, completions expected in order.
+/// Catches: a step of one rank that another overtakes, completions expected in order, frames that go to another unit
+/// because of what the disk has done, so that ranks do not agree on what has to be gathered.
 #[test]
 fn a_disk_that_is_slow_and_reorders_changes_nothing() {
     for seed in 0..3 {
@@ -132,6 +133,7 @@ fn a_disk_that_is_slow_and_reorders_changes_nothing() {
             (Wire::Shared, WeightHome::Host),
             (Wire::Shared, WeightHome::Disk),
             (Wire::Collective, WeightHome::Disk),
+            (Wire::Collective, WeightHome::Shard),
         ] {
             check(&Case {
                 wire,

@@ -244,3 +244,27 @@ fn a_gather_that_cannot_be_served_says_so_and_leaves_the_rest_alone() {
     offload.release(0).expect("was gathered");
     offload.gather(1).expect("there is room now");
 }
+
+/// Catches: a unit held ahead that leaves none for the next, and one refused for what was only read ahead.
+#[test]
+fn gathering_ahead_counts_what_is_held_and_not_what_was_read() {
+    let case = Case {
+        gathered_bytes: 4 << 20,
+        engine: EngineKind::Threads,
+        ..Case::default()
+    };
+    let offload = case.open_filled().expect("two units fit at a time");
+    offload.gather(0).expect("one fits");
+    assert_eq!(offload.gather_ahead(1).expect("two fit"), Some(true));
+    assert!(!offload.has_room(2).expect("a unit"));
+    assert_eq!(offload.gather_ahead(2).expect("no error"), None);
+    assert!(offload.has_room(1).expect("it is held itself"));
+    offload.release(0).expect("was gathered");
+    assert!(offload.prefetch(2).expect("a frame is free"));
+    assert_eq!(
+        offload
+            .gather_ahead(0)
+            .expect("what was read ahead gives way"),
+        Some(true)
+    );
+}

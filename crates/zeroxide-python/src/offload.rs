@@ -229,6 +229,16 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.gather(unit)))
     }
 
+    /// As `gather`, ahead of use; `None` where units that are held leave no room, alike on all ranks.
+    fn gather_ahead(&self, py: Python<'_>, unit: usize) -> PyResult<Option<bool>> {
+        map(py, py.detach(|| self.inner.gather_ahead(unit)))
+    }
+
+    /// Whether a unit's weights have room beside those of all units that are held.
+    fn has_room(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.has_room(unit)))
+    }
+
     /// The other ranks' parts of a gathered unit's weights have been put under its window.
     fn set_whole(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
         map(py, py.detach(|| self.inner.set_whole(unit)))
@@ -269,15 +279,20 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.receive(unit, wait)))
     }
 
-    /// (address, bytes) of what the unit sends, for collectives; valid until `receive_from`.
+    /// (address, bytes) of what the unit sends, where the caller carries it; valid until `receive_from`.
     fn outgoing(&self, py: Python<'_>, unit: usize) -> PyResult<(usize, usize)> {
         map(py, py.detach(|| self.inner.outgoing(unit)))
     }
 
-    /// Sums what collectives have brought: this rank's shard of each rank's gradients, one after the other.
-    fn receive_from(&self, py: Python<'_>, unit: usize, received: &TensorSpec) -> PyResult<()> {
-        let received = received.bytes();
-        map(py, py.detach(|| self.inner.receive_from(unit, received)))
+    /// (address, bytes) of where the other ranks' gradients of what this rank keeps have to come, rank after rank;
+    /// valid until `receive_from`. One unit at a time.
+    fn incoming(&self, py: Python<'_>, unit: usize) -> PyResult<(usize, usize)> {
+        map(py, py.detach(|| self.inner.incoming(unit)))
+    }
+
+    /// Sums what has come in with this rank's own, in rank order.
+    fn receive_from(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.receive_from(unit)))
     }
 
     /// One byte for each trainable parameter: 1 if it has had a gradient since the last step.

@@ -113,16 +113,6 @@ impl TensorSpec {
         })
     }
 
-    /// The elements, whatever they are, as bytes.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        let bytes = self.numel * self.dtype.size();
-        if bytes == 0 {
-            return &[];
-        }
-        // SAFETY: the invariant of `TensorSpec`; bytes have no alignment. The slice lives no longer than `self`.
-        unsafe { slice::from_raw_parts(self.data_ptr as *const u8, bytes) }
-    }
-
     /// The elements as fp32.
     pub(crate) fn f32(&self) -> PyResult<&[f32]> {
         self.check(Element::Float(Dtype::F32))?;

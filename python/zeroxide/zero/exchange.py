@@ -5,15 +5,16 @@ in rank order. Two carriers give the same bits:
 
 - `SharedExchange`, between ranks of one host: gradients lie in shared memory, where every rank reads its shard of them;
   weights at home in host memory are one copy for all ranks, so gathering them moves nothing.
-- `CollectiveExchange`, for everything else: one all-to-all a unit and the sum on the spot, since gloo's reduce-scatter
-  is an all-reduce of everything; one all-gather a unit, straight into its window. Units are reduced in one fixed order,
-  so that ranks whose modules ran in different orders still meet.
+- `CollectiveExchange`, for everything else: one all-to-all a unit, straight out of the room in which its gradients
+  landed, which is waited for and summed when the next unit is complete. Units are reduced in one fixed order, so that
+  ranks whose modules ran in different orders still meet.
+
+Weights that move are gathered in the same way by both (`MovingWeights`).
 """
 
 from __future__ import annotations
 
 import struct
-import zlib
 from collections.abc import Iterable
 from typing import Protocol
 
@@ -21,9 +22,11 @@ import torch
 
 from zeroxide import _core
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Ranks, Watch, all_gather_single, name_ranks
+from zeroxide.ranks import Ranks, Watch
+from zeroxide.zero.messages import Flight, Messages
+from zeroxide.zero.moving import MovingWeights
 from zeroxide.zero.plan import Plan
-from zeroxide.zero.tensors import memory_at, spec
+from zeroxide.zero.tensors import memory_at
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "make_exchange", "settle"]
@@ -31,7 +34,7 @@ __all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals"
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
 
-_HEAD = struct.Struct("<d?I")
+_HEAD = struct.Struct("<d?")
 
 
 class Exchange(Protocol):
@@ -44,14 +47,20 @@ class Exchange(Protocol):
     def sent_bytes(self) -> int:
         """Bytes of gradients and weights that left this rank for others."""
 
-    def gathered(self) -> int:
-        """A checksum over the units gathered by collectives since the last call, in their order; 32 bits."""
-
     def connect(self) -> None:
         """Takes up the connection. Every rank calls it once, before weights are filled."""
 
     def gather(self, unit: Unit) -> None:
-        """Makes the unit's weights readable, the other ranks' parts included."""
+        """Makes the unit's weights readable, the other ranks' parts included, and holds them. Idempotent."""
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Begins to gather the unit and holds it, unless what is held leaves no room. The same on all ranks."""
+
+    def release(self, unit: Unit) -> None:
+        """Ends the use of the unit's weights. Idempotent."""
+
+    def settle(self) -> None:
+        """Weights are about to change: what is gathered must not be taken for the new ones."""
 
     def send(self, unit: Unit) -> None:
         """The unit's gradients of this backward are complete."""
@@ -79,16 +88,23 @@ class Alone:
         """Nothing leaves."""
         return 0
 
-    def gathered(self) -> int:
-        """No collective is called."""
-        return 0
-
     def connect(self) -> None:
         """Nobody to connect with."""
 
     def gather(self, unit: Unit) -> None:
         """The core has all of it."""
         self.core.gather(unit.index)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """There is nothing to wait for but the disk, which the core reads ahead."""
+        return False
+
+    def release(self, unit: Unit) -> None:
+        """The core's memory may go to another unit."""
+        self.core.release(unit.index)
+
+    def settle(self) -> None:
+        """The core knows what it has."""
 
     def send(self, unit: Unit) -> None:
         """The gradients are where they belong."""
@@ -109,35 +125,26 @@ class SharedExchange:
     """Between ranks of one host, through shared memory."""
 
     def __init__(
-        self,
-        core: _core.Offload,
-        units: list[Unit],
-        ranks: Ranks,
-        watch: Watch,
-        wire: torch.dtype,
-        *,
-        visible: bool,
+        self, core: _core.Offload, units: list[Unit], messages: Messages, wire: torch.dtype, *, visible: bool
     ) -> None:
         self.core = core
-        self.ranks = ranks
-        self.watch = watch
+        self.messages = messages
+        self.ranks = messages.ranks
+        self.watch = messages.watch
         self.wire = wire
+        self.units = units
         self.shown = units if visible else []
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.waiting: list[Unit] = []
         self.closed: set[int] = set()
         self.broken = False
-        self.moved = CollectiveGather(core, ranks, watch)
+        self.moved = MovingWeights(core, messages)
         self._reduced_bytes = 0
 
     @property
     def sent_bytes(self) -> int:
         """Bytes of gradients and weights that left this rank for others."""
         return self._reduced_bytes + self.moved.sent_bytes
-
-    def gathered(self) -> int:
-        """A checksum over the units gathered by collectives since the last call, in their order."""
-        return self.moved.take_order()
 
     def connect(self) -> None:
         """Raises RanksError when another rank's memory cannot be reached."""
@@ -151,9 +158,19 @@ class SharedExchange:
     def gather(self, unit: Unit) -> None:
         """Waits until every rank has updated its part; moves only weights that are at home on disk."""
         with self.watch.waiting("weights", unit.name):
-            whole = self.core.gather(unit.index)
-        if not whole:
             self.moved.gather(unit)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """For weights at home on disk."""
+        return self.moved.gather_ahead(unit)
+
+    def release(self, unit: Unit) -> None:
+        """Ends the use of the unit's weights."""
+        self.moved.release(unit)
+
+    def settle(self) -> None:
+        """Ends the gathers that are on their way."""
+        self.moved.settle(self.units)
 
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
@@ -189,38 +206,11 @@ class SharedExchange:
         # The one copy has every rank's part when all have updated theirs.
         for unit in self.shown:
             self.gather(unit)
-            self.core.release(unit.index)
-
-
-class CollectiveGather:
-    """Fills the other ranks' parts of a unit's window by one all-gather."""
-
-    def __init__(self, core: _core.Offload, ranks: Ranks, watch: Watch) -> None:
-        self.core = core
-        self.ranks = ranks
-        self.watch = watch
-        self.sent_bytes = 0
-        self._order = 0
-
-    def take_order(self) -> int:
-        """A checksum over the units gathered since the last call, in their order."""
-        order, self._order = self._order, 0
-        return order
-
-    def gather(self, unit: Unit) -> None:
-        """The unit's own part lies under its window; afterwards all of it does."""
-        self._order = zlib.crc32(unit.index.to_bytes(4, "little"), self._order)
-        start, end = self.core.shard(unit.index)
-        # gloo reads its input while it writes the output, which here is the memory around it.
-        own = unit.flat[start:end].clone()
-        with self.watch.waiting("all-gather", unit.name):
-            all_gather_single(unit.flat, own, group=self.ranks.group)
-        self.sent_bytes += own.nbytes * (self.ranks.world - 1)
-        self.core.set_whole(unit.index)
+            self.release(unit)
 
 
 class CollectiveExchange:
-    """Between any ranks, through collectives of torch.distributed.
+    """Between any ranks, by messages over torch.distributed.
 
     `replicated`: every rank keeps all gradients (stage 0). `visible`: every rank keeps all weights (stages 0 to 2),
     which are brought up to date right after a step.
@@ -230,26 +220,26 @@ class CollectiveExchange:
         self,
         core: _core.Offload,
         units: list[Unit],
-        ranks: Ranks,
-        watch: Watch,
+        messages: Messages,
         wire: torch.dtype,
         *,
         replicated: bool,
         visible: bool,
     ) -> None:
         self.core = core
-        self.ranks = ranks
-        self.watch = watch
+        self.messages = messages
         self.wire = wire
         self.replicated = replicated
         self.visible = visible
+        self.units = units
         self.refreshed = units if visible and not replicated else []
         # Backward runs roughly from the last unit to the first; what is left at the root ends last.
         self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
         self.closed: set[int] = set()
         self.next = 0
+        self.reducing: tuple[Unit, Flight] | None = None
         self.broken = False
-        self.moved = CollectiveGather(core, ranks, watch)
+        self.moved = MovingWeights(core, messages)
         self._reduced_bytes = 0
 
     @property
@@ -257,24 +247,31 @@ class CollectiveExchange:
         """Bytes of gradients and weights that left this rank for others."""
         return self._reduced_bytes + self.moved.sent_bytes
 
-    def gathered(self) -> int:
-        """A checksum over the units gathered by collectives since the last call, in their order."""
-        return self.moved.take_order()
-
     def connect(self) -> None:
         """The process group is the connection."""
 
     def gather(self, unit: Unit) -> None:
-        """One all-gather, unless all parts are there."""
-        if not self.core.gather(unit.index):
-            self.moved.gather(unit)
+        """One all-gather, unless all parts are there or have been sent for."""
+        self.moved.gather(unit)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Begins that all-gather."""
+        return self.moved.gather_ahead(unit)
+
+    def release(self, unit: Unit) -> None:
+        """Ends the use of the unit's weights."""
+        self.moved.release(unit)
+
+    def settle(self) -> None:
+        """Ends the gathers that are on their way."""
+        self.moved.settle(self.units)
 
     def send(self, unit: Unit) -> None:
-        """Reduces as many units as are complete and next in order."""
+        """Begins to reduce as many units as are complete and next in order, each when the one before is done."""
         check_whole(self.broken)
         self.closed.add(unit.index)
         while self.next < len(self.order) and self.order[self.next].index in self.closed:
-            self._reduce(self.order[self.next])
+            self._begin_reduce(self.order[self.next])
             self.next += 1
 
     def abandon(self) -> None:
@@ -285,34 +282,52 @@ class CollectiveExchange:
         """Reduces what is left."""
         check_whole(self.broken)
         for unit in self.order[self.next :]:
-            self._reduce(unit)
+            self._begin_reduce(unit)
+        self._end_reduce()
         self.closed.clear()
         self.next = 0
 
     def after_step(self) -> None:
-        """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones."""
+        """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones.
+
+        Each unit's parts travel while the next one is updated.
+        """
+        before = None
+        for unit in self.refreshed:
+            self.moved.gather_ahead(unit)
+            if before is not None:
+                self.moved.release(before)
+            before = unit
+        if before is not None:
+            self.moved.release(before)
         if self.visible:
             self.core.finish()
-        for unit in self.refreshed:
-            self.gather(unit)
-            self.core.release(unit.index)
 
-    def _reduce(self, unit: Unit) -> None:
-        import torch.distributed as dist
-
+    def _begin_reduce(self, unit: Unit) -> None:
+        self._end_reduce()
         self.core.send(unit.index)
         outgoing = memory_at(*self.core.outgoing(unit.index), self.wire)
-        world = self.ranks.world
-        with self.watch.waiting("all-gather" if self.replicated else "all-to-all", unit.name):
-            if self.replicated:
-                received = torch.empty(outgoing.numel() * world, dtype=self.wire)
-                all_gather_single(received, outgoing, group=self.ranks.group)
-                self._reduced_bytes += outgoing.nbytes * (world - 1)
-            else:
-                received = torch.empty_like(outgoing)
-                dist.all_to_all_single(received, outgoing, group=self.ranks.group)
-                self._reduced_bytes += outgoing.nbytes // world * (world - 1)
-        self.core.receive_from(unit.index, spec(received))
+        incoming = memory_at(*self.core.incoming(unit.index), self.wire)
+        world, others = self.messages.ranks.world, self.messages.others()
+        size = incoming.numel() // (world - 1)
+        # Rank after rank, without this one.
+        place = {other: other - (other > self.messages.ranks.rank) for other in others}
+        arriving = [(other, incoming[place[other] * size : (place[other] + 1) * size]) for other in others]
+        if self.replicated:
+            leaving = [(other, outgoing) for other in others]
+        else:
+            leaving = [(other, outgoing[other * size : (other + 1) * size]) for other in others]
+        kind = "all-gather of gradients" if self.replicated else "all-to-all"
+        self.reducing = unit, self.messages.start(kind, unit, arriving, leaving)
+        self._reduced_bytes += size * self.wire.itemsize * len(others)
+
+    def _end_reduce(self) -> None:
+        if self.reducing is not None:
+            unit, flight = self.reducing
+            flight.received()
+            flight.sent()
+            self.core.receive_from(unit.index)
+            self.reducing = None
 
 
 def check_whole(broken: bool) -> None:
@@ -325,41 +340,30 @@ def check_whole(broken: bool) -> None:
 
 
 def make_exchange(
-    core: _core.Offload, plan: Plan, units: list[Unit], ranks: Ranks, watch: Watch, wire: torch.dtype
+    core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages, wire: torch.dtype
 ) -> Exchange:
     """What carries the units of `plan` between its ranks; `wire` is the dtype in which gradients travel."""
     if plan.world == 1:
         return Alone(core, visible=plan.visible)
     if plan.wire == "shared":
-        return SharedExchange(core, units, ranks, watch, wire, visible=plan.visible)
-    return CollectiveExchange(core, units, ranks, watch, wire, replicated=plan.replicated, visible=plan.visible)
+        return SharedExchange(core, units, messages, wire, visible=plan.visible)
+    return CollectiveExchange(core, units, messages, wire, replicated=plan.replicated, visible=plan.visible)
 
 
-def settle(core: _core.Offload, ranks: Ranks, watch: Watch, gathered: int) -> Totals:
+def settle(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
     """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
 
-    The ranks' sums are added in double precision in rank order, so that every rank has the same bits. Raises
-    RanksError on every rank when what they `gathered` differs: collectives of one size meet whatever the units are, and
-    the weights were then those of other units.
+    The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
     """
     total, nonfinite, landed = core.grad_norm()
     if ranks.world == 1:
         return total, nonfinite, landed
     # What another rank waits for must not wait for this exchange.
     core.finish()
-    payload = bytearray(_HEAD.pack(total, nonfinite, gathered) + core.landed())
+    payload = bytearray(_HEAD.pack(total, nonfinite) + core.landed())
     with watch.waiting("the gradient norm"):
         rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
     heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
-    if len({head[2] for head in heads}) > 1:
-        usual = max((head[2] for head in heads), key=[head[2] for head in heads].count)
-        odd = [rank for rank, head in enumerate(heads) if head[2] != usual]
-        raise RanksError(
-            f"{name_ranks(odd)} gathered other units than the rest since the last step, or in another order, so that "
-            "weights and gradients are mixed up: every rank must run the same modules in the same order where weights "
-            "are gathered by collectives; go on from a checkpoint",
-            ranks=odd,
-        )
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_landed(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())

@@ -469,20 +469,28 @@ def _place(plan: Plan, config: Config) -> None:
 
 
 def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
-    """Room for gradients on their way to other ranks: units used all through backward, and a few others."""
+    """Room for gradients on their way to other ranks: units used all through backward, and a few others; without shared
+    memory also for those of one unit that come in."""
     if plan.world == 1:
         return 0
     item = torch_dtype(config.reduce_dtype).itemsize
     long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.span)
     short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.span and size]
-    return (long + min(SLOTS, len(short)) * max(short, default=0)) * item
+    incoming = 0
+    if plan.wire == "collective":
+        incoming = max(trainable, default=0) // (1 if plan.replicated else plan.world) * (plan.world - 1)
+    return (long + min(SLOTS, len(short)) * max(short, default=0) + incoming) * item
 
 
 def _gathered(plan: Plan, sizes: list[int], prefetch: int) -> int:
-    """Frames for the units that are held at once: those held all along, and the largest others in a row."""
+    """Frames for the units that are held at once: those held all along, and the largest others in a row.
+
+    With several ranks, what is at home on disk is read before it is gathered ahead: one unit more.
+    """
     frames = [-(-size // FRAME) * FRAME for size in sizes]
     held = sum(size for size, unit in zip(frames, plan.units, strict=True) if unit.span)
     others = [size for size, unit in zip(frames, plan.units, strict=True) if not unit.span]
-    window = min(len(others), prefetch + 1)
+    reading = plan.weights is Home.DISK and plan.world > 1 and prefetch > 0
+    window = min(len(others), prefetch + 1 + reading)
     moving = max((sum(others[at : at + window]) for at in range(len(others) - window + 1)), default=0)
     return held + moving

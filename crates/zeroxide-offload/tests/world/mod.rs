@@ -15,7 +15,7 @@ use zeroxide_offload::{
     Offload, Part, Place, Seat, Settings, StateHome, UnitSpec, WeightHome, Wire,
 };
 use zeroxide_optim::Grad;
-use zeroxide_storage::EngineKind;
+use zeroxide_storage::{EngineKind, SimOptions};
 
 use board::Board;
 use oracle::{empty, gradient, has_gradient, hyperparameters, initial};
@@ -97,12 +97,23 @@ impl Case {
             tile_elements: self.tile_elements,
             staging_bytes: 4 << 20,
             gathered_bytes: 6 << 20,
-            engine: self.engine.clone(),
+            engine: self.engine_of(rank),
             queue_depth: 8,
             directories: vec![directory.path().to_path_buf()],
             job: format!("rank {rank}"),
         };
         Offload::new(&settings, &units).expect("nothing in the way")
+    }
+
+    /// Each rank's simulated disk has its own times.
+    fn engine_of(&self, rank: usize) -> EngineKind {
+        match &self.engine {
+            EngineKind::Simulated(options) => EngineKind::Simulated(SimOptions {
+                seed: options.seed * 10 + rank as u64,
+                ..options.clone()
+            }),
+            other => other.clone(),
+        }
     }
 
     /// Trains on all ranks at once.
@@ -285,9 +296,21 @@ impl Runner<'_> {
     /// Forward, backward and the update; returns the sum of squares over all ranks.
     fn step(&self, step: u64) -> f64 {
         for micro in 0..MICRO {
-            for unit in self.order(step) {
-                self.gather(unit);
-                self.core.release(unit).expect("gathered");
+            let order = self.order(step);
+            for (at, unit) in order.iter().enumerate() {
+                if at == 0 || !self.moves_weights() {
+                    self.gather(*unit);
+                } else {
+                    let whole = self
+                        .core
+                        .gather(*unit)
+                        .expect("held since it was gathered ahead");
+                    assert!(whole, "unit {unit} was gathered ahead");
+                }
+                if let Some(next) = order.get(at + 1).filter(|_| self.moves_weights()) {
+                    self.gather_ahead(*next);
+                }
+                self.core.release(*unit).expect("gathered");
             }
             self.backward(step, micro);
         }
@@ -373,11 +396,18 @@ impl Runner<'_> {
             let byte = |element: u64| usize::try_from(element).expect("small") * size_of::<f32>();
             byte(start)..byte(end)
         };
-        let received: Vec<u8> = all
+        let (mut at, room) = self.core.incoming(unit).expect("sent");
+        let end = at + room;
+        for (_, sent) in all
             .iter()
-            .flat_map(|sent| sent[own.clone()].iter().copied())
-            .collect();
-        self.core.receive_from(unit, &received).expect("fits");
+            .enumerate()
+            .filter(|(rank, _)| *rank != self.rank)
+        {
+            poke(at, &sent[own.clone()]);
+            at += own.len();
+        }
+        assert_eq!(at, end, "room for what comes in");
+        self.core.receive_from(unit).expect("sent and received");
     }
 
     /// Brings the unit under its window; where the other ranks' parts are not there, as a collective would.
@@ -397,10 +427,29 @@ impl Runner<'_> {
                 "unit {unit} was released: what is left of it depends on when disk requests end"
             );
         }
-        if whole {
-            return;
+        if !whole {
+            assert!(self.moves_weights());
+            self.bring(unit);
         }
-        assert!(self.moves_weights());
+    }
+
+    /// Gathers the unit while another is held; what the core says of it must be the same on all ranks.
+    fn gather_ahead(&self, unit: usize) {
+        let found = self.core.gather_ahead(unit).expect("usable");
+        let all = self.board.swap(self.rank, vec![found.map_or(2, u8::from)]);
+        assert!(
+            all.iter().all(|other| *other == all[0]),
+            "unit {unit}: {all:?}"
+        );
+        match found {
+            Some(true) => {}
+            Some(false) => self.bring(unit),
+            None => panic!("there is room for three units"),
+        }
+    }
+
+    /// Puts the other ranks' parts under the window of a held unit, as an all-gather would.
+    fn bring(&self, unit: usize) {
         let (address, bytes, _anchor) = self.core.window(unit).expect("a unit").expect("a window");
         let (start, end) = self.core.shard(unit).expect("a unit");
         let byte = |element: u64| usize::try_from(element).expect("small") * size_of::<u16>();

@@ -1,0 +1,133 @@
+"""Tensors between ranks while the model computes: messages from memory to memory, each under a tag of its own.
+
+torch's collectives over gloo copy what they carry several times, and meet in the order in which they are called,
+whatever they carry. A message is read where it lies and written where it belongs; its tag names its unit, so ranks that
+do different things wait, which the watch sees, and never take one unit for another. An all-gather or all-to-all is one
+message from each rank to each.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from zeroxide.ranks import Ranks, Watch
+from zeroxide.zero.unit import Unit
+
+__all__ = ["Flight", "Messages"]
+
+PIECE_BYTES = 32 << 20
+"""Longest message: each one that arrives is a sign of life, however slow the network is."""
+LAST_WAIT = timedelta(seconds=10)
+"""How long the end of an engine waits for messages that are still on their way."""
+
+KINDS = ("all-gather", "all-to-all", "all-gather of gradients")
+# A tag is 31 bits: the highest sets ours apart from a user's; engine, unit and kind.
+_OURS, _ENGINE_SHIFT, _ENGINES, _UNITS = 1 << 30, 20, 1 << 10, 1 << 18
+
+_engines = itertools.count()
+
+
+class Flight:
+    """Messages of one unit on their way. Until both waits are over, the memory they use must stay, unchanged."""
+
+    def __init__(self, watch: Watch, kind: str, name: str, number: int) -> None:
+        self.watch = watch
+        self.kind = kind
+        self.name = name
+        self.number = number
+        self.arriving: list[Any] = []
+        self.leaving: list[Any] = []
+
+    def received(self) -> None:
+        """Waits until everything has arrived. Raises RanksError when a rank is lost."""
+        self._wait(self.arriving)
+
+    def sent(self) -> None:
+        """Waits until everything has left. Raises RanksError when a rank is lost."""
+        self._wait(self.leaving)
+
+    def _wait(self, works: list[Any]) -> None:
+        while works:
+            # The same words on every rank, whichever of the messages it waits for.
+            with self.watch.waiting(self.kind, self.name, self.number):
+                works[0].wait()
+            del works[0]
+
+
+class Messages:
+    """What an engine sends to the other ranks and receives. All ranks make their engines in the same order."""
+
+    def __init__(self, ranks: Ranks, watch: Watch) -> None:
+        self.ranks = ranks
+        self.watch = watch
+        self._process = os.getpid()
+        self._number = 0
+        self._flights: list[Flight] = []
+        self._first_tag = 0 if ranks.alone else _OURS | next(_engines) % _ENGINES << _ENGINE_SHIFT
+
+    def start(
+        self,
+        kind: str,
+        unit: Unit,
+        incoming: Iterable[tuple[int, torch.Tensor]],
+        outgoing: Iterable[tuple[int, torch.Tensor]],
+    ) -> Flight:
+        """Begins to receive and to send, by (rank, contiguous tensor in host memory), and returns at once.
+
+        Every rank starts the same flights of a unit, and what one sends is as long as what the other expects. Raises
+        RanksError when a rank is lost.
+        """
+        import torch.distributed as dist
+
+        if unit.index >= _UNITS:
+            raise ValueError(f"{unit.name} is unit {unit.index}: at most {_UNITS} have a tag")
+        self._number += 1
+        flight = Flight(self.watch, kind, unit.name, self._number)
+        tag = self._first_tag | unit.index << 2 | KINDS.index(kind)
+        group = self.ranks.group
+        with self.watch.waiting(kind, unit.name, self._number):
+            # Room first: a sender waits for it.
+            for rank, tensor in incoming:
+                for piece in _pieces(tensor):
+                    flight.arriving.append(dist.irecv(piece, group=group, group_src=rank, tag=tag))
+            for rank, tensor in outgoing:
+                for piece in _pieces(tensor):
+                    flight.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=tag))
+        self._flights = [each for each in self._flights if each.arriving or each.leaving]
+        self._flights.append(flight)
+        return flight
+
+    def others(self) -> list[int]:
+        """The other ranks, beginning with the next: not all send to the same one first."""
+        return [(self.ranks.rank + step) % self.ranks.world for step in range(1, self.ranks.world)]
+
+    def close(self) -> None:
+        """Ends all messages: those of ranks that are there arrive, others are given up. Then no memory is touched."""
+        if os.getpid() != self._process:
+            return
+        try:
+            for flight in self._flights:
+                for work in flight.arriving + flight.leaving:
+                    if self.ranks.lost is None:
+                        work.wait(LAST_WAIT)
+        except RuntimeError:
+            # A rank is gone. Whoever can do something about it hears of that from the watch.
+            pass
+        finally:
+            for flight in self._flights:
+                # gloo leaves the memory of a message alone once nobody holds its handle.
+                flight.arriving.clear()
+                flight.leaving.clear()
+            self._flights.clear()
+
+
+def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+    if tensor.nbytes <= PIECE_BYTES:
+        return (tensor,)
+    return torch.split(tensor, PIECE_BYTES // tensor.itemsize)
