@@ -4,7 +4,7 @@ from zeroxide.ranks.activity import IDLE
 from zeroxide.ranks.agreement import Fact, agree, name_ranks
 from zeroxide.ranks.environment import Place, read_environment
 from zeroxide.ranks.facts import config_facts, model_facts, sampler_facts, version_facts
-from zeroxide.ranks.place import Ranks, all_gather_single
+from zeroxide.ranks.place import Ranks, all_gather_single, first_line
 from zeroxide.ranks.start import init_distributed, start
 from zeroxide.ranks.watch import EXIT_CODE, Watch
 
@@ -18,6 +18,7 @@ __all__ = [
     "agree",
     "all_gather_single",
     "config_facts",
+    "first_line",
     "init_distributed",
     "model_facts",
     "name_ranks",

@@ -7,7 +7,8 @@ parameter is gathered when code touches it, and cut again. So initial values may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from zeroxide import _core
 from zeroxide.config import Config, load
-from zeroxide.errors import ConfigError
-from zeroxide.ranks import Ranks, init_distributed, start
+from zeroxide.errors import ConfigError, RanksError
+from zeroxide.ranks import Ranks, Watch, agree, first_line, init_distributed, start
+from zeroxide.zero.keeper import shape_of
 from zeroxide.zero.slices import Slice, SliceFile, slice_of
 
 __all__ = ["Init", "is_building", "settle"]
@@ -48,10 +50,16 @@ _PASSIVE = {
 
 
 class Construction:
-    """What one outermost context knows: the parameters that are whole, oldest first."""
+    """What one outermost context knows: the parameters that are whole, oldest first.
+
+    Before ranks exchange values each says what it is about to exchange, so that different models are named instead of
+    mixed up, and a watch stands over them as it does over training.
+    """
 
     def __init__(self, ranks: Ranks, dtype: torch.dtype | None, file: SliceFile | None) -> None:
         self.ranks = ranks
+        self.watch = Watch(ranks)
+        self.watch.doing = ("construction", None, None, None)
         self.dtype = dtype
         self.file = file
         self.whole: dict[int, tuple[str, nn.Parameter]] = {}
@@ -69,16 +77,32 @@ class Construction:
         ]
         self.mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def end(self, failed: bool) -> None:
+    def end(self, error: BaseException | None) -> None:
         """Stops to listen and cuts what is left, unless the construction failed: then the model is nobody's."""
-        self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self.hooks:
+            self.mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         for hook in self.hooks:
             hook.remove()
-        if not failed:
-            self.cut_all()
+        try:
+            if error is None:
+                self.cut_all()
+                self._meet("the end of the model", ())
+        except BaseException as found:
+            error = found
+            raise
+        finally:
+            self._dismiss_watch(error)
+
+    def _dismiss_watch(self, error: BaseException | None) -> None:
+        if error is not None and not isinstance(error, RanksError):
+            self.watch.failed(f"{type(error).__name__}: {first_line(error)}")
+        # With a lost rank this process ends, and the watch sees to it that it does.
+        if self.ranks.lost is None or not isinstance(error, RanksError):
+            self.watch.close()
 
     def cut_all(self) -> None:
         """Cuts everything that is whole."""
+        self._meet("cutting", self.whole.values())
         while self.whole:
             self._cut(next(iter(self.whole)))
 
@@ -91,6 +115,7 @@ class Construction:
     def touch(self, param: nn.Parameter, keeper: Slice) -> None:
         """Somebody needs the values: gathers them, and cuts what has been whole for longest."""
         with torch._C.DisableTorchFunction():
+            self._meet("gathering", [(keeper.name, param)])
             keeper.gather(param)
             self.whole[id(param)] = (keeper.name, param)
             self._shrink(id(param))
@@ -131,8 +156,20 @@ class Construction:
         found = [_is_shared(self.whole[key][1]) for key in keys]
         if not found or self.ranks.alone:
             return found
+        self._meet("cutting", [self.whole[key] for key in keys])
         rows = self.ranks.gather_rows(torch.tensor(found, dtype=torch.uint8))
         return [bool(value) for value in rows.amax(0).tolist()]
+
+    def _meet(self, what: str, params: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Raises RanksError on every rank unless all are about to do the same to parameters of the same shapes."""
+        if self.ranks.alone:
+            return
+        listed = [f"{name} {_dtype(param)} {list(shape_of(param))}" for name, param in params]
+        text = " ".join([what, *listed])
+        with self.watch.waiting("agreement", text[:100]):
+            sums = self.ranks.gather_rows(torch.tensor([zlib.crc32(text.encode())]), "building a model")
+            if sums.min() != sums.max():
+                agree(self.ranks, {"model.what zero.Init comes to": [what, *listed]})
 
     def _cut(self, key: int) -> None:
         name, param = self.whole.pop(key)
@@ -141,6 +178,10 @@ class Construction:
             keeper = Slice(name, param, self.ranks, self.dtype or param.dtype, self.file)
         if not keeper.holds:
             keeper.cut(param)
+
+
+def _dtype(param: nn.Parameter) -> str:
+    return str(param.dtype).removeprefix("torch.")
 
 
 def _cut_already(param: nn.Parameter) -> Slice | None:
@@ -290,7 +331,7 @@ class Init:
             for name, param in module.named_parameters():
                 if slice_of(param) is None:
                     construction.add(name, param)
-            construction.cut_all()
+            construction.end(None)
 
     def _construction(self) -> Construction:
         import torch.distributed as dist
@@ -335,7 +376,7 @@ class Init:
         _active.depth -= 1
         if _active.depth == 0:
             ended, _active = _active, None
-            ended.end(failed=kind is not None)
+            ended.end(error)
 
 
 def _join() -> None:
