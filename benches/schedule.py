@@ -7,9 +7,12 @@ group, collectives as transport. For each, one line: collectives and bytes that 
 formula; and the payload of a rank by bucket, beside the formula. A figure that the formula does not give is a surprise.
 
 Formulas, for P parameters, padding included (a unit is a multiple of 2,048 elements a rank), R of which lie at the root
-and are gathered once, N ranks, 2 bytes a weight and gradient,
-10 bytes of optimizer state: sent = (2 R + 3 (P - R)) * 2 * (N - 1) / N, less what is still in memory at the turn from
-forward to backward; state = 10 P / N; gradients = 2 P / N + what is on its way; weights = 2 P / N + what is gathered.
+and are gathered once, N ranks, 2 bytes a weight and gradient, 10 bytes of optimizer state:
+
+    sent = (2 R + 3 (P - R)) * 2 * (N - 1) / N, less what is still in memory at the turn from forward to backward
+    state = 10 P / N
+    gradients = 2 P / N + R and three of the largest other unit on their way out + (N - 1) / N of the largest coming in
+    weights = 2 P / N + what is gathered
 """
 
 from __future__ import annotations
@@ -70,7 +73,7 @@ def line(name: str, model: torch.nn.Module, world: int) -> dict[str, object]:
     expected = (2 * root + 3 * (total - root) - turned * block) * 2 * (world - 1) / world
     buckets = {name: round(size / 1e9, 3) for name, size in plan.buckets.items() if size}
     kept = plan.buckets["optimizer"] + plan.buckets["weights"] + plan.buckets["gradients"]
-    on_its_way = (root + 3 * block) * 2
+    on_its_way = (root + 3 * block) * 2 + max(root, block) * 2 * (world - 1) / world
     state = 14 * total / world + on_its_way
     surprises = [
         what
