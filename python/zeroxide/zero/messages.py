@@ -89,6 +89,9 @@ class Messages:
             raise ValueError(f"{unit.name} is unit {unit.index}: at most {_UNITS} have a tag")
         self._number += 1
         flight = Flight(self.watch, kind, unit.name, self._number)
+        # Known before its first message is on its way: `close` ends all of them, also of a start that fails.
+        self._flights = [each for each in self._flights if each.arriving or each.leaving]
+        self._flights.append(flight)
         tag = self._first_tag | unit.index << 2 | KINDS.index(kind)
         group = self.ranks.group
         with self.watch.waiting(kind, unit.name, self._number):
@@ -99,8 +102,6 @@ class Messages:
             for rank, tensor in outgoing:
                 for piece in _pieces(tensor):
                     flight.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=tag))
-        self._flights = [each for each in self._flights if each.arriving or each.leaving]
-        self._flights.append(flight)
         return flight
 
     def others(self) -> list[int]:
