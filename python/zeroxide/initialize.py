@@ -94,10 +94,12 @@ def initialize(
     )
     given = {"sampler.training_data": "none" if training_data is None else "given"}
     agree(ranks, {**version_facts(), **config_facts(resolved), **model_facts(model), **given})
+    # What can be refused is refused before the engine takes the weights over.
+    _check_schedule(lr_scheduler, optimizer)
+    loader = _loader(resolved, training_data, collate_fn, ranks)
     engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
     try:
-        engine.lr_scheduler = _scheduler(resolved, lr_scheduler, (engine.optimizer, optimizer))
-        loader = _loader(resolved, training_data, collate_fn, ranks)
+        engine.lr_scheduler = _scheduler(resolved, lr_scheduler, engine.optimizer)
     except BaseException:
         engine.destroy()
         raise
@@ -105,9 +107,8 @@ def initialize(
     return engine, engine.optimizer, loader, engine.lr_scheduler
 
 
-def _scheduler(config: Config, given: Any, optimizers: tuple[torch.optim.Optimizer | None, Any]) -> Any:
-    """The schedule; `optimizers` are the engine's, and the one whose groups the engine took over."""
-    optimizer = optimizers[0]
+def _scheduler(config: Config, given: Any, optimizer: torch.optim.Optimizer | None) -> Any:
+    """The schedule over the engine's optimizer."""
     if given is None and config.scheduler is None:
         return None
     if optimizer is None:
@@ -117,16 +118,22 @@ def _scheduler(config: Config, given: Any, optimizers: tuple[torch.optim.Optimiz
         from zeroxide.optim import schedules
 
         return getattr(schedules, config.scheduler.name)(optimizer, **config.scheduler.params)
-    if callable(given) and not hasattr(given, "step"):
-        return given(optimizer)
+    return given(optimizer) if _makes_schedule(given) else given
+
+
+def _makes_schedule(given: Any) -> bool:
+    return callable(given) and not hasattr(given, "step")
+
+
+def _check_schedule(given: Any, optimizer: Any) -> None:
+    """Raises ConfigError for a schedule over another optimizer than `optimizer`, whose groups the engine takes over."""
     driven = getattr(given, "optimizer", None)
-    if driven is not None and all(driven is not each for each in optimizers):
+    if not _makes_schedule(given) and driven is not None and driven is not optimizer:
         raise ConfigError(
             "lr_scheduler was made over an optimizer that the engine does not have: pass that optimizer as well, or a "
             "callable that makes the schedule from the engine's",
             path="lr_scheduler",
         )
-    return given
 
 
 def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ranks: Ranks) -> DataLoader[Any] | None:

@@ -16,7 +16,7 @@ from torch import nn
 
 import zeroxide
 from zeroxide import zero
-from zeroxide.errors import ConfigError, ModelError
+from zeroxide.errors import ConfigError, DataError, ModelError
 
 
 def ids(seed=0):
@@ -108,13 +108,35 @@ def test_at_stage_3_the_modules_say_where_the_weights_went(tmp_path):
         zeroxide.initialize(model=model, config=settings(tmp_path, 3))
 
 
+def refuse(optimizer):
+    raise ConfigError("not with this optimizer", path="lr_scheduler")
+
+
 def test_an_initialize_that_fails_late_gives_the_model_back(tmp_path):
-    """A schedule is refused after the engine stands."""
+    """A schedule that the caller makes is refused after the engine stands."""
     model = build("gpt")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    config = settings(tmp_path, 1) | {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -3}}}
-    with pytest.raises(ConfigError):
-        zeroxide.initialize(model=model, model_parameters=model.parameters(), config=config)
+    with pytest.raises(ConfigError, match="not with this optimizer"):
+        zeroxide.initialize(model=model, config=settings(tmp_path, 1), lr_scheduler=refuse)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("what", ["settings", "other optimizer", "data"])
+def test_what_is_refused_without_an_engine_leaves_the_model_alone_at_every_stage(what, tmp_path):
+    """Catches: a schedule or data set that is looked at when the engine has the weights, and stage 3 keeps them."""
+    model = build("gpt")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    config, more = settings(tmp_path, 3), {}
+    if what == "settings":
+        config |= {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -3}}}
+    elif what == "data":
+        more["training_data"] = []
+    else:
+        other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+        more["lr_scheduler"] = torch.optim.lr_scheduler.StepLR(other, 1)
+    with pytest.raises(DataError if what == "data" else ConfigError):
+        zeroxide.initialize(model=model, config=config, **more)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
