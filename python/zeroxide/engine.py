@@ -26,7 +26,7 @@ from zeroxide.optim.groups import check_groups, groups_for
 from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.core import open_core
-from zeroxide.zero.exchange import make_exchange, settle
+from zeroxide.zero.exchange import agree_on_norm, make_exchange
 from zeroxide.zero.full_state import FullState, refuse_loading
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hooks import Hooks
@@ -258,7 +258,7 @@ class Engine(Answers, FullState, nn.Module):
         """One optimizer step over what has landed: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = settle(core, self.ranks, self.watch)
+        sum_squares, nonfinite, landed = agree_on_norm(core, self.ranks, self.watch)
         if landed:
             self._scaler.check_used()
         loss_scale = self._scaler.scale
@@ -440,6 +440,7 @@ class Engine(Answers, FullState, nn.Module):
                         handle.remove()
                     part_from(self.module, self._units, visible=self._plan.visible)
             finally:
+                self._messages.land()
                 _close(core, self._messages)
                 self.watch.close()
                 self.ranks.close()

@@ -29,7 +29,7 @@ from zeroxide.zero.plan import Plan
 from zeroxide.zero.tensors import memory_at
 from zeroxide.zero.unit import Unit
 
-__all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "make_exchange", "settle"]
+__all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "agree_on_norm", "make_exchange"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
@@ -290,7 +290,7 @@ class CollectiveExchange:
     def after_step(self) -> None:
         """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones.
 
-        Each unit's parts travel while the next one is updated.
+        With state on disk each unit's parts travel while the next one is updated.
         """
         before = None
         for unit in self.refreshed:
@@ -318,7 +318,9 @@ class CollectiveExchange:
         else:
             leaving = [(other, outgoing[other * size : (other + 1) * size]) for other in others]
         kind = "all-gather of gradients" if self.replicated else "all-to-all"
-        self.reducing = unit, self.messages.start(kind, unit, arriving, leaving)
+        flight = self.messages.flight(kind, unit)
+        self.reducing = unit, flight
+        self.messages.start(flight, arriving, leaving)
         self._reduced_bytes += size * self.wire.itemsize * len(others)
 
     def _end_reduce(self) -> None:
@@ -350,7 +352,7 @@ def make_exchange(
     return CollectiveExchange(core, units, messages, wire, replicated=plan.replicated, visible=plan.visible)
 
 
-def settle(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
+def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
     """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
 
     The ranks' sums are added in double precision in rank order, so that every rank has the same bits.

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from zeroxide.errors import ModelError
 from zeroxide.zero.gather import Gatherer
+from zeroxide.zero.plan import is_leaf
 from zeroxide.zero.reduce import Reducer
 from zeroxide.zero.unit import Unit
 
@@ -46,6 +47,8 @@ class Hooks:
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
         self.held: list[Unit] = []
+        # Leaf modules whose turn in backward has come, and whose gradients have not been sent.
+        self.leaves: list[Unit] = []
         # Modules run so far in this pass; a unit whose module runs twice gets gradients twice.
         self.ran: set[tuple[int, int]] = set()
         self.repeated: set[int] = set()
@@ -128,6 +131,7 @@ class Hooks:
             Variable._execution_engine.queue_callback(self.end_backward)
 
     def _before_backward(self, unit: Unit) -> None:
+        self._end_leaves(unit)
         if unit.index in self.repeated or not self.reducer.is_complete(unit):
             self._hold(unit)
 
@@ -147,6 +151,20 @@ class Hooks:
             self.held.append(unit)
         self.gatherer.gather(unit)
 
+    def _end_leaves(self, unit: Unit) -> None:
+        """Sends the leaf modules whose turn in backward was before the unit's, though gradients of theirs are missing.
+
+        What a leaf module uses depends on the data. A rank that used all of it must not wait until backward ends for
+        one that did not, while that one waits for weights.
+        """
+        for leaf in [each for each in self.leaves if each.modules != unit.modules]:
+            self.leaves.remove(leaf)
+            if self.synchronize:
+                self.exchange.send(leaf)
+        marked = len(unit.modules) == 1 and is_leaf(unit.modules[0])
+        if marked and unit.num_trainable and unit.index not in self.repeated and unit not in self.leaves:
+            self.leaves.append(unit)
+
     def _gradients_complete(self, unit: Unit) -> None:
         # A module that ran twice has its backward twice, and may get gradients twice.
         if unit.span or unit.index in self.repeated:
@@ -162,17 +180,24 @@ class Hooks:
         if self.inside_backward:
             self._leave_backward()
             if self.synchronize:
-                self.exchange.end_backward()
+                try:
+                    self.exchange.end_backward()
+                except BaseException:
+                    self.exchange.abandon()
+                    raise
 
     def fail_backward(self) -> None:
         """Releases every unit, after a backward that failed. With several ranks there is no going on."""
-        self._leave_backward()
-        self.exchange.abandon()
+        try:
+            self._leave_backward()
+        finally:
+            self.exchange.abandon()
 
     def _leave_backward(self) -> None:
         self.inside_backward = False
         self.backward_ended = True
         self.held.clear()
+        self.leaves.clear()
         self.gatherer.release_all()
 
     def close(self) -> None:

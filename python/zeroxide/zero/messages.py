@@ -16,15 +16,18 @@ from typing import Any
 
 import torch
 
+from zeroxide.errors import RanksError
 from zeroxide.ranks import Ranks, Watch
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Flight", "Messages"]
 
 PIECE_BYTES = 32 << 20
-"""Longest message: each one that arrives is a sign of life, however slow the network is."""
+LEAST_PIECE_BYTES = 1 << 20
+"""What a rank's peers send at once is cut so that a piece from each is `PIECE_BYTES` together: each that arrives is a
+sign of life. A network that brings less than that, of each of two flights, in `rank_timeout` needs a longer one."""
 LAST_WAIT = timedelta(seconds=10)
-"""How long the end of an engine waits for messages that are still on their way."""
+"""How long the end of the process waits for messages that are still on their way."""
 
 KINDS = ("all-gather", "all-to-all", "all-gather of gradients")
 # A tag is 31 bits: the highest sets ours apart from a user's; engine, unit and kind.
@@ -36,11 +39,12 @@ _engines = itertools.count()
 class Flight:
     """Messages of one unit on their way. Until both waits are over, the memory they use must stay, unchanged."""
 
-    def __init__(self, watch: Watch, kind: str, name: str, number: int) -> None:
+    def __init__(self, watch: Watch, kind: str, name: str, number: int, tag: int) -> None:
         self.watch = watch
         self.kind = kind
         self.name = name
         self.number = number
+        self.tag = tag
         self.arriving: list[Any] = []
         self.leaving: list[Any] = []
 
@@ -54,9 +58,11 @@ class Flight:
 
     def _wait(self, works: list[Any]) -> None:
         while works:
-            # The same words on every rank, whichever of the messages it waits for.
-            with self.watch.waiting(self.kind, self.name, self.number):
-                works[0].wait()
+            # gloo tells of an end once: a wait that was interrupted just after it must not be repeated.
+            if not works[0].is_completed():
+                # The same words on every rank, whichever of the messages it waits for.
+                with self.watch.waiting(self.kind, self.name, self.number):
+                    works[0].wait()
             del works[0]
 
 
@@ -71,54 +77,64 @@ class Messages:
         self._flights: list[Flight] = []
         self._first_tag = 0 if ranks.alone else _OURS | next(_engines) % _ENGINES << _ENGINE_SHIFT
 
-    def start(
-        self,
-        kind: str,
-        unit: Unit,
-        incoming: Iterable[tuple[int, torch.Tensor]],
-        outgoing: Iterable[tuple[int, torch.Tensor]],
-    ) -> Flight:
-        """Begins to receive and to send, by (rank, contiguous tensor in host memory), and returns at once.
-
-        Every rank starts the same flights of a unit, and what one sends is as long as what the other expects. Raises
-        RanksError when a rank is lost.
-        """
-        import torch.distributed as dist
-
+    def flight(self, kind: str, unit: Unit) -> Flight:
+        """A flight that has no messages yet. Every rank makes the same flights of a unit in the same order."""
         if unit.index >= _UNITS:
             raise ValueError(f"{unit.name} is unit {unit.index}: at most {_UNITS} have a tag")
         self._number += 1
-        flight = Flight(self.watch, kind, unit.name, self._number)
-        # Known before its first message is on its way: `close` ends all of them, also of a start that fails.
+        tag = self._first_tag | unit.index << 2 | KINDS.index(kind)
+        flight = Flight(self.watch, kind, unit.name, self._number, tag)
         self._flights = [each for each in self._flights if each.arriving or each.leaving]
         self._flights.append(flight)
-        tag = self._first_tag | unit.index << 2 | KINDS.index(kind)
+        return flight
+
+    def start(
+        self, flight: Flight, incoming: Iterable[tuple[int, torch.Tensor]], outgoing: Iterable[tuple[int, torch.Tensor]]
+    ) -> None:
+        """Begins to receive and to send, by (rank, contiguous tensor in host memory), and returns at once.
+
+        What one rank sends is as long as what the other expects. Raises RanksError when a rank is lost; what had begun
+        by then is in the flight.
+        """
+        import torch.distributed as dist
+
         group = self.ranks.group
-        with self.watch.waiting(kind, unit.name, self._number):
+        with self.watch.waiting(flight.kind, flight.name, flight.number):
             # Room first: a sender waits for it.
             for rank, tensor in incoming:
-                for piece in _pieces(tensor):
-                    flight.arriving.append(dist.irecv(piece, group=group, group_src=rank, tag=tag))
+                for piece in self._pieces(tensor):
+                    flight.arriving.append(dist.irecv(piece, group=group, group_src=rank, tag=flight.tag))
             for rank, tensor in outgoing:
-                for piece in _pieces(tensor):
-                    flight.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=tag))
-        return flight
+                for piece in self._pieces(tensor):
+                    flight.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=flight.tag))
 
     def others(self) -> list[int]:
         """The other ranks, beginning with the next: not all send to the same one first."""
         return [(self.ranks.rank + step) % self.ranks.world for step in range(1, self.ranks.world)]
 
+    def land(self) -> None:
+        """Waits for all messages, as long as the watch finds no rank lost. A rank that is behind may take its time."""
+        try:
+            for flight in self._flights:
+                flight.received()
+                flight.sent()
+        except (RuntimeError, RanksError):
+            # A rank is gone. Whoever can do something about it hears of that from the watch.
+            pass
+
     def close(self) -> None:
-        """Ends all messages: those of ranks that are there arrive, others are given up. Then no memory is touched."""
+        """Gives up the messages that have not arrived `LAST_WAIT` from now. Then no memory is touched.
+
+        Where one is given up, the process group cannot be used any more.
+        """
         if os.getpid() != self._process:
             return
         try:
             for flight in self._flights:
                 for work in flight.arriving + flight.leaving:
-                    if self.ranks.lost is None:
+                    if self.ranks.lost is None and not work.is_completed():
                         work.wait(LAST_WAIT)
         except RuntimeError:
-            # A rank is gone. Whoever can do something about it hears of that from the watch.
             pass
         finally:
             for flight in self._flights:
@@ -127,8 +143,6 @@ class Messages:
                 flight.leaving.clear()
             self._flights.clear()
 
-
-def _pieces(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
-    if tensor.nbytes <= PIECE_BYTES:
-        return (tensor,)
-    return torch.split(tensor, PIECE_BYTES // tensor.itemsize)
+    def _pieces(self, tensor: torch.Tensor) -> Iterable[torch.Tensor]:
+        most = max(LEAST_PIECE_BYTES, PIECE_BYTES // max(1, self.ranks.world - 1))
+        return (tensor,) if tensor.nbytes <= most else torch.split(tensor, most // tensor.itemsize)

@@ -42,18 +42,21 @@ class MovingWeights:
 
     def release(self, unit: Unit) -> None:
         """Ends the use of the unit, once the other ranks have its part. Idempotent."""
-        flight = self._flights.pop(unit.index, None)
-        if flight is not None:
-            self._finish(unit, flight)
-            flight.sent()
+        if unit.index in self._flights:
+            self._end(unit)
         self.core.release(unit.index)
 
     def settle(self, units: list[Unit]) -> None:
         """Ends what is on its way: weights are about to change, and a held unit has to be gathered again after that."""
         for index in list(self._flights):
-            flight = self._flights.pop(index)
-            self._finish(units[index], flight)
-            flight.sent()
+            self._end(units[index])
+
+    def _end(self, unit: Unit) -> None:
+        # Forgotten last: a wait that fails leaves the unit held, and whoever comes again waits again.
+        flight = self._flights[unit.index]
+        self._finish(unit, flight)
+        flight.sent()
+        del self._flights[unit.index]
 
     def _start(self, unit: Unit) -> Flight:
         messages, flat = self.messages, unit.flat
@@ -61,9 +64,10 @@ class MovingWeights:
         size = unit.layout_numel // messages.ranks.world
         own = flat[rank * size : (rank + 1) * size]
         incoming = [(other, flat[other * size : (other + 1) * size]) for other in others]
-        flight = messages.start("all-gather", unit, incoming, [(other, own) for other in others])
+        # Known before its first message is on its way: a start that fails half-way keeps the unit held.
+        flight = self._flights[unit.index] = messages.flight("all-gather", unit)
+        messages.start(flight, incoming, [(other, own) for other in others])
         self.sent_bytes += own.nbytes * len(others)
-        self._flights[unit.index] = flight
         return flight
 
     def _finish(self, unit: Unit, flight: Flight) -> None:

@@ -52,9 +52,9 @@ def collectives(plan: Plan, wire: torch.dtype, prefetch: int = Config.prefetch) 
     yield from rank.step()
 
 
-def sent_bytes(plan: Plan, wire: torch.dtype) -> int:
+def sent_bytes(plan: Plan, wire: torch.dtype, prefetch: int = Config.prefetch) -> int:
     """Bytes that leave a rank in such a step, what goes through shared memory included."""
-    total = sum(each.sent for each in collectives(plan, wire))
+    total = sum(each.sent for each in collectives(plan, wire, prefetch))
     if plan.world > 1 and plan.wire == "shared":
         numel = sum(padded(unit, plan.world) for unit in plan.units if unit.trainable)
         total += numel * wire.itemsize // plan.world * (plan.world - 1)
