@@ -338,3 +338,34 @@ say("FOUND 1")
 def test_a_wait_that_is_interrupted_is_not_repeated_and_forgets_nothing():
     # Catches: a unit let go though its messages were not waited for; a second wait for what gloo tells only once.
     assert found(2, FAILED_WAIT) == [1, 1]
+
+
+FAILED_START = """
+import torch.distributed as dist
+engine = make("collective", 1)
+for step in range(2):
+    engine.backward(engine(rows(step)))
+    engine.step()
+real = dist.isend
+def interrupted(*given, **more):
+    dist.isend = real
+    raise KeyboardInterrupt
+dist.isend = interrupted
+said = []
+for _ in range(2):
+    try:
+        engine(rows(2))
+    except KeyboardInterrupt:
+        said.append("interrupted")
+    except zeroxide.errors.RanksError as error:
+        said.append(str(error))
+engine.destroy()
+say("FOUND " + json.dumps(said))
+"""
+
+
+def test_a_start_that_is_interrupted_is_never_taken_for_a_gather():
+    # Catches: parts taken for whole that nobody was asked for.
+    for said in found(2, FAILED_START):
+        assert len(said) == 2, "the second forward must not run on weights that are not there"
+        assert any("was interrupted when it began" in each for each in said), said

@@ -255,7 +255,7 @@ impl Core {
             let pool = self
                 .frames
                 .as_ref()
-                .expect("a unit at home on disk implies frames");
+                .expect("a unit whose weights move implies frames");
             if let Some(frames) = pool.take(count) {
                 return Ok(Some(frames));
             }
@@ -410,7 +410,7 @@ impl Core {
         let pool = self
             .frames
             .as_ref()
-            .expect("a unit at home on disk implies frames");
+            .expect("a unit whose weights move implies frames");
         OffloadError::NoFrames {
             unit: self.units[unit].name.clone(),
             need: self.units[unit].layout.len() * self.compute.size() as u64,

@@ -48,7 +48,7 @@ pub enum Wire {
     /// Through memory that the ranks of one host share. Weights at home in host memory are then shared, too, unless the
     /// state is replicated.
     Shared,
-    /// Through collectives of the caller's.
+    /// Carried by the caller.
     Collective,
 }
 
@@ -102,7 +102,7 @@ pub struct Settings {
     pub tile_elements: u64,
     /// Bytes of the staging ring.
     pub staging_bytes: u64,
-    /// Bytes of physical memory for units at home on disk.
+    /// Bytes of physical memory for units whose weights move.
     pub gathered_bytes: u64,
     /// The I/O engine.
     pub engine: EngineKind,

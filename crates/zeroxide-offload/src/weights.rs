@@ -18,10 +18,10 @@ pub struct Lent {
     pub grad_dtype: Dtype,
 }
 
-/// Residence of weights whose home is the disk.
+/// Residence of weights that move: their home is the disk, or this rank's shard in host memory.
 #[derive(Debug)]
 pub(crate) enum Residence {
-    /// Only on disk. The window is inaccessible.
+    /// Only at home. The window is inaccessible.
     Away,
     /// Frames lie under the window and reads into them are in flight.
     Arriving {

@@ -269,11 +269,6 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.send(unit)))
     }
 
-    /// Whether this rank has sent the unit and not yet summed what all have sent.
-    fn is_sent(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
-        map(py, py.detach(|| self.inner.is_sent(unit)))
-    }
-
     /// Sums the unit's gradients once every rank has sent them; with `wait`, waits for that. Returns whether it did.
     fn receive(&self, py: Python<'_>, unit: usize, wait: bool) -> PyResult<bool> {
         map(py, py.detach(|| self.inner.receive(unit, wait)))

@@ -121,21 +121,15 @@ class Alone:
             self.core.finish()
 
 
-class SharedExchange:
-    """Between ranks of one host, through shared memory."""
+class _Carrier:
+    """What both carriers have: weights that move, and what has left this rank."""
 
-    def __init__(
-        self, core: _core.Offload, units: list[Unit], messages: Messages, wire: torch.dtype, *, visible: bool
-    ) -> None:
+    def __init__(self, core: _core.Offload, messages: Messages, wire: torch.dtype) -> None:
         self.core = core
         self.messages = messages
         self.ranks = messages.ranks
         self.watch = messages.watch
         self.wire = wire
-        self.units = units
-        self.shown = units if visible else []
-        self.trainable = [unit for unit in units if unit.num_trainable]
-        self.waiting: list[Unit] = []
         self.closed: set[int] = set()
         self.broken = False
         self.moved = MovingWeights(core, messages)
@@ -145,6 +139,38 @@ class SharedExchange:
     def sent_bytes(self) -> int:
         """Bytes of gradients and weights that left this rank for others."""
         return self._reduced_bytes + self.moved.sent_bytes
+
+    def gather(self, unit: Unit) -> None:
+        """One all-gather, unless all parts are there or have been sent for."""
+        self.moved.gather(unit)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Begins that all-gather."""
+        return self.moved.gather_ahead(unit)
+
+    def release(self, unit: Unit) -> None:
+        """Ends the use of the unit's weights."""
+        self.moved.release(unit)
+
+    def settle(self) -> None:
+        """Ends the gathers that are on their way."""
+        self.moved.settle()
+
+    def abandon(self) -> None:
+        """Everything from here on is refused."""
+        self.broken = True
+
+
+class SharedExchange(_Carrier):
+    """Between ranks of one host, through shared memory."""
+
+    def __init__(
+        self, core: _core.Offload, units: list[Unit], messages: Messages, wire: torch.dtype, *, visible: bool
+    ) -> None:
+        super().__init__(core, messages, wire)
+        self.shown = units if visible else []
+        self.trainable = [unit for unit in units if unit.num_trainable]
+        self.waiting: list[Unit] = []
 
     def connect(self) -> None:
         """Raises RanksError when another rank's memory cannot be reached."""
@@ -160,18 +186,6 @@ class SharedExchange:
         with self.watch.waiting("weights", unit.name):
             self.moved.gather(unit)
 
-    def gather_ahead(self, unit: Unit) -> bool:
-        """For weights at home on disk."""
-        return self.moved.gather_ahead(unit)
-
-    def release(self, unit: Unit) -> None:
-        """Ends the use of the unit's weights."""
-        self.moved.release(unit)
-
-    def settle(self) -> None:
-        """Ends the gathers that are on their way."""
-        self.moved.settle(self.units)
-
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
         check_whole(self.broken)
@@ -184,10 +198,6 @@ class SharedExchange:
         share = unit.layout_numel * self.wire.itemsize // self.ranks.world
         self._reduced_bytes += share * (self.ranks.world - 1)
         self.waiting = [each for each in self.waiting if not self.core.receive(each.index, False)]
-
-    def abandon(self) -> None:
-        """Everything from here on is refused."""
-        self.broken = True
 
     def end_backward(self) -> None:
         """Waits for the other ranks."""
@@ -209,7 +219,7 @@ class SharedExchange:
             self.release(unit)
 
 
-class CollectiveExchange:
+class CollectiveExchange(_Carrier):
     """Between any ranks, by messages over torch.distributed.
 
     `replicated`: every rank keeps all gradients (stage 0). `visible`: every rank keeps all weights (stages 0 to 2),
@@ -226,45 +236,17 @@ class CollectiveExchange:
         replicated: bool,
         visible: bool,
     ) -> None:
-        self.core = core
-        self.messages = messages
-        self.wire = wire
+        super().__init__(core, messages, wire)
         self.replicated = replicated
         self.visible = visible
-        self.units = units
         self.refreshed = units if visible and not replicated else []
         # Backward runs roughly from the last unit to the first; what is left at the root ends last.
         self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
-        self.closed: set[int] = set()
         self.next = 0
         self.reducing: tuple[Unit, Flight] | None = None
-        self.broken = False
-        self.moved = MovingWeights(core, messages)
-        self._reduced_bytes = 0
-
-    @property
-    def sent_bytes(self) -> int:
-        """Bytes of gradients and weights that left this rank for others."""
-        return self._reduced_bytes + self.moved.sent_bytes
 
     def connect(self) -> None:
         """The process group is the connection."""
-
-    def gather(self, unit: Unit) -> None:
-        """One all-gather, unless all parts are there or have been sent for."""
-        self.moved.gather(unit)
-
-    def gather_ahead(self, unit: Unit) -> bool:
-        """Begins that all-gather."""
-        return self.moved.gather_ahead(unit)
-
-    def release(self, unit: Unit) -> None:
-        """Ends the use of the unit's weights."""
-        self.moved.release(unit)
-
-    def settle(self) -> None:
-        """Ends the gathers that are on their way."""
-        self.moved.settle(self.units)
 
     def send(self, unit: Unit) -> None:
         """Begins to reduce as many units as are complete and next in order, each when the one before is done."""
@@ -273,10 +255,6 @@ class CollectiveExchange:
         while self.next < len(self.order) and self.order[self.next].index in self.closed:
             self._begin_reduce(self.order[self.next])
             self.next += 1
-
-    def abandon(self) -> None:
-        """Everything from here on is refused."""
-        self.broken = True
 
     def end_backward(self) -> None:
         """Reduces what is left."""

@@ -47,9 +47,16 @@ class Flight:
         self.tag = tag
         self.arriving: list[Any] = []
         self.leaving: list[Any] = []
+        self.begun = False
+        """Whether all of its messages are on their way."""
 
     def received(self) -> None:
-        """Waits until everything has arrived. Raises RanksError when a rank is lost."""
+        """Waits until everything has arrived. Raises RanksError when a rank is lost, or the start was interrupted."""
+        if not self.begun:
+            raise RanksError(
+                f"{self.kind} of unit {self.name} was interrupted when it began, so ranks no longer have the same: "
+                "make the engine again and go on from the last checkpoint"
+            )
         self._wait(self.arriving)
 
     def sent(self) -> None:
@@ -107,6 +114,7 @@ class Messages:
             for rank, tensor in outgoing:
                 for piece in self._pieces(tensor):
                     flight.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=flight.tag))
+            flight.begun = True
 
     def others(self) -> list[int]:
         """The other ranks, beginning with the next: not all send to the same one first."""
