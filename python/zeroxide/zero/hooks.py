@@ -47,7 +47,13 @@ class Hooks:
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
         self.held: list[Unit] = []
-        # Leaf modules whose turn in backward has come, and whose gradients have not been sent.
+        self.marked = {
+            unit.index
+            for unit in units
+            if unit.num_trainable and not unit.span and len(unit.modules) == 1 and is_leaf(unit.modules[0])
+        }
+        """Units of leaf modules."""
+        # Those whose turn in backward has come, and whose gradients have not been sent.
         self.leaves: list[Unit] = []
         # Modules run so far in this pass; a unit whose module runs twice gets gradients twice.
         self.ran: set[tuple[int, int]] = set()
@@ -131,7 +137,8 @@ class Hooks:
             Variable._execution_engine.queue_callback(self.end_backward)
 
     def _before_backward(self, unit: Unit) -> None:
-        self._end_leaves(unit)
+        if self.marked:
+            self._end_leaves(unit)
         if unit.index in self.repeated or not self.reducer.is_complete(unit):
             self._hold(unit)
 
@@ -161,8 +168,7 @@ class Hooks:
             self.leaves.remove(leaf)
             if self.synchronize:
                 self.exchange.send(leaf)
-        marked = len(unit.modules) == 1 and is_leaf(unit.modules[0])
-        if marked and unit.num_trainable and unit.index not in self.repeated and unit not in self.leaves:
+        if unit.index in self.marked - self.repeated and unit not in self.leaves:
             self.leaves.append(unit)
 
     def _gradients_complete(self, unit: Unit) -> None:
