@@ -29,6 +29,7 @@ from zeroxide.zero.core import open_core
 from zeroxide.zero.exchange import agree_on_norm, make_exchange
 from zeroxide.zero.full_state import FullState, refuse_loading
 from zeroxide.zero.gather import Gatherer
+from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
@@ -158,6 +159,9 @@ class Engine(Answers, FullState, nn.Module):
         )
         seat_all(self._house)
         self._loading = refuse_loading(module)
+        self._copies = PlainCopies(module)
+        for embedding in self._hooks.reducer.large.sparse:
+            self._copies.instead(embedding, "sparse", False)
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
@@ -435,6 +439,7 @@ class Engine(Answers, FullState, nn.Module):
             core, self._core = self._core, None
             try:
                 if hasattr(self, "_hooks"):
+                    self._copies.close()
                     self._hooks.close()
                     for handle in self._loading:
                         handle.remove()
@@ -444,6 +449,12 @@ class Engine(Answers, FullState, nn.Module):
                 _close(core, self._messages)
                 self.watch.close()
                 self.ranks.close()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ModelError(
+            "an engine cannot be copied or pickled: copy or save its module inside "
+            "zeroxide.zero.GatheredParameters(engine.module), or call save_checkpoint"
+        )
 
     # Inside -----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.keeper import keeper_of
 from zeroxide.zero.seat import House, Seat, seat_of
 
@@ -127,7 +128,7 @@ def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], str
 def refuse_loading(module: nn.Module) -> list[Any]:
     """Makes `load_state_dict` of every module refuse to load into an engine's parameters. Returns their handles."""
     return [
-        each.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+        each.register_load_state_dict_pre_hook(Hook(_refuse))  # type: ignore[no-untyped-call]
         for each in module.modules()
         if each._parameters
     ]

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from zeroxide.errors import ModelError
 from zeroxide.zero.gather import Gatherer
+from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.plan import is_leaf
 from zeroxide.zero.reduce import Reducer
 from zeroxide.zero.unit import Unit
@@ -65,13 +66,13 @@ class Hooks:
         # Each goes before what is there, so the last one registered runs first: units of one module in their order.
         for unit in reversed(units):
             for owner in unit.modules:
-                self._add(owner.register_forward_pre_hook(partial(self._before, unit), prepend=True, with_kwargs=True))
+                self._add(owner.register_forward_pre_hook(Hook(self._before, unit), prepend=True, with_kwargs=True))
         for unit in units:
             for owner in unit.modules:
-                self._add(owner.register_forward_hook(partial(self._after, unit), always_call=True))
+                self._add(owner.register_forward_hook(Hook(self._after, unit), always_call=True))
         # Prepended last, so that a pass begins before the first unit of it is gathered.
-        self._add(module.register_forward_pre_hook(self._enter, prepend=True))
-        self._add(module.register_forward_hook(self._leave, always_call=True))
+        self._add(module.register_forward_pre_hook(Hook(self._enter), prepend=True))
+        self._add(module.register_forward_hook(Hook(self._leave), always_call=True))
 
     def _add(self, handle: Any) -> None:
         self.handles.append(handle)

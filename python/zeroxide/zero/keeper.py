@@ -102,8 +102,9 @@ class ManagedParameter(nn.Parameter):
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        # A clone: a view would be pickled with all of its unit.
         with _copied(self):
-            return torch._utils._rebuild_parameter, (self.data, self.requires_grad, {})
+            return torch._utils._rebuild_parameter, (self.data.clone(), self.requires_grad, {})
 
 
 def _copied(param: ManagedParameter) -> torch.no_grad:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
+from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
 
@@ -96,7 +97,7 @@ class LargeModules:
         weight = unit.params[position]
         if type(owner) is nn.Linear and owner.weight is weight and "forward" not in owner.__dict__:
             land = partial(self._land_part, unit, position)
-            owner.forward = partial(self._linear, unit, owner, land)  # type: ignore[method-assign]
+            owner.forward = Hook(self._linear, unit, owner, land)  # type: ignore[method-assign]
             self.patched.append(owner)
         elif (
             type(owner) is nn.Embedding and owner.weight is weight and not owner.sparse and not owner.scale_grad_by_freq
