@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from tuned import TUNED
+
 VOCABULARY = 256
 ORDINARY = range(10, 150)
 """Token ids that are words in every small model; special ones lie outside."""
@@ -17,6 +19,9 @@ LAYERS = 3
 
 SMALL: list[tuple[str, int]] = [
     (r"(^|_)vocab_size($|_per)|^vocab_size", VOCABULARY),
+    (r"(mamba_n_heads|mamba_num_heads)$", 8),
+    (r"(mamba_d_head|mamba_head_dim)$", 8),
+    (r"^(n_groups|mamba_n_groups)$", 1),
     (r"char_vocab_size", 64),
     (r"(^|_)(num|n)_(hash|mtp|nextn)", 0),
     (r"num_key_value_heads$|num_kv_heads$|kv_heads$|n_head_kv$|num_key_value_groups$", 2),
@@ -44,8 +49,6 @@ SMALL: list[tuple[str, int]] = [
     (r"(max_position_embeddings|n_positions|max_seq_len|max_(source|target)_positions|max_seq_length)$", 128),
     (r"(sliding_window|sliding_window_size|attention_chunk_size|local_attention|window_attn)$", 8),
     (r"(context_length|prediction_length)$", 16),
-    (r"(mamba_n_heads|mamba_num_heads)$", 8),
-    (r"(mamba_d_head|mamba_head_dim)$", 8),
     (r"(mamba_d_state|state_size|ssm_state_size|mamba_chunk_size|chunk_size)$", 16),
     (r"(mamba_dt_rank|time_step_rank)$", 8),
     (r"(linear_key_head_dim|linear_value_head_dim|linear_head_dim)$", 8),
@@ -110,7 +113,13 @@ def _shrunk(config: Any, recipe: str) -> dict[str, Any]:
         elif isinstance(value, list | tuple) and value and all(type(each) is int for each in value):
             changed[name] = type(value)(_integers(name, list(value), recipe))
     _take_layers(fields, changed)
-    return {name: value for name, value in changed.items() if value != fields.get(name)}
+    if recipe == "named":
+        _fit_heads(fields, changed)
+    tuned = TUNED.get(getattr(config, "model_type", ""), {})
+    if "num_hidden_layers" in tuned:
+        # Lists with an entry a layer follow from it.
+        changed = {name: value for name, value in changed.items() if not isinstance(value, list) or "layer" not in name}
+    return changed | tuned
 
 
 def _special_tokens() -> Iterator[int]:
@@ -142,6 +151,13 @@ def _integers(name: str, values: list[int], recipe: str) -> list[int]:
         if all(value % factor == 0 for value in values) and max(values) > 32:
             return [value // factor for value in values]
     return values
+
+
+def _fit_heads(fields: dict[str, Any], changed: dict[str, Any]) -> None:
+    """Where every head has keys and values of its own, it still does."""
+    heads, groups = fields.get("num_attention_heads"), fields.get("num_key_value_heads")
+    if isinstance(groups, int) and heads == groups:
+        changed["num_key_value_heads"] = changed.get("num_attention_heads", heads)
 
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")

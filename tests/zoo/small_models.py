@@ -162,9 +162,9 @@ def _attempt(model_type: str, config_class: type, recipe: str, head: str, model_
         raise Unbuildable("no parameters")
     model = build()
     first: Exception | None = None
-    for names in _input_choices(model, head):
-        extra: dict[str, Any] = {}
-        for _ in range(3):
+    for names, layout in _input_choices(model, head):
+        extra: dict[str, Any] = {"layout": layout}
+        for _ in range(2):
             try:
                 torch.manual_seed(0)
                 batch = make_batch(model, names, 0, extra)
@@ -209,7 +209,12 @@ WITH_THEM = {
 }
 
 
-def _input_choices(model: nn.Module, head: str) -> Iterator[tuple[str, ...]]:
+OF_SOUND = ("input_values", "input_features", "audio_values")
+"""Inputs that types lay out differently: three ways are tried."""
+
+
+def _input_choices(model: nn.Module, head: str) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Arguments of forward to try, and how sound lies in them, the likeliest first."""
     parameters = inspect.signature(model.forward).parameters
     required = [
         name
@@ -224,6 +229,10 @@ def _input_choices(model: nn.Module, head: str) -> Iterator[tuple[str, ...]]:
         choices.append(both)
     if main in present:
         choices.append([main])
+    if {"input_ids", "bbox"} <= set(present):
+        choices.append(["input_ids", "bbox"])
+    if "image_grid_thw" in parameters and "input_ids" not in parameters:
+        choices.append(["pixel_values", "image_grid_thw"])
     choices += [[name] for name in present if name != main]
     choices += [[]]
     if len(present) >= 2:
@@ -240,7 +249,8 @@ def _input_choices(model: nn.Module, head: str) -> Iterator[tuple[str, ...]]:
                 full = tuple(dict.fromkeys([*variant, *labels]))
                 if full and full not in seen:
                     seen.add(full)
-                    yield full
+                    for layout in range(3 if any(name in full for name in OF_SOUND) else 1):
+                        yield full, layout
 
 
 EMBEDDED = ("inputs_embeds", "input_embeds", "hidden_states", "encoder_hidden_states", "decoder_inputs_embeds")
@@ -296,6 +306,7 @@ def make_batch(model: nn.Module, names: tuple[str, ...], seed: int, extra: dict[
     channels = channels if isinstance(channels, int) else 3
     mels = _of(config, "num_mel_bins", "feature_size", "input_feat_per_channel", "feat_dim", default=80)
     frames = _of(config, "num_frames", default=4)
+    layout = extra["layout"]
     batch: Batch = {}
     for name in names:
         if name in ("input_ids", "decoder_input_ids", "tgt_in", "question_ids", "input_tokens"):
@@ -309,6 +320,9 @@ def make_batch(model: nn.Module, names: tuple[str, ...], seed: int, extra: dict[
             batch[name] = (batch.get("decoder_input_ids", batch.get("input_ids", tokens()))).clone()
         elif name in ("attention_mask", "pixel_mask", "decoder_attention_mask"):
             batch[name] = torch.ones(ROWS, LENGTH, dtype=torch.long)
+        elif name in ("hidden_states", "pixel_values") and "grid_thw" in " ".join(names):
+            patch, times = _of(config, "patch_size", default=8), _of(config, "temporal_patch_size", default=1)
+            batch[name] = floats(ROWS * 16, channels * int(times) * int(patch) ** 2)
         elif name in ("pixel_values", "images", "pixel_values_1"):
             video = "Video" in type(model).__name__ or _of(config, "tubelet_size") is not None
             batch[name] = (
@@ -317,16 +331,19 @@ def make_batch(model: nn.Module, names: tuple[str, ...], seed: int, extra: dict[
         elif name == "pixel_values_videos":
             batch[name] = floats(ROWS, frames, channels, height, width)
         elif name in ("input_values", "audio_values", "waveform"):
-            batch[name] = floats(ROWS, 4000) if "input_values" in name else floats(ROWS, 1, 4000)
+            longest = int(_of(config, "max_length", default=64))
+            batch[name] = floats(*((ROWS, 4000), (ROWS, 1, 4000), (ROWS, longest, mels))[layout])
         elif name == "input_features":
-            batch[name] = floats(ROWS, mels, 64) if extra.get("mels_first", True) else floats(ROWS, 64, mels)
-        elif name in (
-            "inputs_embeds",
-            "input_embeds",
-            "hidden_states",
-            "encoder_hidden_states",
-            "decoder_inputs_embeds",
-        ):
+            batch[name] = floats(*((ROWS, mels, 64), (ROWS, 64, mels), (ROWS, mels, 256))[layout])
+        elif name == "input_features_mask":
+            batch[name] = torch.ones(ROWS, 256 if layout == 2 else 64, dtype=torch.bool)
+        elif name == "input_points":
+            batch[name] = 10 * floats(ROWS, 1, 2, 2).abs()
+        elif name in ("grid_thw", "image_grid_thw"):
+            batch[name] = torch.tensor([[1, 4, 4]] * ROWS)
+        elif name == "query_embeds":
+            batch[name] = floats(ROWS, 8, int(_of(config, "hidden_size", default=32)))
+        elif name in EMBEDDED:
             batch[name] = floats(ROWS, LENGTH, int(_of(config, "hidden_size", "d_model", "n_embd", default=32)))
         elif name == "bbox":
             batch[name] = torch.tensor([1, 2, 30, 40]).expand(ROWS, LENGTH, 4).clone()

@@ -1,6 +1,7 @@
 """A process that runs model types: a line `TYPE MODE...` comes in, a line of JSON goes out for every mode.
 
 A type may end the process (a signal, memory) or never come back. Whoever reads the lines then knows which mode it was.
+With ZOO_TRACE=1 the tracebacks of failures go to standard error.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ def main() -> None:
             except Differs as error:
                 outcome, detail = "differs", str(error)
             except Exception as error:
+                if os.environ.get("ZOO_TRACE"):
+                    traceback.print_exc()
                 outcome, detail = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
