@@ -27,7 +27,7 @@ from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.core import open_core
 from zeroxide.zero.exchange import agree_on_norm, make_exchange
-from zeroxide.zero.full_state import FullState, refuse_loading
+from zeroxide.zero.full_state import FullState, StateDicts, refuse_loading
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
@@ -159,6 +159,7 @@ class Engine(Answers, FullState, nn.Module):
         )
         seat_all(self._house)
         self._loading = refuse_loading(module)
+        self._state_dicts = StateDicts(module, self._house, self.config.rank_timeout)
         self._copies = PlainCopies(module)
         for embedding in self._hooks.reducer.large.sparse:
             self._copies.instead(embedding, "sparse", False)
@@ -299,6 +300,7 @@ class Engine(Answers, FullState, nn.Module):
 
     def _before_change(self) -> None:
         """Waits until state may change: a save in the background has what it needs, and no weights are on their way."""
+        self._house.changes += 1
         self._gatherer.settle()
         if self._saver is not None:
             self._saver.before_update()
@@ -441,6 +443,7 @@ class Engine(Answers, FullState, nn.Module):
                 if hasattr(self, "_hooks"):
                     self._copies.close()
                     self._hooks.close()
+                    self._state_dicts.close()
                     for handle in self._loading:
                         handle.remove()
                     part_from(self.module, self._units, visible=self._plan.visible)

@@ -1,23 +1,38 @@
 """The model's state dict with full values, out of an engine and into it.
 
-`module.state_dict()` of an engine's module has tensors of size 0 at stage 3, as DeepSpeed's has. Loading a dict into a
-module of an engine is refused at every stage: parameters are empty, or master weights would not hear of it.
+`module.state_dict()` of any module of an engine has all values, and so has what is built on it, such as
+`save_pretrained`. At stages 0 to 2 its tensors are the live weights, as they are in torch. At stage 3 they are copies:
+a module's parameters are gathered one by one while it writes its part of the dict, which takes as much memory as the
+module on every rank that asks. Over several ranks all must ask: one that asks alone says in the log what it waits for,
+and the watch ends the job when the others do something else.
+
+Loading a dict into a module of an engine is refused at every stage: parameters are empty, or master weights would not
+hear of it.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.zero.hook_handle import Hook
+from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.keeper import keeper_of
 from zeroxide.zero.seat import House, Seat, seat_of
 
-__all__ = ["FullState", "full_state_dict", "load_full_state_dict", "refuse_loading"]
+__all__ = ["FullState", "StateDicts", "full_state_dict", "load_full_state_dict", "refuse_loading"]
+
+logger = logging.getLogger("zeroxide")
+
+SAVE = "_save_to_state_dict"
+"""The method of every module that writes its own part of a state dict."""
 
 
 class FullState:
@@ -56,6 +71,108 @@ class FullState:
         load_full_state_dict(self.module, self._house, given, strict=strict)
 
 
+class StateDicts:
+    """Gives state dicts of modules at stage 3 the values that their parameters do not show.
+
+    patience: seconds after which a rank that asks says that it waits for others.
+    """
+
+    def __init__(self, module: nn.Module, house: House, patience: float) -> None:
+        self.house = house
+        self.patience = patience
+        # By parameter, what the last dict that asked for it was given: tied parameters are one tensor in a dict.
+        self.given: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.changes = house.changes
+        self.methods = [
+            Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
+            for each in module.modules()
+            if each._parameters and not house.visible
+        ]
+
+    def close(self) -> None:
+        """Gives every module its own method back."""
+        for method in self.methods:
+            method.take_off()
+        self.methods.clear()
+
+    def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        seats = {
+            name: seat
+            for name, param in module._parameters.items()
+            if param is not None and (seat := seat_of(param)) is not None and not seat.holds
+        }
+        if _bare or not seats:
+            save(destination, prefix, keep_vars)
+        elif keep_vars:
+            seat = next(iter(seats.values()))
+            raise ModelError(
+                f"state_dict(keep_vars=True): {seat.name} was asked for itself, and it is empty: leave keep_vars out, "
+                "or ask inside zeroxide.zero.GatheredParameters",
+                name=seat.name,
+            )
+        else:
+            with self._patient(next(iter(seats.values()))), self._shown(seats, destination):
+                save(destination, prefix, keep_vars)
+                for name, seat in seats.items():
+                    if isinstance(value := destination.get(prefix + name), torch.Tensor):
+                        self.given[seat.ident] = weakref.ref(value)
+
+    @contextmanager
+    def _shown(self, seats: dict[str, Seat], destination: dict[str, Any]) -> Iterator[None]:
+        """Lets the parameters show copies of all their values."""
+        if self.changes != self.house.changes:
+            self.given.clear()
+            self.changes = self.house.changes
+        opened = []
+        try:
+            for seat in seats.values():
+                known = self.given.get(seat.ident, _gone)()
+                if known is None or all(known is not value for value in destination.values()):
+                    known = None
+                seat.open(seat.param, known)
+                opened.append(seat)
+            yield
+        finally:
+            for seat in opened:
+                seat.close(seat.param, None)
+
+    @contextmanager
+    def _patient(self, first: Seat) -> Iterator[None]:
+        ranks = self.house.ranks
+        if ranks.world == 1:
+            yield
+            return
+        line = (
+            f"rank {ranks.rank} has waited {self.patience:.0f} s for the other ranks to ask for the state of "
+            f"{first.name}: at stage 3 every rank must call state_dict, and what builds on it, such as save_pretrained"
+        )
+        timer = threading.Timer(self.patience, logger.warning, [line])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _gone() -> None:
+    """Stands for a reference to nothing."""
+
+
+_bare = False
+"""Whether state dicts have the parameters as they are."""
+
+
+def _parameters_and_buffers(module: nn.Module) -> dict[str, Any]:
+    """The module's state under its names: parameters themselves, which may be empty, and buffers."""
+    global _bare
+    _bare = True
+    try:
+        return module.state_dict(keep_vars=True)
+    finally:
+        _bare = False
+
+
 def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = True) -> dict[str, torch.Tensor]:
     """Live weights and buffers under the names of `module.state_dict()`, on rank 0; nothing on the others.
 
@@ -63,7 +180,7 @@ def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = T
     """
     kept: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
-    for name, value in module.state_dict(keep_vars=True).items():
+    for name, value in _parameters_and_buffers(module).items():
         seat = seat_of(value) if isinstance(value, torch.Tensor) else None
         if seat is not None and not include_frozen and not seat.trainable:
             continue
@@ -83,7 +200,7 @@ def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, An
     anything has changed, when names (`strict`) or shapes do not fit.
     """
     targets = {
-        name: value for name, value in module.state_dict(keep_vars=True).items() if isinstance(value, torch.Tensor)
+        name: value for name, value in _parameters_and_buffers(module).items() if isinstance(value, torch.Tensor)
     }
     plan = house.ranks.gather_objects([list(_problems(targets, given, strict)), [n for n in targets if n in given]])[0]
     problems, names = plan

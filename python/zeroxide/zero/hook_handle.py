@@ -2,8 +2,9 @@
 
 A module that is copied or pickled takes everything with it that stands in its `__dict__`: hooks, a `forward` of its
 own, changed settings. Those of an engine refer to its memory, which cannot be copied, and say nothing about a module
-that owns its parameters. `Hook` is a callable of an engine whose copies do nothing; `PlainCopies` goes further and
-leaves all of an engine out of the copies of a model's modules, so that they are what they would be without one.
+that owns its parameters. `Hook` is a callable of an engine whose copies do nothing, `Method` replaces one of a module's
+methods; `PlainCopies` goes further and leaves all of an engine out of the copies of a model's modules, so that they are
+what they would be without one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 
-__all__ = ["Hook", "PlainCopies"]
+__all__ = ["Hook", "Method", "PlainCopies"]
 
 GETSTATE = "__getstate__"
 """Asked of an object by copying and pickling for what is to be copied; an instance may have its own."""
@@ -40,6 +41,37 @@ class Hook(partial[Any]):
     def disarm(self) -> None:
         """Makes the hook itself do nothing, wherever it is still held, and lets go of what it refers to."""
         self.__setstate__((_nothing, (), {}, None))  # type: ignore[attr-defined]
+
+
+class Method(Hook):
+    """A method of one module that an engine has replaced; copies of the module have the method of its class."""
+
+    module: nn.Module
+    name: str
+    before: Any
+
+    @classmethod
+    def put(cls, module: nn.Module, name: str, act: Any, *args: Any) -> Method:
+        """Makes `act(*args, ...)` the module's method `name`."""
+        method = cls(act, *args)
+        method.module, method.name, method.before = module, name, module.__dict__.get(name)
+        module.__dict__[name] = method
+        return method
+
+    def take_off(self) -> None:
+        """Gives the module its method back."""
+        if self.module.__dict__.get(self.name) is not self:
+            return
+        del self.module.__dict__[self.name]
+        if self.before is not None:
+            self.module.__dict__[self.name] = self.before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return getattr(copy.deepcopy(self.module, memo), self.name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Found on the module while that is being made, and so in its class.
+        return getattr, (self.module, self.name)
 
 
 class PlainCopies:

@@ -39,6 +39,8 @@ class House:
         self.watch = watch
         self.replicated = replicated
         self.visible = visible
+        self.changes = 0
+        """How often values of parameters have changed since the start."""
 
     @property
     def alone(self) -> bool:
@@ -83,6 +85,11 @@ class Seat:
     def dtype(self) -> torch.dtype:
         """Of the live weight."""
         return self.unit.flat.dtype
+
+    @property
+    def param(self) -> nn.Parameter:
+        """The parameter itself."""
+        return self.unit.params[self.position]
 
     def available(self) -> bool:
         """Whether the parameter shows its values now."""
@@ -181,12 +188,14 @@ class Seat:
         """This rank's piece of the live weight; nothing is exchanged."""
         return self.live(self.read_own("weights"))
 
-    def open(self, param: nn.Parameter) -> None:
-        """See `Keeper`. The copy is beside the unit's own memory, which other ranks may share."""
+    def open(self, param: nn.Parameter, copy: torch.Tensor | None = None) -> None:
+        """See `Keeper`. The copy is beside the unit's own memory, which other ranks may share.
+
+        copy: one that is there already, in the parameter's shape.
+        """
+        if not self.holds:
+            self.unit.lend(self.position, self.live(self.read("weights")).view(self.shape) if copy is None else copy)
         self.holds += 1
-        if self.holds == 1:
-            copy = self.live(self.read("weights")).view(self.shape)
-            self.unit.lend(self.position, copy)
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
         """See `Keeper`. Elements that were not changed keep all bits of their master weight, and moments stay."""

@@ -39,6 +39,10 @@ def memory_at(address: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)
 
 
-def view_of(window: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The whole of a window as a flat tensor that shares its memory and keeps its address range reserved."""
-    return torch.frombuffer(window, dtype=dtype)
+def view_of(window: Any, dtype: torch.dtype, start: int = 0, numel: int = -1) -> torch.Tensor:
+    """A window, or `numel` elements of it from byte `start` on, as a flat tensor that keeps its address range reserved.
+
+    It shares the window's memory, and nothing but that with other views: its storage is as long as it is, so that what
+    saves tensors by their storage takes these elements alone.
+    """
+    return torch.frombuffer(window, dtype=dtype, offset=start, count=numel)

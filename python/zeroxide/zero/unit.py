@@ -29,13 +29,14 @@ class Unit:
         self.trainable = [entry.trainable for entry in plan.params]
         self.has_frozen = not all(self.trainable)
         self.num_trainable = sum(self.trainable)
-        flat = view_of(core.window(index), dtype)  # 1D, valid only while gathered
+        window = core.window(index)
+        flat = view_of(window, dtype)  # 1D, valid only while gathered
         self.flat = flat
         self.layout_numel = flat.numel()
         self.views: list[torch.Tensor] = []
         for position, shape in enumerate(self.shapes):
-            offset = core.param_offset(index, position)
-            self.views.append(flat[offset : offset + shape.numel()].view(shape))
+            start = core.param_offset(index, position) * dtype.itemsize
+            self.views.append(view_of(window, dtype, start, shape.numel()).view(shape))
         self.empty = torch.empty(0, dtype=dtype)
         self.state = UnitState.RELEASED
         self.lent: dict[int, torch.Tensor] = {}
