@@ -169,7 +169,7 @@ class Zoo:
 
     def _run(self, worker: _Worker, result: Result, left: list[str]) -> None:
         """Asks for the modes that are left, and takes each off the list when its answer is there."""
-        worker.ask(" ".join([result.model_type, *left]))
+        worker.ask("\t".join([result.model_type, *left]))
         answer = worker.read(BUILD_SECONDS)
         result.built = answer["built"]
         result.detail = answer["detail"]
@@ -180,14 +180,19 @@ class Zoo:
 
 
 def main() -> None:
-    """`python dispatch.py OUT TYPES MODES [WORKERS]`: lines to OUT; TYPES and MODES are comma-separated, or `all`."""
+    """`python dispatch.py OUT TYPES MODES [WORKERS]`: lines to OUT; TYPES (`all`, `ways`) and MODES have commas."""
     import tempfile
 
     sys.path[:0] = [str(WORKER.parent), str(WORKER.parent.parent / "numerics")]
     from small_models import model_types
 
     out, names, modes = sys.argv[1:4]
-    types = model_types() if names == "all" else names.split(",")
+    if names == "ways":
+        from ways import WAYS
+
+        types = [f"way:{each}" for each in WAYS]
+    else:
+        types = model_types() if names == "all" else names.split(",")
     chosen = ["tiny", "checkpointing", "bf16"] if modes == "all" else modes.split(",")
     with tempfile.TemporaryDirectory(prefix="zoo-") as directory, open(out, "w") as lines:
         zoo = Zoo(types, chosen, Path(directory), int(sys.argv[4]) if len(sys.argv) > 4 else os.cpu_count() or 1)

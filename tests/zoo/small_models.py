@@ -62,6 +62,8 @@ def classes_of(config_class: type) -> list[tuple[str, type[nn.Module]]]:
 
 def loss_of(output: Any) -> torch.Tensor:
     """The model's own loss; else a fixed linear and quadratic form of every differentiable tensor in the output."""
+    if isinstance(output, torch.Tensor) and output.dim() == 0:
+        return output
     loss = getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.numel() == 1:
         return loss.reshape(())
@@ -114,6 +116,10 @@ class Small:
     build: Callable[[], nn.Module]
     batch: Callable[[int], Batch]
     what: str
+    call: Callable[[Any, Batch], Any] = lambda model, batch: model(**batch)
+    """Forward of a model or of an engine."""
+    loss: Callable[[nn.Module, Any], torch.Tensor] = lambda model, output: loss_of(output)
+    """From the module and what `call` has returned."""
 
 
 def find(model_type: str) -> Small:

@@ -1,4 +1,4 @@
-"""A process that runs model types: a line `TYPE MODE...` comes in, a line of JSON goes out for every mode.
+"""A process that runs model types: a type and modes, between tabs, come in as a line; JSON goes out for every mode.
 
 A type may end the process (a signal, memory) or never come back. Whoever reads the lines then knows which mode it was.
 With ZOO_TRACE=1 the tracebacks of failures go to standard error.
@@ -31,6 +31,7 @@ def main() -> None:
     import torch
     from beside_torch import MODES, Differs, Skipped, compare
     from small_models import Unbuildable, find
+    from ways import WAYS
 
     torch.set_num_threads(1)
 
@@ -39,10 +40,10 @@ def main() -> None:
 
     answer(ready=True)
     for line in lines:
-        model_type, *modes = line.split()
+        model_type, *modes = line.rstrip("\n").split("\t")
         begun = time.monotonic()
         try:
-            small = find(model_type)
+            small = WAYS[model_type[4:]] if model_type.startswith("way:") else find(model_type)
         except Unbuildable as error:
             answer(built=False, detail=str(error))
             continue
