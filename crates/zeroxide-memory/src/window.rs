@@ -9,6 +9,7 @@ use std::sync::Arc;
 use zeroxide_layout::{PAGE, checked_align_up_usize};
 
 use crate::frames::{FRAME, Frame};
+use crate::free_list::FreeList;
 use crate::map::Mapping;
 use crate::region::{Backing, Region};
 use crate::{Bucket, Budget, Lease, MemoryError, SharedSegment};
@@ -18,6 +19,9 @@ use crate::{Bucket, Budget, Lease, MemoryError, SharedSegment};
 pub enum WindowState {
     /// Nowhere: no memory is used and any access faults.
     Empty,
+    /// In frames of a [`FramePool`](crate::FramePool), which operations fill beside the window: any access to the window
+    /// itself faults until [`Window::publish`].
+    Loading,
     /// In frames of a [`FramePool`](crate::FramePool), whose pages lie under the window until
     /// [`Window::unmap`].
     Mapped,
@@ -29,6 +33,7 @@ impl fmt::Display for WindowState {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Empty => "empty",
+            Self::Loading => "loading",
             Self::Mapped => "mapped",
             Self::Home => "home",
         })
@@ -38,15 +43,17 @@ impl fmt::Display for WindowState {
 /// A fixed, 2 MiB aligned address range for one unit's flat weights.
 ///
 /// Tensors are made once over [`base`](Window::base) and keep their address; which memory lies under
-/// them is decided by [`map`](Window::map), [`unmap`](Window::unmap) and
-/// [`make_home`](Window::make_home). Whoever uses those addresses has to know that the window is mapped,
-/// and must not touch a range that a [`Lease`] owns.
+/// them is decided by [`map`](Window::map), [`load`](Window::load) with [`publish`](Window::publish),
+/// [`unmap`](Window::unmap) and [`make_home`](Window::make_home). Whoever uses those addresses has to know that the
+/// window is mapped, and must not touch a range that a [`Lease`] owns.
 ///
 /// When the window is dropped while leases on it are alive, its memory stays until the last of them is
 /// gone.
 #[derive(Debug)]
 pub struct Window {
     region: Arc<Region>,
+    /// Where frames lie while they are loading: addresses that nobody but operations has.
+    behind: Arc<Region>,
     len: usize,
 }
 
@@ -71,9 +78,12 @@ impl Window {
         let whole = checked_align_up_usize(len, FRAME)
             .filter(|&n| n > 0)
             .ok_or_else(invalid)?;
-        let mapping = Mapping::reserve(whole)?;
+        let region = || -> Result<_, MemoryError> {
+            Ok(Region::new(Mapping::reserve(whole)?, len, Backing::Empty))
+        };
         Ok(Self {
-            region: Region::new(mapping, len, Backing::Empty),
+            region: region()?,
+            behind: region()?,
             len,
         })
     }
@@ -112,12 +122,22 @@ impl Window {
     /// # Errors
     /// [`MemoryError::Forked`].
     pub fn state(&self) -> Result<WindowState, MemoryError> {
-        Ok(state_of(&self.region.lock()?.backing))
+        Ok(match self.region.lock()?.backing {
+            Backing::Empty if self.is_loading()? => WindowState::Loading,
+            Backing::Empty => WindowState::Empty,
+            Backing::Frames(_) => WindowState::Mapped,
+            Backing::Owned(_) => WindowState::Home,
+        })
     }
 
     /// Whether there is memory under the window, from frames or of its own. False in a forked child.
     pub fn is_mapped(&self) -> bool {
-        self.state().is_ok_and(|state| state != WindowState::Empty)
+        self.state()
+            .is_ok_and(|state| matches!(state, WindowState::Mapped | WindowState::Home))
+    }
+
+    fn is_loading(&self) -> Result<bool, MemoryError> {
+        Ok(matches!(self.behind.lock()?.backing, Backing::Frames(_)))
     }
 
     /// Moves the pages of `frames` under the window, in their order. The bytes are those the frames last
@@ -130,36 +150,75 @@ impl Window {
     /// pool; after the last, their bytes are undefined, and frames that the kernel refuses to move back
     /// are lost to the pool (and stay counted).
     pub fn map(&mut self, frames: Vec<Frame>) -> Result<(), MemoryError> {
+        self.expect(WindowState::Empty, "map", "empty")?;
+        put(&self.region, frames, self.frames())
+    }
+
+    /// Takes `frames` as [`map`](Window::map) does, but keeps them beside the window: leases are given on them, and any
+    /// access to the window's own addresses goes on faulting, so that nobody sees half of what is being filled in.
+    ///
+    /// # Errors
+    /// As [`map`](Window::map).
+    pub fn load(&mut self, frames: Vec<Frame>) -> Result<(), MemoryError> {
+        self.expect(WindowState::Empty, "load", "empty")?;
+        put(&self.behind, frames, self.frames())
+    }
+
+    /// Moves the pages of what was loaded under the window.
+    ///
+    /// # Errors
+    /// [`MemoryError::WrongState`] unless frames are loading, [`MemoryError::LeasesAlive`] while an operation owns a part
+    /// of them, [`MemoryError::Forked`], or [`MemoryError::Os`]: then they are loading still, with undefined bytes.
+    pub fn publish(&mut self) -> Result<(), MemoryError> {
+        self.expect(WindowState::Loading, "publish", "loading")?;
+        let mut behind = self.behind.lock()?;
+        check_free(&behind.free, "publish")?;
         let mut state = self.region.lock()?;
-        if frames.len() != self.frames() {
-            return Err(MemoryError::FrameCount {
-                need: self.frames(),
-                got: frames.len(),
+        let (from, window) = (self.behind.mapping(), self.region.mapping());
+        for index in 0..self.frames() {
+            // SAFETY: no lease is alive on what is loading, whose addresses only leases give out; an empty window has
+            // no lease, and addresses from `base` are unused by its contract.
+            let moved = unsafe { from.move_pages(index * FRAME, FRAME, window, index * FRAME) };
+            if let Err(error) = moved {
+                for back in 0..index {
+                    // SAFETY: as above, the other way round. Should this fail too, the bytes are lost, as said.
+                    let _ = unsafe { window.move_pages(back * FRAME, FRAME, from, back * FRAME) };
+                }
+                let _ = seal(window);
+                return Err(error);
+            }
+        }
+        state.backing = std::mem::replace(&mut behind.backing, Backing::Empty);
+        Ok(())
+    }
+
+    /// Puts zeroed memory under an empty window, until frames come or [`unmap`](Window::unmap) takes those away: for a
+    /// thread that reads there and cannot be stopped. It is not counted in any budget, and the window stays empty.
+    ///
+    /// # Errors
+    /// [`MemoryError::WrongState`] unless the window is empty or loading, [`MemoryError::Forked`], [`MemoryError::Os`].
+    pub fn blank(&self) -> Result<(), MemoryError> {
+        let state = self.region.lock()?;
+        if !matches!(state.backing, Backing::Empty) {
+            return Err(MemoryError::WrongState {
+                operation: "blank",
+                state: WindowState::Mapped,
+                expected: "empty",
             });
         }
-        expect_state(&state.backing, WindowState::Empty, "map", "empty")?;
-        let window = self.region.mapping();
-        let mut moved = 0;
-        let result = frames.iter().enumerate().try_for_each(|(index, frame)| {
-            let (home, offset) = frame.home();
-            // SAFETY: a frame's slot is reachable through the frame alone, and an empty window has no
-            // lease; addresses from `base` are unused by its contract.
-            unsafe { home.move_pages(offset, FRAME, window, index * FRAME) }?;
-            moved += 1;
-            Ok(())
-        });
-        if let Err(error) = result {
-            let mut frames = frames;
-            frames.truncate(moved);
-            if move_home(window, &frames).is_err() {
-                // Their homes may be unusable: the pool must not hand them out. They stay counted.
-                let _kept = ManuallyDrop::new(frames);
-            }
-            // Should this fail too, the window still counts as empty: no lease is given on it.
-            let _ = seal(window);
-            return Err(error);
+        // SAFETY: an empty window has no lease, and what reads there gets zeros instead of a fault.
+        unsafe { self.region.mapping().commit(self.len) }
+    }
+
+    /// Takes what [`blank`](Window::blank) has put there away again.
+    ///
+    /// # Errors
+    /// [`MemoryError::Forked`], [`MemoryError::Os`].
+    pub fn unblank(&self) -> Result<(), MemoryError> {
+        let state = self.region.lock()?;
+        if matches!(state.backing, Backing::Empty) {
+            seal(self.region.mapping())?;
         }
-        state.backing = Backing::Frames(frames);
         Ok(())
     }
 
@@ -167,24 +226,28 @@ impl Window {
     /// afterwards. The frames keep their bytes.
     ///
     /// # Errors
-    /// [`MemoryError::WrongState`] unless frames are mapped, [`MemoryError::LeasesAlive`] while an
+    /// [`MemoryError::WrongState`] unless frames are mapped or loading, [`MemoryError::LeasesAlive`] while an
     /// operation owns a part of the window, [`MemoryError::Forked`], or [`MemoryError::Os`]: then the
     /// window is still mapped, with undefined bytes, and the call can be repeated.
     pub fn unmap(&mut self) -> Result<Vec<Frame>, MemoryError> {
-        let mut state = self.region.lock()?;
-        expect_state(&state.backing, WindowState::Mapped, "unmap", "mapped")?;
-        let bytes = state.free.taken();
-        if bytes > 0 {
-            return Err(MemoryError::LeasesAlive {
-                operation: "unmap",
-                bytes,
-            });
-        }
+        let region = match self.state()? {
+            WindowState::Loading => &self.behind,
+            WindowState::Mapped => &self.region,
+            state => {
+                return Err(MemoryError::WrongState {
+                    operation: "unmap",
+                    state,
+                    expected: "mapped or loading",
+                });
+            }
+        };
+        let mut state = region.lock()?;
+        check_free(&state.free, "unmap")?;
         let Backing::Frames(frames) = &state.backing else {
             return Ok(Vec::new());
         };
-        move_home(self.region.mapping(), frames)?;
-        seal(self.region.mapping())?;
+        move_home(region.mapping(), frames)?;
+        seal(region.mapping())?;
         match std::mem::replace(&mut state.backing, Backing::Empty) {
             Backing::Frames(frames) => Ok(frames),
             Backing::Empty | Backing::Owned(_) => Ok(Vec::new()),
@@ -198,8 +261,8 @@ impl Window {
     /// [`MemoryError::WrongState`] unless the window is empty, [`MemoryError::OverBudget`],
     /// [`MemoryError::Forked`], [`MemoryError::Os`].
     pub fn make_home(&mut self, budget: &Budget, bucket: Bucket) -> Result<(), MemoryError> {
+        self.expect(WindowState::Empty, "make home of", "empty")?;
         let mut state = self.region.lock()?;
-        expect_state(&state.backing, WindowState::Empty, "make home of", "empty")?;
         let reservation = budget.reserve(bucket, self.len as u64)?;
         // SAFETY: an empty window has no lease, and addresses from `base` are unused by its contract.
         unsafe { self.region.mapping().commit(self.len) }?;
@@ -222,8 +285,8 @@ impl Window {
         segment: &SharedSegment,
         offset: usize,
     ) -> Result<(), MemoryError> {
+        self.expect(WindowState::Empty, "make home of", "empty")?;
         let mut state = self.region.lock()?;
-        expect_state(&state.backing, WindowState::Empty, "make home of", "empty")?;
         if !offset.is_multiple_of(PAGE) || offset + self.len > segment.payload() {
             return Err(MemoryError::OutOfRange {
                 start: offset,
@@ -251,7 +314,12 @@ impl Window {
     /// [`MemoryError::WrongState`] when there is no memory under the window,
     /// [`MemoryError::RangeBusy`] when a live lease overlaps it, [`MemoryError::Forked`].
     pub fn lease(&self, range: Range<usize>) -> Result<Lease, MemoryError> {
-        let mut state = self.region.lock()?;
+        let region = if self.is_loading()? {
+            &self.behind
+        } else {
+            &self.region
+        };
+        let mut state = region.lock()?;
         let Range { start, end } = range;
         if start >= end || end > self.len {
             return Err(MemoryError::OutOfRange {
@@ -270,7 +338,66 @@ impl Window {
         if !state.free.take(start..end) {
             return Err(MemoryError::RangeBusy { start, end });
         }
-        Ok(Lease::new(Arc::clone(&self.region), start..end))
+        Ok(Lease::new(Arc::clone(region), start..end))
+    }
+
+    fn expect(
+        &self,
+        wanted: WindowState,
+        operation: &'static str,
+        expected: &'static str,
+    ) -> Result<(), MemoryError> {
+        let state = self.state()?;
+        if state == wanted {
+            return Ok(());
+        }
+        Err(MemoryError::WrongState {
+            operation,
+            state,
+            expected,
+        })
+    }
+}
+
+/// Moves the pages of `frames` under an empty region.
+fn put(region: &Region, frames: Vec<Frame>, need: usize) -> Result<(), MemoryError> {
+    let mut state = region.lock()?;
+    if frames.len() != need {
+        return Err(MemoryError::FrameCount {
+            need,
+            got: frames.len(),
+        });
+    }
+    let target = region.mapping();
+    let mut moved = 0;
+    let result = frames.iter().enumerate().try_for_each(|(index, frame)| {
+        let (home, offset) = frame.home();
+        // SAFETY: a frame's slot is reachable through the frame alone, and an empty region has no
+        // lease; addresses from `base` are unused by its contract.
+        unsafe { home.move_pages(offset, FRAME, target, index * FRAME) }?;
+        moved += 1;
+        Ok(())
+    });
+    if let Err(error) = result {
+        let mut frames = frames;
+        frames.truncate(moved);
+        if move_home(target, &frames).is_err() {
+            // Their homes may be unusable: the pool must not hand them out. They stay counted.
+            let _kept = ManuallyDrop::new(frames);
+        }
+        // Should this fail too, the window still counts as empty: no lease is given on it.
+        let _ = seal(target);
+        return Err(error);
+    }
+    state.backing = Backing::Frames(frames);
+    Ok(())
+}
+
+/// Refuses while an operation owns a part of a region.
+fn check_free(free: &FreeList, operation: &'static str) -> Result<(), MemoryError> {
+    match free.taken() {
+        0 => Ok(()),
+        bytes => Err(MemoryError::LeasesAlive { operation, bytes }),
     }
 }
 
@@ -288,29 +415,4 @@ pub(crate) fn move_home(window: &Mapping, frames: &[Frame]) -> Result<(), Memory
 fn seal(window: &Mapping) -> Result<(), MemoryError> {
     // SAFETY: no lease is alive; a use of `base` from here on is what the fault is for.
     unsafe { window.seal() }
-}
-
-fn state_of(backing: &Backing) -> WindowState {
-    match backing {
-        Backing::Empty => WindowState::Empty,
-        Backing::Frames(_) => WindowState::Mapped,
-        Backing::Owned(_) => WindowState::Home,
-    }
-}
-
-fn expect_state(
-    backing: &Backing,
-    wanted: WindowState,
-    operation: &'static str,
-    expected: &'static str,
-) -> Result<(), MemoryError> {
-    let state = state_of(backing);
-    if state == wanted {
-        return Ok(());
-    }
-    Err(MemoryError::WrongState {
-        operation,
-        state,
-        expected,
-    })
 }

@@ -50,6 +50,10 @@ pub(crate) struct Core {
     pub(crate) clock: u64,
     pub(crate) steps: u64,
     pub(crate) poisoned: Option<(u64, String)>,
+    /// A read of weights that were not there has got zeros.
+    pub(crate) strayed: Option<String>,
+    /// Units whose windows show zeros.
+    pub(crate) blanked: Vec<usize>,
     pub(crate) fill: Option<Fill>,
     pub(crate) cache: Vec<CachedTile>,
     /// The step under way.
@@ -144,6 +148,8 @@ impl Core {
             clock: 0,
             steps: 0,
             poisoned: None,
+            strayed: None,
+            blanked: Vec::new(),
             fill: None,
             cache: Vec::new(),
             step: None,
@@ -159,7 +165,7 @@ impl Core {
                 step: *step,
                 cause: cause.clone(),
             }),
-            None => Ok(()),
+            None => self.check_strays(),
         }
     }
 

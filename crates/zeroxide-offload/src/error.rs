@@ -50,6 +50,23 @@ pub enum OffloadError {
         /// The error it failed with.
         cause: String,
     },
+    /// A view of a unit's weights was read after they were let go, and they could not be brought.
+    #[error(
+        "weights of {unit} were read while they were not gathered, and could not be brought: {cause}; keep a copy of what \
+         is used outside of its module, or use it inside GatheredParameters"
+    )]
+    Stray {
+        /// The unit.
+        unit: String,
+        /// Why.
+        cause: String,
+    },
+    /// What was computed since is wrong.
+    #[error("{line}; what this pass computed is not to be used: engine.zero_grad() forgets it")]
+    Strayed {
+        /// What happened.
+        line: String,
+    },
     /// A call that the present state does not allow: a mistake in the caller's code.
     #[error("{call}: {what}")]
     Misuse {

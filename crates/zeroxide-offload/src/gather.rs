@@ -6,7 +6,7 @@
 use std::sync::Mutex;
 
 use zeroxide_layout::{BlockId, Component};
-use zeroxide_memory::{FRAME, Frame, Lease};
+use zeroxide_memory::{FRAME, Frame, Lease, WindowState};
 use zeroxide_storage::Completion;
 
 use crate::core::{Core, byte_range, receive, to_usize};
@@ -14,6 +14,15 @@ use crate::error::{OffloadError, Result, misuse};
 use crate::weights::{Residence, Weights};
 
 const TILE_BITS: u32 = 32;
+
+/// Where frames lie while they are filled.
+#[derive(Clone, Copy)]
+pub(crate) enum Under {
+    /// Where readers find them at once.
+    Window,
+    /// Beside the window, until they are complete.
+    Nothing,
+}
 
 impl Core {
     /// Makes this rank's part of the unit's weights readable under its window and holds it there. Idempotent.
@@ -189,7 +198,7 @@ impl Core {
     }
 
     /// Puts frames under the window of a unit that is away. `forced` also empties units that were only prefetched.
-    pub(crate) fn map_frames(&mut self, unit: usize, forced: bool) -> Result<bool> {
+    pub(crate) fn map_frames(&mut self, unit: usize, forced: bool, under: Under) -> Result<bool> {
         let bytes = to_usize(self.units[unit].layout.len()) * self.compute.size();
         let Some(frames) = self.take_frames(bytes.div_ceil(FRAME), unit, forced)? else {
             return Ok(false);
@@ -197,12 +206,22 @@ impl Core {
         let Weights::Moving { window, .. } = &mut self.units[unit].weights else {
             return Ok(true);
         };
-        window.map(frames)?;
+        match under {
+            Under::Window => window.map(frames)?,
+            Under::Nothing => window.load(frames)?,
+        }
         Ok(true)
     }
 
     fn fetch(&mut self, unit: usize, forced: bool) -> Result<bool> {
-        if !self.map_frames(unit, forced)? {
+        // A reader that nothing announced must not see half of what is read. Other ranks' parts are received under the
+        // window itself.
+        let under = if self.place.world == 1 {
+            Under::Nothing
+        } else {
+            Under::Window
+        };
+        if !self.map_frames(unit, forced, under)? {
             return Ok(false);
         }
         let element = self.compute.size();
@@ -266,10 +285,30 @@ impl Core {
             } else if let Some(ahead) = forced.then(|| self.any_updating(wanted_by)).flatten() {
                 // The step has taken these frames for a unit that comes later than one it has no work for.
                 self.finish_writes(ahead)?;
+            } else if let Some(held) = forced.then(|| self.oldest_held(wanted_by)).flatten() {
+                // Whoever still reads it brings it back, one read at a time.
+                self.evict(held)?;
             } else {
                 return Ok(None);
             }
         }
+    }
+
+    /// The unit in use that was gathered first, where reads bring a unit back on their own.
+    fn oldest_held(&self, except: usize) -> Option<usize> {
+        if self.place.world > 1 {
+            return None;
+        }
+        (0..self.units.len())
+            .filter(|unit| *unit != except)
+            .filter_map(|unit| match self.residence(unit) {
+                Some(Residence::Here {
+                    pinned: true, used, ..
+                }) => Some((*used, unit)),
+                _ => None,
+            })
+            .min()
+            .map(|(_, unit)| unit)
     }
 
     fn oldest_released(&self, except: usize) -> Option<usize> {
@@ -362,7 +401,7 @@ impl Core {
         };
         let outcome = match failed {
             Some(error) => Err(error.into()),
-            None => self.verify_window(unit),
+            None => self.verify_window(unit).and_then(|()| self.publish(unit)),
         };
         self.clock += 1;
         let used = self.clock;
@@ -378,6 +417,16 @@ impl Core {
             self.evict(unit)?;
         }
         outcome
+    }
+
+    /// What was read is complete: it comes under the window.
+    fn publish(&mut self, unit: usize) -> Result<()> {
+        if let Weights::Moving { window, .. } = &mut self.units[unit].weights
+            && window.state()? == WindowState::Loading
+        {
+            window.publish()?;
+        }
+        Ok(())
     }
 
     fn verify_window(&self, unit: usize) -> Result<()> {

@@ -37,6 +37,7 @@ impl Core {
         source: Grad<'_>,
         norm: bool,
     ) -> Result<()> {
+        self.check_strays()?;
         self.check_param("land", unit, param)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
@@ -107,6 +108,7 @@ impl Core {
         rows: &[i64],
         source: Grad<'_>,
     ) -> Result<()> {
+        self.check_strays()?;
         self.check_param("land_rows", unit, param)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
@@ -204,6 +206,7 @@ impl Core {
 
     /// Forgets all gradients.
     pub(crate) fn clear_gradients(&mut self) {
+        self.forget_strays();
         for param in self.units.iter_mut().flat_map(|unit| &mut unit.params) {
             param.landed = false;
             param.sent = false;
@@ -214,6 +217,39 @@ impl Core {
         for unit in &mut self.units {
             unit.fresh = true;
         }
+    }
+}
+
+/// A gradient in memory of its own.
+pub(crate) enum GradCopy {
+    F32(Vec<f32>),
+    Bf16(Vec<u16>),
+    F16(Vec<u16>),
+}
+
+impl GradCopy {
+    pub(crate) fn of(source: &Grad<'_>) -> Self {
+        match source {
+            Grad::F32(values) => Self::F32(values.to_vec()),
+            Grad::Bf16(values) => Self::Bf16(values.to_vec()),
+            Grad::F16(values) => Self::F16(values.to_vec()),
+        }
+    }
+
+    pub(crate) fn grad(&self) -> Grad<'_> {
+        match self {
+            Self::F32(values) => Grad::F32(values),
+            Self::Bf16(values) => Grad::Bf16(values),
+            Self::F16(values) => Grad::F16(values),
+        }
+    }
+}
+
+/// Where a gradient begins.
+pub(crate) fn address_of(grad: &Grad<'_>) -> usize {
+    match grad {
+        Grad::F32(values) => values.as_ptr() as usize,
+        Grad::Bf16(values) | Grad::F16(values) => values.as_ptr() as usize,
     }
 }
 

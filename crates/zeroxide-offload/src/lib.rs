@@ -16,6 +16,7 @@ mod read;
 mod reduce;
 mod settings;
 mod step;
+mod stray;
 mod stream;
 mod unit;
 mod update;

@@ -1,18 +1,20 @@
 //! The public face of the crate: one lock around the state, and nothing else.
 
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use zeroxide_exchange::{Seat, Stop};
-use zeroxide_memory::{Anchor, Bucket, Budget, ForkGuard, Usage};
+use zeroxide_memory::{Anchor, Bucket, Budget, FaultNet, ForkGuard, Usage};
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::IoCounters;
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::fill::Part;
-use crate::landing::GradNorm;
+use crate::landing::{GradCopy, GradNorm, address_of};
 use crate::settings::{Settings, UnitSpec};
+use crate::stray;
 use crate::weights::{Lent, Weights};
 
 /// Traffic between disk and memory since the start.
@@ -33,9 +35,13 @@ pub struct IoReport {
 /// Units of parameters, their tiers, and the optimizer over them.
 pub struct Offload {
     guard: ForkGuard,
-    core: Mutex<Option<Core>>,
+    core: Arc<Mutex<Option<Core>>>,
     budget: Budget,
     stop: Option<Arc<Stop>>,
+    /// Gone once closed. Behind a lock of its own: its thread takes the other one.
+    net: Mutex<Option<FaultNet>>,
+    /// Addresses of weights that come and go.
+    moving: Vec<Range<usize>>,
 }
 
 impl Offload {
@@ -44,12 +50,36 @@ impl Offload {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
         let stop = core.mail.stop().cloned();
+        let moving = core
+            .stray_ranges()
+            .into_iter()
+            .map(|(_, range)| range)
+            .collect();
+        let core = Arc::new(Mutex::new(Some(core)));
+        let net = match core.lock().expect("made just now").as_ref() {
+            Some(made) => stray::spread(made, Arc::downgrade(&core))?,
+            None => None,
+        };
         Ok(Self {
             guard: ForkGuard::new(),
             stop,
-            core: Mutex::new(Some(core)),
+            core,
             budget,
+            net: Mutex::new(net),
+            moving,
         })
+    }
+
+    /// Begins a pass: readers that come too late must find this object's net, whoever has handled faults meanwhile.
+    ///
+    /// Raises what went wrong with reads of weights that were not there.
+    pub fn watch_readers(&self) -> Result<()> {
+        self.guard.check_process()?;
+        if let Some(net) = self.net.lock().expect("no call panics under it").as_ref() {
+            net.keep()?;
+            return self.with("watch_readers", |core| core.check_strays());
+        }
+        Ok(())
     }
 
     fn with<T>(&self, call: &'static str, work: impl FnOnce(&mut Core) -> Result<T>) -> Result<T> {
@@ -295,7 +325,16 @@ impl Offload {
         source: Grad<'_>,
         norm: bool,
     ) -> Result<()> {
+        let copy = self.copy_of_weights(&source);
+        let source = copy.as_ref().map_or(source, |copy| copy.grad());
         self.with("land", |core| core.land(unit, param, start, source, norm))
+    }
+
+    /// A copy of a gradient that lies in a window, made outside of the lock: reading there may need a call.
+    fn copy_of_weights(&self, source: &Grad<'_>) -> Option<GradCopy> {
+        let address = address_of(source);
+        let inside = self.moving.iter().any(|range| range.contains(&address));
+        inside.then(|| GradCopy::of(source))
     }
 
     /// Adds to rows of one parameter's gradient, of `count` rows in all.
@@ -307,6 +346,8 @@ impl Offload {
         rows: &[i64],
         source: Grad<'_>,
     ) -> Result<()> {
+        let copy = self.copy_of_weights(&source);
+        let source = copy.as_ref().map_or(source, |copy| copy.grad());
         self.with("land_rows", |core| {
             core.land_rows(unit, param, count, rows, source)
         })
@@ -409,6 +450,8 @@ impl Offload {
         if self.guard.is_forked() {
             return Ok(());
         }
+        // First: its thread may be inside a call.
+        drop(self.net.lock().expect("no call panics under it").take());
         let Some(mut core) = self.lock().take() else {
             return Ok(());
         };
@@ -432,8 +475,7 @@ impl Drop for Offload {
     fn drop(&mut self) {
         if self.guard.is_forked() {
             // The parts would wait for threads that are not there. The exit of the child gives their memory back.
-            let core = self.core.get_mut().ok().and_then(Option::take);
-            std::mem::forget(core);
+            std::mem::forget(Arc::clone(&self.core));
         }
     }
 }

@@ -226,25 +226,6 @@ fn too_little_memory_is_refused_with_the_numbers() {
     ));
 }
 
-/// Catches: frames taken from a unit in use, and a gather that waits for ever for frames that nobody will give.
-#[test]
-fn a_gather_that_cannot_be_served_says_so_and_leaves_the_rest_alone() {
-    let case = Case {
-        gathered_bytes: 2 << 20,
-        engine: EngineKind::Threads,
-        ..Case::default()
-    };
-    let offload = case.open_filled().expect("one unit fits at a time");
-    offload.gather(0).expect("one fits");
-    assert!(!offload.prefetch(1).expect("refused without an error"));
-    assert!(matches!(
-        offload.gather(1),
-        Err(OffloadError::NoFrames { .. })
-    ));
-    offload.release(0).expect("was gathered");
-    offload.gather(1).expect("there is room now");
-}
-
 /// Catches: a unit held ahead that leaves none for the next, and one refused for what was only read ahead.
 #[test]
 fn gathering_ahead_counts_what_is_held_and_not_what_was_read() {

@@ -13,6 +13,7 @@ pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
         | OffloadError::Exchange(ExchangeError::Memory(MemoryError::OverBudget { .. }))
         | OffloadError::NoFrames { .. } => "BudgetError",
         OffloadError::Exchange(ExchangeError::Stopped { .. }) => "RanksError",
+        OffloadError::Stray { .. } | OffloadError::Strayed { .. } => "ModelError",
         OffloadError::Memory(_)
         | OffloadError::Exchange(_)
         | OffloadError::Layout(_)

@@ -318,6 +318,12 @@ impl PyOffload {
         map(py, done)
     }
 
+    /// Begins or ends a pass: makes sure that late readers of weights are caught, and raises what could not be brought
+    /// for one.
+    fn watch_readers(&self, py: Python<'_>) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.watch_readers()))
+    }
+
     /// Lets a unit's memory be taken by another one. Idempotent.
     fn release(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
         let done = py.detach(|| self.inner.release(unit));
