@@ -50,6 +50,7 @@ TUNED: dict[str, dict[str, Any]] = {
     "mimi": {"upsample_groups": 32},
     "mimi_decoder": {"upsample_groups": 32},
     "ministral": {"head_dim": 8},
+    "mobilebert": {"embedding_size": 16},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "n_groups": 1},
     "qwen2_5_vl_text": SECTIONS,

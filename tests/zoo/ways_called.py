@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from small_models import Batch
 from stacks import WIDTH, Block, Stack, both, way
+from torch import nn
 from torch.nn import functional
 
 
@@ -91,3 +92,16 @@ class GradientsInside(Stack):
         energy = self.layers[0](x).square().sum()
         (slope,) = torch.autograd.grad(energy, x)
         return super().forward(x.detach() - 0.1 * slope).square().mean()
+
+
+@way("a module list with holes")
+class Holes(Stack):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers[1] = None  # type: ignore[assignment]  # torch allows it, and models skip such layers
+        self.rest = nn.ModuleList([None, nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), None])
+
+    def blocks(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.layers, *self.rest):
+            x = x if layer is None else layer(x)
+        return x

@@ -319,13 +319,14 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         if is_leaf(child):
             yield path, child
         elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
-            yield from ((f"{path}.{index}", item) for index, item in enumerate(child))
+            yield from ((f"{path}.{index}", item) for index, item in enumerate(child) if _has_parameters(item))
         else:
             yield from _blocks(child, path)
 
 
-def _has_parameters(module: nn.Module) -> bool:
-    return next(module.parameters(), None) is not None
+def _has_parameters(module: nn.Module | None) -> bool:
+    """Whether the item of a module list, which may be None, has any."""
+    return module is not None and next(module.parameters(), None) is not None
 
 
 def _find_units(module: nn.Module, entries: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
