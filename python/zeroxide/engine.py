@@ -293,8 +293,8 @@ class Engine(Answers, FullState, nn.Module):
             name = unit.edited()
             if name is not None:
                 raise ModelError(
-                    f"{name} was changed in place, which its master weight knows nothing of: change it inside "
-                    "zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+                    f"{name} was changed in place, and it is one copy for all ranks of this host, which each of them "
+                    "would change again: change it inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
                     name=name,
                 )
 

@@ -10,7 +10,7 @@ use zeroxide_optim::{Grad, Land, bf16_to_f32, f16_to_f32, land, split};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
-use crate::fill::{Part, store_weight};
+use crate::fill::{Part, store_master, store_weight};
 use crate::gather::block;
 use crate::landing::{as_grad, grad_mut, measure};
 use crate::unit::StateBlocks;
@@ -76,8 +76,12 @@ impl Core {
                     }
                 } else {
                     let target: &mut [f32] = bytemuck::cast_slice_mut(bytes);
-                    let count = target.len();
-                    target.copy_from_slice(&values[first..first + count]);
+                    let values = &values[first..first + target.len()];
+                    if component == Component::Master {
+                        store_master(values, target);
+                    } else {
+                        target.copy_from_slice(values);
+                    }
                 }
             })?;
         }

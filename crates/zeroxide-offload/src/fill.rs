@@ -221,9 +221,10 @@ impl Core {
                         *low = split(*value).1;
                     }
                 }
-                (Part::Weights, Component::Master)
-                | (Part::ExpAvg, Component::ExpAvg)
-                | (Part::ExpAvgSq, Component::ExpAvgSq) => {
+                (Part::Weights, Component::Master) => {
+                    store_master(values, &mut bytemuck::cast_slice_mut(lease)[local.clone()]);
+                }
+                (Part::ExpAvg, Component::ExpAvg) | (Part::ExpAvgSq, Component::ExpAvgSq) => {
                     let target: &mut [f32] = bytemuck::cast_slice_mut(lease);
                     target[local.clone()].copy_from_slice(values);
                 }
@@ -342,6 +343,13 @@ impl Core {
             completion.result?;
         }
         Ok(())
+    }
+}
+
+/// Master weights as every format keeps them: all bits, and one NaN for all.
+pub(crate) fn store_master(values: &[f32], target: &mut [f32]) {
+    for (target, value) in target.iter_mut().zip(values) {
+        *target = if value.is_nan() { f32::NAN } else { *value };
     }
 }
 

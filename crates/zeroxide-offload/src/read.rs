@@ -5,7 +5,7 @@ use std::sync::mpsc::channel;
 
 use zeroxide_layout::{Component, Dtype};
 use zeroxide_memory::Lease;
-use zeroxide_optim::{bf16_to_f32, f16_to_f32, join};
+use zeroxide_optim::{bf16_to_f32, f16_to_f32, join, with_bf16, with_f16};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
@@ -97,8 +97,28 @@ impl Core {
                     *value = join(high, *low);
                 }
             })?;
+        } else if master && self.may_be_edited(unit) {
+            // What the next update would take for the master, whichever format holds it.
+            self.read_elements(unit, Component::Weight, range, |offset, bytes| {
+                let live: &[u16] = bytemuck::cast_slice(bytes);
+                for (value, live) in out[offset..offset + live.len()].iter_mut().zip(live) {
+                    *value = match compute {
+                        Dtype::F16 => with_f16(*value, *live),
+                        _ => with_bf16(*value, *live),
+                    };
+                }
+            })?;
         }
         Ok(())
+    }
+
+    /// Whether the live weights lie in memory that others may write between updates.
+    fn may_be_edited(&self, unit: usize) -> bool {
+        let weights = &self.units[unit].weights;
+        matches!(
+            weights,
+            Weights::Host { .. } | Weights::Borrowed { lent: Some(_) }
+        )
     }
 
     /// Calls `visit(offset from range.start, bytes)` for the pieces of `range`, wherever the block is.

@@ -4,7 +4,7 @@ use crate::convert::{Bf16, Element, F16, F32, bf16_half_up, f16_nearest_even};
 use crate::error::OptimError;
 use crate::formula::{State, update};
 use crate::isa::{Isa, isa, per_isa};
-use crate::split::{join, split};
+use crate::split::{join, split, with_bf16, with_f16};
 
 /// Hyperparameters of Adam and `AdamW`, named as in `torch.optim`.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -41,18 +41,29 @@ impl Default for AdamParams {
     }
 }
 
+/// The smallest `eps` but zero: `eps sqrt(1 - beta2^t)`, whose root is 2^-27 at least, must have a reciprocal in fp32.
+const MIN_EPS: f64 = 1e-30;
+
 impl AdamParams {
-    /// Checks every field against the range that torch accepts.
+    /// Checks every field against the range that torch accepts, but for values that fp32 cannot hold.
     pub fn validate(&self) -> Result<(), OptimError> {
         const BETA: &str = "a number in [0, 1)";
         const POSITIVE: &str = "a finite number that is not negative";
-        let non_negative = |value: f64| value.is_finite() && value >= 0.0;
+        const EPS: &str = "0, or a number from 1e-30 to 3e38";
+        // The kernels hold every constant as fp32. An eps below that loses its reciprocal there.
+        #[expect(clippy::cast_possible_truncation, reason = "overflow is looked for")]
+        let non_negative = |value: f64| (value as f32).is_finite() && value >= 0.0;
         let below_one = |value: f64| (0.0..1.0).contains(&value);
         for (name, value, allowed, expected) in [
             ("lr", self.lr, non_negative(self.lr), POSITIVE),
             ("beta1", self.beta1, below_one(self.beta1), BETA),
             ("beta2", self.beta2, below_one(self.beta2), BETA),
-            ("eps", self.eps, non_negative(self.eps), POSITIVE),
+            (
+                "eps",
+                self.eps,
+                non_negative(self.eps) && (self.eps == 0.0 || self.eps >= MIN_EPS),
+                EPS,
+            ),
             (
                 "weight_decay",
                 self.weight_decay,
@@ -174,7 +185,8 @@ impl Grad<'_> {
     }
 }
 
-/// Where the new low-precision weights of a tile go.
+/// The live low-precision weights of a tile: where the new ones go, and where a step notices that the old ones
+/// are not the master's rounding any more, because somebody changed them.
 #[derive(Debug)]
 pub enum LowOut<'a> {
     /// Nowhere: the master is the weight.
@@ -188,7 +200,9 @@ pub enum LowOut<'a> {
 /// One Adam step over a tile in the `fp32` format, on the widest instruction set at hand.
 ///
 /// All slices have one element per parameter, in the same order: `master` the fp32 weights, `exp_avg` and
-/// `exp_avg_sq` the moments; all three are updated in place, `out` receives the new low-precision weights.
+/// `exp_avg_sq` the moments; all three are updated in place. `out` holds the low-precision weights and receives
+/// the new ones; one that is not its master's rounding replaces the master first (see
+/// [`with_bf16`](crate::with_bf16) and [`with_f16`](crate::with_f16)).
 /// A NaN in any result is the canonical quiet NaN.
 ///
 /// # Panics
@@ -316,9 +330,10 @@ pub fn step_split_with(
     }
 }
 
-/// How a live low-precision weight is rounded.
+/// How a live low-precision weight follows its master, and the master a live weight that was changed.
 trait LowWeight {
     fn round(master: f32) -> u16;
+    fn master(master: f32, live: u16) -> f32;
 }
 
 struct HalfUp;
@@ -327,6 +342,10 @@ impl LowWeight for HalfUp {
     fn round(master: f32) -> u16 {
         bf16_half_up(master)
     }
+    #[inline(always)]
+    fn master(master: f32, live: u16) -> f32 {
+        with_bf16(master, live)
+    }
 }
 
 struct NearestEvenF16;
@@ -334,6 +353,10 @@ impl LowWeight for NearestEvenF16 {
     #[inline(always)]
     fn round(master: f32) -> u16 {
         f16_nearest_even(master)
+    }
+    #[inline(always)]
+    fn master(master: f32, live: u16) -> f32 {
+        with_f16(master, live)
     }
 }
 
@@ -413,7 +436,7 @@ fn fp32_low_loop<const COUPLED: bool, G: Element, L: LowWeight>(
         .zip(out)
     {
         let state = State {
-            weight: *weight,
+            weight: L::master(*weight, *out),
             exp_avg: *exp_avg,
             exp_avg_sq: *exp_avg_sq,
         };

@@ -31,5 +31,5 @@ pub use error::OptimError;
 pub use isa::{Isa, isa};
 pub use land::{GradMut, Land, LandStats, land, land_with};
 pub use pool::Pool;
-pub use split::{join, join_slice, split, split_slice};
+pub use split::{join, join_slice, split, split_slice, with_bf16, with_f16};
 pub use sum::{sum_scaled, sum_scaled_with};

@@ -10,8 +10,8 @@ mod random;
 
 use random::Random;
 use zeroxide_optim::{
-    AdamParams, AdamStep, Grad, Isa, LowOut, Pool, bf16_half_up, join, split, step_fp32_with,
-    step_split_with,
+    AdamParams, AdamStep, Grad, Isa, LowOut, Pool, bf16_half_up, f16_nearest_even, f16_to_f32,
+    join, split, step_fp32_with, step_split_with,
 };
 
 const LEN: usize = 3001;
@@ -53,7 +53,7 @@ impl State {
                 (size * random.normal()) as f32
             }
         };
-        let master = (0..len).map(|_| value(0.02)).collect();
+        let master: Vec<f32> = (0..len).map(|_| value(0.02)).collect();
         let exp_avg = (0..len).map(|_| value(1e-3)).collect();
         let exp_avg_sq = (0..len)
             .map(|_| value(1e-3))
@@ -65,12 +65,12 @@ impl State {
             .map(|value| (value.to_bits() >> 16) as u16)
             .collect();
         Self {
+            out: master.iter().map(|p| bf16_half_up(*p)).collect(),
             master,
             exp_avg,
             exp_avg_sq,
             grad,
             low_grad,
-            out: vec![0; len],
         }
     }
 
@@ -103,6 +103,9 @@ fn grad(kind: Kind, full: &[f32], low: &[u16], run: impl FnOnce(Grad<'_>)) {
 /// Cuts the state at `cuts` and steps each piece by itself.
 fn fp32(isa: Isa, step: &AdamStep, kind: Kind, start: &State, cuts: &[usize], out: Kind) -> State {
     let mut state = start.clone();
+    if let Kind::F16 = out {
+        state.out = state.master.iter().map(|p| f16_nearest_even(*p)).collect();
+    }
     for window in cuts.windows(2) {
         let range = window[0]..window[1];
         let low_out = &mut state.out[range.clone()];
@@ -319,6 +322,119 @@ fn both_formats_give_the_same_bits_over_many_steps() {
                 );
             }
         }
+    }
+}
+
+/// Live weights that anything may have been written into: every bf16 comes up.
+fn edited(high: &[u16], random: &mut Random) -> Vec<u16> {
+    high.iter()
+        .map(|&old| match random.below(4) {
+            0 => 0,
+            1 => 0x8000,
+            2 => random.bits() as u16,
+            _ => old,
+        })
+        .collect()
+}
+
+#[test]
+fn both_formats_take_edited_weights_for_the_same_master() {
+    let mut random = Random::new(8);
+    for step in steps() {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+            let mut start = State::new(9, LEN);
+            for master in start.master.iter_mut().filter(|master| master.is_nan()) {
+                *master = f32::NAN;
+            }
+            let (high, mut low): (Vec<u16>, Vec<u16>) =
+                start.master.iter().map(|&master| split(master)).unzip();
+            let live = edited(&high, &mut random);
+            let mut high = live.clone();
+            let (mut exp_avg, mut exp_avg_sq) = (start.exp_avg.clone(), start.exp_avg_sq.clone());
+            let grad = Grad::Bf16(&start.low_grad);
+            step_split_with(
+                isa,
+                &step,
+                &mut high,
+                &mut low,
+                &mut exp_avg,
+                &mut exp_avg_sq,
+                grad,
+            );
+            let started = State {
+                out: live.clone(),
+                ..start.clone()
+            };
+            let got = fp32(isa, &step, Kind::Bf16, &started, &[0, LEN], Kind::Bf16);
+            // And both are one step of the edited value itself, which stands in a master of its own.
+            let plain = State {
+                master: start
+                    .master
+                    .iter()
+                    .zip(&live)
+                    .map(|(&master, &live)| join(live, split(master).1))
+                    .collect(),
+                ..start.clone()
+            };
+            let plain = fp32(isa, &step, Kind::Bf16, &plain, &[0, LEN], Kind::F32);
+            let as_split = State {
+                master: high
+                    .iter()
+                    .zip(&low)
+                    .map(|(&high, &low)| join(high, low))
+                    .collect(),
+                exp_avg,
+                exp_avg_sq,
+                out: high,
+                ..start.clone()
+            };
+            assert!(
+                as_split.bits() == got.bits(),
+                "{isa:?}: {}",
+                first_difference(&as_split.bits(), &got.bits())
+            );
+            assert!(
+                (&plain.bits().0, &plain.bits().1) == (&got.bits().0, &got.bits().1),
+                "{isa:?}: {}",
+                first_difference(&plain.bits(), &got.bits())
+            );
+        }
+    }
+}
+
+#[test]
+fn an_edited_fp16_weight_replaces_its_master() {
+    let mut random = Random::new(10);
+    for step in steps() {
+        let start = State::new(11, LEN);
+        let mut live: Vec<u16> = start.master.iter().map(|p| f16_nearest_even(*p)).collect();
+        let mut masters = start.master.clone();
+        for (live, master) in live.iter_mut().zip(&mut masters) {
+            if random.below(2) == 0 {
+                *live = [0, 0x8000, random.bits() as u16][random.below(3)];
+                if *live != f16_nearest_even(*master) {
+                    *master = f16_to_f32(*live);
+                }
+            }
+        }
+        let run = |master: &[f32], live: &[u16]| {
+            let (mut master, mut out) = (master.to_vec(), live.to_vec());
+            let (mut exp_avg, mut exp_avg_sq) = (start.exp_avg.clone(), start.exp_avg_sq.clone());
+            step_fp32_with(
+                zeroxide_optim::isa(),
+                &step,
+                &mut master,
+                &mut exp_avg,
+                &mut exp_avg_sq,
+                Grad::F32(&start.grad),
+                LowOut::F16(&mut out),
+            );
+            let bits: Vec<u32> = master.iter().map(|value| value.to_bits()).collect();
+            (bits, out)
+        };
+        let got = run(&start.master, &live);
+        let consistent: Vec<u16> = masters.iter().map(|p| f16_nearest_even(*p)).collect();
+        assert!(got == run(&masters, &consistent));
     }
 }
 

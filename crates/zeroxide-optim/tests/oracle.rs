@@ -362,4 +362,39 @@ fn hyperparameters_outside_their_range_are_named() {
         ..AdamParams::default()
     };
     assert!(nan.validate().is_err());
+    for (eps, fits) in [
+        (0.0, true),
+        (1e-30, true),
+        (1e-38, false),
+        (1e-45, false),
+        (1e39, false),
+    ] {
+        let params = AdamParams {
+            eps,
+            ..AdamParams::default()
+        };
+        assert_eq!(params.validate().is_ok(), fits, "eps {eps}");
+    }
+}
+
+#[test]
+fn the_smallest_eps_leaves_a_weight_without_gradient_alone() {
+    // 1 - beta2 is one unit in the last place of 1: no eps sqrt(1 - beta2^t) is smaller.
+    let params = AdamParams {
+        eps: 1e-30,
+        beta2: 1.0 - f64::EPSILON / 2.0,
+        weight_decay: 0.0,
+        ..AdamParams::default()
+    };
+    let step = AdamStep::new(&params, 1, 1.0);
+    let (mut weight, mut exp_avg, mut exp_avg_sq) = ([0.5], [0.0], [0.0]);
+    step_fp32(
+        &step,
+        &mut weight,
+        &mut exp_avg,
+        &mut exp_avg_sq,
+        Grad::F32(&[0.0]),
+        LowOut::None,
+    );
+    assert_eq!((weight, exp_avg, exp_avg_sq), ([0.5], [0.0], [0.0]));
 }

@@ -1,6 +1,7 @@
 //! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
 
 mod errors;
+mod groups;
 mod offload;
 mod process;
 mod spec;
@@ -11,6 +12,8 @@ use pyo3::prelude::*;
 /// Rust core of zeroxide.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::groups::check_groups;
     #[pymodule_export]
     use crate::offload::PyOffload;
     #[pymodule_export]

@@ -11,17 +11,15 @@ use zeroxide_memory::Bucket;
 use zeroxide_offload::{
     Lent, Offload, Part, Place, Seat, Settings, StateHome, UnitSpec, WeightHome, Wire,
 };
-use zeroxide_optim::AdamParams;
 use zeroxide_storage::EngineKind;
 
 use crate::errors::map;
+use crate::groups::{self, GroupTuple};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
 
 /// (name, [(elements, trainable)], home of the weights, home of the optimizer state, gradients come all through backward)
 type UnitTuple = (String, Vec<(u64, bool)>, String, String, bool);
-/// (lr, beta1, beta2, eps, `weight_decay`, decoupled, `bias_correction`)
-type GroupTuple = (f64, f64, f64, f64, f64, bool, bool);
 
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
@@ -391,20 +389,7 @@ impl PyOffload {
     /// One update of every parameter whose gradient has landed. With state on disk it goes on after the call, and each
     /// later use of a unit waits until that unit is done.
     fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<()> {
-        let groups: Vec<AdamParams> = groups
-            .into_iter()
-            .map(
-                |(lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction)| AdamParams {
-                    lr,
-                    beta1,
-                    beta2,
-                    eps,
-                    weight_decay,
-                    decoupled,
-                    bias_correction,
-                },
-            )
-            .collect();
+        let groups = groups::params(groups)?;
         let done = py.detach(|| self.inner.step(&groups, grad_scale));
         map(py, done)
     }

@@ -107,8 +107,11 @@ class Plan:
 
     @property
     def keeps_edits(self) -> bool:
-        """Whether a change in place of a visible parameter counts: it is the master weight, and no other rank's."""
-        return self.visible and self.compute is torch.float32 and (self.world == 1 or self.wire == "collective")
+        """Whether a change in place of a visible parameter counts: the update takes it over into the master weight.
+
+        Not where one copy of the weights serves several ranks: each rank's change would act on top of the others'.
+        """
+        return self.visible and (self.world == 1 or self.wire == "collective")
 
     @property
     def payload(self) -> int:
@@ -216,8 +219,8 @@ def _refuse_edits(module: nn.Module) -> None:
     for name, each in module.named_modules():
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
             raise ModelError(
-                f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which a master "
-                "weight or another rank's shard knows nothing of; only fp32 at stages 0 to 2 on one rank allows that",
+                f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which other "
+                "ranks' shards or weights that move know nothing of; only stages 0 to 2 on one rank allow that",
                 name=name,
             )
 
