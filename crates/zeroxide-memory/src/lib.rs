@@ -38,6 +38,6 @@ pub use fault::FaultNet;
 pub use fork::ForkGuard;
 pub use frames::{FRAME, Frame, FramePool};
 pub use lease::{Lease, Pod};
-pub use resident::{Resident, drop_clean_text, resident_bytes};
+pub use resident::{Resident, drop_clean_text, reset_peak, resident_bytes};
 pub use shared::SharedSegment;
 pub use window::{Anchor, Window, WindowState};

@@ -1,8 +1,8 @@
 //! What the process really uses, as the kernel counts it.
 #![expect(unsafe_code, reason = "drops pages of file mappings")]
 
-use std::fs::File;
-use std::io::{self, BufRead, BufReader};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Write};
 
 use crate::map::drop_file_pages;
 
@@ -15,7 +15,7 @@ pub struct Resident {
     pub anon: u64,
     /// Files and shared memory: libraries, page-cache mappings (`RssFile` + `RssShmem`).
     pub file: u64,
-    /// The highest `rss` so far (`VmHWM`).
+    /// The highest `rss` since the process began or [`reset_peak`] was called last, by whomever (`VmHWM`).
     pub peak: u64,
 }
 
@@ -25,6 +25,19 @@ pub struct Resident {
 /// When the file cannot be read or lacks a field.
 pub fn resident_bytes() -> io::Result<Resident> {
     parse_status(BufReader::new(File::open("/proc/self/status")?))
+}
+
+/// Makes the present resident memory the peak, for everybody who asks the kernel after this process: other tools that
+/// look at `VmHWM` or `ru_maxrss` see it, too.
+///
+/// # Errors
+/// Where the kernel or a sandbox does not allow it.
+pub fn reset_peak() -> io::Result<()> {
+    // See proc_pid_clear_refs(5): 5 touches nothing but the peak.
+    OpenOptions::new()
+        .write(true)
+        .open("/proc/self/clear_refs")?
+        .write_all(b"5")
 }
 
 /// Drops the pages of program text and of libraries' constants from the resident set: those touched only while

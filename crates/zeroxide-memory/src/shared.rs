@@ -5,10 +5,11 @@
     reason = "system calls, and memory that other processes write"
 )]
 
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, Permissions};
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::PermissionsExt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
 
@@ -51,6 +52,13 @@ impl SharedSegment {
         }
         // SAFETY: the descriptor is new and belongs to nobody else.
         let file = unsafe { File::from_raw_fd(descriptor) };
+        // Anonymous files are made open to everybody. The ranks that open it are the same user's.
+        file.set_permissions(Permissions::from_mode(0o600))
+            .map_err(|source| MemoryError::Os {
+                call: "fchmod (shared memory)",
+                bytes: whole,
+                source,
+            })?;
         file.set_len(whole as u64)
             .map_err(|source| MemoryError::Os {
                 call: "ftruncate (shared memory)",
@@ -269,6 +277,13 @@ mod tests {
         // SAFETY: the lease above is gone.
         let read = unsafe { theirs.lease(5_000..10_000) };
         assert!(read.iter().all(|byte| *byte == 9));
+    }
+
+    #[test]
+    fn nobody_else_may_open_it() {
+        let ours = SharedSegment::create(1, 4096).unwrap();
+        let mode = ours.file().metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o7777, 0o600);
     }
 
     #[test]

@@ -17,6 +17,12 @@ pub(crate) fn resident(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(result)
 }
 
+/// Makes the present resident memory the peak that `resident` tells; whether the system let it.
+#[pyfunction]
+pub(crate) fn reset_peak() -> bool {
+    zeroxide_memory::reset_peak().is_ok()
+}
+
 /// Tells the C allocator to keep freed memory in the process, but for blocks of `largest` bytes and more; whether it
 /// could be told.
 #[pyfunction]

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::error::StorageError;
+use crate::private;
 use crate::syscall;
 
 /// Alignment in bytes of offset, length, and buffer address for operations on a direct file.
@@ -30,7 +31,8 @@ pub struct DiskFile {
 
 impl DiskFile {
     /// Creates (or replaces) `path` with `bytes` bytes allocated on disk, so that a full disk is
-    /// noticed here and not at a later write. The contents are unspecified until written.
+    /// noticed here and not at a later write. The contents are unspecified until written, and only the
+    /// owner may read them.
     ///
     /// # Errors
     ///
@@ -39,13 +41,8 @@ impl DiskFile {
     /// the file cannot be created.
     pub fn create(path: impl Into<PathBuf>, bytes: u64) -> Result<Arc<Self>, StorageError> {
         let path = path.into();
-        let plain = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .open(&path)
-            .map_err(|source| refusal("create", &path, source))?;
+        let plain =
+            private::create_file(&path).map_err(|source| refusal("create", &path, source))?;
         allocate(&plain, &path, bytes).inspect_err(|_| {
             // The partly allocated file is of no use, and keeping it would keep the disk full.
             let _ = std::fs::remove_file(&path);

@@ -25,6 +25,7 @@
 
 mod error;
 mod file;
+mod private;
 mod process;
 mod queue;
 mod store;

@@ -4,6 +4,7 @@
 //! and then JSON. It is written aside and renamed, so whoever reads it sees the old one or the new one.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -12,6 +13,7 @@ use super::checksums::checksum;
 use super::placement::BlockSpec;
 use crate::error::StorageError;
 use crate::file::refusal;
+use crate::private;
 
 /// The beginning of the first line; the number is the format version.
 const MAGIC: &str = "zeroxide-blocks 1 ";
@@ -66,7 +68,9 @@ impl Header {
             reason: error.to_string(),
         })?;
         let text = format!("{MAGIC}{:016x}\n{body}\n", checksum(body.as_bytes()));
-        fs::write(&next, text).map_err(|source| refusal("write", &next, source))?;
+        private::create_file(&next)
+            .and_then(|mut file| file.write_all(text.as_bytes()))
+            .map_err(|source| refusal("write", &next, source))?;
         fs::rename(&next, &path).map_err(|source| refusal("rename", &path, source))
     }
 

@@ -11,6 +11,7 @@ use std::path::Path;
 
 use crate::error::{Holder, StorageError};
 use crate::file::refusal;
+use crate::private;
 use crate::process::Origin;
 
 /// Name of the lock file in its directory.
@@ -62,12 +63,7 @@ impl DirectoryLock {
     ) -> Result<(Self, Option<u32>), StorageError> {
         let path = directory.join(LOCK);
         for _ in 0..ATTEMPTS {
-            let file = OpenOptions::new()
-                .read(true)
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .open(&path)
+            let file = private::open_or_create_file(&path)
                 .map_err(|source| refusal("create", &path, source))?;
             match take(file, &path)? {
                 Taken::Stale => {}

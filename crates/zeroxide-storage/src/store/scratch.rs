@@ -1,4 +1,4 @@
-//! One scratch directory: `<directory>/<job>/` with `LOCK`, `header`, and `blocks.bin`.
+//! One scratch directory: `<directory>/<job>/` with `LOCK`, `header`, and `blocks.bin`, for its owner alone.
 
 use std::fs;
 use std::io;
@@ -9,6 +9,7 @@ use super::header::{HEADER, HEADER_NEXT, Header};
 use super::lock::{DirectoryLock, LOCK};
 use crate::error::StorageError;
 use crate::file::{DiskFile, refusal};
+use crate::private;
 
 /// Name of the data file in its directory.
 const BLOCKS: &str = "blocks.bin";
@@ -155,9 +156,16 @@ fn make_root(root: &Path) -> Result<bool, StorageError> {
         Ok(_) => Err(StorageError::NotADirectory {
             path: root.to_path_buf(),
         }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => fs::create_dir(root)
-            .map(|()| true)
-            .map_err(|source| refusal("create", root, source)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            match private::create_directory(root) {
+                Ok(()) => Ok(true),
+                // Another rank's store was first.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists && root.is_dir() => {
+                    Ok(false)
+                }
+                Err(source) => Err(refusal("create", root, source)),
+            }
+        }
         Err(source) => Err(refusal("open", root, source)),
     }
 }
@@ -167,9 +175,18 @@ fn lock(path: &Path, ephemeral: bool) -> Result<(DirectoryLock, Option<u32>), St
     let mut attempt = 0;
     loop {
         attempt += 1;
-        match fs::create_dir(path) {
+        match private::create_directory(path) {
             Ok(()) => {}
-            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => check_ours(path)?,
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                check_ours(path)?;
+                match private::close_directory(path) {
+                    // Removed meanwhile, by the run that was ending: the lock below finds that out.
+                    Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                        return Err(refusal("close to other users", path, error));
+                    }
+                    _ => {}
+                }
+            }
             Err(source) => return Err(refusal("create", path, source)),
         }
         match DirectoryLock::acquire(path, ephemeral) {

@@ -48,7 +48,7 @@ class RunFolder:
         self._lock: int | None = None
         try:
             path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except (FileExistsError, NotADirectoryError):
             raise ConfigError(f"--out {path} is a file or lies below one; a folder is needed", path="out") from None
         except OSError as error:
