@@ -5,6 +5,7 @@ torch is imported where it is used: a single rank needs none of it here.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Callable
@@ -53,6 +54,8 @@ class Ranks:
     """What torch calls the group's backend: "gloo", "cpu:gloo,cuda:nccl", "fake"."""
     same_host: bool = True
     """Whether all ranks share hostname, boot, and pid, user and network namespaces."""
+    same_network: bool = True
+    """Whether all ranks share one network namespace, so that 127.0.0.1 is the same interface to all of them."""
     shares_memory: bool = True
     """Whether, besides, each rank may open the anonymous memory of every other: same user, and nothing forbids it."""
     lost: str | None = None
@@ -147,6 +150,8 @@ class Ranks:
         """
         if os.getpid() != self.process:
             return
+        # `start` registers it for the end of the process.
+        atexit.unregister(self.close)
         owned, own_group, group = self.owned, self.own_group, self.group
         self.owned = self.own_group = False
         if self.lost is None and (owned or own_group):

@@ -6,13 +6,13 @@ handles one short line per rank and second. Both ends have the same methods, cal
 
 from __future__ import annotations
 
-import hmac
 import selectors
 import socket
 import threading
 from typing import Any, Protocol
 
 from zeroxide.ranks.activity import Activity, Verdict, as_doing
+from zeroxide.ranks.door import Door, Stranger, introduction
 from zeroxide.ranks.judge import Judge
 from zeroxide.ranks.wire import Wire
 
@@ -79,23 +79,26 @@ class _Waker:
         self._outside.close()
 
 
-class _Visitor:
-    """A connection to the hub; `rank` is None until it has shown the token."""
+_MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError)
+"""What taking a message raises that is none of this protocol's."""
 
-    def __init__(self, wire: Wire) -> None:
+
+class _Visitor:
+    """A connection to the hub, of a rank that has shown the token."""
+
+    def __init__(self, wire: Wire, rank: int) -> None:
         self.wire = wire
-        self.rank: int | None = None
+        self.rank = rank
 
 
 class Hub:
     """Rank 0's end. `listener` is non-blocking; `token` is what the other ranks show when they connect."""
 
-    def __init__(self, judge: Judge, listener: socket.socket, token: str) -> None:
+    def __init__(self, judge: Judge, listener: socket.socket, token: bytes) -> None:
         self._judge = judge
         self._listener = listener
-        self._token = token
         self._waker = _Waker()
-        self._waker.selector.register(listener, selectors.EVENT_READ, "listener")
+        self._door = Door(listener, token, len(judge.members) - 1, self._waker.selector)
         self._visitors: list[_Visitor] = []
         self._arrived = {0}
         self.complete = threading.Event()
@@ -104,44 +107,45 @@ class Hub:
     def wait(self, seconds: float) -> None:
         """See `Side`."""
         for ready in self._waker.select(seconds):
-            if ready == "listener":
-                self._accept()
+            if ready is self._door:
+                for stranger in self._door.accept():
+                    self._admit(stranger)
+            elif isinstance(ready, Stranger):
+                self._admit(ready)
             else:
                 self._hear(ready)
+        self._door.pass_time()
 
-    def _accept(self) -> None:
-        try:
-            while True:
-                sock, _ = self._listener.accept()
-                visitor = _Visitor(Wire(sock))
-                self._visitors.append(visitor)
-                self._waker.selector.register(sock, selectors.EVENT_READ, visitor)
-        except OSError:  # nobody else waits at the door
+    def _admit(self, stranger: Stranger) -> None:
+        rank = self._door.hear(stranger)
+        if rank is None:
             return
+        if rank not in self._judge.members or rank in self._arrived:
+            stranger.socket.close()
+            return
+        visitor = _Visitor(Wire(stranger.socket), rank)
+        self._visitors.append(visitor)
+        self._waker.selector.register(stranger.socket, selectors.EVENT_READ, visitor)
+        self._arrived.add(rank)
+        self._door.expected -= 1
+        if not self._door.expected:
+            self.complete.set()
 
     def _hear(self, visitor: _Visitor) -> None:
         messages, stands = visitor.wire.receive()
         try:
             for message in messages:
                 self._take(visitor, message)
-        except (KeyError, TypeError, ValueError, PermissionError):
-            stands = False  # a stranger, who does not speak this protocol
+        except _MALFORMED:
+            stands = False
         if not stands:
             self._waker.selector.unregister(visitor.wire.socket)
             visitor.wire.close()
             self._visitors.remove(visitor)
-            if visitor.rank is not None:
-                self._judge.gone(visitor.rank)
+            self._judge.gone(visitor.rank)
 
     def _take(self, visitor: _Visitor, message: dict[str, Any]) -> None:
-        if visitor.rank is None:
-            if not hmac.compare_digest(str(message["token"]), self._token):
-                raise PermissionError
-            visitor.rank = int(message["rank"])
-            self._arrived.add(visitor.rank)
-            if len(self._arrived) == len(self._judge.members):
-                self.complete.set()
-        elif "doing" in message:
+        if "doing" in message:
             self._judge.heard(visitor.rank, Activity(as_doing(message["doing"]), float(message["seconds"])))
         elif "failed" in message:
             self._judge.failed(visitor.rank, str(message["failed"]))
@@ -181,13 +185,12 @@ class Hub:
 
     def _tell(self, message: dict[str, Any]) -> None:
         for visitor in self._visitors:
-            if visitor.rank is not None:
-                visitor.wire.send(message)
+            visitor.wire.send(message)
 
     def close(self) -> None:
         """See `Side`."""
         self._waker.close()
-        self._listener.close()
+        self._door.close()
         for visitor in self._visitors:
             visitor.wire.close()
 
@@ -195,7 +198,7 @@ class Hub:
 class Spoke:
     """The end of every rank but 0. `judge` knows this rank and rank 0; the verdict on others comes from rank 0."""
 
-    def __init__(self, judge: Judge, wire: Wire, rank: int, token: str) -> None:
+    def __init__(self, judge: Judge, wire: Wire, rank: int, token: bytes) -> None:
         self._judge = judge
         self._wire = wire
         self._rank = rank
@@ -203,7 +206,7 @@ class Spoke:
         self._waker.selector.register(wire.socket, selectors.EVENT_READ, "wire")
         self._connected = True
         self._verdict: Verdict | None = None
-        wire.send({"token": token, "rank": rank})
+        wire.introduce(introduction(token, rank))
 
     def wait(self, seconds: float) -> None:
         """See `Side`."""
@@ -212,18 +215,24 @@ class Spoke:
 
     def _hear(self) -> None:
         messages, stands = self._wire.receive()
-        for message in messages:
-            if "verdict" in message and self._verdict is None:
-                self._verdict = Verdict(str(message["verdict"]), tuple(message["ranks"]))
-            elif "doing" in message:
-                self._judge.heard(0, Activity(as_doing(message["doing"]), float(message["seconds"])))
-                self._judge.told = str(message["others"])
-            elif "finished" in message:
-                self._judge.finished(0)
+        try:
+            for message in messages:
+                self._take(message)
+        except _MALFORMED:
+            stands = False
         if not stands:
             self._connected = False
             self._waker.selector.unregister(self._wire.socket)
             self._judge.gone(0)
+
+    def _take(self, message: dict[str, Any]) -> None:
+        if "verdict" in message and self._verdict is None:
+            self._verdict = Verdict(str(message["verdict"]), tuple(int(each) for each in message["ranks"]))
+        elif "doing" in message:
+            self._judge.heard(0, Activity(as_doing(message["doing"]), float(message["seconds"])))
+            self._judge.told = str(message["others"])
+        elif "finished" in message:
+            self._judge.finished(0)
 
     def wake(self) -> None:
         """See `Side`."""

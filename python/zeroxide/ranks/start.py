@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import logging
 import os
 import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -141,7 +143,8 @@ def _make_group(place: Place, backend: str, timeout: timedelta, init_method: str
     host = f"[{place.address}]" if place.address and ":" in place.address else place.address
     where = init_method or f"tcp://{host}:{place.port}"
     try:
-        dist.init_process_group(backend, init_method=where, rank=place.rank, world_size=place.world, timeout=timeout)
+        store = _fresh_store(where, place, timeout)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise RanksError(
             f"rank {place.rank} of {place.world} (told by {place.launcher}) could not meet the others at {where} "
@@ -149,6 +152,31 @@ def _make_group(place: Place, backend: str, timeout: timedelta, init_method: str
             "MASTER_ADDR and MASTER_PORT name a free port of rank 0's host",
             ranks=[place.rank],
         ) from error
+
+
+_stores: dict[tuple[str, int, int], tuple[Any, Iterator[int]]] = {}
+
+
+def _fresh_store(where: str, place: Place, timeout: timedelta) -> Any:
+    """Keys that no group has used, in the store at `where`.
+
+    Ranks leave a group one after the other, and the addresses that it wrote into the store stay there: under torchrun
+    the store is the agent's and outlives every group, elsewhere a rank may join the next group while rank 0's store
+    of the last one still answers. So the connection stays for as long as the process, and each group has a number.
+    """
+    import torch
+    from torch.distributed.rendezvous import rendezvous
+
+    key = (where, place.rank, place.world)
+    if key not in _stores:
+        store, _, _ = next(rendezvous(where, place.rank, place.world, timeout=timeout))
+        if not _stores:
+            # Registered before what closes the groups, and so run after it.
+            atexit.register(_stores.clear)
+        _stores[key] = store, itertools.count()
+    store, numbers = _stores[key]
+    store.set_timeout(timeout)
+    return torch._C._distributed_c10d.PrefixStore(f"zeroxide/{next(numbers)}", store)
 
 
 def _over_default_group(owned: bool, place: Place | None) -> Ranks:
@@ -172,6 +200,8 @@ def _over_default_group(owned: bool, place: Place | None) -> Ranks:
     hosts = ranks.gather_objects(host_identity())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     ranks.same_host = len(here) == ranks.world
+    # The boot and the network namespace; where the latter is unknown, something equal to nobody's stands in its place.
+    ranks.same_network = len({(host[1], host[-1]) for host in hosts}) == 1
     ranks.shares_memory = ranks.same_host and _shares_memory(ranks)
     if place is None or place.local_rank is None or place.local_world is None:
         ranks.local_rank, ranks.local_world = here.index(ranks.rank), len(here)
@@ -184,6 +214,8 @@ def _shares_memory(ranks: Ranks) -> bool:
     """Whether every rank can open a file without a name that another has made; tried, since many settings decide it."""
     descriptor = os.memfd_create("zeroxide-probe")
     try:
+        # As the segments are.
+        os.fchmod(descriptor, 0o600)
         seats = ranks.gather_objects([os.getpid(), descriptor])
         opened = all(_opens(f"/proc/{pid}/fd/{number}") for pid, number in seats)
         # Also keeps the descriptor open until everybody has tried it.

@@ -24,11 +24,12 @@ from typing import Any
 
 from zeroxide.errors import RanksError
 from zeroxide.ranks.activity import IDLE, Activity, Doing, Verdict, is_waiting
+from zeroxide.ranks.door import TOKEN_BYTES, listen, store_host
 from zeroxide.ranks.host import Process, host_identity
 from zeroxide.ranks.judge import Judge, Member
 from zeroxide.ranks.place import Ranks, first_line
 from zeroxide.ranks.sides import Hub, Side, Spoke
-from zeroxide.ranks.wire import connect, listen, own_addresses
+from zeroxide.ranks.wire import connect
 
 __all__ = ["EXIT_CODE", "Watch"]
 
@@ -268,14 +269,14 @@ class _Waiting:
 
 def _open(ranks: Ranks, timeout: float, settle: float) -> Side:
     """This rank's end, connected. Rank 0 chooses a port and a token, which the group carries to the others."""
-    listener = listen(ranks.same_host) if ranks.rank == 0 else None
+    listener, addresses = listen(ranks.same_network) if ranks.rank == 0 else (None, [])
     try:
         own = Process.current()
         mine: dict[str, Any] = {"host": host_identity(), "pid": own.pid, "started": own.started}
         if listener is not None:
             mine["port"] = listener.getsockname()[1]
-            mine["addresses"] = own_addresses(ranks.same_host)
-            mine["token"] = secrets.token_hex(16)
+            mine["addresses"] = addresses
+            mine["token"] = secrets.token_hex(TOKEN_BYTES)
         rows = ranks.gather_objects(mine)
     except BaseException:
         if listener is not None:
@@ -283,13 +284,13 @@ def _open(ranks: Ranks, timeout: float, settle: float) -> Side:
         raise
     members = [Member(rank, row["host"], Process(row["pid"], row["started"])) for rank, row in enumerate(rows)]
     judge = Judge(members, ranks.rank, timeout, settle)
-    token = str(rows[0]["token"])
+    token = bytes.fromhex(rows[0]["token"])
     if listener is not None:
         return Hub(judge, listener, token)
     addresses = list(rows[0]["addresses"])
-    if not ranks.same_host:
-        # The way on which torch already reaches that host is the likeliest to be open.
-        addresses = list(dict.fromkeys([*_store_host(), *addresses]))
+    if not ranks.same_network:
+        # Where addresses are translated, the way on which torch already reaches that host is open.
+        addresses = list(dict.fromkeys([*addresses, *store_host()]))
     wire = connect(addresses, int(rows[0]["port"]), timeout)
     if isinstance(wire, str):
         raise RanksError(
@@ -297,19 +298,6 @@ def _open(ranks: Ranks, timeout: float, settle: float) -> Side:
             ranks=[0],
         )
     return Spoke(judge, wire, ranks.rank, token)
-
-
-def _store_host() -> list[str]:
-    """The name under which torch's store is reached, if it lies on a host. torch tells it in private only."""
-    try:
-        from torch.distributed.distributed_c10d import _get_default_store
-
-        store: Any = _get_default_store()
-        while hasattr(store, "underlying_store"):
-            store = store.underlying_store
-        return [str(store.host)]
-    except (ImportError, AttributeError, ValueError, RuntimeError):
-        return []
 
 
 # How a process ends --------------------------------------------------------------------------------------------------

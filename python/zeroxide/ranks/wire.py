@@ -6,15 +6,20 @@ its errors print C++ stacks.
 
 from __future__ import annotations
 
-import contextlib
 import json
+import re
 import socket
 from typing import Any
 
-__all__ = ["Wire", "connect", "listen", "own_addresses"]
+__all__ = ["Wire", "connect"]
 
 _MOST_BYTES = 1 << 16
 """Longest line, and most that waits to be sent; a peer that does not read loses what is beyond."""
+_MOST_AT_ONCE = 4 * _MOST_BYTES
+"""Most that one call of `receive` takes: a peer that writes without end gets no more attention than the others."""
+_MOST_BRACKETS = 4
+"""A message is an object that holds at most one list. More could make the parser recurse."""
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 
 
 class Wire:
@@ -26,6 +31,11 @@ class Wire:
         self.socket = sock
         self._received = b""
         self._unsent = b""
+
+    def introduce(self, frame: bytes) -> None:
+        """Sends what the peer expects before any message."""
+        self._unsent += frame
+        self.flush()
 
     def send(self, message: dict[str, Any]) -> None:
         """Sends as much as the system takes at once; the rest goes with the next call."""
@@ -46,12 +56,13 @@ class Wire:
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
         """The messages that have arrived, and whether the connection still stands."""
-        open_, lines = True, []
+        open_, lines, taken = True, [], 0
         try:
-            while open_:
+            while open_ and taken < _MOST_AT_ONCE:
                 piece = self.socket.recv(_MOST_BYTES)
                 *complete, self._received = (self._received + piece).split(b"\n")
                 lines += complete
+                taken += len(piece)
                 open_ = bool(piece) and len(self._received) <= _MOST_BYTES
         except BlockingIOError:
             open_ = True
@@ -59,11 +70,8 @@ class Wire:
             open_ = False
         messages: list[dict[str, Any]] = []
         for line in lines:
-            try:
-                message = json.loads(line)
-            except ValueError:
-                return messages, False
-            if not isinstance(message, dict):
+            message = _parse(line)
+            if message is None:
                 return messages, False
             messages.append(message)
         return messages, open_
@@ -73,27 +81,15 @@ class Wire:
         self.socket.close()
 
 
-def listen(same_host: bool) -> socket.socket:
-    """A socket on a free port, on 127.0.0.1 alone where all ranks are on this host."""
-    if same_host:
-        sock = socket.create_server(("127.0.0.1", 0), backlog=1024)
-    elif socket.has_dualstack_ipv6():
-        sock = socket.create_server(("", 0), family=socket.AF_INET6, backlog=1024, dualstack_ipv6=True)
-    else:
-        sock = socket.create_server(("", 0), backlog=1024)
-    sock.setblocking(False)
-    return sock
-
-
-def own_addresses(same_host: bool) -> list[str]:
-    """Names under which other ranks may reach this host, to be tried in this order."""
-    if same_host:
-        return ["127.0.0.1"]
-    names = [socket.gethostname(), socket.getfqdn()]
-    with contextlib.suppress(OSError):
-        names += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM)]
-    # A host often knows itself by a loopback address, which is another host to everybody else.
-    return [each for each in dict.fromkeys(names) if not each.startswith("127.") and each != "::1"]
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The message in a line, None if it is none."""
+    try:
+        text = line.decode()
+        bare = _STRING.sub("", text)
+        message = json.loads(text) if bare.count("[") + bare.count("{") <= _MOST_BRACKETS else None
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
 
 
 def connect(addresses: list[str], port: int, seconds: float) -> Wire | str:
