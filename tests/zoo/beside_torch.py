@@ -47,6 +47,8 @@ MODES = {
         Mode("checkpointing", checkpointing=True),
         Mode("bf16", dtype="bf16"),
         Mode("whole", unit_bytes=None),
+        Mode("whole-checkpointing", checkpointing=True, unit_bytes=None),
+        Mode("whole-bf16", dtype="bf16", unit_bytes=None),
     )
 }
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ways_autograd
 import ways_called
 import ways_kept
+import ways_odd
 import ways_read
 import ways_torch
 from stacks import WAYS
 
-__all__ = ["WAYS", "ways_autograd", "ways_called", "ways_kept", "ways_read", "ways_torch"]
+__all__ = ["WAYS", "ways_autograd", "ways_called", "ways_kept", "ways_odd", "ways_read", "ways_torch"]
