@@ -23,6 +23,8 @@ class Answers:
     config: Config
     optimizer: Any
     ranks: Ranks
+    global_steps: int
+    skipped_steps: int
     _applied: bool
     _core: Offload | None
     _exchange: Exchange
@@ -36,16 +38,15 @@ class Answers:
             raise RuntimeError("the engine was destroyed")
         return self._core
 
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per optimizer step."""
-        return self.config.gradient_accumulation_steps
+    def get_global_grad_norm(self) -> torch.Tensor | None:
+        """Norm of all gradients at the last step, before clipping and without the loss scale: fp64 of shape ().
 
-    def get_global_grad_norm(self) -> float | None:
-        """Norm of all gradients at the last step, before clipping and without the loss scale.
-
-        NaN if one was not finite; None before the first step.
+        Infinity if the step was left out, since a gradient was not finite; NaN if it was made all the same. None before
+        the first step, and with `zero_optimization.compute_grad_norm` false.
         """
-        return self._norm
+        if self._norm is None or not self.config.compute_grad_norm:
+            return None
+        return torch.tensor(self._norm, dtype=torch.float64)
 
     def get_lr(self) -> list[float]:
         """Learning rate of each group."""
@@ -63,20 +64,6 @@ class Answers:
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the weights."""
         return self._applied
-
-    def train_batch_size(self) -> int:
-        """Samples per optimizer step."""
-        return self.config.train_batch_size or (
-            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.ranks.world
-        )
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per forward."""
-        return self.config.train_micro_batch_size_per_gpu or 1
-
-    def get_batch_info(self) -> tuple[int, int, int]:
-        """(samples per optimizer step, samples per forward, forwards per optimizer step)."""
-        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 where gradients are left as they are."""
@@ -171,3 +158,15 @@ class Answers:
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""
         return dict(self._times)
+
+    def _report(self) -> None:
+        every = self.config.steps_per_print
+        if not every or self.global_steps % every:
+            return
+        norm = "-" if self._norm is None else f"{self._norm:.3f}"
+        line = f"[zeroxide] step {self.global_steps} lr {self.get_lr()[0]:.3e} grad norm {norm}"
+        if self.skipped_steps:
+            line += f" skipped {self.skipped_steps}"
+        if self.config.wall_clock_breakdown:
+            line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
+        print(line, flush=True)

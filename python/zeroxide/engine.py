@@ -17,9 +17,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zeroxide import _core
+from zeroxide.accumulation import Accumulation
 from zeroxide.answers import Answers
 from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
+from zeroxide.evaluation import thaw
 from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import check_groups, groups_for
@@ -53,11 +55,11 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
 
 
-class Engine(Answers, FullState, nn.Module):
+class Engine(Accumulation, Answers, FullState, nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
     The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
-    and in fp16 `engine.scale(loss).backward()`.
+    and in fp16 `engine.scale(loss).backward()`: each divides by the accumulation steps.
     One optimizer step happens every `gradient_accumulation_steps` calls of `step`.
     """
 
@@ -82,21 +84,20 @@ class Engine(Answers, FullState, nn.Module):
         self.lr_scheduler: Any = None
         self.training_dataloader: DataLoader[Any] | None = None
         self.global_steps = 0
-        self.global_samples = 0
-        self.micro_steps = 0
         self.skipped_steps = 0
+        self._begin_counting()
         self._saver: Saver | None = None
-        self._boundary: bool | None = None
-        self.set_gradient_accumulation_boundary(None)
         self._scaler = LossScaler(config.loss_scale)
-        self._norm: float | None = None
-        self._applied = False
+        self._norm, self._applied = None, False
         self._core: _core.Offload | None = None
         for path, reason in config.no_effect:
             logger.warning("config key %s has no effect: %s", path, reason)
         self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
         only_looks = optimizer is None and config.optimizer is None and not _is_trained(module)
         groups = [] if only_looks else groups_for(module, config, optimizer, parameters)
+        self.set_aside: list[str] = []  # names of parameters that take no gradient while they are this engine's
+        if groups and config.clipping_is_default and self.global_rank == 0:
+            logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradient_clipping)
         check_groups(groups)
         mark_leaf_modules(module, config)
         threads = config.threads or len(os.sched_getaffinity(0))
@@ -147,6 +148,7 @@ class Engine(Answers, FullState, nn.Module):
             world=plan.world,
         )
         self._hooks = Hooks(module, self._gatherer, units)
+        self._divide_gradients()
         self._assign_groups(groups)
         self._house = House(
             self._alive,
@@ -212,7 +214,7 @@ class Engine(Answers, FullState, nn.Module):
         Returns the loss that was differentiated, without the loss scale. Raises ValueError for a loss that is not a
         scalar.
         """
-        self._alive()
+        self._check_trained("backward")
         if loss.numel() != 1:
             raise ValueError(f"backward takes a scalar loss, got shape {tuple(loss.shape)}")
         if scale_wrt_gas and self.gradient_accumulation_steps() > 1:
@@ -220,22 +222,20 @@ class Engine(Answers, FullState, nn.Module):
         start = time.perf_counter()
         self.watch.doing = ("backward", None, None, None)
         self._hooks.begin_backward()
+        # Divided already, or not to be.
+        self._hooks.reducer.divisor = 1
         try:
             self._scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
         except BaseException:
             self._hooks.fail_backward()
             raise
+        finally:
+            self._divide_gradients()
         self._hooks.end_backward()
+        self._backwards += 1
         self.watch.doing = IDLE
         self._times["backward"] += time.perf_counter() - start
         return loss
-
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the loss scale, for `engine.scale(loss).backward()`; without fp16 the loss itself.
-
-        Dividing by the accumulation steps is left to the caller.
-        """
-        return self._scaler.apply(loss)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """Ends a micro-batch; at the accumulation boundary, updates the weights and moves the schedule on.
@@ -243,6 +243,13 @@ class Engine(Answers, FullState, nn.Module):
         A step whose gradients are not finite is left out and counted in `skipped_steps`.
         """
         self._check_trained("step")
+        self._stepping = True
+        try:
+            self._step(lr_kwargs or {})
+        finally:
+            self._stepping = False
+
+    def _step(self, lr_kwargs: dict[str, Any]) -> None:
         boundary = self.is_gradient_accumulation_boundary()
         if boundary:
             # Before anything is counted: the same call works when the change has been made where it counts.
@@ -253,9 +260,9 @@ class Engine(Answers, FullState, nn.Module):
             return
         self.optimizer.step()
         if self._applied and self.lr_scheduler is not None:
-            self.lr_scheduler.step(**(lr_kwargs or {}))
+            self.lr_scheduler.step(**lr_kwargs)
         self.global_steps += 1
-        self.global_samples += self.train_batch_size()
+        self._count_step()
         self._check_budget()
         self._report()
 
@@ -271,6 +278,7 @@ class Engine(Answers, FullState, nn.Module):
         finite = math.isfinite(self._norm)
         self.optimizer.overflow = self.config.check_overflow and not finite
         if self.optimizer.overflow:
+            self._norm = math.inf
             self.skipped_steps += 1
             core.clear_gradients()
         elif landed:
@@ -316,22 +324,6 @@ class Engine(Answers, FullState, nn.Module):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets every gradient that has landed and not been used."""
         self._alive().clear_gradients()
-
-    # Accumulation ---------------------------------------------------------------------------------------------
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the next `step` updates the weights."""
-        if self._boundary is not None:
-            return self._boundary
-        return (self.micro_steps + 1) % self.gradient_accumulation_steps() == 0
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decides from outside whether `step` updates the weights; None goes back to what the config says.
-
-        That is counting, or with `managed_gradient_accumulation` false an update at every `step`.
-        """
-        unmanaged = not self.config.managed_gradient_accumulation
-        self._boundary = True if is_boundary is None and unmanaged else is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -398,8 +390,11 @@ class Engine(Answers, FullState, nn.Module):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
-    ) -> tuple[Path, dict[str, Any]]:
-        """Loads what `save_checkpoint` wrote, at any world size, in any offload mode. Returns (path, client_state)."""
+    ) -> tuple[Path | None, dict[str, Any] | None]:
+        """Loads what `save_checkpoint` wrote, at any world size, in any offload mode. Returns (path, client_state).
+
+        Without `tag`, where nothing was saved, it returns (None, None) with a warning, and nothing changes.
+        """
         from zeroxide.checkpoint.load import load_checkpoint
 
         self._check_trained("load_checkpoint")
@@ -447,6 +442,7 @@ class Engine(Answers, FullState, nn.Module):
                     for handle in self._loading:
                         handle.remove()
                     part_from(self.module, self._units, visible=self._plan.visible)
+                thaw(self.module, self.set_aside)
             finally:
                 self._messages.land()
                 _close(core, self._messages)
@@ -463,7 +459,11 @@ class Engine(Answers, FullState, nn.Module):
 
     def _check_trained(self, call: str) -> None:
         if self.optimizer is None:
-            raise ModelError(f"{call}: every parameter is frozen, and the engine was made without an optimizer")
+            self._alive()
+            raise ModelError(
+                f"{call}: the engine was made without an optimizer, to evaluate the model; give one in the config, as "
+                "lr=..., or as an object to train it"
+            )
 
     def _check_budget(self) -> None:
         limit = self.config.host_memory
@@ -477,18 +477,6 @@ class Engine(Answers, FullState, nn.Module):
                 need=peak,
                 limit=limit,
             )
-
-    def _report(self) -> None:
-        every = self.config.steps_per_print
-        if not every or self.global_steps % every:
-            return
-        norm = "-" if self._norm is None else f"{self._norm:.3f}"
-        line = f"[zeroxide] step {self.global_steps} lr {self.get_lr()[0]:.3e} grad norm {norm}"
-        if self.skipped_steps:
-            line += f" skipped {self.skipped_steps}"
-        if self.config.wall_clock_breakdown:
-            line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
-        print(line, flush=True)
 
 
 def _close(core: _core.Offload, messages: Messages) -> None:

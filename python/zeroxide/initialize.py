@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
+from zeroxide.accumulation import micro_batch_of
 from zeroxide.config import Config, load
 from zeroxide.engine import Engine
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.evaluation import freeze, thaw
+from zeroxide.precision import check_batch_norms, check_shapes, own_dtype
 from zeroxide.ranks import Ranks, agree, config_facts, model_facts, sampler_facts, start, version_facts
 from zeroxide.zero.init import is_building
 from zeroxide.zero.materialize import WeightSource
@@ -60,8 +64,8 @@ def initialize(
     offload: "none", "cpu" or "nvme:DIR" for parameters and optimizer state together.
     host_memory: most resident memory of the whole process, in bytes or as "2GiB".
 
-    A model whose parameters are all frozen gets no optimizer if nobody asks for one: an engine for evaluation, whose
-    optimizer is None.
+    Where nobody asks for an optimizer, the engine is one for evaluation: its optimizer is None, and parameters take no
+    gradient until it is destroyed.
 
     Returns (engine, optimizer, dataloader or None, lr_scheduler or None). Raises ConfigError, ModelError,
     BudgetError or StorageError, each in one line.
@@ -76,6 +80,7 @@ def initialize(
     chosen = config if config is not None else config_params
     if chosen is None:
         chosen = getattr(args, "deepspeed_config", None)
+    check_shapes(model)
     ranks = start(port=distributed_port)
     resolved = load(
         chosen,
@@ -91,13 +96,23 @@ def initialize(
         dtype=dtype,
         gradient_clipping=gradient_clipping,
         gradient_accumulation_steps=gradient_accumulation_steps,
+        own_dtype=partial(own_dtype, model),
     )
     given = {"sampler.training_data": "none" if training_data is None else "given"}
-    agree(ranks, {**version_facts(), **config_facts(resolved), **model_facts(model), **given})
+    # The model before the config, in which its dtype may be.
+    agree(ranks, {**version_facts(), **model_facts(model), **config_facts(resolved), **given})
     # What can be refused is refused before the engine takes the weights over.
     _check_schedule(lr_scheduler, optimizer)
+    check_batch_norms(model, resolved)
     loader = _loader(resolved, training_data, collate_fn, ranks)
-    engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
+    # Without an optimizer nothing is trained: no memory is kept for gradients and state.
+    set_aside = freeze(model) if optimizer is None and resolved.optimizer is None else []
+    try:
+        engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
+    except BaseException:
+        thaw(model, set_aside)
+        raise
+    engine.set_aside = set_aside
     try:
         engine.lr_scheduler = _scheduler(resolved, lr_scheduler, engine.optimizer)
     except BaseException:
@@ -139,7 +154,7 @@ def _check_schedule(given: Any, optimizer: Any) -> None:
 def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ranks: Ranks) -> DataLoader[Any] | None:
     if data is None:
         return None
-    batch = config.train_micro_batch_size_per_gpu or 1
+    batch = micro_batch_of(config)
     if hasattr(data, "__len__"):
         size = math.ceil(len(data) / ranks.world)
         batches = size // batch if config.dataloader_drop_last else math.ceil(size / batch)

@@ -4,7 +4,8 @@ The rules are those of DeepSpeed's dynamic loss scaler, so that a run keeps its 
 
 - An overflow uses up one unit of hysteresis; once a single unit is left, an overflow halves the scale instead, down to
   the minimum. An overflow at the minimum ends the run: another scale would not help.
-- After `window` good steps since the last overflow or doubling, the scale is doubled and hysteresis is full again.
+- After `window` good steps since the last doubling, the scale is doubled and hysteresis is full again. The first good
+  step of a run and the first after an overflow do not count.
 - With `consecutive_hysteresis`, every good step fills hysteresis up; without, only a doubling does.
 """
 
@@ -20,6 +21,8 @@ from zeroxide.errors import NumericsError
 __all__ = ["LossScaler"]
 
 FACTOR = 2.0
+UNCOUNTED = -1
+"""Where good steps are counted from at first and after an overflow: the first of them makes it 0."""
 
 
 class LossScaler:
@@ -31,7 +34,7 @@ class LossScaler:
         self.scale = 1.0 if settings is None else settings.initial
         """What a loss is multiplied by before backward."""
         self._hysteresis = 1 if settings is None else settings.hysteresis
-        self._good_steps = 0
+        self._good_steps = UNCOUNTED
         self._used = False
 
     def apply(self, loss: torch.Tensor) -> torch.Tensor:
@@ -60,7 +63,7 @@ class LossScaler:
             self._good(self.settings)
 
     def _overflow(self, settings: LossScale) -> None:
-        self._good_steps = 0
+        self._good_steps = UNCOUNTED
         if self._hysteresis > 1:
             self._hysteresis -= 1
             return

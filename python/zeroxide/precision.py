@@ -1,17 +1,31 @@
-"""What forward computes in: the dtypes of the config as torch has them, autocast, and the cast of inputs."""
+"""What forward computes in: the dtypes of the config as torch has them and as the model has them, autocast, and the
+casts of inputs and buffers."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from zeroxide.config import Config, Dtype
+from zeroxide.errors import ModelError
 
-__all__ = ["cast_buffers", "cast_inputs", "forward_context", "torch_dtype"]
+__all__ = [
+    "cast_buffers",
+    "cast_inputs",
+    "check_batch_norms",
+    "check_shapes",
+    "forward_context",
+    "own_dtype",
+    "torch_dtype",
+]
 
 _DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,6 +33,74 @@ _DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat
 def torch_dtype(name: Dtype) -> torch.dtype:
     """The torch dtype that the config calls `name`."""
     return _DTYPES[name]
+
+
+def check_shapes(module: nn.Module) -> None:
+    """Raises ModelError for a parameter or buffer whose shape torch learns from the first input."""
+    for name, each in _named_tensors(module):
+        if is_lazy(each):
+            raise ModelError(
+                f"{name} has no shape yet: a lazy module learns it from its first input; run the model on one batch "
+                "before zeroxide.initialize",
+                name=name,
+            )
+
+
+def check_batch_norms(module: nn.Module, config: Config) -> None:
+    """Raises ModelError for a batch norm whose weights are trained in one dtype and whose statistics are in another.
+
+    Torch computes no such thing on the CPU. Statistics are buffers, which keep their dtype where no cast is asked for.
+    """
+    dtype, pattern = torch_dtype(config.precision), _fp32_pattern(module, config)
+    for name, each in module.named_modules():
+        weight, running = getattr(each, "weight", None), getattr(each, "running_mean", None)
+        if not isinstance(each, _BatchNorm) or weight is None or running is None:
+            continue
+        path = f"{name}.running_mean" if name else "running_mean"
+        statistics = _cast_of(path, running.dtype, config, pattern)
+        if weight.requires_grad and statistics is not dtype:
+            raise ModelError(
+                f"{name} has statistics in {_short(statistics)}, and its weights are trained in {_short(dtype)}: torch "
+                f'computes no batch norm of both; cast them with "data_types": {{"buffer_dtype": '
+                f'"{config.precision}"}}, or use torch_autocast',
+                name=path,
+            )
+
+
+def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def own_dtype(module: nn.Module) -> Dtype:
+    """The dtype of the trainable parameters, which is what a model is trained in where no config names another.
+
+    Of a model that is frozen throughout, it is the dtype of most elements, or fp32 where that is none to compute in.
+    Raises ModelError where trainable parameters are of several dtypes, or of one that cannot be trained in.
+    """
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    first: dict[torch.dtype, str] = {}
+    sizes: dict[torch.dtype, int] = {}
+    frozen: dict[torch.dtype, int] = {}
+    for name, param in module.named_parameters():
+        counts = sizes if param.requires_grad else frozen
+        counts[param.dtype] = counts.get(param.dtype, 0) + getattr(param, "ds_numel", param.numel())
+        if param.requires_grad:
+            first.setdefault(param.dtype, name)
+    if not sizes:
+        return names.get(max(frozen, key=lambda dtype: frozen[dtype], default=torch.float32), "fp32")
+    ask = 'say what to train in with dtype="fp32" or "bf16", or with "bf16" or "fp16" in the config'
+    if len(sizes) > 1:
+        listed = ", ".join(f"{_short(dtype)} (first {name})" for dtype, name in first.items())
+        raise ModelError(f"trainable parameters are of several dtypes: {listed}; {ask}", name=[*first.values()][1])
+    ((dtype, name),) = first.items()
+    if dtype not in names:
+        raise ModelError(f"{name} is {_short(dtype)}: weights are trained in fp32, bf16 or fp16; {ask}", name=name)
+    return names[dtype]
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def forward_context(config: Config) -> AbstractContextManager[Any]:
@@ -45,9 +127,60 @@ def cast_inputs(config: Config, tree: Any) -> Any:
 
 
 def cast_buffers(module: nn.Module, config: Config) -> None:
-    """Casts the model's floating-point buffers to the dtype that the config has for them."""
-    dtype = torch_dtype(config.buffer_dtype)
-    for owner in module.modules():
+    """Leaves every buffer as it is, but for two casts of floating-point buffers that somebody asks for.
+
+    Those that the model or the config names for it are fp32 under bf16 and fp16; the others are cast to
+    `config.buffer_dtype` where that is set. A buffer of several modules stays one.
+    """
+    pattern = _fp32_pattern(module, config)
+    if pattern is None and config.buffer_dtype is None:
+        return
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, buffer in owner._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                owner._buffers[name] = buffer.to(dtype)
+            if buffer is None or buffer.dtype not in _CASTABLE:
+                continue
+            dtype = _cast_of(f"{prefix}.{name}" if prefix else name, buffer.dtype, config, pattern)
+            if dtype is buffer.dtype:
+                continue
+            # The first name decides; the cast tensor counts as seen, so that no second name casts it again.
+            _, cast = made.get(id(buffer)) or (buffer, buffer.to(dtype))
+            made[id(buffer)] = (buffer, cast)
+            made[id(cast)] = (cast, cast)
+            owner._buffers[name] = cast
+
+
+def _cast_of(path: str, own: torch.dtype, config: Config, pattern: re.Pattern[str] | None) -> torch.dtype:
+    """The dtype that a castable buffer of that full name has in the engine."""
+    if pattern is not None and pattern.search(path):
+        return torch.float32
+    return own if config.buffer_dtype is None else torch_dtype(config.buffer_dtype)
+
+
+_CASTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _fp32_pattern(module: nn.Module, config: Config) -> re.Pattern[str] | None:
+    """What the full names of buffers that are fp32 match, None under fp32.
+
+    Without a list in the config, those of transformers' classes count: `_keep_in_fp32_modules_strict`, and under fp16
+    `_keep_in_fp32_modules`, each below the module whose class has it.
+    """
+    if config.precision == "fp32":
+        return None
+    if config.keep_in_fp32 is not None:
+        patterns = [_glob(name) for name in config.keep_in_fp32]
+    else:
+        lists = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if config.precision == "fp16" else [])]
+        patterns = [
+            (rf"^{re.escape(prefix)}\..*" if prefix else "") + _glob(name)
+            for prefix, owner in module.named_modules()
+            for each in lists
+            for name in getattr(owner, each, None) or ()
+        ]
+    return re.compile("|".join(sorted(set(patterns)))) if patterns else None
+
+
+def _glob(name: str) -> str:
+    """`*` for any characters; the rest is a regular expression, as transformers has it."""
+    return name.replace("*", ".*")

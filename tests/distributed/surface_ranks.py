@@ -46,6 +46,7 @@ def config_of(base, dtype, folder):
         "zeroxide": own,
         "bf16": {"enabled": dtype == "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "gradient_clipping": 0,
         "steps_per_print": None,
     }
 

@@ -35,7 +35,7 @@ for step in range(6):
     # Infinity on one rank only.
     engine.backward(loss * math.inf if step in {spoiled} and ranks.rank == 1 else loss)
     engine.step()
-    norm = engine.get_global_grad_norm()
+    norm = float(engine.get_global_grad_norm())
     steps.append([engine.optimizer.overflow, engine.skipped_steps, engine.loss_scale(), engine.get_lr(), repr(norm)])
 core, digest = engine._alive(), hashlib.sha256()
 for unit in engine._units:

@@ -295,7 +295,7 @@ for transport in ("shared_memory", "collective"):
         loss = engine(torch.randn(4, 64, generator=torch.Generator().manual_seed(10 * step + ranks.rank)))
         engine.backward(loss)
         engine.step()
-        seen.append([loss.item(), engine.get_global_grad_norm()])
+        seen.append([loss.item(), float(engine.get_global_grad_norm())])
     made.append(seen)
     engine.destroy()
 say("FOUND " + json.dumps(made))

@@ -88,7 +88,8 @@ def config_of(case: Case, folder: Path) -> dict[str, Any]:
         "zero_optimization": zero,
         "zeroxide": own,
         "steps_per_print": None,
-        "gradient_clipping": case.clip,
+        "gradient_clipping": case.clip or 0,
+        "data_types": {"buffer_dtype": case.dtype},
         "gradient_accumulation_steps": case.micro_batches,
         "gradient_allreduce_op": "mean" if case.total is None else "sum",
         **case.config,
@@ -208,7 +209,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
                     engine.backward(loss, scale_wrt_gas=case.total is None)
                 engine.step()
                 losses.append(loss.item())
-            norms.append(engine.get_global_grad_norm() or 0.0)
+            norms.append(float(engine.get_global_grad_norm() or 0.0))
             if made is not None and sizes is not None:
                 made.end(sizes, mean=case.total is None, norm=norms[-1], updates=updates_of(engine))
             if trace is not None:

@@ -132,7 +132,7 @@ def test_a_file_system_without_direct_io(tmp_path):
         for directory in (target, tmp_path):
             engine = start(directory)
             train(engine, 3)
-            losses.append(engine.get_global_grad_norm())
+            losses.append(float(engine.get_global_grad_norm()))
             engine.destroy()
         assert losses[0] == losses[1]
     finally:

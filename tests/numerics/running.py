@@ -84,6 +84,9 @@ def config_of(mode: Mode, directory: Path, dtype: str = "bf16", **more: Any) -> 
         "bf16": {"enabled": dtype == "bf16"},
         "fp16": {"enabled": dtype == "fp16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "gradient_clipping": 0,
+        # As `module.to(dtype)` does, for batch norm, which torch computes in one dtype.
+        "data_types": {"buffer_dtype": dtype},
         "zero_optimization": {
             "stage": 3,
             "offload_param": home(mode.param),
@@ -197,7 +200,7 @@ def train(
                 engine.backward(loss)
                 engine.step()
                 outcome.losses.append(loss.item())
-            outcome.norms.append(engine.get_global_grad_norm())
+            outcome.norms.append(float(engine.get_global_grad_norm()))
             outcome.rates.append(engine.get_lr())
             watch(engine, step)
         assert engine.global_steps == steps

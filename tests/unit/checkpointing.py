@@ -103,7 +103,7 @@ def state(engine):
     for name, buffer in engine.module.named_buffers():
         found[name, "buffer"] = buffer.clone()
     found["groups"] = [dict(group) for group in engine.optimizer.hyperparameters()]
-    found["counters"] = (engine.global_steps, engine.global_samples, engine.micro_steps, engine.skipped_steps)
+    found["counters"] = (engine.global_steps, engine._samples, engine.micro_steps, engine.skipped_steps)
     if engine.lr_scheduler is not None:
         found["scheduler"] = dict(engine.lr_scheduler.state_dict())
     return found

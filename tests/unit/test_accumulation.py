@@ -104,7 +104,7 @@ def test_the_caller_may_own_the_boundary(mode, tmp_path):
                         engine.backward(loss)
                         engine.step()
                         continue
-                    assert engine.is_gradient_accumulation_boundary()
+                    assert not engine.is_gradient_accumulation_boundary(), "only inside step"
                     engine.backward(loss / count, scale_wrt_gas=False)
                     if number % count == 0:
                         engine.step()
@@ -120,8 +120,13 @@ def test_a_boundary_that_was_told_gives_way_to_the_config(tmp_path):
         with started(build("gpt"), config=config) as engine:
             engine.set_gradient_accumulation_boundary(False)
             assert not engine.is_gradient_accumulation_boundary()
+            engine.set_gradient_accumulation_boundary(True)
+            assert engine.is_gradient_accumulation_boundary()
             engine.set_gradient_accumulation_boundary(None)
-            assert engine.is_gradient_accumulation_boundary() is not managed
+            assert not engine.is_gradient_accumulation_boundary()
+            engine.backward(engine(**batches("gpt", 1)[0]))
+            engine.step()
+            assert engine.was_step_applied() is not managed, "one micro-batch of two, and every step"
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
@@ -136,7 +141,7 @@ def test_dividing_by_the_steps_can_be_left_out(dtype, tmp_path):
             loss = engine(**batch)
             assert torch.equal(engine.backward(loss, scale_wrt_gas=divided), loss / 4 if divided else loss)
             engine.step()
-            norms.append(engine.get_global_grad_norm())
+            norms.append(engine.get_global_grad_norm().item())
     # In fp16 the smallest gradients round, each by 2^-25 of the scale at most: far below a thousandth of the norm.
     assert norms[1] == (4 * norms[0] if dtype == "fp32" else pytest.approx(4 * norms[0], rel=1e-3))
 
@@ -166,5 +171,5 @@ def test_a_retained_graph_is_differentiated_again(tmp_path):
             for left in reversed(range(times)):
                 engine.backward(loss, retain_graph=left > 0)
             engine.step()
-            norms.append(engine.get_global_grad_norm())
+            norms.append(float(engine.get_global_grad_norm()))
     assert norms[1] == 2 * norms[0], "twice the same gradient: a power of two is exact"

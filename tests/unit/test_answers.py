@@ -39,7 +39,7 @@ def test_settings_under_deepspeed_s_names(stage):
         assert engine.zero_optimization_partition_gradients() is (stage > 1)
         assert engine.zero_optimization_partition_weights() is (stage > 2)
     with started(nn.Linear(4, 2), config={"optimizer": {"type": "Adam"}}) as engine:
-        assert engine.gradient_clipping() == 0.0
+        assert engine.gradient_clipping() == 1.0
         assert engine.wall_clock_breakdown() is False
 
 

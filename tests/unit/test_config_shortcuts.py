@@ -89,10 +89,10 @@ def test_defaults():
     assert load({}).precision == "fp32"
     assert load(lr=0.1).precision == "fp32"
     bf16 = load(dtype="bf16")
-    assert (bf16.precision, bf16.format, bf16.grad_dtype, bf16.buffer_dtype) == ("bf16", "split", "bf16", "bf16")
+    assert (bf16.precision, bf16.format, bf16.grad_dtype, bf16.buffer_dtype) == ("bf16", "split", "bf16", None)
     assert (bf16.loss_scale, bf16.check_overflow, bf16.autocast) == (None, True, None)
     fp16 = load(dtype="fp16")
-    assert (fp16.precision, fp16.format, fp16.grad_dtype, fp16.buffer_dtype) == ("fp16", "fp32", "fp16", "fp16")
+    assert (fp16.precision, fp16.format, fp16.grad_dtype, fp16.buffer_dtype) == ("fp16", "fp32", "fp16", None)
     assert (fp16.loss_scale, fp16.check_overflow, fp16.cast_inputs) == (LossScale(), True, False)
     assert load().trim_libraries is True
     assert load({"zeroxide": {"trim_libraries": False}}, host_memory=GIB).trim_libraries is False

@@ -132,6 +132,7 @@ def test_what_is_refused_without_an_engine_leaves_the_model_alone_at_every_stage
         config |= {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": -3}}}
     elif what == "data":
         more["training_data"] = []
+        config |= {"train_batch_size": 1}
     else:
         other = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
         more["lr_scheduler"] = torch.optim.lr_scheduler.StepLR(other, 1)

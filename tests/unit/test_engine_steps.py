@@ -54,7 +54,7 @@ def test_accumulation_equals_the_big_batch(mode, tmp_path):
             assert engine.global_steps == 1
             # After the first step exp_avg = (1 - beta1) g.
             grads = {name: parts[0] / (1 - 0.9) for name, parts in state_of(engine, ["exp_avg"]).items()}
-            found.append((grads, engine.get_global_grad_norm()))
+            found.append((grads, float(engine.get_global_grad_norm())))
     (one, norm), (four, other_norm) = found
     assert norm == pytest.approx(other_norm, rel=1e-5)
     for name, grad in one.items():
@@ -112,7 +112,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step(mode, bad, tmp_path):
         assert engine.skipped_steps == 1
         assert not engine.was_step_applied()
         assert engine.optimizer.overflow
-        assert math.isnan(engine.get_global_grad_norm())
+        assert engine.get_global_grad_norm() == math.inf
         assert engine.get_lr() == rate
         assert all(torch.equal(value, weights[name]) for name, value in weights_of(engine).items())
         for name, parts in state_of(engine).items():
@@ -135,7 +135,7 @@ def test_zero_grad_forgets_what_has_landed(tmp_path):
                 engine.zero_grad()
             engine.backward(engine(**second))
             engine.step()
-            norms.append(engine.get_global_grad_norm())
+            norms.append(float(engine.get_global_grad_norm()))
     assert norms[0] == norms[1]
 
 
@@ -349,7 +349,6 @@ def test_other_optimizers_are_refused(tmp_path):
     for optimizer, match in [
         (lambda p: torch.optim.SGD(p, lr=1.0), "SGD cannot be offloaded"),
         (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
-        (None, "no optimizer"),
     ]:
         with pytest.raises(ConfigError, match=match), started(build("gpt"), config=config, optimizer=optimizer):
             pass

@@ -39,8 +39,9 @@ class Rules:
                 if used >= rules.hysteresis:
                     scale = max(scale / 2, rules.minimum)
             else:
-                good = next((n for n, each in enumerate(reversed(past)) if each), len(past))
-                if good % rules.window == 0:
+                # The first good step of a run, and after an overflow, is not counted.
+                good = next((n for n, each in enumerate(reversed(past)) if each), len(past)) - 1
+                if good and good % rules.window == 0:
                     scale *= 2
                     refilled = now + 1
         return scale
@@ -88,14 +89,14 @@ def scales(chosen: LossScale, history: list[bool]) -> list[float]:
 
 
 def test_the_rules_by_example():
-    """As DeepSpeed documents them, worked out by hand."""
+    """As DeepSpeed 0.19.8 has them, worked out by hand: at first and after an overflow a good step is not counted."""
     dynamic = LossScale(initial=16.0, window=3, hysteresis=2)
-    assert scales(dynamic, [GOOD] * 3) == [16, 16, 32]
+    assert scales(dynamic, [GOOD] * 8) == [16, 16, 16, 32, 32, 32, 64, 64]
     assert scales(dynamic, [OVERFLOW, OVERFLOW, OVERFLOW]) == [16, 8, 4]
     # A good step does not restore hysteresis, and the window starts anew after every overflow.
-    assert scales(dynamic, [OVERFLOW, GOOD, OVERFLOW, GOOD, GOOD, GOOD]) == [16, 16, 8, 8, 8, 16]
+    assert scales(dynamic, [OVERFLOW, GOOD, OVERFLOW, GOOD, GOOD, GOOD, GOOD]) == [16, 16, 8, 8, 8, 8, 16]
     # A doubling does.
-    assert scales(dynamic, [OVERFLOW, GOOD, GOOD, GOOD, OVERFLOW]) == [16, 16, 16, 32, 32]
+    assert scales(dynamic, [OVERFLOW, GOOD, GOOD, GOOD, GOOD, OVERFLOW]) == [16, 16, 16, 16, 32, 32]
     patient = LossScale(initial=16.0, window=3, hysteresis=2, consecutive_hysteresis=True)
     assert scales(patient, [OVERFLOW, GOOD, OVERFLOW, OVERFLOW]) == [16, 16, 16, 8]
     assert scales(LossScale(initial=3.0, hysteresis=1, minimum=1.0), [OVERFLOW] * 2) == [1.5, 1.0]

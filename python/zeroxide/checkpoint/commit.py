@@ -30,6 +30,7 @@ __all__ = [
     "check_target",
     "discard",
     "find",
+    "holds_nothing",
     "locked",
     "make_directory",
     "publish",
@@ -210,6 +211,19 @@ def set_latest(save_dir: Path, tag: str) -> None:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(save_dir)
+
+
+def holds_nothing(load_dir: Path) -> bool:
+    """Whether nothing was ever saved to `load_dir`: it does not exist, or has neither the file `latest` nor a manifest,
+    its own or of a directory below."""
+    try:
+        inside = [Path(entry) for entry in os.scandir(load_dir)]
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    saved = [each for each in inside if not each.name.startswith(".") or each.name.startswith(REPLACED)]
+    return not any(each.name in (LATEST, MANIFEST) or (each / MANIFEST).exists() for each in saved)
 
 
 def find(load_dir: Path, tag: str | None) -> Path:

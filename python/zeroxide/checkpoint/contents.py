@@ -60,9 +60,8 @@ def held_parameters(engine: Engine) -> list[Held]:
     names: dict[int, list[str]] = {}
     for name, param in engine.module.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(name)
-    groups = {
-        id(param): number for number, group in enumerate(engine.optimizer.param_groups) for param in group["params"]
-    }
+    grouped = [] if engine.optimizer is None else engine.optimizer.param_groups
+    groups = {id(param): number for number, group in enumerate(grouped) for param in group["params"]}
     return [
         Held(
             unit=unit.index,

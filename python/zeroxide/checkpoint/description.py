@@ -164,7 +164,7 @@ def _frame(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
         "state_format": engine._plan.format,
         "counters": Counters(
             global_steps=engine.global_steps,
-            global_samples=engine.global_samples,
+            global_samples=engine._samples,
             micro_steps=engine.micro_steps,
             skipped_steps=engine.skipped_steps,
         ),

@@ -6,6 +6,7 @@ Whatever world, stage or offload mode saved, a rank reads the ranges of elements
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from zeroxide.checkpoint import generators
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.commit import find
+from zeroxide.checkpoint.commit import find, holds_nothing
 from zeroxide.checkpoint.contents import (
     PARTS,
     LiveState,
@@ -39,14 +40,18 @@ if TYPE_CHECKING:
 
 __all__ = ["load_checkpoint"]
 
+logger = logging.getLogger("zeroxide")
+
 SCHEDULED = ("lr", "initial_lr")
 """Hyperparameters that belong to the schedule where there is one."""
 
 
 def load_checkpoint(
     engine: Engine, load_dir: Path, tag: str | None, *, strict: bool, optimizer: bool, scheduler: bool
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path | None, dict[str, Any] | None]:
     """Loads weights and buffers and, as asked, optimizer state and schedule. Returns (path, client_state).
+
+    (None, None), with a warning, where `tag` is None and nothing was saved to `load_dir`.
 
     Every rank must call it with the same arguments. With `optimizer` or `scheduler`, training goes on where it was:
     counters, loss scale and the states of torch's, Python's and numpy's global random number generators are restored
@@ -62,10 +67,16 @@ def load_checkpoint(
 
     def look() -> dict[str, Any]:
         # One rank follows `latest`, since a save of somebody else may move it on meanwhile.
+        if tag is None and team.leads and holds_nothing(load_dir):
+            return {"name": None, "asked": asked, "nothing": True}
         found = find(load_dir, None if tag is None else str(tag)) if team.leads or tag is not None else None
         return {"name": None if found is None else found.name, "asked": asked}
 
     looked = team.together(look, load_dir)
+    if looked[0].get("nothing"):
+        if team.leads:
+            logger.warning("no checkpoint was loaded: nothing was saved to %s", load_dir)
+        return None, None
     path = load_dir / looked[0]["name"]
     manifests: list[Manifest] = []
 
@@ -365,12 +376,9 @@ class _Load:
         if not self.resume:
             return
         engine.global_steps = saved.global_steps
-        engine.global_samples = saved.global_samples
+        engine._samples = saved.global_samples
         engine.skipped_steps = saved.skipped_steps
         # A checkpoint is always between two steps, whatever their number of micro-batches is now.
-        steps = engine.gradient_accumulation_steps()
-        engine.micro_steps = (
-            saved.micro_steps if engine._boundary is not None else -(-saved.micro_steps // steps) * steps
-        )
+        engine.micro_steps = engine._window_start = saved.micro_steps
         if self.generators is not None:
             generators.restore(self.generators)

@@ -126,7 +126,7 @@ class SavedLossScale(_Section):
 
     scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     hysteresis: Annotated[int, Field(ge=1)]
-    good_steps: Size
+    good_steps: Annotated[int, Field(ge=-1)]
 
 
 class SavedScheduler(_Section):

@@ -184,7 +184,7 @@ class Save:
 def _check_boundary(engine: Engine) -> None:
     steps = engine.gradient_accumulation_steps()
     _, _, landed = engine._alive().grad_norm()
-    inside = engine.micro_steps % steps if engine._boundary is None else 0
+    inside = engine._inside_window()
     if not landed and not inside:
         return
     where = f"after micro-batch {inside} of {steps}" if inside else f"with {landed} gradients that no step has used"

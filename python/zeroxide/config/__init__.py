@@ -11,7 +11,7 @@ It imports neither torch nor the extension module, and pydantic only once `load`
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from zeroxide.config.resolved import Config, Dtype, LossScale, LowDtype, Offload, Optimizer, Scheduler
@@ -49,12 +49,14 @@ def load(
     dtype: object | None = None,
     gradient_clipping: float | None = None,
     gradient_accumulation_steps: int | None = None,
+    own_dtype: Callable[[], Dtype] | None = None,
 ) -> Config:
     """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
 
     `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
     precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp16"`, `"fp32"` or
-    the torch dtype. Without a precision in the config and without `dtype`, training is in fp32.
+    the torch dtype. Without a precision in the config and without `dtype`, training is in what `own_dtype` returns, the
+    dtype of the model's weights, or in fp32.
 
     Raises `ConfigError`: for an unknown key, a value that does not fit, a key whose meaning is not built yet, and a
     shortcut that contradicts the config.
@@ -75,7 +77,7 @@ def load(
         "gradient_clipping": gradient_clipping,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
-    return resolve(data, keywords, world_size=world_size, origin=origin)
+    return resolve(data, keywords, world_size=world_size, origin=origin, own_dtype=own_dtype)
 
 
 def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> tuple[Mapping[str, Any], str]:

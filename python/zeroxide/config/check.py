@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from zeroxide.config.fields import NoEffect, NotBuilt, Section, asks_for_nothing
+from zeroxide.config.fields import NoEffect, NotBuilt, Removed, Section, asks_for_nothing
 from zeroxide.errors import ConfigError
 
 __all__ = ["dotted", "nearest", "show", "validate"]
@@ -137,6 +137,8 @@ def validate(
                 no_effect.append((name, f"{mark.what}: off, and not built yet"))
             else:
                 line = f"{name}: {mark.what}: not built yet (got {show(value)}); remove the key or switch it off"
+                if isinstance(mark, Removed):
+                    line = f"{name}: {mark.what}: neither zeroxide nor DeepSpeed 0.19.8 has it; {mark.instead}"
                 problems.append((path, None, show(value), line))
     if problems or section is None:
         path, expected, got, line = problems[0]

@@ -6,6 +6,7 @@ A field of the schema does something, or carries one of the marks: `NoEffect` fo
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ __all__ = [
     "NonNegative",
     "NotBuilt",
     "PrintInterval",
+    "Rates",
+    "Removed",
     "Seconds",
     "Section",
     "WholeNumber",
@@ -46,6 +49,7 @@ __all__ = [
     "directory",
     "expecting",
     "whole",
+    "whole_of_text",
 ]
 
 LARGEST_COUNT = 2**31 - 1
@@ -69,12 +73,27 @@ class NotBuilt:
     neutral: tuple[Any, ...] = ()
 
 
+@dataclass(frozen=True)
+class Removed(NotBuilt):
+    """Mark of a key that DeepSpeed 0.19.8 does not have either, with what to use `instead`."""
+
+    instead: str = "remove the key"
+
+
+_GROUP_SIZES = ("autotp_size", "tp_size", "ep_size")
+"""Keys that split the work over as many processes: 1 asks for nothing."""
+
+
 def asks_for_nothing(value: object) -> bool:
     """Whether a section or switch is off: false, 0, empty, `"enabled": false`, or made of nothing but such values."""
     if isinstance(value, dict):
-        if isinstance(value.get("enabled"), bool):
-            return not value["enabled"]
-        return all(asks_for_nothing(item) for item in value.values())
+        enabled = _bool_of(value.get("enabled"))
+        if isinstance(enabled, bool):
+            return not enabled
+        return all(
+            asks_for_nothing(item) or (key in _GROUP_SIZES and item == 1 and item is not True)
+            for key, item in value.items()
+        )
     return value is None or value is False or value == "auto" or (isinstance(value, int | float) and value == 0)
 
 
@@ -126,6 +145,16 @@ def whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _bool_of(value: Any) -> Any:
+    """`"true"` and `"false"` as some JSON writers print a switch."""
+    return {"true": True, "false": False}.get(value.lower(), value) if isinstance(value, str) else value
+
+
+def whole_of_text(value: Any) -> Any:
+    """Digits in quotes as the integer they are; else as `whole`."""
+    return int(value) if isinstance(value, str) and value.isascii() and value.isdigit() else whole(value)
+
+
 def _size(value: Any) -> int:
     size = parse_bytes(value)
     if not 1 <= size <= LARGEST_SIZE:
@@ -148,6 +177,15 @@ def _betas(value: Any) -> tuple[float, float]:
     return float(value[0]), float(value[1])
 
 
+def _rates(value: Any) -> float | list[float]:
+    each = list(value) if isinstance(value, list | tuple) else [value]
+    if not each or not all(isinstance(rate, int | float) and not isinstance(rate, bool) for rate in each):
+        raise ValueError
+    if not all(math.isfinite(rate) and rate >= 0 for rate in each):
+        raise ValueError
+    return [float(rate) for rate in each] if isinstance(value, list | tuple) else float(value)
+
+
 def directory(value: Any) -> Path:
     """Return the path that `value` names, `~` expanded; whether it can be used is for the one who opens it to find."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
@@ -165,7 +203,7 @@ def _print_interval(value: Any) -> int | None:
     return value
 
 
-Flag = Annotated[bool, expecting("true or false")]
+Flag = Annotated[bool, BeforeValidator(_bool_of), expecting("true or false")]
 Count = Annotated[
     int, Field(ge=1, le=LARGEST_COUNT), BeforeValidator(whole), expecting(f"an integer from 1 to {LARGEST_COUNT}")
 ]
@@ -182,6 +220,11 @@ MemorySize = Annotated[
     int, PlainValidator(_memory), expecting("a size from 1 MiB to 1 PiB, in bytes or such as '2GiB'")
 ]
 Betas = Annotated[tuple[float, float], PlainValidator(_betas), expecting("two numbers, each at least 0 and below 1")]
+Rates = Annotated[
+    float | list[float],
+    PlainValidator(_rates),
+    expecting("a finite number, 0 or more, or a list of one for each parameter group"),
+]
 Directory = Annotated[Path, PlainValidator(directory), expecting("the path of a directory")]
 PrintInterval = Annotated[
     int | None, PlainValidator(_print_interval), expecting("an integer of at least 1, or Infinity for never")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from zeroxide.config.check import nearest, show, validate
 from zeroxide.config.resolve_precision import resolve_precision
-from zeroxide.config.resolved import Config, Offload, Optimizer, Scheduler
+from zeroxide.config.resolved import Config, Dtype, Offload, Optimizer, Scheduler
 from zeroxide.config.schema import (
     Document,
     OptimizerParams,
@@ -25,6 +26,8 @@ from zeroxide.errors import ConfigError
 
 __all__ = ["resolve"]
 
+logger = logging.getLogger("zeroxide")
+
 NoEffects = list[tuple[str, str]]
 
 # DeepSpeed's own optimizers and torch's, which DeepSpeed takes by name.
@@ -40,10 +43,17 @@ _SCHEDULES: dict[str, type[SchedulerParams]] = {
 _SCHEDULES_TO_COME = ("LRRangeTest", "OneCycle")
 
 
-def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size: int, origin: str) -> Config:
+def resolve(
+    data: Mapping[str, Any],
+    keywords: Mapping[str, Any],
+    *,
+    world_size: int,
+    origin: str,
+    own_dtype: Callable[[], Dtype] | None = None,
+) -> Config:
     """Return the config that `data` (a parsed document) and `keywords` (shortcuts) come to on `world_size` processes.
 
-    Raises `ConfigError`.
+    `own_dtype` is as for `load`. Raises `ConfigError`.
     """
     no_effect: NoEffects = []
     document = validate(Document, data, origin=origin, no_effect=no_effect)
@@ -51,10 +61,11 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
     own = document.zeroxide or Zeroxide()
     zero = document.zero_optimization
 
-    precision = resolve_precision(document, shortcuts, own.format, no_effect)
+    precision = resolve_precision(document, shortcuts, own.format, no_effect, own_dtype)
     stage, offload_param, offload_optimizer = _offload(zero, shortcuts)
     batch, micro, accumulation = _batch(document, shortcuts, world_size)
     clipping = agree("gradient_clipping", shortcuts.gradient_clipping, "gradient_clipping", document.gradient_clipping)
+    compute_norm = _compute_norm(zero, stage, clipping)
     host_memory = agree("host_memory", shortcuts.host_memory, "zeroxide.host_memory", own.host_memory)
     optimizer = _optimizer(document.optimizer, shortcuts, origin, no_effect)
     leaf = (zero.leaf_module if zero is not None else None) or LeafModule()
@@ -72,11 +83,14 @@ def resolve(data: Mapping[str, Any], keywords: Mapping[str, Any], *, world_size:
         transport=own.transport,
         rank_timeout=Config.rank_timeout if own.rank_timeout is None else own.rank_timeout,
         buffer_dtype=precision.buffer_dtype,
+        keep_in_fp32=precision.keep_in_fp32,
         train_batch_size=batch,
         train_micro_batch_size_per_gpu=micro,
         gradient_accumulation_steps=accumulation,
         managed_gradient_accumulation=document.managed_gradient_accumulation,
-        gradient_clipping=clipping or None,
+        gradient_clipping=Config.gradient_clipping if clipping is None else clipping or None,
+        clipping_is_default=clipping is None,
+        compute_grad_norm=compute_norm,
         dataloader_drop_last=document.dataloader_drop_last,
         optimizer=optimizer,
         scheduler=_scheduler(document.scheduler, origin, no_effect),
@@ -209,6 +223,19 @@ def _offload(zero: ZeroOptimization | None, shortcuts: Shortcuts) -> tuple[int, 
     return stage, home_param, home_state
 
 
+def _compute_norm(zero: ZeroOptimization | None, stage: int, clipping: float | None) -> bool:
+    """Whether the norm is told. Leaving it out has DeepSpeed's conditions, so that a config means the same there."""
+    if zero is None or zero.compute_grad_norm:
+        return True
+    key = "zero_optimization.compute_grad_norm"
+    if stage not in (1, 2):
+        raise ConfigError(f"{key} = false needs zero_optimization.stage 1 or 2, got {stage}", path=key)
+    if clipping != 0:
+        shown = "1.0, the default" if clipping is None else show(clipping)
+        raise ConfigError(f"{key} = false needs gradient_clipping = 0, got {shown}", path=key)
+    return False
+
+
 def _background(document: Document, own: Zeroxide) -> bool:
     writer = document.checkpoint.writer if document.checkpoint is not None else None
     theirs = None if writer is None else writer.decoupled
@@ -247,6 +274,7 @@ def _optimizer(
     base = "optimizer.params"
     params = OptimizerParams()
     decoupled = True
+    fallback = Optimizer()
     if section is not None:
         kind = section.type.lower()
         if kind not in ("adam", "adamw"):
@@ -262,13 +290,15 @@ def _optimizer(
             no_effect=no_effect,
         )
         decoupled = params.adam_w_mode is not False
+        if params.torch_adam and decoupled and params.weight_decay is None:
+            # The default of torch.optim.AdamW, which torch_adam asks for; that of torch.optim.Adam is 0.
+            fallback = Optimizer(weight_decay=0.01)
         if kind == "adamw" and not decoupled:
             raise ConfigError(
                 f'{origin}: {base}.adam_w_mode = false contradicts optimizer.type = "{section.type}"; '
                 'use "Adam" for L2 regularisation',
                 path=f"{base}.adam_w_mode",
             )
-    fallback = Optimizer()
     lr = agree("lr", shortcuts.lr, f"{base}.lr", params.lr)
     betas = agree("betas", shortcuts.betas, f"{base}.betas", params.betas)
     eps = agree("eps", shortcuts.eps, f"{base}.eps", params.eps)
@@ -295,14 +325,28 @@ def _scheduler(section: SchedulerSection | None, origin: str, no_effect: NoEffec
         model, section.params, prefix=("scheduler", "params"), root=Document, origin=origin, no_effect=no_effect
     )
     given = {name: getattr(params, name) for name in model.model_fields if name in params.model_fields_set}
-    given.pop("last_batch_iteration", None)
-    low, high = given.get("warmup_min_lr", 0.0), given.get("warmup_max_lr")
-    if high is not None and low > high:
+    _check_rates(given.get("warmup_min_lr", 0.0), given.get("warmup_max_lr"), origin)
+    written = section.params.get("warmup_type")
+    if isinstance(written, str) and written != given.get("warmup_type", written):
+        logger.warning(
+            'scheduler.params.warmup_type: %s is not "linear", and DeepSpeed, which compares names with their case, '
+            'takes what it does not know for "log": so does this run; write "linear" or "log"',
+            show(written),
+        )
+    return Scheduler(section.type, given)  # type: ignore[arg-type]  # the table above holds exactly the three names
+
+
+def _check_rates(low: float | list[float], high: float | list[float] | None, origin: str) -> None:
+    if high is None:
+        return
+    lows, highs = (each if isinstance(each, list) else [each] for each in (low, high))
+    count = max(len(lows), len(highs))
+    pairs = zip(lows * (count if len(lows) == 1 else 1), highs * (count if len(highs) == 1 else 1), strict=False)
+    if any(below > above for below, above in pairs):
         raise ConfigError(
             f"{origin}: scheduler.params.warmup_min_lr = {low} is above scheduler.params.warmup_max_lr = {high}",
             path="scheduler.params.warmup_min_lr",
         )
-    return Scheduler(section.type, given)  # type: ignore[arg-type]  # the table above holds exactly the three names
 
 
 def _unknown_type(path: str, name: str, built: tuple[str, ...], to_come: tuple[str, ...], origin: str) -> ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,17 +32,24 @@ class Precision:
     format: Literal["split", "fp32"]
     grad_dtype: Dtype
     reduce_dtype: Dtype
-    buffer_dtype: Dtype
+    buffer_dtype: Dtype | None
+    keep_in_fp32: tuple[str, ...] | None
 
 
 def resolve_precision(
-    document: Document, shortcuts: Shortcuts, format: Literal["split", "fp32"] | None, no_effect: NoEffects
+    document: Document,
+    shortcuts: Shortcuts,
+    format: Literal["split", "fp32"] | None,
+    no_effect: NoEffects,
+    own_dtype: Callable[[], Dtype] | None,
 ) -> Precision:
     """Settles the dtypes; `format` is the state format asked for, if any.
 
-    Raises ConfigError where sections contradict one another or the shortcut.
+    `own_dtype` tells the dtype of the model's weights, and is asked where the user's words name none. Raises
+    ConfigError where sections contradict one another or the shortcut, and what `own_dtype` raises.
     """
-    precision, name = _precision(document, shortcuts)
+    precision, name = _precision(document, shortcuts, own_dtype)
+    kept = document.data_types.keep_in_fp32_modules if document.data_types else None
     autocast = _autocast(document, precision, name, no_effect)
     return Precision(
         precision=precision,
@@ -52,12 +60,16 @@ def resolve_precision(
         format=_format(format, precision),
         grad_dtype=_grad_dtype(document, precision),
         reduce_dtype=_reduce_dtype(document, precision),
-        buffer_dtype=(document.data_types.buffer_dtype if document.data_types else None) or precision,
+        buffer_dtype=document.data_types.buffer_dtype if document.data_types else None,
+        keep_in_fp32=None if kept is None else tuple(kept),
     )
 
 
-def _precision(document: Document, shortcuts: Shortcuts) -> tuple[Dtype, str]:
-    """The dtype of the weights, and what in the user's words asks for it."""
+def _precision(document: Document, shortcuts: Shortcuts, own_dtype: Callable[[], Dtype] | None) -> tuple[Dtype, str]:
+    """The dtype of the weights, and what in the user's words asks for it.
+
+    A section that is off asks for nothing: without another that is on, weights stay what they are.
+    """
     if document.bf16 is not None and document.bfloat16 is not None:
         raise ConfigError("bf16 and bfloat16 are two names of one section; keep one of them", path="bfloat16")
     bf16 = "bf16" if document.bfloat16 is None else "bfloat16"
@@ -82,11 +94,31 @@ def _precision(document: Document, shortcuts: Shortcuts) -> tuple[Dtype, str]:
                 f"dtype={show(wanted)} contradicts {key} = {show(enabled)} in the config; give only one of them",
                 path=key,
             )
+    stated = document.data_types.param_dtype if document.data_types else None
+    asked: tuple[Dtype, str] | None = None
     if wanted is not None:
-        return wanted, f"dtype={show(wanted)}"
-    if said.get("fp16"):
-        return "fp16", "fp16.enabled"
-    return ("bf16", f"{bf16}.enabled") if said.get("bf16") else ("fp32", "")
+        asked = wanted, f"dtype={show(wanted)}"
+    elif said.get("fp16"):
+        asked = "fp16", "fp16.enabled"
+    elif said.get("bf16"):
+        asked = "bf16", f"{bf16}.enabled"
+    elif document.torch_autocast is not None and document.torch_autocast.enabled:
+        asked = "fp32", "torch_autocast.enabled"
+    elif stated == "fp32":
+        asked = "fp32", "data_types.param_dtype"
+    if stated is not None and stated != (asked or (None, ""))[0]:
+        raise ConfigError(
+            f"data_types.param_dtype = {show(stated)} "
+            + (f"contradicts {asked[1]}" if asked else f"needs {stated}.enabled = true")
+            + "; it names the dtype of the weights and does not set it",
+            path="data_types.param_dtype",
+            expected=show(asked[0]) if asked else None,
+            got=show(stated),
+        )
+    if asked is not None:
+        return asked
+    own = own_dtype() if own_dtype is not None else "fp32"
+    return own, f"the model's own dtype, {own},"
 
 
 def _autocast(document: Document, precision: Dtype, name: str, no_effect: NoEffects) -> LowDtype | None:

@@ -33,7 +33,8 @@ class Offload:
 class LossScale:
     """How the factor on the loss is chosen that keeps small fp16 gradients from vanishing.
 
-    A dynamic scale is halved when gradients overflow and doubled after `window` steps without an overflow.
+    A dynamic scale is halved when gradients overflow and doubled after `window` steps without an overflow, as
+    `zeroxide.loss_scale` counts them.
     """
 
     initial: float = 2.0**16
@@ -100,8 +101,10 @@ class Config:
     """What carries weights and gradients between ranks: shared memory where all are on one host, if it is "auto"."""
     rank_timeout: float = 10.0
     """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
-    buffer_dtype: Dtype = "fp32"
-    """dtype that the model's floating-point buffers are cast to."""
+    buffer_dtype: Dtype | None = None
+    """dtype that the model's floating-point buffers are cast to; `None` keeps each in its own."""
+    keep_in_fp32: tuple[str, ...] | None = None
+    """Patterns of names of buffers that are fp32 under bf16 and fp16; `None` takes the model's own lists."""
 
     train_batch_size: int | None = None
     """Samples per optimizer step over all processes."""
@@ -111,8 +114,12 @@ class Config:
     """Forward and backward passes per optimizer step."""
     managed_gradient_accumulation: bool = True
     """Whether the engine counts micro-batches; otherwise every call of `step` is an optimizer step."""
-    gradient_clipping: float | None = None
+    gradient_clipping: float | None = 1.0
     """Largest global gradient norm; `None` leaves gradients as they are."""
+    clipping_is_default: bool = True
+    """Whether nobody asked for that norm."""
+    compute_grad_norm: bool = True
+    """Whether the global gradient norm is told to those who ask."""
     dataloader_drop_last: bool = False
     """Whether the data loader drops a last batch that is not full."""
 
@@ -151,7 +158,7 @@ class Config:
     checkpoint_memory: int | None = None
     """Most memory in which state waits to be written; `None` is half of what is free, within `host_memory`."""
 
-    steps_per_print: int | None = 10
+    steps_per_print: int | None = None
     """Optimizer steps between progress lines; `None` prints none."""
     wall_clock_breakdown: bool = False
     """Whether progress lines carry the time of forward, backward and step."""

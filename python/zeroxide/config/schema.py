@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, PlainValidator
 
 from zeroxide.config.fields import (
+    LARGEST_COUNT,
     Betas,
     ByteSize,
     Count,
@@ -20,18 +21,38 @@ from zeroxide.config.fields import (
     NonNegative,
     NotBuilt,
     PrintInterval,
+    Rates,
+    Removed,
     Seconds,
     Section,
     WholeNumber,
     choice,
     expecting,
+    whole,
 )
 from zeroxide.config.schema_precision import Bf16, DataTypes, DtypeName, Fp16, TorchAutocast
-from zeroxide.config.schema_zero import ZeroOptimization
+from zeroxide.config.schema_zero import ZeroOptimization, stage_of_switch
 
 __all__ = ["Document", "OptimizerParams", "SchedulerParams", "WarmupCosineParams", "WarmupDecayParams", "WarmupParams"]
 
 _MONITOR = "monitors (metrics go to the JSONL log)"
+
+
+def _warmup_type(value: Any) -> str:
+    """As DeepSpeed compares names, with their case: of another case is not its "linear", and gives its default."""
+    if value in ("log", "linear"):
+        return str(value)
+    if isinstance(value, str) and value.lower() in ("log", "linear"):
+        return "log"
+    raise ValueError
+
+
+WarmupType = Annotated[Literal["log", "linear"], PlainValidator(_warmup_type), expecting('"log" or "linear"')]
+
+
+_BATCH_KEYS = "train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps"
+_USE_SPARSE = "remove the key: rows of an embedding's gradient are always kept sparse"
+_USE_LOADER = "order the data in the data loader"
 
 
 class OptimizerParams(Section):
@@ -45,7 +66,7 @@ class OptimizerParams(Section):
     adam_w_mode: Flag | None = None
     amsgrad: Annotated[Flag | None, NotBuilt("AMSGrad")] = None
     fp32_optimizer_states: Annotated[Flag | None, NotBuilt("optimizer states below fp32", neutral=(True,))] = None
-    torch_adam: Annotated[Any, NoEffect("there is one kernel, and it runs wherever the state lies")] = None
+    torch_adam: Flag | None = None
     fused: Annotated[Any, NoEffect("the update is always one fused pass")] = None
     foreach: Annotated[Any, NoEffect("the update is always one fused pass")] = None
     capturable: Annotated[Any, NoEffect("the update is not part of a CUDA graph")] = None
@@ -65,15 +86,23 @@ class SchedulerParams(Section):
     """What the three warm-up schedules share."""
 
     warmup_num_steps: Count | None = None
-    warmup_type: Annotated[Literal["log", "linear"] | None, choice("log", "linear")] = None
-    last_batch_iteration: Annotated[Any, NoEffect("a resumed run takes its position from the checkpoint")] = None
+    warmup_type: WarmupType | None = None
+    last_batch_iteration: (
+        Annotated[
+            int,
+            BeforeValidator(whole),
+            Field(ge=-1, le=LARGEST_COUNT),
+            expecting(f"an integer from -1 to {LARGEST_COUNT}"),
+        ]
+        | None
+    ) = None
 
 
 class WarmupParams(SchedulerParams):
     """`WarmupLR`: from `warmup_min_lr` to `warmup_max_lr`, then constant."""
 
-    warmup_min_lr: NonNegative | None = None
-    warmup_max_lr: NonNegative | None = None
+    warmup_min_lr: Rates | None = None
+    warmup_max_lr: Rates | None = None
 
 
 class WarmupDecayParams(WarmupParams):
@@ -174,7 +203,7 @@ class Document(Section):
     gradient_accumulation_steps: Count | None = None
     managed_gradient_accumulation: Flag = True
     gradient_clipping: NonNegative | None = None
-    steps_per_print: PrintInterval = 10
+    steps_per_print: PrintInterval = None
     wall_clock_breakdown: Flag = False
     dataloader_drop_last: Flag = False
     bf16: Bf16 | None = None
@@ -184,7 +213,7 @@ class Document(Section):
     data_types: DataTypes | None = None
     optimizer: Optimizer | None = None
     scheduler: Scheduler | None = None
-    zero_optimization: ZeroOptimization | None = None
+    zero_optimization: Annotated[ZeroOptimization | None, BeforeValidator(stage_of_switch)] = None
     aio: Aio | None = None
     activation_checkpointing: ActivationCheckpointing | None = None
     checkpoint: Checkpoint | None = None
@@ -208,30 +237,33 @@ class Document(Section):
     # What is not built yet.
     sequence_parallel_size: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
     data_parallel_size: Annotated[Count | None, NotBuilt("a mesh of several processes", neutral=(1,))] = None
-    graph_harvesting: Annotated[Any, NotBuilt("CUDA graphs")] = None
-    sparse_gradients: Annotated[Any, NotBuilt("sparse embedding gradients")] = None
     use_data_before_expert_parallelism: Annotated[Any, NotBuilt("expert parallelism")] = None
     pipeline: Annotated[Any, NotBuilt("pipeline parallelism")] = None
     tensor_parallel: Annotated[Any, NotBuilt("tensor parallelism")] = None
     expert_parallel: Annotated[Any, NotBuilt("expert parallelism")] = None
-    amp: Annotated[Any, NotBuilt("Apex AMP")] = None
     compile: Annotated[Any, NotBuilt("compiled graphs")] = None
     hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None
-    sparse_attention: Annotated[Any, NotBuilt("sparse attention")] = None
-    compression_training: Annotated[Any, NotBuilt("compression")] = None
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None
-    quantize_training: Annotated[Any, NotBuilt("quantized training")] = None
-    eigenvalue: Annotated[Any, NotBuilt("eigenvalue estimates")] = None
     data_efficiency: Annotated[Any, NotBuilt("data sampling and routing")] = None
-    curriculum_learning: Annotated[Any, NotBuilt("curriculum learning")] = None
-    progressive_layer_drop: Annotated[Any, NotBuilt("progressive layer drop")] = None
-    elasticity: Annotated[Any, NotBuilt("elastic batch sizes")] = None
     autotuning: Annotated[Any, NotBuilt("autotuning")] = None
     flops_profiler: Annotated[Any, NotBuilt("the FLOPs profiler")] = None
     comms_logger: Annotated[Any, NotBuilt("the communication log")] = None
-    nebula: Annotated[Any, NotBuilt("external checkpoint engines")] = None
     datastates_ckpt: Annotated[Any, NotBuilt("external checkpoint engines")] = None
     tensorboard: Annotated[Any, NotBuilt(_MONITOR)] = None
     wandb: Annotated[Any, NotBuilt(_MONITOR)] = None
     csv_monitor: Annotated[Any, NotBuilt(_MONITOR)] = None
     comet: Annotated[Any, NotBuilt(_MONITOR)] = None
+    monitor_config: Annotated[Any, NotBuilt(_MONITOR)] = None
+
+    # What DeepSpeed 0.19.8 refuses by name, on or off.
+    amp: Annotated[Any, Removed("Apex AMP", instead='use "bf16", "fp16" or "torch_autocast"')] = None
+    elasticity: Annotated[Any, Removed("elastic batch sizes", instead=f"set {_BATCH_KEYS}")] = None
+    nebula: Annotated[Any, Removed("Nebula checkpoints", instead='use "zeroxide.checkpoint_background"')] = None
+    graph_harvesting: Annotated[Any, Removed("CUDA graphs")] = None
+    sparse_gradients: Annotated[Any, Removed("sparse embedding gradients", instead=_USE_SPARSE)] = None
+    sparse_attention: Annotated[Any, Removed("sparse attention", instead="use the model's own attention")] = None
+    compression_training: Annotated[Any, Removed("compression", instead="compress with a library for it")] = None
+    quantize_training: Annotated[Any, Removed("quantized training", instead="quantize the model before")] = None
+    eigenvalue: Annotated[Any, Removed("eigenvalue estimates")] = None
+    curriculum_learning: Annotated[Any, Removed("curriculum learning", instead=_USE_LOADER)] = None
+    progressive_layer_drop: Annotated[Any, Removed("progressive layer drop", instead="drop layers in forward")] = None

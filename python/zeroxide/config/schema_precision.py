@@ -93,8 +93,12 @@ class TorchAutocast(Section):
 
 
 class DataTypes(Section):
-    """`data_types`: what gradients are kept in, and what floating-point buffers are cast to."""
+    """`data_types`: what gradients are kept in, and what floating-point buffers are cast to.
+
+    `keep_in_fp32_modules` are patterns of buffer names, `*` for any characters, that are fp32 under bf16 and fp16.
+    """
 
     grad_accum_dtype: DtypeName | None = None
     buffer_dtype: DtypeName | None = None
-    param_dtype: Annotated[DtypeName | None, NotBuilt("a parameter dtype other than the one `bf16` sets")] = None
+    param_dtype: DtypeName | None = None
+    keep_in_fp32_modules: Annotated[list[str], expecting('"auto" or a list of name patterns')] | None = None

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from zeroxide.config.fields import Directory, Flag, NoEffect, NotBuilt, Section, choice, expecting
+from zeroxide.config.fields import (
+    Directory,
+    Flag,
+    NoEffect,
+    NotBuilt,
+    Removed,
+    Section,
+    choice,
+    expecting,
+    whole_of_text,
+)
 
-__all__ = ["LeafModule", "OffloadOptimizer", "OffloadParam", "ZeroOptimization"]
+__all__ = ["LeafModule", "OffloadOptimizer", "OffloadParam", "ZeroOptimization", "stage_of_switch"]
 
 Names = Annotated[list[str], expecting("a list of names")]
 Device = Annotated[Literal["none", "cpu", "nvme"], choice("none", "cpu", "nvme")]
@@ -59,7 +69,8 @@ class LeafModule(Section):
 class ZeroOptimization(Section):
     """`zero_optimization`."""
 
-    stage: Annotated[int, Field(ge=0, le=3), expecting("0, 1, 2 or 3")] | None = None
+    stage: Annotated[int, Field(ge=0, le=3), BeforeValidator(whole_of_text), expecting("0, 1, 2 or 3")] | None = None
+    compute_grad_norm: Flag = True
     offload_param: OffloadParam | None = None
     offload_optimizer: OffloadOptimizer | None = None
     cpu_offload: Flag | None = None
@@ -95,6 +106,7 @@ class ZeroOptimization(Section):
     stage3_use_all_reduce_for_fetch_params: Annotated[Any, NoEffect("a unit is gathered by one collective")] = None
     stage3_allgather_sequential: Annotated[Any, NoEffect("a unit is gathered by one collective")] = None
     leaf_module: LeafModule | None = None
+    parameter_alignment: Annotated[Any, NoEffect("every parameter begins at a multiple of 64 elements")] = None
     memory_efficient_linear: Annotated[Any, NoEffect("no function of torch is replaced")] = None
     override_module_apply: Annotated[Any, NoEffect("no function of torch is replaced")] = None
     pipeline_loading_checkpoint: Annotated[Any, NoEffect("checkpoints are always loaded as a stream")] = None
@@ -107,6 +119,11 @@ class ZeroOptimization(Section):
     zero_quantized_weights: Annotated[Any, NotBuilt("quantized collectives")] = None
     zero_quantized_nontrainable_weights: Annotated[Any, NotBuilt("quantized collectives")] = None
     zero_quantized_gradients: Annotated[Any, NotBuilt("quantized collectives")] = None
-    zeropp_loco_param: Annotated[Any, NotBuilt("quantized collectives")] = None
-    mics_shard_size: Annotated[Any, NotBuilt("MiCS sharding groups", neutral=(-1,))] = None
-    mics_hierarchical_params_gather: Annotated[Any, NotBuilt("MiCS sharding groups")] = None
+    zeropp_loco_param: Annotated[Any, Removed("LoCo error feedback")] = None
+    mics_shard_size: Annotated[Any, Removed("MiCS sharding groups", neutral=(-1,))] = None
+    mics_hierarchical_params_gather: Annotated[Any, Removed("MiCS sharding groups")] = None
+
+
+def stage_of_switch(value: Any) -> Any:
+    """`"zero_optimization": true` is stage 1 and false none, the oldest way to write the section."""
+    return {"stage": 1 if value else 0} if isinstance(value, bool) else value

@@ -18,7 +18,9 @@ and after it (`i >= n`), with `T = total_num_steps` and `c = cos_min_ratio`:
 `WarmupCosineLR` runs from `warmup_min_ratio` to 1.
 
 Iterations count as in DeepSpeed: optimizer step `k` (from 0) runs with the rate of iteration `k - 1`, where iteration
--1 has the rate `low`, or 0 with the cosine. In torch's terms the iteration is `last_epoch - 1`. Every rate is a closed
+-1 has the rate `low`, or 0 with the cosine. In torch's terms the iteration is `last_epoch - 1`. A schedule made with
+`last_batch_iteration` N begins at the rate of iteration N (DeepSpeed leaves the optimizer's own rate for one step
+instead). Every rate is a closed
 function of the iteration and of the constructor's arguments, so a schedule cannot drift, and its saved state is its
 position alone: the arguments of a resumed run are its own.
 """
@@ -59,6 +61,10 @@ class _Warmup(LRScheduler):
             raise ValueError(f"warmup_type: expected 'log' or 'linear', got {warmup_type!r}")
         self.warmup_num_steps = max(2, _integer("warmup_num_steps", warmup_num_steps, 1))
         self.warmup_type = warmup_type
+        if last_batch_iteration != -1:
+            # torch takes the base rates of a schedule that begins further on from here, and raises without.
+            for group in optimizer.param_groups:
+                group.setdefault("initial_lr", group["lr"])
         # torch steps once here: from -1 a fresh schedule starts at epoch 0, which is iteration -1.
         super().__init__(optimizer, _integer("last_batch_iteration", last_batch_iteration, -1))
 

@@ -80,8 +80,10 @@ class LargeModules:
         complete: Callable[[Unit, int], None],
         note_run: Callable[[Unit, nn.Module], None],
         closed: set[int],
+        share: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         self.core = core
+        self.share = share
         self.complete = complete
         self.note_run = note_run
         self.closed = closed
@@ -124,7 +126,7 @@ class LargeModules:
     def _land_part(self, unit: Unit, position: int, start: int, part: torch.Tensor) -> None:
         if unit.index in self.closed:
             raise_closed(unit)
-        self.core.land(unit.index, position, start, spec(part), True)
+        self.core.land(unit.index, position, start, spec(self.share(part)), True)
         if start + part.numel() == unit.shapes[position].numel():
             self.complete(unit, position)
 

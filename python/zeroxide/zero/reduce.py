@@ -31,6 +31,8 @@ class Reducer:
         self.core = core
         self.complete = complete
         self.closed = closed
+        self.divisor = 1
+        """What gradients are divided by as they land: the accumulation steps, where no loss was divided by them."""
         self.missing: list[set[int]] = []
         self.handles = []
         for unit in units:
@@ -41,7 +43,7 @@ class Reducer:
                 handle = unit.params[position].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
                 self.handles.append(handle)
         self.units = units
-        self.large = LargeModules(core, units, self.arrived, note_run, closed)
+        self.large = LargeModules(core, units, self.arrived, note_run, closed, self.share)
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
@@ -59,6 +61,7 @@ class Reducer:
         if unit.index in self.closed:
             raise_closed(unit)
         param.grad = None
+        grad = self.share(grad)
         if grad.layout is torch.strided:
             whole = grad if grad.is_contiguous() else grad.contiguous()
             self.core.land(unit.index, position, 0, spec(whole), True)
@@ -70,6 +73,16 @@ class Reducer:
                 name=unit.names[position],
             )
         self.arrived(unit, position)
+
+    def share(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient divided by `divisor`: the same bits as of a divided loss where that is a power of two."""
+        if self.divisor == 1:
+            return grad
+        if grad.layout is torch.sparse_coo:
+            # Not as a whole, which may sum rows that were looked up twice in another order.
+            parts = grad._indices(), grad._values() / self.divisor
+            return torch.sparse_coo_tensor(*parts, grad.shape, check_invariants=False)
+        return grad / self.divisor
 
     def arrived(self, unit: Unit, position: int) -> None:
         """Notes that a parameter's gradient has landed."""

@@ -87,8 +87,8 @@ def _engine_config(options: TrainOptions) -> dict[str, Any]:
         "steps_per_print": math.inf,
         "bf16": {"enabled": options.dtype == "bf16"},
         "fp16": {"enabled": options.dtype == "fp16"},
-        # Rotary frequencies lose their meaning in bf16; Hugging Face keeps them in fp32 too.
-        "data_types": {"buffer_dtype": "fp32"},
+        # Whatever dtype a model folder has.
+        "data_types": {"param_dtype": options.dtype},
         "optimizer": {
             "type": "AdamW",
             "params": {"lr": options.lr, "betas": list(_BETAS), "weight_decay": options.weight_decay},

@@ -1,0 +1,135 @@
+"""Rows of docs/deepspeed.md about what a config may say."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from running import started
+from torch import nn
+
+import zeroxide
+from zeroxide.config import load
+from zeroxide.errors import ConfigError
+
+ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
+
+
+def refused(config, **more):
+    with pytest.raises(ConfigError) as caught:
+        load(config, **more)
+    return str(caught.value)
+
+
+def test_compute_grad_norm():
+    off = {"stage": 1, "compute_grad_norm": False}
+    torch.manual_seed(0)
+    with started(nn.Linear(4, 2), config=ADAM | {"zero_optimization": off, "gradient_clipping": 0}) as engine:
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        engine.step()
+        assert engine.was_step_applied()
+        assert engine.get_global_grad_norm() is None
+    for stage in (0, 3):
+        line = refused({"zero_optimization": {"stage": stage, "compute_grad_norm": False}, "gradient_clipping": 0})
+        assert f"needs zero_optimization.stage 1 or 2, got {stage}" in line
+    assert "needs gradient_clipping = 0, got 1.0, the default" in refused({"zero_optimization": off})
+    assert "got 0.5" in refused({"zero_optimization": off, "gradient_clipping": 0.5})
+    assert load({"zero_optimization": off}, gradient_clipping=0).compute_grad_norm is False
+    assert load({"zero_optimization": {"stage": 3, "compute_grad_norm": True}}).compute_grad_norm
+
+
+def test_parameter_alignment():
+    for value in (True, False):
+        found = load({"zero_optimization": {"parameter_alignment": value}}).no_effect
+        assert [name for name, _ in found] == ["zero_optimization.parameter_alignment"]
+        assert "64 elements" in found[0][1]
+
+
+def test_unknown_keys():
+    for key in ("seed", "_comment", "zero_optimization.stage", "gradient_cliping"):
+        assert f'unknown key "{key}"' in refused({key: 1})
+    assert 'the nearest known key is "gradient_clipping"' in refused({"gradient_cliping": 1})
+
+
+def test_param_dtype():
+    assert load({"data_types": {"param_dtype": "fp32"}}, own_dtype=lambda: "bf16").precision == "fp32"
+    assert load({"data_types": {"param_dtype": "bf16"}, "bf16": {"enabled": True}}).precision == "bf16"
+    assert load({"data_types": {"param_dtype": "fp16"}}, dtype="fp16").precision == "fp16"
+    line = refused({"data_types": {"param_dtype": "fp32"}, "bf16": {"enabled": True}})
+    assert 'data_types.param_dtype = "fp32" contradicts bf16.enabled' in line
+    assert "needs bf16.enabled = true" in refused({"data_types": {"param_dtype": "bf16"}})
+
+
+def test_off_sections():
+    for section in (
+        {"tensor_parallel": {"autotp_size": 1}},
+        {"tensor_parallel": {"autotp_size": 0, "enabled": False}},
+        {"monitor_config": {"tensorboard": {"enabled": False}, "csv_monitor": {"enabled": False}}},
+        {"monitor_config": {}},
+        {"expert_parallel": {"ep_size": 1}},
+    ):
+        assert [name for name, _ in load(section).no_effect] == list(section)
+    for section in (
+        {"tensor_parallel": {"autotp_size": 2}},
+        {"tensor_parallel": {"autotp_size": True}},
+        {"monitor_config": {"wandb": {"enabled": True}}},
+    ):
+        assert "not built yet" in refused(section)
+
+
+def test_lenient_values():
+    assert load({"zero_optimization": True}).stage == 1
+    assert load({"zero_optimization": False}).stage == 0
+    assert [load({"zero_optimization": {"stage": f"{stage}"}}).stage for stage in range(4)] == [0, 1, 2, 3]
+    assert load({"bf16": {"enabled": "true"}}).precision == load({"bf16": {"enabled": "True"}}).precision == "bf16"
+    assert load({"bf16": {"enabled": "false"}}).precision == "fp32"
+    assert load({"wandb": {"enabled": "false", "project": "x"}}).no_effect
+    assert "not built yet" in refused({"wandb": {"enabled": "true"}})
+    assert "expected true or false" in refused({"bf16": {"enabled": "maybe"}})
+    a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
+    model = nn.ParameterList([a, b])
+    rates = {"warmup_min_lr": [0.0, 0.1], "warmup_max_lr": [0.2, 0.3], "warmup_num_steps": 2, "warmup_type": "linear"}
+    scheduled = ADAM | {"scheduler": {"type": "WarmupLR", "params": rates}}
+    with started(model, config=scheduled, model_parameters=[{"params": [a]}, {"params": [b]}]) as engine:
+        assert engine.get_lr() == [0.0, 0.1]
+        engine.lr_scheduler.step()
+        engine.lr_scheduler.step()
+        # Iteration 1 of 2: half of the way.
+        assert engine.get_lr() == pytest.approx([0.1, 0.2], rel=1e-12)
+
+
+def test_falling_warmup():
+    for low, high in ((0.2, 0.1), ([0.0, 0.2], [0.1, 0.1]), (0.2, [0.3, 0.1])):
+        params = {"warmup_min_lr": low, "warmup_max_lr": high}
+        assert "warmup_min_lr" in refused({"scheduler": {"type": "WarmupLR", "params": params}})
+
+
+def test_not_built():
+    for key, config in {
+        "bf16.bf16_master_weights_and_grads": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
+        "lower_precision_safe_modules": {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
+        "cpu_checkpointing": {"activation_checkpointing": {"cpu_checkpointing": True}},
+        "flops_profiler": {"flops_profiler": {"enabled": True}},
+        "csv_monitor": {"csv_monitor": {"enabled": True}},
+        "optimizer.type": {"optimizer": {"type": "SGD"}},
+    }.items():
+        line = refused(config)
+        assert key in line
+        assert "not built yet" in line
+
+
+def test_removed():
+    for key in ("amp", "elasticity", "curriculum_learning", "compression_training", "eigenvalue", "nebula"):
+        assert [name for name, _ in load({key: {"enabled": False}}).no_effect] == [key]
+        line = refused({key: {"enabled": True}})
+        assert "neither zeroxide nor DeepSpeed 0.19.8 has it" in line
+        assert "not built" not in line
+    assert "rows of an embedding" in refused({"sparse_gradients": True})
+    assert "MiCS" in refused({"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
+
+
+def test_names():
+    """Only that the error says what is missing: nothing here pretends to be there."""
+    for name in ("utils", "comm", "ops", "runtime", "moe", "pipe", "get_accelerator", "DeepSpeedEngine"):
+        with pytest.raises(AttributeError, match=f"no attribute '{name}'"):
+            getattr(zeroxide, name)
+    assert callable(zeroxide.safe_get_full_fp32_param)
