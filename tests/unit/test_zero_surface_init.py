@@ -239,7 +239,7 @@ def test_what_is_not_built_is_refused(tmp_path):
         model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(RuntimeError, match="size mismatch"):
         model.load_state_dict({"0.weight": torch.ones(4, 4), "0.bias": torch.ones(4)})
-    with pytest.raises(ModelError, match="was to be copied"):
+    with pytest.raises(ModelError, match="is empty, and copying needs its values"):
         copy.deepcopy(model)
 
 

@@ -23,6 +23,7 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.ranks import Ranks, Watch, agree, first_line, init_distributed, start
+from zeroxide.zero.empty import PASSIVE, operation
 from zeroxide.zero.keeper import shape_of
 from zeroxide.zero.slices import Slice, SliceFile, slice_of
 
@@ -32,21 +33,6 @@ KEPT_BYTES = 64 << 20
 """Bytes of parameters that are whole at once inside the context, beside those of the module being made."""
 LARGE_BLOCK = 1 << 20
 """Bytes from which the allocator gives freed memory back to the system."""
-
-# What can be asked of an empty parameter without its values.
-_PASSIVE = {
-    *("requires_grad", "grad", "dtype", "device", "is_leaf", "layout", "is_meta", "grad_fn", "is_sparse", "names"),
-    *("requires_grad_", "is_floating_point", "is_complex", "__hash__", "__repr__", "_backward_hooks", "retains_grad"),
-    *(
-        "register_hook",
-        "register_post_accumulate_grad_hook",
-        "is_cuda",
-        "is_cpu",
-        "_version",
-        "element_size",
-        "itemsize",
-    ),
-}
 
 
 class Construction:
@@ -208,20 +194,14 @@ class _Touch(TorchFunctionMode):
         kwargs = kwargs or {}
         empty = [(each, keeper) for each in _parameters((args, kwargs)) if (keeper := _cut_already(each)) is not None]
         if empty:
-            name = _name(func)
+            name = operation(func)
             if args and empty[0][0] is args[0] and name in _ANSWERS:
                 return _ANSWERS[name](empty[0][1].shape, *args[1:], **kwargs)
-            if name not in _PASSIVE:
+            if name not in PASSIVE:
                 for param, keeper in empty:
                     if not keeper.whole:
                         self.construction.touch(param, keeper)
         return func(*args, **kwargs)
-
-
-def _name(func: Any) -> str:
-    """The name of an operation, or of the attribute that is read or set."""
-    name = getattr(func, "__name__", "")
-    return getattr(func.__self__, "__name__", "") if name in ("__get__", "__set__") else name
 
 
 def _size(shape: torch.Size, dim: int | None = None) -> Any:

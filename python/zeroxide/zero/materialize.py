@@ -38,7 +38,7 @@ def resident_without(module: nn.Module) -> int:
     storages = {
         param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
         for param in module.parameters()
-        if param.device.type == "cpu"
+        if param.device.type == "cpu" and param.numel()
     }
     slices = (slice_of(param) for param in module.parameters())
     storages.update({-1 - at: each.nbytes for at, each in enumerate(slices) if each is not None})

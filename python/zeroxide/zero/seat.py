@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.errors import ModelError
 from zeroxide.ranks import Ranks, Watch
+from zeroxide.zero.empty import conceal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
 from zeroxide.zero.state import UnitState
 from zeroxide.zero.tensors import spec
@@ -75,6 +77,7 @@ class Seat:
         start, end = house.core().shard(unit.index)
         self.shard = end - start
         manage(unit.params[position], self)
+        conceal(unit.params[position], unit.empty)
 
     @property
     def persists(self) -> bool:
@@ -181,6 +184,10 @@ class Seat:
         if exact.numel():
             _core.Offload.round_bf16(spec(exact), spec(out))
         return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a parameter has nobody who keeps its values.
+        return type(None), ()
 
     # As a keeper ----------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import mmap
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.ranks import Ranks, all_gather_single
+from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
 
 __all__ = ["Slice", "SliceFile", "slice_of"]
@@ -84,6 +86,10 @@ class Slice:
         """Resident bytes that the slice takes while it is not in use."""
         return 0 if self.mapped is not None else self.values.nbytes
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a parameter has nobody who keeps its values.
+        return type(None), ()
+
     def available(self) -> bool:
         """Whether the parameter shows its values now."""
         return self.whole
@@ -102,7 +108,7 @@ class Slice:
         local.copy_(flat[start : start + local.numel()])
         self._drop_pages()
         if self.holds:
-            param.data = flat.view(self.shape)
+            reveal(param, flat.view(self.shape))
         else:
             self.empty(param)
 
@@ -114,12 +120,12 @@ class Slice:
             flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype)
             all_gather_single(flat, self.values, group=self.ranks.group)
         self._drop_pages()
-        param.data = flat[: self.shape.numel()].view(self.shape)
+        reveal(param, flat[: self.shape.numel()].view(self.shape))
         self.whole = True
 
     def empty(self, param: nn.Parameter) -> None:
         """Takes the values away again; changes are lost."""
-        param.data = torch.empty(0, dtype=self.dtype)
+        conceal(param, torch.empty(0, dtype=self.dtype))
         self.whole = False
 
     def drop(self) -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import unmanage
 from zeroxide.zero.plan import UnitPlan
 from zeroxide.zero.state import UnitState
@@ -48,7 +49,7 @@ class Unit:
         if self.state is UnitState.GATHERED:
             return
         for param, view in zip(self.params, self.views, strict=True):
-            param.data = view
+            reveal(param, view)
         self.state = UnitState.GATHERED
         self._show_lent()
 
@@ -57,7 +58,7 @@ class Unit:
         if self.state is UnitState.RELEASED:
             return
         for param in self.params:
-            param.data = self.empty
+            conceal(param, self.empty)
         self.state = UnitState.RELEASED
         self._show_lent()
 
@@ -72,13 +73,15 @@ class Unit:
     def lend(self, position: int, copy: torch.Tensor) -> None:
         """Lets a parameter show `copy`, in its shape and dtype, until it is taken back."""
         self.lent[position] = copy
-        self.params[position].data = copy
+        reveal(self.params[position], copy)
 
     def take_back(self, position: int) -> None:
         """Ends `lend`."""
         self.lent.pop(position, None)
-        gathered = self.state is UnitState.GATHERED
-        self.params[position].data = self.views[position] if gathered else self.empty
+        if self.state is UnitState.GATHERED:
+            reveal(self.params[position], self.views[position])
+        else:
+            conceal(self.params[position], self.empty)
         self.versions[position] = self.params[position]._version
 
     def note_versions(self) -> None:
@@ -94,4 +97,4 @@ class Unit:
 
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():
-            self.params[position].data = copy
+            reveal(self.params[position], copy)
