@@ -41,6 +41,7 @@ from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
 from zeroxide.zero.unit import Unit
+from zeroxide.zero.untraced import leave_untraced
 
 if TYPE_CHECKING:
     from zeroxide.checkpoint.background import Saver
@@ -163,6 +164,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self._loading = refuse_loading(module)
         self._state_dicts = StateDicts(module, self._house, self.config.rank_timeout)
         self._copies = PlainCopies(module)
+        leave_untraced()
         for embedding in self._hooks.reducer.large.sparse:
             self._copies.instead(embedding, "sparse", False)
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
@@ -200,6 +202,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model. Every unit is gathered where it is used and released after."""
         self._alive()
+        leave_untraced()
         start = time.perf_counter()
         self.watch.doing = ("forward", None, None, None)
         inputs, kwargs = cast_inputs(self.config, (inputs, kwargs))

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.zero.names import plain_name
 from zeroxide.zero.tensors import spec
 
 if TYPE_CHECKING:
@@ -59,7 +60,10 @@ def held_parameters(engine: Engine) -> list[Held]:
     core = engine._alive()
     names: dict[int, list[str]] = {}
     for name, param in engine.module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
+        known = names.setdefault(id(param), [])
+        # A module that is there compiled and as it was has one name for both.
+        if (plain := plain_name(name)) not in known:
+            known.append(plain)
     grouped = [] if engine.optimizer is None else engine.optimizer.param_groups
     groups = {id(param): number for number, group in enumerate(grouped) for param in group["params"]}
     return [
@@ -117,7 +121,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
             if buffer is None or name in owner._non_persistent_buffers_set or id(buffer) in seen:
                 continue
             seen.add(id(buffer))
-            found[f"{prefix}.{name}" if prefix else name] = buffer
+            found[plain_name(f"{prefix}.{name}" if prefix else name)] = buffer
     return found
 
 

@@ -12,6 +12,7 @@ from zeroxide.checkpoint.contents import Held
 from zeroxide.checkpoint.manifest import Manifest, SavedBuffer, SavedParameter
 from zeroxide.checkpoint.stream import DTYPES
 from zeroxide.errors import CheckpointError
+from zeroxide.zero.names import plain_name
 
 __all__ = ["match_buffers", "match_groups", "match_parameters"]
 
@@ -57,7 +58,7 @@ def match_parameters(
     A parameter is found by any of its names. Raises CheckpointError where shapes differ and, if `strict`, where names
     or the sharing of parameters do.
     """
-    by_name = {name: saved for saved in manifest.parameters for name in saved.names}
+    by_name = {plain_name(name): saved for saved in manifest.parameters for name in saved.names}
     result: dict[str, SavedParameter | None] = {}
     found = _Differences([], [], [], [])
     users: dict[str, str] = {}
@@ -76,7 +77,9 @@ def match_parameters(
             found.ties.append(f"{one.name} (one parameter with {users[saved.name]} there, two here)")
         users[saved.name] = one.name
     known = {name for one in held for name in one.names}
-    found.unexpected = [saved.name for saved in manifest.parameters if not known.intersection(saved.names)]
+    found.unexpected = [
+        saved.name for saved in manifest.parameters if known.isdisjoint(plain_name(name) for name in saved.names)
+    ]
     _refuse("parameters", found, strict, path)
     return result
 
@@ -85,7 +88,7 @@ def match_buffers(
     buffers: dict[str, torch.Tensor], manifest: Manifest, path: Path, *, strict: bool
 ) -> list[tuple[torch.Tensor, SavedBuffer]]:
     """Buffers of the model with what was saved for each. Raises CheckpointError like `match_parameters`."""
-    by_name = {saved.name: saved for saved in manifest.buffers}
+    by_name = {plain_name(saved.name): saved for saved in manifest.buffers}
     found = _Differences([name for name in buffers if name not in by_name], [], [], [])
     found.unexpected = [name for name in by_name if name not in buffers]
     pairs = []

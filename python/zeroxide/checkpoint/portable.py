@@ -18,6 +18,7 @@ from zeroxide.checkpoint.manifest import read_manifest
 from zeroxide.checkpoint.plain import decode
 from zeroxide.checkpoint.source import Sources
 from zeroxide.checkpoint.stream import DTYPES
+from zeroxide.zero.names import plain_name
 
 __all__ = ["Portable", "PortableParameter", "Segments", "read_own"]
 
@@ -89,20 +90,29 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
     manifest = read_manifest(directory)
     parts = PARTS if moments else PARTS[:1]
     lists = {
-        (saved.name, part): saved.part(part) for saved in manifest.parameters for part in parts if saved.part(part)
+        (plain_name(saved.name), part): saved.part(part)
+        for saved in manifest.parameters
+        for part in parts
+        if saved.part(part)
     }
     needed = [piece for pieces in lists.values() for piece in pieces]
     needed += [piece for saved in manifest.buffers for piece in saved.pieces]
     sources = Sources(directory, manifest.files, needed, Staging(), Team(None))
-    numels = {saved.name: torch.Size(saved.shape).numel() for saved in manifest.parameters}
+    numels = {plain_name(saved.name): torch.Size(saved.shape).numel() for saved in manifest.parameters}
     buffers = {}
     for saved in manifest.buffers:
         values = [each.clone() for _, each in sources.chunks(saved.pieces, 0, torch.Size(saved.shape).numel())]
         empty = torch.empty(0, dtype=DTYPES[saved.pieces[0].dtype])
-        buffers[saved.name] = torch.cat([empty, *values]).view(saved.shape)
+        buffers[plain_name(saved.name)] = torch.cat([empty, *values]).view(saved.shape)
     return Portable(
         parameters=[
-            PortableParameter(saved.names, saved.shape, saved.trainable, saved.updates, saved.group)
+            PortableParameter(
+                list(dict.fromkeys(map(plain_name, saved.names))),
+                saved.shape,
+                saved.trainable,
+                saved.updates,
+                saved.group,
+            )
             for saved in manifest.parameters
         ],
         segments={key: _Chunks(sources, pieces, numels[key[0]]) for key, pieces in lists.items()},

@@ -25,6 +25,7 @@ from torch import nn
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.keeper import keeper_of
+from zeroxide.zero.names import plain_name
 from zeroxide.zero.seat import House, Seat, seat_of
 
 __all__ = ["FullState", "StateDicts", "full_state_dict", "load_full_state_dict", "refuse_loading"]
@@ -189,7 +190,9 @@ def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = T
             seen[id(value)] = whole if house.ranks.rank == 0 else torch.empty(0)
         if house.ranks.rank == 0:
             found = seen.get(id(value), value)
-            kept[name] = found.detach().clone() if found is value and isinstance(value, torch.Tensor) else found
+            kept[plain_name(name)] = (
+                found.detach().clone() if found is value and isinstance(value, torch.Tensor) else found
+            )
     return kept
 
 
@@ -200,8 +203,11 @@ def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, An
     anything has changed, when names (`strict`) or shapes do not fit.
     """
     targets = {
-        name: value for name, value in _parameters_and_buffers(module).items() if isinstance(value, torch.Tensor)
+        plain_name(name): value
+        for name, value in _parameters_and_buffers(module).items()
+        if isinstance(value, torch.Tensor)
     }
+    given = {plain_name(name): value for name, value in given.items()}
     plan = house.ranks.gather_objects([list(_problems(targets, given, strict)), [n for n in targets if n in given]])[0]
     problems, names = plan
     if problems:
