@@ -27,6 +27,7 @@ from zeroxide.optim.engine_optimizer import EngineOptimizer
 from zeroxide.optim.groups import check_groups, groups_for
 from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
+from zeroxide.zero.buffers import check_buffers
 from zeroxide.zero.core import open_core
 from zeroxide.zero.exchange import agree_on_norm, make_exchange
 from zeroxide.zero.full_state import FullState, StateDicts, refuse_loading
@@ -101,6 +102,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradient_clipping)
         check_groups(groups)
         mark_leaf_modules(module, config)
+        check_buffers(module, self.ranks, made=weights is not None)
         threads = config.threads or len(os.sched_getaffinity(0))
         self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
         self._core = open_core(self._plan, config)
@@ -132,8 +134,8 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         fill_units(module, plan.units, core, weights, new, self.ranks)
         for unit in units:
             unit.params = [new.get(id(param), param) for param in unit.params]
-            for param in unit.params:
-                param.data = unit.empty
+            for param, empty in zip(unit.params, unit.empties, strict=True):
+                param.data = empty
                 param.grad = None
         cast_buffers(module, self.config)
         for group in groups:

@@ -47,7 +47,9 @@ pub struct ParamPiece {
 /// Trainable parameters come first, frozen ones after them, each group in the order given. Every
 /// parameter starts at a multiple of [`PARAM_ALIGN`]. The trainable part and the whole are both padded
 /// to a multiple of [`SHARD_ALIGN`] x world, so either can be cut into one equal slice per rank.
-/// Padding belongs to no parameter.
+/// Padding belongs to no parameter, and parameters without elements alone still get some: a part that has
+/// a parameter is never empty. Frozen parameters may be of another dtype than the elements; they are then
+/// counted in as many elements as their bytes need.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct UnitLayout {
     params: Vec<Placed>,
@@ -82,10 +84,12 @@ impl UnitLayout {
         let mut order = Vec::with_capacity(params.len());
         let mut place = |trainable: bool, start: u64| -> Result<u64, LayoutError> {
             let mut end = start;
+            let mut any = false;
             for (index, param) in placed.iter_mut().enumerate() {
                 if param.shape.trainable != trainable {
                     continue;
                 }
+                any = true;
                 param.offset = aligned(end, PARAM_ALIGN)?;
                 end = param
                     .offset
@@ -95,7 +99,7 @@ impl UnitLayout {
                     order.push(index);
                 }
             }
-            aligned(end, shard_align)
+            aligned(end.max(start + u64::from(any)), shard_align)
         };
         let trainable_len = place(true, 0)?;
         let len = place(false, trainable_len)?;

@@ -48,8 +48,10 @@ proptest! {
             prop_assert_eq!(layout.numel(param), shape.numel);
             prop_assert_eq!(range.start % PARAM_ALIGN, 0);
             let part = if shape.trainable {
+                prop_assert!(layout.trainable_len() > 0);
                 0..layout.trainable_len()
             } else {
+                prop_assert!(layout.len() > layout.trainable_len());
                 layout.trainable_len()..layout.len()
             };
             prop_assert!(part.start <= range.start && range.end <= part.end);
@@ -66,9 +68,13 @@ proptest! {
         let layout = UnitLayout::new(&shapes, world).unwrap();
         let mut end = 0_u64;
         for (trainable, expected) in [(true, layout.trainable_len()), (false, layout.len())] {
-            for shape in shapes.iter().filter(|s| s.trainable == trainable) {
+            let start = end;
+            let part = || shapes.iter().filter(|s| s.trainable == trainable);
+            for shape in part() {
                 end = end.next_multiple_of(PARAM_ALIGN) + shape.numel;
             }
+            // A part with a parameter is never empty.
+            end = end.max(start + u64::from(part().count() > 0));
             end = end.next_multiple_of(SHARD_ALIGN * u64::from(world));
             prop_assert_eq!(end, expected);
         }

@@ -51,7 +51,16 @@ impl Core {
         let range = at..at + values.len() as u64;
         let trainable = this.params[param].trainable;
         if part == Part::Weights {
-            self.write_live(unit, &range, values, values.len() as u64 == numel)?;
+            let (compute, element) = (self.compute, self.compute.size());
+            self.write_live(
+                unit,
+                &range,
+                values.len() as u64 == numel,
+                |first, bytes| {
+                    let from = to_usize(first - range.start);
+                    store_weight(compute, &values[from..from + bytes.len() / element], bytes);
+                },
+            )?;
         } else if matches!(
             this.state,
             StateBlocks::Disk {
@@ -63,9 +72,10 @@ impl Core {
             self.write_zero_moments(unit, Part::ExpAvgSq)?;
         }
         let kept = self.units[unit].kept();
-        let Some((both, values)) = overlap(&range, &kept, values).filter(|_| trainable) else {
+        let Some(both) = common(&range, &kept).filter(|_| trainable) else {
             return Ok(());
         };
+        let values = &values[to_usize(both.start - range.start)..];
         let local = both.start - kept.start..both.end - kept.start;
         for (component, _) in self.side_components(part) {
             self.edit_state(unit, component, &local, |first, bytes| {
@@ -88,15 +98,16 @@ impl Core {
         Ok(())
     }
 
-    /// The live weights, under the window, at home beside it and on disk.
-    fn write_live(
+    /// The live weights, under the window, at home beside it and on disk. `store(first, bytes)` writes elements of the
+    /// unit from `first` on, all of them in `range`; `all` says that `range` is all of a parameter.
+    pub(crate) fn write_live(
         &mut self,
         unit: usize,
         range: &Range<u64>,
-        values: &[f32],
         all: bool,
+        mut store: impl FnMut(u64, &mut [u8]),
     ) -> Result<()> {
-        let (compute, element) = (self.compute, self.compute.size());
+        let element = self.compute.size();
         let filled = self.filled_window(unit);
         let alone = self.place.world == 1 || self.place.replicated;
         let shared = self.shares_weights();
@@ -108,9 +119,8 @@ impl Core {
                 return misuse("write_param", "the weight is the caller's own");
             }
             Weights::Host { window, whole } => {
-                if let Some((both, values)) = overlap(range, &filled, values) {
-                    let mut lease = window.lease(byte_range(&both, element))?;
-                    store_weight(compute, values, &mut lease);
+                if let Some(both) = common(range, &filled) {
+                    store(both.start, &mut window.lease(byte_range(&both, element))?);
                 }
                 *whole &= alone || shared || all;
             }
@@ -119,26 +129,24 @@ impl Core {
                 residence,
                 home,
             } => {
-                let both = overlap(range, &own, values);
-                if let (Some(home), Some((both, values))) = (home.as_mut(), &both) {
+                let both = common(range, &own);
+                if let (Some(home), Some(both)) = (home.as_mut(), &both) {
                     let local = both.start - own.start..both.end - own.start;
-                    store_weight(compute, values, &mut home[byte_range(&local, element)]);
+                    store(both.start, &mut home[byte_range(&local, element)]);
                 }
                 on_disk = home.is_none();
                 if let Residence::Here { whole, .. } = residence {
-                    if let Some((both, values)) = &both {
-                        let mut lease = window.lease(byte_range(both, element))?;
-                        store_weight(compute, values, &mut lease);
+                    if let Some(both) = &both {
+                        store(both.start, &mut window.lease(byte_range(both, element))?);
                     }
                     *whole &= alone;
                 }
             }
         }
-        if let (true, Some((both, values))) = (on_disk, overlap(range, &own, values)) {
+        if let (true, Some(both)) = (on_disk, common(range, &own)) {
             let local = both.start - own.start..both.end - own.start;
             self.edit_tiles(unit, Component::Weight, &local, |first, bytes| {
-                let count = bytes.len() / element;
-                store_weight(compute, &values[first..first + count], bytes);
+                store(both.start + first as u64, bytes);
             })?;
         }
         Ok(())
@@ -327,18 +335,10 @@ impl Core {
     }
 }
 
-/// What `range` and `other` have in common, and the values there; `values` are those of `range`.
-fn overlap<'a>(
-    range: &Range<u64>,
-    other: &Range<u64>,
-    values: &'a [f32],
-) -> Option<(Range<u64>, &'a [f32])> {
+/// What `range` and `other` have in common.
+fn common(range: &Range<u64>, other: &Range<u64>) -> Option<Range<u64>> {
     let both = range.start.max(other.start)..range.end.min(other.end);
-    (both.start < both.end).then(|| {
-        let from = to_usize(both.start - range.start);
-        let count = to_usize(both.end - both.start);
-        (both, &values[from..from + count])
-    })
+    (both.start < both.end).then_some(both)
 }
 
 fn widen(out: &mut [f32], values: &[u16], convert: impl Fn(u16) -> f32) {

@@ -234,6 +234,11 @@ impl Core {
         Ok(())
     }
 
+    /// The unit and the part that are being filled.
+    pub(crate) fn filling(&self) -> Option<(usize, Part)> {
+        self.fill.as_ref().map(|fill| (fill.unit, fill.part))
+    }
+
     /// Writes what was filled to where it is at home. The unit's weights stay in memory until others need the room.
     pub(crate) fn fill_commit(&mut self, unit: usize) -> Result<()> {
         let Some(fill) = self.fill.take() else {

@@ -12,6 +12,7 @@ mod homes;
 mod landing;
 mod mail;
 mod offload;
+mod raw;
 mod read;
 mod reduce;
 mod settings;

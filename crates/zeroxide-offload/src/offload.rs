@@ -142,6 +142,28 @@ impl Offload {
         })
     }
 
+    /// Gives bytes `start..` of one frozen parameter of the unit being filled, as they are.
+    pub fn fill_bytes(&self, unit: usize, param: usize, start: u64, bytes: &[u8]) -> Result<()> {
+        self.with("fill_bytes", |core| {
+            core.fill_bytes(unit, param, start, bytes)
+        })
+    }
+
+    /// Reads bytes `start..` of one frozen parameter, as they are.
+    pub fn read_bytes(&self, unit: usize, param: usize, start: u64, out: &mut [u8]) -> Result<()> {
+        self.with("read_bytes", |core| {
+            core.read_bytes(unit, param, start, out)
+        })
+    }
+
+    /// Replaces bytes `start..` of one frozen parameter where this rank keeps them; called as
+    /// [`write_param`](Self::write_param) is.
+    pub fn write_bytes(&self, unit: usize, param: usize, start: u64, bytes: &[u8]) -> Result<()> {
+        self.with("write_bytes", |core| {
+            core.write_bytes(unit, param, start, bytes)
+        })
+    }
+
     /// Writes what was filled to where it is at home.
     pub fn fill_commit(&self, unit: usize) -> Result<()> {
         self.with("fill_commit", |core| core.fill_commit(unit))

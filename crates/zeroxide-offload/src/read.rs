@@ -122,7 +122,7 @@ impl Core {
     }
 
     /// Calls `visit(offset from range.start, bytes)` for the pieces of `range`, wherever the block is.
-    fn read_elements(
+    pub(crate) fn read_elements(
         &mut self,
         unit: usize,
         component: Component,

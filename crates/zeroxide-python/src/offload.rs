@@ -145,6 +145,48 @@ impl PyOffload {
         map(py, done)
     }
 
+    /// Gives bytes `start..` of one frozen parameter of the unit being filled, as they are.
+    fn fill_bytes(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        start: u64,
+        bytes: &TensorSpec,
+    ) -> PyResult<()> {
+        let bytes = bytes.bytes()?;
+        let done = py.detach(|| self.inner.fill_bytes(unit, param, start, bytes));
+        map(py, done)
+    }
+
+    /// Reads bytes `start..` of one frozen parameter into a uint8 tensor, as they are.
+    fn read_bytes(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        start: u64,
+        out: &TensorSpec,
+    ) -> PyResult<()> {
+        let out = out.bytes_mut()?;
+        let done = py.detach(|| self.inner.read_bytes(unit, param, start, out));
+        map(py, done)
+    }
+
+    /// Replaces bytes `start..` of one frozen parameter where this rank keeps them; all else stays.
+    fn write_bytes(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        start: u64,
+        bytes: &TensorSpec,
+    ) -> PyResult<()> {
+        let bytes = bytes.bytes()?;
+        let done = py.detach(|| self.inner.write_bytes(unit, param, start, bytes));
+        map(py, done)
+    }
+
     /// Writes what was filled to where it is at home.
     fn fill_commit(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
         let done = py.detach(|| self.inner.fill_commit(unit));

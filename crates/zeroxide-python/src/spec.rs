@@ -29,6 +29,7 @@ pub(crate) struct TensorSpec {
 enum Element {
     Float(Dtype),
     Int64,
+    Byte,
 }
 
 impl Element {
@@ -36,6 +37,7 @@ impl Element {
         match self {
             Element::Float(dtype) => dtype.size(),
             Element::Int64 => size_of::<i64>(),
+            Element::Byte => size_of::<u8>(),
         }
     }
 
@@ -43,6 +45,7 @@ impl Element {
         match self {
             Element::Float(dtype) => dtype.name(),
             Element::Int64 => "int64",
+            Element::Byte => "uint8",
         }
     }
 }
@@ -54,6 +57,7 @@ impl TensorSpec {
     fn new(owner: Py<PyAny>, data_ptr: usize, numel: usize, dtype: &str) -> PyResult<Self> {
         let dtype = match dtype {
             "int64" => Element::Int64,
+            "uint8" => Element::Byte,
             name => Element::Float(
                 Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))?,
             ),
@@ -83,9 +87,10 @@ impl TensorSpec {
     pub(crate) fn float(&self) -> PyResult<Dtype> {
         match self.dtype {
             Element::Float(dtype) => Ok(dtype),
-            Element::Int64 => Err(PyValueError::new_err(
-                "expected a tensor of floats, got int64",
-            )),
+            Element::Int64 | Element::Byte => Err(PyValueError::new_err(format!(
+                "expected a tensor of floats, got {}",
+                self.dtype.name()
+            ))),
         }
     }
 
@@ -122,6 +127,18 @@ impl TensorSpec {
     /// The elements as fp32, to be written.
     pub(crate) fn f32_mut(&self) -> PyResult<&mut [f32]> {
         self.check(Element::Float(Dtype::F32))?;
+        Ok(self.elements_mut())
+    }
+
+    /// The elements as bytes.
+    pub(crate) fn bytes(&self) -> PyResult<&[u8]> {
+        self.check(Element::Byte)?;
+        Ok(self.elements())
+    }
+
+    /// The elements as bytes, to be written.
+    pub(crate) fn bytes_mut(&self) -> PyResult<&mut [u8]> {
+        self.check(Element::Byte)?;
         Ok(self.elements_mut())
     }
 

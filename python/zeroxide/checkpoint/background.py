@@ -151,7 +151,9 @@ class _Background:
     def _capture(self) -> None:
         staging = SlabStaging(self.slabs)
         try:
-            live = LiveState(self._engine._alive(), self._engine._plan.tile_elements, staging)
+            live = LiveState(
+                self._engine._alive(), self._engine._plan.tile_elements, staging, self._engine._plan.compute.itemsize
+            )
             for values in self._save.description.values(live):
                 self._chunks.put((values, staging.last()))
         except SnapshotEnded:

@@ -26,6 +26,7 @@ __all__ = [
     "own_pieces",
     "persistent_buffers",
     "pieces_to_fill",
+    "value_dtype",
 ]
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
@@ -46,6 +47,9 @@ class Held:
     shape: tuple[int, ...]
     numel: int
     trainable: bool
+    dtype: torch.dtype
+    """What its weights are saved as: fp32, or for a frozen parameter the dtype that it has."""
+    opaque: bool
     group: int | None
     """Number of its optimizer group; None if it is frozen."""
 
@@ -53,6 +57,11 @@ class Held:
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+
+def value_dtype(held: Held, part: str) -> torch.dtype:
+    """The dtype in which the values of a part are given to the core and kept in files."""
+    return held.dtype if part == "weights" else torch.float32
 
 
 def held_parameters(engine: Engine) -> list[Held]:
@@ -75,6 +84,8 @@ def held_parameters(engine: Engine) -> list[Held]:
             shape=tuple(unit.shapes[position]),
             numel=unit.shapes[position].numel(),
             trainable=unit.trainable[position],
+            dtype=torch.float32 if unit.trainable[position] else unit.dtypes[position],
+            opaque=unit.opaque[position],
             group=groups.get(id(param)),
         )
         for unit in engine._units
@@ -93,13 +104,21 @@ class Run:
 
 def own_pieces(engine: Engine) -> list[Run]:
     """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
-    core = engine._alive()
+    core, word = engine._alive(), engine._plan.compute.itemsize
     held = {(each.unit, each.position): each for each in held_parameters(engine)}
     return [
-        Run(held[unit.index, position], start, count)
+        _run(held[unit.index, position], start, count, word)
         for unit in engine._units
         for position, start, count in core.pieces(unit.index)
     ]
+
+
+def _run(held: Held, start: int, count: int, word: int) -> Run:
+    """Elements of a parameter from its words; a shard starts with a whole element of any dtype."""
+    if held.trainable:
+        return Run(held, start, count)
+    first, size = start * word // held.dtype.itemsize, held.dtype.itemsize
+    return Run(held, first, min(count * word // size, held.numel - first))
 
 
 def pieces_to_fill(engine: Engine, part: str) -> list[Run]:
@@ -144,18 +163,25 @@ class Staging:
 class LiveState:
     """Reads the state of parameters out of the core, a chunk at a time, into reused memory."""
 
-    def __init__(self, core: _core.Offload, tile_elements: int, staging: Staging) -> None:
+    def __init__(self, core: _core.Offload, tile_elements: int, staging: Staging, word: int) -> None:
+        """`word` is the bytes of an element of the compute dtype, in which frozen parameters are laid out."""
         self._core = core
         self._staging = staging
+        self._word = word
         # State on disk comes in whole tiles; a chunk that ends where a tile ends reads none of them twice.
         self._step = max(1, staging.elements // tile_elements) * tile_elements
         self._step = min(self._step, staging.elements)
 
     def chunks(self, held: Held, part: str, start: int, count: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
-        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16 or fp16.
+        """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16 or fp16; of frozen
+        weights as they are, in their own dtype.
 
         Each chunk is valid until the next one is taken.
         """
+        if part == "weights" and not held.trainable:
+            assert dtype == held.dtype, f"{held.name} is {held.dtype}"
+            yield from self._raw_chunks(held, start, count)
+            return
         end = start + count
         while start < end:
             boundary = (held.offset + start) // self._step * self._step + self._step - held.offset
@@ -172,4 +198,16 @@ class LiveState:
                 stored.copy_(values)
             else:
                 assert dtype == torch.float32, "live state is fp32, bf16 or fp16"
+            yield stored
+
+    def _raw_chunks(self, held: Held, start: int, count: int) -> Iterator[torch.Tensor]:
+        size = held.dtype.itemsize
+        at, end = start * size, (start + count) * size
+        # Whole elements of any dtype: parameters start at multiples of 128 bytes, too.
+        offset, step = held.offset * self._word, max(1, self._step * self._word // 128) * 128
+        while at < end:
+            length = min(end, (offset + at) // step * step + step - offset) - at
+            stored = self._staging.stored(held.dtype, length // size)
+            self._core.read_bytes(held.unit, held.position, at, spec(stored.view(torch.uint8)))
+            at += stored.numel() * size
             yield stored

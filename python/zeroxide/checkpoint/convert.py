@@ -26,13 +26,13 @@ from zeroxide.checkpoint.manifest import (
     SavedParameter,
     SavedScheduler,
 )
-from zeroxide.checkpoint.model_folder import DEFAULT_NAME, ModelFolder, check_name
+from zeroxide.checkpoint.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.plain import encode
-from zeroxide.checkpoint.portable import Portable, read_own
+from zeroxide.checkpoint.portable import Portable, PortableParameter, read_own
 from zeroxide.checkpoint.save import write_manifest
-from zeroxide.checkpoint.stream import StreamWriter, dtype_name
+from zeroxide.checkpoint.stream import StreamWriter, saved_name
 from zeroxide.errors import CheckpointError, ConfigError, StorageError
-from zeroxide.zero.tensors import spec
+from zeroxide.zero.bits import ORDINARY, bytes_of, converted, copy_of, why_not_bytes
 
 __all__ = ["TARGETS", "convert"]
 
@@ -131,8 +131,7 @@ def _write_files(found: Portable, directory: Path, include_frozen: bool) -> tupl
                 checksum = writer.finish()
             files.append(SavedFile(name=name, bytes=writer.bytes, blake2b=checksum))
             for cut in cuts:
-                dtype = dtype_name(cut.tensor.dtype)
-                assert dtype is not None, "the writer has taken it"
+                dtype = saved_name(cut.tensor.dtype)
                 pieces.setdefault((family, cut.tensor.name), []).append(
                     Piece(file=name, key=cut.entry.key, start=cut.start, count=cut.count, dtype=dtype)
                 )
@@ -143,13 +142,17 @@ def _range(found: Portable, family: str, cut: Cut) -> Iterator[torch.Tensor]:
     """The elements of a cut, in chunks."""
     name = cut.tensor.name
     at, end = 0, cut.start + cut.count
-    for segment in [found.buffers[name].reshape(-1)] if family == "buffers" else found.segments[name, family]:
+    for segment in [_flat(found.buffers[name])] if family == "buffers" else found.segments[name, family]:
         low, high = max(cut.start - at, 0), min(end - at, segment.numel())
         for start in range(low, high, CHUNK_ELEMENTS):
             chunk = segment[start : min(start + CHUNK_ELEMENTS, high)]
             # Zeros may be one element seen many times.
-            yield chunk if chunk.stride(0) == 1 else chunk.clone(memory_format=torch.contiguous_format)
+            yield chunk if chunk.stride(0) == 1 else copy_of(chunk)
         at += segment.numel()
+
+
+def _flat(buffer: torch.Tensor) -> torch.Tensor:
+    return bytes_of(buffer).view(buffer.dtype)
 
 
 class _Frame:
@@ -159,8 +162,9 @@ class _Frame:
         self._found = found
         kind, state = found.scheduler or ("", None)
         for name, buffer in found.buffers.items():
-            if dtype_name(buffer.dtype) is None:
-                raise CheckpointError(f"buffer {name} has dtype {buffer.dtype}, which safetensors files cannot hold")
+            problem = why_not_bytes(buffer)
+            if problem is not None:
+                raise CheckpointError(f"buffer {name} {problem}, which no file of a checkpoint can hold")
         self._frame = {
             "zeroxide": _core.__version__,
             "precision": found.precision,
@@ -185,6 +189,7 @@ class _Frame:
                     names=each.names,
                     shape=each.shape,
                     trainable=each.trainable,
+                    opaque=each.opaque,
                     updates=each.updates,
                     group=each.group,
                     **{part: pieces.get((part, each.name), []) for part in PARTS},
@@ -203,18 +208,27 @@ class _Frame:
 
 
 def _write_model(found: Portable, directory: Path, dtype: torch.dtype, include_frozen: bool) -> Path:
-    missing = [each.name for each in found.parameters if (each.name, "weights") not in found.segments]
+    missing = [
+        each.name
+        for each in found.parameters
+        if (each.name, "weights") not in found.segments and torch.Size(each.shape).numel()
+    ]
     if missing and include_frozen:
         raise CheckpointError(
             f"the weights of {missing[0]} are not in the checkpoint, as it was saved without frozen parameters: give "
             "--exclude-frozen"
         )
     tensors = [
-        Tensor(each.name, dtype, tuple(each.shape))
+        Tensor(each.name, _model_dtype(found, each, dtype), tuple(each.shape))
         for each in found.parameters
         if (each.trainable or include_frozen) and each.name not in missing
     ]
+    for name, buffer in found.buffers.items():
+        problem = why_not_bytes(buffer)
+        if problem is not None:
+            raise CheckpointError(f"buffer {name} {problem}, which safetensors files cannot hold")
     tensors += [Tensor(name, each.dtype, tuple(each.shape)) for name, each in found.buffers.items()]
+    check_exportable(tensors)
     folder = ModelFolder(directory, check_name(DEFAULT_NAME), tensors)
     try:
         folder.make()
@@ -222,11 +236,11 @@ def _write_model(found: Portable, directory: Path, dtype: torch.dtype, include_f
             with folder.opened(name) as file:
                 for tensor in members:
                     if tensor.name in found.buffers:
-                        file.write(tensor, 0, found.buffers[tensor.name].contiguous())
+                        file.write(tensor, 0, _flat(found.buffers[tensor.name]))
                         continue
                     at = 0
-                    for values in _range(found, "weights", Cut(tensor, 0, tensor.numel)):
-                        file.write(tensor, at, _rounded(values, dtype))
+                    for values in _range(found, "weights", Cut(tensor, 0, tensor.numel)) if tensor.numel else ():
+                        file.write(tensor, at, converted(values, tensor.dtype))
                         at += values.numel()
         folder.publish()
     finally:
@@ -234,10 +248,9 @@ def _write_model(found: Portable, directory: Path, dtype: torch.dtype, include_f
     return folder.to_load
 
 
-def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`values` in another floating-point dtype; to bf16 as live weights are rounded, which is half up."""
-    if dtype == torch.bfloat16 and values.dtype != dtype:
-        made = torch.empty(values.numel(), dtype=dtype)
-        _core.Offload.round_bf16(spec(values.float()), spec(made))
-        return made
-    return values.to(dtype)
+def _model_dtype(found: Portable, param: PortableParameter, dtype: torch.dtype) -> torch.dtype:
+    """What a weight has in the folder: the dtype asked for, or its own where its elements are no ordinary numbers."""
+    if (param.name, "weights") not in found.segments:
+        return dtype
+    stored = found.dtype(param.name, "weights")
+    return stored if param.opaque or stored not in ORDINARY else dtype

@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from zeroxide.checkpoint.stream import Entry
+from zeroxide.checkpoint.stream import Entry, stored_dtype
 
 __all__ = ["FILE_BYTES", "Cut", "Tensor", "cut_into_files", "whole"]
 
@@ -40,10 +40,16 @@ class Cut:
 
     @property
     def entry(self) -> Entry:
-        """What stands in the file: pieces carry their element range in the key and are flat."""
+        """What stands in the file: pieces carry their element range in the key and are flat.
+
+        So are elements of a dtype that files have no name for, which stand there as bytes.
+        """
         whole = self.count == self.tensor.numel
         key = self.tensor.name if whole else f"{self.tensor.name}[{self.start}:{self.start + self.count}]"
-        return Entry(key, self.tensor.dtype, self.tensor.shape if whole else (self.count,))
+        dtype = stored_dtype(self.tensor.dtype)
+        if dtype != self.tensor.dtype:
+            return Entry(key, dtype, (self.count * self.tensor.dtype.itemsize,))
+        return Entry(key, dtype, self.tensor.shape if whole else (self.count,))
 
 
 def whole(tensors: Iterable[Tensor]) -> list[Cut]:
@@ -70,5 +76,5 @@ def cut_into_files(wanted: Iterable[Cut], limit: int, *, pieces: bool) -> list[l
             files[-1].append(Cut(tensor, start, count))
             room -= count * size
     for cuts in files:
-        cuts.sort(key=lambda cut: -cut.tensor.dtype.itemsize)
+        cuts.sort(key=lambda cut: -cut.entry.dtype.itemsize)
     return files

@@ -23,8 +23,9 @@ from zeroxide.checkpoint.manifest import (
     SavedScheduler,
 )
 from zeroxide.checkpoint.plain import encode
-from zeroxide.checkpoint.stream import dtype_name
+from zeroxide.checkpoint.stream import saved_name
 from zeroxide.errors import CheckpointError
+from zeroxide.zero.bits import bytes_of, copy_of, why_not_bytes
 
 if TYPE_CHECKING:
     from zeroxide.engine import Engine
@@ -76,15 +77,18 @@ class Description:
     def _checked_buffers(engine: Engine, frozen_in_time: bool) -> dict[str, torch.Tensor]:
         buffers = persistent_buffers(engine.module)
         for name, buffer in buffers.items():
-            if dtype_name(buffer.dtype) is None:
-                raise CheckpointError(f"buffer {name} has dtype {buffer.dtype}, which safetensors files cannot hold")
-        return {name: buffer.detach().clone() for name, buffer in buffers.items()} if frozen_in_time else buffers
+            problem = why_not_bytes(buffer)
+            if problem is not None:
+                raise CheckpointError(
+                    f"buffer {name} {problem}, which no checkpoint can hold: register it with persistent=False"
+                )
+        return {name: copy_of(buffer) for name, buffer in buffers.items()} if frozen_in_time else buffers
 
     def _families(self, engine: Engine, include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         own = own_pieces(engine)
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
-            held.name: Tensor(held.name, torch.float32 if held.trainable else engine._plan.compute, held.shape)
+            held.name: Tensor(held.name, held.dtype, held.shape)
             for held in self._held
             if held.trainable or include_frozen
         }
@@ -106,7 +110,7 @@ class Description:
                     held = self._by_name[cut.tensor.name]
                     yield from live.chunks(held, family, cut.start, cut.count, cut.tensor.dtype)
                 else:
-                    flat = self._buffers[cut.tensor.name].detach().contiguous().reshape(-1)
+                    flat = bytes_of(self._buffers[cut.tensor.name]).view(cut.tensor.dtype)
                     yield flat[cut.start : cut.start + cut.count]
 
     def report(self, written: Sequence[SavedFile]) -> dict[str, Any]:
@@ -134,6 +138,7 @@ class Description:
                     names=list(held.names),
                     shape=list(held.shape),
                     trainable=held.trainable,
+                    opaque=held.opaque,
                     updates=updates,
                     group=held.group,
                     weights=pieces.get(("weights", held.name), []),
@@ -180,9 +185,7 @@ def _frame(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
 
 def _piece(file: str, cut: Cut) -> Piece:
     entry = cut.entry
-    return Piece(
-        file=file, key=entry.key, start=cut.start, count=cut.count, dtype=dtype_name(entry.dtype) or str(entry.dtype)
-    )
+    return Piece(file=file, key=entry.key, start=cut.start, count=cut.count, dtype=saved_name(cut.tensor.dtype))
 
 
 def _scheduler(scheduler: Any) -> SavedScheduler | None:

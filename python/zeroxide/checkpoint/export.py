@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import LiveState, Run, Staging, held_parameters, own_pieces, persistent_buffers
 from zeroxide.checkpoint.cutting import Tensor
-from zeroxide.checkpoint.model_folder import DEFAULT_NAME, ModelFolder, check_name
-from zeroxide.checkpoint.stream import dtype_name
+from zeroxide.checkpoint.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.errors import ModelError, StorageError
+from zeroxide.zero.bits import bytes_of, why_not_bytes
 
 if TYPE_CHECKING:
     from zeroxide.engine import Engine
@@ -49,22 +49,25 @@ class _Export:
 
     def __init__(self, engine: Engine, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
         self.team = team
-        self.live = LiveState(engine._alive(), engine._plan.tile_elements, Staging())
+        self.live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
         self.runs: dict[str, list[Run]] = {}
         for run in own_pieces(engine):
             self.runs.setdefault(run.held.name, []).append(run)
         self.buffers = persistent_buffers(engine.module)
         for name, buffer in self.buffers.items():
-            if dtype_name(buffer.dtype) is None:
+            problem = why_not_bytes(buffer)
+            if problem is not None:
                 raise ModelError(
-                    f"buffer {name} has dtype {buffer.dtype}, which safetensors files cannot hold", name=name
+                    f"buffer {name} {problem}, which safetensors files cannot hold: register it with persistent=False",
+                    name=name,
                 )
         tensors = [
-            Tensor(held.name, engine._plan.compute, held.shape)
+            Tensor(held.name, engine._plan.compute if held.trainable else held.dtype, held.shape)
             for held in held_parameters(engine)
             if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
+        check_exportable(tensors)
         self.folder = ModelFolder(directory, stem, tensors)
 
     def write(self) -> Path:
@@ -106,4 +109,4 @@ class _Export:
                                 file.write(tensor, at, values)
                                 at += values.numel()
                     elif self.team.leads:
-                        file.write(tensor, 0, buffer.detach().contiguous())
+                        file.write(tensor, 0, bytes_of(buffer).view(buffer.dtype))

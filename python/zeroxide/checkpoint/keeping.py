@@ -14,24 +14,22 @@ from types import TracebackType
 
 import torch
 
-from zeroxide.checkpoint.contents import LiveState, Run, Staging
+from zeroxide.checkpoint.contents import LiveState, Run, Staging, value_dtype
 from zeroxide.checkpoint.stream import bytes_of, write_all
 
 __all__ = ["Keeping"]
 
-FP32_BYTES = 4
-
 
 class Keeping:
-    """Room on disk for `elements` fp32 values. A context manager. Raises OSError."""
+    """Room on disk for `nbytes` of values. A context manager. Raises OSError."""
 
-    def __init__(self, elements: int, directory: Path | None, live: LiveState, staging: Staging) -> None:
+    def __init__(self, nbytes: int, directory: Path | None, live: LiveState, staging: Staging) -> None:
         self._live = live
         self._staging = staging
         self._places: dict[tuple[str, str, int], int] = {}
-        self._file = tempfile.TemporaryFile(dir=directory) if elements else None  # noqa: SIM115
+        self._file = tempfile.TemporaryFile(dir=directory) if nbytes else None  # noqa: SIM115
         if self._file is not None:
-            os.posix_fallocate(self._file.fileno(), 0, elements * FP32_BYTES)
+            os.posix_fallocate(self._file.fileno(), 0, nbytes)
 
     def __enter__(self) -> Keeping:
         return self
@@ -57,19 +55,21 @@ class Keeping:
         assert self._file is not None, "room was asked for"
         descriptor = self._file.fileno()
         self._places[run.held.name, part, run.start] = os.lseek(descriptor, 0, os.SEEK_CUR)
-        for values in self._live.chunks(run.held, part, run.start, run.count, torch.float32):
+        for values in self._live.chunks(run.held, part, run.start, run.count, value_dtype(run.held, part)):
             write_all(descriptor, bytes_of(values))
 
     def chunks(self, run: Run, part: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values) of what was kept. Each chunk is valid until the next one is taken."""
         assert self._file is not None, "something was kept"
         at = self._places[run.held.name, part, run.start]
-        for start in range(0, run.count, self._staging.elements):
-            values = self._staging.values[: min(self._staging.elements, run.count - start)]
+        dtype, start = value_dtype(run.held, part), 0
+        while start < run.count:
+            values = self._staging.stored(dtype, min(self._staging.elements, run.count - start))
             view = bytes_of(values)
             done = 0
             while done < view.nbytes:
-                count = os.preadv(self._file.fileno(), [view[done:]], at + start * FP32_BYTES + done)
+                count = os.preadv(self._file.fileno(), [view[done:]], at + start * dtype.itemsize + done)
                 assert count, "what was kept is all there"
                 done += count
             yield run.start + start, values
+            start += values.numel()

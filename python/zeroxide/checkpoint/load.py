@@ -25,6 +25,7 @@ from zeroxide.checkpoint.contents import (
     held_parameters,
     persistent_buffers,
     pieces_to_fill,
+    value_dtype,
 )
 from zeroxide.checkpoint.keeping import Keeping
 from zeroxide.checkpoint.manifest import Manifest, Piece, SavedBuffer, SavedParameter, read_manifest
@@ -32,6 +33,8 @@ from zeroxide.checkpoint.match import match_buffers, match_groups, match_paramet
 from zeroxide.checkpoint.plain import decode
 from zeroxide.checkpoint.source import Sources
 from zeroxide.errors import CheckpointError
+from zeroxide.zero.bits import bytes_of, converted, tensor_of
+from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import spec
 
@@ -199,7 +202,7 @@ class _Load:
                     [
                         (run, self._source(self.saved[run.held.name], part))
                         for run in mine.get((unit, part), ())
-                        if run.held.trainable or part == "weights"
+                        if run.count and (run.held.trainable or part == "weights")
                     ],
                 )
 
@@ -221,7 +224,7 @@ class _Load:
 
     def apply(self) -> None:
         """Changes the engine. Raises CheckpointError that says whether it is as before or a mixture."""
-        live = LiveState(self.core, self.engine._plan.tile_elements, self.staging)
+        live = LiveState(self.core, self.engine._plan.tile_elements, self.staging, self.engine._plan.compute.itemsize)
         with self._make_room(live) as keeping:
             undo = self._resume_schedule()
             try:
@@ -241,7 +244,8 @@ class _Load:
     def _make_room(self, live: LiveState) -> Keeping:
         room: dict[int, int] = {}
         for fill in self.fills:
-            room[fill.unit] = room.get(fill.unit, 0) + sum(run.count for run in fill.kept)
+            kept = sum(run.count * value_dtype(run.held, fill.part).itemsize for run in fill.kept)
+            room[fill.unit] = room.get(fill.unit, 0) + kept
         made: list[Keeping] = []
 
         def make() -> None:
@@ -298,7 +302,11 @@ class _Load:
         try:
             for run, pieces in fill.sources:
                 for start, values in self._values(run, fill.part, pieces, keeping):
-                    self.core.fill_param(fill.unit, run.held.position, start, spec(values))
+                    place = (fill.unit, run.held.position)
+                    if run.held.trainable:
+                        self.core.fill_param(*place, start, spec(values))
+                    else:
+                        self.core.fill_bytes(*place, start * values.itemsize, spec(values.view(torch.uint8)))
         finally:
             # Also after an error: a fill that stays open would refuse the next load.
             self.core.fill_commit(fill.unit)
@@ -306,7 +314,7 @@ class _Load:
     def _values(
         self, run: Run, part: str, pieces: list[Piece] | None, keeping: Keeping
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, fp32 values) of one part of a run."""
+        """(first element, values) of one part of a run: fp32, of a frozen weight in its own dtype."""
         if pieces is None:
             yield from keeping.chunks(run, part)
         elif not pieces:
@@ -315,18 +323,22 @@ class _Load:
                 yield run.start + start, zeros[: run.count - start]
         else:
             for start, stored in self.sources.chunks(pieces, run.start, run.count):
-                if stored.dtype == torch.float32:
+                dtype = value_dtype(run.held, part)
+                if stored.dtype == dtype:
                     yield start, stored
-                else:
+                elif dtype == torch.float32:
                     yield start, self.staging.values[: stored.numel()].copy_(stored)
+                else:
+                    yield start, converted(stored, dtype)
 
     @torch.no_grad()
     def _fill_buffer(self, buffer: torch.Tensor, saved: SavedBuffer) -> None:
-        flat = buffer.view(-1) if buffer.is_contiguous() else torch.empty(buffer.numel(), dtype=buffer.dtype)
+        raw = torch.empty(buffer.numel() * buffer.itemsize, dtype=torch.uint8)
         for start, values in self.sources.chunks(saved.pieces, 0, buffer.numel()):
-            flat[start : start + values.numel()].copy_(values)
-        if not buffer.is_contiguous():
-            buffer.copy_(flat.view(buffer.shape))
+            found = values if values.dtype == buffer.dtype else values.to(buffer.dtype)
+            at = start * buffer.itemsize
+            raw[at : at + found.numel() * buffer.itemsize].copy_(bytes_of(found))
+        set_buffer(self.engine.module, buffer, tensor_of(raw, buffer.dtype, buffer.shape))
 
     def _resume_schedule(self) -> Callable[[], None]:
         """Restores schedule and hyperparameters. Returns what undoes it; undone already if it raises."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from zeroxide.checkpoint.stream import DTYPES, digest
+from zeroxide.checkpoint.stream import SAVED, digest
 from zeroxide.errors import CheckpointError
 
 __all__ = [
@@ -34,16 +34,21 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
-VERSION = 2
-"""1 held the random generators of one process; everything else reads as it is."""
+VERSION = 3
+"""1 held the random generators of one process; everything else reads as it is. 2 had no dtypes beyond `_SECOND`, and
+frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where there are none."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
+_FLOATS = frozenset({"F32", "BF16", "F16"})
+_SECOND = _FLOATS | {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "F64", "I64", "U64"}
+
+
 def _known_dtype(name: str) -> str:
-    if name not in DTYPES:
+    if name not in SAVED:
         raise ValueError(f"unknown dtype {name!r}")
     return name
 
@@ -84,6 +89,8 @@ class SavedParameter(_Section):
     weights: list[Piece]
     exp_avg: list[Piece]
     exp_avg_sq: list[Piece]
+    opaque: bool = False
+    """Frozen, and its elements are not numbers of their dtype but whatever its class makes of them."""
 
     @property
     def name(self) -> str:
@@ -165,11 +172,21 @@ class Manifest(_Section):
     files: list[SavedFile]
 
     def text(self) -> str:
-        """The manifest as it is written."""
+        """The manifest as it is written: in version 2 where that can say it."""
         body = self.model_dump()
         if self.loss_scale is None:
             del body["loss_scale"]
+        for param in body["parameters"]:
+            if not param["opaque"]:
+                del param["opaque"]
+        if not self._needs_third():
+            body["version"] = 2
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
+
+    def _needs_third(self) -> bool:
+        frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}
+        buffers = {piece.dtype for buffer in self.buffers for piece in buffer.pieces}
+        return not (frozen <= _FLOATS and buffers <= _SECOND and not any(param.opaque for param in self.parameters))
 
     def checksum(self) -> str:
         """The digest of what this says, whichever version it was read from."""

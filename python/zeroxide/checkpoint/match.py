@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from zeroxide.checkpoint.contents import Held
 from zeroxide.checkpoint.manifest import Manifest, SavedBuffer, SavedParameter
-from zeroxide.checkpoint.stream import DTYPES
+from zeroxide.checkpoint.stream import SAVED
 from zeroxide.errors import CheckpointError
+from zeroxide.zero.bits import FLOATS, converts
 from zeroxide.zero.names import plain_name
 
 __all__ = ["match_buffers", "match_groups", "match_parameters"]
@@ -27,9 +28,10 @@ class _Differences:
     unexpected: list[str]
     shapes: list[str]
     ties: list[str]
+    dtypes: list[str] = field(default_factory=list)
 
     def lines(self, strict: bool) -> list[str]:
-        kinds = [("has another shape for", self.shapes)]
+        kinds = [("has another shape for", self.shapes), ("has another dtype for", self.dtypes)]
         if strict:
             kinds += [("lacks", self.missing), ("also holds", self.unexpected), ("shares otherwise", self.ties)]
         return [f"it {verb} {_some(names)}" for verb, names in kinds if names]
@@ -44,7 +46,7 @@ def _refuse(kind: str, found: _Differences, strict: bool, path: Path) -> None:
     lines = found.lines(strict)
     if not lines:
         return
-    advice = "" if found.shapes else "; load_module_strict=False loads the names that both have"
+    advice = "" if found.shapes or found.dtypes else "; load_module_strict=False loads the names that both have"
     raise CheckpointError(
         f"{path} was saved from another model: among the {kind}, {'; '.join(lines)}{advice}", path=path
     )
@@ -71,6 +73,10 @@ def match_parameters(
             continue
         if list(one.shape) != saved.shape:
             found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.shape)} here)")
+        stored = SAVED[saved.weights[0].dtype] if saved.weights else one.dtype
+        opaque = one.opaque or saved.opaque
+        if stored != one.dtype and (opaque or not converts(stored, one.dtype)):
+            found.dtypes.append(f"{one.name} ({_dtype(stored)} there, {_dtype(one.dtype)} here)")
         if len(candidates) > 1:
             found.ties.append(f"{one.name} ({len(candidates)} parameters there, one here)")
         if saved.name in users:
@@ -96,15 +102,19 @@ def match_buffers(
         saved = by_name.get(name)
         if saved is None:
             continue
-        stored = DTYPES[saved.pieces[0].dtype]
-        converts = buffer.dtype == stored or (buffer.is_floating_point() and stored.is_floating_point)
-        if list(buffer.shape) != saved.shape or not converts:
+        stored = SAVED[saved.pieces[0].dtype]
+        fits = buffer.dtype == stored or (buffer.dtype in FLOATS and stored in FLOATS)
+        if list(buffer.shape) != saved.shape or not fits:
             found.shapes.append(
                 f"{name} ({stored} {_shape(saved.shape)} there, {buffer.dtype} {_shape(buffer.shape)} here)"
             )
         pairs.append((buffer, saved))
     _refuse("buffers", found, strict, path)
     return pairs
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _shape(shape: Sequence[int]) -> str:

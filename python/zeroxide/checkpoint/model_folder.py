@@ -21,10 +21,10 @@ import torch
 from zeroxide.checkpoint import cutting
 from zeroxide.checkpoint.commit import make_directory, sync_directory
 from zeroxide.checkpoint.cutting import Tensor, cut_into_files, whole
-from zeroxide.checkpoint.stream import bytes_of, header, write_all
-from zeroxide.errors import ConfigError
+from zeroxide.checkpoint.stream import PACKED, bytes_of, dtype_name, header, write_all
+from zeroxide.errors import ConfigError, ModelError
 
-__all__ = ["DEFAULT_NAME", "ModelFile", "ModelFolder", "check_name"]
+__all__ = ["DEFAULT_NAME", "ModelFile", "ModelFolder", "check_exportable", "check_name"]
 
 DEFAULT_NAME = "model.safetensors"
 SUFFIX = ".safetensors"
@@ -39,6 +39,18 @@ def check_name(name: str) -> str:
             f"save_filename {name!r}: expected one file name that ends in {SUFFIX}", path="save_filename", got=name
         )
     return name.removesuffix(SUFFIX)
+
+
+def check_exportable(tensors: Sequence[Tensor]) -> None:
+    """Raises ModelError for a tensor of a dtype that the format lacks."""
+    for tensor in tensors:
+        if dtype_name(tensor.dtype) is None or (tensor.dtype in PACKED and not tensor.shape):
+            kind = "is a scalar of" if tensor.dtype in PACKED else "has"
+            raise ModelError(
+                f"{tensor.name} {kind} dtype {tensor.dtype}, which safetensors files cannot hold; a checkpoint can "
+                "(save_checkpoint)",
+                name=tensor.name,
+            )
 
 
 class ModelFile:

@@ -17,7 +17,8 @@ from zeroxide.checkpoint.contents import PARTS, Staging
 from zeroxide.checkpoint.manifest import read_manifest
 from zeroxide.checkpoint.plain import decode
 from zeroxide.checkpoint.source import Sources
-from zeroxide.checkpoint.stream import DTYPES
+from zeroxide.checkpoint.stream import SAVED
+from zeroxide.zero.bits import bytes_of, tensor_of
 from zeroxide.zero.names import plain_name
 
 __all__ = ["Portable", "PortableParameter", "Segments", "read_own"]
@@ -39,6 +40,7 @@ class PortableParameter:
     trainable: bool
     updates: int
     group: int | None
+    opaque: bool = False
 
     @property
     def name(self) -> str:
@@ -101,9 +103,10 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
     numels = {plain_name(saved.name): torch.Size(saved.shape).numel() for saved in manifest.parameters}
     buffers = {}
     for saved in manifest.buffers:
-        values = [each.clone() for _, each in sources.chunks(saved.pieces, 0, torch.Size(saved.shape).numel())]
-        empty = torch.empty(0, dtype=DTYPES[saved.pieces[0].dtype])
-        buffers[plain_name(saved.name)] = torch.cat([empty, *values]).view(saved.shape)
+        shape, empty = torch.Size(saved.shape), torch.empty(0, dtype=torch.uint8)
+        values = [bytes_of(each).clone() for _, each in sources.chunks(saved.pieces, 0, shape.numel())]
+        kept = tensor_of(torch.cat([empty, *values]), SAVED[saved.pieces[0].dtype], shape)
+        buffers[plain_name(saved.name)] = kept
     return Portable(
         parameters=[
             PortableParameter(
@@ -112,6 +115,7 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
                 saved.trainable,
                 saved.updates,
                 saved.group,
+                saved.opaque,
             )
             for saved in manifest.parameters
         ],
@@ -122,5 +126,5 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
         scheduler=None if manifest.scheduler is None else (manifest.scheduler.kind, decode(manifest.scheduler.state)),
         counters=manifest.counters.model_dump(),
         client_state=decode(manifest.client_state),
-        dtypes={key: DTYPES[pieces[0].dtype] for key, pieces in lists.items()},
+        dtypes={key: SAVED[pieces[0].dtype] for key, pieces in lists.items()},
     )

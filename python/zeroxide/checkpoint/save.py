@@ -44,7 +44,7 @@ def save_checkpoint(
     the ranks disagree, or when the files of any rank cannot be written.
     """
     save = Save(engine, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
-    live = LiveState(engine._alive(), engine._plan.tile_elements, Staging())
+    live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
     try:
         reports = save.team.together(lambda: save.write(save.description.values(live)), save.target)
         save.team.together(lambda: save.commit(reports), save.target)

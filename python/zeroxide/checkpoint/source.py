@@ -21,7 +21,7 @@ import torch
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import Staging
 from zeroxide.checkpoint.manifest import Piece, SavedFile, looks_pickled
-from zeroxide.checkpoint.stream import DTYPES, bytes_of, digest
+from zeroxide.checkpoint.stream import DTYPES, PACKED, SAVED, bytes_of, digest, stored_dtype
 from zeroxide.errors import CheckpointError
 
 __all__ = ["Sources"]
@@ -113,7 +113,7 @@ class _File:
     def read(self, stored: _Stored, start: int, into: torch.Tensor) -> None:
         """Elements `start ..` of a tensor into contiguous memory of its dtype."""
         view = bytes_of(into)
-        at = stored.begin + start * stored.dtype.itemsize
+        at = stored.begin + start * into.dtype.itemsize
         assert at + view.nbytes <= stored.end, "the range is inside the tensor"
         with self._open() as descriptor:
             self._check_same(descriptor)
@@ -163,7 +163,10 @@ class Sources:
     def _check_pieces(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
             stored = self._files[piece.file].tensors.get(piece.key)
-            if stored is None or (stored.dtype, stored.numel) != (DTYPES[piece.dtype], piece.count):
+            dtype = SAVED[piece.dtype]
+            as_stored = stored_dtype(dtype)
+            count = piece.count * dtype.itemsize // as_stored.itemsize
+            if stored is None or (stored.dtype, stored.numel) != (as_stored, count):
                 raise CheckpointError(
                     f"{self._directory / piece.file} does not hold {piece.key} as {piece.dtype} of {piece.count} "
                     "elements, which the manifest says",
@@ -185,7 +188,7 @@ class Sources:
                 file.read_header()
             stored = file.tensors[piece.key]
             while at < end:
-                values = self._staging.stored(stored.dtype, min(end - at, self._staging.elements))
+                values = self._staging.stored(SAVED[piece.dtype], min(end - at, self._staging.elements))
                 file.read(stored, at - piece.start, values)
                 yield at, values
                 at += values.numel()
@@ -219,7 +222,7 @@ def _read_header(descriptor: int, size: int) -> dict[str, _Stored]:
     tensors = {}
     for key, entry in described.items():
         dtype = DTYPES[entry["dtype"]]
-        numel = prod(entry["shape"])
+        numel = prod(entry["shape"]) // PACKED.get(dtype, 1)
         begin, end = entry["data_offsets"]
         if not 0 <= begin <= end <= size - start or end - begin != numel * dtype.itemsize:
             raise ValueError(f"{key} is at bytes {begin} to {end}")

@@ -19,7 +19,19 @@ from types import TracebackType
 
 import torch
 
-__all__ = ["DTYPES", "Entry", "StreamWriter", "bytes_of", "digest", "dtype_name", "write_all"]
+__all__ = [
+    "DTYPES",
+    "PACKED",
+    "SAVED",
+    "Entry",
+    "StreamWriter",
+    "bytes_of",
+    "digest",
+    "dtype_name",
+    "saved_name",
+    "stored_dtype",
+    "write_all",
+]
 
 HEADER_ALIGN = 8
 DIGEST_BYTES = 16
@@ -38,15 +50,42 @@ DTYPES = {
     "F64": torch.float64,
     "I64": torch.int64,
     "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F4": torch.float4_e2m1fn_x2,
+    "C64": torch.complex64,
 }
 """dtypes by the names that safetensors files use."""
 
+PACKED = {torch.float4_e2m1fn_x2: 2}
+"""Elements that a file counts for one of torch's; along the last dimension."""
+
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+SAVED = DTYPES | {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in vars(torch).values()
+    if isinstance(dtype, torch.dtype) and dtype not in _NAMES
+}
+"""dtypes by the names that manifests use: torch's where safetensors files have none, and the file holds bytes."""
 
 
 def dtype_name(dtype: torch.dtype) -> str | None:
     """The name of `dtype` in a safetensors file; None where there is none."""
     return _NAMES.get(dtype)
+
+
+def saved_name(dtype: torch.dtype) -> str:
+    """The name of `dtype` in a manifest."""
+    return _NAMES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a file of a checkpoint holds elements of `dtype` as: themselves, or bytes."""
+    return dtype if dtype in _NAMES else torch.uint8
 
 
 def digest() -> hashlib.blake2b:
@@ -80,13 +119,20 @@ def header(entries: Sequence[Entry], metadata: dict[str, str]) -> bytes:
     for entry in entries:
         described[entry.key] = {
             "dtype": _NAMES[entry.dtype],
-            "shape": list(entry.shape),
+            "shape": _file_shape(entry),
             "data_offsets": [at, at + entry.bytes],
         }
         at += entry.bytes
     text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % HEADER_ALIGN)
     return len(text).to_bytes(8, "little") + text
+
+
+def _file_shape(entry: Entry) -> list[int]:
+    shape = list(entry.shape)
+    if entry.dtype in PACKED:
+        shape = [*shape[:-1], (shape[-1] if shape else 1) * PACKED[entry.dtype]]
+    return shape
 
 
 def write_all(descriptor: int, data: memoryview) -> None:
@@ -165,7 +211,10 @@ class StreamWriter:
         self.close()
 
     def write(self, values: torch.Tensor) -> None:
-        """The next elements of the present tensor: contiguous, in host memory, of its dtype, not beyond its end."""
+        """The next elements of the present tensor: contiguous, in host memory, of its dtype, not beyond its end.
+
+        A tensor of bytes takes elements of any dtype.
+        """
         if not values.numel():
             return
         while self._left and not self._left[-1][1]:
@@ -173,7 +222,7 @@ class StreamWriter:
         assert self._left, "no tensor is left to write"
         entry, left = self._left[-1]
         data = bytes_of(values)
-        assert values.dtype == entry.dtype, f"{entry.key} takes {entry.dtype}"
+        assert entry.dtype in (values.dtype, torch.uint8), f"{entry.key} takes {entry.dtype}"
         assert data.nbytes <= left, f"{entry.key} has {left} bytes left"
         self._put(data)
         self._left[-1] = (entry, left - data.nbytes)

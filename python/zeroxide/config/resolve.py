@@ -72,6 +72,7 @@ def resolve(
     return Config(
         stage=stage,
         precision=precision.precision,
+        precision_asked=precision.precision_asked,
         autocast=precision.autocast,
         cast_inputs=precision.cast_inputs,
         loss_scale=precision.loss_scale,

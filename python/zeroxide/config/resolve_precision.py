@@ -25,6 +25,7 @@ class Precision:
     """The fields of `Config` that are decided here, by the same names."""
 
     precision: Dtype
+    precision_asked: bool
     autocast: LowDtype | None
     cast_inputs: bool
     loss_scale: LossScale | None
@@ -48,11 +49,14 @@ def resolve_precision(
     `own_dtype` tells the dtype of the model's weights, and is asked where the user's words name none. Raises
     ConfigError where sections contradict one another or the shortcut, and what `own_dtype` raises.
     """
-    precision, name = _precision(document, shortcuts, own_dtype)
+    asked = _asked(document, shortcuts)
+    own = own_dtype() if asked is None and own_dtype is not None else "fp32"
+    precision, name = asked or (own, f"the model's own dtype, {own},")
     kept = document.data_types.keep_in_fp32_modules if document.data_types else None
     autocast = _autocast(document, precision, name, no_effect)
     return Precision(
         precision=precision,
+        precision_asked=asked is not None,
         autocast=autocast,
         cast_inputs=precision == "fp16" and document.fp16 is not None and document.fp16.auto_cast is True,
         loss_scale=_loss_scale(document.fp16 or Fp16(), precision, autocast, no_effect),
@@ -65,8 +69,8 @@ def resolve_precision(
     )
 
 
-def _precision(document: Document, shortcuts: Shortcuts, own_dtype: Callable[[], Dtype] | None) -> tuple[Dtype, str]:
-    """The dtype of the weights, and what in the user's words asks for it.
+def _asked(document: Document, shortcuts: Shortcuts) -> tuple[Dtype, str] | None:
+    """The dtype of the weights, and what in the user's words asks for it; None where nothing does.
 
     A section that is off asks for nothing: without another that is on, weights stay what they are.
     """
@@ -115,10 +119,7 @@ def _precision(document: Document, shortcuts: Shortcuts, own_dtype: Callable[[],
             expected=show(asked[0]) if asked else None,
             got=show(stated),
         )
-    if asked is not None:
-        return asked
-    own = own_dtype() if own_dtype is not None else "fp32"
-    return own, f"the model's own dtype, {own},"
+    return asked
 
 
 def _autocast(document: Document, precision: Dtype, name: str, no_effect: NoEffects) -> LowDtype | None:

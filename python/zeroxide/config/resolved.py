@@ -78,6 +78,8 @@ class Config:
     """ZeRO stage, 0 to 3."""
     precision: Dtype = "fp32"
     """dtype of weights and activations in forward and backward."""
+    precision_asked: bool = False
+    """Whether the user's words name it; otherwise it is that of the model's weights."""
     autocast: LowDtype | None = None
     """dtype of torch.autocast around every forward; `None` for none. The weights are fp32 then."""
     cast_inputs: bool = False

@@ -108,15 +108,21 @@ class Ranks:
         return rows
 
     def broadcast_tensor(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """Overwrites `tensor` with rank `source`'s: same shape and dtype on every rank, in host memory. Returns it."""
+        """Overwrites `tensor`, contiguous and in host memory, with rank `source`'s: one shape and dtype, any, on all.
+
+        Returns it. Raises RanksError when a rank is lost meanwhile.
+        """
         if not 0 <= source < self.world:
             raise ValueError(f"source: expected 0 to {self.world - 1}, got {source}")
-        if not self.alone:
+        if not self.alone and tensor.numel():
+            import torch
             import torch.distributed as dist
 
             assert self.group is not None
+            # As bytes: a group has no word for most dtypes.
+            raw = tensor.detach().view(-1).view(torch.uint8)
             try:
-                dist.broadcast(tensor, dist.get_global_rank(self.group, source), group=self.group)
+                dist.broadcast(raw, dist.get_global_rank(self.group, source), group=self.group)
             except RuntimeError as error:
                 raise self._broken("a broadcast", error) from error
         return tensor

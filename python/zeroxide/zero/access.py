@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.zero.bits import ORDINARY
 from zeroxide.zero.seat import Seat, seat_of
 
 __all__ = [
@@ -31,7 +32,10 @@ __all__ = [
 
 
 def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
-    """The exact weight, in the parameter's shape; None for a parameter of no engine."""
+    """The exact weight, in the parameter's shape; None for a parameter of no engine.
+
+    A frozen one is given as fp32 where that holds every value of its dtype, else ModelError is raised.
+    """
     seat = seat_of(param)
     return None if seat is None else seat.read("weights").view(seat.shape)
 
@@ -54,9 +58,10 @@ def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
 def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     """Makes rank 0's `value` the exact weight, and its rounding the live one. Optimizer state stays as it is.
 
-    Raises ModelError for a parameter of no engine, or when `value` has another number of elements.
+    Raises ModelError for a parameter of no engine, for a frozen one that is not fp32, bf16 or fp16, or when `value` has
+    another number of elements.
     """
-    _set_full(_required(param), "weights", value)
+    _set_full(_settable(param), "weights", value)
 
 
 def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
@@ -92,7 +97,7 @@ def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
 
     Raises ModelError as `safe_set_full_fp32_param`, before anything has changed.
     """
-    _set_local(_required(param), "weights", value)
+    _set_local(_settable(param), "weights", value)
 
 
 def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
@@ -119,6 +124,18 @@ def _required(param: torch.Tensor) -> Seat:
         raise ModelError(
             f"a parameter of shape {tuple(param.shape)} belongs to no engine: only parameters of a model that "
             "zeroxide.initialize has taken over can be set"
+        )
+    return seat
+
+
+def _settable(param: torch.Tensor) -> Seat:
+    seat = _required(param)
+    if seat.opaque or seat.dtype not in ORDINARY:
+        kind = f"is a frozen {type(param).__name__} of {seat.dtype}" if seat.opaque else f"has dtype {seat.dtype}"
+        raise ModelError(
+            f"{seat.name} {kind}, which no fp32 value is rounded to: set it inside "
+            "zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+            name=seat.name,
         )
     return seat
 

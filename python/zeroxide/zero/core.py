@@ -23,7 +23,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
     weights = {Home.HOST: "host", Home.SHARD: "shard", Home.DISK: "disk"}[plan.weights]
     state = "disk" if plan.state is Home.DISK else "host"
     units = [
-        (unit.name, [(entry.numel, entry.trainable) for entry in unit.params], weights, state, unit.span)
+        (unit.name, [(entry.words, entry.trainable) for entry in unit.params], weights, state, unit.span)
         for unit in plan.units
     ]
     directories = [

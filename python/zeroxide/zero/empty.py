@@ -16,7 +16,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 
-__all__ = ["PASSIVE", "conceal", "operation", "reveal"]
+__all__ = ["PASSIVE", "conceal", "full_class", "operation", "reveal"]
 
 PASSIVE = frozenset(
     {
@@ -113,6 +113,12 @@ def _class_of(kind: type) -> type:
     if made is None:
         made = _CLASSES[kind] = type(kind.__name__, (_Empty, kind), {"full": kind, "__module__": kind.__module__})
     return made
+
+
+def full_class(param: torch.Tensor) -> type:
+    """The class that the parameter has while it shows values."""
+    kind = type(param)
+    return kind.full if issubclass(kind, _Empty) else kind
 
 
 def reveal(param: nn.Parameter, data: torch.Tensor) -> None:

@@ -23,6 +23,8 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.zero.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
+from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.keeper import keeper_of
 from zeroxide.zero.names import plain_name
@@ -186,14 +188,16 @@ def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = T
         if seat is not None and not include_frozen and not seat.trainable:
             continue
         if seat is not None and id(value) not in seen:
-            whole = seat.live(seat.read("weights")).view(seat.shape)
+            whole = seat.read_live().view(seat.shape)
             seen[id(value)] = whole if house.ranks.rank == 0 else torch.empty(0)
         if house.ranks.rank == 0:
             found = seen.get(id(value), value)
-            kept[plain_name(name)] = (
-                found.detach().clone() if found is value and isinstance(value, torch.Tensor) else found
-            )
+            kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
     return kept
+
+
+def _copied(buffer: torch.Tensor) -> torch.Tensor:
+    return copy_of(buffer) if why_not_bytes(buffer) is None else buffer.detach().clone()
 
 
 def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, Any], *, strict: bool) -> None:
@@ -221,17 +225,38 @@ def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, An
         done.add(id(target))
         seat = seat_of(target)
         shape = target.shape if seat is None else seat.shape
-        dtype = target.dtype if seat is None else torch.float32
-        values = torch.empty(shape, dtype=dtype)
+        dtype = _taken(target)
         if house.ranks.rank == 0:
-            values.copy_(given[name].detach())
+            found = given[name].detach()
+            values = copy_of(found) if found.dtype == dtype else _rounded(found, dtype).contiguous()
+        else:
+            values = tensor_of(torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8), dtype, shape)
         if house.ranks.world > 1:
             house.broadcast(values, 0, name)
         if seat is None:
-            with torch.no_grad():
-                target.copy_(values)
+            set_buffer(module, target, values)
         else:
             seat.write("weights", values.view(-1))
+
+
+def _taken(target: torch.Tensor) -> torch.dtype:
+    """The dtype in which a parameter or buffer takes new values: fp32 for exact weights, else its own."""
+    seat = seat_of(target)
+    if seat is None:
+        return target.dtype
+    return torch.float32 if seat.trainable else seat.dtype
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return converted(values, dtype) if converts(values.dtype, dtype) else values.to(dtype)
+
+
+def _fits(target: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether values of another dtype are taken: ordinary numbers by rounding, others where nothing is lost."""
+    seat, dtype = seat_of(target), _taken(target)
+    if seat is not None and seat.opaque:
+        return values.dtype == dtype
+    return (values.dtype in FLOATS and dtype in FLOATS) or holds_exactly(values.detach(), dtype)
 
 
 def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], strict: bool) -> Iterator[str]:
@@ -246,6 +271,10 @@ def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], str
             if not isinstance(got, torch.Tensor) or got.shape != shape:
                 what = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
                 yield f"{name}: expected shape {tuple(shape)}, got {what}"
+            elif (problem := why_not_bytes(got) or why_not_bytes(target)) is not None:
+                yield f"{name} {problem}"
+            elif not _fits(target, got):
+                yield f"{name}: expected {_taken(target)}, got {got.dtype} with values that it does not hold"
 
 
 def refuse_loading(module: nn.Module) -> list[Any]:

@@ -23,7 +23,8 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.ranks import Ranks, Watch, agree, first_line, init_distributed, start
-from zeroxide.zero.empty import PASSIVE, operation
+from zeroxide.zero.bits import FLOATS, ORDINARY, why_not_bytes
+from zeroxide.zero.empty import PASSIVE, full_class, operation
 from zeroxide.zero.keeper import shape_of
 from zeroxide.zero.slices import Slice, SliceFile, slice_of
 
@@ -94,7 +95,7 @@ class Construction:
 
     def add(self, name: str, param: nn.Parameter) -> None:
         """Notes a parameter that shows its values."""
-        if param.device.type == "cpu" and param.is_floating_point() and not is_lazy(param):
+        if param.device.type == "cpu" and why_not_bytes(param) is None and not is_lazy(param):
             self.whole.pop(id(param), None)
             self.whole[id(param)] = (name, param)
 
@@ -161,9 +162,15 @@ class Construction:
         name, param = self.whole.pop(key)
         keeper = slice_of(param)
         if keeper is None:
-            keeper = Slice(name, param, self.ranks, self.dtype or param.dtype, self.file)
+            keeper = Slice(name, param, self.ranks, self._dtype_of(param), self.file)
         if not keeper.holds:
             keeper.cut(param)
+
+    def _dtype_of(self, param: nn.Parameter) -> torch.dtype:
+        """The dtype asked for, where the parameter is one of those numbers; 4-bit weights and their like are not."""
+        number = param.dtype in (FLOATS if param.requires_grad else ORDINARY)
+        plain = param.requires_grad or full_class(param) is nn.Parameter
+        return self.dtype if self.dtype is not None and plain and number else param.dtype
 
 
 def _dtype(param: nn.Parameter) -> str:

@@ -14,7 +14,9 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.errors import ModelError
 from zeroxide.ranks import Ranks
-from zeroxide.zero.plan import UnitPlan
+from zeroxide.zero.bits import bytes_of, converted, tensor_of, why_not_bytes
+from zeroxide.zero.buffers import share_buffers
+from zeroxide.zero.plan import ParameterPlan, UnitPlan
 from zeroxide.zero.slices import slice_of
 from zeroxide.zero.tensors import spec
 
@@ -27,7 +29,8 @@ class WeightSource(Protocol):
     def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module]) -> None:
         """Fills one unit in place.
 
-        `tensors` maps full parameter names to fp32 CPU tensors, zero at first; `modules` maps full module names to
+        `tensors` maps full parameter names to CPU tensors, zero at first: fp32 for those that are trained, and frozen
+        ones in the dtype that they have on the meta device. `modules` maps full module names to
         the modules that own them, whose parameters and buffers are real during the call. Modules that own only
         buffers come in a last call with no tensors.
         """
@@ -38,7 +41,7 @@ def resident_without(module: nn.Module) -> int:
     storages = {
         param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
         for param in module.parameters()
-        if param.device.type == "cpu" and param.numel()
+        if param.device.type == "cpu" and param.numel() and why_not_bytes(param) is None
     }
     slices = (slice_of(param) for param in module.parameters())
     storages.update({-1 - at: each.nbytes for at, each in enumerate(slices) if each is not None})
@@ -57,7 +60,11 @@ def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
                 continue
             if id(param) not in new:
                 # The old parameter stays alive in the plan, so its id is not given to another object meanwhile.
-                new[id(param)] = nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=param.requires_grad)
+                made = nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=param.requires_grad)
+                made.__dict__.update(param.__dict__)
+                if type(param) is not nn.Parameter:
+                    made.__class__ = type(param)
+                new[id(param)] = made
             owner._parameters[name] = new[id(param)]
     return new
 
@@ -88,11 +95,10 @@ def fill_units(
                 kept = slice_of(entry.param)
                 if kept is not None and not kept.whole:
                     kept.gather(entry.param)
-                    values = entry.param.detach().to(torch.float32).contiguous()
+                    values = _values(entry)
                 else:
-                    values = entry.param.detach().to(torch.float32).contiguous()
-                    ranks.broadcast_tensor(values)
-                core.fill_param(index, position, 0, spec(values.view(-1)))
+                    values = ranks.broadcast_tensor(_values(entry))
+                _fill(core, index, position, entry, values)
                 entry.param.data = torch.empty(0, dtype=entry.param.dtype)
                 if kept is not None:
                     kept.drop()
@@ -103,10 +109,23 @@ def fill_units(
             _make_buffers(owner)
         if rest:
             source.fill({}, rest)
-    for buffer in module.buffers():
-        if ranks.world > 1:
-            ranks.broadcast_tensor(buffer)
+    share_buffers(module, ranks)
     ranks.barrier()
+
+
+def _values(entry: ParameterPlan) -> torch.Tensor:
+    """What the core is given of a parameter that shows its values: fp32, or the bytes of a frozen one."""
+    if entry.trainable:
+        return entry.param.detach().to(torch.float32).contiguous()
+    return bytes_of(converted(entry.param.detach(), entry.dtype))
+
+
+def _fill(core: _core.Offload, index: int, position: int, entry: ParameterPlan, values: torch.Tensor) -> None:
+    flat = spec(values.view(-1))
+    if entry.trainable:
+        core.fill_param(index, position, 0, flat)
+    else:
+        core.fill_bytes(index, position, 0, flat)
 
 
 def _make(
@@ -122,7 +141,8 @@ def _make(
     modules: dict[str, nn.Module] = {}
     for entry in plan.params:
         param = new[id(entry.param)]
-        param.data = torch.zeros(entry.shape, dtype=torch.float32)
+        kind = torch.float32 if entry.trainable else entry.param.dtype
+        param.data = tensor_of(torch.zeros(entry.shape.numel() * kind.itemsize, dtype=torch.uint8), kind, entry.shape)
         tensors[entry.name] = param.data
         modules.update(dict(entry.owners))
     for owner in modules.values():
@@ -131,10 +151,9 @@ def _make(
     source.fill(tensors, modules)
     for position, entry in enumerate(plan.params):
         param = new[id(entry.param)]
-        values = param.data.contiguous().view(-1)
-        ranks.broadcast_tensor(values)
-        core.fill_param(index, position, 0, spec(values))
-        param.data = torch.empty(0, dtype=torch.float32)
+        values = param.data.contiguous() if entry.trainable else bytes_of(converted(param.data, entry.dtype))
+        _fill(core, index, position, entry, ranks.broadcast_tensor(values))
+        param.data = torch.empty(0, dtype=entry.dtype)
 
 
 def _meta_buffers(owner: nn.Module) -> bool:
@@ -144,4 +163,5 @@ def _meta_buffers(owner: nn.Module) -> bool:
 def _make_buffers(owner: nn.Module) -> None:
     for name, buffer in owner._buffers.items():
         if buffer is not None and buffer.device.type == "meta":
-            owner._buffers[name] = torch.zeros(buffer.shape, dtype=buffer.dtype)
+            raw = torch.zeros(buffer.numel() * buffer.itemsize, dtype=torch.uint8)
+            owner._buffers[name] = tensor_of(raw, buffer.dtype, buffer.shape)

@@ -18,7 +18,9 @@ from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.precision import torch_dtype
 from zeroxide.ranks import Ranks
-from zeroxide.zero.keeper import keeper_of, shape_of
+from zeroxide.zero.bits import FLOATS, why_not_bytes
+from zeroxide.zero.keeper import keeper_of
+from zeroxide.zero.parameters import EXTERNAL, ParameterPlan, parameters_of
 from zeroxide.zero.slices import slice_of
 from zeroxide.zero.state import Home
 
@@ -33,23 +35,6 @@ TILE_QUANTUM = 2048
 MIN_TILES_IN_RING = 2
 SLOTS = 3
 """Units whose gradients can be on their way to other ranks at once, as the core counts them."""
-EXTERNAL = "_external_parameters"
-"""Attribute of a module: parameters of others that its forward uses."""
-
-
-@dataclass(frozen=True)
-class ParameterPlan:
-    """One parameter: its first name in the model, and the modules that own it.
-
-    `shape` and `numel` are those it has while gathered: the parameter itself is empty for most of its life.
-    """
-
-    name: str
-    param: nn.Parameter
-    owners: tuple[tuple[str, nn.Module], ...]
-    shape: torch.Size
-    numel: int
-    trainable: bool
 
 
 @dataclass
@@ -65,6 +50,11 @@ class UnitPlan:
     def numel(self) -> int:
         """Elements of all parameters."""
         return sum(entry.numel for entry in self.params)
+
+    @property
+    def words(self) -> int:
+        """What all parameters take, in elements of the compute dtype."""
+        return sum(entry.words for entry in self.params)
 
     @property
     def trainable(self) -> int:
@@ -124,7 +114,7 @@ class Plan:
         weight = self.compute.itemsize
         total = 0
         for unit in self.units:
-            total += unit.numel * weight // self.world if self.weights is Home.DISK else 0
+            total += unit.words * weight // self.world if self.weights is Home.DISK else 0
             share = 1 if self.replicated else self.world
             total += unit.trainable * self.state_bytes // share if self.state is Home.DISK else 0
         return total
@@ -177,10 +167,10 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     `resident` is the resident memory of the process in bytes without the model's own parameters. Raises ModelError
     for a model that cannot be trained, BudgetError when `config.host_memory` cannot hold the payload.
     """
-    entries = list(_parameters(module))
+    compute = torch_dtype(config.precision)
+    entries = list(parameters_of(module, compute, cast=config.precision_asked))
     check_model(module, entries, config)
     unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
-    compute = torch_dtype(config.precision)
     units = _find_units(module, entries, unit_bytes // compute.itemsize)
     ranks = ranks or Ranks()
     if ranks.world > 1:
@@ -273,10 +263,13 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
                 "again, and load what engine.module_state_dict() or a checkpoint has kept",
                 name=entry.name,
             )
-        if not entry.param.is_floating_point():
+        problem = why_not_bytes(entry.param)
+        if problem is not None:
+            raise ModelError(f"{entry.name} {problem}: parameters are dense tensors of numbers", name=entry.name)
+        if entry.trainable and entry.param.dtype not in FLOATS:
             raise ModelError(
-                f"{entry.name} has dtype {entry.param.dtype}: only floating-point parameters can be trained; "
-                "register it as a buffer",
+                f"{entry.name} is trained and has dtype {_dtype(entry.param.dtype)}: expected fp32, bf16 or fp16; "
+                "cast it, or freeze it with requires_grad_(False): frozen parameters keep any dtype",
                 name=entry.name,
             )
         if entry.param.device.type not in ("cpu", "meta"):
@@ -285,27 +278,6 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
                 "build the model on the CPU",
                 name=entry.name,
             )
-        if entry.numel == 0:
-            raise ModelError(f"{entry.name} has shape {tuple(entry.shape)}: it holds no element", name=entry.name)
-
-
-def _parameters(module: nn.Module) -> Iterator[ParameterPlan]:
-    """Every parameter once, with all its owners, in the order of the first."""
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    first: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, owner in module.named_modules():
-        for name, param in owner._parameters.items():
-            if param is None:
-                continue
-            owners.setdefault(id(param), []).append((prefix, owner))
-            first.setdefault(id(param), (f"{prefix}.{name}" if prefix else name, param))
-    for prefix, user in module.named_modules():
-        for param in user.__dict__.get(EXTERNAL, ()):
-            if id(param) in first and all(user is not owner for _, owner in owners[id(param)]):
-                owners[id(param)].append((prefix, user))
-    for key, (name, param) in first.items():
-        shape = shape_of(param)
-        yield ParameterPlan(name, param, tuple(owners[key]), shape, shape.numel(), param.requires_grad)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -358,7 +330,7 @@ def _block_units(name: str, block: nn.Module, params: list[ParameterPlan], max_e
     if not params:
         return []
     unit = UnitPlan(name, list(_called(block)), params)
-    if unit.numel <= max_elements or is_leaf(block):
+    if unit.words <= max_elements or is_leaf(block):
         return [unit]
     return _by_owner(block, params)
 
@@ -377,7 +349,7 @@ def _root_units(module: nn.Module, left: list[ParameterPlan], max_elements: int)
         return []
     owners = _distinct(owner for entry in left for _, owner in entry.owners)
     whole = UnitPlan("root", _distinct([module, *owners]), left, span=True)
-    if whole.numel <= max_elements or is_leaf(module):
+    if whole.words <= max_elements or is_leaf(module):
         return [whole]
     return _by_owner(module, left)
 
@@ -415,7 +387,8 @@ def padded_sizes(unit: UnitPlan, world: int) -> tuple[int, int]:
     quantum = TILE_QUANTUM * world
     trainable = frozen = 0
     for entry in unit.params:
-        size = -(-entry.numel // 64) * 64
+        # A part with a parameter has at least one element of padding, whatever the parameter has.
+        size = max(1, -(-entry.words // 64) * 64)
         if entry.trainable:
             trainable += size
         else:

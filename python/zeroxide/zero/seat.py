@@ -11,6 +11,7 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.errors import ModelError
 from zeroxide.ranks import Ranks, Watch
+from zeroxide.zero.bits import bytes_of, converted, copy_of, exact_in_fp32, why_not_bytes
 from zeroxide.zero.empty import conceal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
 from zeroxide.zero.state import UnitState
@@ -61,7 +62,10 @@ class House:
 
 
 class Seat:
-    """Keeps one parameter of an engine. `part` is "weights", "exp_avg", "exp_avg_sq" or "grad"; values are fp32."""
+    """Keeps one parameter of an engine. `part` is "weights", "exp_avg", "exp_avg_sq" or "grad"; values are fp32.
+
+    A frozen parameter is bytes to the core: its values are taken and given in its own dtype, as `live` ones.
+    """
 
     def __init__(self, house: House, unit: Unit, position: int) -> None:
         self.house = house
@@ -69,25 +73,26 @@ class Seat:
         self.position = position
         self.name = unit.names[position]
         self.shape = unit.shapes[position]
+        self.dtype = unit.dtypes[position]
+        """Of the live weight."""
         self.trainable = unit.trainable[position]
+        self.opaque = unit.opaque[position]
         self.holds = 0
         old = keeper_of(unit.params[position])
         self.ident = new_id() if old is None else old.ident
-        self.offset = house.core().param_offset(unit.index, position)
+        # In elements of the parameter. Shards start at multiples of 4 KiB and parameters at multiples of 128 bytes, so
+        # that no element of any dtype lies in two shards.
         start, end = house.core().shard(unit.index)
-        self.shard = end - start
+        word = unit.flat.itemsize
+        self.offset = house.core().param_offset(unit.index, position) * word // self.dtype.itemsize
+        self.shard = (end - start) * word // self.dtype.itemsize
         manage(unit.params[position], self)
-        conceal(unit.params[position], unit.empty)
+        conceal(unit.params[position], unit.empties[position])
 
     @property
     def persists(self) -> bool:
         """See `Keeper`."""
         return self.house.visible
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the live weight."""
-        return self.unit.flat.dtype
 
     @property
     def param(self) -> nn.Parameter:
@@ -124,26 +129,57 @@ class Seat:
     # Values ---------------------------------------------------------------------------------------------------------
 
     def read_own(self, part: str) -> torch.Tensor:
-        """This rank's piece; nothing is exchanged."""
+        """This rank's piece; nothing is exchanged. Raises ModelError for a frozen weight that fp32 cannot hold."""
         start, count = self.own()
-        out = torch.empty(count, dtype=torch.float32)
-        if count:
-            self.house.core().read_param(self.unit.index, self.position, part, start, spec(out))
-        return out
+        self._check_fp32()
+        return self._fetch(part, start, torch.empty(count, dtype=torch.float32))
 
     def read(self, part: str) -> torch.Tensor:
-        """All elements, on every rank. Every rank calls it."""
-        full = torch.empty(self.shape.numel(), dtype=torch.float32)
+        """All elements, on every rank. Every rank calls it. Raises as `read_own`."""
+        self._check_fp32()
+        return self._together(part, torch.float32)
+
+    def read_live(self) -> torch.Tensor:
+        """All elements of the live weight, flat, on every rank: every bit of a frozen one. Every rank calls it."""
+        return self.live(self.read("weights")) if self.trainable else self._together("weights", self.dtype)
+
+    def _together(self, part: str, dtype: torch.dtype) -> torch.Tensor:
+        full = torch.empty(self.shape.numel(), dtype=dtype)
         for rank, start, count in self.pieces():
             piece = full[start : start + count]
             if rank == self.house.ranks.rank:
-                self.house.core().read_param(self.unit.index, self.position, part, start, spec(piece))
+                self._fetch(part, start, piece)
             if not self.house.alone:
                 self.house.broadcast(piece, rank, self.name)
         return full
 
+    def _fetch(self, part: str, start: int, out: torch.Tensor) -> torch.Tensor:
+        """Elements that this rank keeps into `out`: fp32, or of a frozen weight the dtype that it has."""
+        core, place = self.house.core(), (self.unit.index, self.position)
+        if not out.numel():
+            return out
+        if self.trainable or part != "weights":
+            core.read_param(*place, part, start, spec(out))
+        else:
+            found = out if out.dtype == self.dtype else torch.empty(out.numel(), dtype=self.dtype)
+            core.read_bytes(*place, start * self.dtype.itemsize, spec(bytes_of(found)))
+            if found is not out:
+                out.copy_(found)
+        return out
+
+    def _check_fp32(self) -> None:
+        if not self.trainable and not exact_in_fp32(self.dtype):
+            raise ModelError(
+                f"{self.name} has dtype {self.dtype}, whose values fp32 cannot hold: take and set them inside "
+                "zeroxide.zero.GatheredParameters",
+                name=self.name,
+            )
+
     def write(self, part: str, full: torch.Tensor) -> None:
-        """Makes `full`, which is the same on every rank, the parameter's. Every rank calls it."""
+        """Makes `full`, which is the same on every rank, the parameter's. Every rank calls it.
+
+        A frozen weight takes values of its own dtype as they are, and rounds fp32 to bf16 and fp16.
+        """
         # Other ranks may still use the weights, which may be one copy for all.
         self.house.barrier(self.name)
         if part == "grad":
@@ -161,7 +197,12 @@ class Seat:
 
     def _write(self, part: str, start: int, values: torch.Tensor) -> None:
         self.house.before_change()
-        self.house.core().write_param(self.unit.index, self.position, part, start, spec(values))
+        core, place = self.house.core(), (self.unit.index, self.position)
+        if self.trainable or part != "weights":
+            core.write_param(*place, part, start, spec(values))
+        elif values.numel():
+            raw = bytes_of(converted(values, self.dtype))
+            core.write_bytes(*place, start * self.dtype.itemsize, spec(raw))
 
     def has_gradient(self, everywhere: bool) -> bool:
         """Whether a gradient has come since the last step: on any rank, which all call, or on this one."""
@@ -175,15 +216,8 @@ class Seat:
         return bool(landed)
 
     def live(self, exact: torch.Tensor) -> torch.Tensor:
-        """The live weight that fp32 values have, flat, in the compute dtype."""
-        if self.dtype is torch.float32:
-            return exact
-        if self.dtype is not torch.bfloat16:
-            return exact.to(self.dtype)
-        out = torch.empty(exact.numel(), dtype=torch.bfloat16)
-        if exact.numel():
-            _core.Offload.round_bf16(spec(exact), spec(out))
-        return out
+        """The live weight that fp32 values of a trainable parameter have, flat, in the compute dtype."""
+        return converted(exact, self.dtype)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of a parameter has nobody who keeps its values.
@@ -193,7 +227,11 @@ class Seat:
 
     def local(self) -> torch.Tensor:
         """This rank's piece of the live weight; nothing is exchanged."""
-        return self.live(self.read_own("weights"))
+        return self.live(self.read_own("weights")) if self.trainable else self._own_live()
+
+    def _own_live(self) -> torch.Tensor:
+        start, count = self.own()
+        return self._fetch("weights", start, torch.empty(count, dtype=self.dtype))
 
     def open(self, param: nn.Parameter, copy: torch.Tensor | None = None) -> None:
         """See `Keeper`. The copy is beside the unit's own memory, which other ranks may share.
@@ -201,7 +239,7 @@ class Seat:
         copy: one that is there already, in the parameter's shape.
         """
         if not self.holds:
-            self.unit.lend(self.position, self.live(self.read("weights")).view(self.shape) if copy is None else copy)
+            self.unit.lend(self.position, self.read_live().view(self.shape) if copy is None else copy)
         self.holds += 1
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
@@ -209,17 +247,18 @@ class Seat:
         self.holds -= 1
         problem = None
         if source is not None:
-            fits = param.shape == self.shape and param.dtype == self.dtype and param.device.type == "cpu"
+            fits = (param.shape, param.dtype, param.device.type) == (self.shape, self.dtype, "cpu")
+            fits = fits and why_not_bytes(param) is None
             problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
         if source is not None and problem is None:
-            flat = param.detach().contiguous().view(-1)
+            flat = bytes_of(param).view(self.dtype)
             if self.house.ranks.rank != source:
                 flat = torch.empty(self.shape.numel(), dtype=self.dtype)
             if self.house.ranks.world > 1:
                 self.house.broadcast(flat, source, self.name)
             self._replace(flat)
             if self.holds:
-                self.unit.lend(self.position, flat.clone().view(self.shape))
+                self.unit.lend(self.position, copy_of(flat).view(self.shape))
         if not self.holds:
             self.unit.take_back(self.position)
         if problem is not None:
@@ -237,6 +276,9 @@ class Seat:
         return found
 
     def _replace(self, live: torch.Tensor) -> None:
+        if not self.trainable:
+            self.write("weights", live)
+            return
         full = live.to(torch.float32)
         start, count = self.own()
         if count:

@@ -16,6 +16,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.ranks import Ranks, all_gather_single
+from zeroxide.zero.bits import bytes_of, copy_of
 from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
 
@@ -101,11 +102,12 @@ class Slice:
 
     def cut(self, param: nn.Parameter, source: int = 0) -> None:
         """Takes the parameter's values from rank `source` and empties it, everywhere but in `open`s still to end."""
-        flat = param.detach().to(self.dtype).contiguous().view(-1)
+        values = param.detach()
+        flat = bytes_of(values if values.dtype == self.dtype else values.to(self.dtype)).view(self.dtype)
         self.ranks.broadcast_tensor(flat, source)
         local = self.local()
         start = self.ranks.rank * self.each
-        local.copy_(flat[start : start + local.numel()])
+        bytes_of(local).copy_(bytes_of(flat[start : start + local.numel()]))
         self._drop_pages()
         if self.holds:
             reveal(param, flat.view(self.shape))
@@ -115,10 +117,11 @@ class Slice:
     def gather(self, param: nn.Parameter) -> None:
         """Gives the parameter all its values."""
         if self.ranks.alone:
-            flat = self.values.clone()
+            flat = copy_of(self.values)
         else:
             flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype)
-            all_gather_single(flat, self.values, group=self.ranks.group)
+            if self.each:
+                all_gather_single(bytes_of(flat), bytes_of(self.values), group=self.ranks.group)
         self._drop_pages()
         reveal(param, flat[: self.shape.numel()].view(self.shape))
         self.whole = True
@@ -144,15 +147,16 @@ class Slice:
         """See `Keeper`."""
         self.holds -= 1
         if source is not None:
-            problems = self.ranks.gather_objects(None if param.shape == self.shape else list(param.shape))
+            fits = param.shape == self.shape and param.dtype == self.dtype
+            problems = self.ranks.gather_objects(None if fits else f"{param.dtype} {tuple(param.shape)}")
             if problems[source] is not None:
                 self.empty(param)
                 raise ModelError(
-                    f"{self.name} has shape {tuple(problems[source])} on rank {source} after GatheredParameters: "
-                    f"expected {tuple(self.shape)}; write into the parameter instead of replacing it",
+                    f"{self.name} is {problems[source]} on rank {source} after GatheredParameters: expected "
+                    f"{self.dtype} {tuple(self.shape)}; write into the parameter instead of replacing it",
                     name=self.name,
                 )
-            if param.shape != self.shape:
+            if not fits:
                 param.data = torch.empty(self.shape, dtype=self.dtype)
             self.cut(param, source)
         elif not self.holds:

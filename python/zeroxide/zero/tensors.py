@@ -16,19 +16,20 @@ from zeroxide.errors import ModelError
 __all__ = ["DTYPE_NAMES", "memory_at", "spec", "view_of"]
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_NAMES = DTYPE_NAMES | {torch.int64: "int64"}
+_NAMES = DTYPE_NAMES | {torch.int64: "int64", torch.uint8: "uint8"}
 
 
 def spec(tensor: torch.Tensor) -> _core.TensorSpec:
     """The memory of `tensor`, any shape, for one call into the core.
 
-    Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16 or int64.
+    Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or
+    uint8.
     """
     # Called for every gradient: each look at the tensor counts.
     name = _NAMES.get(tensor.dtype)
     if name is None or not tensor.is_cpu or not tensor.is_contiguous():
         raise ModelError(
-            f"expected a contiguous fp32, bf16, fp16 or int64 tensor in host memory, got {tensor.dtype} "
+            f"expected a contiguous fp32, bf16, fp16, int64 or uint8 tensor in host memory, got {tensor.dtype} "
             f"{tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
         )
     return _core.TensorSpec(tensor, tensor.data_ptr(), tensor.numel(), name)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.zero.bits import copy_of, tensor_of
 from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import unmanage
 from zeroxide.zero.plan import UnitPlan
@@ -28,17 +29,21 @@ class Unit:
         self.owners: list[list[nn.Module]] = [[owner for _, owner in entry.owners] for entry in plan.params]
         self.shapes = [entry.shape for entry in plan.params]
         self.trainable = [entry.trainable for entry in plan.params]
+        self.opaque = [entry.opaque for entry in plan.params]
         self.has_frozen = not all(self.trainable)
         self.num_trainable = sum(self.trainable)
         window = core.window(index)
         flat = view_of(window, dtype)  # 1D, valid only while gathered
         self.flat = flat
         self.layout_numel = flat.numel()
+        self.dtypes = [entry.dtype for entry in plan.params]
         self.views: list[torch.Tensor] = []
-        for position, shape in enumerate(self.shapes):
+        for position, (shape, kind) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
             start = core.param_offset(index, position) * dtype.itemsize
-            self.views.append(view_of(window, dtype, start, shape.numel()).view(shape))
-        self.empty = torch.empty(0, dtype=dtype)
+            nbytes = shape.numel() * kind.itemsize
+            raw = view_of(window, torch.uint8, start, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
+            self.views.append(tensor_of(raw, kind, shape))
+        self.empties = [torch.empty(0, dtype=kind) for kind in self.dtypes]
         self.state = UnitState.RELEASED
         self.lent: dict[int, torch.Tensor] = {}
         """Positions whose parameters show a copy of their values, whatever becomes of the unit."""
@@ -57,15 +62,15 @@ class Unit:
         """Makes the parameters empty again."""
         if self.state is UnitState.RELEASED:
             return
-        for param in self.params:
-            conceal(param, self.empty)
+        for param, empty in zip(self.params, self.empties, strict=True):
+            conceal(param, empty)
         self.state = UnitState.RELEASED
         self._show_lent()
 
     def hand_over(self) -> None:
         """Gives every parameter memory of its own with the values it shows, and forgets that it was a unit's."""
         for param in self.params:
-            param.data = param.data.clone()
+            param.data = copy_of(param.data)
             unmanage(param)
         self.state = UnitState.RELEASED
         self.lent.clear()
@@ -81,7 +86,7 @@ class Unit:
         if self.state is UnitState.GATHERED:
             reveal(self.params[position], self.views[position])
         else:
-            conceal(self.params[position], self.empty)
+            conceal(self.params[position], self.empties[position])
         self.versions[position] = self.params[position]._version
 
     def note_versions(self) -> None:
