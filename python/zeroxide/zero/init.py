@@ -127,7 +127,7 @@ class Construction:
 
     def _shrink(self, newest: int) -> None:
         sizes = {key: param.nbytes for key, (_, param) in self.whole.items()}
-        excess = sum(sizes.values()) - sizes[newest] - KEPT_BYTES
+        excess = sum(sizes.values()) - sizes.get(newest, 0) - KEPT_BYTES
         for key in list(self.whole):
             if excess <= 0:
                 return
