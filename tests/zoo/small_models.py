@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from torch import nn
 ROWS, LENGTH = 2, 12
 MOST_ELEMENTS = 12_000_000
 """A model with more is not small."""
-ATTEMPT_SECONDS = 20
+ATTEMPT_SECONDS, TYPE_SECONDS = 15, 60
+"""What one combination may take, and the search for one."""
 
 Batch = dict[str, Any]
 
@@ -134,7 +136,11 @@ def find(model_type: str) -> Small:
     if not classes:
         raise Unbuildable("no model class takes this config")
     reasons: list[str] = []
+    begun = time.monotonic()
     for recipe in RECIPES:
+        if time.monotonic() - begun > TYPE_SECONDS:
+            reasons.append(f"nothing found in {TYPE_SECONDS} s")
+            break
         try:
             small_config(config_class, recipe)
         except Exception as error:

@@ -200,3 +200,34 @@ class InLists(Stack):
             for part in self.parts:
                 x = x + torch.tanh(x @ part + self.named["bias"])
             return x
+
+
+@way("weights that any shape broadcasts with, used around children")
+class Broadcasts(Stack):
+    """An empty tensor broadcasts with a trailing 1: a gradient of such a weight would be summed over nothing."""
+
+    class block(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((LENGTH, 1), 2.3))
+            self.gain = nn.Parameter(torch.tensor([0.7]))
+            self.shift = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = torch.clamp(self.scale, max=4.0).exp()
+            inner = self.attn(self.norm(x)) * scale
+            return x + torch.tanh(self.mlp(inner * self.gain)) * self.gain + torch.sigmoid(self.shift) * self.shift
+
+
+@way("a clamped weight with a trailing 1, used around children")
+class Clamped(Stack):
+    """The gradient of clamp looks at the weight; what is broadcast with nothing sums to zeros of the right shape."""
+
+    class block(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.full((LENGTH, 1), 0.3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            scale = torch.clamp(self.scale, max=1.0).exp()
+            return x + torch.tanh(self.mlp(self.attn(self.norm(x)) * scale))

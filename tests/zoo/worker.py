@@ -22,6 +22,15 @@ sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "numerics")]
 os.environ |= {"TRANSFORMERS_VERBOSITY": "critical", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
+def place(error: Exception) -> str:
+    """Where a model was when it failed: the innermost line that is neither torch's nor ours."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = Path(frame.filename)
+        if path.name.startswith(("modeling_", "ways_", "stacks")):
+            return f" [{path.name}:{frame.lineno} {frame.line}]"
+    return ""
+
+
 def main() -> None:
     """Serves until its input ends."""
     lines, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
@@ -60,7 +69,10 @@ def main() -> None:
             except Exception as error:
                 if os.environ.get("ZOO_TRACE"):
                     traceback.print_exc()
-                outcome, detail = "failed", f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                outcome, detail = (
+                    "failed",
+                    f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place(error)}",
+                )
             finally:
                 shutil.rmtree(directory, ignore_errors=True)
             answer(mode=name, outcome=outcome, detail=detail, seconds=time.monotonic() - begun)
