@@ -23,7 +23,7 @@ from zeroxide.config import Config
 from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.evaluation import thaw
 from zeroxide.loss_scale import LossScaler
-from zeroxide.optim.engine_optimizer import EngineOptimizer
+from zeroxide.optim.engine_optimizer import EngineOptimizer, check_schedule_call
 from zeroxide.optim.groups import check_groups, groups_for
 from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
@@ -41,7 +41,7 @@ from zeroxide.zero.parting import part_from
 from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
-from zeroxide.zero.unit import Unit
+from zeroxide.zero.unit import Unit, refuse_edits
 from zeroxide.zero.untraced import leave_untraced
 
 if TYPE_CHECKING:
@@ -258,7 +258,10 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         boundary = self.is_gradient_accumulation_boundary()
         if boundary:
             # Before anything is counted: the same call works when the change has been made where it counts.
-            self._check_edits()
+            if self._plan.visible and not self._plan.keeps_edits:
+                refuse_edits(self._units)
+            self.optimizer.check()
+            check_schedule_call(self.lr_scheduler, lr_kwargs)
         self.micro_steps += 1
         self._applied = False
         if not boundary:
@@ -298,18 +301,6 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         if landed:
             self._scaler.update(self.optimizer.overflow)
         self._times["step"] += time.perf_counter() - start
-
-    def _check_edits(self) -> None:
-        if not self._plan.visible or self._plan.keeps_edits:
-            return
-        for unit in self._units:
-            name = unit.edited()
-            if name is not None:
-                raise ModelError(
-                    f"{name} was changed in place, and it is one copy for all ranks of this host, which each of them "
-                    "would change again: change it inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
-                    name=name,
-                )
 
     def _before_change(self) -> None:
         """Waits until state may change: a save in the background has what it needs, and no weights are on their way."""

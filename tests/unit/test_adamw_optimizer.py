@@ -176,8 +176,14 @@ def test_groups_schedulers_and_closures_work():
     scheduler.step()
     optimizer.step(closure)
     assert torch.allclose(b, torch.full((8,), 0.45))
-    with pytest.raises(ConfigError, match="new optimizer"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    c = nn.Parameter(torch.ones(1))
+    optimizer.add_param_group({"params": [c], "lr": 0.25})
+    c.grad = torch.ones(1)
+    optimizer.step()
+    assert torch.allclose(c, torch.full((1,), 0.75))
+    with pytest.raises(ModelError, match="float64"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1, dtype=torch.float64))]})
+    assert len(optimizer.param_groups) == 3
     optimizer.close()
 
 
@@ -188,3 +194,142 @@ def test_wrong_parameters_are_refused():
         AdamW([nn.Parameter(torch.ones(4, 3).T)])
     with pytest.raises(ConfigError, match="format"):
         AdamW([nn.Parameter(torch.ones(3))], format="compact")
+
+
+CHANGES = {
+    "half": lambda model: model.half(),
+    "float": lambda model: model.float(),
+    "double": lambda model: model.double(),
+    "shape": lambda model: setattr(model[0].weight, "data", model[0].weight.data[:8].contiguous()),
+    "strides": lambda model: setattr(model[0].weight, "data", model[0].weight.data.T.contiguous().T),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_parameter_that_became_something_else_is_refused(name):
+    """Named, and before anything is updated; also in a state dict that would read its exact weight."""
+    model, _ = problem(torch.bfloat16)
+    optimizer = AdamW(model.named_parameters(), lr=1e-3)
+    CHANGES[name](model)
+    before = [param.detach().clone() for param in model.parameters()]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    with pytest.raises(ModelError, match=r"^0\.weight is "):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    optimizer.close()
+
+
+def test_data_that_is_replaced_alike_is_followed():
+    """A new tensor of the same dtype and shape, contiguous or made so: one step from there is torch's."""
+    param, other = nn.Parameter(torch.ones(4, 3)), nn.Parameter(torch.full((4, 3), 2.0))
+    mine = AdamW([param], lr=0.1, weight_decay=0.0)
+    theirs = torch.optim.AdamW([other], lr=0.1, weight_decay=0.0)
+    param.data = torch.full((4, 3), 2.0)
+    param.grad = torch.arange(12.0).view(3, 4).T
+    other.grad = param.grad.clone()
+    mine.step()
+    theirs.step()
+    # An update of 0.1 rounded a few times on each side.
+    torch.testing.assert_close(param, other, rtol=0.0, atol=1e-6)
+    mine.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offload", ["none", "nvme"])
+def test_a_parameter_unfrozen_later_trains_from_then_on(dtype, offload, tmp_path):
+    """Beside an optimizer that only begins then: the first update of a parameter is its first."""
+    home = "none" if offload == "none" else f"nvme:{tmp_path}"
+    late, first = nn.Parameter(torch.ones(64, dtype=dtype), requires_grad=False), nn.Parameter(torch.ones(8))
+    optimizer = AdamW([first, late], lr=1e-2, offload=home)
+    first.grad = torch.ones(8)
+    optimizer.step()
+    assert torch.all(late == 1)
+    late.requires_grad_(True)
+    alone = nn.Parameter(late.detach().clone())
+    fresh = AdamW([alone], lr=1e-2)
+    for step in range(3):
+        late.grad = torch.full_like(late, 0.5 + step)
+        alone.grad = late.grad.clone()
+        optimizer.step()
+        fresh.step()
+        assert torch.equal(late, alone)
+        assert optimizer.state[late]["step"] == step + 1
+    packed = copy.deepcopy(optimizer.state_dict())
+    assert [int(packed["state"][number]["step"]) for number in (0, 1)] == [4, 3]
+    again = AdamW([nn.Parameter(torch.ones(8)), nn.Parameter(torch.ones(64, dtype=dtype), requires_grad=False)])
+    again.load_state_dict(packed)
+    assert torch.equal(again.state_dict()["state"][1]["exp_avg"], packed["state"][1]["exp_avg"])
+    for each in (optimizer, fresh, again):
+        each.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_frozen_parameters_may_have_any_dtype():
+    frozen = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+    optimizer = AdamW([frozen, nn.Parameter(torch.ones(3))])
+    frozen.grad = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ModelError, match=r"parameter 0 .*float64"):
+        optimizer.step()
+    optimizer.close()
+
+
+def test_gradients_that_do_not_fit_are_named():
+    table = nn.Embedding(10, 4, sparse=True)
+    optimizer = AdamW(table.named_parameters())
+    table(torch.tensor([1, 2])).sum().backward()
+    with pytest.raises(ModelError, match=r"gradient of weight is sparse"):
+        optimizer.step()
+    with torch.no_grad():
+        before = table.weight.clone()
+    table.weight.grad = None
+    optimizer.step()
+    assert torch.equal(table.weight, before)
+    optimizer.close()
+
+
+def test_values_of_the_state_are_copies_and_say_so():
+    param = nn.Parameter(torch.ones(3))
+    optimizer = AdamW([param])
+    param.grad = torch.ones(3)
+    optimizer.step()
+    assert optimizer.state[param]["exp_avg"].tolist() == pytest.approx([0.1] * 3)
+    for change in (
+        lambda: optimizer.state[param]["exp_avg"].zero_(),
+        lambda: optimizer.state.clear(),
+        lambda: setattr(optimizer, "state", {}),
+    ):
+        with pytest.raises(ModelError, match="load_state_dict"):
+            change()
+    optimizer.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("line", "change"),
+    [
+        (r"exp_avg of parameter 0", lambda s: s["state"][0].__setitem__("exp_avg", torch.ones(2))),
+        (r"has no 'exp_avg'", lambda s: s["state"][0].pop("exp_avg")),
+        (r"momentum_buffer", lambda s: s["state"][1].__setitem__("momentum_buffer", torch.ones(1))),
+        (r"groups of \[2\]", lambda s: s["param_groups"][0]["params"].pop()),
+        (r"an entry 7", lambda s: s["state"].__setitem__(7, s["state"][0])),
+    ],
+)
+def test_a_state_dict_that_does_not_fit_changes_nothing(line, change):
+    params = [nn.Parameter(torch.ones(size)) for size in (3, 4, 5)]
+    optimizer = AdamW(params)
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    before, wrong = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    wrong["state"][2]["exp_avg"].fill_(7)
+    wrong["param_groups"][0]["lr"] = 5.0
+    change(wrong)
+    with pytest.raises(ConfigError, match=line):
+        optimizer.load_state_dict(wrong)
+    after = optimizer.state_dict()
+    assert after["param_groups"] == before["param_groups"]
+    for number in range(3):
+        assert all(torch.equal(after["state"][number][key], value) for key, value in before["state"][number].items())
+    optimizer.close()

@@ -25,6 +25,7 @@ from zeroxide.checkpoint.manifest import (
 from zeroxide.checkpoint.plain import encode
 from zeroxide.checkpoint.stream import saved_name
 from zeroxide.errors import CheckpointError
+from zeroxide.optim.groups import plain
 from zeroxide.zero.bits import bytes_of, copy_of, why_not_bytes
 
 if TYPE_CHECKING:
@@ -194,4 +195,4 @@ def _scheduler(scheduler: Any) -> SavedScheduler | None:
     kind = type(scheduler).__name__
     if not hasattr(scheduler, "state_dict"):
         raise CheckpointError(f"the lr_scheduler {kind} has no state_dict(): its position cannot be saved")
-    return SavedScheduler(kind=kind, state=encode(scheduler.state_dict(), f"{kind}.state_dict()"))
+    return SavedScheduler(kind=kind, state=encode(plain(scheduler.state_dict()), f"{kind}.state_dict()"))

@@ -33,6 +33,7 @@ from zeroxide.checkpoint.match import match_buffers, match_groups, match_paramet
 from zeroxide.checkpoint.plain import decode
 from zeroxide.checkpoint.source import Sources
 from zeroxide.errors import CheckpointError
+from zeroxide.optim.groups import assign
 from zeroxide.zero.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.state import Home
@@ -343,7 +344,7 @@ class _Load:
     def _resume_schedule(self) -> Callable[[], None]:
         """Restores schedule and hyperparameters. Returns what undoes it; undone already if it raises."""
         groups = self.engine.optimizer.param_groups
-        before = [dict(group) for group in groups]
+        before = [copy.deepcopy({name: value for name, value in group.items() if name != "params"}) for group in groups]
         scheduler = self.engine.lr_scheduler if self.scheduler else None
         position = copy.deepcopy(scheduler.state_dict()) if scheduler is not None else None
 
@@ -351,8 +352,10 @@ class _Load:
             if scheduler is not None:
                 scheduler.load_state_dict(position)
             for group, values in zip(groups, before, strict=True):
-                group.clear()
-                group.update(values)
+                for name in set(group) - set(values) - {"params"}:
+                    del group[name]
+                for name, value in values.items():
+                    assign(group, name, value)
 
         keep = SCHEDULED if self.engine.lr_scheduler is not None and not self.scheduler else ()
 
@@ -362,7 +365,9 @@ class _Load:
                     scheduler.load_state_dict(self.schedule)
                 for group, values in zip(groups, self.groups, strict=False):
                     names = values if self.optimizer else (SCHEDULED if self.scheduler else ())
-                    group.update({name: values[name] for name in names if name in values and name not in keep})
+                    for name in names:
+                        if name in values and name not in keep:
+                            assign(group, name, values[name])
             except Exception as error:
                 raise CheckpointError(
                     f"{self.path} was not loaded: the lr_scheduler refused its state ({type(error).__name__}: {error})",

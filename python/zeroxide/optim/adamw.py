@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,12 +15,23 @@ from zeroxide import _core
 from zeroxide.config import load, parse_bytes
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.optim.groups import core_groups
+from zeroxide.optim.saved_state import MOMENTS, SavedEntry, check_saved, name_of, take_hyperparameters
+from zeroxide.optim.state_view import ParameterState, StateView
 from zeroxide.zero.plan import DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS
 from zeroxide.zero.tensors import DTYPE_NAMES, spec
 
 __all__ = ["AdamW"]
 
-_PARTS = ("exp_avg", "exp_avg_sq")
+
+@dataclass
+class _Place:
+    """Where one parameter's state is, and what the parameter was when it was placed."""
+
+    core: _core.Offload
+    unit: int
+    group: int
+    dtype: torch.dtype
+    shape: torch.Size
 
 
 class AdamW(torch.optim.Optimizer):
@@ -27,14 +39,13 @@ class AdamW(torch.optim.Optimizer):
 
     Parameters stay ordinary fp32 or bf16 tensors in host memory. The moments, and for bf16 parameters the low half of
     the master weight, are in host memory (`offload="none"` or "cpu") or on disk ("nvme:DIR"); results are the same
-    bits in every case. bf16 parameters are updated with an exact fp32 master weight.
+    bits in every case. bf16 parameters are updated with an exact fp32 master weight; what is written into one at any
+    time is taken over by the next step.
 
-    params: parameters or group dicts. lr, betas, eps, weight_decay: as in torch. offload: see above.
+    params: parameters, (name, parameter) pairs or group dicts; frozen ones are placed once they have a gradient.
+    lr, betas, eps, weight_decay: as in torch; tensors are read at every step. offload: see above.
     format: "split" or "fp32" for bf16 parameters. host_memory: most bytes of state in memory ("1GiB" or an int).
     threads: compute threads, by default one a CPU.
-
-    Load weights before making the optimizer: with `format="fp32"` it keeps its own master copy of bf16 parameters, and
-    does not see what is written into them later.
 
     Raises ModelError for parameters that are not contiguous fp32 or bf16 in host memory, ConfigError for options,
     BudgetError and StorageError where the state does not fit.
@@ -43,8 +54,8 @@ class AdamW(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
@@ -53,7 +64,7 @@ class AdamW(torch.optim.Optimizer):
         host_memory: int | str | None = None,
         threads: int | None = None,
     ) -> None:
-        chosen = load(None, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, offload_optimizer=offload)
+        home = load(None, lr=1e-3, offload_optimizer=offload).offload_optimizer
         if format not in ("split", "fp32"):
             raise ConfigError(f"format {format!r}: expected 'split' or 'fp32'", path="format", got=format)
         defaults = {
@@ -64,145 +75,229 @@ class AdamW(torch.optim.Optimizer):
             "decoupled": True,
             "bias_correction": True,
         }
-        self._places: dict[int, tuple[_core.Offload, int]] = {}
+        self._format = format
+        self._limit = None if host_memory is None else parse_bytes(host_memory)
+        self._directories: list[Any] = [home.path] if home.kind == "nvme" and home.path is not None else []
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._places: dict[int, _Place] = {}
         self._cores: list[_core.Offload] = []
+        self._closed = False
+        self._made = False
         super().__init__(params, defaults)
-        home = chosen.offload_optimizer
-        limit = None if host_memory is None else parse_bytes(host_memory)
-        directories = [home.path] if home.kind == "nvme" and home.path is not None else []
-        for dtype in (torch.float32, torch.bfloat16):
-            chosen_format = format if dtype is torch.bfloat16 else "fp32"
-            self._make_core(dtype, chosen_format, directories, limit, threads or len(os.sched_getaffinity(0)))
+        core_groups(self.param_groups)
+        self._made = True
+        self._place_new(lambda param: param.requires_grad)
 
-    def _make_core(
-        self, dtype: torch.dtype, format: str, directories: list[Any], limit: int | None, threads: int
-    ) -> None:
-        """One core for all parameters of one dtype: one unit a parameter, whose weight is lent for each step."""
-        members: list[tuple[torch.Tensor, int]] = []
+    def _members(self) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """(group, position in it, parameter)."""
         for number, group in enumerate(self.param_groups):
-            for param in group["params"]:
-                _check(param)
-                if param.dtype is dtype and param.requires_grad:
-                    members.append((param, number))
-        if not members:
-            return
-        state = "disk" if directories else "host"
+            for at, param in enumerate(group["params"]):
+                yield number, at, param
+
+    def _name(self, group: int, at: int) -> str:
+        return name_of(self.param_groups[group], at)
+
+    def _place_new(self, wanted: Callable[[torch.Tensor], bool]) -> None:
+        """Places the wanted parameters that are not placed yet. Raises before anything is placed."""
+        new = [
+            (group, at, param)
+            for group, at, param in self._members()
+            if id(param) not in self._places and param.numel() and wanted(param)
+        ]
+        for group, at, param in new:
+            self._check(group, at, param)
+        for dtype in (torch.float32, torch.bfloat16):
+            members = [(group, param) for group, _, param in new if param.dtype is dtype]
+            if members:
+                self._make_core(dtype, members)
+
+    def _check(self, group: int, at: int, param: torch.Tensor) -> None:
+        if param.dtype not in (torch.float32, torch.bfloat16):
+            raise ModelError(f"{self._name(group, at)} is {param.dtype}: expected fp32 or bf16")
+        if param.device.type != "cpu" or not param.is_contiguous():
+            raise ModelError(f"{self._name(group, at)} is not contiguous in host memory ({param.device})")
+
+    def _make_core(self, dtype: torch.dtype, members: list[tuple[int, torch.Tensor]]) -> None:
+        """One core for parameters of one dtype: one unit a parameter, whose weight is lent for each step."""
+        state = "disk" if self._directories else "host"
         used = sum(core.usage()["total"][0] for core in self._cores)
         core = _core.Offload(
             units=[
-                (f"parameter {at}", [(p.numel(), True)], "borrowed", state, False) for at, (p, _) in enumerate(members)
+                (f"parameter {at}", [(param.numel(), True)], "borrowed", state, False)
+                for at, (_, param) in enumerate(members)
             ],
-            limit=None if limit is None else max(0, limit - used),
-            threads=threads,
+            limit=None if self._limit is None else max(0, self._limit - used),
+            threads=self._threads,
             compute=DTYPE_NAMES[dtype],
-            format=format,
+            format=self._format if dtype is torch.bfloat16 else "fp32",
             grad=DTYPE_NAMES[dtype],
             tile_elements=DEFAULT_TILE_ELEMENTS,
-            staging_bytes=DEFAULT_STAGING_BYTES if directories else 0,
+            staging_bytes=DEFAULT_STAGING_BYTES if self._directories else 0,
             gathered_bytes=0,
             engine="auto",
             queue_depth=32,
-            directories=directories,
+            directories=self._directories,
             job=f"adamw-{os.getpid()}-{secrets.token_hex(4)}",
         )
         self._cores.append(core)
         # Also at the end of the process, which may come without `close`: scratch files are large.
         weakref.finalize(self, core.close)
-        for at, (param, number) in enumerate(members):
-            core.fill_begin(at, "weights")
+        for unit, (group, param) in enumerate(members):
+            core.fill_begin(unit, "weights")
             values = param.detach().to(torch.float32).contiguous().view(-1)
-            core.fill_param(at, 0, 0, spec(values))
-            core.fill_commit(at)
-            core.set_group(at, 0, number)
-            self._places[id(param)] = (core, at)
+            core.fill_param(unit, 0, 0, spec(values))
+            core.fill_commit(unit)
+            core.set_group(unit, 0, group)
+            self._places[id(param)] = _Place(core, unit, group, dtype, param.shape)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Updates every parameter that has a gradient, in place. Returns the closure's loss, if there is one."""
+        """Updates every parameter that has a gradient, in place. Returns the closure's loss, if there is one.
+
+        Raises ModelError, before anything is updated, for a parameter that became something else than what was placed,
+        and for a gradient that does not fit it.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._closed:
+            raise RuntimeError("the optimizer was closed")
         groups = core_groups(self.param_groups)
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse:
-                    raise ModelError(f"a gradient of shape {tuple(param.shape)} is sparse: use dense gradients")
-                core, at = self._places[id(param)]
-                core.lend(at, spec(param.data), spec(param.grad.contiguous()))
+        self._place_new(lambda param: param.grad is not None)
+        used = [
+            (param, self._checked(group, at, param))
+            for group, at, param in self._members()
+            if param.grad is not None and param.numel()
+        ]
+        for param, place in used:
+            assert param.grad is not None
+            place.core.lend(place.unit, spec(param.data), spec(param.grad.contiguous()))
         for core in self._cores:
             core.step(groups, 1.0)
         return loss
 
+    def _checked(self, group: int, at: int, param: torch.Tensor) -> _Place:
+        place = self._places[id(param)]
+        if param.dtype is not place.dtype or param.shape != place.shape:
+            raise ModelError(
+                f"{self._name(group, at)} is {param.dtype} {tuple(param.shape)} and was {place.dtype} "
+                f"{tuple(place.shape)} when its optimizer state was placed: make the optimizer after such changes"
+            )
+        self._check(group, at, param)
+        grad = param.grad
+        if grad is not None and grad.layout is not torch.strided:
+            raise ModelError(
+                f"the gradient of {self._name(group, at)} is sparse ({grad.layout}): use dense gradients, as with "
+                "Embedding(sparse=False)"
+            )
+        if grad is not None and (
+            grad.shape != param.shape or grad.dtype not in DTYPE_NAMES or grad.device.type != "cpu"
+        ):
+            raise ModelError(
+                f"the gradient of {self._name(group, at)} is {grad.dtype} {tuple(grad.shape)} on {grad.device}: "
+                f"expected fp32, bf16 or fp16 of shape {tuple(param.shape)} in host memory"
+            )
+        if place.group != group:
+            place.core.set_group(place.unit, 0, group)
+            place.group = group
+        return place
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Groups are fixed once the state is placed: raises ConfigError after construction."""
-        if self._cores:
-            raise ConfigError("AdamW cannot take more parameters once its state is placed: make a new optimizer")
+        """As torch's. Parameters that require a gradient are placed at once, others when they have one."""
+        before = len(self.param_groups)
         super().add_param_group(param_group)
+        if not self._made:
+            return
+        try:
+            core_groups(self.param_groups)
+            self._place_new(lambda param: param.requires_grad)
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    def _read(self, param: torch.Tensor, part: str) -> torch.Tensor:
+        place = self._places[id(param)]
+        if part == "step":
+            return torch.tensor(float(place.core.updates(place.unit, 0)))
+        out = torch.empty(place.shape, dtype=torch.float32)
+        if part != "master":
+            place.core.read_param(place.unit, 0, part, 0, spec(out))
+            return out
+        if param.dtype is not place.dtype or param.shape != place.shape:
+            raise ModelError(
+                f"a parameter is {param.dtype} {tuple(param.shape)} and was {place.dtype} {tuple(place.shape)} when "
+                "its optimizer state was placed: its exact weight cannot be read"
+            )
+        place.core.lend(place.unit, spec(param.data.contiguous()), spec(torch.zeros_like(param)))
+        place.core.read_param(place.unit, 0, "weights", 0, spec(out))
+        place.core.clear_gradients()
+        return out
+
+    def _entry(self, param: torch.Tensor, *, shown: bool) -> ParameterState:
+        exact = ("master",) if self._places[id(param)].dtype is torch.bfloat16 else ()
+        return ParameterState(("step", *MOMENTS, *exact), lambda part: self._read(param, part), shown=shown)
+
+    @property  # type: ignore[override]
+    def state(self) -> StateView:
+        """Each placed parameter's "step", "exp_avg", "exp_avg_sq" and, for bf16, "master": copies, read on access."""
+        return StateView(
+            {param: self._entry(param, shown=True) for _, _, param in self._members() if id(param) in self._places}
+        )
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        # torch's constructor sets an empty one.
+        if self._made:
+            raise ModelError("optimizer.state cannot be set: the state lies in the core; use load_state_dict")
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: per parameter "step", "exp_avg", "exp_avg_sq" and, for bf16, "master", read into memory."""
-        packed = super().state_dict()
-        numbers = {}
-        for group, plain in zip(self.param_groups, packed["param_groups"], strict=True):
-            numbers.update({id(p): number for p, number in zip(group["params"], plain["params"], strict=True)})
-        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        number = 0
         for group in self.param_groups:
+            first = number
             for param in group["params"]:
-                if id(param) not in self._places:
-                    continue
-                core, at = self._places[id(param)]
-                entry: dict[str, Any] = {"step": torch.tensor(float(core.updates(at, 0)))}
-                for part in _PARTS:
-                    entry[part] = torch.empty(param.shape, dtype=torch.float32)
-                    core.read_param(at, 0, part, 0, spec(entry[part].view(-1)))
-                if param.dtype is torch.bfloat16:
-                    entry["master"] = torch.empty(param.shape, dtype=torch.float32)
-                    core.lend(at, spec(param.data), spec(torch.zeros_like(param)))
-                    core.read_param(at, 0, "weights", 0, spec(entry["master"].view(-1)))
-                    core.clear_gradients()
-                state[numbers[id(param)]] = entry
-        packed["state"] = state
-        return packed
+                if id(param) in self._places:
+                    state[number] = dict(self._entry(param, shown=False))
+                number += 1
+            groups.append({**group, "params": list(range(first, number))})
+        return {"state": state, "param_groups": groups}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes what `state_dict` or torch.optim.AdamW gave. bf16 parameters become their "master", rounded."""
-        groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
-            raise ConfigError("the state dict has other parameter groups than this optimizer")
-        for mine, theirs in zip(self.param_groups, groups, strict=True):
-            mine.update({key: value for key, value in theirs.items() if key in mine and key != "params"})
-            for param, number in zip(mine["params"], theirs["params"], strict=True):
-                entry = state_dict["state"].get(number)
-                if entry is not None:
-                    self._load_one(param, entry)
+        """Takes what `state_dict`, that of an engine's optimizer, or of torch's AdamW gave.
 
-    def _load_one(self, param: torch.Tensor, entry: dict[str, Any]) -> None:
-        core, at = self._places[id(param)]
-        core.set_updates(at, 0, int(entry["step"]))
-        parts = {part: entry[part] for part in _PARTS}
-        if "master" in entry:
-            parts["weights"] = entry["master"]
-        for part, values in parts.items():
-            if values.shape != param.shape:
-                raise ConfigError(f"{part} has shape {tuple(values.shape)}, its parameter {tuple(param.shape)}")
-            values = values.detach().to(torch.float32).contiguous()
-            core.fill_begin(at, part)
-            core.fill_param(at, 0, 0, spec(values.view(-1)))
-            core.fill_commit(at)
-            if part == "weights":
-                core.round_bf16(spec(values.view(-1)), spec(param.data))
+        bf16 parameters become their "master", rounded; a parameter that there is no state for starts anew. Raises
+        ConfigError, in one line, for whatever does not fit, before anything has changed.
+        """
+        shapes = [[param.shape for param in group["params"]] for group in self.param_groups]
+        found = check_saved(state_dict, self.param_groups, shapes, exact=True)
+        saved: dict[int, SavedEntry | None] = {}
+        for group, entries in zip(self.param_groups, found, strict=True):
+            saved.update({id(param): entry for param, entry in zip(group["params"], entries, strict=True)})
+        self._place_new(lambda param: saved[id(param)] is not None)
+        members = [each for each in self._members() if id(each[2]) in self._places]
+        places = [self._checked(group, at, param) for group, at, param in members]
+        take_hyperparameters(state_dict, self.param_groups)
+        for (_, _, param), place in zip(members, places, strict=True):
+            self._load_one(param, place, saved[id(param)])
+
+    def _load_one(self, param: torch.Tensor, place: _Place, entry: SavedEntry | None) -> None:
+        core, unit = place.core, place.unit
+        core.set_updates(unit, 0, 0 if entry is None else entry.step)
+        exact = entry is not None and "master" in entry.parts and place.dtype is torch.bfloat16
+        for part in (*MOMENTS, *(("master",) if exact else ())):
+            values = torch.zeros(place.shape) if entry is None else entry.values[part].detach().to("cpu", torch.float32)
+            target = "weights" if part == "master" else part
+            core.fill_begin(unit, target)
+            core.fill_param(unit, 0, 0, spec(values.contiguous().view(-1)))
+            core.fill_commit(unit)
+            if part == "master":
+                core.round_bf16(spec(values.contiguous().view(-1)), spec(param.data))
 
     def close(self) -> None:
         """Removes the scratch files and gives the memory of the state back. Idempotent."""
+        self._closed = True
         for core in self._cores:
             core.close()
-
-
-def _check(param: torch.Tensor) -> None:
-    if param.dtype not in (torch.float32, torch.bfloat16):
-        raise ModelError(f"a parameter of shape {tuple(param.shape)} is {param.dtype}: expected fp32 or bf16")
-    if param.device.type != "cpu" or not param.is_contiguous():
-        raise ModelError(f"a parameter of shape {tuple(param.shape)} is not contiguous in host memory ({param.device})")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.errors import ModelError
 from zeroxide.zero.bits import copy_of, tensor_of
 from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import unmanage
@@ -13,7 +16,7 @@ from zeroxide.zero.plan import UnitPlan
 from zeroxide.zero.state import UnitState
 from zeroxide.zero.tensors import view_of
 
-__all__ = ["Unit"]
+__all__ = ["Unit", "refuse_edits"]
 
 
 class Unit:
@@ -103,3 +106,15 @@ class Unit:
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():
             reveal(self.params[position], copy)
+
+
+def refuse_edits(units: Iterable[Unit]) -> None:
+    """Raises ModelError when a parameter, of which all ranks of this host share one copy, was changed in place."""
+    for unit in units:
+        name = unit.edited()
+        if name is not None:
+            raise ModelError(
+                f"{name} was changed in place, and it is one copy for all ranks of this host, which each of them "
+                "would change again: change it inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+                name=name,
+            )
