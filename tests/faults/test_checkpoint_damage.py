@@ -185,6 +185,21 @@ def safetensors(described, data=b""):
         safetensors({"items.0.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 128]}}, b"\0" * 256),
         safetensors({"items.0.weight": {"dtype": "F99", "shape": [8, 8], "data_offsets": [0, 256]}}, b"\0" * 256),
         safetensors({"items.0.weight": {"shape": [8, 8]}}, b"\0" * 256),
+        # Trailing bytes, a hole before a tensor, two tensors in one place, a shape that overflows.
+        safetensors({"items.0.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]}}, b"\0" * 260),
+        safetensors({"items.0.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [4, 260]}}, b"\0" * 260),
+        safetensors(
+            {
+                "items.0.weight": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]},
+                "other": {"dtype": "F32", "shape": [8, 8], "data_offsets": [0, 256]},
+            },
+            b"\0" * 256,
+        ),
+        safetensors(
+            {"items.0.weight": {"dtype": "F32", "shape": [1 << 62, 16], "data_offsets": [0, 256]}}, b"\0" * 256
+        ),
+        safetensors({"items.0.weight": {"dtype": "F32", "shape": [8.0, 8], "data_offsets": [0, 256]}}, b"\0" * 256),
+        safetensors({"__metadata__": {"a": 1}}),
         safetensors({"items.0.weight": 3}),
     ],
 )

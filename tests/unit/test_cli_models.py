@@ -190,7 +190,7 @@ def test_another_shape_is_refused(directory):
         FromSafetensors(build(), path)
 
 
-@pytest.mark.parametrize("damage", ["short", "header", "length", "empty", "offsets"])
+@pytest.mark.parametrize("damage", ["short", "header", "length", "empty", "offsets", "trailing", "hole"])
 def test_a_damaged_file_is_refused(directory, damage):
     path, _ = directory("tiny")
     file = path / "model.safetensors"
@@ -203,6 +203,13 @@ def test_a_damaged_file_is_refused(directory, damage):
         file.write_bytes(data[:8] + b"x" * length + data[8 + length :])
     elif damage == "length":
         file.write_bytes((1 << 62).to_bytes(8, "little") + data[8:])
+    elif damage == "trailing":
+        file.write_bytes(data + b"1234")
+    elif damage == "hole":
+        for entry in (entry for key, entry in header.items() if key != "__metadata__"):
+            entry["data_offsets"] = [at + 8 for at in entry["data_offsets"]]
+        text = json.dumps(header).encode()
+        file.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8) + data[8 + length :])
     elif damage == "empty":
         file.write_bytes(b"")
     else:
@@ -213,6 +220,15 @@ def test_a_damaged_file_is_refused(directory, damage):
     with pytest.raises((ModelError, StorageError)) as caught:
         FromSafetensors(build(), path)
     assert "model.safetensors" in caught.value.message
+
+
+def test_a_dtype_that_no_weight_is_read_from_is_named(directory):
+    """Catches: such a weight passed over, which is then said to be lacking."""
+    path, _ = directory("tiny")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    rewrite(path, lambda tensors: tensors.update({name: tensors[name].to(torch.float8_e4m3fn)}))
+    with pytest.raises(ModelError, match=r"model\.safetensors: transformer\.h\.1\.mlp\.c_fc\.weight has dtype F8_E4M3"):
+        FromSafetensors(build(), path)
 
 
 def test_an_index_cannot_point_outside(directory):

@@ -174,8 +174,9 @@ class _Background:
             if isinstance(found, BaseException):
                 raise found
             values, slab = found
-            yield values
+            # Counted before it is handed out: whoever takes the last one need not come back.
             self.bytes += values.nbytes
+            yield values
             if slab is not None:
                 self.slabs.give_back(slab)
 

@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from zeroxide.checkpoint.foreign import foreign_format
 from zeroxide.checkpoint.manifest import MANIFEST
 from zeroxide.checkpoint.stream import write_all
 from zeroxide.errors import CheckpointError
@@ -223,7 +224,8 @@ def holds_nothing(load_dir: Path) -> bool:
     except OSError:
         return False
     saved = [each for each in inside if not each.name.startswith(".") or each.name.startswith(REPLACED)]
-    return not any(each.name in (LATEST, MANIFEST) or (each / MANIFEST).exists() for each in saved)
+    known = any(each.name in (LATEST, MANIFEST) or (each / MANIFEST).exists() for each in saved)
+    return not known and _foreign(load_dir) is None
 
 
 def find(load_dir: Path, tag: str | None) -> Path:
@@ -245,6 +247,8 @@ def _find(load_dir: Path, tag: str | None) -> Path:
             # A name is at most 255 bytes; anything longer is no pointer of ours.
             tag = (load_dir / LATEST).read_bytes()[:4096].decode(errors="replace").strip()
         except (FileNotFoundError, IsADirectoryError):
+            if not (load_dir / MANIFEST).is_file() and (foreign := _foreign(load_dir)) is not None:
+                raise CheckpointError(foreign, path=load_dir) from None
             if (load_dir / MANIFEST).is_file():
                 advice = f"it is itself a checkpoint: load {str(load_dir.parent)!r} with tag={load_dir.name!r}"
             else:
@@ -265,6 +269,14 @@ def _find(load_dir: Path, tag: str | None) -> Path:
     raise CheckpointError(
         f"no checkpoint {tag!r}{origin} in {load_dir}: {_present(load_dir, 'try tag=')}", path=load_dir
     )
+
+
+def _foreign(load_dir: Path) -> str | None:
+    """A line about a checkpoint of somebody else in the directory or in one below it."""
+    for directory in (load_dir, *sorted(each for each in load_dir.iterdir() if each.is_dir())):
+        if (found := foreign_format(directory)) is not None:
+            return f"{directory} {found}"
+    return None
 
 
 def _present(load_dir: Path, verb: str) -> str:

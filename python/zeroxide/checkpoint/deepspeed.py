@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from zeroxide.checkpoint.foreign import foreign_format
 from zeroxide.checkpoint.plain import encode
 from zeroxide.checkpoint.portable import Portable, PortableParameter
 from zeroxide.errors import CheckpointError
@@ -115,7 +116,7 @@ class _Reader:
         self.directory = directory
         self.notes: list[str] = []
         optimizers = self._optimizer_files()
-        self.states = [_load(path)["optimizer_state_dict"] for path in optimizers]
+        self.states = [self._state(path) for path in optimizers]
         self.world = len(self.states)
         # DeepSpeed's bf16 optimizer, which shards as stage 1 does, does not say so.
         stage = self.states[0].get("zero_stage", 1)
@@ -137,6 +138,15 @@ class _Reader:
             raise self._wrong(f"{path.name} is missing")
         return path
 
+    def _state(self, path: Path) -> dict[str, Any]:
+        found = _load(path).get("optimizer_state_dict")
+        if not isinstance(found, dict):
+            raise self._wrong(
+                f"{path.name} has no optimizer_state_dict, so it is not of DeepSpeed's ZeRO stages 1 to 3, and FSDP2's "
+                "or universal checkpoints have other files"
+            )
+        return found
+
     def _optimizer_files(self) -> list[Path]:
         if any(self.directory.glob("*expert_*_states.pt")) or any(self.directory.glob("expp_rank_*")):
             raise self._wrong("it has experts")
@@ -148,6 +158,8 @@ class _Reader:
             if int(match[1]) in found:
                 raise self._wrong(f"{path.name} and {found[int(match[1])].name} are of one rank: remove the stale one")
             found[int(match[1])] = path
+        if not found and (foreign := foreign_format(self.directory)) is not None:
+            raise self._wrong(f"it {foreign}")
         if not found:
             raise self._wrong("it has no *_optim_states.pt: stages 1 to 3 can be converted")
         for rank in range(max(found)):

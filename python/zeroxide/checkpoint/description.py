@@ -70,8 +70,9 @@ class Description:
             for family, wanted in self._families(engine, include_frozen)
             for number, cuts in enumerate(cut_into_files(wanted, cutting.FILE_BYTES, pieces=True), 1)
         ]
-        payload = sum(cut.entry.bytes for _, cuts in self.files for cut in cuts)
-        self.bytes = payload + ROOM_FOR_HEADERS
+        self.payload = sum(cut.entry.bytes for _, cuts in self.files for cut in cuts)
+        """Bytes of this rank's tensors."""
+        self.bytes = self.payload + ROOM_FOR_HEADERS
         """Room that this rank's part takes, rounded up."""
 
     @staticmethod

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from zeroxide.checkpoint.foreign import foreign_format
 from zeroxide.checkpoint.stream import SAVED, digest
 from zeroxide.errors import CheckpointError
 
@@ -296,6 +297,8 @@ def _not_a_checkpoint(directory: Path) -> str:
         return f"{directory} is a file: a checkpoint is a directory with a {MANIFEST}"
     if not directory.exists():
         return f"no checkpoint at {directory}"
+    if (foreign := foreign_format(directory)) is not None:
+        return f"{directory} {foreign}"
     for pattern in ("*.pt", "*.pth", "*.bin", "*.pkl"):
         for pickled in sorted(directory.glob(pattern)):
             return f"{directory} holds {pickled.name} and no {MANIFEST}: {_pickle_line(pickled)}"

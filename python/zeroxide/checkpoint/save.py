@@ -37,7 +37,7 @@ def save_checkpoint(
 ) -> tuple[Path, int]:
     """Writes `save_dir/tag` (`global_step<N>` if the tag is None), whole or not at all.
 
-    Returns that path, and the bytes that this rank wrote.
+    Returns that path, and the bytes of state that this rank wrote.
 
     Every rank must call it with the same arguments; `client_state` is rank 0's. Raises CheckpointError on all ranks,
     with every earlier checkpoint as it was, when gradients are being accumulated, when something is not JSON, when
@@ -50,7 +50,7 @@ def save_checkpoint(
         save.team.together(lambda: save.commit(reports), save.target)
     finally:
         save.close()
-    return save.target, sum(file["bytes"] for file in reports[save.team.rank]["files"])
+    return save.target, save.description.payload
 
 
 class Save:

@@ -2,22 +2,19 @@
 
 A file is read with plain positioned reads into one small buffer. Mapping it, as is usual, would leave every page that
 was touched in the process's resident set: as much memory as the weights take.
-
-Format: https://huggingface.co/docs/safetensors - eight bytes of header length (little-endian), that many bytes of
-JSON (name -> dtype, shape, data_offsets relative to the end of the header), then the data.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from zeroxide.checkpoint.header import StoredTensor, read_header
 from zeroxide.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -26,19 +23,25 @@ if TYPE_CHECKING:
 __all__ = ["FromSafetensors"]
 
 _PIECE_BYTES = 8 << 20
-_LARGEST_HEADER = 100_000_000
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """Where one tensor lies: `offset` and `num_bytes` in `path`, row-major."""
+    """Where one tensor lies."""
 
     path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    offset: int
-    num_bytes: int
+    stored: StoredTensor
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Its dtype; None where it is none that weights are read from."""
+        return _DTYPES.get(self.stored.dtype)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.stored.shape
 
 
 class FromSafetensors:
@@ -52,7 +55,7 @@ class FromSafetensors:
     def __init__(self, model: PreTrainedModel, directory: Path) -> None:
         entries: dict[str, _Entry] = {}
         for path in _files(directory):
-            entries.update(_read_header(path))
+            entries.update(_entries(path))
         aliases = _aliases(model)
         self._found: dict[str, _Entry] = {}
         used: set[str] = set()
@@ -66,6 +69,12 @@ class FromSafetensors:
                 continue
             used.update(key for name in names for key in _stored_names(name, model.base_model_prefix))
             entry = entries[stored]
+            if entry.dtype is None:
+                raise ModelError(
+                    f"{entry.path}: {stored} has dtype {entry.stored.dtype}: weights are read from "
+                    f"{', '.join(_DTYPES)}; convert the model to one of these first",
+                    name=names[0],
+                )
             shape = tuple(model.get_parameter(names[0]).shape)
             if entry.shape != shape:
                 raise ModelError(
@@ -80,7 +89,9 @@ class FromSafetensors:
                 "without any safetensors file the model is trained from scratch",
                 name=missing[0],
             )
-        self.unexpected = tuple(sorted(set(entries) - used - _ignored(model, entries)))
+        # An integer mask or counter is no weight.
+        weights = {name for name, entry in entries.items() if entry.dtype is not None}
+        self.unexpected = tuple(sorted(weights - used - _ignored(model, entries)))
         self._load_buffers(model, entries)
 
     def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, torch.nn.Module]) -> None:
@@ -93,7 +104,9 @@ class FromSafetensors:
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
             stored = next((key for key in _stored_names(name, model.base_model_prefix) if key in entries), None)
-            if stored is not None and name in persistent and entries[stored].shape == tuple(buffer.shape):
+            if stored is None or entries[stored].dtype is None:
+                continue
+            if name in persistent and entries[stored].shape == tuple(buffer.shape):
                 _read_into(entries[stored], buffer)
 
 
@@ -117,37 +130,15 @@ def _files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read_header(path: Path) -> dict[str, _Entry]:
+def _entries(path: Path) -> dict[str, _Entry]:
     try:
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(_LARGEST_HEADER, size - 8):
-                raise ModelError(f"{path} is not a safetensors file, or it is cut short")
-            header: dict[str, Any] = json.loads(file.read(length))
+            found = read_header(file.fileno())
     except OSError as error:
         raise StorageError(f"cannot read {path}: {error.strerror}", path=path, errno=error.errno) from None
     except ValueError as error:
-        raise ModelError(f"{path}: the header is damaged ({error})") from None
-    start = 8 + length
-    entries: dict[str, _Entry] = {}
-    for name, item in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            dtype, shape = item["dtype"], tuple(int(extent) for extent in item["shape"])
-            begin, end = (int(offset) for offset in item["data_offsets"])
-        except (KeyError, TypeError, ValueError):
-            raise ModelError(f"{path}: the header entry of {name} is damaged", name=name) from None
-        if dtype not in _DTYPES:
-            # An integer mask or counter is no weight; a parameter stored so turns up as missing.
-            continue
-        if not 0 <= begin <= end <= size - start or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-            raise ModelError(
-                f"{path}: {name} lies outside the file or has the wrong size; is the file cut short?", name=name
-            )
-        entries[name] = _Entry(path, _DTYPES[dtype], shape, start + begin, end - begin)
-    return entries
+        raise ModelError(f"{path} is not a safetensors file, or it is damaged: {error}") from None
+    return {name: _Entry(path, each) for name, each in found.items()}
 
 
 def _aliases(model: torch.nn.Module) -> dict[int, list[str]]:
@@ -180,20 +171,21 @@ def _read_into(entry: _Entry, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ModelError(f"{entry.path}: the tensor to fill is not contiguous")
     flat = tensor.detach().view(-1)
-    step = _PIECE_BYTES // entry.dtype.itemsize
-    buffer = bytearray(min(_PIECE_BYTES, entry.num_bytes))
+    dtype = _DTYPES[entry.stored.dtype]
+    step = _PIECE_BYTES // dtype.itemsize
+    buffer = bytearray(min(_PIECE_BYTES, entry.stored.end - entry.stored.begin))
     try:
         with entry.path.open("rb", buffering=0) as file:
             for first in range(0, flat.numel(), step):
                 count = min(step, flat.numel() - first)
-                view = memoryview(buffer)[: count * entry.dtype.itemsize]
-                position = entry.offset + first * entry.dtype.itemsize
+                view = memoryview(buffer)[: count * dtype.itemsize]
+                position = entry.stored.begin + first * dtype.itemsize
                 read = 0
                 while read < len(view):
                     got = os.preadv(file.fileno(), [view[read:]], position + read)
                     if got == 0:
                         raise StorageError(f"{entry.path} ends at byte {position + read}", path=entry.path)
                     read += got
-                flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=entry.dtype, count=count))
+                flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=dtype, count=count))
     except OSError as error:
         raise StorageError(f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno) from None
