@@ -88,7 +88,7 @@ def set_first(body, *keys, value):
 
 
 FORGED = [
-    (("version",), 3, "has version 3, this zeroxide reads up to 2: load it with zeroxide"),
+    (("version",), 4, "has version 4, this zeroxide reads up to 3: load it with zeroxide"),
     (("version",), 0, "is not well-formed at version"),
     (("version",), "1", "is not well-formed at version"),
     (("format",), "other", '"format" is not "zeroxide-checkpoint"'),
@@ -101,7 +101,7 @@ FORGED = [
     (("parameters", 0, "weights", 0, "count"), 63, "weights of items.0.weight is not complete"),
     (("parameters", 0, "weights", 0, "key"), "items.0.bias", "does not hold items.0.bias as F32 of 64 elements"),
     (("parameters", 0, "weights", 0, "dtype"), "BF16", "does not hold items.0.weight as BF16"),
-    (("parameters", 0, "weights", 0, "dtype"), "F4", "unknown dtype 'F4'"),
+    (("parameters", 0, "weights", 0, "dtype"), "F99", "unknown dtype 'F99'"),
     (("parameters", 0, "names"), ["items.1.weight"], "two parameters are called items.1.weight"),
     (("client_state",), [1], "client_state is no dict"),
     (("groups", 0, "hyperparameters"), 5, "an optimizer group is no dict"),
@@ -250,8 +250,10 @@ def test_missing_checkpoints_say_what_there_is(make, tmp_path, saved):
     assert "has no file `latest`: give tag='global_step3'" in refused(engine, out)
     assert f"load '{out}' with tag='global_step3'" in refused(engine, path)
     (tmp_path / "nothing").mkdir()
-    assert "it holds no checkpoint" in refused(engine, tmp_path / "nothing")
-    assert "does not exist" in refused(engine, tmp_path / "absent")
+    for empty in ("nothing", "absent"):
+        assert engine.load_checkpoint(tmp_path / empty) == (None, None)
+    assert "it holds no checkpoint" in refused(engine, tmp_path / "nothing", tag="t")
+    assert "does not exist" in refused(engine, tmp_path / "absent", tag="t")
     assert "is a file" in refused(engine, path / "manifest.json")
 
 
