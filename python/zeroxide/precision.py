@@ -3,6 +3,7 @@ casts of inputs and buffers."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -27,6 +28,8 @@ __all__ = [
     "torch_dtype",
 ]
 
+logger = logging.getLogger("zeroxide")
+
 _DTYPES: dict[Dtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -47,22 +50,19 @@ def check_shapes(module: nn.Module) -> None:
 
 
 def check_batch_norms(module: nn.Module, config: Config) -> None:
-    """Raises ModelError for a batch norm whose weights are trained in one dtype and whose statistics are in another.
-
-    Torch computes no such thing on the CPU. Statistics are buffers, which keep their dtype where no cast is asked for.
-    """
+    """Raises ModelError for a batch norm whose weights are trained in one dtype and whose statistics are asked for in
+    another, which torch does not compute on the CPU."""
     dtype, pattern = torch_dtype(config.precision), _fp32_pattern(module, config)
     for name, each in module.named_modules():
         weight, running = getattr(each, "weight", None), getattr(each, "running_mean", None)
         if not isinstance(each, _BatchNorm) or weight is None or running is None:
             continue
         path = f"{name}.running_mean" if name else "running_mean"
-        statistics = _cast_of(path, running.dtype, config, pattern)
-        if weight.requires_grad and statistics is not dtype:
+        asked = _asked_dtype(path, config, pattern)
+        if weight.requires_grad and asked not in (None, dtype):
             raise ModelError(
-                f"{name} has statistics in {_short(statistics)}, and its weights are trained in {_short(dtype)}: torch "
-                f'computes no batch norm of both; cast them with "data_types": {{"buffer_dtype": '
-                f'"{config.precision}"}}, or use torch_autocast',
+                f"{name} would have statistics in {_short(asked)} as data_types asks, and weights trained in "
+                f"{_short(dtype)}: torch computes no batch norm of both; leave its buffers out, or use torch_autocast",
                 name=path,
             )
 
@@ -127,34 +127,44 @@ def cast_inputs(config: Config, tree: Any) -> Any:
 
 
 def cast_buffers(module: nn.Module, config: Config) -> None:
-    """Leaves every buffer as it is, but for two casts of floating-point buffers that somebody asks for.
+    """Leaves every buffer as it is, but for casts of floating-point buffers that somebody asks for.
 
     Those that the model or the config names for it are fp32 under bf16 and fp16; the others are cast to
-    `config.buffer_dtype` where that is set. A buffer of several modules stays one.
+    `config.buffer_dtype` where that is set. Without either, the statistics of a batch norm go to the dtype of its
+    weights, which torch asks for, and a line says so. A buffer of several modules stays one.
     """
     pattern = _fp32_pattern(module, config)
-    if pattern is None and config.buffer_dtype is None:
-        return
+    statistics: list[str] = []
     made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
     for prefix, owner in module.named_modules(remove_duplicate=False):
         for name, buffer in owner._buffers.items():
             if buffer is None or buffer.dtype not in _CASTABLE:
                 continue
-            dtype = _cast_of(f"{prefix}.{name}" if prefix else name, buffer.dtype, config, pattern)
-            if dtype is buffer.dtype:
+            path = f"{prefix}.{name}" if prefix else name
+            dtype = _asked_dtype(path, config, pattern)
+            if dtype is None and isinstance(owner, _BatchNorm) and isinstance(owner.weight, torch.Tensor):
+                dtype = owner.weight.dtype
+                statistics += [path] if dtype is not buffer.dtype else []
+            if dtype in (None, buffer.dtype):
                 continue
             # The first name decides; the cast tensor counts as seen, so that no second name casts it again.
             _, cast = made.get(id(buffer)) or (buffer, buffer.to(dtype))
             made[id(buffer)] = (buffer, cast)
             made[id(cast)] = (cast, cast)
             owner._buffers[name] = cast
+    if statistics:
+        logger.warning(
+            "statistics of batch norms are cast to the dtype of their weights, as torch needs it: %s%s",
+            statistics[0],
+            f" and {len(statistics) - 1} more" if len(statistics) > 1 else "",
+        )
 
 
-def _cast_of(path: str, own: torch.dtype, config: Config, pattern: re.Pattern[str] | None) -> torch.dtype:
-    """The dtype that a castable buffer of that full name has in the engine."""
+def _asked_dtype(path: str, config: Config, pattern: re.Pattern[str] | None) -> torch.dtype | None:
+    """The dtype that config or model ask for in a buffer of that full name; None for its own."""
     if pattern is not None and pattern.search(path):
         return torch.float32
-    return own if config.buffer_dtype is None else torch_dtype(config.buffer_dtype)
+    return None if config.buffer_dtype is None else torch_dtype(config.buffer_dtype)
 
 
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -99,16 +99,18 @@ def test_buffers(dtype, stage):
         assert found == {**dict.fromkeys(("inv_freq", "clock", "low"), torch.float32), "count": torch.int64}
 
 
-def test_batch_norm():
-    """Catches: the check left out, which ends in "expected scalar type BFloat16 but found Float" in forward."""
+def test_batch_norm(caplog):
+    """Catches: statistics left in fp32, which ends in "expected scalar type BFloat16 but found Float" in forward."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
     x = torch.randn(2, 3, 6, 6).bfloat16()
-    with pytest.raises(ModelError, match=r"1 has statistics in float32.*buffer_dtype.*bf16") as caught:
-        zeroxide.initialize(model=model, config=config(0, "bf16"))
-    assert caught.value.name == "1.running_mean"
+    for types in ({"buffer_dtype": "fp32"}, {"keep_in_fp32_modules": ["running"]}):
+        with pytest.raises(ModelError, match="1 would have statistics in float32 as data_types asks") as caught:
+            zeroxide.initialize(model=model, config=config(0, "bf16", data_types=types))
+        assert caught.value.name == "1.running_mean"
     plain = copy.deepcopy(model).bfloat16().train()
-    with started(model.train(), config=config(0, "bf16", data_types={"buffer_dtype": "bf16"})) as engine:
+    with started(model.train(), config=config(0, "bf16")) as engine:
+        assert any("1.running_mean and 1 more" in line for line in caplog.messages)
         # The engine rounds half up and torch half to even; these weights have no ties.
         assert torch.equal(engine(x), plain(x))
         assert torch.equal(model[1].running_mean, plain[1].running_mean)
