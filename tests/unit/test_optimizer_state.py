@@ -175,6 +175,8 @@ def test_a_view_reads_what_is_there_and_copies_are_plain(tmp_path):
             lambda: state[weight]["exp_avg"].data.mul_(2),
             lambda: state[weight]["exp_avg"][0].add_(1),
             lambda: state[weight]["exp_avg"].__setitem__(0, 1.0),
+            lambda: torch.add(moment, 1, out=state[weight]["exp_avg"]),
+            lambda: torch._foreach_zero_([moment.clone(), state[weight]["exp_avg"]]),
             lambda: state[weight].__setitem__("exp_avg", moment),
             lambda: state.__setitem__(weight, {}),
             state.clear,
@@ -263,3 +265,21 @@ def test_groups_are_fixed_and_a_change_is_noticed(tmp_path):
         weights = [param.detach().clone() for param in model.parameters()]
         train(engine, range(1))
         assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
+
+
+def test_hooks_of_state_dicts_run(tmp_path):
+    """Those of torch's optimizers, with what they return. Catches: one that is registered and never called."""
+    model = build("gpt")
+    with started(model, config=settings(tmp_path)) as engine:
+        plain = zeroxide.optim.AdamW([torch.nn.Parameter(torch.ones(3))])
+        for optimizer in (engine.optimizer, plain):
+            seen = []
+            optimizer.register_state_dict_pre_hook(lambda o, seen=seen: seen.append("before saving"))
+            optimizer.register_state_dict_post_hook(lambda o, packed: {"packed": packed})
+            optimizer.register_load_state_dict_pre_hook(lambda o, packed: packed["packed"])
+            optimizer.register_load_state_dict_post_hook(lambda o, seen=seen: seen.append("loaded"))
+            packed = optimizer.state_dict()
+            assert list(packed) == ["packed"]
+            optimizer.load_state_dict(packed)
+            assert seen == ["before saving", "loaded"]
+        plain.close()

@@ -5,7 +5,7 @@
 #[non_exhaustive]
 pub enum OptimError {
     /// A hyperparameter lies outside the range where the update is defined.
-    #[error("{name} is {value}, expected {expected}")]
+    #[error("{name} is {value:?}, expected {expected}")]
     Hyperparameter {
         /// Name of the field of [`AdamParams`](crate::AdamParams).
         name: &'static str,

@@ -356,7 +356,7 @@ fn hyperparameters_outside_their_range_are_named() {
         ..AdamParams::default()
     };
     let message = wrong.validate().expect_err("beta2 = 1").to_string();
-    assert_eq!(message, "beta2 is 1, expected a number in [0, 1)");
+    assert_eq!(message, "beta2 is 1.0, expected a number in [0, 1)");
     let nan = AdamParams {
         lr: f64::NAN,
         ..AdamParams::default()

@@ -15,7 +15,15 @@ from zeroxide import _core
 from zeroxide.config import load, parse_bytes
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.optim.groups import core_groups
-from zeroxide.optim.saved_state import MOMENTS, SavedEntry, check_saved, name_of, take_hyperparameters
+from zeroxide.optim.saved_state import (
+    MOMENTS,
+    SavedEntry,
+    check_saved,
+    hooked_load,
+    hooked_save,
+    name_of,
+    take_hyperparameters,
+)
 from zeroxide.optim.state_view import ParameterState, StateView
 from zeroxide.zero.plan import DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS
 from zeroxide.zero.tensors import DTYPE_NAMES, spec
@@ -253,6 +261,9 @@ class AdamW(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch's: per parameter "step", "exp_avg", "exp_avg_sq" and, for bf16, "master", read into memory."""
+        return hooked_save(self, self._pack)
+
+    def _pack(self) -> dict[str, Any]:
         groups: list[dict[str, Any]] = []
         state: dict[int, dict[str, torch.Tensor]] = {}
         number = 0
@@ -271,15 +282,18 @@ class AdamW(torch.optim.Optimizer):
         bf16 parameters become their "master", rounded; a parameter that there is no state for starts anew. Raises
         ConfigError, in one line, for whatever does not fit, before anything has changed.
         """
+        hooked_load(self, state_dict, self._unpack)
+
+    def _unpack(self, packed: dict[str, Any]) -> None:
         shapes = [[param.shape for param in group["params"]] for group in self.param_groups]
-        found = check_saved(state_dict, self.param_groups, shapes, exact=True)
+        found = check_saved(packed, self.param_groups, shapes, exact=True)
         saved: dict[int, SavedEntry | None] = {}
         for group, entries in zip(self.param_groups, found, strict=True):
             saved.update({id(param): entry for param, entry in zip(group["params"], entries, strict=True)})
         self._place_new(lambda param: saved[id(param)] is not None)
         members = [each for each in self._members() if id(each[2]) in self._places]
         places = [self._checked(group, at, param) for group, at, param in members]
-        take_hyperparameters(state_dict, self.param_groups)
+        take_hyperparameters(packed, self.param_groups)
         for (_, _, param), place in zip(members, places, strict=True):
             self._load_one(param, place, saved[id(param)])
 

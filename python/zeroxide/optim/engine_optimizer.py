@@ -14,6 +14,7 @@ from zeroxide.errors import ConfigError, ModelError
 from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_state import load_engine_state, numbered_state, shown_state
 from zeroxide.optim.groups import core_groups, plain
+from zeroxide.optim.saved_state import hooked_load, hooked_save
 from zeroxide.optim.state_view import StateView
 
 __all__ = ["EngineOptimizer", "check_schedule_call"]
@@ -115,6 +116,9 @@ class EngineOptimizer(torch.optim.Optimizer):
         "state" is a view that reads each value where somebody looks at it, as a copy; `torch.save`, `pickle` and
         `copy.deepcopy` read all of it and leave plain dicts. Over several ranks with sharded state every rank does so.
         """
+        return hooked_save(self, self._pack)
+
+    def _pack(self) -> dict[str, Any]:
         groups, first = [], 0
         for group in self.param_groups:
             count = len(group["params"])
@@ -130,10 +134,13 @@ class EngineOptimizer(torch.optim.Optimizer):
         Every rank calls it with the same dict. "master", where there is one, becomes the exact weight. Raises
         ConfigError, in one line, for whatever does not fit, before anything has changed.
         """
+        hooked_load(self, state_dict, self._unpack)
+
+    def _unpack(self, packed: dict[str, Any]) -> None:
         self.check()
-        load_engine_state(state_dict, self.param_groups)
-        if state_dict.get("loss_scale") is not None:
-            self._scaler.load_state_dict(state_dict["loss_scale"])
+        load_engine_state(packed, self.param_groups)
+        if packed.get("loss_scale") is not None:
+            self._scaler.load_state_dict(packed["loss_scale"])
 
     def __deepcopy__(self, memo: Any) -> NoReturn:
         raise ModelError("an engine's optimizer cannot be copied: copy its state_dict()")

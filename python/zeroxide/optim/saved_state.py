@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from zeroxide.errors import ConfigError
 from zeroxide.optim.groups import assign, core_groups, refuse_options
 
-__all__ = ["MOMENTS", "SavedEntry", "check_saved", "name_of", "take_hyperparameters"]
+__all__ = ["MOMENTS", "SavedEntry", "check_saved", "hooked_load", "hooked_save", "name_of", "take_hyperparameters"]
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _PARTS = ("step", *MOMENTS, "master")
@@ -64,6 +64,29 @@ def check_saved(
         ]
         for group, other, of in zip(groups, saved, shapes, strict=True)
     ]
+
+
+def hooked_save(optimizer: torch.optim.Optimizer, save: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `save` gives, with the hooks that torch's `Optimizer.state_dict` calls."""
+    for before in optimizer._optimizer_state_dict_pre_hooks.values():
+        before(optimizer)
+    packed = save()
+    for after in optimizer._optimizer_state_dict_post_hooks.values():
+        changed = after(optimizer, packed)
+        packed = packed if changed is None else changed
+    return packed
+
+
+def hooked_load(
+    optimizer: torch.optim.Optimizer, given: dict[str, Any], load: Callable[[dict[str, Any]], None]
+) -> None:
+    """Calls `load`, with the hooks that torch's `Optimizer.load_state_dict` calls."""
+    for before in optimizer._optimizer_load_state_dict_pre_hooks.values():
+        changed = before(optimizer, given)
+        given = given if changed is None else changed
+    load(given)
+    for after in optimizer._optimizer_load_state_dict_post_hooks.values():
+        after(optimizer)
 
 
 def take_hyperparameters(given: Mapping[str, Any], groups: list[dict[str, Any]]) -> None:

@@ -24,15 +24,16 @@ class StateCopy(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """As for any tensor; results of their own memory are plain. Raises ModelError for an operation in place."""
-        name = getattr(func, "__name__", "")
+        name, given = getattr(func, "__name__", ""), kwargs or {}
         writes = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-        if writes and name not in ("requires_grad_",) and args and isinstance(args[0], StateCopy):
+        written = [given.get("out"), *(_flat(args[:1]) if writes and name != "requires_grad_" else ())]
+        if any(isinstance(each, StateCopy) for each in written):
             raise ModelError(
                 f"{name} on a value of optimizer.state: it is a copy of what the core holds, and a change would be "
                 "lost; use load_state_dict, or zeroxide.safe_set_full_optimizer_state with an engine"
             )
         with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **(kwargs or {}))
+            found = func(*args, **given)
             # A view is the copy still: what is written into a row of it would be lost as well.
             shares = (
                 isinstance(found, torch.Tensor)
@@ -41,6 +42,11 @@ class StateCopy(torch.Tensor):
                 and found.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
             )
             return found.as_subclass(StateCopy) if shares else found
+
+
+def _flat(given: Any) -> Iterator[Any]:
+    for each in given:
+        yield from _flat(each) if isinstance(each, list | tuple) else (each,)
 
 
 _WRITES = frozenset(("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"))
