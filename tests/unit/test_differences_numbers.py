@@ -412,3 +412,26 @@ def test_change_in_place():
         engine.step()
         # The gradient is 2 everywhere, so that the first update is lr.
         assert torch.allclose(model.weight, torch.full_like(model.weight, 0.5 - LR), rtol=0, atol=2.0**-24)
+
+
+@pytest.mark.parametrize("section", [None, "bf16", "fp16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_frozen_dtypes(stage, section):
+    """Catches: a section that casts fp8, integers or parameter classes, and a cast that nobody asked for."""
+
+    class Packed(nn.Parameter):
+        pass
+
+    given = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.float8_e4m3fn)
+    model = linear(dtype=DTYPES[section or "bf16"])
+    for dtype in given:
+        name = str(dtype).removeprefix("torch.")
+        model.register_parameter(f"{name}_plain", nn.Parameter(torch.ones(5).to(dtype), requires_grad=False))
+        model.register_parameter(f"{name}_packed", Packed(torch.ones(5).to(dtype), requires_grad=False))
+    with started(model, config=config(stage, section, **OFF)) as engine, zero.GatheredParameters(model.parameters()):
+        for dtype in given:
+            name = str(dtype).removeprefix("torch.")
+            cast = section is not None and dtype in DTYPES.values()
+            assert model.get_parameter(f"{name}_plain").dtype is (DTYPES[section] if cast else dtype)
+            assert model.get_parameter(f"{name}_packed").dtype is dtype
+        assert engine.global_steps == 0

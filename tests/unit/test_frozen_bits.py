@@ -132,6 +132,19 @@ def test_checkpoints_keep_bits_of_parameters_and_buffers(tmp_path, there, here, 
         assert differences(shown(other), expected) == []
 
 
+@pytest.mark.parametrize(("stage", "offload", "precision"), [MODES[0], MODES[7]], ids=str)
+def test_frozen_bits_that_a_checkpoint_leaves_out_stay(tmp_path, stage, offload, precision):
+    model, other = Mixed(0), Mixed(1)
+    expected = expected_kept(other, PRECISIONS[precision])
+    with started(model, tmp_path, stage, offload, precision) as engine:
+        engine.save_checkpoint(tmp_path / "saved", exclude_frozen_parameters=True)
+        trained = engine.module_state_dict()["first.weight"]
+    with started(other, tmp_path, stage, offload, precision) as engine:
+        engine.load_checkpoint(tmp_path / "saved")
+        assert torch.equal(engine.module_state_dict()["first.weight"], trained)
+        assert differences(shown(other), expected) == []
+
+
 def test_what_version_2_can_say_is_written_in_version_2(tmp_path):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8).requires_grad_(False))
     model.register_buffer("count", torch.arange(3))
