@@ -10,6 +10,7 @@ from zeroxide import _core
 from zeroxide._core import Offload
 from zeroxide.config import Config
 from zeroxide.loss_scale import LossScaler
+from zeroxide.peak import Peak
 from zeroxide.ranks import Ranks
 from zeroxide.zero.exchange import Exchange
 from zeroxide.zero.plan import Plan
@@ -29,6 +30,7 @@ class Answers:
     _core: Offload | None
     _exchange: Exchange
     _norm: float | None
+    _peak: Peak
     _plan: Plan
     _scaler: LossScaler
     _times: dict[str, float]
@@ -129,11 +131,16 @@ class Answers:
         return self._plan
 
     def memory(self) -> dict[str, Any]:
-        """Bytes per bucket as {"current", "peak"}, the process under "process", and the budget under "limit"."""
+        """Bytes per bucket as {"current", "peak"}, the process under "process", and the budget under "limit".
+
+        The process's "peak" is the most that was resident since `initialize`, which resets the kernel's peak (so that
+        `ru_maxrss` and `VmHWM` begin anew, too). Where the system does not allow that, a peak below that of before is
+        known from samples only: at every step with a budget, and here; "exact" tells.
+        """
         usage: dict[str, Any] = {
             name: {"current": current, "peak": peak} for name, (current, peak) in self._alive().usage().items()
         }
-        usage["process"] = _core.resident()
+        usage["process"] = {**_core.resident(), "peak": self._peak.most(), "exact": self._peak.exact}
         usage["limit"] = self.config.host_memory
         return usage
 

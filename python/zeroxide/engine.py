@@ -7,8 +7,8 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,12 @@ from zeroxide import _core
 from zeroxide.accumulation import Accumulation
 from zeroxide.answers import Answers
 from zeroxide.config import Config
-from zeroxide.errors import BudgetError, ConfigError, ModelError
+from zeroxide.errors import BudgetError, ModelError
 from zeroxide.evaluation import thaw
 from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_optimizer import EngineOptimizer, check_schedule_call
-from zeroxide.optim.groups import check_groups, groups_for
+from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for
+from zeroxide.peak import Peak
 from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch_dtype
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.buffers import check_buffers
@@ -41,6 +42,7 @@ from zeroxide.zero.parting import part_from
 from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
+from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit, refuse_edits
 from zeroxide.zero.untraced import leave_untraced
 
@@ -74,6 +76,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         parameters: Any = None,
         weights: WeightSource | None = None,
         ranks: Ranks | None = None,
+        scheduler: Callable[[Any], Any] = lambda optimizer: None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -82,8 +85,6 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self.global_rank = self.ranks.rank
         self.local_rank = self.ranks.local_rank
         self.world_size = self.ranks.world
-        self.watch = Watch(self.ranks, timeout=config.rank_timeout)
-        self.lr_scheduler: Any = None
         self.training_dataloader: DataLoader[Any] | None = None
         self.global_steps = 0
         self.skipped_steps = 0
@@ -92,31 +93,40 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self._scaler = LossScaler(config.loss_scale)
         self._norm, self._applied = None, False
         self._core: _core.Offload | None = None
+        self._peak = Peak()
+        self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
         for path, reason in config.no_effect:
             logger.warning("config key %s has no effect: %s", path, reason)
-        self._times = {"forward": 0.0, "backward": 0.0, "step": 0.0}
-        only_looks = optimizer is None and config.optimizer is None and not _is_trained(module)
-        groups = [] if only_looks else groups_for(module, config, optimizer, parameters)
         self.set_aside: list[str] = []  # names of parameters that take no gradient while they are this engine's
-        if groups and config.clipping_is_default and self.global_rank == 0:
-            logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradient_clipping)
-        check_groups(groups)
-        mark_leaf_modules(module, config)
-        check_buffers(module, self.ranks, made=weights is not None)
-        threads = config.threads or len(os.sched_getaffinity(0))
-        self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
-        self._core = open_core(self._plan, config)
-        self._process = os.getpid()
-        self._messages = Messages(self.ranks, self.watch)
-        # Also at the end of the process, which may come without `destroy`: scratch files are large.
-        weakref.finalize(self, _close, self._core, self._messages)
-        self.watch.on_failure(self._core.call_off)
-        try:
+        undo = Undo(module, optimizer)
+        with ExitStack() as made:
+            made.callback(undo.restore)
+            self.watch = Watch(self.ranks, timeout=config.rank_timeout)
+            made.callback(self.watch.close)
+            only_looks = optimizer is None and config.optimizer is None and not _is_trained(module)
+            groups = [] if only_looks else groups_for(module, config, optimizer, parameters)
+            if groups and config.clipping_is_default and self.global_rank == 0:
+                logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradient_clipping)
+            check_groups(groups)
+            mark_leaf_modules(module, config)
+            check_buffers(module, self.ranks, made=weights is not None)
+            threads = config.threads or len(os.sched_getaffinity(0))
+            self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
+            check_all_grouped(groups, [each for unit in self._plan.units for each in unit.params if each.trainable])
+            self._core = open_core(self._plan, config)
+            undo.moves(self._core, self._plan)
+            self._process = os.getpid()
+            self._messages = Messages(self.ranks, self.watch)
+            made.callback(self._messages.close)
+            # Also at the end of the process, which may come without `destroy`: scratch files are large.
+            weakref.finalize(self, _close, self._core, self._messages)
+            self.watch.on_failure(self._core.call_off)
             self._place(module, groups, weights)
-        except BaseException:
-            _close(self._core, self._messages)
-            self.watch.close()
-            raise
+            self.lr_scheduler: Any = scheduler(self.optimizer)
+            made.pop_all()
+        if config.host_memory is not None and self._peak.at_start > config.host_memory:
+            # What the caller held when it began, the model's weights among it, has moved out.
+            self._peak.start_over()
 
     def _place(self, module: nn.Module, groups: list[dict[str, Any]], weights: WeightSource | None) -> None:
         """Moves the weights into the core and takes over the model's parameters."""
@@ -179,25 +189,10 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
     def _assign_groups(self, groups: list[dict[str, Any]]) -> None:
         core = self._alive()
         place = {id(param): (unit, at) for unit in self._units for at, param in enumerate(unit.params)}
-        chosen: set[int] = set()
         for number, group in enumerate(groups):
             for param in group["params"]:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
-                chosen.add(id(param))
-        # Trainable parameters that no group holds still get gradients; without a group nothing would update them.
-        self._ungrouped = [
-            unit.names[at]
-            for unit in self._units
-            for at, param in enumerate(unit.params)
-            if unit.trainable[at] and id(param) not in chosen
-        ]
-        if self._ungrouped:
-            raise ConfigError(
-                f"{len(self._ungrouped)} trainable parameters are in no optimizer group, the first is "
-                f"{self._ungrouped[0]}: add them to model_parameters or set requires_grad_(False)",
-                path="model_parameters",
-            )
 
     # Training -------------------------------------------------------------------------------------------------
 
@@ -465,8 +460,10 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         limit = self.config.host_memory
         if limit is None:
             return
-        peak = _core.resident()["peak"]
+        peak = self._peak.since_start_over()
         if peak > limit:
+            # The next step is measured by itself, so that a smaller batch helps.
+            self._peak.start_over()
             raise BudgetError(
                 f"resident memory reached {peak / 2**20:.0f} MiB, the budget is {limit / 2**20:.0f} MiB: after step "
                 f"{self.global_steps} everything is intact; raise host_memory, or lower the batch or sequence length",

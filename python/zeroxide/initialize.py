@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,45 +82,48 @@ def initialize(
     if chosen is None:
         chosen = getattr(args, "deepspeed_config", None)
     check_shapes(model)
-    ranks = start(port=distributed_port)
-    resolved = load(
-        chosen,
-        world_size=ranks.world,
-        lr=lr,
-        betas=betas,
-        eps=eps,
-        weight_decay=weight_decay,
-        offload=offload,
-        offload_param=offload_param,
-        offload_optimizer=offload_optimizer,
-        host_memory=host_memory,
-        dtype=dtype,
-        gradient_clipping=gradient_clipping,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        own_dtype=partial(own_dtype, model),
-    )
-    given = {"sampler.training_data": "none" if training_data is None else "given"}
-    # The model before the config, in which its dtype may be.
-    agree(ranks, {**version_facts(), **model_facts(model), **config_facts(resolved), **given})
-    # What can be refused is refused before the engine takes the weights over.
-    _check_schedule(lr_scheduler, optimizer)
-    check_batch_norms(model, resolved)
-    loader = _loader(resolved, training_data, collate_fn, ranks)
-    # Without an optimizer nothing is trained: no memory is kept for gradients and state.
-    set_aside = freeze(model) if optimizer is None and resolved.optimizer is None else []
-    try:
-        engine = Engine(model, resolved, optimizer=optimizer, parameters=model_parameters, weights=weights, ranks=ranks)
-    except BaseException:
-        thaw(model, set_aside)
-        raise
-    engine.set_aside = set_aside
-    try:
-        engine.lr_scheduler = _scheduler(resolved, lr_scheduler, engine.optimizer)
-    except BaseException:
-        engine.destroy()
-        raise
-    engine.training_dataloader = loader
-    return engine, engine.optimizer, loader, engine.lr_scheduler
+    with ExitStack() as undo:
+        ranks = start(port=distributed_port)
+        undo.callback(ranks.close)
+        resolved = load(
+            chosen,
+            world_size=ranks.world,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            offload=offload,
+            offload_param=offload_param,
+            offload_optimizer=offload_optimizer,
+            host_memory=host_memory,
+            dtype=dtype,
+            gradient_clipping=gradient_clipping,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            own_dtype=partial(own_dtype, model),
+        )
+        given = {"sampler.training_data": "none" if training_data is None else "given"}
+        # The model before the config, in which its dtype may be.
+        agree(ranks, {**version_facts(), **model_facts(model), **config_facts(resolved), **given})
+        # What can be refused is refused before the engine takes the weights over.
+        _check_schedule(lr_scheduler, optimizer)
+        check_batch_norms(model, resolved)
+        loader = _loader(resolved, training_data, collate_fn, ranks)
+        # Without an optimizer nothing is trained: no memory is kept for gradients and state.
+        set_aside = freeze(model) if optimizer is None and resolved.optimizer is None else []
+        undo.callback(thaw, model, set_aside)
+        engine = Engine(
+            model,
+            resolved,
+            optimizer=optimizer,
+            parameters=model_parameters,
+            weights=weights,
+            ranks=ranks,
+            scheduler=lambda made: _scheduler(resolved, lr_scheduler, made),
+        )
+        engine.set_aside = set_aside
+        engine.training_dataloader = loader
+        undo.pop_all()
+        return engine, engine.optimizer, loader, engine.lr_scheduler
 
 
 def _scheduler(config: Config, given: Any, optimizer: torch.optim.Optimizer | None) -> Any:

@@ -10,12 +10,13 @@ import pytest
 from launching import PACKAGE, run_ranks
 
 ROUNDS = """
-import os, sys, time
+import os, sys, threading, time
 import torch
 import torch.distributed as dist
 from torch import nn
 import zeroxide
 from zeroxide import zero
+from zeroxide.errors import BudgetError
 
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
@@ -26,6 +27,18 @@ settings = {
     "zero_optimization": {"stage": 3},
 }
 
+# The connection to torch's store stays; rank 0 may have the store itself, with its listener and what it accepted.
+STORE = 5
+
+def sockets():
+    links = []
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            links.append(os.readlink(f"/proc/self/fd/{number}"))
+        except FileNotFoundError:
+            pass
+    return sum("socket:" in each for each in links)
+
 def build(seed):
     torch.manual_seed(seed)
     return nn.Linear(8, 8)
@@ -33,6 +46,16 @@ def build(seed):
 if ways[0] == "user's":
     dist.init_process_group("gloo")
 for number, way in enumerate(ways):
+    if way == "refused":
+        threads, files = threading.active_count(), sockets()
+        try:
+            zeroxide.initialize(model=build(number), config={**settings, "zeroxide": {"host_memory": "1MiB"}})
+            raise SystemExit("not refused")
+        except BudgetError:
+            assert threading.active_count() == threads, threading.enumerate()
+            assert sockets() <= max(files, STORE), (files, sockets())
+            assert not dist.is_initialized()
+        continue
     if way == "user's again":
         dist.init_process_group("gloo")
     if way == "init_distributed":
@@ -63,6 +86,7 @@ WAYS = {
     "the user's group": ["user's"] * 4,
     "a group of init_distributed": ["init_distributed"] * 4,
     "zero.Init before": ["zero.Init"] * 4,
+    "after refusals": ["refused", "own", "refused", "refused", "own"],
     "in turn": ["own", "init_distributed", "zero.Init", "user's again", "own"],
 }
 
@@ -86,7 +110,7 @@ def test_rounds_under_torchrun(ways, tmp_path):
     assert out.decode().count("done") == 2
 
 
-@pytest.mark.parametrize("ways", [WAYS["own"], WAYS["in turn"]], ids=["own", "in turn"])
+@pytest.mark.parametrize("ways", [WAYS["own"], WAYS["after refusals"], WAYS["in turn"]])
 def test_rounds_where_rank_0_has_the_store(ways):
     for result in run_ranks(2, ROUNDS, [",".join(ways)], timeout=90, preamble=""):
         assert (result.code, result.out) == (0, "done\n"), result.err

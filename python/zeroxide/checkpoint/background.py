@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeroxide import _core
 from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, LiveState
 from zeroxide.checkpoint.save import Save, save_checkpoint
 from zeroxide.checkpoint.snapshot import Slab, Slabs, SlabStaging, SnapshotEnded, available_memory
@@ -79,7 +78,7 @@ class Saver:
         config = self._engine.config
         room = config.checkpoint_memory
         if config.host_memory is not None:
-            left = max(0, config.host_memory - _core.resident()["peak"])
+            left = max(0, config.host_memory - self._engine._peak.since_start_over())
             room = left if room is None else min(room, left)
         if room is None:
             room = available_memory() // 2 // self._engine.ranks.local_world

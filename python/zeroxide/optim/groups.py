@@ -12,7 +12,16 @@ from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.errors import ConfigError, ModelError
 
-__all__ = ["assign", "check_groups", "core_groups", "defaults_from", "groups_for", "plain", "refuse_options"]
+__all__ = [
+    "assign",
+    "check_all_grouped",
+    "check_groups",
+    "core_groups",
+    "defaults_from",
+    "groups_for",
+    "plain",
+    "refuse_options",
+]
 
 CoreGroup = tuple[float, float, float, float, float, bool, bool]
 
@@ -211,3 +220,18 @@ def check_groups(groups: list[dict[str, Any]]) -> None:
                     path="model_parameters",
                 )
             seen.add(id(param))
+
+
+def check_all_grouped(groups: list[dict[str, Any]], trainable: Iterable[Any]) -> None:
+    """Raises ConfigError for trainable parameters that no group holds: they would get gradients and never change.
+
+    Each of `trainable` has a `name` and its `param`.
+    """
+    chosen = {id(param) for group in groups for param in group["params"]}
+    left = [each.name for each in trainable if id(each.param) not in chosen]
+    if left:
+        raise ConfigError(
+            f"{len(left)} trainable parameters are in no optimizer group, the first is {left[0]}: add them to "
+            "model_parameters or set requires_grad_(False)",
+            path="model_parameters",
+        )

@@ -99,10 +99,17 @@ def fill_units(
                 else:
                     values = ranks.broadcast_tensor(_values(entry))
                 _fill(core, index, position, entry, values)
-                entry.param.data = torch.empty(0, dtype=entry.param.dtype)
                 if kept is not None:
-                    kept.drop()
+                    # The slice has them still.
+                    entry.param.data = torch.empty(0, dtype=entry.param.dtype)
         core.fill_commit(index)
+        # Not before: should the construction fail, they are in one place or the other.
+        for entry in () if new else plan.params:
+            kept = slice_of(entry.param)
+            if kept is not None:
+                kept.drop()
+            else:
+                entry.param.data = torch.empty(0, dtype=entry.param.dtype)
     if new and source is not None:
         rest = {name: owner for name, owner in module.named_modules() if id(owner) not in seen and _meta_buffers(owner)}
         for owner in rest.values():

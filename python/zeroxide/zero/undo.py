@@ -1,0 +1,194 @@
+"""What an engine's construction that fails leaves: what was there before."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeroxide import _core
+from zeroxide.errors import ModelError
+from zeroxide.zero.bits import bytes_of
+from zeroxide.zero.keeper import keeper_of
+from zeroxide.zero.plan import ParameterPlan, Plan
+from zeroxide.zero.slices import Slice
+from zeroxide.zero.tensors import spec
+
+__all__ = ["Undo"]
+
+_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Where torch keeps a parameter's hooks; None until there is one."""
+
+
+class Undo:
+    """What a model and the caller's optimizer are, and how they become so again.
+
+    Modules get their attributes, hooks, parameters and buffers back; a parameter whose values have moved gets them from
+    the core. Where the core has not all of them, as with several ranks, or rounded ones, as of frozen parameters that
+    the config casts, modules refuse to run and to be saved, and say why.
+
+    Attributes that hold other objects keep those; what happens inside of them is not undone.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Any) -> None:
+        self._modules = [_Module(each) for each in module.modules()]
+        # Parameters in slices refuse to be looked at while they are empty.
+        with torch._C.DisableTorchFunctionSubclass():
+            self._params = [_Param(each) for each in module.parameters()]
+        groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
+        self._groups = [(group, dict(group)) for group in groups]
+        self._core: _core.Offload | None = None
+        self._places: dict[int, _Place] = {}
+
+    def moves(self, core: _core.Offload, plan: Plan) -> None:
+        """Says that the values of the parameters move into `core` from here on."""
+        self._core = core
+        self._places = {
+            id(entry.param): _Place(core, index, position, entry, plan.world)
+            for index, unit in enumerate(plan.units)
+            for position, entry in enumerate(unit.params)
+        }
+
+    def restore(self) -> None:
+        """Makes them what they were, and closes the core."""
+        try:
+            for each in self._modules:
+                each.restore()
+            for group, before in self._groups:
+                group.clear()
+                group.update(before)
+            with torch._C.DisableTorchFunctionSubclass():
+                lost = [each for each in self._params if not each.restore(self._places.get(id(each.param)))]
+        finally:
+            if self._core is not None:
+                self._core.close()
+        if lost:
+            gone = {id(each.param) for each in lost}
+            for module in self._modules:
+                if any(id(param) in gone for param in module.module._parameters.values()):
+                    module.refuse()
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the core has one parameter."""
+
+    core: _core.Offload
+    unit: int
+    position: int
+    entry: ParameterPlan
+    world: int
+
+
+class _Module:
+    """One module as it was."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes = dict(module.__dict__)
+        # Tables of hooks, parameters, buffers and modules: changed in place, and looked at through the same objects.
+        self.tables = {name: dict(each) for name, each in self.attributes.items() if _is_table(name, each)}
+        self.kind = type(module)
+
+    def restore(self) -> None:
+        module = self.module
+        module.__class__ = self.kind
+        module.__dict__.clear()
+        module.__dict__.update(self.attributes)
+        for name, entries in self.tables.items():
+            table = self.attributes[name]
+            table.clear()
+            table.update(entries)
+
+    def refuse(self) -> None:
+        self.module.register_forward_pre_hook(_refuse)
+        self.module.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+        self.module.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
+
+
+class _Param:
+    """One parameter as it was, without its values."""
+
+    def __init__(self, param: nn.Parameter) -> None:
+        self.param = param
+        self.kind = type(param)
+        self.attributes = dict(param.__dict__)
+        self.shape, self.dtype = param.shape, param.dtype
+        self.grad = param.grad
+        tables = {name: getattr(param, name) for name in _HOOKS}
+        self.hooks = {name: (table, dict(table or ())) for name, table in tables.items()}
+        self.address = _address(param)
+        self.keeper = keeper_of(param)
+
+    def restore(self, place: _Place | None) -> bool:
+        """Whether it has its values again."""
+        param = self.param
+        param.__class__ = self.kind
+        for name in param.__dict__.keys() - self.attributes.keys():
+            del param.__dict__[name]
+        param.__dict__.update(self.attributes)
+        for name, (table, entries) in self.hooks.items():
+            if table is not None:
+                table.clear()
+                table.update(entries)
+            setattr(param, name, table)
+        if isinstance(self.keeper, Slice):
+            return self._restore_slice(self.keeper, place)
+        if _address(param) == self.address and param.shape == self.shape:
+            whole = True
+        else:
+            values = _read(place, self.shape, self.dtype)
+            whole = values is not None
+            param.data = torch.empty(0, dtype=self.dtype) if values is None else values
+        param.grad = self.grad if whole else None
+        return whole
+
+    def _restore_slice(self, keeper: Slice, place: _Place | None) -> bool:
+        if keeper.values.numel() == keeper.each:
+            if keeper.whole:
+                keeper.empty(self.param)
+            return True
+        values = _read(place, keeper.shape, keeper.dtype)
+        if values is None:
+            return False
+        keeper.values = values.view(-1)
+        keeper.empty(self.param)
+        return True
+
+
+def _read(place: _Place | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+    """The values of one parameter, None where this rank's core has not all of them, or not all of their bits."""
+    if place is None or place.world > 1:
+        return None
+    try:
+        if place.entry.trainable:
+            values = torch.empty(shape, dtype=torch.float32)
+            place.core.read_param(place.unit, place.position, "weights", 0, spec(values.view(-1)))
+            return values.to(dtype)
+        if place.entry.dtype != dtype:
+            return None
+        values = torch.empty(shape, dtype=dtype)
+        place.core.read_bytes(place.unit, place.position, 0, spec(bytes_of(values)))
+    except Exception:  # whatever stopped the construction may have stopped the disk, too
+        return None
+    return values
+
+
+def _address(param: torch.Tensor) -> int:
+    return 0 if param.device.type == "meta" else param.data_ptr()
+
+
+def _is_table(name: str, value: Any) -> bool:
+    return isinstance(value, dict) and (
+        isinstance(value, OrderedDict) or name in ("_parameters", "_buffers", "_modules") or name.endswith("_hooks")
+    )
+
+
+def _refuse(module: nn.Module, *_: Any) -> None:
+    raise ModelError(
+        f"{type(module).__name__} lost weights when its engine could not be made, after they had moved into it: build "
+        "the model again"
+    )
