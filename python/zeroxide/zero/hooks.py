@@ -113,7 +113,7 @@ class Hooks:
         if unit.span:
             return
         own = [tensor for tensor in _tensors(output) if _origin(tensor) not in given]
-        _on_gradient(own, partial(self._before_backward, unit))
+        _on_gradient(own, partial(self._before_backward, unit), self.gatherer.visible)
         if not in_backward():
             self.gatherer.release(unit)
 
@@ -121,7 +121,7 @@ class Hooks:
         if in_backward():
             return
         if torch.is_grad_enabled():
-            _on_gradient(_tensors(output), self.begin_backward)
+            _on_gradient(_tensors(output), self.begin_backward, self.gatherer.visible)
         else:
             self.gatherer.release_all()
 
@@ -246,11 +246,19 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
-def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None]) -> None:
+def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], visible: bool) -> None:
     """Runs `act` when the gradient of any of the tensors is known."""
 
     def hook(grad: torch.Tensor) -> None:
         if torch.is_grad_enabled():
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                if visible:
+                    # A transform of torch.func lands no gradient, and needs nothing brought.
+                    return
+                raise ModelError(
+                    "torch.func over an engine's module at stage 3: its transforms run beside the passes that weights "
+                    "are brought for; use stages 0 to 2, or torch.autograd"
+                )
             raise ModelError(
                 "backward with create_graph=True: a graph of the backward would refer to weights that are gone when it "
                 "is used; double backward is not supported"
