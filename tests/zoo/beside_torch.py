@@ -98,9 +98,9 @@ class Plain:
         self.small = small
         self.model = prepared(small, mode)
         self.masters = {name: nn.Parameter(param.detach().float().clone()) for name, param in self._trainable()}
-        dtypes = {name: param.dtype for name, param in like.named_parameters()}
+        self.dtypes = {name: param.dtype for name, param in like.named_parameters()}
         for name, param in self.model.named_parameters():
-            param.data = live(param.data.float(), dtypes[name]).view(param.shape)
+            param.data = live(param.data.float(), self.dtypes[name]).view(param.shape)
         buffers = {name: buffer.dtype for name, buffer in like.named_buffers()}
         for prefix, owner in self.model.named_modules():
             for name, buffer in owner._buffers.items():
@@ -121,6 +121,8 @@ class Plain:
         loss = self.small.loss(self.model, self.small.call(self.model, batch))
         loss.backward()
         found = {name: param.grad for name, param in self._trainable() if param.grad is not None}
+        # A forward that casts its own module for good (a router to fp32) leaves plain torch with other dtypes.
+        found = {name: grad.to(self.dtypes[name]) for name, grad in found.items()}
         return loss.detach(), {name: g.to_dense() if g.is_sparse else g for name, g in found.items()}
 
     def step(self, grads: dict[str, torch.Tensor]) -> None:
@@ -216,7 +218,7 @@ def _compare_step(engine: Engine, plain: Plain, batch: Batch, step: int) -> None
         _compare_parameter(
             f"{name} after step {step + 1}", value, first, second, master.detach(), state, plain.bounds[name]
         )
-        if not torch.equal(weights[name], live(value, params[name].dtype)):
+        if not torch.equal(weights[name], live(value, plain.dtypes[name])):
             raise Differs(f"{name} after step {step + 1}: the live weight is not its master rounded")
     for name, param in params.items():
         if name not in plain.masters and not torch.equal(weights[name], param):
