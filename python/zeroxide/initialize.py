@@ -20,6 +20,7 @@ from zeroxide.errors import ConfigError, ModelError
 from zeroxide.evaluation import freeze, thaw
 from zeroxide.precision import check_batch_norms, check_shapes, own_dtype
 from zeroxide.ranks import Ranks, agree, config_facts, model_facts, sampler_facts, start, version_facts
+from zeroxide.sharing import EpochSampler, Share
 from zeroxide.zero.init import is_building
 from zeroxide.zero.materialize import WeightSource
 
@@ -171,8 +172,11 @@ def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ra
             )
     sampler: DistributedSampler[Any] | None = None
     shuffle = not isinstance(data, torch.utils.data.IterableDataset)
+    # Data sets of Hugging Face say themselves when they are one rank's share.
+    if not shuffle and ranks.world > 1 and getattr(data, "_distributed", None) is None:
+        data = Share(data, ranks.rank, ranks.world)
     if shuffle and ranks.world > 1:
-        sampler = DistributedSampler(data, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last)
+        sampler = EpochSampler(data, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last)
     agree(ranks, {} if sampler is None else sampler_facts(sampler))
     return DataLoader(
         data,
