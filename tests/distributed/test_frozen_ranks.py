@@ -17,12 +17,12 @@ def succeed(world, *args):
     ("stage", "offload", "transport", "precision", "other"),
     [
         (0, "none", "auto", "fp32", None),
-        (1, "nvme", "auto", "bf16", None),
+        pytest.param(1, "nvme", "auto", "bf16", None, marks=pytest.mark.slow),
         (2, "none", "collective", "bf16", (3, 3, "nvme", "collective")),
         (3, "none", "auto", "fp32", None),
-        (3, "none", "collective", "bf16", None),
+        pytest.param(3, "none", "collective", "bf16", None, marks=pytest.mark.slow),
         (3, "nvme", "collective", "fp32", (1, 0, "none", "auto")),
-        (3, "nvme", "auto", "bf16", None),
+        pytest.param(3, "nvme", "auto", "bf16", None, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -33,6 +33,6 @@ def test_every_dtype_keeps_rank_0s_bits(tmp_path, stage, offload, transport, pre
         succeed(world, "load", *mode, precision, tmp_path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_slices_over_ranks_keep_rank_0s_bits(tmp_path, precision):
     succeed(2, "init", 3, "nvme", "auto", precision, tmp_path)
