@@ -30,9 +30,11 @@ from zeroxide.precision import cast_buffers, cast_inputs, forward_context, torch
 from zeroxide.ranks import IDLE, Ranks, Watch
 from zeroxide.zero.buffers import check_buffers
 from zeroxide.zero.core import open_core
+from zeroxide.zero.empty import ParameterTable
 from zeroxide.zero.exchange import agree_on_norm, make_exchange
 from zeroxide.zero.full_state import FullState, StateDicts, refuse_loading
 from zeroxide.zero.gather import Gatherer
+from zeroxide.zero.guard import ModelGuard
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.leaf import mark_leaf_modules
@@ -43,7 +45,7 @@ from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
 from zeroxide.zero.undo import Undo
-from zeroxide.zero.unit import Unit, refuse_edits
+from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
 
 if TYPE_CHECKING:
@@ -160,7 +162,8 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             home=plan.weights,
             world=plan.world,
         )
-        self._hooks = Hooks(module, self._gatherer, units)
+        arriving = plan.grad if plan.world == 1 else torch_dtype(self.config.reduce_dtype)
+        self._hooks = Hooks(module, self._gatherer, units, arriving)
         self._divide_gradients()
         self._assign_groups(groups)
         self._house = House(
@@ -171,14 +174,23 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             self.watch,
             replicated=plan.replicated,
             visible=plan.visible,
+            on_disk=plan.weights is Home.DISK,
         )
         seat_all(self._house)
+        large = self._hooks.reducer.large
+        for unit in units:
+            unit.take_over(large.kinds(unit))
+        large.attach()
+        self._tables = [] if plan.visible else ParameterTable.put(module, not self._gatherer.stays)
+        self._house.hooks = self._hooks
+        self._gatherer.before_release = None if plan.visible else self._house.take_over_edits
+        shared = plan.world > 1 and plan.wire == "shared"
+        self._guard = ModelGuard(module, self._house, self._hooks.reducer, keeps_edits=plan.keeps_edits, shared=shared)
+        self._hooks.before_training = self._guard.before_training
         self._loading = refuse_loading(module)
         self._state_dicts = StateDicts(module, self._house, self.config.rank_timeout)
         self._copies = PlainCopies(module)
         leave_untraced()
-        for embedding in self._hooks.reducer.large.sparse:
-            self._copies.instead(embedding, "sparse", False)
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
         if self.config.trim_libraries:
@@ -253,8 +265,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         boundary = self.is_gradient_accumulation_boundary()
         if boundary:
             # Before anything is counted: the same call works when the change has been made where it counts.
-            if self._plan.visible and not self._plan.keeps_edits:
-                refuse_edits(self._units)
+            self._guard.before_step()
             self.optimizer.check()
             check_schedule_call(self.lr_scheduler, lr_kwargs)
         self.micro_steps += 1
@@ -290,6 +301,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             self._before_change()
             core.step(self.optimizer.core_groups(), factor / loss_scale)
             self._exchange.after_step()
+            self._hooks.after_step()
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
             torch.clear_autocast_cache()
             self._applied = True
@@ -346,6 +358,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         or load, or by `destroy`, whichever comes first.
         """
         self._check_trained("save_checkpoint")
+        self._guard.check_parameters()
         if self._saver is None:
             from zeroxide.checkpoint.background import Saver
 
@@ -426,6 +439,9 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         finally:
             core, self._core = self._core, None
             try:
+                if hasattr(self, "_house"):
+                    self._house.hooks = None
+                    ParameterTable.take_off(self._tables)
                 if hasattr(self, "_hooks"):
                     self._copies.close()
                     self._hooks.close()

@@ -54,8 +54,11 @@ def check_batch_norms(module: nn.Module, config: Config) -> None:
     another, which torch does not compute on the CPU."""
     dtype, pattern = torch_dtype(config.precision), _fp32_pattern(module, config)
     for name, each in module.named_modules():
-        weight, running = getattr(each, "weight", None), getattr(each, "running_mean", None)
-        if not isinstance(each, _BatchNorm) or weight is None or running is None:
+        if not isinstance(each, _BatchNorm):
+            continue
+        # Not as attributes: a parametrization computes those, and may change with every look.
+        weight, running = each._parameters.get("weight"), each._buffers.get("running_mean")
+        if weight is None or running is None:
             continue
         path = f"{name}.running_mean" if name else "running_mean"
         asked = _asked_dtype(path, config, pattern)

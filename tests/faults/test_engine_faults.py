@@ -202,7 +202,7 @@ def test_models_that_cannot_be_trained_are_named(tmp_path):
     with pytest.raises(ModelError, match="frozen"):
         zeroxide.initialize(model=frozen, lr=1e-3)
     whole = torch.nn.Linear(2, 2)
-    whole.count = torch.nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    whole.count = torch.nn.Parameter(torch.zeros(2, dtype=torch.complex64))
     with pytest.raises(ModelError, match="count"):
         zeroxide.initialize(model=whole, lr=1e-3)
     split = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, device="meta"))

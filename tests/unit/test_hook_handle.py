@@ -87,7 +87,7 @@ def test_a_copy_is_a_plain_module(stage, make, tmp_path, monkeypatch):
     monkeypatch.setattr(large, "LARGE", 1 << 10)
     model = build("gpt")
     with started(model, config=settings(tmp_path, stage)) as engine:
-        assert model.wte.sparse
+        assert isinstance(model.wte.weight, large.LargeParameter)
         train(engine)
         exact = {name: zeroxide.safe_get_full_fp32_param(param) for name, param in model.named_parameters()}
         with zero.GatheredParameters(model):

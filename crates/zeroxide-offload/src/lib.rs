@@ -15,6 +15,7 @@ mod offload;
 mod raw;
 mod read;
 mod reduce;
+mod rewrite;
 mod settings;
 mod step;
 mod stray;

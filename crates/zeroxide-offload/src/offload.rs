@@ -332,6 +332,11 @@ impl Offload {
         self.with("prefetch", |core| core.prefetch(unit))
     }
 
+    /// Makes what was written into a gathered unit's weights, under their window, the live weights. With one rank.
+    pub fn rewrite_weights(&self, unit: usize) -> Result<()> {
+        self.with("rewrite_weights", |core| core.rewrite_weights(unit))
+    }
+
     /// Lets a unit's memory be taken by another one. Idempotent.
     pub fn release(&self, unit: usize) -> Result<()> {
         self.with("release", |core| core.release(unit))

@@ -36,6 +36,9 @@ impl Core {
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("read_param", unit, param)?;
+        if out.is_empty() {
+            return Ok(());
+        }
         self.finish_step()?;
         self.settle_arrivals()?;
         let this = &self.units[unit];

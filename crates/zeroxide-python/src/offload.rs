@@ -364,6 +364,11 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.watch_readers()))
     }
 
+    /// Makes what was written into a gathered unit's weights, under their window, the live weights. With one rank.
+    fn rewrite_weights(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.rewrite_weights(unit)))
+    }
+
     /// Lets a unit's memory be taken by another one. Idempotent.
     fn release(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
         let done = py.detach(|| self.inner.release(unit));

@@ -1,42 +1,32 @@
-"""Parameters while they show no values: whatever needs the values says so instead of computing with none.
+"""Parameters while they show no values: an operation that needs the values brings them, or says by name why not.
 
-torch broadcasts a tensor of size 0, adds to it, fills it and saves it without a word. So a parameter that is empty has
-a class of its own, of which an operation asks before it runs. Shapes, dtypes, gradients and hooks are answered as those
-of a tensor of size 0; all else raises ModelError.
+Modules are not the only ones to use weights. A parent that calls the parts of a block, a module that reads its child's
+weight, a projection tied by hand, a penalty on weights: whoever hands an empty parameter to an operation of torch gets
+its unit gathered. Python asks the class of an argument what to do (`__torch_function__`), so the class of a parameter
+is changed together with what it shows, and operations on parameters that show their values cost what they do in torch.
+
+Inside a pass the unit stays as a guest until the pass ends or its room is needed. Outside of one the result is a copy
+where it would be a view of memory that comes and goes, and what would change a parameter is refused: torch changes a
+tensor of size 0 without a word. Shapes, dtypes, gradients and hooks are then answered as those of a tensor of size 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zeroxide.errors import ModelError
+from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
 
-__all__ = ["PASSIVE", "conceal", "full_class", "operation", "reveal"]
+__all__ = ["EmptyData", "ParameterTable", "conceal", "full_class", "reveal"]
 
-PASSIVE = frozenset(
-    {
-        *("requires_grad", "grad", "dtype", "device", "is_leaf", "layout", "is_meta", "grad_fn", "is_sparse"),
-        *("names", "requires_grad_", "is_floating_point", "is_complex", "__hash__", "__repr__", "_backward_hooks"),
-        *("retains_grad", "register_hook", "register_post_accumulate_grad_hook", "is_cuda", "is_cpu", "_version"),
-        *("element_size", "itemsize"),
-    }
-)
-"""What can be asked of any parameter without its values."""
-SHAPES = frozenset(
-    {
-        *("shape", "size", "numel", "nelement", "dim", "ndimension", "ndim", "__len__", "stride", "is_contiguous"),
-        *("storage_offset", "nbytes", "get_device", "_post_accumulate_grad_hooks", "_grad_fn", "_base", "_is_view"),
-        *("output_nr", "is_quantized", "is_nested", "is_signed", "is_inference", "is_pinned", "is_shared"),
-        *("__str__", "__format__", "__dir__", "_grad", "retain_grad", "_has_compatible_shallow_copy_type"),
-    }
-)
-"""What an empty parameter answers as a tensor of size 0."""
-CONVERSIONS = frozenset({"to", "cpu", "float", "half", "bfloat16", "double", "contiguous", "type"})
+_CONVERSIONS = frozenset({"to", "cpu", "float", "half", "bfloat16", "double", "contiguous", "type"})
 """What may leave a parameter as it is."""
 
 
@@ -44,30 +34,109 @@ class _Empty:
     """A parameter that shows no values; mixed with its class while it shows them."""
 
     full: type
+    _keeper: Any
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name = operation(func)
-        if name in PASSIVE or name in SHAPES:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        need, name = need_of(func, _is_target(first)), name_of(func)
+        empty = [each for each in parameters_in((args, kwargs)) if isinstance(each, _Empty)]
+        if not empty:
+            # Gathering one unit has brought the parameters of another operand as well.
+            return func(*args, **kwargs)
+        # Only an engine gathers. Slices of zero.Init are gathered by that.
+        house = getattr(empty[0]._keeper, "house", None)
+        inside = house is not None and house.in_pass()
+        if need is Need.NOTHING or (need is Need.SHAPE and not inside):
             with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        if name in CONVERSIONS and isinstance(args[0], _Empty):
+                return func(*args, **kwargs)
+        if name in _CONVERSIONS and isinstance(first, _Empty) and not inside:
             with torch._C.DisableTorchFunctionSubclass():
-                found = func(*args, **(kwargs or {}))
-            if found is args[0] or not isinstance(found, torch.Tensor):
+                found = func(*args, **kwargs)
+            if found is first or not isinstance(found, torch.Tensor):
                 return found
-        # What a module does with its parameters when it is moved to where it is.
-        if name == "data" and len(args) == 2 and args[0] is args[1]:
-            return None
-        raise _refusal(next(_empties((args, kwargs))), name)
+            # A module that is cast or moved would put the result in the parameter's place.
+            raise _refusal(first, name)
+        if name == "data" and isinstance(first, _Empty):
+            if len(args) == 1 and house is not None and not inside:
+                return EmptyData.of(first)
+            if len(args) == 2:
+                # What a module does with its parameters when it is moved to where it is.
+                if args[1] is first:
+                    return None
+                raise _refusal(first, name)
+        if house is None or (not inside and (need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs))):
+            raise _refusal(empty[0], name)
+        # Also those that show their values: room for one must not be another's.
+        house.use([each for each in parameters_in((args, kwargs)) if hasattr(each, "_keeper")])
+        result = func(*args, **kwargs)
+        if inside:
+            return result
+        result = tree_map_only(torch.Tensor, house.own_copy, result)
+        house.end_use(
+            recorded=any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(result))
+        )
+        return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _filled(self, "copying").__deepcopy__(memo)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _filled(self, "pickling").__reduce_ex__(protocol)
+
+
+class EmptyData(torch.Tensor):
+    """`param.data` of an empty parameter: what would change it is refused, and everything else is done with a copy."""
+
+    _param: Any
+
+    @classmethod
+    def of(cls, param: Any) -> EmptyData:
+        """The data of `param`, which is empty."""
+        with torch._C.DisableTorchFunctionSubclass():
+            data = torch.empty(0, dtype=param.dtype).as_subclass(cls)
+        data._param = param
+        return data
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        need = need_of(func, _is_target(args[0] if args else None))
+        if need in (Need.NOTHING, Need.SHAPE):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        if need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs):
+            found = [each for each in tree_leaves((args, kwargs)) if isinstance(each, EmptyData)]
+            raise _refusal(found[0]._param, name_of(func))
+
+        def values(data: EmptyData) -> torch.Tensor:
+            with torch.no_grad():
+                shown: torch.Tensor = data._param.detach()
+            return shown
+
+        args, kwargs = tree_map_only(EmptyData, values, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise _refusal(self._param, "copying")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise _refusal(self._param, "pickling")
+
+
+def _is_target(first: Any) -> bool:
+    if isinstance(first, (list, tuple)):
+        return any(isinstance(each, (_Empty, EmptyData)) for each in first)
+    return isinstance(first, (_Empty, EmptyData))
+
+
+def _writes(kwargs: dict[str, Any]) -> bool:
+    return isinstance(kwargs.get("out"), (_Empty, EmptyData))
 
 
 def _filled(param: Any, what: str) -> Any:
@@ -83,25 +152,50 @@ def _refusal(param: Any, what: str) -> ModelError:
     keeper = param._keeper
     return ModelError(
         f"{keeper.name} {tuple(keeper.shape)} is empty, and {what} needs its values: they are there while its module "
-        "runs forward or backward, and inside zeroxide.zero.GatheredParameters; state_dict() has them anywhere",
+        "runs forward or backward, and inside zeroxide.zero.GatheredParameters, with modifier_rank=0 to change them; "
+        "state_dict() has them anywhere",
         name=keeper.name,
     )
 
 
-def operation(func: Any) -> str:
-    """The name of an operation, or of the attribute that is read or set."""
-    name: str = getattr(func, "__name__", "")
-    return getattr(func.__self__, "__name__", "") if name in ("__get__", "__set__") else name
+class ParameterTable(dict[str, Any]):
+    """`_parameters` of a module at stage 3: a parameter that is asked for by name in a pass is about to be used.
 
+    So also what torch does not ask a class about finds values: functions of autograd, fast paths, looks at a shape.
+    """
 
-def _empties(tree: Any) -> Iterator[_Empty]:
-    if isinstance(tree, _Empty):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for each in tree:
-            yield from _empties(each)
-    elif isinstance(tree, dict):
-        yield from _empties(list(tree.values()))
+    def __init__(self, table: Mapping[str, Any], moves: bool) -> None:
+        super().__init__(table)
+        self.moves = moves
+        """Whether reads do not bring weights that a parameter shows without having them, as it may in backward."""
+
+    def __getitem__(self, name: str) -> Any:
+        found = super().__getitem__(name)
+        if (self.moves or isinstance(found, _Empty)) and hasattr(found, "_keeper"):
+            house = found._keeper.house
+            if house.in_pass():
+                house.use([found])
+        return found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+    @classmethod
+    def put(cls, module: nn.Module, moves: bool) -> list[nn.Module]:
+        """Gives every module below `module` that has parameters such a table. Returns them."""
+        found = [each for each in module.modules() if each._parameters]
+        for each in found:
+            each.__dict__["_parameters"] = cls(each._parameters, moves)
+        return found
+
+    @staticmethod
+    def take_off(modules: list[nn.Module]) -> None:
+        """Undoes `put`."""
+        for each in modules:
+            each.__dict__["_parameters"] = dict(each._parameters)
 
 
 _CLASSES: dict[type, type] = {}

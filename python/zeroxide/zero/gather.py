@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from zeroxide import _core
+from zeroxide.errors import ModelError
 from zeroxide.zero.exchange import Exchange
 from zeroxide.zero.state import Home, UnitState
 from zeroxide.zero.unit import Unit
@@ -56,9 +57,12 @@ class Gatherer:
     see `gather` and `release`.
 
     `visible`: parameters show their values at all times. `home`: where weights are between uses. In host memory, the
-    memory under them holds the values at all times, so that they are hidden once, at the end of a pass, and not shown
-    again in between. Elsewhere up to `prefetch` units that come next are held and sent for while the present one is
-    used; all ranks choose the same ones, by the order of the last pass.
+    memory under them holds the values at all times, and with one rank a read brings them where it does not: parameters
+    are then hidden once, at the end of a pass, and not shown again in between. Elsewhere up to `prefetch` units that
+    come next are held and sent for while the present one is used; all ranks choose the same ones, by the order of the
+    last pass.
+
+    A unit that is used though no hook has announced it is a guest: it stays until the pass ends or its room is needed.
     """
 
     def __init__(
@@ -76,29 +80,42 @@ class Gatherer:
         self.exchange = exchange
         self.units = units
         self.visible = visible
-        self.stays = home is Home.HOST
-        self.early = prefetch if world > 1 and not self.stays else 0
+        self.home = home
+        self.stays = home is Home.HOST or world == 1
+        self.early = prefetch if not self.stays else 0
         # What is sent for has been read before: reading is one unit further ahead.
         self.reading = 0 if home is not Home.DISK else prefetch + 1 if self.early else prefetch
         self.ahead: list[int] = []
         """Units held for a use that is still to come."""
+        self.guests: list[Unit] = []
+        self.used: dict[int, Unit] = {}
+        """Units in use, those gathered first at the front; kept where their room may be needed."""
+        self.before_release: Callable[[Unit], None] | None = None
+        """Looks at a unit whose use ends, while its parameters still show their values."""
         self.orders = {True: GatherOrder(), False: GatherOrder()}
         self.training = True
+        self.in_backward = False
 
     def start_pass(self, training: bool) -> None:
         """Begins a forward with gradients (`training`) or without."""
         self._drop(self.ahead)
+        self.release_guests()
         self.training = training
         self.orders[training].start()
 
-    def gather(self, unit: Unit) -> None:
-        """Makes the unit's parameters usable; starts gathering and reading the ones that come next. Idempotent."""
+    def gather(self, unit: Unit, beside: Sequence[Unit] = ()) -> None:
+        """Makes the unit's parameters usable; starts gathering and reading the ones that come next. Idempotent.
+
+        beside: units that are needed at the same time.
+        """
         order = self.orders[self.training]
         if not order.seen or order.seen[-1] != unit.index:
             order.note(unit.index)
         wanted = self._wanted(order, unit) if self.early else ()
         if self.ahead:
             self._make_way(unit, wanted)
+        if not self.stays:
+            self._make_room([*beside, unit])
         self.exchange.gather(unit)
         unit.show()
         for index in wanted:
@@ -115,7 +132,7 @@ class Gatherer:
         for index in order.rest():
             if len(wanted) == self.early:
                 break
-            released = self.units[index].state is UnitState.RELEASED
+            released = index not in self.used
             if released and index != unit.index and index not in wanted:
                 wanted.append(index)
         return wanted
@@ -125,7 +142,7 @@ class Gatherer:
         if unit.index in self.ahead:
             self.ahead.remove(unit.index)
         self._drop([index for index in self.ahead if index not in wanted])
-        while self.ahead and unit.state is UnitState.RELEASED and not self.core.has_room(unit.index):
+        while self.ahead and unit.index not in self.used and not self.core.has_room(unit.index):
             self._drop(self.ahead[-1:])
 
     def _drop(self, indices: list[int]) -> None:
@@ -133,16 +150,54 @@ class Gatherer:
             self.ahead.remove(index)
             self.exchange.release(self.units[index])
 
+    def use(self, units: Sequence[Unit]) -> None:
+        """Makes the parameters of units usable that no hook has announced, all at once, as guests."""
+        for unit in units:
+            if unit.index in self.used and unit.state is UnitState.GATHERED:
+                continue
+            self.gather(unit, beside=units)
+            if unit not in self.guests:
+                self.guests.append(unit)
+
+    def _make_room(self, units: Sequence[Unit]) -> None:
+        """Ends the use of those gathered first, guests before others, until the last of `units` has room beside the
+        rest of them. Whoever still needs one that had to go gathers it again.
+        """
+        unit = units[-1]
+        if unit.index not in self.used:
+            needed = {each.index for each in units}
+            while not self.core.has_room(unit.index):
+                others = [each for each in (*self.guests, *self.used.values()) if each.index not in needed]
+                if not others:
+                    break
+                self.release(others[0])
+        self.used.pop(unit.index, None)
+        self.used[unit.index] = unit
+
     def release(self, unit: Unit) -> None:
         """Ends the use of the unit's parameters. Idempotent."""
         if unit.index in self.ahead:
             self.ahead.remove(unit.index)
+        if self.guests and unit in self.guests:
+            self.guests.remove(unit)
+        if self.before_release is not None and unit.state is UnitState.GATHERED:
+            self.before_release(unit)
         if not self.stays:
-            unit.hide()
+            self.used.pop(unit.index, None)
+            if not self.in_backward:
+                unit.hide()
         self.exchange.release(unit)
 
+    def release_guests(self) -> None:
+        """Ends the use of what no hook will."""
+        for unit in list(self.guests):
+            self.release(unit)
+
     def settle(self) -> None:
-        """Weights are about to change: nothing that was sent for may be taken for the new ones."""
+        """Weights are about to change: nothing that was sent for may be taken for the new ones, and nobody uses the old
+        ones."""
+        if self.guests:
+            self.release_all()
         self._drop(self.ahead)
         self.exchange.settle()
 
@@ -153,11 +208,31 @@ class Gatherer:
             self.release(unit)
             unit.note_versions()
 
-    def release_all(self) -> None:
-        """Ends the use of every unit."""
-        self.ahead.clear()
+    def begin_backward(self) -> None:
+        """Until the pass ends parameters show the memory of their values, gathered or not: autograd may have saved them
+        as they are, and would compute with tensors of size 0. A read of what is not gathered brings it, or is refused
+        by name.
+        """
+        self.in_backward = True
         for unit in self.units:
-            if not self.visible:
+            unit.show()
+
+    def release_all(self, *, hide: bool = True) -> None:
+        """Ends the use of every unit. With `hide` False, parameters that can be read at any time show values still."""
+        self.in_backward = False
+        self.ahead.clear()
+        self.guests.clear()
+        self.used.clear()
+        failed: ModelError | None = None
+        for unit in self.units:
+            if self.before_release is not None and unit.state is UnitState.GATHERED:
+                try:
+                    self.before_release(unit)
+                except ModelError as error:
+                    failed = failed or error
+            if not self.visible and (hide or not self.stays):
                 unit.hide()
         for unit in self.units:
             self.exchange.release(unit)
+        if failed is not None:
+            raise failed

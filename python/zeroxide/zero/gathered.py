@@ -43,7 +43,7 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        self.opened: list[tuple[nn.Parameter, Keeper, int, int]] = []
+        self.opened: list[tuple[nn.Parameter, Keeper]] = []
         self.modifier_rank = modifier_rank
         self.listed = _listed(params) if enabled else []
 
@@ -51,38 +51,67 @@ class GatheredParameters:
         with torch._C.DisableTorchFunction():
             if self.listed:
                 settle()
-            for param in self.listed:
-                keeper = keeper_of(param)
-                if keeper is None:
-                    continue
-                _check_rank(keeper, self.modifier_rank)
-                keeper.open(param)
-                self.opened.append((param, keeper, param._version, param.data_ptr()))
+            try:
+                for param in self.listed:
+                    keeper = keeper_of(param)
+                    if keeper is not None:
+                        _check_rank(keeper, self.modifier_rank)
+                        self._open(param, keeper)
+            except BaseException:
+                self._close_all(None)
+                raise
         return self
+
+    def _open(self, param: nn.Parameter, keeper: Keeper) -> None:
+        before = keeper.holds
+        try:
+            keeper.open(param)
+            if not before:
+                keeper.stamp = (param._version, param.data_ptr())
+        except BaseException:
+            if keeper.holds > before:
+                keeper.close(param, None)
+            else:
+                keeper.give_up(param)
+            raise
+        self.opened.append((param, keeper))
+        keeper.writers += self.modifier_rank is not None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        opened, self.opened = self.opened, []
-        source = None if kind is not None else self.modifier_rank
-        changed: list[str] = []
-        failed: ModelError | None = None
         with torch._C.DisableTorchFunction():
-            for param, keeper, version, address in reversed(opened):
-                if self.modifier_rank is None and (param._version != version or param.data_ptr() != address):
-                    changed.append(getattr(keeper, "name", "a parameter"))
-                try:
-                    keeper.close(param, source)
-                except ModelError as found:
-                    failed = failed or found
-        if failed is not None:
-            raise failed
+            changed = self._close_all(None if kind is not None else self.modifier_rank)
         if changed and kind is None:
             raise ModelError(
                 f"{changed[0]} was changed inside GatheredParameters without modifier_rank, and the change is lost: "
                 "say whose changes count, for example modifier_rank=0",
                 name=changed[0],
             )
+
+    def _close_all(self, source: int | None) -> list[str]:
+        """Ends the use of everything, whatever fails on the way. Returns names of parameters whose changes are lost.
+
+        Every rank meets a ModelError at the same parameter, and the changes of the others count all the same. After
+        any other error ranks do different things, and the rest of the changes is given up.
+        """
+        opened, self.opened = self.opened, []
+        lost: list[str] = []
+        failed: BaseException | None = None
+        for param, keeper in reversed(opened):
+            keeper.writers -= self.modifier_rank is not None
+            if not keeper.writers and self.modifier_rank is None and keeper.stamp != (param._version, param.data_ptr()):
+                lost.append(getattr(keeper, "name", "a parameter"))
+            counts = source is not None and (failed is None or isinstance(failed, ModelError))
+            try:
+                keeper.close(param, source if counts else None)
+                if counts:
+                    keeper.stamp = (param._version, param.data_ptr())
+            except BaseException as found:
+                failed = failed or found
+        if failed is not None:
+            raise failed
+        return lost
 
 
 def _listed(params: Any) -> list[nn.Parameter]:

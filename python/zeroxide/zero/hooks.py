@@ -8,25 +8,30 @@ nodes of later modules before those of earlier ones, so by then the unit is done
 - Within backward, activation checkpointing runs forward again, and backward of the same module follows at once: the
   unit is not released in between.
 - A module may hand one of its inputs through. Its gradient says nothing about the module and is not waited for.
+
+Hooks announce uses; they need not see all of them. Whoever hands an empty parameter to an operation gets its unit
+(`empty.py`). In backward autograd reads what it has saved, and a read brings a unit back on its own where one rank has
+all of it. Where weights move between ranks, every module that owns a parameter announces its backward itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.autograd import Variable
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from zeroxide.errors import ModelError
 from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.plan import is_leaf
 from zeroxide.zero.reduce import Reducer
+from zeroxide.zero.state import Home, UnitState
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Hooks"]
@@ -40,11 +45,27 @@ def in_backward() -> bool:
 class Hooks:
     """All hooks of one model."""
 
-    def __init__(self, module: nn.Module, gatherer: Gatherer, units: list[Unit]) -> None:
+    def __init__(self, module: nn.Module, gatherer: Gatherer, units: list[Unit], grad_dtype: torch.dtype) -> None:
         self.gatherer = gatherer
         self.units = units
-        self.reducer = Reducer(gatherer.core, units, self._gradients_complete, self.note_run, gatherer.exchange.closed)
+        self.reducer = Reducer(
+            gatherer.core,
+            units,
+            self.begin_backward,
+            self._gradients_complete,
+            self._note_repeated,
+            lambda: gatherer.training,
+            gatherer.exchange.closed,
+            grad_dtype,
+        )
         self.exchange = gatherer.exchange
+        self.moves = not gatherer.visible and gatherer.home is not Home.HOST
+        """Whether the memory under parameters is another unit's when they are not in use."""
+        self.forward_depth = 0
+        self.pending = False
+        """Whether a forward with gradients has run whose backward has not ended."""
+        self.before_training: Callable[[], None] | None = None
+        """Called before every forward with gradients."""
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
         self.held: list[Unit] = []
@@ -70,6 +91,10 @@ class Hooks:
         for unit in units:
             for owner in unit.modules:
                 self._add(owner.register_forward_hook(Hook(self._after, unit), always_call=True))
+        for unit in units if self.moves and not gatherer.stays else ():
+            for owner in {id(each): each for owners in unit.owners for each in owners}.values():
+                if owner not in unit.modules:
+                    self._add(owner.register_forward_hook(Hook(self._after_part, unit)))
         # Prepended last, so that a pass begins before the first unit of it is gathered.
         self._add(module.register_forward_pre_hook(Hook(self._enter), prepend=True))
         self._add(module.register_forward_hook(Hook(self._leave), always_call=True))
@@ -78,17 +103,43 @@ class Hooks:
         self.handles.append(handle)
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        self.forward_depth += 1
         if not in_backward():
+            self.gatherer.core.watch_readers()
             if self.inside_backward:
                 # A backward that failed and was not started by the engine.
                 self.fail_backward()
             self.entered.clear()
-            if self.backward_ended and torch.is_grad_enabled():
+            training = torch.is_grad_enabled()
+            if training and self.before_training is not None:
+                self.before_training()
+            if self.backward_ended and training:
                 # Several forwards before one backward count together.
                 self.ran.clear()
                 self.repeated.clear()
                 self.backward_ended = False
-            self.gatherer.start_pass(torch.is_grad_enabled())
+            self.pending |= training
+            self.gatherer.start_pass(training)
+
+    def in_pass(self) -> bool:
+        """Whether a forward or backward of the model, or of a part of it, is under way."""
+        return self.forward_depth > 0 or bool(self.entered) or in_backward()
+
+    def use(self, units: Sequence[Unit]) -> None:
+        """Gathers units that an operation needs."""
+        if in_backward():
+            self.begin_backward()
+        self.gatherer.use(units)
+
+    def end_use(self, *, recorded: bool) -> None:
+        """Ends `use` outside of a pass, whose results are copies. Where reads do not bring weights back, what autograd
+        has `recorded` stays until the next pass."""
+        if recorded and not self.gatherer.stays:
+            return
+        guests = list(self.gatherer.guests)
+        self.gatherer.release_guests()
+        for unit in guests if not self.gatherer.visible else ():
+            unit.hide()
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.entered.append({_origin(tensor) for tensor in _tensors((args, kwargs))})
@@ -107,23 +158,45 @@ class Hooks:
             self.repeated.add(unit.index)
         self.ran.add(key)
 
-    def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
+    def _note_repeated(self, unit: Unit) -> None:
+        self.repeated.add(unit.index)
+
+    def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> Any:
         # Empty where recomputation stopped early inside the module and the next pass began.
         given = self.entered.pop() if self.entered else set()
         if unit.span:
-            return
+            return None
+        kept = self._kept([unit], output) if self.moves else None
+        output = output if kept is None else kept
         own = [tensor for tensor in _tensors(output) if _origin(tensor) not in given]
         _on_gradient(own, partial(self._before_backward, unit), self.gatherer.visible)
         if not in_backward():
             self.gatherer.release(unit)
+        return kept
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _after_part(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
+        _on_gradient(_tensors(output), partial(self._before_part, unit), self.gatherer.visible)
+
+    def _kept(self, units: Sequence[Unit], output: Any) -> Any:
+        """The output with copies in place of views of weights, whose memory goes; None where there are none."""
+        found = {id(tensor) for tensor in _tensors(output) if any(unit.contains(tensor) for unit in units)}
+        if not found:
+            return None
+        return _replaced(output, lambda tensor: tensor.clone() if id(tensor) in found else tensor)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        self.forward_depth = max(0, self.forward_depth - 1)
         if in_backward():
-            return
+            return None
+        kept = self._kept(self.units, output) if self.moves else None
         if torch.is_grad_enabled():
-            _on_gradient(_tensors(output), self.begin_backward, self.gatherer.visible)
+            _on_gradient(_tensors(output if kept is None else kept), self.begin_backward, self.gatherer.visible)
+            self.gatherer.release_guests()
         else:
-            self.gatherer.release_all()
+            self.gatherer.release_all(hide=not self.pending)
+        if self.moves:
+            self.gatherer.core.watch_readers()
+        return kept
 
     def begin_backward(self) -> None:
         """The gradient of the model's own output is known, or about to be: the outermost backward begins."""
@@ -131,6 +204,7 @@ class Hooks:
             return
         self.inside_backward = True
         self.reducer.expect_all()
+        self.gatherer.begin_backward()
         for unit in self.units:
             if unit.span:
                 self.gatherer.gather(unit)
@@ -141,6 +215,12 @@ class Hooks:
         if self.marked:
             self._end_leaves(unit)
         if unit.index in self.repeated or not self.reducer.is_complete(unit):
+            self._hold(unit)
+
+    def _before_part(self, unit: Unit) -> None:
+        """A part of the unit's modules comes to its backward, announced by the unit's own modules or not."""
+        self.begin_backward()
+        if unit not in self.held and not self.reducer.is_complete(unit):
             self._hold(unit)
 
     def _hold(self, unit: Unit) -> None:
@@ -186,12 +266,25 @@ class Hooks:
         """Releases every unit and ends the exchange of gradients. Called by autograd at the end of a backward."""
         if self.inside_backward:
             self._leave_backward()
+            if self.moves:
+                self.gatherer.core.watch_readers()
             if self.synchronize:
                 try:
                     self.exchange.end_backward()
                 except BaseException:
                     self.exchange.abandon()
                     raise
+
+    def after_step(self) -> None:
+        """Weights have changed, or are about to while a step is under way: a graph from before must not be used."""
+        self.reducer.large.starts_at_zero = True
+        torch._C._increment_version(self.reducer.params)
+        for unit in self.units:
+            if unit.state is UnitState.GATHERED:
+                unit.note_versions()
+        if self.moves and self.gatherer.stays and any(unit.has_readers() for unit in self.units):
+            # Somebody may read what is being updated.
+            self.gatherer.core.finish()
 
     def fail_backward(self) -> None:
         """Releases every unit, after a backward that failed. With several ranks there is no going on."""
@@ -203,8 +296,11 @@ class Hooks:
     def _leave_backward(self) -> None:
         self.inside_backward = False
         self.backward_ended = True
+        self.pending = False
+        self.forward_depth = 0
         self.held.clear()
         self.leaves.clear()
+        self.reducer.large.end_backward()
         self.gatherer.release_all()
 
     def close(self) -> None:
@@ -246,6 +342,17 @@ def _tensors(tree: Any) -> Iterator[torch.Tensor]:
             yield from _tensors([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
 
 
+def _replaced(tree: Any, act: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The tree with `act` done to every tensor that `_tensors` finds in it."""
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        changed = {field.name: _replaced(getattr(tree, field.name), act) for field in dataclasses.fields(tree)}
+        for name, value in changed.items():
+            if value is not getattr(tree, name):
+                setattr(tree, name, value)
+        return tree
+    return tree_map(lambda leaf: act(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
+
+
 def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], visible: bool) -> None:
     """Runs `act` when the gradient of any of the tensors is known."""
 
@@ -266,5 +373,6 @@ def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], visib
         act()
 
     for tensor in tensors:
-        if tensor.requires_grad:
+        # A leaf is nothing that the module has made; a hook on it would stay for ever.
+        if tensor.grad_fn is not None:
             tensor.register_hook(hook)  # type: ignore[no-untyped-call]

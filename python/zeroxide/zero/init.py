@@ -8,7 +8,7 @@ parameter is gathered when code touches it, and cut again. So initial values may
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -24,8 +24,9 @@ from zeroxide.config import Config, load
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.ranks import Ranks, Watch, agree, first_line, init_distributed, start
 from zeroxide.zero.bits import FLOATS, ORDINARY, why_not_bytes
-from zeroxide.zero.empty import PASSIVE, full_class, operation
+from zeroxide.zero.empty import full_class
 from zeroxide.zero.keeper import shape_of
+from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
 from zeroxide.zero.slices import Slice, SliceFile, slice_of
 
 __all__ = ["Init", "is_building", "settle"]
@@ -199,12 +200,12 @@ class _Touch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        empty = [(each, keeper) for each in _parameters((args, kwargs)) if (keeper := _cut_already(each)) is not None]
+        empty = [(each, keeper) for each in parameters_in((args, kwargs)) if (keeper := _cut_already(each)) is not None]
         if empty:
-            name = operation(func)
+            name = name_of(func)
             if args and empty[0][0] is args[0] and name in _ANSWERS:
                 return _ANSWERS[name](empty[0][1].shape, *args[1:], **kwargs)
-            if name not in PASSIVE:
+            if need_of(func, False) is not Need.NOTHING:
                 for param, keeper in empty:
                     if not keeper.whole:
                         self.construction.touch(param, keeper)
@@ -225,16 +226,6 @@ _ANSWERS: dict[str, Callable[..., Any]] = {
     "ndim": lambda shape: len(shape),
     "__len__": lambda shape: shape[0],
 }
-
-
-def _parameters(tree: Any) -> Iterator[nn.Parameter]:
-    if isinstance(tree, nn.Parameter):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for each in tree:
-            yield from _parameters(each)
-    elif isinstance(tree, dict):
-        yield from _parameters(list(tree.values()))
 
 
 _active: Construction | None = None

@@ -38,6 +38,12 @@ class Keeper(Protocol):
 
     ident: int
     shape: torch.Size
+    holds: int
+    """Times that it was opened and not closed."""
+    stamp: tuple[int, int]
+    """Version and address of what the parameter has shown since it was opened, or since changes last counted."""
+    writers: int
+    """Those open at present whose changes count."""
 
     @property
     def persists(self) -> bool:
@@ -51,6 +57,9 @@ class Keeper(Protocol):
 
     def open(self, param: nn.Parameter) -> None:
         """Gives the parameter a copy of all its values, on every rank. Called again, it counts."""
+
+    def give_up(self, param: nn.Parameter) -> None:
+        """Undoes an `open` that was interrupted."""
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
         """Ends one `open`; with `source`, what that rank has written becomes the value on every rank.
@@ -127,7 +136,7 @@ def manage(param: nn.Parameter, keeper: Keeper) -> None:
 def unmanage(param: nn.Parameter) -> None:
     """Undoes `manage`: the parameter has its values itself again."""
     del param._keeper  # type: ignore[attr-defined]
-    if type(param) is ManagedParameter:
+    if isinstance(param, ManagedParameter):
         param.__class__ = nn.Parameter  # type: ignore[assignment]
 
 

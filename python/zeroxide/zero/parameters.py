@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import nn
 
+from zeroxide.errors import ModelError
 from zeroxide.zero.bits import ORDINARY
 from zeroxide.zero.empty import full_class
 from zeroxide.zero.keeper import ManagedParameter, shape_of
 
-__all__ = ["EXTERNAL", "ParameterPlan", "parameters_of"]
+__all__ = ["EXTERNAL", "ParameterPlan", "check_sharing", "parameters_of"]
 
 EXTERNAL = "_external_parameters"
 """Attribute of a module: parameters of others that its forward uses."""
@@ -77,3 +79,24 @@ def parameters_of(module: nn.Module, compute: torch.dtype, *, cast: bool) -> Ite
 def _is_cast(param: nn.Parameter, compute: torch.dtype) -> bool:
     """Whether a frozen parameter takes the dtype of a bf16 or fp16 config, as DeepSpeed casts the module."""
     return compute is not torch.float32 and param.dtype in ORDINARY
+
+
+def check_sharing(entries: Sequence[ParameterPlan]) -> None:
+    """Raises ModelError where a trained parameter has memory in common with another one, as after `b.data = a.data`.
+
+    They would be two from here on. Tied parameters are one parameter, and have one entry.
+    """
+    spans = []
+    for entry in entries:
+        param = entry.param
+        if param.device.type == "cpu" and param.layout is torch.strided and param.numel() and param.is_contiguous():
+            start = param.data_ptr()
+            spans.append((start, start + param.numel() * param.element_size(), entry))
+    spans.sort(key=lambda span: span[:2])
+    for (_, end, before), (start, _, after) in pairwise(spans):
+        if start < end and (before.trainable or after.trainable):
+            raise ModelError(
+                f"{before.name} and {after.name} are two parameters over the same memory, which would part: make them "
+                f"one parameter, or give {after.name} a copy",
+                name=after.name,
+            )

@@ -20,7 +20,7 @@ from zeroxide.precision import torch_dtype
 from zeroxide.ranks import Ranks
 from zeroxide.zero.bits import FLOATS, why_not_bytes
 from zeroxide.zero.keeper import keeper_of
-from zeroxide.zero.parameters import EXTERNAL, ParameterPlan, parameters_of
+from zeroxide.zero.parameters import EXTERNAL, ParameterPlan, check_sharing, parameters_of
 from zeroxide.zero.slices import slice_of
 from zeroxide.zero.state import Home
 
@@ -278,6 +278,7 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
                 "build the model on the CPU",
                 name=entry.name,
             )
+    check_sharing(entries)
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -470,4 +471,7 @@ def _gathered(plan: Plan, sizes: list[int], prefetch: int) -> int:
     reading = plan.weights is Home.DISK and plan.world > 1 and prefetch > 0
     window = min(len(others), prefetch + 1 + reading)
     moving = max((sum(others[at : at + window]) for at in range(len(others) - window + 1)), default=0)
-    return held + moving
+    if plan.world > 1:
+        return held + moving
+    # One operation may read weights of two units, wherever they are, and with one rank reads bring units back.
+    return max(held + moving, sum(sorted(frames)[-2:]))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
-from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
-from zeroxide.zero.large import LargeModules, land_rows, raise_closed
+from zeroxide.zero.hook_handle import Hook
+from zeroxide.zero.large import LargeWeights, land_rows, raise_closed
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
 
@@ -18,32 +18,51 @@ __all__ = ["Reducer"]
 
 
 class Reducer:
-    """Hooks on every trainable parameter. `complete` hears of units whose gradients have all landed."""
+    """Hooks on every trainable parameter. `complete` hears of units whose gradients have all landed, `begin` of every
+    gradient that comes, before it lands."""
 
     def __init__(
         self,
         core: _core.Offload,
         units: list[Unit],
+        begin: Callable[[], None],
         complete: Callable[[Unit], None],
-        note_run: Callable[[Unit, nn.Module], None],
+        note_repeated: Callable[[Unit], None],
+        is_training: Callable[[], bool],
         closed: set[int],
+        grad_dtype: torch.dtype,
     ) -> None:
         self.core = core
+        self.begin = begin
         self.complete = complete
         self.closed = closed
         self.divisor = 1
         """What gradients are divided by as they land: the accumulation steps, where no loss was divided by them."""
         self.missing: list[set[int]] = []
-        self.handles = []
+        self.handles: list[RemovableHandle] = []
+        self.hooked: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
         for unit in units:
             wanted = {position for position, trainable in enumerate(unit.trainable) if trainable}
             self.missing.append(set(wanted))
             for position in wanted:
-                hook = partial(self._arrived, unit, position)
-                handle = unit.params[position].register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-                self.handles.append(handle)
+                hook = Hook(self._arrived, unit, position)
+                self.hooked.append((unit.params[position], hook))
+                self.handles.append(_put(*self.hooked[-1]))
         self.units = units
-        self.large = LargeModules(core, units, self.arrived, note_run, closed, self.share)
+        self.large = LargeWeights(units, self, note_repeated, is_training, grad_dtype)
+
+    @property
+    def params(self) -> list[torch.Tensor]:
+        """All trainable parameters."""
+        return [param for param, _ in self.hooked]
+
+    def stay_last(self) -> None:
+        """Hooks of users that came later must find a gradient: takes it after them."""
+        for number, (param, hook) in enumerate(self.hooked):
+            hooks = param._post_accumulate_grad_hooks
+            if len(hooks) > 1 and next(reversed(hooks)) != self.handles[number].id:
+                self.handles[number].remove()
+                self.handles[number] = _put(param, hook)
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
@@ -58,6 +77,7 @@ class Reducer:
         grad = param.grad
         if grad is None:
             return
+        self.begin()
         if unit.index in self.closed:
             raise_closed(unit)
         param.grad = None
@@ -97,4 +117,10 @@ class Reducer:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.hooked.clear()
         self.large.close()
+
+
+def _put(param: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from zeroxide.zero.keeper import keeper_of, manage, new_id
 from zeroxide.zero.state import UnitState
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
+
+if TYPE_CHECKING:
+    from zeroxide.zero.hooks import Hooks
 
 __all__ = ["House", "Seat", "seat_all", "seat_of"]
 
@@ -34,7 +37,10 @@ class House:
         *,
         replicated: bool,
         visible: bool,
+        on_disk: bool,
     ) -> None:
+        self.on_disk = on_disk
+        """Whether weights are at home on disk, which does not see what is written into memory."""
         self.core = core
         self.before_change = before_change
         self.units = units
@@ -42,6 +48,8 @@ class House:
         self.watch = watch
         self.replicated = replicated
         self.visible = visible
+        self.hooks: Hooks | None = None
+        """What gathers; None once the engine has ended."""
         self.changes = 0
         """How often values of parameters have changed since the start."""
 
@@ -49,6 +57,54 @@ class House:
     def alone(self) -> bool:
         """Whether this rank has all values of everything."""
         return self.ranks.world == 1 or self.replicated
+
+    def in_pass(self) -> bool:
+        """Whether a forward or backward is under way, in which parameters are used where they are."""
+        return self.hooks is not None and self.hooks.in_pass()
+
+    def use(self, params: Sequence[torch.Tensor]) -> None:
+        """Gathers the units of parameters that an operation needs. Every rank does. Raises ModelError after the end."""
+        seats = [seat for param in params if (seat := seat_of(param)) is not None]
+        if self.hooks is None:
+            raise ModelError(
+                f"{seats[0].name} was used after its engine was destroyed: at stage 3 the weights are gone with it; "
+                "take engine.module_state_dict() or save before",
+                name=seats[0].name,
+            )
+        self.hooks.use(list({seat.unit.index: seat.unit for seat in seats}.values()))
+
+    def end_use(self, *, recorded: bool) -> None:
+        """Ends `use` outside of a pass; `recorded` by autograd, which may have saved parameters as they are."""
+        if self.hooks is not None:
+            self.hooks.end_use(recorded=recorded)
+
+    def own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor, or a copy of it where its memory is that of weights."""
+        inside = any(unit.contains(tensor) for unit in self.units) and tensor.numel() > 0
+        return tensor.clone() if inside and not isinstance(tensor, nn.Parameter) else tensor
+
+    def take_over_edits(self, unit: Unit) -> None:
+        """Looks at a unit whose use in a pass ends: what was written into its weights counts, or is refused by name.
+
+        Raises ModelError where other ranks may have other values, and where a parameter's `.data` was replaced.
+        """
+        edited = unit.edits()
+        replaced = unit.replaced()
+        if not edited and not replaced:
+            return
+        unit.note_versions()
+        what, name = ("changed in place", unit.names[edited[0]]) if edited else ("replaced", unit.names[replaced[0]])
+        if replaced or self.ranks.world > 1:
+            for position in replaced:
+                unit.params[position].data = unit.views[position]
+            raise ModelError(
+                f"the weight {name} was {what} while it was in use, which "
+                + ("the engine cannot follow" if replaced else "other ranks know nothing of")
+                + ": change it between steps, inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+                name=name,
+            )
+        if self.on_disk:
+            self.core().rewrite_weights(unit.index)
 
     def barrier(self, name: str) -> None:
         """Until every rank is here."""
@@ -78,6 +134,8 @@ class Seat:
         self.trainable = unit.trainable[position]
         self.opaque = unit.opaque[position]
         self.holds = 0
+        self.stamp = (0, 0)
+        self.writers = 0
         old = keeper_of(unit.params[position])
         self.ident = new_id() if old is None else old.ident
         # In elements of the parameter. Shards start at multiples of 4 KiB and parameters at multiples of 128 bytes, so
@@ -246,27 +304,40 @@ class Seat:
         """See `Keeper`. Elements that were not changed keep all bits of their master weight, and moments stay."""
         self.holds -= 1
         problem = None
-        if source is not None:
-            fits = (param.shape, param.dtype, param.device.type) == (self.shape, self.dtype, "cpu")
-            fits = fits and why_not_bytes(param) is None
-            problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
-        if source is not None and problem is None:
-            flat = bytes_of(param).view(self.dtype)
-            if self.house.ranks.rank != source:
-                flat = torch.empty(self.shape.numel(), dtype=self.dtype)
-            if self.house.ranks.world > 1:
-                self.house.broadcast(flat, source, self.name)
-            self._replace(flat)
-            if self.holds:
-                self.unit.lend(self.position, copy_of(flat).view(self.shape))
-        if not self.holds:
-            self.unit.take_back(self.position)
+        try:
+            if source is not None:
+                problem = self._take_changes(param, source)
+        finally:
+            if not self.holds:
+                self.unit.take_back(self.position)
         if problem is not None:
             raise ModelError(
                 f"{self.name} is {problem} on rank {source} after GatheredParameters: expected {self.dtype} "
                 f"{tuple(self.shape)}; write into the parameter instead of replacing it",
                 name=self.name,
             )
+
+    def give_up(self, param: nn.Parameter) -> None:
+        """See `Keeper`."""
+        if not self.holds:
+            self.unit.take_back(self.position)
+
+    def _take_changes(self, param: nn.Parameter, source: int) -> str | None:
+        """Makes what rank `source` shows the parameter's values; returns what is wrong with that, if anything."""
+        fits = (param.shape, param.dtype, param.device.type) == (self.shape, self.dtype, "cpu")
+        fits = fits and why_not_bytes(param) is None
+        problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
+        if problem is not None:
+            return problem
+        flat = bytes_of(param).view(self.dtype)
+        if self.house.ranks.rank != source:
+            flat = torch.empty(self.shape.numel(), dtype=self.dtype)
+        if self.house.ranks.world > 1:
+            self.house.broadcast(flat, source, self.name)
+        self._replace(flat)
+        if self.holds:
+            self.unit.lend(self.position, copy_of(flat).view(self.shape))
+        return None
 
     def _agreed(self, problem: str | None, source: int) -> str | None:
         if self.house.ranks.world == 1:

@@ -73,6 +73,8 @@ class Slice:
         self.ranks = ranks
         self.each = -(-self.shape.numel() // ranks.world)
         self.holds = 0
+        self.stamp = (0, 0)
+        self.writers = 0
         self.whole = True
         nbytes = self.each * dtype.itemsize
         self.mapped = file.take(nbytes) if file is not None and nbytes else None
@@ -139,9 +141,14 @@ class Slice:
 
     def open(self, param: nn.Parameter) -> None:
         """See `Keeper`."""
-        self.holds += 1
         if not self.whole:
             self.gather(param)
+        self.holds += 1
+
+    def give_up(self, param: nn.Parameter) -> None:
+        """See `Keeper`."""
+        if not self.holds:
+            self.empty(param)
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
         """See `Keeper`."""

@@ -178,7 +178,8 @@ def _read(place: _Place | None, shape: torch.Size, dtype: torch.dtype) -> torch.
 
 
 def _address(param: torch.Tensor) -> int:
-    return 0 if param.device.type == "meta" else param.data_ptr()
+    plain = param.device.type != "meta" and param.layout is torch.strided and type(param.data) is torch.Tensor
+    return param.data_ptr() if plain else 0
 
 
 def _is_table(name: str, value: Any) -> bool:

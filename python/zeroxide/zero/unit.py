@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
-from zeroxide.zero.bits import copy_of, tensor_of
+from zeroxide.zero.bits import bytes_of, copy_of, tensor_of
 from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import unmanage
 from zeroxide.zero.plan import UnitPlan
 from zeroxide.zero.state import UnitState
 from zeroxide.zero.tensors import view_of
 
-__all__ = ["Unit", "refuse_edits"]
+__all__ = ["Unit"]
 
 
 class Unit:
@@ -46,18 +46,42 @@ class Unit:
             nbytes = shape.numel() * kind.itemsize
             raw = view_of(window, torch.uint8, start, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
             self.views.append(tensor_of(raw, kind, shape))
+        self.addresses = [view.data_ptr() for view in self.views]
+        self.storages = [view.untyped_storage() for view in self.views]
+        self.own_uses = [_uses(storage) for storage in self.storages]
+        self.first_address = flat.data_ptr()
+        self.end_address = flat.data_ptr() + flat.nbytes
         self.empties = [torch.empty(0, dtype=kind) for kind in self.dtypes]
         self.state = UnitState.RELEASED
         self.lent: dict[int, torch.Tensor] = {}
         """Positions whose parameters show a copy of their values, whatever becomes of the unit."""
         self.versions = [0] * len(self.params)
+        self.accumulators: list[Any] = []
+        """The nodes that take the gradients of trainable parameters."""
+
+    def take_over(self, large: dict[int, type[nn.Parameter]]) -> None:
+        """The parameters have their keepers and are empty.
+
+        large: classes that parameters at some positions have while they show values.
+        """
+        # Autograd makes these when a parameter is first used, with the shape that it has then, and checks gradients
+        # against that. An empty parameter may be handed to a function of autograd: they are made here, and kept.
+        for position, (param, trainable) in enumerate(zip(self.params, self.trainable, strict=True)):
+            reveal(param, self.views[position])
+            if position in large:
+                param.__class__ = large[position]
+            if trainable:
+                with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+                    self.accumulators.append(param.view_as(param).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+            conceal(param, self.empties[position])
 
     def show(self) -> None:
         """Lets the parameters be views of the flat weights. The core holds the memory under them."""
         if self.state is UnitState.GATHERED:
             return
-        for param, view in zip(self.params, self.views, strict=True):
+        for position, (param, view) in enumerate(zip(self.params, self.views, strict=True)):
             reveal(param, view)
+            self.versions[position] = param._version
         self.state = UnitState.GATHERED
         self._show_lent()
 
@@ -92,29 +116,71 @@ class Unit:
             conceal(self.params[position], self.empties[position])
         self.versions[position] = self.params[position]._version
 
+    # What others do to the parameters ---------------------------------------------------------------------------------
+
     def note_versions(self) -> None:
         """Takes the parameters as they are for unchanged."""
         self.versions = [param._version for param in self.params]
 
+    def edits(self) -> list[int]:
+        """Positions of parameters that were changed in place since they were shown, other than while lent."""
+        found = [
+            position
+            for position, (param, version) in enumerate(zip(self.params, self.versions, strict=True))
+            if param._version != version
+        ]
+        return [position for position in found if position not in self.lent] if found else found
+
     def edited(self) -> str | None:
         """The name of a parameter changed in place since `note_versions`, other than while lent; None if none was."""
-        for position, (param, version) in enumerate(zip(self.params, self.versions, strict=True)):
-            if param._version != version and position not in self.lent:
-                return self.names[position]
-        return None
+        found = self.edits()
+        return self.names[found[0]] if found else None
+
+    def replaced(self) -> list[int]:
+        """Positions of shown parameters whose `.data` somebody has replaced, other than by `lend`."""
+        found = [
+            position
+            for position, (param, address) in enumerate(zip(self.params, self.addresses, strict=True))
+            if param.data_ptr() != address
+        ]
+        return [position for position in found if position not in self.lent] if found else found
+
+    def check_replaced(self, positions: list[int]) -> None:
+        """Raises ModelError unless what was put in the parameters' place has their shape and dtype."""
+        for position in positions:
+            param, view = self.params[position], self.views[position]
+            if param.shape != view.shape or param.dtype != view.dtype or param.device != view.device:
+                raise ModelError(
+                    f"{self.names[position]} is {_described(param)} now, {_described(view)} in the engine: its .data "
+                    "was replaced, as module.to(), float() or half() do; undo that, or convert the model before "
+                    "zeroxide.initialize",
+                    name=self.names[position],
+                )
+
+    def take_in(self, position: int) -> None:
+        """Makes what was put in a parameter's place its value, in the unit's own memory."""
+        param, view = self.params[position], self.views[position]
+        with torch.no_grad():
+            bytes_of(view).copy_(bytes_of(param.data))
+        param.data = view
+
+    def has_readers(self) -> bool:
+        """Whether somebody beside this unit has views of its weights while it is released."""
+        return any(_uses(storage) > own for storage, own in zip(self.storages, self.own_uses, strict=True))
+
+    def contains(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's memory is the unit's."""
+        return self.first_address <= tensor.data_ptr() < self.end_address
 
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():
             reveal(self.params[position], copy)
 
 
-def refuse_edits(units: Iterable[Unit]) -> None:
-    """Raises ModelError when a parameter, of which all ranks of this host share one copy, was changed in place."""
-    for unit in units:
-        name = unit.edited()
-        if name is not None:
-            raise ModelError(
-                f"{name} was changed in place, and it is one copy for all ranks of this host, which each of them "
-                "would change again: change it inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
-                name=name,
-            )
+def _uses(storage: torch.UntypedStorage) -> int:
+    found: int = torch._C._storage_Use_Count(storage._cdata)
+    return found
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)} on {tensor.device}"
