@@ -9,6 +9,7 @@ mod error;
 mod fill;
 mod gather;
 mod homes;
+mod io_report;
 mod landing;
 mod mail;
 mod offload;
@@ -26,8 +27,9 @@ mod weights;
 
 pub use error::{OffloadError, Result};
 pub use fill::Part;
+pub use io_report::IoReport;
 pub use landing::GradNorm;
-pub use offload::{IoReport, Offload};
+pub use offload::Offload;
 pub use settings::{Place, Settings, StateHome, UnitSpec, WeightHome, Wire};
 pub use weights::Lent;
 pub use zeroxide_exchange::{ExchangeError, Seat, Stop};

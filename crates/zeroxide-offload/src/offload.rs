@@ -2,35 +2,19 @@
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
 
 use zeroxide_exchange::{Seat, Stop};
 use zeroxide_memory::{Anchor, Bucket, Budget, FaultNet, ForkGuard, Usage};
 use zeroxide_optim::{AdamParams, Grad};
-use zeroxide_storage::IoCounters;
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::fill::Part;
+use crate::io_report::IoReport;
 use crate::landing::{GradCopy, GradNorm, address_of};
 use crate::settings::{Settings, UnitSpec};
 use crate::stray;
 use crate::weights::{Lent, Weights};
-
-/// Traffic between disk and memory since the start.
-#[derive(Clone, Debug)]
-pub struct IoReport {
-    /// What the queue has moved.
-    pub counters: IoCounters,
-    /// Time in which compute stood still for the disk.
-    pub waited: Duration,
-    /// Time that calls spent on optimizer steps, waiting included, wherever in forward or backward that was.
-    pub updating: Duration,
-    /// Tiles updated.
-    pub tiles: u64,
-    /// The engine in use, in words.
-    pub engine: String,
-}
 
 /// Units of parameters, their tiers, and the optimizer over them.
 pub struct Offload {

@@ -76,9 +76,7 @@ class _Empty:
         if inside:
             return result
         result = tree_map_only(torch.Tensor, house.own_copy, result)
-        house.end_use(
-            recorded=any(isinstance(each, torch.Tensor) and each.requires_grad for each in tree_leaves(result))
-        )
+        house.end_use([each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad])
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -89,12 +89,6 @@ class PlainCopies:
                 module.__dict__[GETSTATE] = state
                 self.states.append(state)
 
-    def instead(self, module: nn.Module, name: str, value: Any) -> None:
-        """In copies of the module, the attribute `name` has this value, whatever it is in the module."""
-        state = module.__dict__.get(GETSTATE)
-        if isinstance(state, _State):
-            state.instead[name] = value
-
     def close(self) -> None:
         """Disarms the engine's hooks, which shallow copies may still hold, and ends. Called before they are removed."""
         for state in self.states:
@@ -126,7 +120,6 @@ class _State:
     def __init__(self, module: nn.Module) -> None:
         # Not the module: it has this object, and a cycle would keep a model's memory until garbage is collected.
         self.module = weakref.ref(module)
-        self.instead: dict[str, Any] = {}
 
     def __call__(self) -> Any:
         module = self.module()
@@ -135,7 +128,6 @@ class _State:
         if not isinstance(state, dict):
             return state
         plain = {name: value for name, value in state.items() if name != GETSTATE and not _is_ours(value)}
-        plain.update((name, value) for name, value in self.instead.items() if name in plain)
         tables = _tables(plain)
         ours = {key for table in tables.values() for key, value in table.items() if _is_ours(value)}
         plain.update((name, _Table(table, ours)) for name, table in tables.items() if not ours.isdisjoint(table))

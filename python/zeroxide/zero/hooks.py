@@ -131,9 +131,11 @@ class Hooks:
             self.begin_backward()
         self.gatherer.use(units)
 
-    def end_use(self, *, recorded: bool) -> None:
+    def end_use(self, recorded: Sequence[torch.Tensor]) -> None:
         """Ends `use` outside of a pass, whose results are copies. Where reads do not bring weights back, what autograd
-        has `recorded` stays until the next pass."""
+        has `recorded` stays until the next pass; backward shows what it may have saved.
+        """
+        _on_gradient(recorded, self.begin_backward, self.gatherer.visible)
         if recorded and not self.gatherer.stays:
             return
         guests = list(self.gatherer.guests)

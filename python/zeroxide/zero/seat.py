@@ -73,10 +73,10 @@ class House:
             )
         self.hooks.use(list({seat.unit.index: seat.unit for seat in seats}.values()))
 
-    def end_use(self, *, recorded: bool) -> None:
-        """Ends `use` outside of a pass; `recorded` by autograd, which may have saved parameters as they are."""
+    def end_use(self, recorded: Sequence[torch.Tensor]) -> None:
+        """Ends `use` outside of a pass; `recorded` are the results that autograd knows the way to."""
         if self.hooks is not None:
-            self.hooks.end_use(recorded=recorded)
+            self.hooks.end_use(recorded)
 
     def own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy of it where its memory is that of weights."""
