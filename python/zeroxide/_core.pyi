@@ -7,6 +7,7 @@ __all__ = [
     "TensorSpec",
     "Window",
     "__version__",
+    "check_groups",
     "drop_clean_text",
     "isa",
     "keep_freed_memory",
