@@ -175,6 +175,21 @@ class ParameterTable(dict[str, Any]):
                 house.use([found])
         return found
 
+    def items(self) -> Any:
+        """Parameters that are listed in a pass may be handed to functions of autograd while they are empty."""
+        self._expect_gradients()
+        return super().items()
+
+    def values(self) -> Any:
+        """As `items`."""
+        self._expect_gradients()
+        return super().values()
+
+    def _expect_gradients(self) -> None:
+        for each in super().values():
+            if isinstance(each, _Empty) and each._keeper.house.in_pass():
+                each._keeper.house.expect_gradient(each)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(self), memo)
 

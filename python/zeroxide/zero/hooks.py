@@ -62,6 +62,8 @@ class Hooks:
         self.moves = not gatherer.visible and gatherer.home is not Home.HOST
         """Whether the memory under parameters is another unit's when they are not in use."""
         self.forward_depth = 0
+        self.accumulators: list[Any] = []
+        """Nodes that autograd must not make itself in this pass, since it would make them for an empty parameter."""
         self.pending = False
         """Whether a forward with gradients has run whose backward has not ended."""
         self.before_training: Callable[[], None] | None = None
@@ -300,6 +302,7 @@ class Hooks:
         self.backward_ended = True
         self.pending = False
         self.forward_depth = 0
+        self.accumulators.clear()
         self.held.clear()
         self.leaves.clear()
         self.reducer.large.end_backward()
@@ -310,6 +313,7 @@ class Hooks:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
+        self.accumulators.clear()
         self.reducer.close()
 
 

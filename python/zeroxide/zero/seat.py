@@ -78,6 +78,12 @@ class House:
         if self.hooks is not None:
             self.hooks.end_use(recorded)
 
+    def expect_gradient(self, param: torch.Tensor) -> None:
+        """The parameter, empty, may be used in the pass by what gathers it later."""
+        seat = seat_of(param)
+        if seat is not None and seat.trainable and self.hooks is not None and torch.is_grad_enabled():
+            self.hooks.accumulators.append(seat.unit.accumulator(seat.position))
+
     def own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy of it where its memory is that of weights."""
         inside = any(unit.contains(tensor) for unit in self.units) and tensor.numel() > 0

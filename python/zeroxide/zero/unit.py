@@ -56,24 +56,30 @@ class Unit:
         self.lent: dict[int, torch.Tensor] = {}
         """Positions whose parameters show a copy of their values, whatever becomes of the unit."""
         self.versions = [0] * len(self.params)
-        self.accumulators: list[Any] = []
-        """The nodes that take the gradients of trainable parameters."""
 
     def take_over(self, large: dict[int, type[nn.Parameter]]) -> None:
         """The parameters have their keepers and are empty.
 
         large: classes that parameters at some positions have while they show values.
         """
-        # Autograd makes these when a parameter is first used, with the shape that it has then, and checks gradients
-        # against that. An empty parameter may be handed to a function of autograd: they are made here, and kept.
-        for position, (param, trainable) in enumerate(zip(self.params, self.trainable, strict=True)):
+        for position, param in enumerate(self.params):
             reveal(param, self.views[position])
             if position in large:
                 param.__class__ = large[position]
-            if trainable:
-                with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
-                    self.accumulators.append(param.view_as(param).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
             conceal(param, self.empties[position])
+
+    def accumulator(self, position: int) -> Any:
+        """The node that takes the gradient of an empty trainable parameter, made with the parameter's own shape.
+
+        Autograd makes it when a parameter is first used, with the shape that it has then, and checks gradients against
+        that. It lives as long as somebody has it, and the parameter with it.
+        """
+        param = self.params[position]
+        reveal(param, self.views[position])
+        with torch.enable_grad(), torch._C.DisableTorchFunctionSubclass():
+            made = param.view_as(param).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
+        conceal(param, self.empties[position])
+        return made
 
     def show(self) -> None:
         """Lets the parameters be views of the flat weights. The core holds the memory under them."""
