@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -262,3 +265,46 @@ def test_a_shallow_copy_is_not_saved_empty(config):
     before = model.norm.weight.detach().clone()
     with started(model, config=config):
         assert torch.equal(copy.copy(model.norm).state_dict()["weight"], before)
+
+
+class Odd(nn.Linear):
+    """Returns tensors that have no memory beside what it computes."""
+
+    def forward(self, x):
+        return super().forward(x), torch.eye(2).to_sparse(), torch.empty(2, device="meta")
+
+
+def test_modules_may_return_tensors_without_memory(config):
+    model = nn.Module()
+    model.h = nn.ModuleList([Odd(4, 4), Odd(4, 4)])
+    model.last = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)])
+    model.forward = lambda x: torch.vmap(model.last[0])(model.h[1](model.h[0](x)[0])[0])
+    x = torch.rand(3, 4)
+    expected = model.forward(x).detach()
+    with started(model, config=config) as engine:
+        assert torch.allclose(engine(x).detach(), expected, rtol=0, atol=1e-6)
+        engine.backward(engine(x).sum())
+
+
+REAL_FAULT = """
+import ctypes, faulthandler, sys
+import torch
+import zeroxide
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+disk = {"device": "nvme", "nvme_path": sys.argv[1]}
+config = {"zero_optimization": {"stage": 3, "offload_param": disk}}
+engine, *_ = zeroxide.initialize(model=model, config=config, lr=1e-3)
+faulthandler.enable()
+engine(torch.ones(1, 4))
+ctypes.string_at(8)
+"""
+
+
+def test_a_fault_elsewhere_ends_the_process_whoever_installed_a_handler_since(tmp_path):
+    """A handler that prints and returns is called a few times, not for ever."""
+    ended = subprocess.run(
+        [sys.executable, "-c", REAL_FAULT, str(tmp_path)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert ended.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in ended.stderr

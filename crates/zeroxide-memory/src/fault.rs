@@ -44,6 +44,12 @@ static SLOTS: [Slot; NETS] = [const {
 
 /// What to do with faults that are not ours: the action that was there before this one.
 static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
+/// The last fault that was not ours, and how often it has come in a row.
+static FOREIGN: AtomicUsize = AtomicUsize::new(0);
+static REPEATED: AtomicU32 = AtomicU32::new(0);
+/// Times that a fault may come back from the handler before. One that prints and returns, and was installed over this one,
+/// does so for ever.
+const REPEATS: u32 = 3;
 /// Serialises installing.
 static INSTALL: Mutex<()> = Mutex::new(());
 
@@ -253,7 +259,7 @@ extern "C" fn handle(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_
     // SAFETY: as above.
     unsafe { *errno = kept };
     if !caught {
-        pass_on(signal, info, context);
+        pass_on(signal, address, info, context);
     }
 }
 
@@ -303,7 +309,14 @@ impl Net {
 }
 
 /// Does what would have been done without this handler.
-fn pass_on(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+fn pass_on(signal: c_int, address: usize, info: *mut libc::siginfo_t, context: *mut c_void) {
+    if FOREIGN.swap(address, Ordering::SeqCst) != address {
+        REPEATED.store(0, Ordering::SeqCst);
+    } else if REPEATED.fetch_add(1, Ordering::SeqCst) >= REPEATS {
+        // SAFETY: puts the default action in place, which ends the process at the next try of the instruction.
+        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        return;
+    }
     // SAFETY: actions before are never freed.
     let Some(before) = (unsafe { BEFORE.load(Ordering::SeqCst).as_ref() }) else {
         return;

@@ -175,7 +175,11 @@ class Unit:
         return any(_uses(storage) > own for storage, own in zip(self.storages, self.own_uses, strict=True))
 
     def contains(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's memory is the unit's."""
+        """Whether the tensor's memory is the unit's. Tensors of other kinds have no memory that could be."""
+        if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return False
+        if tensor.device.type != "cpu":
+            return False
         return self.first_address <= tensor.data_ptr() < self.end_address
 
     def _show_lent(self) -> None:
