@@ -1,4 +1,4 @@
-"""Whoever uses a weight, it is there, also where weights move between ranks, or what cannot be brought is named."""
+"""Whoever uses a weight, it is there, also where weights move between ranks; what cannot be brought is named."""
 
 from __future__ import annotations
 
@@ -8,49 +8,25 @@ import pytest
 from launching import run_ranks
 
 PROGRAM = Path(__file__).with_name("ways_ranks.py")
-WAYS = [
-    "only one block's auxiliary loss",
-    "auxiliary losses read outside of forward",
-    "blocks return plain objects",
-    "a parent calls the parts of a block",
-    "a parent calls the parts of all blocks in turn",
-    "a checkpointed block whose parts a parent calls",
-    "a module reads its child's weight",
-    "a block reads another block's parameter",
-    "owners nested five deep",
-    "nn.TransformerEncoder, evaluated between steps",
-    "blocks return views of their weights",
-    "blocks return their weights",
-    "reversible blocks",
-    "a head tied by hand",
-]
-READ_BY_OTHERS = {
-    "a module reads its child's weight",
-    "a block reads another block's parameter",
-    "owners nested five deep",
-    "nn.TransformerEncoder, evaluated between steps",
-    "a head tied by hand",
-}
-"""Where each owner's parameters are a unit: backward of another module announces nothing, and five have no room."""
+READERS = Path(__file__).with_name("stray_ranks.py")
 WHOLE, TINY = 512 << 20, 8
 
 
-@pytest.mark.parametrize(("home", "unit_bytes"), [("collective", WHOLE), ("collective", TINY), ("nvme", TINY)])
+@pytest.mark.parametrize("unit_bytes", [WHOLE, TINY], ids=["blocks", "owners"])
+@pytest.mark.parametrize("home", ["collective", "nvme"])
 def test_unusual_use_of_weights_has_plain_torchs_gradients(home, unit_bytes):
-    """Catches: views of weights that outlive their gathering; parts, and recomputed parts, that nobody announced."""
-    names = [name for name in WAYS if unit_bytes == WHOLE or name not in READ_BY_OTHERS]
-    for rank, result in enumerate(run_ranks(2, PROGRAM, [home, str(unit_bytes), *names])):
+    """Catches: views of weights that outlive their gathering; parts, and recomputed parts, that nobody announced;
+    weights of more owners than have room at once; half of what arrives shown to a reader."""
+    for rank, result in enumerate(run_ranks(2, PROGRAM, [home, str(unit_bytes)])):
         said = [line for line in result.out.splitlines() if line.startswith(("same", "failed"))]
-        assert said == [f"same {name}" for name in names], f"rank {rank}: {said}\n{result.err[-2000:]}"
+        assert len(said) > 80, f"rank {rank}: {said[-3:]}\n{result.err[-2000:]}"
+        assert all(line.startswith("same") for line in said), f"rank {rank}: {said[-1]}"
+        assert result.code == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["hooks keep detached weights", "the root reads weights of blocks", "the weights of all blocks stacked"]
-)
-def test_what_cannot_be_brought_is_named(name):
-    """Catches: zeros, stale values or tensors of size 0 that are computed with; a signal."""
-    for result in run_ranks(2, PROGRAM, ["collective", str(WHOLE), name]):
-        assert result.code == 1
-        assert (
-            f"failed {name}: ModelError: weights of layers." in result.out or "BudgetError: unit layers" in result.out
-        )
+@pytest.mark.parametrize("home", ["collective", "nvme"])
+@pytest.mark.parametrize("case", ["while parts arrive", "after a step", "outside of a pass", "under Python's lock"])
+def test_a_reader_that_nothing_announced_gets_weights_of_one_step_or_is_named(home, case):
+    """Catches: parts of two steps in one read, zeros that are computed with, a read that waits for ever, a signal."""
+    for rank, result in enumerate(run_ranks(2, READERS, [home, case])):
+        assert result.code == 0, f"rank {rank}: {result.out[-1000:]}\n{result.err[-2000:]}"

@@ -1,6 +1,6 @@
 """Every rank trains models that use weights in unusual ways, on the same batch: gradients are then plain torch's.
 
-Arguments: "collective" or "nvme", the units' size in bytes, then names of ways.
+Arguments: "collective" or "nvme", the units' size in bytes, then names of ways; without names, all.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ config = {
     "gradient_clipping": 0,
     "zeroxide": {"threads": 1, "transport": "auto" if home == "nvme" else "collective"},
 }
-for name in sys.argv[3:]:
+for name in sys.argv[3:] or WAYS:
     small = WAYS[name]
     model = small.build()
     plain = small.build()

@@ -148,6 +148,38 @@ impl Mapping {
         }
     }
 
+    /// Makes any access to the whole range fault. What lies there stays, and moves with its pages.
+    ///
+    /// # Safety
+    /// Nothing refers to a byte of the range but those whose access is to fault.
+    pub(crate) unsafe fn forbid(&self) -> Result<(), MemoryError> {
+        // SAFETY: forwarded to the caller.
+        unsafe { self.protect(0, self.len, libc::PROT_NONE) }
+    }
+
+    /// Undoes [`forbid`](Self::forbid) for a part of the range, or for pages that have moved there since.
+    ///
+    /// # Safety
+    /// Nobody relies on a fault there.
+    pub(crate) unsafe fn permit(&self, offset: usize, len: usize) -> Result<(), MemoryError> {
+        // SAFETY: forwarded to the caller.
+        unsafe { self.protect(offset, len, libc::PROT_READ | libc::PROT_WRITE) }
+    }
+
+    unsafe fn protect(
+        &self,
+        offset: usize,
+        len: usize,
+        protection: c_int,
+    ) -> Result<(), MemoryError> {
+        let start = self.range(offset, len);
+        // SAFETY: the range lies inside this mapping (checked by `range`); who may use it is the caller's promise.
+        if unsafe { libc::mprotect(start, len, protection) } != 0 {
+            return Err(os_error("mprotect", len));
+        }
+        Ok(())
+    }
+
     /// Keeps the range out of forked children: no copy-on-write of memory that the kernel writes to.
     pub(crate) fn keep_from_children(&self) -> Result<(), MemoryError> {
         self.advise(libc::MADV_DONTFORK, "madvise (keep from forked children)")

@@ -102,6 +102,13 @@ impl Window {
         }
     }
 
+    /// As [`anchor`](Window::anchor), for the addresses [`beside`](Window::beside) the window.
+    pub fn anchor_beside(&self) -> Anchor {
+        Anchor {
+            _region: Arc::clone(&self.behind),
+        }
+    }
+
     /// Bytes, a multiple of 4 KiB.
     pub fn len(&self) -> usize {
         self.len
@@ -110,6 +117,11 @@ impl Window {
     /// Whether the window has no bytes, which none has.
     pub fn is_empty(&self) -> bool {
         self.len == 0
+    }
+
+    /// Bytes of the frames.
+    fn whole(&self) -> usize {
+        self.frames() * FRAME
     }
 
     /// Frames that [`map`](Window::map) needs.
@@ -171,25 +183,58 @@ impl Window {
     /// of them, [`MemoryError::Forked`], or [`MemoryError::Os`]: then they are loading still, with undefined bytes.
     pub fn publish(&mut self) -> Result<(), MemoryError> {
         self.expect(WindowState::Loading, "publish", "loading")?;
-        let mut behind = self.behind.lock()?;
-        check_free(&behind.free, "publish")?;
-        let mut state = self.region.lock()?;
-        let (from, window) = (self.behind.mapping(), self.region.mapping());
+        self.exchange_pages(&self.behind, &self.region, "publish")
+    }
+
+    /// Moves the pages under the window back beside it, as if they were loading still: they are about to change, and nobody
+    /// may see that half done. The bytes stay as they are.
+    ///
+    /// # Errors
+    /// [`MemoryError::WrongState`] unless frames are mapped, [`MemoryError::LeasesAlive`] while an operation owns a part of
+    /// them, [`MemoryError::Forked`], or [`MemoryError::Os`]: then they are mapped still, with undefined bytes.
+    pub fn withdraw(&mut self) -> Result<(), MemoryError> {
+        self.expect(WindowState::Mapped, "withdraw", "mapped")?;
+        let (window, beside) = (self.region.mapping(), self.behind.mapping());
+        check_free(&self.region.lock()?.free, "withdraw")?;
+        forbid(window)?;
+        let moved = self.exchange_pages(&self.region, &self.behind, "withdraw");
+        permit(if moved.is_ok() { beside } else { window }, 0, self.whole())?;
+        moved?;
+        seal(window)
+    }
+
+    /// Moves all pages and their frames from one of the two regions to the other, which is empty.
+    fn exchange_pages(
+        &self,
+        source: &Region,
+        target: &Region,
+        operation: &'static str,
+    ) -> Result<(), MemoryError> {
+        let mut given = source.lock()?;
+        check_free(&given.free, operation)?;
+        let mut taking = target.lock()?;
+        let (from, to) = (source.mapping(), target.mapping());
         for index in 0..self.frames() {
-            // SAFETY: no lease is alive on what is loading, whose addresses only leases give out; an empty window has
-            // no lease, and addresses from `base` are unused by its contract.
-            let moved = unsafe { from.move_pages(index * FRAME, FRAME, window, index * FRAME) };
+            // SAFETY: no lease is alive on the source, whose addresses are unused or about to fault on purpose; an empty
+            // region has no lease, and its addresses are unused by the window's contract.
+            let moved = unsafe { from.move_pages(index * FRAME, FRAME, to, index * FRAME) };
             if let Err(error) = moved {
                 for back in 0..index {
                     // SAFETY: as above, the other way round. Should this fail too, the bytes are lost, as said.
-                    let _ = unsafe { window.move_pages(back * FRAME, FRAME, from, back * FRAME) };
+                    let _ = unsafe { to.move_pages(back * FRAME, FRAME, from, back * FRAME) };
                 }
-                let _ = seal(window);
+                let _ = seal(to);
                 return Err(error);
             }
         }
-        state.backing = std::mem::replace(&mut behind.backing, Backing::Empty);
+        taking.backing = std::mem::replace(&mut given.backing, Backing::Empty);
         Ok(())
+    }
+
+    /// Where what is loading lies: addresses that are this process's own, for those who fill it in. As many bytes as the
+    /// window; there is memory under them only while the window is loading.
+    pub fn beside(&self) -> *mut u8 {
+        self.behind.base().as_ptr()
     }
 
     /// Puts zeroed memory under an empty window, until frames come or [`unmap`](Window::unmap) takes those away: for a
@@ -246,7 +291,17 @@ impl Window {
         let Backing::Frames(frames) = &state.backing else {
             return Ok(Vec::new());
         };
-        move_home(region.mapping(), frames)?;
+        // Before any page moves: what has moved reads as zero, and a reader on another thread must fault instead.
+        forbid(region.mapping())?;
+        let moved = move_home(region.mapping(), frames);
+        if moved.is_err() {
+            permit(region.mapping(), 0, self.whole())?;
+        }
+        for frame in frames {
+            let (home, offset) = frame.home();
+            permit(home, offset, FRAME)?;
+        }
+        moved?;
         seal(region.mapping())?;
         match std::mem::replace(&mut state.backing, Backing::Empty) {
             Backing::Frames(frames) => Ok(frames),
@@ -409,6 +464,18 @@ pub(crate) fn move_home(window: &Mapping, frames: &[Frame]) -> Result<(), Memory
         // SAFETY: no lease is alive, and the home slot is reachable through the frame alone.
         unsafe { window.move_pages(index * FRAME, FRAME, home, offset) }
     })
+}
+
+/// Makes any access fault, pages and all: others may read a window that they have an address of. Called with no lease alive.
+fn forbid(window: &Mapping) -> Result<(), MemoryError> {
+    // SAFETY: no lease is alive; a use of `base` from here on is what the fault is for.
+    unsafe { window.forbid() }
+}
+
+/// Lets pages that were moved while they were forbidden, or stayed after all, be used again.
+fn permit(mapping: &Mapping, offset: usize, len: usize) -> Result<(), MemoryError> {
+    // SAFETY: what was forbidden was forbidden by this file, for the time of a move, which is over.
+    unsafe { mapping.permit(offset, len) }
 }
 
 /// Makes any access to the window fault. Called with no lease alive.

@@ -375,3 +375,35 @@ proptest! {
         }
     }
 }
+
+/// Catches: a page that stays readable under the window, bytes lost on the way, frames that cannot be given up from beside.
+#[test]
+fn what_was_withdrawn_is_leased_beside_and_comes_back() {
+    let (_, pool) = pool(2);
+    let mut window = Window::reserve(2 * FRAME).unwrap();
+    window.map(pool.take(2).unwrap()).unwrap();
+    fill(&window, 7);
+    let held = window.lease(0..1).unwrap();
+    assert!(matches!(
+        window.withdraw(),
+        Err(MemoryError::LeasesAlive { .. })
+    ));
+    drop(held);
+    for round in 0..3 {
+        window.withdraw().unwrap();
+        assert_eq!(window.state().unwrap(), WindowState::Loading);
+        assert!(all(&window, 7 + round));
+        let lease = window.lease(0..1).unwrap();
+        assert_eq!(lease.as_ptr().cast_mut(), window.beside());
+        drop(lease);
+        fill(&window, 8 + round);
+        window.publish().unwrap();
+        assert_eq!(window.state().unwrap(), WindowState::Mapped);
+        assert!(all(&window, 8 + round));
+    }
+    window.withdraw().unwrap();
+    drop(window.unmap().unwrap());
+    assert_eq!(pool.free(), 2);
+    assert_eq!(window.state().unwrap(), WindowState::Empty);
+    assert!(window.withdraw().is_err());
+}

@@ -281,6 +281,7 @@ fn make_weights(
         WeightHome::Disk | WeightHome::Shard => Weights::Moving {
             window: Window::reserve(bytes)?,
             residence: Residence::Away,
+            covered: false,
             home: homes.lease(spec, share)?,
         },
         WeightHome::Host => {

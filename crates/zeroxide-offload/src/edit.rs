@@ -128,6 +128,7 @@ impl Core {
                 window,
                 residence,
                 home,
+                ..
             } => {
                 let both = common(range, &own);
                 if let (Some(home), Some(both)) = (home.as_mut(), &both) {

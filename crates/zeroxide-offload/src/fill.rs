@@ -9,7 +9,6 @@ use zeroxide_optim::{bf16_half_up, f16_nearest_even, split};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
-use crate::gather::Under;
 use crate::gather::block;
 use crate::unit::StateBlocks;
 use crate::weights::{Residence, Weights};
@@ -85,7 +84,7 @@ impl Core {
                     *whole = false;
                 }
             } else if matches!(self.residence(unit), Some(Residence::Away))
-                && !self.map_frames(unit, true, Under::Window)?
+                && !self.map_frames(unit, true, self.under(unit))?
             {
                 return misuse(
                     "fill_begin",

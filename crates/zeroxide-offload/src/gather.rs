@@ -6,30 +6,22 @@
 use std::sync::Mutex;
 
 use zeroxide_layout::{BlockId, Component};
-use zeroxide_memory::{FRAME, Frame, Lease, WindowState};
+use zeroxide_memory::{FRAME, Frame, Lease};
 use zeroxide_storage::Completion;
 
 use crate::core::{Core, byte_range, receive, to_usize};
+use crate::cover::Under;
 use crate::error::{OffloadError, Result, misuse};
 use crate::weights::{Residence, Weights};
 
 const TILE_BITS: u32 = 32;
 
-/// Where frames lie while they are filled.
-#[derive(Clone, Copy)]
-pub(crate) enum Under {
-    /// Where readers find them at once.
-    Window,
-    /// Beside the window, until they are complete.
-    Nothing,
-}
-
 impl Core {
     /// Makes this rank's part of the unit's weights readable under its window and holds it there. Idempotent.
     ///
     /// Returns whether the other ranks' parts are there, too. Where they are not, the caller brings them, and says so with
-    /// [`set_whole`](Self::set_whole).
-    pub(crate) fn gather(&mut self, unit: usize) -> Result<bool> {
+    /// [`set_whole`](Self::set_whole). With `covered` nothing is readable before that.
+    pub(crate) fn gather(&mut self, unit: usize, covered: bool) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("gather", unit)?;
         self.finish_unit(unit)?;
@@ -50,6 +42,7 @@ impl Core {
             *used = clock;
         }
         self.await_versions(unit)?;
+        self.prepare_for_parts(unit, covered)?;
         self.refresh_shard(unit)?;
         Ok(match &self.units[unit].weights {
             Weights::Host { whole, .. } => *whole,
@@ -64,10 +57,10 @@ impl Core {
     ///
     /// With several ranks the answer depends only on which units are held, never on what the disk has done, so that all
     /// ranks get the same one.
-    pub(crate) fn gather_ahead(&mut self, unit: usize) -> Result<Option<bool>> {
+    pub(crate) fn gather_ahead(&mut self, unit: usize, covered: bool) -> Result<Option<bool>> {
         self.check_usable()?;
         Ok(if self.has_room(unit)? {
-            Some(self.gather(unit)?)
+            Some(self.gather(unit, covered)?)
         } else {
             None
         })
@@ -96,9 +89,10 @@ impl Core {
         Ok(frames <= pool.capacity())
     }
 
-    /// The other ranks' parts of the unit's weights lie under its window.
+    /// The other ranks' parts of the unit's weights are there: all of it can be read.
     pub(crate) fn set_whole(&mut self, unit: usize) -> Result<()> {
         self.check_unit("set_whole", unit)?;
+        self.publish(unit)?;
         match &mut self.units[unit].weights {
             Weights::Host { whole, .. }
             | Weights::Moving {
@@ -122,6 +116,7 @@ impl Core {
             window,
             residence: Residence::Here { whole: false, .. },
             home: Some(home),
+            ..
         } = &this.weights
         {
             window
@@ -214,14 +209,8 @@ impl Core {
     }
 
     fn fetch(&mut self, unit: usize, forced: bool) -> Result<bool> {
-        // A reader that nothing announced must not see half of what is read. Other ranks' parts are received under the
-        // window itself.
-        let under = if self.place.world == 1 {
-            Under::Nothing
-        } else {
-            Under::Window
-        };
-        if !self.map_frames(unit, forced, under)? {
+        // A reader that nothing announced must not see half of what is read.
+        if !self.map_frames(unit, forced, Under::Nothing)? {
             return Ok(false);
         }
         let element = self.compute.size();
@@ -401,7 +390,11 @@ impl Core {
         };
         let outcome = match failed {
             Some(error) => Err(error.into()),
-            None => self.verify_window(unit).and_then(|()| self.publish(unit)),
+            None => self.verify_window(unit),
+        };
+        let outcome = match outcome {
+            Ok(()) if self.place.world == 1 => self.publish(unit),
+            other => other,
         };
         self.clock += 1;
         let used = self.clock;
@@ -417,16 +410,6 @@ impl Core {
             self.evict(unit)?;
         }
         outcome
-    }
-
-    /// What was read is complete: it comes under the window.
-    fn publish(&mut self, unit: usize) -> Result<()> {
-        if let Weights::Moving { window, .. } = &mut self.units[unit].weights
-            && window.state()? == WindowState::Loading
-        {
-            window.publish()?;
-        }
-        Ok(())
     }
 
     fn verify_window(&self, unit: usize) -> Result<()> {

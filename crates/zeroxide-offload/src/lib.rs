@@ -3,11 +3,14 @@
 //!
 //! [`Offload`] is the only entry. Its calls may come from any thread; each holds the state for as long as it runs.
 
+mod bringer;
 mod core;
+mod cover;
 mod edit;
 mod error;
 mod fill;
 mod gather;
+mod gathering;
 mod homes;
 mod io_report;
 mod landing;
@@ -25,6 +28,7 @@ mod unit;
 mod update;
 mod weights;
 
+pub use bringer::Bringer;
 pub use error::{OffloadError, Result};
 pub use fill::Part;
 pub use io_report::IoReport;

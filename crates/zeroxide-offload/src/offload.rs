@@ -4,9 +4,10 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use zeroxide_exchange::{Seat, Stop};
-use zeroxide_memory::{Anchor, Bucket, Budget, FaultNet, ForkGuard, Usage};
+use zeroxide_memory::{Bucket, Budget, FaultNet, ForkGuard, Usage};
 use zeroxide_optim::{AdamParams, Grad};
 
+use crate::bringer::Bringer;
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::fill::Part;
@@ -18,12 +19,14 @@ use crate::weights::{Lent, Weights};
 
 /// Units of parameters, their tiers, and the optimizer over them.
 pub struct Offload {
-    guard: ForkGuard,
+    pub(crate) guard: ForkGuard,
     core: Arc<Mutex<Option<Core>>>,
     budget: Budget,
     stop: Option<Arc<Stop>>,
+    /// Whoever brings weights from other ranks to readers that nothing announced.
+    pub(crate) bringer: Arc<Bringer>,
     /// Gone once closed. Behind a lock of its own: its thread takes the other one.
-    net: Mutex<Option<FaultNet>>,
+    pub(crate) net: Mutex<Option<FaultNet>>,
     /// Addresses of weights that come and go.
     moving: Vec<Range<usize>>,
 }
@@ -40,8 +43,9 @@ impl Offload {
             .map(|(_, range)| range)
             .collect();
         let core = Arc::new(Mutex::new(Some(core)));
+        let bringer = Arc::new(Bringer::new());
         let net = match core.lock().expect("made just now").as_ref() {
-            Some(made) => stray::spread(made, Arc::downgrade(&core))?,
+            Some(made) => stray::spread(made, Arc::downgrade(&core), Arc::clone(&bringer))?,
             None => None,
         };
         Ok(Self {
@@ -49,24 +53,17 @@ impl Offload {
             stop,
             core,
             budget,
+            bringer,
             net: Mutex::new(net),
             moving,
         })
     }
 
-    /// Begins a pass: readers that come too late must find this object's net, whoever has handled faults meanwhile.
-    ///
-    /// Raises what went wrong with reads of weights that were not there.
-    pub fn watch_readers(&self) -> Result<()> {
-        self.guard.check_process()?;
-        if let Some(net) = self.net.lock().expect("no call panics under it").as_ref() {
-            net.keep()?;
-            return self.with("watch_readers", |core| core.check_strays());
-        }
-        Ok(())
-    }
-
-    fn with<T>(&self, call: &'static str, work: impl FnOnce(&mut Core) -> Result<T>) -> Result<T> {
+    pub(crate) fn with<T>(
+        &self,
+        call: &'static str,
+        work: impl FnOnce(&mut Core) -> Result<T>,
+    ) -> Result<T> {
         // Before the lock: a thread that held it at the fork is not there to give it back, and neither is one that
         // would report a transfer.
         self.guard.check_process()?;
@@ -81,20 +78,6 @@ impl Offload {
         self.core
             .lock()
             .expect("a call panicked and left the state undefined")
-    }
-
-    /// Address range of a unit's flat weights: (address, bytes, what keeps the range reserved).
-    /// `None` for units of borrowed weights.
-    pub fn window(&self, unit: usize) -> Result<Option<(usize, usize, Anchor)>> {
-        self.with("window", |core| {
-            core.check_unit("window", unit)?;
-            let this = &core.units[unit];
-            let bytes = crate::core::to_usize(this.layout.len()) * core.compute.size();
-            Ok(this
-                .weights
-                .window()
-                .map(|window| (window.base() as usize, bytes, window.anchor())))
-        })
     }
 
     /// Offset of a parameter in its unit's flat weights, in elements.
@@ -266,11 +249,6 @@ impl Offload {
         self.with("set_landed", |core| core.set_landed(landed))
     }
 
-    /// The other ranks' parts of a gathered unit's weights have been put under its window.
-    pub fn set_whole(&self, unit: usize) -> Result<()> {
-        self.with("set_whole", |core| core.set_whole(unit))
-    }
-
     /// The elements of a unit's layout that this rank saves, over all ranks each once.
     pub fn shard(&self, unit: usize) -> Result<(u64, u64)> {
         self.with("shard", |core| {
@@ -293,37 +271,6 @@ impl Offload {
                 })
                 .collect())
         })
-    }
-
-    /// Makes this rank's part of a unit's weights readable and holds it; returns whether the other ranks' parts are
-    /// there, too. Idempotent.
-    pub fn gather(&self, unit: usize) -> Result<bool> {
-        self.with("gather", |core| core.gather(unit))
-    }
-
-    /// As [`gather`](Self::gather), ahead of use; `None` where units that are held leave no room, alike on all ranks.
-    pub fn gather_ahead(&self, unit: usize) -> Result<Option<bool>> {
-        self.with("gather_ahead", |core| core.gather_ahead(unit))
-    }
-
-    /// Whether a unit's weights have room beside those of all units that are held.
-    pub fn has_room(&self, unit: usize) -> Result<bool> {
-        self.with("has_room", |core| core.has_room(unit))
-    }
-
-    /// Starts reading a unit if there is room; returns whether it is here or on its way.
-    pub fn prefetch(&self, unit: usize) -> Result<bool> {
-        self.with("prefetch", |core| core.prefetch(unit))
-    }
-
-    /// Makes what was written into a gathered unit's weights, under their window, the live weights. With one rank.
-    pub fn rewrite_weights(&self, unit: usize) -> Result<()> {
-        self.with("rewrite_weights", |core| core.rewrite_weights(unit))
-    }
-
-    /// Lets a unit's memory be taken by another one. Idempotent.
-    pub fn release(&self, unit: usize) -> Result<()> {
-        self.with("release", |core| core.release(unit))
     }
 
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
@@ -461,7 +408,8 @@ impl Offload {
         if self.guard.is_forked() {
             return Ok(());
         }
-        // First: its thread may be inside a call.
+        // First: its thread may be inside a call, or wait for somebody who would make one.
+        self.bringer.close();
         drop(self.net.lock().expect("no call panics under it").take());
         let Some(mut core) = self.lock().take() else {
             return Ok(());

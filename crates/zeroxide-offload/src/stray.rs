@@ -1,10 +1,11 @@
 //! Reads of weights that nobody gathered: a view that outlived its unit's use, on a thread that waits for its bytes.
 
 use std::ops::Range;
-use std::sync::{Mutex, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use zeroxide_memory::FaultNet;
 
+use crate::bringer::Bringer;
 use crate::core::Core;
 use crate::error::{OffloadError, Result};
 use crate::weights::{Residence, Weights};
@@ -26,14 +27,25 @@ impl Core {
 
     /// Brings the unit's weights for a reader that nothing announced; they stay as long as no other unit needs the room.
     ///
-    /// Only this rank's part can be brought without the other ranks. What cannot be brought reads as zero, and every later
-    /// call says so until gradients are cleared.
+    /// What cannot be brought reads as zero, and every later call says so until gradients are cleared.
     fn bring_for_reader(&mut self, unit: usize) {
         let outcome = self.gather_for_reader(unit);
         if let Err(cause) = outcome {
-            self.strayed.get_or_insert_with(|| cause.to_string());
-            self.show_zeros(unit);
-            self.blanked.push(unit);
+            self.refuse_reader(unit, &cause);
+        }
+    }
+
+    fn refuse_reader(&mut self, unit: usize, cause: &OffloadError) {
+        self.strayed.get_or_insert_with(|| cause.to_string());
+        self.show_zeros(unit);
+        self.blanked.push(unit);
+    }
+
+    /// The error of a reader that got no weights.
+    fn stray(&self, unit: usize, cause: String) -> OffloadError {
+        OffloadError::Stray {
+            unit: self.units[unit].name.clone(),
+            cause,
         }
     }
 
@@ -45,21 +57,13 @@ impl Core {
     }
 
     fn gather_for_reader(&mut self, unit: usize) -> Result<()> {
-        if self.place.world > 1 {
-            return Err(OffloadError::Stray {
-                unit: self.units[unit].name.clone(),
-                cause: "its parts are on several ranks".into(),
-            });
-        }
         let held = matches!(
             self.residence(unit),
             Some(Residence::Here { pinned: true, .. })
         );
-        let name = self.units[unit].name.clone();
-        self.gather(unit).map_err(|cause| OffloadError::Stray {
-            unit: name,
-            cause: cause.to_string(),
-        })?;
+        if let Err(cause) = self.gather(unit, false) {
+            return Err(self.stray(unit, cause.to_string()));
+        }
         if let Some(Residence::Here { pinned, .. }) = self.residence_mut(unit) {
             *pinned = held;
         }
@@ -87,25 +91,55 @@ impl Core {
 }
 
 /// The net under the windows of `core`; `None` where weights stay where they are.
-pub(crate) fn spread(core: &Core, shared: Weak<Mutex<Option<Core>>>) -> Result<Option<FaultNet>> {
+///
+/// Where weights lie in parts on several ranks, `bringer` has them brought.
+pub(crate) fn spread(
+    core: &Core,
+    shared: Weak<Mutex<Option<Core>>>,
+    bringer: Arc<Bringer>,
+) -> Result<Option<FaultNet>> {
     let found = core.stray_ranges();
     if found.is_empty() {
         return Ok(None);
     }
+    let alone = core.place.world == 1;
     let (units, ranges): (Vec<usize>, Vec<Range<usize>>) = found.into_iter().unzip();
     let net = FaultNet::spread(&ranges, move |index| {
-        if let Some(core) = shared.upgrade() {
-            serve(&core, units[index]);
+        let unit = units[index];
+        let Some(core) = shared.upgrade() else {
+            return;
+        };
+        if alone {
+            serve(&core, unit, |core| core.bring_for_reader(unit));
+            return;
+        }
+        let outcome = if has_strayed(&core) {
+            Err("another read had got no weights".into())
+        } else {
+            // Whoever brings it makes calls of its own: nothing is locked meanwhile.
+            bringer.ask(unit)
+        };
+        if let Err(cause) = outcome {
+            serve(&core, unit, |core| {
+                core.refuse_reader(unit, &core.stray(unit, cause));
+            });
         }
     })?;
     Ok(Some(net))
 }
 
-fn serve(core: &Mutex<Option<Core>>, unit: usize) {
+/// Whether a reader got no weights, so that the pass is given up and others need not wait for theirs.
+fn has_strayed(core: &Mutex<Option<Core>>) -> bool {
+    core.lock()
+        .is_ok_and(|guard| guard.as_ref().is_none_or(|core| core.strayed.is_some()))
+}
+
+/// Does `work` for a reader of `unit`.
+fn serve(core: &Mutex<Option<Core>>, unit: usize, work: impl FnOnce(&mut Core)) {
     match core.lock() {
         Ok(mut guard) => {
             if let Some(core) = guard.as_mut() {
-                core.bring_for_reader(unit);
+                work(core);
             }
         }
         // A call panicked, which is a bug and ends the run: the reader only has to get that far.

@@ -11,7 +11,7 @@ use zeroxide_storage::{Completion, StorageError};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
-use crate::gather::{Under, block};
+use crate::gather::block;
 use crate::step::Segment;
 use crate::unit::StateBlocks;
 use crate::update::{Update, update_tile};
@@ -227,7 +227,7 @@ impl Core {
         {
             return Ok(());
         }
-        if self.map_frames(unit, false, Under::Window)?
+        if self.map_frames(unit, false, self.under(unit))?
             && let Some(residence) = self.residence_mut(unit)
         {
             *residence = Residence::Updating;

@@ -58,6 +58,8 @@ pub(crate) enum Weights {
         window: Window,
         /// Where they are now.
         residence: Residence,
+        /// Somebody may read the window unannounced: what is not complete must not lie under it.
+        covered: bool,
         /// This rank's shard, where that is at home in host memory; `None` for the disk.
         home: Option<Lease>,
     },

@@ -68,7 +68,7 @@ fn the_unit_used_longest_ago_gives_way_though_its_update_is_under_way() {
     let directory = tempfile::tempdir().expect("a temporary directory");
     let offload = open(directory.path());
     let gather = |unit: usize| {
-        let whole = offload.gather(unit).expect("there is room");
+        let whole = offload.gather(unit, false).expect("there is room");
         offload.set_whole(unit).expect("gathered");
         whole
     };

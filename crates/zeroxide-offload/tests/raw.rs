@@ -91,7 +91,7 @@ fn replaced_bytes_leave_everything_else_as_it_is() {
             let end = bytes.len() - 1;
             let new = pattern(unit, param, words, 5);
             bytes[101..end].copy_from_slice(&new[101..end]);
-            offload.gather(unit).expect("room");
+            offload.gather(unit, false).expect("room");
             offload
                 .write_bytes(unit, param, 101, &new[101..end])
                 .expect("inside");

@@ -22,16 +22,16 @@ fn a_unit_in_use_gives_way_and_comes_back_when_it_is_read() {
         unsafe { address.read_volatile() }
     };
     let bytes = |unit: usize| {
-        offload.gather(unit).expect("fits alone");
+        offload.gather(unit, false).expect("fits alone");
         let found = first(unit);
         offload.release(unit).expect("was gathered");
         found
     };
     let expected = [bytes(0), bytes(1)];
     assert_ne!(expected[0], expected[1]);
-    offload.gather(0).expect("one fits");
+    offload.gather(0, false).expect("one fits");
     assert!(!offload.prefetch(1).expect("refused without an error"));
-    offload.gather(1).expect("the other one gives way");
+    offload.gather(1, false).expect("the other one gives way");
     for round in 0..50 {
         assert_eq!(first(round % 2), expected[round % 2]);
     }

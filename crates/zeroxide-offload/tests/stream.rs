@@ -119,7 +119,7 @@ fn several_writes_that_fail_together_end_the_step() {
             let offload = case.open();
             let gather_all = || {
                 (0..harness::UNITS.len()).try_for_each(|unit| {
-                    offload.gather(unit)?;
+                    offload.gather(unit, false)?;
                     offload.release(unit)
                 })
             };
@@ -193,7 +193,7 @@ fn closing_removes_the_scratch_files() {
             .is_none()
     );
     assert!(matches!(
-        offload.gather(0),
+        offload.gather(0, false),
         Err(OffloadError::Misuse { .. })
     ));
 }
@@ -235,16 +235,16 @@ fn gathering_ahead_counts_what_is_held_and_not_what_was_read() {
         ..Case::default()
     };
     let offload = case.open_filled().expect("two units fit at a time");
-    offload.gather(0).expect("one fits");
-    assert_eq!(offload.gather_ahead(1).expect("two fit"), Some(true));
+    offload.gather(0, false).expect("one fits");
+    assert_eq!(offload.gather_ahead(1, false).expect("two fit"), Some(true));
     assert!(!offload.has_room(2).expect("a unit"));
-    assert_eq!(offload.gather_ahead(2).expect("no error"), None);
+    assert_eq!(offload.gather_ahead(2, false).expect("no error"), None);
     assert!(offload.has_room(1).expect("it is held itself"));
     offload.release(0).expect("was gathered");
     assert!(offload.prefetch(2).expect("a frame is free"));
     assert_eq!(
         offload
-            .gather_ahead(0)
+            .gather_ahead(0, false)
             .expect("what was read ahead gives way"),
         Some(true)
     );

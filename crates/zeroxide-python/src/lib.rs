@@ -1,5 +1,6 @@
 //! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
 
+mod bringer;
 mod errors;
 mod groups;
 mod offload;
@@ -12,6 +13,8 @@ use pyo3::prelude::*;
 /// Rust core of zeroxide.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use crate::bringer::PyBringer;
     #[pymodule_export]
     use crate::groups::check_groups;
     #[pymodule_export]

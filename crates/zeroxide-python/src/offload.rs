@@ -13,6 +13,7 @@ use zeroxide_offload::{
 };
 use zeroxide_storage::EngineKind;
 
+use crate::bringer::PyBringer;
 use crate::errors::map;
 use crate::groups::{self, GroupTuple};
 use crate::spec::TensorSpec;
@@ -107,11 +108,7 @@ impl PyOffload {
     /// The unit's flat weights as a buffer; `None` where the weights are the caller's.
     fn window(&self, py: Python<'_>, unit: usize) -> PyResult<Option<PyWindow>> {
         let found = map(py, self.inner.window(unit))?;
-        Ok(found.map(|(address, bytes, anchor)| PyWindow {
-            address,
-            bytes,
-            _anchor: anchor,
-        }))
+        Ok(found.map(PyWindow::from))
     }
 
     /// Offset of a parameter in its unit's flat weights, in elements.
@@ -264,14 +261,32 @@ impl PyOffload {
     }
 
     /// Makes this rank's part of the unit's weights readable and holds it; returns whether the other ranks' parts are
-    /// there, too.
-    fn gather(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
-        map(py, py.detach(|| self.inner.gather(unit)))
+    /// there, too. With `covered` nothing of it can be read before that.
+    #[pyo3(signature = (unit, covered = false))]
+    fn gather(&self, py: Python<'_>, unit: usize, covered: bool) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.gather(unit, covered)))
+    }
+
+    /// Where the parts that a gathered unit lacks are to be put; `None` where that is under its window.
+    fn beside(&self, py: Python<'_>, unit: usize) -> PyResult<Option<PyWindow>> {
+        let found = map(py, py.detach(|| self.inner.beside(unit)))?;
+        Ok(found.map(PyWindow::from))
+    }
+
+    /// The unit's weights are about to change while somebody may read them unannounced.
+    fn cover(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.cover(unit)))
+    }
+
+    /// Tells of readers whose weights lie on other ranks.
+    fn bringer(&self) -> PyBringer {
+        PyBringer::new(self.inner.bringer())
     }
 
     /// As `gather`, ahead of use; `None` where units that are held leave no room, alike on all ranks.
-    fn gather_ahead(&self, py: Python<'_>, unit: usize) -> PyResult<Option<bool>> {
-        map(py, py.detach(|| self.inner.gather_ahead(unit)))
+    #[pyo3(signature = (unit, covered = false))]
+    fn gather_ahead(&self, py: Python<'_>, unit: usize, covered: bool) -> PyResult<Option<bool>> {
+        map(py, py.detach(|| self.inner.gather_ahead(unit, covered)))
     }
 
     /// Whether a unit's weights have room beside those of all units that are held.

@@ -13,10 +13,20 @@ use zeroxide_memory::Anchor;
 /// The address range of one unit's flat weights. Readable only while the unit is gathered.
 #[pyclass(frozen, module = "zeroxide._core", name = "Window")]
 pub(crate) struct PyWindow {
-    pub(crate) address: usize,
-    pub(crate) bytes: usize,
+    address: usize,
+    bytes: usize,
     /// Keeps the range reserved for as long as any tensor refers to it.
-    pub(crate) _anchor: Anchor,
+    _anchor: Anchor,
+}
+
+impl From<(usize, usize, Anchor)> for PyWindow {
+    fn from((address, bytes, anchor): (usize, usize, Anchor)) -> Self {
+        Self {
+            address,
+            bytes,
+            _anchor: anchor,
+        }
+    }
 }
 
 #[pymethods]

@@ -62,6 +62,9 @@ class Exchange(Protocol):
     def settle(self) -> None:
         """Weights are about to change: what is gathered must not be taken for the new ones."""
 
+    def cover(self, unit: Unit) -> None:
+        """The unit's weights are about to change: nobody may see that half done."""
+
     def send(self, unit: Unit) -> None:
         """The unit's gradients of this backward are complete."""
 
@@ -105,6 +108,9 @@ class Alone:
 
     def settle(self) -> None:
         """The core knows what it has."""
+
+    def cover(self, unit: Unit) -> None:
+        """Whoever may read it makes the step end before it returns."""
 
     def send(self, unit: Unit) -> None:
         """The gradients are where they belong."""
@@ -155,6 +161,10 @@ class _Carrier:
     def settle(self) -> None:
         """Ends the gathers that are on their way."""
         self.moved.settle()
+
+    def cover(self, unit: Unit) -> None:
+        """Reads of it fault until it is gathered again."""
+        self.moved.cover(unit)
 
     def abandon(self) -> None:
         """Everything from here on is refused."""

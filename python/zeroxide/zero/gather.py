@@ -159,20 +159,49 @@ class Gatherer:
             if unit not in self.guests:
                 self.guests.append(unit)
 
+    def bring(self, unit: Unit) -> None:
+        """Brings weights to a reader that nothing announced, in the middle of its operation; every rank does.
+
+        Nothing but memory changes hands: parameters show what they showed, whether their weights are there or not.
+        """
+        self.orders[self.training].note(unit.index)
+        if unit.index in self.ahead:
+            self.ahead.remove(unit.index)
+        while self.ahead and not self.core.has_room(unit.index):
+            self._drop(self.ahead[-1:])
+        while not self.core.has_room(unit.index) and self._give_way(unit):
+            pass
+        self.used.pop(unit.index, None)
+        self.used[unit.index] = unit
+        self.exchange.gather(unit)
+        if unit not in self.guests:
+            self.guests.append(unit)
+
     def _make_room(self, units: Sequence[Unit]) -> None:
-        """Ends the use of those gathered first, guests before others, until the last of `units` has room beside the
-        rest of them. Whoever still needs one that had to go gathers it again.
+        """Ends the use of those gathered first, guests before others, until the last of `units` has room, if it can be
+        beside the rest of them. Whoever still needs one that had to go gathers it again.
         """
         unit = units[-1]
         if unit.index not in self.used:
             needed = {each.index for each in units}
             while not self.core.has_room(unit.index):
                 others = [each for each in (*self.guests, *self.used.values()) if each.index not in needed]
-                if not others:
+                if others:
+                    self.release(others[0])
+                elif not self._give_way(unit):
                     break
-                self.release(others[0])
         self.used.pop(unit.index, None)
         self.used[unit.index] = unit
+
+    def _give_way(self, unit: Unit) -> bool:
+        """Takes the memory of what was gathered first and is in use: reads bring it back. False where nothing is."""
+        oldest = next((each for each in self.used.values() if each is not unit), None)
+        if oldest is None:
+            return False
+        # What an operation has just read stays.
+        del self.used[oldest.index]
+        self.exchange.release(oldest)
+        return True
 
     def release(self, unit: Unit) -> None:
         """Ends the use of the unit's parameters. Idempotent."""
@@ -200,6 +229,8 @@ class Gatherer:
             self.release_all()
         self._drop(self.ahead)
         self.exchange.settle()
+        for unit in () if self.stays or self.visible else self.units:
+            self.exchange.cover(unit)
 
     def show_all(self) -> None:
         """Lets parameters that are visible at all times show their values for the first time."""

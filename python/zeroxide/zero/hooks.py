@@ -10,8 +10,8 @@ nodes of later modules before those of earlier ones, so by then the unit is done
 - A module may hand one of its inputs through. Its gradient says nothing about the module and is not waited for.
 
 Hooks announce uses; they need not see all of them. Whoever hands an empty parameter to an operation gets its unit
-(`empty.py`). In backward autograd reads what it has saved, and a read brings a unit back on its own where one rank has
-all of it. Where weights move between ranks, every module that owns a parameter announces its backward itself.
+(`empty.py`). In backward autograd reads what it has saved, and a read brings a unit back on its own (`stray.py`). Where
+that is an exchange between ranks, every module that owns a parameter announces its backward itself, ahead of the read.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.plan import is_leaf
 from zeroxide.zero.reduce import Reducer
 from zeroxide.zero.state import Home, UnitState
+from zeroxide.zero.stray import StrayReaders
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Hooks"]
@@ -100,6 +101,7 @@ class Hooks:
         # Prepended last, so that a pass begins before the first unit of it is gathered.
         self._add(module.register_forward_pre_hook(Hook(self._enter), prepend=True))
         self._add(module.register_forward_hook(Hook(self._leave), always_call=True))
+        self.strays = StrayReaders(gatherer.core, self) if self.moves and not gatherer.stays else None
 
     def _add(self, handle: Any) -> None:
         self.handles.append(handle)
@@ -126,6 +128,10 @@ class Hooks:
     def in_pass(self) -> bool:
         """Whether a forward or backward of the model, or of a part of it, is under way."""
         return self.forward_depth > 0 or bool(self.entered) or in_backward()
+
+    def is_passing(self) -> bool:
+        """As `in_pass`, asked by a thread that has no part in it."""
+        return self.forward_depth > 0 or bool(self.entered) or self.inside_backward
 
     def use(self, units: Sequence[Unit]) -> None:
         """Gathers units that an operation needs."""
@@ -216,6 +222,8 @@ class Hooks:
             Variable._execution_engine.queue_callback(self.end_backward)
 
     def _before_backward(self, unit: Unit) -> None:
+        if self._is_inside_forward(unit):
+            return
         if self.marked:
             self._end_leaves(unit)
         if unit.index in self.repeated or not self.reducer.is_complete(unit):
@@ -223,9 +231,21 @@ class Hooks:
 
     def _before_part(self, unit: Unit) -> None:
         """A part of the unit's modules comes to its backward, announced by the unit's own modules or not."""
+        if self._is_inside_forward(unit):
+            return
         self.begin_backward()
         if unit not in self.held and not self.reducer.is_complete(unit):
             self._hold(unit)
+
+    def _is_inside_forward(self, unit: Unit) -> bool:
+        """Whether forward itself asks for gradients. Nothing lands then; what it reads is brought."""
+        if self.inside_backward or not self.forward_depth:
+            return False
+        if not self.gatherer.stays:
+            for each in self.units:
+                each.show()
+            self.gatherer.use([unit])
+        return True
 
     def _hold(self, unit: Unit) -> None:
         """Gathers the unit whose turn it is in backward, and releases the ones before it.
@@ -314,6 +334,8 @@ class Hooks:
             handle.remove()
         self.handles.clear()
         self.accumulators.clear()
+        if self.strays is not None:
+            self.strays.close()
         self.reducer.close()
 
 

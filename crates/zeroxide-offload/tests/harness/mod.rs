@@ -122,12 +122,12 @@ pub(crate) fn run(case: &Case, steps: u64) -> Result<Offload> {
 /// One training step as an engine makes it: forward over the units, backward in the other order, update.
 pub(crate) fn step(offload: &Offload, step: u64) -> Result<()> {
     for unit in 0..UNITS.len() {
-        offload.gather(unit)?;
+        offload.gather(unit, false)?;
         offload.prefetch((unit + 1) % UNITS.len())?;
         offload.release(unit)?;
     }
     for (unit, params) in UNITS.iter().enumerate().rev() {
-        offload.gather(unit)?;
+        offload.gather(unit, false)?;
         for (param, (numel, trainable)) in params.iter().enumerate() {
             if *trainable && !is_unused(step, unit, param) {
                 offload.land(

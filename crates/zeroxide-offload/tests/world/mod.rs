@@ -4,6 +4,7 @@
 mod board;
 mod oracle;
 
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -144,6 +145,7 @@ impl Case {
                             rank,
                             core,
                             board,
+                            gathers: RefCell::default(),
                         };
                         runner.run()
                     })
@@ -202,6 +204,8 @@ struct Runner<'a> {
     rank: usize,
     core: &'a Offload,
     board: &'a Board,
+    /// How often each unit was gathered.
+    gathers: RefCell<[usize; UNITS.len()]>,
 }
 
 /// What one rank has to show: runs of parameters in its shard with their values, its live weights, the norms.
@@ -303,7 +307,7 @@ impl Runner<'_> {
                 } else {
                     let whole = self
                         .core
-                        .gather(*unit)
+                        .gather(*unit, false)
                         .expect("held since it was gathered ahead");
                     assert!(whole, "unit {unit} was gathered ahead");
                 }
@@ -330,6 +334,9 @@ impl Runner<'_> {
             .map(|at| all.iter().any(|row| row[at] > 0))
             .collect();
         self.core.set_landed(&landed).expect("as many");
+        for unit in (0..UNITS.len()).filter(|unit| (*unit as u64 + step).is_multiple_of(2)) {
+            self.core.cover(unit).expect("nobody uses it");
+        }
         self.core.step(&[hyperparameters()], SCALE).expect("works");
         let mut total = 0.0;
         for row in all {
@@ -412,7 +419,10 @@ impl Runner<'_> {
 
     /// Brings the unit under its window; where the other ranks' parts are not there, as a collective would.
     fn gather(&self, unit: usize) {
-        let whole = self.core.gather(unit).expect("there is room");
+        let whole = self
+            .core
+            .gather(unit, self.covers(unit))
+            .expect("there is room");
         // What the core says of this must be the same on all ranks, or they would not meet.
         if self.moves_weights() {
             let all = self.board.swap(self.rank, vec![u8::from(whole)]);
@@ -435,7 +445,10 @@ impl Runner<'_> {
 
     /// Gathers the unit while another is held; what the core says of it must be the same on all ranks.
     fn gather_ahead(&self, unit: usize) {
-        let found = self.core.gather_ahead(unit).expect("usable");
+        let found = self
+            .core
+            .gather_ahead(unit, self.covers(unit))
+            .expect("usable");
         let all = self.board.swap(self.rank, vec![found.map_or(2, u8::from)]);
         assert!(
             all.iter().all(|other| *other == all[0]),
@@ -448,9 +461,18 @@ impl Runner<'_> {
         }
     }
 
-    /// Puts the other ranks' parts under the window of a held unit, as an all-gather would.
+    /// Whether somebody may read the unit unannounced: at every other gather of it.
+    fn covers(&self, unit: usize) -> bool {
+        let mut seen = self.gathers.borrow_mut();
+        seen[unit] += 1;
+        seen[unit].is_multiple_of(2)
+    }
+
+    /// Puts the other ranks' parts where those of a held unit belong, as an all-gather would.
     fn bring(&self, unit: usize) {
-        let (address, bytes, _anchor) = self.core.window(unit).expect("a unit").expect("a window");
+        let window = self.core.window(unit).expect("a unit").expect("a window");
+        let beside = self.core.beside(unit).expect("a unit");
+        let (address, bytes, _anchor) = beside.unwrap_or(window);
         let (start, end) = self.core.shard(unit).expect("a unit");
         let byte = |element: u64| usize::try_from(element).expect("small") * size_of::<u16>();
         let own = peek(address + byte(start), byte(end) - byte(start));
