@@ -2,7 +2,7 @@
 
 use crate::convert::{Bf16, Element, F16, F32, bf16_half_up, f16_nearest_even};
 use crate::error::OptimError;
-use crate::formula::{State, update};
+use crate::formula::{State, canonical, update};
 use crate::isa::{Isa, isa, per_isa};
 use crate::split::{join, split, with_bf16, with_f16};
 
@@ -406,7 +406,7 @@ fn fp32_loop<const COUPLED: bool, G: Element>(
             exp_avg_sq: *exp_avg_sq,
         };
         let new = update::<COUPLED>(constants, state, G::load(*grad));
-        (*weight, *exp_avg, *exp_avg_sq) = (new.weight, new.exp_avg, new.exp_avg_sq);
+        (*weight, *exp_avg, *exp_avg_sq) = (canonical(new.weight), new.exp_avg, new.exp_avg_sq);
     }
 }
 
@@ -441,7 +441,7 @@ fn fp32_low_loop<const COUPLED: bool, G: Element, L: LowWeight>(
             exp_avg_sq: *exp_avg_sq,
         };
         let new = update::<COUPLED>(constants, state, G::load(*grad));
-        (*weight, *exp_avg, *exp_avg_sq) = (new.weight, new.exp_avg, new.exp_avg_sq);
+        (*weight, *exp_avg, *exp_avg_sq) = (canonical(new.weight), new.exp_avg, new.exp_avg_sq);
         *out = L::round(new.weight);
     }
 }

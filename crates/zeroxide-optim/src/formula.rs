@@ -75,7 +75,7 @@ fn scaled(constant: (f32, f32), x: f32) -> Pair {
 /// `x`, with every NaN made the canonical quiet one: which payload and sign survive an operation on two
 /// NaNs is up to the compiler.
 #[inline(always)]
-fn canonical(x: f32) -> f32 {
+pub(crate) fn canonical(x: f32) -> f32 {
     if x.is_nan() {
         f32::from_bits(NAN_BITS)
     } else {
@@ -98,7 +98,8 @@ fn half_reciprocal(x: f32) -> f32 {
     f32::from_bits(0x7e73_11c7_u32.wrapping_sub(x.to_bits()))
 }
 
-/// One step of one element. `COUPLED` adds the weight decay to the gradient (Adam) instead of shrinking
+/// One step of one element. A weight that is NaN has any payload: whoever stores it makes that canonical, in fp32 by
+/// [`canonical`] and in halves by the rounding. `COUPLED` adds the weight decay to the gradient (Adam) instead of shrinking
 /// the weight (`AdamW`).
 #[inline(always)]
 pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient: f32) -> State {
@@ -170,7 +171,7 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     let small = c.minus_step.0.mul_add(quotient.tail, c.shrink * weight);
     let small = c.minus_step.1.mul_add(quotient.head, small);
     State {
-        weight: canonical(c.minus_step.0.mul_add(quotient.head, weight) + small),
+        weight: c.minus_step.0.mul_add(quotient.head, weight) + small,
         exp_avg: canonical(mean.head + mean.tail),
         exp_avg_sq: canonical_unsigned(square.head + square.tail),
     }

@@ -209,7 +209,8 @@ class Gatherer:
             self.ahead.remove(unit.index)
         if self.guests and unit in self.guests:
             self.guests.remove(unit)
-        if self.before_release is not None and unit.state is UnitState.GATHERED:
+        if self.before_release is not None and self.home is not Home.HOST and unit.state is UnitState.GATHERED:
+            # Elsewhere what was written is lost with the memory.
             self.before_release(unit)
         if not self.stays:
             self.used.pop(unit.index, None)

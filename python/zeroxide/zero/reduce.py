@@ -48,13 +48,10 @@ class Reducer:
                 hook = Hook(self._arrived, unit, position)
                 self.hooked.append((unit.params[position], hook))
                 self.handles.append(_put(*self.hooked[-1]))
+        self.params = [param for param, _ in self.hooked]
+        """All trainable parameters."""
         self.units = units
         self.large = LargeWeights(units, self, note_repeated, is_training, grad_dtype)
-
-    @property
-    def params(self) -> list[torch.Tensor]:
-        """All trainable parameters."""
-        return [param for param, _ in self.hooked]
 
     def stay_last(self) -> None:
         """Hooks of users that came later must find a gradient: takes it after them."""
@@ -118,6 +115,7 @@ class Reducer:
             handle.remove()
         self.handles.clear()
         self.hooked.clear()
+        self.params.clear()
         self.large.close()
 
 

@@ -130,12 +130,14 @@ class Unit:
 
     def edits(self) -> list[int]:
         """Positions of parameters that were changed in place since they were shown, other than while lent."""
+        if [param._version for param in self.params] == self.versions:
+            return []
         found = [
             position
             for position, (param, version) in enumerate(zip(self.params, self.versions, strict=True))
             if param._version != version
         ]
-        return [position for position in found if position not in self.lent] if found else found
+        return [position for position in found if position not in self.lent]
 
     def edited(self) -> str | None:
         """The name of a parameter changed in place since `note_versions`, other than while lent; None if none was."""
@@ -144,12 +146,14 @@ class Unit:
 
     def replaced(self) -> list[int]:
         """Positions of shown parameters whose `.data` somebody has replaced, other than by `lend`."""
+        if [param.data_ptr() for param in self.params] == self.addresses:
+            return []
         found = [
             position
             for position, (param, address) in enumerate(zip(self.params, self.addresses, strict=True))
             if param.data_ptr() != address
         ]
-        return [position for position in found if position not in self.lent] if found else found
+        return [position for position in found if position not in self.lent]
 
     def check_replaced(self, positions: list[int]) -> None:
         """Raises ModelError unless what was put in the parameters' place has their shape and dtype."""
