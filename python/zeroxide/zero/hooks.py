@@ -72,6 +72,8 @@ class Hooks:
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
         self.held: list[Unit] = []
+        self.lingering: Unit | None = None
+        """A unit of several modules, one of which has run: in use until another unit's turn comes."""
         self.marked = {
             unit.index
             for unit in units
@@ -157,6 +159,8 @@ class Hooks:
             self._hold(unit)
             return
         self.note_run(unit, module)
+        if self.lingering is not unit:
+            self._end_lingering()
         self.gatherer.gather(unit)
 
     def note_run(self, unit: Unit, module: nn.Module) -> None:
@@ -181,8 +185,16 @@ class Hooks:
         own = [tensor for tensor in _tensors(output) if _origin(tensor) not in given]
         _on_gradient(own, partial(self._before_backward, unit), self.gatherer.visible)
         if not in_backward():
-            self.gatherer.release(unit)
+            if len(unit.modules) > 1:
+                self.lingering = unit
+            else:
+                self.gatherer.release(unit)
         return kept
+
+    def _end_lingering(self) -> None:
+        if self.lingering is not None:
+            self.gatherer.release(self.lingering)
+            self.lingering = None
 
     def _after_part(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
         _on_gradient(_tensors(output), partial(self._before_part, unit), self.gatherer.visible)
@@ -199,6 +211,7 @@ class Hooks:
         if in_backward():
             return None
         kept = self._kept(self.units, output) if self.moves else None
+        self._end_lingering()
         if torch.is_grad_enabled():
             _on_gradient(_tensors(output if kept is None else kept), self.begin_backward, self.gatherer.visible)
             self.gatherer.release_guests()
@@ -324,6 +337,7 @@ class Hooks:
         self.forward_depth = 0
         self.accumulators.clear()
         self.held.clear()
+        self.lingering = None
         self.leaves.clear()
         self.reducer.large.end_backward()
         self.gatherer.release_all()

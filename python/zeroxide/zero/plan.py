@@ -1,14 +1,8 @@
-"""Which parameters form a unit, where each unit's bytes are at home, and what that costs in memory.
-
-A unit is what is gathered and released together: every item of the model's outermost module lists, and what is left
-over at the root. What is left over stays gathered from the first forward to the end of backward when it is one unit;
-when it would exceed the unit budget it is cut by owning module.
-"""
+"""Where each unit's bytes are at home, and what that costs in memory."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +13,7 @@ from zeroxide.errors import BudgetError, ConfigError, ModelError
 from zeroxide.precision import torch_dtype
 from zeroxide.ranks import Ranks
 from zeroxide.zero.bits import FLOATS, why_not_bytes
+from zeroxide.zero.blocks import UnitPlan, find_units, is_leaf
 from zeroxide.zero.keeper import keeper_of
 from zeroxide.zero.parameters import EXTERNAL, ParameterPlan, check_sharing, parameters_of
 from zeroxide.zero.slices import slice_of
@@ -35,31 +30,6 @@ TILE_QUANTUM = 2048
 MIN_TILES_IN_RING = 2
 SLOTS = 3
 """Units whose gradients can be on their way to other ranks at once, as the core counts them."""
-
-
-@dataclass
-class UnitPlan:
-    """One unit, needed by the forward of `modules`; a `span` unit is held from its first use to the end of backward."""
-
-    name: str
-    modules: list[nn.Module]
-    params: list[ParameterPlan]
-    span: bool = False
-
-    @property
-    def numel(self) -> int:
-        """Elements of all parameters."""
-        return sum(entry.numel for entry in self.params)
-
-    @property
-    def words(self) -> int:
-        """What all parameters take, in elements of the compute dtype."""
-        return sum(entry.words for entry in self.params)
-
-    @property
-    def trainable(self) -> int:
-        """Elements of the parameters that require a gradient."""
-        return sum(entry.numel for entry in self.params if entry.trainable)
 
 
 @dataclass
@@ -171,7 +141,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     entries = list(parameters_of(module, compute, cast=config.precision_asked))
     check_model(module, entries, config)
     unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
-    units = _find_units(module, entries, unit_bytes // compute.itemsize)
+    units = find_units(module, entries, unit_bytes // compute.itemsize, FRAME // compute.itemsize)
     ranks = ranks or Ranks()
     if ranks.world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
@@ -279,102 +249,6 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
                 name=entry.name,
             )
     check_sharing(entries)
-
-
-def is_leaf(module: nn.Module) -> bool:
-    """Whether the module is marked to be gathered whole."""
-    return bool(module.__dict__.get("_z3_leaf"))
-
-
-def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The items of the outermost module lists with at least two items that have parameters, and leaf modules."""
-    if is_leaf(module):
-        return
-    for name, child in module.named_children():
-        path = f"{prefix}.{name}" if prefix else name
-        if is_leaf(child):
-            yield path, child
-        elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
-            yield from ((f"{path}.{index}", item) for index, item in enumerate(child) if _has_parameters(item))
-        else:
-            yield from _blocks(child, path)
-
-
-def _has_parameters(module: nn.Module | None) -> bool:
-    """Whether the item of a module list, which may be None, has any."""
-    return module is not None and next(module.parameters(), None) is not None
-
-
-def _find_units(module: nn.Module, entries: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
-    blocks = list(_blocks(module))
-    home: dict[int, int] = {}
-    for index, (_, block) in enumerate(blocks):
-        for child in block.modules():
-            home.setdefault(id(child), index)
-    members: list[list[ParameterPlan]] = [[] for _ in blocks]
-    left: list[ParameterPlan] = []
-    for entry in entries:
-        where = {home.get(id(owner)) for _, owner in entry.owners}
-        only = next(iter(where))
-        if len(where) == 1 and only is not None:
-            members[only].append(entry)
-        else:
-            left.append(entry)
-    units: list[UnitPlan] = []
-    for (name, block), params in zip(blocks, members, strict=True):
-        units += _block_units(name, block, params, max_elements)
-    return [*_root_units(module, left, max_elements), *units]
-
-
-def _block_units(name: str, block: nn.Module, params: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
-    """One unit a block; cut by owning module where it is larger than a unit may be."""
-    if not params:
-        return []
-    unit = UnitPlan(name, list(_called(block)), params)
-    if unit.words <= max_elements or is_leaf(block):
-        return [unit]
-    return _by_owner(block, params)
-
-
-def _called(block: nn.Module) -> Iterator[nn.Module]:
-    """The modules whose forward runs when the block is used: itself, or its items where it is only a container."""
-    if type(block).forward is nn.Module.forward and not is_leaf(block):
-        for child in block.children():
-            yield from _called(child)
-    else:
-        yield block
-
-
-def _root_units(module: nn.Module, left: list[ParameterPlan], max_elements: int) -> list[UnitPlan]:
-    if not left:
-        return []
-    owners = _distinct(owner for entry in left for _, owner in entry.owners)
-    whole = UnitPlan("root", _distinct([module, *owners]), left, span=True)
-    if whole.words <= max_elements or is_leaf(module):
-        return [whole]
-    return _by_owner(module, left)
-
-
-def _by_owner(block: nn.Module, params: list[ParameterPlan]) -> list[UnitPlan]:
-    """One unit for the parameters of each module of `block`; a leaf module's are those of all modules below it."""
-    above: dict[int, nn.Module] = {}
-    for leaf in filter(is_leaf, block.modules()):
-        for below in leaf.modules():
-            above.setdefault(id(below), leaf)
-    groups: dict[tuple[int, ...], list[ParameterPlan]] = {}
-    for entry in params:
-        users = _distinct(above.get(id(owner), owner) for _, owner in entry.owners)
-        groups.setdefault(tuple(id(user) for user in users), []).append(entry)
-    units = []
-    for group in groups.values():
-        owners = _distinct(above.get(id(owner), owner) for entry in group for _, owner in entry.owners)
-        # Parameters with several owners may be used through any of them, also without its forward.
-        units.append(UnitPlan(group[0].name.rpartition(".")[0] or "root", owners, group, span=len(owners) > 1))
-    return units
-
-
-def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    return list({id(module): module for module in modules}.values())
 
 
 def _tile_elements(config: Config, compute: torch.dtype) -> int:
