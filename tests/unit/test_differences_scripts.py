@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 
@@ -257,3 +258,35 @@ def test_gathered_change(stage):
         with zero.GatheredParameters(model.weight, modifier_rank=0), torch.no_grad():
             model.weight.fill_(1.0)
         assert torch.equal(zeroxide.safe_get_full_fp32_param(model.weight), torch.ones(2, 4))
+
+
+class Wrapped(nn.Module):
+    """As PEFT's ModulesToSaveWrapper: the original is frozen, and a copy of it is trained."""
+
+    def __init__(self, original):
+        super().__init__()
+        assert all(param.numel() or not hasattr(param, "ds_numel") for param in original.parameters()), (
+            "imports deepspeed"
+        )
+        self.original_module = original.requires_grad_(False)
+        self.copied = copy.deepcopy(original).requires_grad_(True)
+
+    def forward(self, x):
+        return self.copied(x)
+
+
+def test_copied_modules():
+    """Catches: empty parameters, or ones that are still kept, in a copy made where the weights are gathered."""
+    with zero.Init():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with zero.GatheredParameters(model.parameters(), modifier_rank=0):
+        model[1] = Wrapped(model[1])
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    assert torch.equal(model[1].copied.weight, plain[1].weight)
+    with started(model, config=ADAM | {"zero_optimization": {"stage": 3}}) as engine:
+        assert torch.equal(engine(X), plain(X))
+        one(engine)
+        assert not torch.equal(engine(X), plain(X))
+        assert torch.equal(engine.module_state_dict()["1.original_module.weight"], plain[1].weight)
