@@ -91,4 +91,8 @@ def test_an_inner_change_is_no_loss_of_the_outer_context(tmp_path):
         with pytest.raises(ModelError, match=r"first\.weight was changed"), lost, torch.no_grad():
             model.first.weight.fill_(0.5)
         assert (zeroxide.safe_get_full_fp32_param(model.first.weight) == 0.75).all()
+        with pytest.raises(ModelError, match=r"first\.weight was changed"), zero.GatheredParameters(model):
+            model.first.weight.data[0] = 0.5
+        with zero.GatheredParameters(model):
+            assert float(model.first.weight.data.mean()) == 0.75  # a look is no change
         engine(rows(0))

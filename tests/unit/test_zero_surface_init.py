@@ -166,7 +166,7 @@ def test_slices_change_only_by_the_modifier():
     with zero.Init():
         model = nn.Sequential(nn.Linear(4, 4))
     before = model[0].weight.ds_tensor.clone()
-    with zero.GatheredParameters(model):
+    with pytest.raises(ModelError, match="was changed"), zero.GatheredParameters(model):
         model[0].weight.data.fill_(3)
     with pytest.raises(ModelError, match="was changed"), zero.GatheredParameters(model), torch.no_grad():
         model[0].weight.fill_(3)

@@ -181,3 +181,11 @@ impl TensorSpec {
         )))
     }
 }
+
+/// A checksum of the bytes: equal bytes have equal ones, and others with a chance of 2^-64.
+#[pyfunction]
+#[pyo3(signature = (bytes, /))]
+pub(crate) fn checksum(py: Python<'_>, bytes: &TensorSpec) -> PyResult<u64> {
+    let bytes = bytes.bytes()?;
+    Ok(py.detach(|| zeroxide_storage::checksum(bytes)))
+}

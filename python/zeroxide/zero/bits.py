@@ -20,6 +20,7 @@ __all__ = [
     "converts",
     "copy_of",
     "exact_in_fp32",
+    "fingerprint",
     "holds_exactly",
     "same_width",
     "tensor_of",
@@ -53,6 +54,12 @@ def why_not_bytes(tensor: torch.Tensor) -> str | None:
     if tensor.is_quantized:
         return f"has the quantized dtype {tensor.dtype}"
     return None
+
+
+def fingerprint(tensor: torch.Tensor) -> int:
+    """A checksum of all bytes of the tensor."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return _core.checksum(spec(bytes_of(tensor.detach())))
 
 
 def same_width(tensor: torch.Tensor) -> torch.Tensor:

@@ -28,8 +28,8 @@ class GatheredParameters:
         are passed over.
     modifier_rank: whose changes count. At the end of the context they become the values on every rank, exact weights
         included; elements that were not changed keep their exact weight, and optimizer state stays as it is. With
-        None all changes are lost, and a change in place or a replaced tensor raises ModelError; one made through
-        `param.data` is not noticed. When the body raises, changes are lost in either case.
+        None all changes are lost, and a change in place, through `param.data` too, or a replaced tensor raises
+        ModelError. When the body raises, changes are lost in either case.
     fwd_module: has no effect: forwards of any module use the gathered values.
     enabled: False makes it do nothing.
 
@@ -100,7 +100,8 @@ class GatheredParameters:
         failed: BaseException | None = None
         for param, keeper in reversed(opened):
             keeper.writers -= self.modifier_rank is not None
-            if not keeper.writers and self.modifier_rank is None and keeper.stamp != (param._version, param.data_ptr()):
+            changed = keeper.changed_by_hand(param) or keeper.stamp != (param._version, param.data_ptr())
+            if not keeper.writers and self.modifier_rank is None and changed:
                 lost.append(getattr(keeper, "name", "a parameter"))
             counts = source is not None and (failed is None or isinstance(failed, ModelError))
             try:

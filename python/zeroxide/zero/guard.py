@@ -32,6 +32,7 @@ class ModelGuard:
         self.reducer = reducer
         self.keeps_edits = keeps_edits
         self.shared = shared
+        house.watches_data |= shared
         self.frozen = [
             (name, param)
             for unit in house.units
@@ -109,8 +110,12 @@ class ModelGuard:
             if self.shared and not same:
                 raise self._refusal(unit.names[position], "had its .data replaced")
             unit.take_in(position)
-        if not self.keeps_edits and (name := unit.edited()) is not None:
+        if self.keeps_edits:
+            return
+        if (name := unit.edited()) is not None:
             raise self._refusal(name, "was changed in place")
+        for position in self.house.changed_by_hand(unit):
+            raise self._refusal(unit.names[position], "was changed through its .data")
 
     def _refusal(self, name: str, what: str) -> ModelError:
         return ModelError(

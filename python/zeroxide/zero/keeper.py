@@ -18,6 +18,7 @@ from zeroxide.errors import ModelError
 __all__ = ["Keeper", "ManagedParameter", "ZeroParamStatus", "keeper_of", "manage", "new_id", "shape_of", "unmanage"]
 
 _ids = itertools.count()
+_DATA: Any = torch._C.TensorBase.data
 
 
 def new_id() -> int:
@@ -61,6 +62,12 @@ class Keeper(Protocol):
     def give_up(self, param: nn.Parameter) -> None:
         """Undoes an `open` that was interrupted."""
 
+    def hand_out(self, param: nn.Parameter) -> None:
+        """The parameter's `.data` was taken, through which values can change and no version counter would say so."""
+
+    def changed_by_hand(self, param: nn.Parameter) -> bool:
+        """Whether values have changed since `.data` was taken, which is forgotten."""
+
     def close(self, param: nn.Parameter, source: int | None) -> None:
         """Ends one `open`; with `source`, what that rank has written becomes the value on every rank.
 
@@ -72,6 +79,17 @@ class ManagedParameter(nn.Parameter):
     """A parameter with a keeper."""
 
     _keeper: Keeper
+
+    @property
+    def data(self) -> torch.Tensor:
+        """As of any tensor; its keeper hears of it."""
+        found: torch.Tensor = _DATA.__get__(self)
+        self._keeper.hand_out(self)
+        return found
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        _DATA.__set__(self, value)
 
     @property
     def ds_id(self) -> int:

@@ -11,7 +11,7 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.errors import ModelError
 from zeroxide.ranks import Ranks, Watch
-from zeroxide.zero.bits import bytes_of, converted, copy_of, exact_in_fp32, why_not_bytes
+from zeroxide.zero.bits import bytes_of, converted, copy_of, exact_in_fp32, fingerprint, why_not_bytes
 from zeroxide.zero.empty import conceal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
 from zeroxide.zero.state import UnitState
@@ -50,6 +50,10 @@ class House:
         self.visible = visible
         self.hooks: Hooks | None = None
         """What gathers; None once the engine has ended."""
+        self.handed_out: dict[Seat, int] = {}
+        """Parameters whose `.data` somebody has taken, with the fingerprint of what it showed then."""
+        self.watches_data = not visible and (on_disk or ranks.world > 1)
+        """Whether what is written through `.data` would be lost, or be one rank's alone."""
         self.changes = 0
         """How often values of parameters have changed since the start."""
 
@@ -94,7 +98,7 @@ class House:
 
         Raises ModelError where other ranks may have other values, and where a parameter's `.data` was replaced.
         """
-        edited = unit.edits()
+        edited = unit.edits() + self.changed_by_hand(unit)
         replaced = unit.replaced()
         if not edited and not replaced:
             return
@@ -111,6 +115,13 @@ class House:
             )
         if self.on_disk:
             self.core().rewrite_weights(unit.index)
+
+    def changed_by_hand(self, unit: Unit) -> list[int]:
+        """Positions of parameters of the unit that were changed through their `.data` since that was taken."""
+        if not self.handed_out:
+            return []
+        seats = [seat for seat in self.handed_out if seat.unit is unit and not seat.holds]
+        return [seat.position for seat in seats if seat.changed_by_hand(seat.param)]
 
     def barrier(self, name: str) -> None:
         """Until every rank is here."""
@@ -322,6 +333,17 @@ class Seat:
                 f"{tuple(self.shape)}; write into the parameter instead of replacing it",
                 name=self.name,
             )
+
+    def hand_out(self, param: nn.Parameter) -> None:
+        """See `Keeper`."""
+        house = self.house
+        if (self.holds or house.watches_data) and self not in house.handed_out and self.available():
+            house.handed_out[self] = fingerprint(param)
+
+    def changed_by_hand(self, param: nn.Parameter) -> bool:
+        """See `Keeper`."""
+        before = self.house.handed_out.pop(self, None)
+        return before is not None and before != fingerprint(param)
 
     def give_up(self, param: nn.Parameter) -> None:
         """See `Keeper`."""

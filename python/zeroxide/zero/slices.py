@@ -16,7 +16,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.ranks import Ranks, all_gather_single
-from zeroxide.zero.bits import bytes_of, copy_of
+from zeroxide.zero.bits import bytes_of, copy_of, fingerprint
 from zeroxide.zero.empty import conceal, reveal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
 
@@ -75,6 +75,7 @@ class Slice:
         self.holds = 0
         self.stamp = (0, 0)
         self.writers = 0
+        self.handed_out: int | None = None
         self.whole = True
         nbytes = self.each * dtype.itemsize
         self.mapped = file.take(nbytes) if file is not None and nbytes else None
@@ -115,6 +116,16 @@ class Slice:
             reveal(param, flat.view(self.shape))
         else:
             self.empty(param)
+
+    def hand_out(self, param: nn.Parameter) -> None:
+        """See `Keeper`. Before there is an engine only a gathered copy is anybody else's."""
+        if self.holds and self.handed_out is None:
+            self.handed_out = fingerprint(param)
+
+    def changed_by_hand(self, param: nn.Parameter) -> bool:
+        """See `Keeper`."""
+        before, self.handed_out = self.handed_out, None
+        return before is not None and before != fingerprint(param)
 
     def gather(self, param: nn.Parameter) -> None:
         """Gives the parameter all its values."""
