@@ -7,6 +7,7 @@ mod offload;
 mod process;
 mod spec;
 mod window;
+mod words;
 
 use pyo3::prelude::*;
 

@@ -6,21 +6,17 @@ use std::sync::Arc;
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{
-    Lent, Offload, Part, Place, Seat, Settings, StateHome, UnitSpec, WeightHome, Wire,
-};
-use zeroxide_storage::EngineKind;
+use zeroxide_offload::{Lent, Offload, Place, Seat, Settings};
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
 use crate::groups::{self, GroupTuple};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
-
-/// (name, [(elements, trainable)], home of the weights, home of the optimizer state, gradients come all through backward)
-type UnitTuple = (String, Vec<(u64, bool)>, String, String, bool);
+use crate::words::{
+    GRADIENT, UnitTuple, parse_dtype, parse_engine, parse_format, parse_part, parse_wire, unit_spec,
+};
 
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
@@ -65,32 +61,19 @@ impl PyOffload {
                 rank,
                 world,
                 replicated,
-                wire: match wire {
-                    "shared" => Wire::Shared,
-                    "collective" => Wire::Collective,
-                    other => return Err(unknown("wire", other, "shared or collective")),
-                },
+                wire: parse_wire(wire)?,
             },
             wire_grad: parse_dtype(wire_grad.unwrap_or(compute))?,
             reduce_scale,
             limit,
             threads,
             compute: parse_dtype(compute)?,
-            format: match format {
-                "fp32" => Format::Fp32,
-                "split" => Format::Split,
-                other => return Err(unknown("format", other, "fp32 or split")),
-            },
+            format: parse_format(format)?,
             grad: parse_dtype(grad)?,
             tile_elements,
             staging_bytes,
             gathered_bytes,
-            engine: match engine {
-                "auto" => EngineKind::Auto,
-                "io_uring" => EngineKind::IoUring,
-                "threads" => EngineKind::Threads,
-                other => return Err(unknown("engine", other, "auto, io_uring or threads")),
-            },
+            engine: parse_engine(engine)?,
             queue_depth,
             directories,
             job,
@@ -499,63 +482,4 @@ impl PyOffload {
         let done = py.detach(|| self.inner.close());
         map(py, done)
     }
-}
-
-fn unit_spec((name, params, weights, state, long): UnitTuple) -> PyResult<UnitSpec> {
-    Ok(UnitSpec {
-        name,
-        long,
-        params: params
-            .into_iter()
-            .map(|(numel, trainable)| ParamShape { numel, trainable })
-            .collect(),
-        weights: match weights.as_str() {
-            "host" => WeightHome::Host,
-            "disk" => WeightHome::Disk,
-            "shard" => WeightHome::Shard,
-            "borrowed" => WeightHome::Borrowed,
-            other => {
-                return Err(unknown(
-                    "home of weights",
-                    other,
-                    "host, disk, shard or borrowed",
-                ));
-            }
-        },
-        state: match state.as_str() {
-            "host" => StateHome::Host,
-            "disk" => StateHome::Disk,
-            other => {
-                return Err(unknown(
-                    "home of the optimizer state",
-                    other,
-                    "host or disk",
-                ));
-            }
-        },
-    })
-}
-
-fn parse_dtype(name: &str) -> PyResult<Dtype> {
-    Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))
-}
-
-/// The part of a parameter that is read and written, but never filled.
-const GRADIENT: &str = "grad";
-
-fn parse_part(name: &str) -> PyResult<Part> {
-    match name {
-        "weights" => Ok(Part::Weights),
-        "exp_avg" => Ok(Part::ExpAvg),
-        "exp_avg_sq" => Ok(Part::ExpAvgSq),
-        other => Err(unknown(
-            "part",
-            other,
-            "weights, exp_avg, exp_avg_sq or, where it is not filled, grad",
-        )),
-    }
-}
-
-fn unknown(what: &str, got: &str, expected: &str) -> PyErr {
-    PyValueError::new_err(format!("unknown {what} {got:?}: expected {expected}"))
 }

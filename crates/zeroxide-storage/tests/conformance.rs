@@ -8,50 +8,12 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use harness::engines::{simulated, simulated_in_memory, threads, uring};
 use harness::{Client, PATIENCE, arena, fill, in_fork, lease, pattern, with_mount};
-use zeroxide_storage::{
-    Completion, DiskFile, EngineKind, OpKind, SimBacking, SimOptions, StorageError, open_queue,
-};
+use zeroxide_storage::{Completion, DiskFile, EngineKind, OpKind, StorageError, open_queue};
 
 const PAGE: usize = 4096;
 const MIB: u64 = 1 << 20;
-
-/// The engines under test, each unless the machine refuses it.
-fn uring() -> Option<EngineKind> {
-    match open_queue(EngineKind::IoUring, 1) {
-        Err(StorageError::IoUringRefused { reason }) => {
-            eprintln!("skipped: io_uring is refused here ({reason})");
-            None
-        }
-        _ => Some(EngineKind::IoUring),
-    }
-}
-
-#[expect(clippy::unnecessary_wraps, reason = "as the one that may be refused")]
-fn threads() -> Option<EngineKind> {
-    Some(EngineKind::Threads)
-}
-
-/// Delays, reordering, and short pieces on: what a real disk may do at its worst without failing.
-#[expect(clippy::unnecessary_wraps, reason = "as the one that may be refused")]
-fn simulated() -> Option<EngineKind> {
-    Some(EngineKind::Simulated(SimOptions {
-        seed: 11,
-        latency: Duration::ZERO..Duration::from_micros(300),
-        reorder: true,
-        short_share: 0.3,
-        ..SimOptions::default()
-    }))
-}
-
-#[expect(clippy::unnecessary_wraps, reason = "as the one that may be refused")]
-fn simulated_in_memory() -> Option<EngineKind> {
-    let backing = SimBacking::Memory;
-    Some(EngineKind::Simulated(SimOptions {
-        backing,
-        ..SimOptions::default()
-    }))
-}
 
 /// A file in a fresh directory.
 fn file(bytes: u64) -> (tempfile::TempDir, Arc<DiskFile>) {
