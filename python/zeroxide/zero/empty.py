@@ -26,6 +26,8 @@ from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
 
 __all__ = ["EmptyData", "ParameterTable", "conceal", "full_class", "reveal"]
 
+_set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
+"""Not as somebody who is handed the memory of a managed parameter."""
 _CONVERSIONS = frozenset({"to", "cpu", "float", "half", "bfloat16", "double", "contiguous", "type"})
 """What may leave a parameter as it is."""
 
@@ -233,7 +235,7 @@ def reveal(param: nn.Parameter, data: torch.Tensor) -> None:
     kind = type(param)
     if issubclass(kind, _Empty):
         param.__class__ = kind.full
-    param.data = data
+    _set_data(param, data)
 
 
 def conceal(param: nn.Parameter, empty: torch.Tensor) -> None:
@@ -241,5 +243,5 @@ def conceal(param: nn.Parameter, empty: torch.Tensor) -> None:
     kind = type(param)
     if issubclass(kind, _Empty):
         return
-    param.data = empty
+    _set_data(param, empty)
     param.__class__ = _CLASSES.get(kind) or _class_of(kind)

@@ -78,7 +78,8 @@ class Reducer:
         if unit.index in self.closed:
             raise_closed(unit)
         param.grad = None
-        grad = self.share(grad)
+        if self.divisor != 1:
+            grad = self.share(grad)
         if grad.layout is torch.strided:
             whole = grad if grad.is_contiguous() else grad.contiguous()
             self.core.land(unit.index, position, 0, spec(whole), True)

@@ -85,9 +85,9 @@ class Unit:
         """Lets the parameters be views of the flat weights. The core holds the memory under them."""
         if self.state is UnitState.GATHERED:
             return
-        for position, (param, view) in enumerate(zip(self.params, self.views, strict=True)):
+        for param, view in zip(self.params, self.views, strict=True):
             reveal(param, view)
-            self.versions[position] = param._version
+        self.note_versions()
         self.state = UnitState.GATHERED
         self._show_lent()
 
