@@ -40,7 +40,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
 from zeroxide.zero.messages import Messages
-from zeroxide.zero.parting import part_from
+from zeroxide.zero.parting import end_core, part_from
 from zeroxide.zero.plan import make_plan
 from zeroxide.zero.seat import House, seat_all
 from zeroxide.zero.state import Home
@@ -121,7 +121,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             self._messages = Messages(self.ranks, self.watch)
             made.callback(self._messages.close)
             # Also at the end of the process, which may come without `destroy`: scratch files are large.
-            weakref.finalize(self, _close, self._core, self._messages)
+            weakref.finalize(self, end_core, self._core, self._messages)
             self.watch.on_failure(self._core.call_off)
             self._place(module, groups, weights)
             self.lr_scheduler: Any = scheduler(self.optimizer)
@@ -215,8 +215,13 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         start = time.perf_counter()
         self.watch.doing = ("forward", None, None, None)
         inputs, kwargs = cast_inputs(self.config, (inputs, kwargs))
-        with forward_context(self.config):
-            output = self.module(*inputs, **kwargs)
+        depth = self._hooks.forward_depth
+        try:
+            with forward_context(self.config):
+                output = self.module(*inputs, **kwargs)
+        except BaseException:
+            self._hooks.fail_forward(depth)
+            raise
         self._times["forward"] += time.perf_counter() - start
         return output
 
@@ -312,6 +317,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
     def _before_change(self) -> None:
         """Waits until state may change: a save in the background has what it needs, and no weights are on their way."""
         self._house.changes += 1
+        self._house.forget_by_hand()
         self._gatherer.settle()
         if self._saver is not None:
             self._saver.before_update()
@@ -403,6 +409,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
 
         self._check_trained("load_checkpoint")
         self.wait_for_checkpoint()
+        self._before_change()
 
         return load_checkpoint(
             self,
@@ -438,6 +445,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
                 self._saver.finish()
         finally:
             core, self._core = self._core, None
+            readers: list[Unit] = []
             try:
                 if hasattr(self, "_house"):
                     self._house.hooks = None
@@ -448,11 +456,11 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
                     self._state_dicts.close()
                     for handle in self._loading:
                         handle.remove()
-                    part_from(self.module, self._units, visible=self._plan.visible)
+                    readers = part_from(self.module, self._units, visible=self._plan.visible)
                 thaw(self.module, self.set_aside)
             finally:
                 self._messages.land()
-                _close(core, self._messages)
+                end_core(core, self._messages, readers)
                 self.watch.close()
                 self.ranks.close()
 
@@ -486,12 +494,6 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
                 need=peak,
                 limit=limit,
             )
-
-
-def _close(core: _core.Offload, messages: Messages) -> None:
-    """Messages first: they read and write the core's memory."""
-    messages.close()
-    core.close()
 
 
 def _is_trained(module: nn.Module) -> bool:

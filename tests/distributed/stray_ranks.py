@@ -91,6 +91,21 @@ elif case == "outside of a pass":
     with pytest.raises(ModelError, match=r"weights of .* several ranks"):
         # What is read is zero, and whatever the engine does next says so.
         engine(torch.stack([tensor.sum() for tensor in kept.values()]).sum().expand(2, WIDTH))
+elif case == "all of them outside of a pass":
+    # More than have room at once; whoever keeps no view has kept nothing.
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    assert torch.equal(vector, torch.cat([tensor.flatten() for tensor in now.values()]))
+    norms = torch._foreach_norm(list(model.parameters()))
+    assert all(map(torch.equal, norms, torch._foreach_norm(list(now.values()))))
+    vector.square().sum().backward()
+elif case == "looked at in backward":
+    model[4].register_full_backward_hook(lambda *_: found.update(enumerate(p.data.norm() for p in model.parameters())))
+    step()
+    assert all(map(torch.equal, found.values(), (tensor.norm() for tensor in now.values())))
+elif case == "after the end":
+    engine.destroy()
+    for at, tensor in kept.items():
+        assert bool(tensor.isnan().all()) or torch.equal(tensor, now[f"{at}.weight"]), at
 else:
     # More than have room, so that some are away.
     read(1, range(2, LAYERS), torch.Tensor.tolist)

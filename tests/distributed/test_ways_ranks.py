@@ -10,6 +10,15 @@ from launching import run_ranks
 PROGRAM = Path(__file__).with_name("ways_ranks.py")
 READERS = Path(__file__).with_name("stray_ranks.py")
 WHOLE, TINY = 512 << 20, 8
+CASES = [
+    "while parts arrive",
+    "after a step",
+    "outside of a pass",
+    "all of them outside of a pass",
+    "looked at in backward",
+    "under Python's lock",
+    "after the end",
+]
 
 
 @pytest.mark.parametrize("unit_bytes", [WHOLE, TINY], ids=["blocks", "owners"])
@@ -25,7 +34,7 @@ def test_unusual_use_of_weights_has_plain_torchs_gradients(home, unit_bytes):
 
 
 @pytest.mark.parametrize("home", ["collective", "nvme"])
-@pytest.mark.parametrize("case", ["while parts arrive", "after a step", "outside of a pass", "under Python's lock"])
+@pytest.mark.parametrize("case", CASES)
 def test_a_reader_that_nothing_announced_gets_weights_of_one_step_or_is_named(home, case):
     """Catches: parts of two steps in one read, zeros that are computed with, a read that waits for ever, a signal."""
     for rank, result in enumerate(run_ranks(2, READERS, [home, case])):

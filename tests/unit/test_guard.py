@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import zeroxide
 from zeroxide.errors import ModelError
+from zeroxide.zero import plan
 
 
 class Net(nn.Module):
@@ -243,6 +245,124 @@ def test_a_weight_changed_in_forward_counts_as_in_plain_torch(mode, kind, tmp_pa
             plain_steps(plain, optimizer, seed)
         for (name, mine), param in zip(model.named_parameters(), plain.parameters(), strict=True):
             assert torch.allclose(zeroxide.safe_get_full_fp32_param(mine), param.detach(), **CLOSE), name
+
+
+class Nested(nn.Module):
+    """Changes its weight and calls its child before it uses it."""
+
+    def __init__(self, depth, by_data):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(16, 16) / 4)
+        self.child = Nested(depth - 1, by_data) if depth else None
+        self.by_data = by_data
+
+    def forward(self, x):
+        with torch.no_grad():
+            (self.weight.data if self.by_data else self.weight).mul_(0.5)
+        return (x if self.child is None else self.child(x)) @ self.weight
+
+
+@pytest.mark.parametrize("by_data", [False, True])
+def test_a_change_counts_though_the_memory_under_it_is_needed(by_data, tmp_path, monkeypatch):
+    """Catches: a unit in use that gives way before what was written into it is taken over."""
+    monkeypatch.setattr(plan, "DEFAULT_UNIT_BYTES", 8)
+    model = nn.Sequential(Nested(4, by_data), Nested(4, by_data))
+    plain = copy.deepcopy(model)
+    with started(model, config=config_of(Mode("nvme", "nvme"), tmp_path, "fp32")) as engine, torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(engine(torch.ones(2, 16)), plain(torch.ones(2, 16)))
+        for (name, value), expected in zip(model.state_dict().items(), plain.state_dict().values(), strict=True):
+            assert torch.equal(value, expected), name
+
+
+class Router(nn.Linear):
+    """Casts itself where it runs, as routers of experts do."""
+
+    def forward(self, x):
+        self.to(torch.float32)
+        return super().forward(x.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("mode", [Mode(), Mode("nvme", "nvme", prefetch=0)], ids=str)
+def test_a_module_may_cast_itself_to_a_wider_dtype_in_forward(mode, tmp_path):
+    model = Net()
+    model.h = nn.ModuleList(Router(16, 16) for _ in range(3))
+    plain = copy.deepcopy(model).to(torch.bfloat16)
+    x = rows(0).to(torch.bfloat16)
+    with started(model, config=config_of(mode, tmp_path, "bf16")) as engine:
+        for _ in range(2):
+            loss, expected = engine(x).square().mean(), plain(x).square().mean()
+            assert torch.equal(loss, expected)
+            plain.zero_grad()
+            expected.backward()
+            engine.backward(loss)
+            for (name, mine), param in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+                found = zeroxide.safe_get_full_grad(mine)
+                assert torch.equal(found, param[1].grad.to(torch.bfloat16).float()), name
+            engine.zero_grad()
+
+
+class Interrupted(nn.Linear):
+    """Is interrupted where it is told to be."""
+
+    at = False
+
+    def forward(self, x):
+        if self.at:
+            raise KeyboardInterrupt
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("mode", [Mode(), Mode("nvme", "nvme")], ids=str)
+def test_an_interrupted_forward_ends_the_pass(mode, tmp_path):
+    """Catches: weights that stay open to changes between steps, which the next step would lose."""
+    model = Net()
+    model.h = nn.ModuleList(Interrupted(16, 16) for _ in range(3))
+    with started(model, config=config_of(mode, tmp_path, "fp32")) as engine:
+        train(engine, 0)
+        model.h[1].at = True
+        with pytest.raises(KeyboardInterrupt):
+            engine(rows(0))
+        model.h[1].at = False
+        for each in model.h:
+            with pytest.raises(ModelError, match="is empty"), torch.no_grad():
+                each.weight.mul_(0.5)
+        train(engine, 1)
+
+
+@pytest.mark.parametrize("mode", [Mode(), Mode("nvme", "nvme")], ids=str)
+def test_another_thread_reads_the_right_weights_or_is_refused(mode, tmp_path):
+    """Catches: units that one thread lets go while the other uses them."""
+    model = Net()
+    wanted = {name: param.detach().clone() for name, param in model.named_parameters()}
+    said, ended = [], threading.Event()
+
+    def look():
+        while not ended.is_set():
+            for name, param in model.named_parameters():
+                try:
+                    if not torch.equal(param.detach().clone(), wanted[name]):
+                        said.append(name)
+                except ModelError as error:
+                    if "used by another thread" not in str(error):
+                        said.append(str(error))
+
+    plain = copy.deepcopy(model)
+    with started(model, config=config_of(mode, tmp_path, "fp32")) as engine:
+        for group in engine.optimizer.param_groups:
+            group.update(lr=0.0, weight_decay=0.0)
+        reader = threading.Thread(target=look)
+        reader.start()
+        try:
+            for seed in range(20):
+                loss = engine(rows(seed)).square().mean()
+                assert torch.equal(loss, plain(rows(seed)).square().mean())
+                engine.backward(loss)
+                engine.step()
+        finally:
+            ended.set()
+            reader.join()
+    assert said == []
 
 
 class Given(nn.Module):

@@ -255,6 +255,18 @@ impl Window {
         unsafe { self.region.mapping().commit(self.len) }
     }
 
+    /// Puts memory of ones under an empty window, for good: every float there is NaN. For readers that stay when nobody can
+    /// bring anything any more; like [`blank`](Window::blank), it is not counted.
+    ///
+    /// # Errors
+    /// As [`blank`](Window::blank).
+    pub fn ruin(&self) -> Result<(), MemoryError> {
+        self.blank()?;
+        // SAFETY: the memory was put there just now, for as long as the region is; an empty window has no lease.
+        unsafe { self.base().write_bytes(0xff, self.len) };
+        Ok(())
+    }
+
     /// Takes what [`blank`](Window::blank) has put there away again.
     ///
     /// # Errors

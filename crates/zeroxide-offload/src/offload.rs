@@ -404,7 +404,9 @@ impl Offload {
 
     /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent. Does nothing in a
     /// forked child, where all of that belongs to the parent.
-    pub fn close(&self) -> Result<()> {
+    ///
+    /// `readers`: units that somebody may read later; those whose weights are not all there show NaN.
+    pub fn close(&self, readers: &[usize]) -> Result<()> {
         if self.guard.is_forked() {
             return Ok(());
         }
@@ -417,6 +419,9 @@ impl Offload {
         // Reads in flight write into windows: they end before the windows go.
         core.abandon_step();
         let settled = core.settle_arrivals();
+        for unit in readers {
+            core.leave_to_readers(*unit)?;
+        }
         core.cache.clear();
         if let Some(disk) = core.disk.take() {
             disk.queue.close();

@@ -70,6 +70,23 @@ impl Core {
         Ok(())
     }
 
+    /// The last call for the unit: what a reader finds from here on is complete weights, or NaN.
+    pub(crate) fn leave_to_readers(&mut self, unit: usize) -> Result<()> {
+        self.check_unit("close", unit)?;
+        let whole = matches!(
+            self.residence(unit),
+            Some(Residence::Here { whole: true, .. })
+        );
+        if let Weights::Moving { window, .. } = &mut self.units[unit].weights {
+            if whole && window.is_mapped() {
+                return Ok(());
+            }
+            drop(window.unmap());
+            window.ruin()?;
+        }
+        Ok(())
+    }
+
     /// Refuses everything after a read that got zeros.
     pub(crate) fn check_strays(&self) -> Result<()> {
         match &self.strayed {

@@ -95,7 +95,7 @@ fn an_error_in_the_middle_of_a_step_is_named_and_poisons_the_state() {
         let after = harness::step(&offload, 0).expect_err("the state is mixed");
         assert!(matches!(after, OffloadError::Poisoned { .. }), "{after}");
         assert!(after.to_string().contains("checkpoint"), "{after}");
-        offload.close().expect("closing works after a failure");
+        offload.close(&[]).expect("closing works after a failure");
     }
 }
 
@@ -183,7 +183,7 @@ fn closing_removes_the_scratch_files() {
             .next()
             .is_some()
     );
-    offload.close().expect("nothing in the way");
+    offload.close(&[]).expect("nothing in the way");
     assert!(
         case.directory
             .path()

@@ -478,8 +478,10 @@ impl PyOffload {
     }
 
     /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent.
-    fn close(&self, py: Python<'_>) -> PyResult<()> {
-        let done = py.detach(|| self.inner.close());
+    #[pyo3(signature = (readers = None))]
+    fn close(&self, py: Python<'_>, readers: Option<Vec<usize>>) -> PyResult<()> {
+        let readers = readers.unwrap_or_default();
+        let done = py.detach(|| self.inner.close(&readers));
         map(py, done)
     }
 }

@@ -73,12 +73,15 @@ class _Empty:
         if house is None or (not inside and (need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs))):
             raise _refusal(empty[0], name)
         # Also those that show their values: room for one must not be another's.
-        house.use([each for each in parameters_in((args, kwargs)) if hasattr(each, "_keeper")])
-        result = func(*args, **kwargs)
+        managed = [each for each in parameters_in((args, kwargs)) if hasattr(each, "_keeper")]
         if inside:
-            return result
-        result = tree_map_only(torch.Tensor, house.own_copy, result)
-        house.end_use([each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad])
+            house.use(managed)
+            return func(*args, **kwargs)
+        with house.apart():
+            house.use(managed)
+            result = tree_map_only(torch.Tensor, house.own_copy, func(*args, **kwargs))
+            recorded = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad]
+            house.end_use(recorded)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

@@ -116,6 +116,8 @@ class Gatherer:
             self._make_way(unit, wanted)
         if not self.stays:
             self._make_room([*beside, unit])
+        elif self.home is Home.DISK:
+            self._settle_who_gives_way(unit)
         self.exchange.gather(unit)
         unit.show()
         for index in wanted:
@@ -193,12 +195,22 @@ class Gatherer:
         self.used.pop(unit.index, None)
         self.used[unit.index] = unit
 
+    def _settle_who_gives_way(self, unit: Unit) -> None:
+        """With one rank the core takes the memory of units in use itself: what was written into them counts before."""
+        if unit.index not in self.used:
+            while not self.core.has_room(unit.index) and self._give_way(unit):
+                pass
+        self.used.pop(unit.index, None)
+        self.used[unit.index] = unit
+
     def _give_way(self, unit: Unit) -> bool:
         """Takes the memory of what was gathered first and is in use: reads bring it back. False where nothing is."""
         oldest = next((each for each in self.used.values() if each is not unit), None)
         if oldest is None:
             return False
         # What an operation has just read stays.
+        if self.before_release is not None and oldest.state is UnitState.GATHERED:
+            self.before_release(oldest)
         del self.used[oldest.index]
         self.exchange.release(oldest)
         return True
@@ -212,10 +224,9 @@ class Gatherer:
         if self.before_release is not None and self.home is not Home.HOST and unit.state is UnitState.GATHERED:
             # Elsewhere what was written is lost with the memory.
             self.before_release(unit)
-        if not self.stays:
-            self.used.pop(unit.index, None)
-            if not self.in_backward:
-                unit.hide()
+        self.used.pop(unit.index, None)
+        if not self.stays and not self.in_backward:
+            unit.hide()
         self.exchange.release(unit)
 
     def release_guests(self) -> None:

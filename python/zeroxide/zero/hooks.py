@@ -17,7 +17,9 @@ that is an exchange between ranks, every module that owns a parameter announces 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,16 +33,11 @@ from zeroxide.zero.gather import Gatherer
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.plan import is_leaf
 from zeroxide.zero.reduce import Reducer
-from zeroxide.zero.state import Home, UnitState
+from zeroxide.zero.state import Home, UnitState, in_backward
 from zeroxide.zero.stray import StrayReaders
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Hooks"]
-
-
-def in_backward() -> bool:
-    """Whether this thread is inside an autograd backward pass."""
-    return torch._C._current_graph_task_id() != -1
 
 
 class Hooks:
@@ -86,6 +83,11 @@ class Hooks:
         self.ran: set[tuple[int, int]] = set()
         self.repeated: set[int] = set()
         self.backward_ended = False
+        self.closed = False
+        self.thread = threading.get_ident()
+        """Which runs the passes. Weights come and go for it alone."""
+        self.uses_apart = 0
+        """Operations outside of passes that are under way."""
         self.inside_backward = False
         self.entered: list[set[Origin]] = []
         self.handles: list[Any] = []
@@ -110,6 +112,7 @@ class Hooks:
 
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.forward_depth += 1
+        self.thread = threading.get_ident()
         if not in_backward():
             self.gatherer.core.watch_readers()
             if self.inside_backward:
@@ -128,12 +131,25 @@ class Hooks:
             self.gatherer.start_pass(training)
 
     def in_pass(self) -> bool:
-        """Whether a forward or backward of the model, or of a part of it, is under way."""
-        return self.forward_depth > 0 or bool(self.entered) or in_backward()
+        """Whether a forward or backward of the model, or of a part of it, is under way on this thread."""
+        if in_backward():
+            return True
+        return (self.forward_depth > 0 or bool(self.entered)) and self.thread == threading.get_ident()
 
     def is_passing(self) -> bool:
-        """As `in_pass`, asked by a thread that has no part in it."""
+        """As `in_pass`, asked by a thread that may have no part in it."""
         return self.forward_depth > 0 or bool(self.entered) or self.inside_backward
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """An operation outside of a pass: what it reads is brought, or it raises ModelError."""
+        self.uses_apart += 1
+        try:
+            yield
+            if self.moves:
+                self.gatherer.core.watch_readers()
+        finally:
+            self.uses_apart -= 1
 
     def use(self, units: Sequence[Unit]) -> None:
         """Gathers units that an operation needs."""
@@ -142,12 +158,10 @@ class Hooks:
         self.gatherer.use(units)
 
     def end_use(self, recorded: Sequence[torch.Tensor]) -> None:
-        """Ends `use` outside of a pass, whose results are copies. Where reads do not bring weights back, what autograd
-        has `recorded` stays until the next pass; backward shows what it may have saved.
+        """Ends `use` outside of a pass, whose results are copies. Backward of what autograd has `recorded` is a pass,
+        which shows what it may have saved, and a read brings that.
         """
         _on_gradient(recorded, self.begin_backward, self.gatherer.visible)
-        if recorded and not self.gatherer.stays:
-            return
         guests = list(self.gatherer.guests)
         self.gatherer.release_guests()
         for unit in guests if not self.gatherer.visible else ():
@@ -207,9 +221,13 @@ class Hooks:
         return _replaced(output, lambda tensor: tensor.clone() if id(tensor) in found else tensor)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
-        self.forward_depth = max(0, self.forward_depth - 1)
-        if in_backward():
-            return None
+        try:
+            return None if in_backward() else self._end_forward(output)
+        finally:
+            # Last: until then no other thread may use a weight.
+            self.forward_depth = max(0, self.forward_depth - 1)
+
+    def _end_forward(self, output: Any) -> Any:
         kept = self._kept(self.units, output) if self.moves else None
         self._end_lingering()
         if torch.is_grad_enabled():
@@ -225,7 +243,10 @@ class Hooks:
         """The gradient of the model's own output is known, or about to be: the outermost backward begins."""
         if self.inside_backward:
             return
+        if self.closed:
+            raise ModelError("backward after the engine was destroyed: its weights and gradients have gone with it")
         self.inside_backward = True
+        self.thread = threading.get_ident()
         self.reducer.expect_all()
         self.gatherer.begin_backward()
         for unit in self.units:
@@ -323,6 +344,14 @@ class Hooks:
             # Somebody may read what is being updated.
             self.gatherer.core.finish()
 
+    def fail_forward(self, depth: int) -> None:
+        """Goes back to the depth at which a forward began that failed. Of an interrupt torch tells no hook."""
+        self.forward_depth = depth
+        if depth == 0 and not in_backward():
+            self.entered.clear()
+            self._end_lingering()
+            self.gatherer.release_all()
+
     def fail_backward(self) -> None:
         """Releases every unit, after a backward that failed. With several ranks there is no going on."""
         try:
@@ -331,19 +360,23 @@ class Hooks:
             self.exchange.abandon()
 
     def _leave_backward(self) -> None:
-        self.inside_backward = False
-        self.backward_ended = True
-        self.pending = False
-        self.forward_depth = 0
-        self.accumulators.clear()
-        self.held.clear()
-        self.lingering = None
-        self.leaves.clear()
-        self.reducer.large.end_backward()
-        self.gatherer.release_all()
+        try:
+            # Readers are served until nobody's weights are looked at any more.
+            self.gatherer.release_all()
+        finally:
+            self.inside_backward = False
+            self.backward_ended = True
+            self.pending = False
+            self.forward_depth = 0
+            self.accumulators.clear()
+            self.held.clear()
+            self.lingering = None
+            self.leaves.clear()
+            self.reducer.large.end_backward()
 
     def close(self) -> None:
         """Removes all hooks."""
+        self.closed = True
         for handle in self.handles:
             handle.remove()
         self.handles.clear()

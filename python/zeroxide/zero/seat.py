@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +16,7 @@ from zeroxide.ranks import Ranks, Watch
 from zeroxide.zero.bits import bytes_of, converted, copy_of, exact_in_fp32, fingerprint, why_not_bytes
 from zeroxide.zero.empty import conceal
 from zeroxide.zero.keeper import keeper_of, manage, new_id
-from zeroxide.zero.state import UnitState
+from zeroxide.zero.state import UnitState, in_backward
 from zeroxide.zero.tensors import spec
 from zeroxide.zero.unit import Unit
 
@@ -75,7 +77,17 @@ class House:
                 "take engine.module_state_dict() or save before",
                 name=seats[0].name,
             )
+        if self.hooks.thread != threading.get_ident() and not in_backward():
+            raise ModelError(
+                f"{seats[0].name} was used by another thread than the one that runs the model, for which weights come "
+                "and go: use copies, as state_dict() gives them between steps",
+                name=seats[0].name,
+            )
         self.hooks.use(list({seat.unit.index: seat.unit for seat in seats}.values()))
+
+    def apart(self) -> AbstractContextManager[None]:
+        """What an operation outside of a pass is done in, from `use` to `end_use`."""
+        return nullcontext() if self.hooks is None else self.hooks.apart()
 
     def end_use(self, recorded: Sequence[torch.Tensor]) -> None:
         """Ends `use` outside of a pass; `recorded` are the results that autograd knows the way to."""
@@ -98,12 +110,13 @@ class House:
 
         Raises ModelError where other ranks may have other values, and where a parameter's `.data` was replaced.
         """
+        replaced = [position for position in unit.replaced() if not unit.undo_cast(position)]
         edited = unit.edits() + self.changed_by_hand(unit)
-        replaced = unit.replaced()
         if not edited and not replaced:
             return
         unit.note_versions()
-        what, name = ("changed in place", unit.names[edited[0]]) if edited else ("replaced", unit.names[replaced[0]])
+        # To replace it is a change in place as well, to a version counter.
+        what, name = ("replaced", unit.names[replaced[0]]) if replaced else ("changed in place", unit.names[edited[0]])
         if replaced or self.ranks.world > 1:
             for position in replaced:
                 unit.params[position].data = unit.views[position]
@@ -122,6 +135,11 @@ class House:
             return []
         seats = [seat for seat in self.handed_out if seat.unit is unit and not seat.holds]
         return [seat.position for seat in seats if seat.changed_by_hand(seat.param)]
+
+    def forget_by_hand(self) -> None:
+        """Values change by the engine's own hand."""
+        for seat in [each for each in self.handed_out if not each.holds]:
+            del self.handed_out[seat]
 
     def barrier(self, name: str) -> None:
         """Until every rank is here."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from enum import Enum, auto
 
-__all__ = ["Home", "UnitState"]
+import torch
+
+__all__ = ["Home", "UnitState", "in_backward"]
 
 
 class Home(Enum):
@@ -27,3 +29,8 @@ class UnitState(Enum):
 
     RELEASED = auto()
     GATHERED = auto()
+
+
+def in_backward() -> bool:
+    """Whether this thread is inside an autograd backward pass."""
+    return torch._C._current_graph_task_id() != -1

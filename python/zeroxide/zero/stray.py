@@ -47,7 +47,7 @@ def _serve(bringer: _core.Bringer, found: weakref.ref[Hooks]) -> None:
         problem: str | None = None
         try:
             hooks = found()
-            if hooks is None or not hooks.is_passing():
+            if hooks is None or not (hooks.is_passing() or hooks.uses_apart):
                 raise ModelError("its parts are on several ranks, which meet only during a forward or backward")
             hooks.gatherer.bring(hooks.units[index])
         except (ZeroxideError, RuntimeError) as error:

@@ -155,6 +155,20 @@ class Unit:
         ]
         return [position for position in found if position not in self.lent]
 
+    def undo_cast(self, position: int) -> bool:
+        """Whether a parameter shows its values in a wider dtype, as in a module that casts itself in forward; if so, it
+        shows its own again.
+        """
+        param, view = self.params[position], self.views[position]
+        with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
+            shown = param.detach()
+            same = shown.dtype is not view.dtype and shown.shape == view.shape and shown.is_cpu
+            if not same or not torch.equal(shown.to(view.dtype), view):
+                return False
+        reveal(param, view)
+        self.versions[position] = param._version
+        return True
+
     def check_replaced(self, positions: list[int]) -> None:
         """Raises ModelError unless what was put in the parameters' place has their shape and dtype."""
         for position in positions:

@@ -191,7 +191,7 @@ impl Case {
             "each element is saved by one rank"
         );
         for core in &cores {
-            core.close().expect("nothing in the way");
+            core.close(&[]).expect("nothing in the way");
         }
         let left = directory.path().read_dir().expect("exists").count();
         assert_eq!(left, 0, "scratch files are removed");
