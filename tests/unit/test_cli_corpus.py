@@ -28,6 +28,36 @@ def test_default_is_the_standard_library():
     assert 0.005 < sum(d.num_bytes for d in held_out) / corpus.num_bytes < 0.06
 
 
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A folder that stands for the standard library."""
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    return tmp_path
+
+
+TABLE = "".join(f"    0x{code:04X}: '\\u{code:04x}',  # LATIN CAPITAL LETTER\n" for code in range(200))
+
+
+def test_tables_are_left_out_of_the_standard_library_alone(library):
+    code = "def function(argument):\n    return argument + 1\n"
+    make(library, {"code.py": code, "both.py": code * 400 + TABLE, "table.py": TABLE, "charset/table.py": TABLE})
+    assert names(gather(())) == ["both.py", "code.py"]
+    assert names(gather([str(library)])) == ["both.py", "charset/table.py", "code.py", "table.py"]
+
+
+@pytest.mark.parametrize(("upper", "kept"), [(49, True), (50, True), (51, False)])
+def test_half_of_the_characters_make_a_table_white_space_aside(library, upper, kept):
+    make(library, {"code.py": "code", "text.py": "a" * (100 - upper) + " \n\t" * 1000 + "A" * upper})
+    assert names(gather(())) == (["code.py", "text.py"] if kept else ["code.py"])
+
+
+def test_the_codecs_tables_are_left_out_and_their_code_is_not():
+    found = names(gather(()))
+    assert "encodings/cp1252.py" not in found
+    assert "html/entities.py" not in found
+    assert {"encodings/utf_8.py", "encodings/idna.py", "_pydecimal.py", "pydoc_data/topics.py"} <= set(found)
+
+
 def test_folders_files_and_globs(tmp_path):
     make(
         tmp_path,

@@ -8,8 +8,8 @@ from zeroxide.errors import ConfigError
 
 
 def test_defaults_resolve():
-    options = TrainOptions(steps=300).checked()
-    assert options.warmup == 30
+    options = TrainOptions(steps=60).checked()
+    assert options.warmup == 20
     assert options.format == "split"
     assert options.threads == len(os.sched_getaffinity(0))
     assert TrainOptions(steps=10_000).checked().warmup == 100
@@ -29,6 +29,7 @@ def test_defaults_resolve():
         ({"lr": 0.0}, "--lr must be a number above 0"),
         ({"lr": float("nan")}, "--lr"),
         ({"lr": float("inf")}, "--lr"),
+        ({"bias_lr": 0.0}, "--bias-lr must be a number above 0"),
         ({"clip": -1.0}, "--clip"),
         ({"weight_decay": float("nan")}, "--weight-decay"),
         ({"seed": -1}, "--seed"),
@@ -99,9 +100,9 @@ def test_every_option_either_conflicts_or_is_known_to_change_no_number():
     """A new option must be sorted into one of the two, or this fails."""
     other = TrainOptions(
         model="tiny", data=("x",), offload="cpu", host_memory="1GiB", steps=7, batch_size=7, seq_len=7, lr=7.0,
-        warmup=2, schedule="linear", weight_decay=7.0, clip=7.0, accumulate=7, dtype="fp32", seed=7, eval_every=7,
-        eval_batches=7, save_every=7, out="x", sample_prompt="x", sample_tokens=7, threads=7, format="fp32",
-        activation_checkpointing=True, io_engine="threads",
+        bias_lr=7.0, warmup=2, schedule="linear", weight_decay=7.0, clip=7.0, accumulate=7, dtype="fp32", seed=7,
+        eval_every=7, eval_batches=7, save_every=7, out="x", sample_prompt="x", sample_tokens=7, threads=7,
+        format="fp32", activation_checkpointing=True, io_engine="threads",
     )  # fmt: skip
     base = TrainOptions()
     for field in dataclasses.fields(TrainOptions):

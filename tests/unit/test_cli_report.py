@@ -2,6 +2,8 @@ import io
 import json
 import math
 
+import pytest
+
 from zeroxide.cli.training.plot import read, smoothed
 from zeroxide.cli.training.report import Reporter, StepFigures, describe_memory
 
@@ -105,3 +107,9 @@ def test_the_plot_takes_the_last_word_on_a_step(tmp_path):
 def test_smoothing_starts_at_the_first_value():
     assert smoothed([2.0, 2.0, 2.0]) == [2.0, 2.0, 2.0]
     assert smoothed([]) == []
+
+
+@pytest.mark.parametrize(("steps", "lag"), [(5, 0), (60, 5), (1000, 9)])
+def test_the_smoothed_curve_lags_by_less_than_a_tenth_of_the_run(steps, lag):
+    """On a line the average of weights (1 - k) k^i lies k / (1 - k) steps behind: n - 1 for k = 1 - 1/n."""
+    assert smoothed([float(step) for step in range(steps)])[-1] == pytest.approx(steps - 1 - lag, abs=0.01)

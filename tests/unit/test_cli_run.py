@@ -118,11 +118,11 @@ def test_what_the_engine_is_asked_for(options):
     assert config["gradient_accumulation_steps"] == 2
     assert fake.arguments["offload"] == "cpu"
     assert fake.arguments["host_memory"] == "2GiB"
-    decayed, plain = fake.arguments["model_parameters"]
+    decayed, *plain = fake.arguments["model_parameters"]
     assert decayed["weight_decay"] == 0.2
-    assert plain["weight_decay"] == 0.0
+    assert {group["weight_decay"] for group in plain} == {0.0}
     assert {parameter.ndim for parameter in decayed["params"]} == {2}
-    assert {parameter.ndim for parameter in plain["params"]} == {1}
+    assert {parameter.ndim for group in plain for parameter in group["params"]} == {1}
 
 
 def test_the_config_is_one_that_zeroxide_takes(options):
@@ -318,6 +318,28 @@ def test_fine_tuning_starts_from_the_weights_and_their_tokenizer(options, tmp_pa
         for path in (tmp_path / "tuned" / "model", folder)
     )
     assert ours == theirs
+
+
+def rates(fake):
+    """The peak rate of every parameter, by name, in the engine that the run made."""
+    names = {id(parameter): name for name, parameter in fake.engine.module.named_parameters()}
+    groups = fake.engine.optimizer.param_groups
+    return {names[id(p)]: (group["initial_lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+
+
+def test_biases_have_a_rate_of_their_own_until_they_are_loaded(options, tmp_path, capsys):
+    fake = FakeInitialize()
+    run(options(lr=1e-3, bias_lr=2e-2, weight_decay=0.5, dtype="bf16"), initialize=fake)
+    assert "lr 0.001 (biases 0.02) cosine" in capsys.readouterr().out
+    drawn = rates(fake)
+    assert drawn.keys() == dict(fake.engine.module.named_parameters()).keys()
+    for name, rate in drawn.items():
+        expected = (2e-2, 0.0) if name.endswith(".bias") else (1e-3, 0.0 if ".ln_" in name else 0.5)
+        assert rate == expected, name
+    folder, fake = str(tmp_path / "run" / "model"), FakeInitialize()
+    run(options(model=folder, out=str(tmp_path / "tuned"), steps=1, lr=1e-3, bias_lr=2e-2), initialize=fake)
+    assert {rate for rate, _ in rates(fake).values()} == {1e-3}
+    assert "(biases" not in capsys.readouterr().out
 
 
 def test_activation_checkpointing_gives_the_same_numbers(options, tmp_path):

@@ -48,10 +48,13 @@ def train(
     ] = _DEFAULT.batch_size,
     seq_len: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_MODEL)] = _DEFAULT.seq_len,
     lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_MODEL)] = _DEFAULT.lr,
+    bias_lr: Annotated[
+        float, typer.Option(help="Peak learning rate of biases, from scratch.", rich_help_panel=_MODEL)
+    ] = _DEFAULT.bias_lr,
     warmup: Annotated[
         int | None,
         typer.Option(
-            help="Steps of linear warm-up. Default: a tenth of the run, at most 100.",
+            help="Steps of linear warm-up. Default: a third of the run, at most 100.",
             show_default=False,
             rich_help_panel=_MODEL,
         ),
@@ -131,6 +134,7 @@ def train(
         batch_size=batch_size,
         seq_len=seq_len,
         lr=lr,
+        bias_lr=bias_lr,
         warmup=warmup,
         schedule=schedule,
         weight_decay=weight_decay,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import string
 import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from zeroxide.errors import DataError
 __all__ = ["Corpus", "Document", "gather"]
 
 _HELD_OUT_SHARE = 0.02
+_LEAST_LOWER_CASE = 0.5
 _PROBE_BYTES = 8192
 _SKIPPED_FOLDERS = frozenset({"__pycache__", "site-packages", "dist-packages"})
 _STANDARD_LIBRARY_TESTS = frozenset({"test", "tests", "idle_test"})
@@ -64,6 +66,9 @@ class Corpus:
 def gather(specifications: Sequence[str]) -> Corpus:
     """Collect the files that `specifications` (files, folders, globs) name; none: Python's standard library.
 
+    Of the standard library, tables are left out: they are a sixth of its tokens, and teach a model little but quotes
+    and hexadecimal numbers. Of what the user names, nothing is.
+
     Below a folder every regular file that looks like text counts, hidden ones excepted. A file named outright must be
     text. Raises `DataError`, naming the specification, where there is nothing to read.
     """
@@ -79,9 +84,9 @@ def gather(specifications: Sequence[str]) -> Corpus:
     else:
         root = Path(sysconfig.get_path("stdlib"))
         for path in _walk(root, _SKIPPED_FOLDERS | _STANDARD_LIBRARY_TESTS):
-            if path.suffix == ".py" and _is_text(path):
+            if path.suffix == ".py" and _is_text(path) and not _is_table(path):
                 found[path] = _document(path.relative_to(root).as_posix(), path)
-        description = "the source text of Python's standard library"
+        description = "the source text of Python's standard library without its tables"
     documents = sorted((d for d in found.values() if d.num_bytes), key=lambda d: (d.name, str(d.path)))
     if not documents:
         raise DataError(f"the data is empty: {description} holds no text", path=next(iter(specifications), None))
@@ -147,6 +152,20 @@ def _is_text(path: Path) -> bool:
         # A character cut in two by the end of the probe is no fault of the file.
         return len(head) == _PROBE_BYTES and error.start >= _PROBE_BYTES - 3
     return True
+
+
+def _is_table(path: Path) -> bool:
+    """Whether fewer than half of the characters that are not white space are lower-case ASCII letters.
+
+    Tables, such as those of character sets, consist of numbers, punctuation and upper-case names. The two lie well
+    apart: files with a share below 0.4 hold 11 % of the standard library's text, those above 0.65 hold 86 %.
+    """
+    try:
+        dense = path.read_bytes().translate(None, string.whitespace.encode())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    others = dense.translate(None, string.ascii_lowercase.encode())
+    return len(dense) - len(others) < _LEAST_LOWER_CASE * len(dense)
 
 
 def _document(name: str, path: Path) -> Document:

@@ -30,6 +30,7 @@ def make_engine(
 
     notes: list[str] = []
     weights: FromSafetensors | FromScratch
+    bias_lr = options.lr
     if choice.has_weights and choice.directory is not None:
         weights = FromSafetensors(model, choice.directory)
         if weights.unexpected:
@@ -37,6 +38,7 @@ def make_engine(
             notes.append(f"not part of this model, left out: {', '.join(weights.unexpected[:3])}{more}")
     else:
         weights = FromScratch(model, options.seed)
+        bias_lr = options.bias_lr
     model.loss_function = causal_lm_loss
     if options.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
@@ -51,7 +53,7 @@ def make_engine(
         initialize = zeroxide.initialize
     engine, *_ = initialize(
         model=model,
-        model_parameters=_parameter_groups(model, options),
+        model_parameters=_parameter_groups(model, options, bias_lr),
         lr_scheduler=lambda optimizer: _scheduler(optimizer, options),
         config=_engine_config(options),
         offload=options.offload,
@@ -67,14 +69,21 @@ def _scheduler(optimizer: torch.optim.Optimizer, options: TrainOptions) -> torch
     return LambdaLR(optimizer, lambda step: fraction_of_peak(step, options))
 
 
-def _parameter_groups(model: torch.nn.Module, options: TrainOptions) -> list[dict[str, Any]]:
-    """Split the parameters: decay matrices, leave vectors (biases, norms) alone."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
-    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+def _parameter_groups(model: torch.nn.Module, options: TrainOptions, bias_lr: float) -> list[dict[str, Any]]:
+    """Split the parameters: decay matrices, leave vectors (biases, norms) alone, and train biases at their own rate.
+
+    What a young model learns first is one direction in its activations that depends on no input: how frequent each
+    token is. Adam moves each element by about the rate, and one of a matrix acts through hundreds of inputs, one of a
+    bias through none. At one rate matrices make that direction, as a product with the input, which comes out with the
+    wrong sign for some inputs, at some step (docs/recipe.md). Weights that are loaded know it already.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    matrices = [parameter for _, parameter in named if parameter.ndim >= 2]
+    vectors = [(name.rpartition(".")[2], parameter) for name, parameter in named if parameter.ndim < 2]
     groups = [
-        {"params": matrices, "weight_decay": options.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": matrices, "lr": options.lr, "weight_decay": options.weight_decay},
+        {"params": [parameter for name, parameter in vectors if name != "bias"], "lr": options.lr, "weight_decay": 0.0},
+        {"params": [parameter for name, parameter in vectors if name == "bias"], "lr": bias_lr, "weight_decay": 0.0},
     ]
     return [group for group in groups if group["params"]]
 

@@ -189,6 +189,7 @@ def _load_checkpoint(this: Running, record: Record) -> None:
 def _announce(this: Running, notes: list[str]) -> None:
     options, choice, data = this.options, this.choice, this.data
     origin = "fine-tuned" if choice.has_weights else "from scratch"
+    biases = "" if choice.has_weights else f" (biases {options.bias_lr:g})"
     plan = this.engine.plan()
     rows = [
         ("model", f"{choice.name}, {this.num_parameters:,} parameters, {options.dtype}, {origin}"),
@@ -200,8 +201,9 @@ def _announce(this: Running, notes: list[str]) -> None:
         (
             "training",
             f"{options.steps} steps of {options.tokens_per_step:,} tokens "
-            f"({options.batch_size} x {options.seq_len} x {options.accumulate}), AdamW, lr {options.lr:g} "
-            f"{options.schedule} after {options.warmup} steps, clip {options.clip:g}, seed {options.seed}",
+            f"({options.batch_size} x {options.seq_len} x {options.accumulate}), AdamW, "
+            f"lr {options.lr:g}{biases} {options.schedule} after {options.warmup} steps, clip {options.clip:g}, "
+            f"seed {options.seed}",
         ),
         ("disk", str(this.engine.io().get("engine", ""))),
     ]

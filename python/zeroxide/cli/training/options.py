@@ -37,14 +37,16 @@ class TrainOptions:
     """Budget for the resident memory of the whole process, as `2GiB`; None: no limit."""
     steps: int = 100
     """Optimizer steps in the whole run, those before a resume included."""
-    batch_size: int = 4
+    batch_size: int = 8
     """Sequences per micro-batch."""
-    seq_len: int = 256
+    seq_len: int = 128
     """Tokens per sequence."""
-    lr: float = 3e-4
+    lr: float = 1e-4
     """Peak learning rate."""
+    bias_lr: float = 3e-2
+    """Peak learning rate of biases whose values are drawn; those that are loaded get `lr`."""
     warmup: int | None = None
-    """Steps of linear warm-up; None: a tenth of the run, at most 100."""
+    """Steps of linear warm-up; None: a third of the run, at most 100."""
     schedule: str = "cosine"
     """What the learning rate does after warm-up: `cosine` or `linear` decay, or `constant`."""
     weight_decay: float = 0.1
@@ -89,7 +91,8 @@ class TrainOptions:
         _count("eval_batches", self.eval_batches, 1)
         _count("threads", self.threads, 0, 4096)
         _count("seed", self.seed, 0, 2**63 - 1)
-        _number("lr", self.lr, least=0.0, most=100.0, above=True)
+        for name in ("lr", "bias_lr"):
+            _number(name, getattr(self, name), least=0.0, most=100.0, above=True)
         _number("weight_decay", self.weight_decay, least=0.0, most=100.0)
         _number("clip", self.clip, least=0.0, most=1e12)
         for name, choices in (
@@ -103,7 +106,9 @@ class TrainOptions:
         state_format = self.format or ("split" if self.dtype == "bf16" else "fp32")
         if state_format == "split" and self.dtype != "bf16":
             raise ConfigError(f"--format split needs --dtype bf16, got {self.dtype}", path="format")
-        warmup = min(100, self.steps // 10) if self.warmup is None else self.warmup
+        # Adam's first updates move every weight by the full rate, however small its gradient, and those of rarely seen
+        # tokens all the same way. A short run has little else than first updates.
+        warmup = min(100, self.steps // 3) if self.warmup is None else self.warmup
         _count("warmup", warmup, 0)
         if self.schedule != "constant" and warmup >= self.steps and self.steps > 1:
             raise ConfigError(
@@ -182,6 +187,7 @@ _DECIDE_THE_NUMBERS = (
     "batch_size",
     "seq_len",
     "lr",
+    "bias_lr",
     "warmup",
     "schedule",
     "weight_decay",

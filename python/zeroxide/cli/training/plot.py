@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-_SMOOTHING = 0.9
+_LONGEST_AVERAGE = 10
 
 
 def read(log: Path) -> tuple[dict[int, float], dict[int, float]]:
@@ -29,11 +29,16 @@ def read(log: Path) -> tuple[dict[int, float], dict[int, float]]:
 
 
 def smoothed(values: list[float]) -> list[float]:
-    """Return the exponential moving average of `values`, corrected for its start at zero."""
+    """Return the exponential moving average of `values`, corrected for its start at zero.
+
+    It looks back over a tenth of the run, and over ten steps at most: the average of a falling curve lies above it by
+    what the curve fell in that time, which in a short run would be much of the picture.
+    """
+    kept = 1 - 1 / min(_LONGEST_AVERAGE, max(1.0, len(values) / 10))
     average, result = 0.0, []
     for count, value in enumerate(values, 1):
-        average = _SMOOTHING * average + (1 - _SMOOTHING) * value
-        result.append(average / (1 - _SMOOTHING**count))
+        average = kept * average + (1 - kept) * value
+        result.append(average / (1 - kept**count))
     return result
 
 
