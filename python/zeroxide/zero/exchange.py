@@ -26,6 +26,7 @@ from zeroxide.ranks import Ranks, Watch
 from zeroxide.zero.messages import Flight, Messages
 from zeroxide.zero.moving import MovingWeights
 from zeroxide.zero.plan import Plan
+from zeroxide.zero.state import Home
 from zeroxide.zero.tensors import memory_at
 from zeroxide.zero.unit import Unit
 
@@ -130,7 +131,7 @@ class Alone:
 class _Carrier:
     """What both carriers have: weights that move, and what has left this rank."""
 
-    def __init__(self, core: _core.Offload, messages: Messages, wire: torch.dtype) -> None:
+    def __init__(self, core: _core.Offload, messages: Messages, wire: torch.dtype, stays: bool) -> None:
         self.core = core
         self.messages = messages
         self.ranks = messages.ranks
@@ -138,7 +139,7 @@ class _Carrier:
         self.wire = wire
         self.closed: set[int] = set()
         self.broken = False
-        self.moved = MovingWeights(core, messages)
+        self.moved = MovingWeights(core, messages, stays)
         self._reduced_bytes = 0
 
     @property
@@ -175,9 +176,16 @@ class SharedExchange(_Carrier):
     """Between ranks of one host, through shared memory."""
 
     def __init__(
-        self, core: _core.Offload, units: list[Unit], messages: Messages, wire: torch.dtype, *, visible: bool
+        self,
+        core: _core.Offload,
+        units: list[Unit],
+        messages: Messages,
+        wire: torch.dtype,
+        *,
+        visible: bool,
+        stays: bool,
     ) -> None:
-        super().__init__(core, messages, wire)
+        super().__init__(core, messages, wire, stays)
         self.shown = units if visible else []
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.waiting: list[Unit] = []
@@ -245,8 +253,9 @@ class CollectiveExchange(_Carrier):
         *,
         replicated: bool,
         visible: bool,
+        stays: bool,
     ) -> None:
-        super().__init__(core, messages, wire)
+        super().__init__(core, messages, wire, stays)
         self.replicated = replicated
         self.visible = visible
         self.refreshed = units if visible and not replicated else []
@@ -335,9 +344,12 @@ def make_exchange(
     """What carries the units of `plan` between its ranks; `wire` is the dtype in which gradients travel."""
     if plan.world == 1:
         return Alone(core, visible=plan.visible)
+    stays = plan.weights is Home.HOST
     if plan.wire == "shared":
-        return SharedExchange(core, units, messages, wire, visible=plan.visible)
-    return CollectiveExchange(core, units, messages, wire, replicated=plan.replicated, visible=plan.visible)
+        return SharedExchange(core, units, messages, wire, visible=plan.visible, stays=stays)
+    return CollectiveExchange(
+        core, units, messages, wire, replicated=plan.replicated, visible=plan.visible, stays=stays
+    )
 
 
 def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:

@@ -23,10 +23,12 @@ class MovingWeights:
     received beside it, and everything appears at once.
     """
 
-    def __init__(self, core: _core.Offload, messages: Messages) -> None:
+    def __init__(self, core: _core.Offload, messages: Messages, stays: bool) -> None:
         self.core = core
         self.messages = messages
         self.sent_bytes = 0
+        # Weights that are at home in host memory lie under their windows at all times.
+        self._stays = stays
         # A reader that nothing announced is served by a thread of its own.
         self._busy = threading.RLock()
         self._flights: dict[int, Flight] = {}
@@ -39,7 +41,7 @@ class MovingWeights:
         """Makes all of the unit's weights readable. Idempotent. Raises RanksError, StorageError."""
         with self._busy:
             if unit.index not in self._flights:
-                if self.core.gather(unit.index, _has_readers(unit)):
+                if self.core.gather(unit.index, self._has_readers(unit)):
                     return
                 self._start(unit)
             self._receive(unit.index)
@@ -47,7 +49,7 @@ class MovingWeights:
     def gather_ahead(self, unit: Unit) -> bool:
         """Begins to gather the unit and holds it, if there is room beside the units that are held."""
         with self._busy:
-            whole = self.core.gather_ahead(unit.index, _has_readers(unit))
+            whole = self.core.gather_ahead(unit.index, self._has_readers(unit))
             if whole is None:
                 return False
             if not whole:
@@ -109,7 +111,6 @@ class MovingWeights:
             self._coming.discard(index)
             self._unseen.discard(index)
 
-
-def _has_readers(unit: Unit) -> bool:
-    """Whether somebody may read the unit while its parts arrive: by its parameters, or by views from before."""
-    return unit.state is UnitState.GATHERED or unit.has_readers()
+    def _has_readers(self, unit: Unit) -> bool:
+        """Whether somebody may read the unit while its parts arrive: by its parameters, or by views from before."""
+        return not self._stays and (unit.state is UnitState.GATHERED or unit.has_readers())
