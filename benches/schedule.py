@@ -27,10 +27,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from zeroxide import ranks as ranks_of
+from zeroxide import distributed as ranks_of
 from zeroxide.config import load
-from zeroxide.zero.plan import make_plan
-from zeroxide.zero.schedule import collectives, padded
+from zeroxide.plan.plan import make_plan
+from zeroxide.plan.schedule import collectives, padded
 
 MODELS = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},

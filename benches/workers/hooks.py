@@ -20,7 +20,8 @@ import torch
 from transformers import GPT2LMHeadModel
 
 import zeroxide
-from zeroxide.zero import hooks, reduce
+from zeroxide.zero import hooks
+from zeroxide.zero.reduce import reducer as reduce
 
 WARM_UP = 2
 HOOKS = ("_enter", "_before", "_after", "_leave", "begin_backward", "_before_backward", "end_backward")

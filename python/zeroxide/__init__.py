@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zeroxide import errors, optim, zero
-    from zeroxide.arguments import add_config_arguments
-    from zeroxide.engine import Engine
+    from zeroxide.config.arguments import add_config_arguments
+    from zeroxide.distributed import init_distributed
+    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.entry import initialize
     from zeroxide.errors import ZeroxideError
-    from zeroxide.initialize import initialize
     from zeroxide.optim import AdamW
-    from zeroxide.ranks import init_distributed
     from zeroxide.zero import (
         safe_get_full_fp32_param,
         safe_get_full_grad,
@@ -58,11 +58,11 @@ __all__ = [
 
 _HOMES = {
     "AdamW": "zeroxide.optim",
-    "Engine": "zeroxide.engine",
-    "add_config_arguments": "zeroxide.arguments",
+    "Engine": "zeroxide.engine.engine",
+    "add_config_arguments": "zeroxide.config.arguments",
     "ZeroxideError": "zeroxide.errors",
-    "init_distributed": "zeroxide.ranks",
-    "initialize": "zeroxide.initialize",
+    "init_distributed": "zeroxide.distributed",
+    "initialize": "zeroxide.engine.entry",
 }
 
 

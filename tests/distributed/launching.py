@@ -29,7 +29,7 @@ import zeroxide
 PREAMBLE = """
 import os, sys, time
 import torch
-from zeroxide.ranks import start
+from zeroxide.distributed import start
 torch.set_num_threads(1)
 ranks = start(timeout_seconds=60)
 
@@ -39,7 +39,7 @@ def say(*words):
 
 LIGHT = """
 import json, os, sys, threading, time
-from zeroxide.ranks.place import Ranks
+from zeroxide.distributed.collectives import Ranks
 
 def say(*words):
     print(*words, flush=True)

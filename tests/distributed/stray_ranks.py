@@ -17,7 +17,7 @@ from torch import nn
 
 import zeroxide
 from zeroxide.errors import ModelError
-from zeroxide.zero import plan
+from zeroxide.plan import plan
 
 WIDTH, LAYERS = 64, 6
 torch.set_num_threads(1)

@@ -11,9 +11,9 @@ from launching import run_ranks
 from torch import nn
 
 from zeroxide.config import Config, Offload, Optimizer, load
+from zeroxide.distributed import Ranks, agree, config_facts, model_facts, name_ranks, sampler_facts, version_facts
+from zeroxide.distributed.facts import PER_RANK
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Ranks, agree, config_facts, model_facts, name_ranks, sampler_facts, version_facts
-from zeroxide.ranks.facts import PER_RANK
 
 # One job tries them all: every rank states facts, catches the line, and goes on with the next.
 CASES = """
@@ -23,7 +23,7 @@ from torch.utils.data import DistributedSampler
 import zeroxide._core
 from zeroxide.config import load
 from zeroxide.errors import RanksError
-from zeroxide.ranks import agree, config_facts, model_facts, sampler_facts, version_facts
+from zeroxide.distributed import agree, config_facts, model_facts, sampler_facts, version_facts
 
 odd = ranks.rank == 2
 config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 0}}

@@ -13,14 +13,14 @@ import time
 import pytest
 from launching import LIGHT, Job
 
+from zeroxide.distributed.health import door as door_module
+from zeroxide.distributed.health.activity import Activity
+from zeroxide.distributed.health.connection import Wire, connect
+from zeroxide.distributed.health.door import TOKEN_BYTES, Door, introduction, listen
+from zeroxide.distributed.health.endpoint import Hub
+from zeroxide.distributed.health.failure_detector import Judge, Member
+from zeroxide.distributed.host import Process, host_identity
 from zeroxide.errors import RanksError
-from zeroxide.ranks import door as door_module
-from zeroxide.ranks.activity import Activity
-from zeroxide.ranks.door import TOKEN_BYTES, Door, introduction, listen
-from zeroxide.ranks.host import Process, host_identity
-from zeroxide.ranks.judge import Judge, Member
-from zeroxide.ranks.sides import Hub
-from zeroxide.ranks.wire import Wire, connect
 
 TOKEN = bytes(range(TOKEN_BYTES))
 FRAME = 8 + TOKEN_BYTES + 4
@@ -326,7 +326,7 @@ def test_without_an_interface_it_says_what_to_set(monkeypatch):
 JOB = """
 import resource, socket, threading
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Watch
+from zeroxide.distributed import Watch
 
 watch = Watch(ranks, timeout=3.0, interval=0.2, grace=0.5, cleanup=20.0)
 ranks.barrier()

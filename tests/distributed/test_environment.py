@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from zeroxide.distributed.launch import Place, read_environment, split_nodes
 from zeroxide.errors import RanksError
-from zeroxide.ranks.environment import Place, read_environment, split_nodes
 
 TORCHRUN = {
     "RANK": "3",

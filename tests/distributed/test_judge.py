@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
-from zeroxide.ranks.activity import Activity, as_doing, describe, summary
-from zeroxide.ranks.host import Process, host_identity
-from zeroxide.ranks.judge import Judge, Member
+from zeroxide.distributed.health.activity import Activity, as_doing, describe, summary
+from zeroxide.distributed.health.failure_detector import Judge, Member
+from zeroxide.distributed.host import Process, host_identity
 
 TIMEOUT = 10.0
 SETTLE = 0.5

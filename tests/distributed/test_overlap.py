@@ -18,7 +18,7 @@ import json
 import torch
 from torch import nn
 import zeroxide
-from zeroxide import engine as engine_module
+from zeroxide.engine import engine as engine_module
 from zeroxide.zero import messages
 
 WIDTH = 512

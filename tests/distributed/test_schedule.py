@@ -13,9 +13,9 @@ import json
 import torch
 from torch import nn
 import zeroxide
-from zeroxide import engine as engine_module
+from zeroxide.engine import engine as engine_module
 from zeroxide.zero import messages
-from zeroxide.zero.schedule import collectives, sent_bytes
+from zeroxide.plan.schedule import collectives, sent_bytes
 
 class Block(nn.Module):
     def __init__(self, width):

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from launching import PACKAGE, Job, free_port, run_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from zeroxide.distributed import Ranks, Watch, agree, init_distributed, start
+from zeroxide.distributed import collectives as place
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Ranks, Watch, agree, init_distributed, place, start
 
 COLLECTIVES = """
 import json, math
 import torch.distributed as dist
-from zeroxide.ranks import all_gather_single
+from zeroxide.distributed import all_gather_single
 
 words = "e\u00e9" * (500 * ranks.rank)
 objects = ranks.gather_objects({"rank": ranks.rank, "list": [1, None, 0.1], "words": words})
@@ -73,7 +74,7 @@ import torch, torch.distributed as dist
 rank, world = int(os.environ.pop("RANK")), int(os.environ.pop("WORLD_SIZE"))
 dist.init_process_group(sys.argv[1], rank=rank, world_size=world, init_method="env://")
 mine = dist.group.WORLD
-from zeroxide.ranks import start
+from zeroxide.distributed import start
 ranks = start()
 assert (ranks.rank, ranks.world, ranks.local_rank, ranks.local_world) == (rank, world, rank, world)
 assert not ranks.owned
@@ -127,8 +128,8 @@ def test_a_single_rank_has_no_process_group(no_launcher):
 
 def test_neither_zeroxide_nor_its_ranks_load_torch():
     source = (
-        "import sys, zeroxide; print(sorted({'torch', 'zeroxide.ranks'} & set(sys.modules))); "
-        "import zeroxide.ranks; print('torch' in sys.modules)"
+        "import sys, zeroxide; print(sorted({'torch', 'zeroxide.distributed'} & set(sys.modules))); "
+        "import zeroxide.distributed; print('torch' in sys.modules)"
     )
     done = subprocess.run(
         [sys.executable, "-c", source], env={"PYTHONPATH": str(PACKAGE)}, capture_output=True, text=True, check=True
@@ -185,7 +186,7 @@ else:
     url = f"tcp://127.0.0.1:{os.environ['MASTER_PORT']}"
     zeroxide.init_distributed("gloo", init_method=url, verbose=False, rank=2, world_size=3)
 zeroxide.init_distributed()
-from zeroxide.ranks import start
+from zeroxide.distributed import start
 ranks = start()
 assert (ranks.rank, ranks.world, ranks.owned) == (rank, 3, False)
 ranks.barrier()
@@ -260,7 +261,7 @@ def test_ranks_that_may_not_open_one_anothers_memory_say_so():
     # Catches: taking one host for enough; a rank that decides alone would wait for the others' shared memory for ever.
     source = """
     import sys
-    starting = sys.modules["zeroxide.ranks.start"]
+    starting = sys.modules["zeroxide.distributed.process_group"]
     say(ranks.same_host, ranks.shares_memory)
     if ranks.rank == 1:
         starting._opens = lambda path: False

@@ -17,7 +17,7 @@ from launching import LIGHT, PREAMBLE, Job, run_ranks
 QUICK = """
 import threading
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Watch
+from zeroxide.distributed import Watch
 
 watch = Watch(ranks, timeout=1.5, interval=0.2, grace=0.5, cleanup=20.0)
 ranks.barrier()
@@ -105,7 +105,7 @@ def test_with_the_defaults_a_stopped_rank_is_named_before_15_seconds():
     """A thread of the same process counts to 15 s from the stop, and would say so."""
     source = """
 import signal, threading
-from zeroxide.ranks import Watch
+from zeroxide.distributed import Watch
 watch = Watch(ranks)
 pids = ranks.gather_objects(os.getpid())
 ranks.barrier()

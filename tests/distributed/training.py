@@ -26,8 +26,8 @@ from torch import nn
 from traces import Trace
 
 import zeroxide
-from zeroxide.engine import Engine
-from zeroxide.zero.tensors import spec
+from zeroxide.device.placement import spec
+from zeroxide.engine.engine import Engine
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 

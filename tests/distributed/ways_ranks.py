@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("zoo", "numer
 from ways import WAYS
 
 import zeroxide
-from zeroxide.zero import plan
+from zeroxide.plan import plan
 
 torch.set_num_threads(1)
 home, unit_bytes = sys.argv[1], int(sys.argv[2])

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import zeroxide
+from zeroxide.device.placement import spec
 from zeroxide.errors import CheckpointError
-from zeroxide.zero.tensors import spec
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 CALLS = ("open", "write", "fsync", "mkdir", "rename", "unlink", "rmdir")

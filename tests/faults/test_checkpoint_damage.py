@@ -12,7 +12,7 @@ import pytest
 import torch
 from saving import Model, refused, state, train
 
-from zeroxide.checkpoint import manifest
+from zeroxide.checkpoint.format import manifest
 from zeroxide.errors import CheckpointError
 
 # Damage ------------------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_missing_checkpoints_say_what_there_is(make, tmp_path, saved):
 def test_a_file_that_changes_after_it_was_verified_is_not_read(make, tmp_path, saved, monkeypatch):
     _, path = saved
     engine = make(seed=7)
-    from zeroxide.checkpoint import load
+    from zeroxide.checkpoint.load import load
 
     apply = load._Load.apply
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 from saving import CALLS, Model, engine_of, state, train
 
-from zeroxide.checkpoint import cutting
+from zeroxide.checkpoint.format import cutting
 from zeroxide.errors import CheckpointError, StorageError
 
 # Failing system calls ----------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(make, small_disk, monkeypatch):
-    monkeypatch.setattr("zeroxide.checkpoint.save._check_room", lambda *args: None)
+    monkeypatch.setattr("zeroxide.checkpoint.save.save._check_room", lambda *args: None)
     engine = make(model=Model(width=250))
     engine.save_checkpoint(small_disk, "one")
     expected = state(engine)

@@ -127,7 +127,7 @@ def test_damage_in_the_file_of_any_rank_is_named_by_all(pair, make, tmp_path, ki
 
 
 def test_a_newer_version_is_refused_by_all(pair, tmp_path):
-    from zeroxide.checkpoint import manifest
+    from zeroxide.checkpoint.format import manifest
 
     path = save(pair, tmp_path / "out", "tag")[0]
     body = json.loads((path / "manifest.json").read_text())
@@ -144,7 +144,7 @@ BACKGROUND = """
 import sys, time, os, signal
 sys.path[:0] = sys.argv[2:]
 from saving import engine_of, train
-from zeroxide.checkpoint import stream
+from zeroxide.checkpoint.format import stream
 engine = engine_of(config={"zeroxide": {"checkpoint_background": True}})
 train(engine)
 engine.save_checkpoint(sys.argv[1], "one")

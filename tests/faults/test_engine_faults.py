@@ -13,8 +13,8 @@ from models import batches, build
 
 import zeroxide
 from zeroxide import _core
+from zeroxide.device.placement import spec
 from zeroxide.errors import BudgetError, ConfigError, ModelError, StorageError
-from zeroxide.zero.tensors import spec
 
 
 def start(directory, **more):
@@ -233,7 +233,7 @@ import os, signal, sys, threading
 sys.path[:0] = {paths!r}
 import torch
 from test_engine_faults import batches, start, train
-from zeroxide.zero.tensors import spec
+from zeroxide.device.placement import spec
 engine = start(sys.argv[1])
 train(engine, 1)
 (batch,) = batches("gpt", 1)

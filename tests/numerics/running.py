@@ -14,8 +14,8 @@ from models import Batch, batches, build, loss_of
 from torch import nn
 
 import zeroxide
-from zeroxide.engine import Engine
-from zeroxide.zero.tensors import spec
+from zeroxide.device.placement import spec
+from zeroxide.engine.engine import Engine
 
 
 @dataclass(frozen=True)

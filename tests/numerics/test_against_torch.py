@@ -178,7 +178,7 @@ def test_losses_follow_plain_training(family, dtype, tmp_path):
 def test_a_tie_is_the_only_difference_to_torch_rounding():
     """Half-up and half-even give the same bf16 but for exact ties with an even lower neighbour: there, one ulp more."""
     from zeroxide import _core
-    from zeroxide.zero.tensors import spec
+    from zeroxide.device.placement import spec
 
     bits = torch.randint(-(2**31), 2**31 - 1, (200_000,), generator=torch.Generator().manual_seed(3))
     ties = (bits[:1000] & ~0xFFFF) | 0x8000

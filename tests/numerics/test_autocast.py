@@ -10,7 +10,7 @@ from models import VOCABULARY, WIDTH, batches, build, loss_of, next_token_loss, 
 from running import Mode, config_of, same_bits, started, state_of, weights_of
 from torch import nn
 
-from zeroxide.zero import large
+from zeroxide.zero.reduce import large_weights as large
 
 HOST = Mode()
 DISK = Mode("nvme", "nvme", "fp32", 2, "auto", 8192, 1 << 20)

@@ -7,8 +7,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 import zeroxide
+from zeroxide.device.placement import spec
 from zeroxide.optim import schedules
-from zeroxide.zero.tensors import spec
 
 VOCABULARY, WIDTH = 50, 32
 FP32_BUFFERS = {"data_types": {"buffer_dtype": "fp32"}}

@@ -7,9 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from zeroxide.checkpoint import agree, contents, description, export, load, save
-from zeroxide.ranks import Ranks
-from zeroxide.zero.tensors import spec
+from zeroxide.checkpoint import agree, contents
+from zeroxide.checkpoint.convert import export
+from zeroxide.checkpoint.load import load
+from zeroxide.checkpoint.save import description, save
+from zeroxide.device.placement import spec
+from zeroxide.distributed import Ranks
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
 SECONDS = 60

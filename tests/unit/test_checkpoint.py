@@ -8,7 +8,7 @@ from checkpointing import FP32_BUFFERS, PARTS, Model, assemble, assert_same, sta
 from safetensors import safe_open
 
 import zeroxide
-from zeroxide.checkpoint import cutting
+from zeroxide.checkpoint.format import cutting
 
 # The same bits -----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,10 @@ from checkpointing import Model, assemble, assert_same, freeze, state, train
 from several_ranks import join, on_all, put_together
 
 import zeroxide
-from zeroxide.checkpoint import contents, cutting, snapshot
-from zeroxide.checkpoint.snapshot import Slabs, SnapshotEnded
+from zeroxide.checkpoint import contents
+from zeroxide.checkpoint.format import cutting
+from zeroxide.checkpoint.save import snapshot
+from zeroxide.checkpoint.save.snapshot import Slabs, SnapshotEnded
 from zeroxide.errors import CheckpointError
 
 HOMES = [("none", "fp32"), ("none", "split"), ("cpu", "split"), ("nvme", "fp32"), ("nvme", "split")]
@@ -33,7 +35,7 @@ class Gate:
     """Holds the writer of every save up until it is opened."""
 
     def __init__(self, monkeypatch, after=0):
-        from zeroxide.checkpoint import stream
+        from zeroxide.checkpoint.format import stream
 
         self.opened = threading.Event()
         self.left = after
@@ -89,7 +91,7 @@ def test_the_files_are_those_of_a_save_in_the_foreground(background, make, tmp_p
 def test_too_little_memory_makes_the_update_wait_and_not_the_forward(background, make, tmp_path, monkeypatch, home):
     monkeypatch.setattr(contents, "CHUNK_ELEMENTS", 1 << 16)
     monkeypatch.setattr(contents.Staging.__init__, "__defaults__", (1 << 16,))
-    monkeypatch.setattr("zeroxide.checkpoint.background.CHUNK_BYTES", 4 << 16)
+    monkeypatch.setattr("zeroxide.checkpoint.save.background.CHUNK_BYTES", 4 << 16)
     gate = Gate(monkeypatch, after=3)
     saver = background(*home, memory=1 << 20, model=Model(**LARGE))
     train(saver, 0, 1)
@@ -184,7 +186,7 @@ def test_whatever_needs_the_end_of_a_save_waits_for_it(background, tmp_path, mon
 
 @pytest.mark.parametrize("act", ["save", "load", "destroy", "wait"])
 def test_a_failure_is_raised_at_the_next_chance_and_once(background, make, tmp_path, monkeypatch, caplog, act):
-    from zeroxide.checkpoint import stream
+    from zeroxide.checkpoint.format import stream
 
     saver = background(model=Model(**LARGE))
     saver.save_checkpoint(tmp_path / "out", "one")
@@ -288,7 +290,7 @@ def test_ranks_save_in_the_background_without_meeting(pair, make, tmp_path):
 @pytest.mark.parametrize("silent", [False, True], ids=["says so", "cannot even say so"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_rank_that_fails_fails_all_when_they_meet(pair, tmp_path, monkeypatch, failing, silent):
-    from zeroxide.checkpoint import background, save
+    from zeroxide.checkpoint.save import background, save
 
     on_all(pair, lambda engine: engine.save_checkpoint(tmp_path / "out", "one"))
     on_all(pair, lambda engine: engine.wait_for_checkpoint())
@@ -320,7 +322,7 @@ def test_a_rank_that_fails_fails_all_when_they_meet(pair, tmp_path, monkeypatch,
 
 
 def test_a_rank_that_is_destroyed_alone_waits_for_no_meeting(pair, tmp_path, monkeypatch):
-    from zeroxide.checkpoint import background, save
+    from zeroxide.checkpoint.save import background, save
 
     monkeypatch.setattr(background, "PATIENCE_SECONDS", 0.2)
     gone = threading.Event()

@@ -9,7 +9,7 @@ from checkpointing import VOCABULARY, Model, freeze, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from zeroxide.checkpoint import cutting
+from zeroxide.checkpoint.format import cutting
 
 # Exported models ---------------------------------------------------------------------------------------------------
 

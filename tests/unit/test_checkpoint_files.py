@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from zeroxide.checkpoint.cutting import Tensor, cut_into_files, whole
-from zeroxide.checkpoint.stream import DTYPES, Entry, StreamWriter
+from zeroxide.checkpoint.format.cutting import Tensor, cut_into_files, whole
+from zeroxide.checkpoint.format.stream import DTYPES, Entry, StreamWriter
 
 # The writer --------------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ engine, *_ = zeroxide.initialize(model=model, lr=1e-3, offload=f"nvme:{folder}",
                                  config={"zeroxide": {"staging_bytes": 16 << 20, "tile_bytes": 1 << 20}})
 engine.backward(engine(torch.ones(1, 2048, dtype=torch.bfloat16)))
 engine.step()
-import zeroxide.checkpoint.save, zeroxide.checkpoint.load, zeroxide.checkpoint.export
+import zeroxide.checkpoint.save.save, zeroxide.checkpoint.load.load, zeroxide.checkpoint.convert.export
 for act in ("save_checkpoint", "save_16bit_model", "load_checkpoint"):
     Path("/proc/self/clear_refs").write_text("5")
     before = hwm()

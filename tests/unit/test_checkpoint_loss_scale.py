@@ -95,7 +95,7 @@ def test_checkpoints_pass_between_scalings_and_precisions(make, tmp_path):
 
 
 def test_a_damaged_scale_is_refused(make, tmp_path):
-    from zeroxide.checkpoint.manifest import Manifest, read_manifest
+    from zeroxide.checkpoint.format.manifest import Manifest, read_manifest
 
     engine = fp16(make)
     path = engine.save_checkpoint(tmp_path / "out")

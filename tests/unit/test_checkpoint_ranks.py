@@ -15,7 +15,7 @@ import torch
 from checkpointing import PARTS, SCHEDULES, Model, assemble, freeze, state, train
 from several_ranks import join, on_all, own_state, put_together
 
-from zeroxide.checkpoint import cutting
+from zeroxide.checkpoint.format import cutting
 from zeroxide.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("sharded")
@@ -97,7 +97,7 @@ def test_ranks_may_hold_their_slices_in_any_order(make, tmp_path, monkeypatch):
 
 
 def test_loading_reads_only_the_ranges_that_a_rank_holds(make, tmp_path, monkeypatch):
-    from zeroxide.checkpoint import source
+    from zeroxide.checkpoint.load import source
 
     path = save(world(make, 1, steps=1), tmp_path / "out")
     engines = world(make, 4, seed=7)
@@ -117,7 +117,7 @@ def test_loading_reads_only_the_ranges_that_a_rank_holds(make, tmp_path, monkeyp
 
 
 def test_every_file_is_verified_by_one_rank(make, tmp_path, monkeypatch):
-    from zeroxide.checkpoint import source
+    from zeroxide.checkpoint.load import source
 
     path = save(world(make, 2, steps=1), tmp_path / "out")
     seen = []
@@ -145,7 +145,7 @@ def test_frozen_parameters_may_be_left_out_at_any_number_of_ranks(make, tmp_path
 
 def test_generators_go_on_rank_by_rank(make, tmp_path, monkeypatch):
     """Threads share a process's generators, so here a rank's are a number of its own."""
-    from zeroxide.checkpoint import generators
+    from zeroxide.checkpoint.format import generators
 
     present = {}
     engines = world(make, 2)
@@ -173,7 +173,7 @@ def test_schedules_go_on_at_all_ranks(make, tmp_path):
 
 
 def test_a_checkpoint_of_version_1_loads(make, tmp_path):
-    from zeroxide.checkpoint import manifest
+    from zeroxide.checkpoint.format import manifest
 
     saver = make()
     train(saver, 0, 2)
@@ -277,7 +277,7 @@ def test_another_model_is_refused_by_all(make, tmp_path):
 
 
 def test_a_rank_that_fails_while_filling_stops_all_and_says_so(make, tmp_path, monkeypatch):
-    from zeroxide.checkpoint import source
+    from zeroxide.checkpoint.load import source
 
     save(world(make, 2, steps=1), tmp_path / "out")
     engines = world(make, 2, seed=7)
@@ -357,7 +357,7 @@ def test_no_rank_writes_what_another_one_holds(make, tmp_path, monkeypatch):
 
 
 def test_an_export_that_fails_at_one_rank_leaves_the_folder_as_it_was(make, tmp_path, monkeypatch):
-    from zeroxide.checkpoint import export
+    from zeroxide.checkpoint.convert import export
     from zeroxide.errors import ConfigError, StorageError
 
     engines = world(make, 2)

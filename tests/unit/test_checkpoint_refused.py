@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from zeroxide.checkpoint.plain import decode, encode
+from zeroxide.checkpoint.format.json_codec import decode, encode
 from zeroxide.errors import CheckpointError
 
 
@@ -231,7 +231,7 @@ def test_tags_that_are_no_names_are_refused(make, tmp_path, tag):
 
 @pytest.mark.parametrize("when", ["before", "while writing"])
 def test_a_directory_that_is_no_checkpoint_is_not_replaced(make, tmp_path, monkeypatch, when):
-    from zeroxide.checkpoint import save
+    from zeroxide.checkpoint.save import save
 
     def thesis():
         (tmp_path / "mine").mkdir()

@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from several_ranks import join, on_all
 from torch import nn
 
-from zeroxide.checkpoint import cutting
-from zeroxide.checkpoint.convert import convert
+from zeroxide.checkpoint.convert.convert import convert
+from zeroxide.checkpoint.format import cutting
 from zeroxide.cli import main
 from zeroxide.errors import CheckpointError, ConfigError, StorageError
 
@@ -263,7 +263,7 @@ def test_what_the_client_saved_and_we_cannot_hold_is_said(tmp_path):
 
 
 def test_existing_checkpoints_survive_a_conversion_that_fails(tmp_path, monkeypatch):
-    from zeroxide.checkpoint import stream
+    from zeroxide.checkpoint.format import stream
 
     write(tmp_path / "theirs", made_up(), stage=2, world=1)
     path, _ = run(tmp_path / "theirs", tmp_path / "ours")

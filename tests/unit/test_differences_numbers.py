@@ -18,8 +18,8 @@ import zeroxide
 from zeroxide import zero
 from zeroxide.config import LossScale
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.loss_scale import LossScaler
-from zeroxide.zero import large
+from zeroxide.precision.loss_scale import LossScaler
+from zeroxide.zero.reduce import large_weights as large
 
 BETAS = (0.9, 0.999)
 LR = 2.0**-10

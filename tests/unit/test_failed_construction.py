@@ -13,8 +13,8 @@ from running import Mode, config_of
 from torch import nn
 
 import zeroxide
-from zeroxide import engine as engine_module
 from zeroxide import zero
+from zeroxide.engine import engine as engine_module
 from zeroxide.errors import BudgetError, ConfigError
 
 STEPS = (

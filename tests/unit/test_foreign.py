@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from running import Mode, config_of, started
 from torch import nn
 
-from zeroxide.checkpoint.convert import convert
+from zeroxide.checkpoint.convert.convert import convert
 from zeroxide.errors import CheckpointError
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 import zeroxide
 from zeroxide import zero
-from zeroxide.checkpoint.convert import convert
-from zeroxide.checkpoint.stream import dtype_name
+from zeroxide.checkpoint.convert.convert import convert
+from zeroxide.checkpoint.format.stream import dtype_name
 from zeroxide.errors import CheckpointError, ModelError
 
 

@@ -12,7 +12,7 @@ from test_guard import Net, rows, train
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
-from zeroxide.zero.seat import Seat
+from zeroxide.zero.param import Seat
 from zeroxide.zero.unit import Unit
 
 COUNT = len(list(Net().parameters()))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from zeroxide import _core
-from zeroxide.zero.tensors import spec
+from zeroxide.device.placement import spec
 
 ELEMENTS = 8 << 20
 

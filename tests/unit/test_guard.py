@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import zeroxide
 from zeroxide.errors import ModelError
-from zeroxide.zero import plan
+from zeroxide.plan import plan
 
 
 class Net(nn.Module):

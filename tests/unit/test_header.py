@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, deserialize
 from safetensors.torch import save
 
-from zeroxide.checkpoint.header import read_header
+from zeroxide.checkpoint.format.header import read_header
 
 
 def read(data):

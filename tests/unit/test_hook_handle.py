@@ -19,8 +19,8 @@ from torch.optim.swa_utils import AveragedModel
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
-from zeroxide.zero import large
 from zeroxide.zero.hook_handle import Hook, PlainCopies
+from zeroxide.zero.reduce import large_weights as large
 
 STAGES = [0, 2, 3]
 

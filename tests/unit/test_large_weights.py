@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 import zeroxide
-from zeroxide.zero import large
+from zeroxide.zero.reduce import large_weights as large
 
 WIDTH, WORDS = 24, 50
 

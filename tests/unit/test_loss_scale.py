@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from zeroxide.config import LossScale
 from zeroxide.errors import NumericsError
-from zeroxide.loss_scale import LossScaler
+from zeroxide.precision.loss_scale import LossScaler
 
 OVERFLOW, GOOD = True, False
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import zeroxide
-from zeroxide.checkpoint import save
-from zeroxide.checkpoint.convert import convert
-from zeroxide.checkpoint.manifest import Manifest
+from zeroxide.checkpoint.convert.convert import convert
+from zeroxide.checkpoint.format.manifest import Manifest
+from zeroxide.checkpoint.save import save
 from zeroxide.errors import ModelError
 from zeroxide.zero.names import plain_name
 

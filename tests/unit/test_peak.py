@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zeroxide import _core
-from zeroxide.peak import Peak
+from zeroxide.engine.peak import Peak
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import zeroxide
-from zeroxide.zero import blocks
+from zeroxide.plan import discover as blocks
 
 
 class Holes(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from zeroxide.sharing import EpochSampler, Share
+from zeroxide.data.sampler import EpochSampler, Share
 
 DATA = list(range(23))
 

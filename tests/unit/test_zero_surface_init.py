@@ -18,7 +18,7 @@ from torch.nn import functional
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ConfigError, ModelError, StorageError
-from zeroxide.zero import init
+from zeroxide.zero.init import context as init
 
 
 def made_alike(make, **options):

@@ -13,7 +13,7 @@ from torch import nn
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
-from zeroxide.zero import plan
+from zeroxide.plan import plan
 
 
 class Moe(nn.Module):

@@ -6,11 +6,11 @@
 
 #![deny(unsafe_code)]
 
-mod bell;
+mod cancel;
 mod error;
-mod post;
-mod stop;
+mod futex;
+mod shm_reduce;
 
+pub use cancel::Stop;
 pub use error::{ExchangeError, Result};
-pub use post::{Post, PostPlan, Seat};
-pub use stop::Stop;
+pub use shm_reduce::{Post, PostPlan, Seat};

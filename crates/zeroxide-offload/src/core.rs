@@ -10,14 +10,14 @@ use zeroxide_optim::Pool;
 use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
 
 use crate::error::{OffloadError, Result, misuse};
-use crate::fill::Fill;
+use crate::gradients::transport::Mail;
 use crate::homes::{GradArena, ShardArena, Share, StateArena, lay_out};
-use crate::mail::Mail;
-use crate::read::CachedTile;
 use crate::settings::{Place, Settings, StateHome, UnitSpec, WeightHome};
-use crate::stream::ActiveStep;
+use crate::state::fill::Fill;
+use crate::state::read::CachedTile;
+use crate::step::stream::ActiveStep;
 use crate::unit::{StateBlocks, Unit};
-use crate::weights::{Residence, Weights};
+use crate::weights::residence::{Residence, Weights};
 
 /// Tiles of units that never touch the disk are this many times longer: there is nothing to overlap with.
 const HOST_TILE_FACTOR: u64 = 8;

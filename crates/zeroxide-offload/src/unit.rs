@@ -6,7 +6,7 @@ use zeroxide_layout::{Component, ParamShape, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::Land;
 
-use crate::weights::Weights;
+use crate::weights::residence::Weights;
 
 /// What the optimizer knows of one parameter.
 #[derive(Clone, Debug)]

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.device.placement import spec
 from zeroxide.zero.names import plain_name
-from zeroxide.zero.tensors import spec
 
 if TYPE_CHECKING:
-    from zeroxide.engine import Engine
+    from zeroxide.engine.engine import Engine
 
 __all__ = [
     "PARTS",

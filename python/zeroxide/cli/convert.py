@@ -28,7 +28,7 @@ def convert(
     Pickles are read without running anything that they contain.
     """
     # Only now, so that help and a wrong option cost no start of torch.
-    from zeroxide.checkpoint.convert import convert as run
+    from zeroxide.checkpoint.convert.convert import convert as run
 
     path, notes = run(Path(source), Path(target), to, tag, include_frozen=not exclude_frozen)
     for note in notes:

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from zeroxide.cli.training.options import TrainOptions
+from zeroxide.distributed.launch import read_environment
 from zeroxide.errors import RanksError
-from zeroxide.ranks.environment import read_environment
 
 __all__ = ["train"]
 

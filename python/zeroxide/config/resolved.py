@@ -34,7 +34,7 @@ class LossScale:
     """How the factor on the loss is chosen that keeps small fp16 gradients from vanishing.
 
     A dynamic scale is halved when gradients overflow and doubled after `window` steps without an overflow, as
-    `zeroxide.loss_scale` counts them.
+    `zeroxide.precision.loss_scale` counts them.
     """
 
     initial: float = 2.0**16

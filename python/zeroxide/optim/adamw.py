@@ -13,6 +13,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import load, parse_bytes
+from zeroxide.device.placement import DTYPE_NAMES, spec
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.optim.groups import core_groups
 from zeroxide.optim.saved_state import (
@@ -25,8 +26,7 @@ from zeroxide.optim.saved_state import (
     take_hyperparameters,
 )
 from zeroxide.optim.state_view import ParameterState, StateView
-from zeroxide.zero.plan import DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS
-from zeroxide.zero.tensors import DTYPE_NAMES, spec
+from zeroxide.plan.plan import DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS
 
 __all__ = ["AdamW"]
 

@@ -11,11 +11,11 @@ import torch
 
 from zeroxide import _core
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.loss_scale import LossScaler
 from zeroxide.optim.engine_state import load_engine_state, numbered_state, shown_state
 from zeroxide.optim.groups import core_groups, plain
 from zeroxide.optim.saved_state import hooked_load, hooked_save
 from zeroxide.optim.state_view import StateView
+from zeroxide.precision.loss_scale import LossScaler
 
 __all__ = ["EngineOptimizer", "check_schedule_call"]
 

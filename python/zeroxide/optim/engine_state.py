@@ -14,7 +14,7 @@ import torch
 from zeroxide.errors import ModelError
 from zeroxide.optim.saved_state import MOMENTS, SavedEntry, check_saved, take_hyperparameters
 from zeroxide.optim.state_view import ParameterState, StateView
-from zeroxide.zero.seat import Seat, seat_of
+from zeroxide.zero.param import Seat, seat_of
 
 __all__ = ["load_engine_state", "numbered_state", "shown_state"]
 

@@ -9,7 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from zeroxide.zero.access import (
+    from zeroxide.zero.access.gathered import GatheredParameters
+    from zeroxide.zero.access.safe import (
         safe_get_full_fp32_param,
         safe_get_full_grad,
         safe_get_full_optimizer_state,
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
         safe_set_local_optimizer_state,
     )
     from zeroxide.zero.external import register_external_parameter, unregister_external_parameter
-    from zeroxide.zero.gathered import GatheredParameters
-    from zeroxide.zero.init import Init
-    from zeroxide.zero.keeper import ZeroParamStatus
+    from zeroxide.zero.init.context import Init
     from zeroxide.zero.leaf import (
         get_z3_leaf_modules,
         set_z3_leaf_module,
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
         z3_leaf_module,
         z3_leaf_parameter,
     )
+    from zeroxide.zero.param_handle import ZeroParamStatus
 
 __all__ = [
     "GatheredParameters",
@@ -71,9 +71,9 @@ __all__ = [
 ]
 
 _OTHERS = {
-    "GatheredParameters": "gathered",
-    "Init": "init",
-    "ZeroParamStatus": "keeper",
+    "GatheredParameters": "access.gathered",
+    "Init": "init.context",
+    "ZeroParamStatus": "param_handle",
     "register_external_parameter": "external",
     "unregister_external_parameter": "external",
 }
@@ -82,7 +82,7 @@ _OTHERS = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'zeroxide.zero' has no attribute {name!r}")
-    home = _OTHERS.get(name) or ("access" if name.startswith("safe_") else "leaf")
+    home = _OTHERS.get(name) or ("access.safe" if name.startswith("safe_") else "leaf")
     found = getattr(importlib.import_module(f"zeroxide.zero.{home}"), name)
     globals()[name] = found
     return found

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
-from zeroxide.ranks import Ranks
-from zeroxide.zero.bits import bytes_of, same_width, tensor_of, why_not_bytes
+from zeroxide.precision.bits import bytes_of, same_width, tensor_of, why_not_bytes
 
 __all__ = ["check_buffers", "set_buffer", "share_buffers"]
 

@@ -7,10 +7,10 @@ import secrets
 
 from zeroxide import _core
 from zeroxide.config import Config
-from zeroxide.precision import torch_dtype
-from zeroxide.zero.plan import Plan
-from zeroxide.zero.state import Home
-from zeroxide.zero.tensors import DTYPE_NAMES
+from zeroxide.device.placement import DTYPE_NAMES
+from zeroxide.plan.plan import Plan
+from zeroxide.precision.policy import torch_dtype
+from zeroxide.zero.passes import Home
 
 __all__ = ["open_core"]
 

@@ -21,13 +21,13 @@ from typing import Protocol
 import torch
 
 from zeroxide import _core
+from zeroxide.device.placement import memory_at
+from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Ranks, Watch
+from zeroxide.plan.plan import Plan
+from zeroxide.zero.gather.weight_gather import MovingWeights
 from zeroxide.zero.messages import Flight, Messages
-from zeroxide.zero.moving import MovingWeights
-from zeroxide.zero.plan import Plan
-from zeroxide.zero.state import Home
-from zeroxide.zero.tensors import memory_at
+from zeroxide.zero.passes import Home
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "agree_on_norm", "make_exchange"]

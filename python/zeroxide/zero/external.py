@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from zeroxide.errors import ModelError
-from zeroxide.zero.plan import EXTERNAL
-from zeroxide.zero.seat import seat_of
+from zeroxide.plan.plan import EXTERNAL
+from zeroxide.zero.param import seat_of
 
 __all__ = ["register_external_parameter", "unregister_external_parameter"]
 

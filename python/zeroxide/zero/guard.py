@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ModelError
-from zeroxide.zero.reduce import Reducer
-from zeroxide.zero.seat import House, seat_of
+from zeroxide.zero.param import House, seat_of
+from zeroxide.zero.reduce.reducer import Reducer
 from zeroxide.zero.unit import Unit
 
 __all__ = ["ModelGuard"]

@@ -14,8 +14,8 @@ from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.errors import ModelError
-from zeroxide.zero.plan import is_leaf
-from zeroxide.zero.seat import seat_of
+from zeroxide.plan.plan import is_leaf
+from zeroxide.zero.param import seat_of
 
 __all__ = [
     "get_z3_leaf_modules",

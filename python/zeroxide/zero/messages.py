@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
+from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import RanksError
-from zeroxide.ranks import Ranks, Watch
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Flight", "Messages"]

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.device.placement import spec
 from zeroxide.errors import ModelError
-from zeroxide.zero.bits import bytes_of
-from zeroxide.zero.keeper import keeper_of
-from zeroxide.zero.plan import ParameterPlan, Plan
-from zeroxide.zero.slices import Slice
-from zeroxide.zero.tensors import spec
+from zeroxide.plan.plan import ParameterPlan, Plan
+from zeroxide.precision.bits import bytes_of
+from zeroxide.zero.init.slices import Slice
+from zeroxide.zero.param_handle import keeper_of
 
 __all__ = ["Undo"]
 

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.device.placement import view_of
 from zeroxide.errors import ModelError
-from zeroxide.zero.bits import bytes_of, copy_of, tensor_of
+from zeroxide.plan.plan import UnitPlan
+from zeroxide.precision.bits import bytes_of, copy_of, tensor_of
 from zeroxide.zero.empty import conceal, reveal
-from zeroxide.zero.keeper import unmanage
-from zeroxide.zero.plan import UnitPlan
-from zeroxide.zero.state import UnitState
-from zeroxide.zero.tensors import view_of
+from zeroxide.zero.param_handle import unmanage
+from zeroxide.zero.passes import UnitState
 
 __all__ = ["Unit"]
 

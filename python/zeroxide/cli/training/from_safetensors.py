@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zeroxide.checkpoint.header import StoredTensor, read_header
+from zeroxide.checkpoint.format.header import StoredTensor, read_header
 from zeroxide.errors import ModelError, StorageError
 
 if TYPE_CHECKING:

@@ -1,0 +1,298 @@
+//! Gradients between ranks: every rank's gradients of a unit go out, and each rank sums those of its shard.
+//!
+//! The sum is taken in fp32 in the order of the ranks, scaled, and then stored in or added to the gradients kept, with
+//! this rank's part of the global norm taken in the same pass. Whatever carried the bytes, the bits are the same.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use zeroxide_layout::{Dtype, UnitLayout};
+use zeroxide_memory::Lease;
+use zeroxide_optim::{Land, LandStats, Pool, land, sum_scaled};
+
+use crate::core::{Core, byte_range, to_usize};
+use crate::error::{Result, misuse};
+use crate::gradients::accumulate::{GradNorm, as_grad, grad_mut};
+use crate::gradients::transport::Mail;
+use crate::unit::Unit;
+
+/// Elements that one task sums: fixed, so that the order of the norm's sums does not depend on the number of threads.
+const PIECE: u64 = 256 << 10;
+/// Elements summed before they land, small enough to stay in the first-level cache.
+const BLOCK: usize = 4096;
+impl Core {
+    /// Ends the unit's part of this backward: its gradients go out, zero where none has arrived. Idempotent through
+    /// [`is_sent`](Self::is_sent).
+    ///
+    /// Where the caller carries them, he finds them through [`outgoing`](Self::outgoing).
+    pub(crate) fn send(&mut self, unit: usize) -> Result<()> {
+        self.check_usable()?;
+        self.check_unit("send", unit)?;
+        let collective = matches!(self.mail, Mail::Collective { .. });
+        if self.units[unit].layout.trainable_len() == 0 {
+            return misuse("send", format!("unit {} is frozen", self.units[unit].name));
+        }
+        if collective {
+            self.make_room(unit)?;
+        }
+        let element = self.wire_grad.size();
+        let this = &mut self.units[unit];
+        for (param, state) in this.params.iter_mut().enumerate() {
+            if let (false, Some(outgoing)) = (state.sent, this.outgoing.as_mut()) {
+                let start = this.layout.offset(param);
+                let range = start..start + this.layout.numel(param);
+                outgoing[byte_range(&range, element)].fill(0);
+            }
+            state.sent = false;
+            state.arriving = None;
+        }
+        if let Mail::Shared { post, .. } = &mut self.mail {
+            post.send(unit, this.outgoing.take())?;
+        }
+        Ok(())
+    }
+
+    /// Whether this rank has sent the unit and not yet summed it.
+    pub(crate) fn is_sent(&self, unit: usize) -> bool {
+        match &self.mail {
+            Mail::Shared { post, .. } => post.is_sent(unit),
+            _ => false,
+        }
+    }
+
+    /// Sums the unit's gradients if every rank has sent them; with `wait`, waits until all have. Returns whether it did.
+    pub(crate) fn receive(&mut self, unit: usize, wait: bool) -> Result<bool> {
+        self.check_usable()?;
+        self.check_unit("receive", unit)?;
+        let Mail::Shared { post, .. } = &self.mail else {
+            return misuse("receive", "nothing is shared with other ranks");
+        };
+        if !post.is_ready(unit) {
+            if !wait {
+                return Ok(false);
+            }
+            // Another rank may wait for weights that this one has yet to update.
+            self.finish_step()?;
+        }
+        self.finish_unit(unit)?;
+        let (wire, grad, scale) = (self.wire_grad, self.grad, self.reduce_scale);
+        let (rank, replicated) = (self.place.rank, self.place.replicated);
+        let Mail::Shared { post, .. } = &mut self.mail else {
+            return Ok(false);
+        };
+        post.wait(|post| post.is_ready(unit))?;
+        let (this, pool) = (&mut self.units[unit], &self.pool);
+        let range = byte_range(&this.kept(), wire.size());
+        post.take(unit, range, |sources| {
+            let present: Vec<&[u8]> = sources.iter().copied().flatten().collect();
+            reduce_into(pool, this, &present, wire, grad, scale, (rank, replicated))
+        })?;
+        Ok(true)
+    }
+
+    /// Address and bytes of what the unit sends, sealed by [`send`](Self::send) and valid until
+    /// [`receive_from`](Self::receive_from).
+    pub(crate) fn outgoing(&self, unit: usize) -> Result<(usize, usize)> {
+        self.check_unit("outgoing", unit)?;
+        match &self.units[unit].outgoing {
+            Some(lease) => Ok((lease.as_ptr().expose_provenance(), lease.len())),
+            None => misuse("outgoing", "the unit has not been sent"),
+        }
+    }
+
+    /// Sums what the caller has brought to [`incoming`](Self::incoming), with this rank's own in its place among them.
+    pub(crate) fn receive_from(&mut self, unit: usize) -> Result<()> {
+        self.check_usable()?;
+        self.check_unit("receive_from", unit)?;
+        self.finish_unit(unit)?;
+        let (wire, grad, scale) = (self.wire_grad, self.grad, self.reduce_scale);
+        let place = self.place;
+        let this = &mut self.units[unit];
+        let own = byte_range(&this.kept(), wire.size());
+        let (Some(outgoing), Some(incoming)) = (this.outgoing.take(), this.incoming.take()) else {
+            return misuse(
+                "receive_from",
+                format!("unit {} has not been sent and received", this.name),
+            );
+        };
+        let mut sources: Vec<&[u8]> = incoming.chunks(own.len()).collect();
+        sources.insert(place.rank as usize, &outgoing[own]);
+        reduce_into(
+            &self.pool,
+            this,
+            &sources,
+            wire,
+            grad,
+            scale,
+            (place.rank, place.replicated),
+        )
+    }
+
+    /// Which trainable parameters have had a gradient since the last step, in the order of units and parameters.
+    pub(crate) fn landed(&self) -> Vec<bool> {
+        let params = self.units.iter().flat_map(|unit| &unit.params);
+        params
+            .filter(|param| param.trainable)
+            .map(|param| param.landed)
+            .collect()
+    }
+
+    /// Sets that to what holds over all ranks.
+    pub(crate) fn set_landed(&mut self, landed: &[bool]) -> Result<()> {
+        let params = self.units.iter_mut().flat_map(|unit| &mut unit.params);
+        let trainable: Vec<_> = params.filter(|param| param.trainable).collect();
+        if trainable.len() != landed.len() {
+            return misuse(
+                "set_landed",
+                format!(
+                    "{} of {} trainable parameters",
+                    landed.len(),
+                    trainable.len()
+                ),
+            );
+        }
+        for (param, landed) in trainable.into_iter().zip(landed) {
+            param.landed = *landed;
+        }
+        Ok(())
+    }
+
+    /// This rank's part of the global norm: that of its shard of what was reduced.
+    pub(crate) fn shard_norm(&self) -> GradNorm {
+        let mut total = GradNorm {
+            sum_squares: 0.0,
+            nonfinite: false,
+            landed: 0,
+        };
+        for unit in &self.units {
+            total.landed += unit.params.iter().filter(|param| param.landed).count();
+            for param in unit.params.iter().filter(|_| !unit.fresh) {
+                total.sum_squares += param.sum_squares;
+                total.nonfinite |= param.nonfinite;
+            }
+        }
+        total
+    }
+}
+
+/// One stretch of a parameter, summed by one task.
+struct Task<'a> {
+    param: usize,
+    /// Elements of the layout.
+    range: Range<u64>,
+    /// Counts for this rank's part of the norm.
+    normed: bool,
+    target: &'a mut [u8],
+    stats: LandStats,
+}
+
+/// Sums `sources`, each the bytes of the elements that this rank keeps, into its gradients.
+fn reduce_into(
+    pool: &Pool,
+    unit: &mut Unit,
+    sources: &[&[u8]],
+    wire: Dtype,
+    dtype: Dtype,
+    scale: f32,
+    (rank, replicated): (u32, bool),
+) -> Result<()> {
+    if sources.is_empty() {
+        return Ok(());
+    }
+    let mode = if unit.fresh { Land::Store } else { Land::Add };
+    let kept = unit.kept();
+    let shards: Vec<(Range<u64>, bool)> = if replicated {
+        (0..unit.layout.world())
+            .map(|each| (unit.layout.trainable_shard(each), each == rank))
+            .collect()
+    } else {
+        vec![(kept.clone(), true)]
+    };
+    let Some(grad) = unit.grad.as_mut() else {
+        return misuse("receive", format!("unit {} keeps no gradients", unit.name));
+    };
+    let tasks: Vec<_> = divide(&unit.layout, &shards, kept.start, dtype, grad)
+        .into_iter()
+        .map(Mutex::new)
+        .collect();
+    pool.run(tasks.len(), |index| {
+        let mut task = tasks[index].lock().expect("each task has its own stretch");
+        task.run(sources, kept.start, (wire, dtype), mode, scale);
+    });
+    for param in &mut unit.params {
+        param.sum_squares = 0.0;
+        param.nonfinite = false;
+    }
+    for task in tasks {
+        let task = task.into_inner().expect("the pool has returned");
+        let param = &mut unit.params[task.param];
+        param.sum_squares += task.stats.sum_squares;
+        param.nonfinite |= task.stats.nonfinite;
+    }
+    unit.fresh = false;
+    Ok(())
+}
+
+fn divide<'a>(
+    layout: &UnitLayout,
+    shards: &[(Range<u64>, bool)],
+    base: u64,
+    dtype: Dtype,
+    grad: &'a mut Lease,
+) -> Vec<Task<'a>> {
+    let mut tasks = Vec::new();
+    let mut rest: &mut [u8] = grad;
+    let mut at = base;
+    for (shard, normed) in shards {
+        for piece in layout.params_in(shard.clone()) {
+            let mut start = piece.range.start;
+            while start < piece.range.end {
+                let end = (start + PIECE).min(piece.range.end);
+                let (_, from) = rest.split_at_mut(to_usize(start - at) * dtype.size());
+                let (target, after) = from.split_at_mut(to_usize(end - start) * dtype.size());
+                tasks.push(Task {
+                    param: piece.param,
+                    range: start..end,
+                    normed: *normed,
+                    target,
+                    stats: LandStats::default(),
+                });
+                rest = after;
+                at = end;
+                start = end;
+            }
+        }
+    }
+    tasks
+}
+
+impl Task<'_> {
+    fn run(
+        &mut self,
+        sources: &[&[u8]],
+        base: u64,
+        (wire, dtype): (Dtype, Dtype),
+        mode: Land,
+        scale: f32,
+    ) {
+        let mut sum = [0.0_f32; BLOCK];
+        let len = to_usize(self.range.end - self.range.start);
+        let first = to_usize(self.range.start - base);
+        let mut at = 0;
+        while at < len {
+            let count = BLOCK.min(len - at);
+            let from = (first + at) * wire.size()..(first + at + count) * wire.size();
+            let blocks: Vec<_> = sources
+                .iter()
+                .map(|source| as_grad(wire, &source[from.clone()]))
+                .collect();
+            sum_scaled(&mut sum[..count], &blocks, scale);
+            let target = &mut self.target[at * dtype.size()..(at + count) * dtype.size()];
+            let summed = zeroxide_optim::Grad::F32(&sum[..count]);
+            let stats = land(grad_mut(dtype, target), summed, mode, self.normed);
+            self.stats.sum_squares += stats.sum_squares;
+            self.stats.nonfinite |= stats.nonfinite;
+            at += count;
+        }
+    }
+}

@@ -1,0 +1,349 @@
+//! Single parameters changed where they are: what users write into weights, moments and gradients between steps.
+//!
+//! A fill replaces a unit as a whole; here everything beside the elements written stays as it is.
+
+use std::ops::Range;
+use std::sync::mpsc::channel;
+
+use zeroxide_layout::Component;
+use zeroxide_optim::{Grad, Land, bf16_to_f32, f16_to_f32, land, split};
+
+use crate::core::{Core, byte_range, receive, to_usize};
+use crate::error::{Result, misuse};
+use crate::gradients::accumulate::{as_grad, grad_mut, measure};
+use crate::state::fill::{Part, store_master, store_weight};
+use crate::unit::StateBlocks;
+use crate::weights::gather::block;
+use crate::weights::residence::{Residence, Weights};
+
+impl Core {
+    /// Writes elements `start..` of one parameter, given as fp32, wherever this rank keeps them; elements of other ranks'
+    /// shards are left out.
+    ///
+    /// Every rank calls it, with the whole parameter or with its own part. With parts, the other ranks' parts of the
+    /// live weights count as old afterwards, and the next gather brings them.
+    pub(crate) fn write_param(
+        &mut self,
+        unit: usize,
+        param: usize,
+        part: Part,
+        start: u64,
+        values: &[f32],
+    ) -> Result<()> {
+        self.check_usable()?;
+        self.check_param("write_param", unit, param)?;
+        if self.fill.is_some() {
+            return misuse("write_param", "a unit is being filled");
+        }
+        self.cache.clear();
+        self.finish_step()?;
+        self.settle_arrivals()?;
+        let this = &self.units[unit];
+        let numel = this.layout.numel(param);
+        let end = start + values.len() as u64;
+        if end > numel {
+            return misuse(
+                "write_param",
+                format!("elements {start}..{end} of {numel} in unit {}", this.name),
+            );
+        }
+        let at = this.layout.offset(param) + start;
+        let range = at..at + values.len() as u64;
+        let trainable = this.params[param].trainable;
+        if part == Part::Weights {
+            let (compute, element) = (self.compute, self.compute.size());
+            self.write_live(
+                unit,
+                &range,
+                values.len() as u64 == numel,
+                |first, bytes| {
+                    let from = to_usize(first - range.start);
+                    store_weight(compute, &values[from..from + bytes.len() / element], bytes);
+                },
+            )?;
+        } else if matches!(
+            this.state,
+            StateBlocks::Disk {
+                moments_are_zero: true
+            }
+        ) && trainable
+        {
+            self.write_zero_moments(unit, Part::ExpAvg)?;
+            self.write_zero_moments(unit, Part::ExpAvgSq)?;
+        }
+        let kept = self.units[unit].kept();
+        let Some(both) = common(&range, &kept).filter(|_| trainable) else {
+            return Ok(());
+        };
+        let values = &values[to_usize(both.start - range.start)..];
+        let local = both.start - kept.start..both.end - kept.start;
+        for (component, _) in self.side_components(part) {
+            self.edit_state(unit, component, &local, |first, bytes| {
+                if component == Component::Residual {
+                    let low: &mut [u16] = bytemuck::cast_slice_mut(bytes);
+                    for (low, value) in low.iter_mut().zip(&values[first..]) {
+                        *low = split(*value).1;
+                    }
+                } else {
+                    let target: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+                    let values = &values[first..first + target.len()];
+                    if component == Component::Master {
+                        store_master(values, target);
+                    } else {
+                        target.copy_from_slice(values);
+                    }
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// The live weights, under the window, at home beside it and on disk. `store(first, bytes)` writes elements of the
+    /// unit from `first` on, all of them in `range`; `all` says that `range` is all of a parameter.
+    pub(crate) fn write_live(
+        &mut self,
+        unit: usize,
+        range: &Range<u64>,
+        all: bool,
+        mut store: impl FnMut(u64, &mut [u8]),
+    ) -> Result<()> {
+        let element = self.compute.size();
+        let filled = self.filled_window(unit);
+        let alone = self.place.world == 1 || self.place.replicated;
+        let shared = self.shares_weights();
+        let this = &mut self.units[unit];
+        let own = this.own();
+        let mut on_disk = false;
+        match &mut this.weights {
+            Weights::Borrowed { .. } => {
+                return misuse("write_param", "the weight is the caller's own");
+            }
+            Weights::Host { window, whole } => {
+                if let Some(both) = common(range, &filled) {
+                    store(both.start, &mut window.lease(byte_range(&both, element))?);
+                }
+                *whole &= alone || shared || all;
+            }
+            Weights::Moving {
+                window,
+                residence,
+                home,
+                ..
+            } => {
+                let both = common(range, &own);
+                if let (Some(home), Some(both)) = (home.as_mut(), &both) {
+                    let local = both.start - own.start..both.end - own.start;
+                    store(both.start, &mut home[byte_range(&local, element)]);
+                }
+                on_disk = home.is_none();
+                if let Residence::Here { whole, .. } = residence {
+                    if let Some(both) = &both {
+                        store(both.start, &mut window.lease(byte_range(both, element))?);
+                    }
+                    *whole &= alone;
+                }
+            }
+        }
+        if let (true, Some(both)) = (on_disk, common(range, &own)) {
+            let local = both.start - own.start..both.end - own.start;
+            self.edit_tiles(unit, Component::Weight, &local, |first, bytes| {
+                store(both.start + first as u64, bytes);
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Calls `edit(first, bytes)` for the stretches of `local`, elements of this rank's state, wherever the block is.
+    fn edit_state(
+        &mut self,
+        unit: usize,
+        component: Component,
+        local: &Range<u64>,
+        mut edit: impl FnMut(usize, &mut [u8]),
+    ) -> Result<()> {
+        let size = self.element_bytes(component);
+        if let StateBlocks::Host { blocks } = &mut self.units[unit].state {
+            let (_, lease) = blocks
+                .iter_mut()
+                .find(|(found, _)| *found == component)
+                .expect("the format has this component");
+            edit(0, &mut lease[byte_range(local, size)]);
+            return Ok(());
+        }
+        self.edit_tiles(unit, component, local, edit)
+    }
+
+    /// Reads, changes and writes back the tiles that hold `local`, one at a time.
+    fn edit_tiles(
+        &mut self,
+        unit: usize,
+        component: Component,
+        local: &Range<u64>,
+        mut edit: impl FnMut(usize, &mut [u8]),
+    ) -> Result<()> {
+        let size = self.element_bytes(component);
+        let this = &self.units[unit];
+        let tiles = if component == Component::Weight {
+            this.weight_tiles
+        } else {
+            this.state_tiles
+        };
+        let id = block(unit, component);
+        let mut at = local.start;
+        while at < local.end {
+            let tile = tiles.tile_of(at);
+            let whole = tiles.range(tile);
+            let end = whole.end.min(local.end);
+            let disk = self.disk.as_ref().expect("the block is on disk");
+            let bytes = to_usize(whole.end - whole.start) * size;
+            let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
+            let (sender, receiver) = channel();
+            disk.store
+                .start_read(id, tile, buffer, u64::from(tile), &sender)
+                .map_err(|(error, _)| error)?;
+            let read = receive(&receiver, &mut self.waited)?;
+            read.result?;
+            let mut buffer = read.buffer;
+            disk.store.verify(id, tile, &buffer)?;
+            let inside = at - whole.start..end - whole.start;
+            edit(
+                to_usize(at - local.start),
+                &mut buffer[byte_range(&inside, size)],
+            );
+            disk.store
+                .start_write(id, tile, buffer, u64::from(tile), &sender)
+                .map_err(|(error, _)| error)?;
+            receive(&receiver, &mut self.waited)?.result?;
+            at = end;
+        }
+        Ok(())
+    }
+
+    /// Reads elements `start..` of one parameter's gradient as it has been accumulated, as fp32; zero if there is none.
+    pub(crate) fn read_grad(
+        &mut self,
+        unit: usize,
+        param: usize,
+        start: u64,
+        out: &mut [f32],
+    ) -> Result<()> {
+        self.check_usable()?;
+        self.check_param("read_grad", unit, param)?;
+        self.finish_unit(unit)?;
+        let local = self.kept_range("read_grad", unit, param, start, out.len())?;
+        let this = &self.units[unit];
+        let arrived = if self.place.world == 1 {
+            this.params[param].landed
+        } else {
+            !this.fresh
+        };
+        match this.grad.as_ref().filter(|_| arrived) {
+            None => out.fill(0.0),
+            Some(lease) => match as_grad(self.grad, &lease[byte_range(&local, self.grad.size())]) {
+                Grad::F32(values) => out.copy_from_slice(values),
+                Grad::Bf16(values) => widen(out, values, bf16_to_f32),
+                Grad::F16(values) => widen(out, values, f16_to_f32),
+            },
+        }
+        Ok(())
+    }
+
+    /// Replaces elements `start..` of one parameter's gradient, rounded to the dtype it is kept in; where there was none,
+    /// the others are zero. The parameter has a gradient afterwards.
+    pub(crate) fn write_grad(
+        &mut self,
+        unit: usize,
+        param: usize,
+        start: u64,
+        values: &[f32],
+    ) -> Result<()> {
+        self.check_usable()?;
+        self.check_param("write_grad", unit, param)?;
+        self.finish_unit(unit)?;
+        let local = self.kept_range("write_grad", unit, param, start, values.len())?;
+        let (dtype, element, place) = (self.grad, self.grad.size(), self.place);
+        let this = &mut self.units[unit];
+        let kept = this.kept();
+        let first = this.layout.offset(param);
+        let whole = first..first + this.layout.numel(param);
+        let present = whole.start.max(kept.start)..whole.end.min(kept.end);
+        let counted = if place.replicated {
+            let shard = this.layout.trainable_shard(place.rank);
+            present.start.max(shard.start)..present.end.min(shard.end)
+        } else {
+            present.clone()
+        };
+        let (Some(grad), true) = (this.grad.as_mut(), this.params[param].trainable) else {
+            return misuse(
+                "write_grad",
+                format!("a parameter of {} is frozen", this.name),
+            );
+        };
+        if place.world > 1 && this.fresh {
+            grad.fill(0);
+            this.fresh = false;
+        } else if place.world == 1 && !this.params[param].landed {
+            grad[byte_range(&present, element)].fill(0);
+        }
+        land(
+            grad_mut(dtype, &mut grad[byte_range(&local, element)]),
+            Grad::F32(values),
+            Land::Store,
+            false,
+        );
+        let state = &mut this.params[param];
+        state.landed = true;
+        state.sum_squares = 0.0;
+        state.nonfinite = false;
+        if counted.start < counted.end {
+            let counted = counted.start - kept.start..counted.end - kept.start;
+            let found = measure(&self.pool, dtype, &mut grad[byte_range(&counted, element)]);
+            state.sum_squares = found.sum_squares;
+            state.nonfinite = found.nonfinite;
+        }
+        Ok(())
+    }
+
+    /// Elements of a parameter as elements of the gradients that this rank keeps.
+    fn kept_range(
+        &self,
+        call: &'static str,
+        unit: usize,
+        param: usize,
+        start: u64,
+        count: usize,
+    ) -> Result<Range<u64>> {
+        let this = &self.units[unit];
+        let kept = this.kept();
+        let at = this.layout.offset(param) + start;
+        let range = at..at + count as u64;
+        if start + count as u64 > this.layout.numel(param)
+            || (count > 0 && (range.start < kept.start || range.end > kept.end))
+        {
+            return misuse(
+                call,
+                format!(
+                    "elements {start}..{} of a parameter of unit {}; this rank keeps {kept:?} of the unit's",
+                    start + count as u64,
+                    this.name
+                ),
+            );
+        }
+        if count == 0 {
+            return Ok(0..0);
+        }
+        Ok(range.start - kept.start..range.end - kept.start)
+    }
+}
+
+/// What `range` and `other` have in common.
+fn common(range: &Range<u64>, other: &Range<u64>) -> Option<Range<u64>> {
+    let both = range.start.max(other.start)..range.end.min(other.end);
+    (both.start < both.end).then_some(both)
+}
+
+fn widen(out: &mut [f32], values: &[u16], convert: impl Fn(u16) -> f32) {
+    for (out, value) in out.iter_mut().zip(values) {
+        *out = convert(*value);
+    }
+}

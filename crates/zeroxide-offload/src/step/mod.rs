@@ -1,0 +1,5 @@
+//! One optimizer step: its constants, the stream of tiles, and the update of one tile.
+
+mod plan;
+pub(crate) mod stream;
+mod update;

@@ -1,0 +1,247 @@
+//! The optimizer step from its beginning to its end: what takes part, until when a unit must be done, and what an error
+//! leaves. How its tiles pass through memory is in [`stream`](crate::stream).
+//!
+//! A step need not end before the next forward begins: a unit's update must only be done when the unit is next used.
+//! [`Core::step_begin`] plans the step and starts its first reads; every later use of a unit drives the stream until
+//! that unit is done, in the order in which the units are used, so that the disk works while the model computes. The
+//! numbers do not depend on when that happens: a tile's update reads only that tile.
+
+use std::ops::Range;
+use std::time::Instant;
+
+use zeroxide_optim::{AdamParams, AdamStep};
+
+use crate::core::Core;
+use crate::error::{Result, misuse};
+use crate::step::stream::{ActiveStep, Progress};
+use crate::unit::{StateBlocks, Unit};
+
+/// Elements that share every constant of the update.
+#[derive(Clone, Debug)]
+pub(crate) struct Segment {
+    pub(crate) range: Range<u64>,
+    pub(crate) step: AdamStep,
+}
+
+impl Core {
+    /// Begins one update of every parameter whose gradient has landed; `grad_scale` multiplies the gradients.
+    ///
+    /// Where nothing is at home on disk, the step is done when this returns. After an error the state is mixed and
+    /// every further call says so.
+    pub(crate) fn step_begin(&mut self, groups: &[AdamParams], grad_scale: f64) -> Result<()> {
+        self.check_usable()?;
+        if self.fill.is_some() {
+            return misuse("step", "a fill has not been committed");
+        }
+        self.finish_step()?;
+        self.check_exchanged()?;
+        self.cache.clear();
+        self.settle_arrivals()?;
+        let mut step = ActiveStep::default();
+        let (mut untouched, mut others) = (Vec::new(), Vec::new());
+        for (index, unit) in self.units.iter().enumerate() {
+            let plan = segments(unit, groups, grad_scale)?;
+            // Moments that are not on disk yet must all be written, also where there is no gradient.
+            let all = matches!(
+                unit.state,
+                StateBlocks::Disk {
+                    moments_are_zero: true
+                }
+            ) && !plan.is_empty();
+            let count = unit.state_tiles.count();
+            let tiles: Vec<u32> = (0..count)
+                .filter(|tile| all || overlaps(&plan, &unit.flat(&unit.state_tiles.range(*tile))))
+                .collect();
+            step.work.extend(tiles.iter().map(|tile| (index, *tile)));
+            let whole = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
+            match (tiles.is_empty(), plan.is_empty()) {
+                (true, true) => untouched.push(index),
+                // This rank's shard may hold none of the parameters that are updated: padding, or others of the unit.
+                (true, false) => others.push(index),
+                _ => {}
+            }
+            step.units.push(Progress {
+                plan,
+                tiles: tiles.len(),
+                writes: 0,
+                whole,
+            });
+        }
+        self.steps += 1;
+        for param in self
+            .units
+            .iter_mut()
+            .flat_map(|unit| &mut unit.params)
+            .filter(|param| param.landed)
+        {
+            param.updates += 1;
+        }
+        self.clear_gradients();
+        for unit in untouched {
+            self.weights_kept(unit);
+        }
+        for unit in others {
+            self.weights_renewed(unit);
+        }
+        self.step = Some(step);
+        if self.disk.is_none() {
+            return self.finish_step();
+        }
+        let started = self.start_all_reads();
+        self.settle_outcome(started)
+    }
+
+    /// With several ranks, what a step uses has been summed over them: otherwise it would use what an earlier step left.
+    fn check_exchanged(&self) -> Result<()> {
+        if self.place.world == 1 {
+            return Ok(());
+        }
+        let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(|param| param.landed);
+        match self.units.iter().find(missed) {
+            Some(unit) => misuse(
+                "step",
+                format!(
+                    "gradients of unit {} have not been exchanged with the other ranks: the last backward before a step \
+                     must be outside of no_sync, and start from an output of the engine",
+                    unit.name
+                ),
+            ),
+            None => Ok(()),
+        }
+    }
+
+    /// Ends the step that has begun, if there is one.
+    pub(crate) fn finish_step(&mut self) -> Result<()> {
+        self.drive(|step| step.writes == 0 && step.is_updated(), Core::advance)?;
+        self.retire_step()
+    }
+
+    /// Notes, without waiting, what the disk has done; where nothing is left, the step ends and the staging ring gives its
+    /// memory back: backward, which needs the most of it, does not use the ring.
+    pub(crate) fn retire_step(&mut self) -> Result<()> {
+        let Some(step) = self.step.as_mut().filter(|step| step.is_updated()) else {
+            return Ok(());
+        };
+        let mut outcome = Ok(());
+        while outcome.is_ok() {
+            // Only now: after an error a completion that is taken and not noted would be waited for without end.
+            let Ok(completion) = step.replies.1.try_recv() else {
+                break;
+            };
+            outcome = step.note(completion);
+        }
+        self.settle_outcome(outcome)?;
+        if self.step.as_ref().is_some_and(|step| step.writes == 0) {
+            self.step = None;
+            if let Some(disk) = &self.disk {
+                disk.ring.discard_if_free()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Goes on with the step until the unit's weights in memory, if they are there, are the new ones.
+    pub(crate) fn finish_unit(&mut self, unit: usize) -> Result<()> {
+        self.drive(|step| step.units[unit].tiles == 0, Core::advance)
+    }
+
+    /// As [`finish_unit`](Self::finish_unit), and until all of it is on disk.
+    pub(crate) fn finish_writes(&mut self, unit: usize) -> Result<()> {
+        self.finish_unit(unit)?;
+        self.drive(|step| step.units[unit].writes == 0, Core::step_receive)
+    }
+
+    /// Whether the step still has something to do for the unit.
+    pub(crate) fn is_stepping(&self, unit: usize) -> bool {
+        self.step
+            .as_ref()
+            .is_some_and(|step| step.units[unit].tiles > 0 || step.units[unit].writes > 0)
+    }
+
+    /// Drops what is left of the step: waits for what is in flight and forgets the rest.
+    pub(crate) fn abandon_step(&mut self) {
+        while self.step.as_ref().is_some_and(ActiveStep::in_flight) {
+            if self.step_receive().is_err()
+                && !self.step.as_ref().is_some_and(ActiveStep::in_flight)
+            {
+                break;
+            }
+        }
+        self.step = None;
+    }
+
+    /// Repeats `act` until `done` says so, or until there is no step. An error ends the step for good.
+    fn drive(
+        &mut self,
+        done: impl Fn(&ActiveStep) -> bool,
+        act: impl Fn(&mut Self) -> Result<()>,
+    ) -> Result<()> {
+        self.check_usable()?;
+        let start = Instant::now();
+        let mut outcome = Ok(());
+        while outcome.is_ok() && self.step.as_ref().is_some_and(|step| !done(step)) {
+            let acted = act(self);
+            outcome = self.settle_outcome(acted);
+        }
+        self.updating += start.elapsed();
+        outcome
+    }
+
+    /// After an error the state is mixed: the step ends, and no buffer is given up before the disk is done with it.
+    fn settle_outcome(&mut self, outcome: Result<()>) -> Result<()> {
+        if let Err(error) = &outcome {
+            self.poisoned.get_or_insert((self.steps, error.to_string()));
+            self.abandon_step();
+        }
+        outcome
+    }
+}
+
+/// The runs of equal constants among the parameters whose gradient has landed, in layout order.
+///
+/// Padding between two of them joins the run: its gradient, weight and moments are zero and stay zero.
+fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<Segment>> {
+    let mut order: Vec<usize> = (0..unit.params.len())
+        .filter(|param| unit.params[*param].landed)
+        .collect();
+    order.sort_by_key(|param| unit.layout.offset(*param));
+    let mut found: Vec<(usize, u64, Range<u64>)> = Vec::new();
+    for param in order {
+        let state = &unit.params[param];
+        if state.group >= groups.len() {
+            return misuse(
+                "step",
+                format!(
+                    "{} is in group {} of {}",
+                    unit.name,
+                    state.group,
+                    groups.len()
+                ),
+            );
+        }
+        let start = unit.layout.offset(param);
+        let range = start..start + unit.layout.numel(param);
+        match found.last_mut() {
+            Some((group, updates, run))
+                if *group == state.group
+                    && *updates == state.updates
+                    && range.start - run.end < zeroxide_layout::PARAM_ALIGN =>
+            {
+                run.end = range.end;
+            }
+            _ => found.push((state.group, state.updates, range)),
+        }
+    }
+    Ok(found
+        .into_iter()
+        .map(|(group, updates, range)| Segment {
+            range,
+            step: AdamStep::new(&groups[group], updates + 1, grad_scale),
+        })
+        .collect())
+}
+
+fn overlaps(plan: &[Segment], range: &Range<u64>) -> bool {
+    plan.iter()
+        .any(|segment| segment.range.start < range.end && range.start < segment.range.end)
+}

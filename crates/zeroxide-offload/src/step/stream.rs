@@ -1,0 +1,359 @@
+//! The tiles of a step on their way through memory: while tile k is updated, tiles after it are being read and tiles
+//! before it written.
+
+use std::collections::VecDeque;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
+
+use zeroxide_layout::{Component, PAGE};
+use zeroxide_memory::Lease;
+use zeroxide_storage::{Completion, StorageError};
+
+use crate::core::{Core, byte_range, receive, to_usize};
+use crate::error::{Result, misuse};
+use crate::step::plan::Segment;
+use crate::step::update::{Update, update_tile};
+use crate::unit::StateBlocks;
+use crate::weights::gather::block;
+use crate::weights::residence::{Residence, Weights};
+
+/// Marks the tag of a write, whose low bits are the unit. Tags of reads: a tile job's number, and its component from
+/// `COMPONENT_SHIFT` on.
+const WRITE: u64 = 1 << 63;
+const COMPONENT_SHIFT: u32 = 56;
+
+/// One tile on its way through memory.
+struct TileJob {
+    unit: usize,
+    tile: u32,
+    /// Components that come from and go back to the disk: in the staging ring, or in the unit's window.
+    buffers: Vec<(Component, Lease)>,
+    pending: usize,
+    failed: Option<StorageError>,
+}
+
+/// What is left to do for one unit.
+#[derive(Default)]
+pub(crate) struct Progress {
+    pub(crate) plan: Vec<Segment>,
+    /// Tiles not yet updated.
+    pub(crate) tiles: usize,
+    /// Writes not yet completed.
+    pub(crate) writes: usize,
+    /// Every tile of the unit takes part, so its weights can be read straight into its window.
+    pub(crate) whole: bool,
+}
+
+/// A step that has begun.
+pub(crate) struct ActiveStep {
+    pub(crate) units: Vec<Progress>,
+    /// Tiles not yet begun.
+    pub(crate) work: VecDeque<(usize, u32)>,
+    /// Tiles between their first read and their update, oldest first.
+    jobs: VecDeque<TileJob>,
+    /// Number of the oldest job; tags of reads are counted from the first one.
+    base: u64,
+    pub(crate) writes: usize,
+    pub(crate) replies: (Sender<Completion>, Receiver<Completion>),
+}
+
+impl Default for ActiveStep {
+    fn default() -> Self {
+        Self {
+            units: Vec::new(),
+            work: VecDeque::new(),
+            jobs: VecDeque::new(),
+            base: 0,
+            writes: 0,
+            replies: channel(),
+        }
+    }
+}
+
+impl Core {
+    pub(crate) fn start_all_reads(&mut self) -> Result<()> {
+        while let Some((unit, tile)) = self.active().work.front().copied() {
+            if !self.start_reads(unit, tile)? {
+                break;
+            }
+            self.active_mut().work.pop_front();
+        }
+        Ok(())
+    }
+
+    /// Starts as many reads as there is room for, then updates the oldest tile and starts its writes.
+    pub(crate) fn advance(&mut self) -> Result<()> {
+        self.start_all_reads()?;
+        match self.active_mut().jobs.front_mut() {
+            // No room for a single tile: writes still hold the ring. Or a tile that is still being read.
+            None => return self.step_receive(),
+            Some(oldest) if oldest.pending > 0 => return self.step_receive(),
+            Some(oldest) => {
+                if let Some(error) = oldest.failed.take() {
+                    return Err(error.into());
+                }
+            }
+        }
+        let step = self
+            .step
+            .as_mut()
+            .expect("driven only while there is a step");
+        let Some(mut job) = step.jobs.pop_front() else {
+            return Ok(());
+        };
+        step.base += 1;
+        let update = Update {
+            pool: &self.pool,
+            layout: self.state_layout,
+            store: self.disk.as_ref().map(|disk| &disk.store),
+            grad: self.grad,
+            unit: job.unit,
+            tile: job.tile,
+        };
+        let unit = job.unit;
+        let plan = &step.units[unit].plan;
+        let checksums = update_tile(&update, &mut self.units[unit], &mut job.buffers, plan)?;
+        self.tiles_updated += 1;
+        self.start_writes(job, &checksums)?;
+        let progress = &mut self.active_mut().units[unit];
+        progress.tiles -= 1;
+        if progress.tiles == 0 {
+            self.unit_updated(unit)?;
+        }
+        Ok(())
+    }
+
+    /// The last tile of a unit has its new value.
+    fn unit_updated(&mut self, unit: usize) -> Result<()> {
+        if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
+            *moments_are_zero = false;
+            // Used up, and not needed before backward lands the next ones: room for the activations in between.
+            if let Some(grad) = &mut self.units[unit].grad {
+                grad.discard()?;
+            }
+        }
+        self.clock += 1;
+        let used = self.clock;
+        let alone = self.place.world == 1;
+        if let Some(residence) = self.residence_mut(unit)
+            && matches!(residence, Residence::Updating)
+        {
+            *residence = Residence::Here {
+                whole: alone,
+                pinned: false,
+                used,
+            };
+        }
+        self.weights_renewed(unit);
+        Ok(())
+    }
+
+    /// Takes memory for the tile and starts reading into it; false where there is none.
+    fn start_reads(&mut self, unit: usize, tile: u32) -> Result<bool> {
+        self.try_window(unit, tile)?;
+        let this = &self.units[unit];
+        let mut buffers = Vec::new();
+        let mut to_read = Vec::new();
+        let zero = matches!(
+            this.state,
+            StateBlocks::Disk {
+                moments_are_zero: true
+            }
+        );
+        for (component, size) in self.state_layout.components() {
+            let elements = match component {
+                Component::Weight if !this.weights.on_disk() || this.weights.in_memory() => {
+                    continue;
+                }
+                Component::Weight => this.weight_tiles.range(tile),
+                _ if matches!(this.state, StateBlocks::Host { .. }) => continue,
+                _ => this.state_tiles.range(tile),
+            };
+            let bytes = byte_range(&elements, *size);
+            let lease = match (component, self.residence(unit)) {
+                (Component::Weight, Some(Residence::Updating)) => this
+                    .weights
+                    .window()
+                    .expect("weights on disk have a window")
+                    .lease(byte_range(&this.flat(&elements), *size))?,
+                _ => match self.disk().ring.lease(bytes.len(), PAGE) {
+                    Ok(lease) => lease,
+                    Err(_) => return Ok(false),
+                },
+            };
+            if zero && matches!(component, Component::ExpAvg | Component::ExpAvgSq) {
+                let mut lease = lease;
+                lease.fill(0);
+                buffers.push((*component, lease));
+            } else {
+                to_read.push((*component, lease));
+            }
+        }
+        let step = self
+            .step
+            .as_mut()
+            .expect("driven only while there is a step");
+        let number = step.base + step.jobs.len() as u64;
+        step.jobs.push_back(TileJob {
+            unit,
+            tile,
+            buffers,
+            pending: 0,
+            failed: None,
+        });
+        let at = step.jobs.len() - 1;
+        for (component, lease) in to_read {
+            let tag = number | ((component as u64) << COMPONENT_SHIFT);
+            let store = &self
+                .disk
+                .as_ref()
+                .expect("a block at home on disk implies a store")
+                .store;
+            store
+                .start_read(block(unit, component), tile, lease, tag, &step.replies.0)
+                .map_err(|(error, _)| error)?;
+            step.jobs[at].pending += 1;
+        }
+        Ok(true)
+    }
+
+    /// Before the first tile of a unit that is away: frames for its window, if that takes nothing from units in use.
+    /// Its weights are then updated where the next forward wants them.
+    fn try_window(&mut self, unit: usize, tile: u32) -> Result<()> {
+        if tile > 0
+            || !self.active().units[unit].whole
+            || !self.units[unit].weights.on_disk()
+            || !matches!(self.residence(unit), Some(Residence::Away))
+        {
+            return Ok(());
+        }
+        if self.map_frames(unit, false, self.under(unit))?
+            && let Some(residence) = self.residence_mut(unit)
+        {
+            *residence = Residence::Updating;
+        }
+        Ok(())
+    }
+
+    fn start_writes(&mut self, job: TileJob, checksums: &[(Component, u64)]) -> Result<()> {
+        let this = &self.units[job.unit];
+        let mut outgoing = job.buffers;
+        if let Weights::Moving {
+            window, home: None, ..
+        } = &this.weights
+            && this.weights.in_memory()
+        {
+            let flat = this.flat(&this.weight_tiles.range(job.tile));
+            let bytes = byte_range(&flat, self.compute.size());
+            outgoing.push((Component::Weight, window.lease(bytes)?));
+        }
+        let step = self
+            .step
+            .as_mut()
+            .expect("driven only while there is a step");
+        for (component, lease) in outgoing {
+            let (_, checksum) = checksums
+                .iter()
+                .find(|(found, _)| *found == component)
+                .expect("taken of everything that goes to disk");
+            let tag = WRITE | job.unit as u64;
+            let store = &self
+                .disk
+                .as_ref()
+                .expect("a block at home on disk implies a store")
+                .store;
+            store
+                .start_write_with_crc(
+                    block(job.unit, component),
+                    job.tile,
+                    lease,
+                    *checksum,
+                    tag,
+                    &step.replies.0,
+                )
+                .map_err(|(error, _)| error)?;
+            step.writes += 1;
+            step.units[job.unit].writes += 1;
+        }
+        Ok(())
+    }
+
+    /// Takes one completion: a buffer goes back to its tile, or to where it came from after a write.
+    pub(crate) fn step_receive(&mut self) -> Result<()> {
+        let Self {
+            step: Some(step),
+            waited,
+            ..
+        } = self
+        else {
+            return Ok(());
+        };
+        step.receive(waited)
+    }
+
+    fn active(&self) -> &ActiveStep {
+        self.step
+            .as_ref()
+            .expect("driven only while there is a step")
+    }
+
+    fn active_mut(&mut self) -> &mut ActiveStep {
+        self.step
+            .as_mut()
+            .expect("driven only while there is a step")
+    }
+}
+
+impl ActiveStep {
+    /// Whether tiles of the unit still wait for their update.
+    pub(crate) fn is_updating(&self, unit: usize) -> bool {
+        self.units[unit].tiles > 0
+    }
+
+    pub(crate) fn is_updated(&self) -> bool {
+        self.work.is_empty() && self.jobs.is_empty()
+    }
+
+    pub(crate) fn in_flight(&self) -> bool {
+        self.writes > 0 || self.jobs.iter().any(|job| job.pending > 0)
+    }
+
+    fn receive(&mut self, waited: &mut Duration) -> Result<()> {
+        let completion = receive(&self.replies.1, waited)?;
+        self.note(completion)
+    }
+
+    pub(crate) fn note(&mut self, completion: Completion) -> Result<()> {
+        if completion.tag & WRITE != 0 {
+            self.writes -= 1;
+            self.units[to_usize(completion.tag & !WRITE)].writes -= 1;
+            return completion.result.map_err(Into::into);
+        }
+        let number = completion.tag & ((1 << COMPONENT_SHIFT) - 1);
+        let index = number.checked_sub(self.base).map_or(usize::MAX, to_usize);
+        let Some(job) = self.jobs.get_mut(index) else {
+            return misuse(
+                "step",
+                format!("a completion for tile job {number} that is not under way"),
+            );
+        };
+        job.pending -= 1;
+        match completion.result {
+            Ok(()) => job
+                .buffers
+                .push((component_of(completion.tag), completion.buffer)),
+            Err(error) => {
+                job.failed.get_or_insert(error);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn component_of(tag: u64) -> Component {
+    let number = (tag & !WRITE) >> COMPONENT_SHIFT;
+    Component::ALL
+        .into_iter()
+        .find(|component| *component as u64 == number)
+        .expect("tags are made from components")
+}

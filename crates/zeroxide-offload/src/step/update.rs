@@ -1,0 +1,329 @@
+//! The update of one tile: every thread takes one contiguous part of it, in pieces that stay in its cache.
+
+use std::ops::Range;
+use std::sync::Mutex;
+
+use zeroxide_layout::{Component, Dtype, StateLayout};
+use zeroxide_memory::Lease;
+use zeroxide_optim::{Grad, LowOut, Pool, step_fp32, step_split};
+use zeroxide_storage::{BlockStore, CHECKSUM_PIECE, checksum, join_checksums};
+
+use crate::core::{byte_range, element_bytes, to_usize};
+use crate::error::{Result, misuse};
+use crate::step::plan::Segment;
+use crate::unit::{StateBlocks, Unit};
+use crate::weights::gather::block;
+use crate::weights::residence::Weights;
+
+/// Elements a thread checks, updates and checks again before it goes on: all their bytes fit in its second-level cache.
+/// Also the alignment of the parts that threads take. A whole number of checksum pieces for every element size.
+const PIECE: usize = CHECKSUM_PIECE / 2;
+
+/// What the update of a tile needs beside the unit.
+pub(crate) struct Update<'a> {
+    pub(crate) pool: &'a Pool,
+    pub(crate) layout: StateLayout,
+    pub(crate) store: Option<&'a BlockStore>,
+    pub(crate) grad: Dtype,
+    pub(crate) unit: usize,
+    pub(crate) tile: u32,
+}
+
+/// One component's bytes of one part.
+struct Slice<'a> {
+    component: Component,
+    element: usize,
+    bytes: &'a mut [u8],
+    /// The bytes came from disk: their checksum is to be compared.
+    check: bool,
+    /// The bytes go to disk: their new checksum is wanted.
+    write: bool,
+    /// Checksums of its pieces, before and after the update.
+    before: Vec<u64>,
+    after: Vec<u64>,
+}
+
+/// What one thread updates.
+struct Part<'a> {
+    /// First element, counted in the unit.
+    start: u64,
+    /// Elements to be updated; the weight may go on after them.
+    len: usize,
+    slices: Vec<Slice<'a>>,
+    grad: &'a [u8],
+}
+
+/// Updates a tile in place; returns the new checksums of what goes to disk.
+pub(crate) fn update_tile(
+    update: &Update<'_>,
+    unit: &mut Unit,
+    buffers: &mut [(Component, Lease)],
+    segments: &[Segment],
+) -> Result<Vec<(Component, u64)>> {
+    let range = unit.state_tiles.range(update.tile);
+    let weight_range = unit.weight_tiles.range(update.tile);
+    let weight_element = element_bytes(update.layout, Component::Weight);
+    let base = unit.base;
+    let on_disk = unit.weights.on_disk();
+    let zero = matches!(
+        unit.state,
+        StateBlocks::Disk {
+            moments_are_zero: true
+        }
+    );
+    let (lent_weight, lent_grad);
+    let mut shard;
+    let mut sources: Vec<(Component, &mut [u8], bool, bool)> = Vec::new();
+    let (grad, grad_dtype): (&[u8], Dtype) = match &mut unit.weights {
+        Weights::Borrowed { lent } => {
+            let Some(lent) = lent.as_mut() else {
+                return misuse("step", format!("the weight of {} was not lent", unit.name));
+            };
+            (lent_weight, lent_grad) = (&mut lent.weight, &lent.grad);
+            let numel = unit.layout.numel(0);
+            let real = range.start..range.end.min(numel);
+            let bytes = byte_range(&real, weight_element);
+            sources.push((Component::Weight, &mut lent_weight[bytes], false, false));
+            (
+                &lent_grad[byte_range(&real, lent.grad_dtype.size())],
+                lent.grad_dtype,
+            )
+        }
+        weights => {
+            shard = weights.shard_bytes(base, &weight_range, weight_element)?;
+            if let Some(bytes) = shard.as_deref_mut() {
+                sources.push((Component::Weight, bytes, false, on_disk));
+            }
+            let grad = unit
+                .grad
+                .as_ref()
+                .expect("trainable elements have a gradient buffer");
+            (&grad[byte_range(&range, update.grad.size())], update.grad)
+        }
+    };
+    if let StateBlocks::Host { blocks } = &mut unit.state {
+        for (component, lease) in blocks {
+            let bytes = byte_range(&range, element_bytes(update.layout, *component));
+            sources.push((*component, &mut lease[bytes], false, false));
+        }
+    }
+    for (component, lease) in buffers {
+        let fresh = zero && matches!(component, Component::ExpAvg | Component::ExpAvgSq);
+        sources.push((*component, lease, !fresh, true));
+    }
+    let len = to_usize(range.end - range.start);
+    let parts = divide(
+        update,
+        sources,
+        base + range.start,
+        len,
+        grad,
+        grad_dtype.size(),
+    );
+    let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
+    update.pool.run(parts.len(), |index| {
+        let mut part = parts[index].lock().expect("each task has its own part");
+        part.run(update.layout, segments, grad_dtype);
+    });
+    let parts: Vec<_> = parts
+        .into_iter()
+        .map(|part| part.into_inner().expect("the pool has returned"))
+        .collect();
+    checksums(update, &parts)
+}
+
+fn divide<'a>(
+    update: &Update<'_>,
+    sources: Vec<(Component, &'a mut [u8], bool, bool)>,
+    start: u64,
+    len: usize,
+    grad: &'a [u8],
+    grad_element: usize,
+) -> Vec<Part<'a>> {
+    let threads = update.pool.threads();
+    let share = len.div_ceil(threads).next_multiple_of(PIECE);
+    let count = len.div_ceil(share).max(1);
+    let mut parts: Vec<Part<'a>> = (0..count)
+        .map(|index| Part {
+            start: start + (index * share) as u64,
+            len: share.min(len - index * share),
+            slices: Vec::with_capacity(sources.len()),
+            grad: clipped(
+                grad,
+                index * share * grad_element,
+                (index + 1) * share * grad_element,
+            ),
+        })
+        .collect();
+    for (component, mut rest, check, write) in sources {
+        let element = element_bytes(update.layout, component);
+        for (index, part) in parts.iter_mut().enumerate() {
+            // The last part takes all that is left: where frozen weights follow, they belong to the same tile.
+            let take = if index + 1 == count {
+                rest.len()
+            } else {
+                (share * element).min(rest.len())
+            };
+            let (bytes, tail) = std::mem::take(&mut rest).split_at_mut(take);
+            rest = tail;
+            part.slices.push(Slice {
+                component,
+                element,
+                bytes,
+                check,
+                write,
+                before: Vec::new(),
+                after: Vec::new(),
+            });
+        }
+    }
+    parts
+}
+
+fn clipped(bytes: &[u8], start: usize, end: usize) -> &[u8] {
+    &bytes[start.min(bytes.len())..end.min(bytes.len())]
+}
+
+impl Part<'_> {
+    fn run(&mut self, layout: StateLayout, segments: &[Segment], grad_dtype: Dtype) {
+        let mut at = 0;
+        self.digest_longer(false);
+        while at < self.len {
+            let end = (at + PIECE).min(self.len);
+            self.digest(at, end, false);
+            let piece = self.start + at as u64..self.start + end as u64;
+            for segment in segments {
+                let start = segment.range.start.max(piece.start);
+                let stop = segment.range.end.min(piece.end);
+                if start < stop {
+                    let local = to_usize(start - self.start)..to_usize(stop - self.start);
+                    self.apply(layout, segment, local, grad_dtype);
+                }
+            }
+            self.digest(at, end, true);
+            at = end;
+        }
+        self.digest_longer(true);
+    }
+
+    /// Takes the checksums of elements `start..end` before or after the update.
+    fn digest(&mut self, start: usize, end: usize, after: bool) {
+        for slice in self
+            .slices
+            .iter_mut()
+            .filter(|slice| slice.bytes.len() == self.len * slice.element)
+        {
+            slice.digest(start * slice.element..end * slice.element, after);
+        }
+    }
+
+    /// Takes those of a weight that goes on after the part's last element: frozen elements of the same tile.
+    fn digest_longer(&mut self, after: bool) {
+        for slice in self
+            .slices
+            .iter_mut()
+            .filter(|slice| slice.bytes.len() != self.len * slice.element)
+        {
+            slice.digest(0..slice.bytes.len(), after);
+        }
+    }
+
+    fn apply(
+        &mut self,
+        layout: StateLayout,
+        segment: &Segment,
+        local: Range<usize>,
+        grad_dtype: Dtype,
+    ) {
+        let mut weight: Option<&mut [u8]> = None;
+        let mut residual: Option<&mut [u16]> = None;
+        let mut master: Option<&mut [f32]> = None;
+        let mut exp_avg: Option<&mut [f32]> = None;
+        let mut exp_avg_sq: Option<&mut [f32]> = None;
+        for slice in &mut self.slices {
+            let bytes = &mut slice.bytes[local.start * slice.element..local.end * slice.element];
+            match slice.component {
+                Component::Weight => weight = Some(bytes),
+                Component::Residual => residual = Some(bytemuck::cast_slice_mut(bytes)),
+                Component::Master => master = Some(bytemuck::cast_slice_mut(bytes)),
+                Component::ExpAvg => exp_avg = Some(bytemuck::cast_slice_mut(bytes)),
+                Component::ExpAvgSq => exp_avg_sq = Some(bytemuck::cast_slice_mut(bytes)),
+            }
+        }
+        let (Some(weight), Some(exp_avg), Some(exp_avg_sq)) = (weight, exp_avg, exp_avg_sq) else {
+            unreachable!("every format has a weight and two moments");
+        };
+        let bytes = &self.grad[local.start * grad_dtype.size()..local.end * grad_dtype.size()];
+        let grad = match grad_dtype {
+            Dtype::F32 => Grad::F32(bytemuck::cast_slice(bytes)),
+            Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
+            Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
+        };
+        if let Some(residual) = residual {
+            step_split(
+                &segment.step,
+                bytemuck::cast_slice_mut(weight),
+                residual,
+                exp_avg,
+                exp_avg_sq,
+                grad,
+            );
+        } else if let Some(master) = master {
+            let out = match layout.compute() {
+                Dtype::Bf16 => LowOut::Bf16(bytemuck::cast_slice_mut(weight)),
+                Dtype::F16 => LowOut::F16(bytemuck::cast_slice_mut(weight)),
+                Dtype::F32 => unreachable!("fp32 weights are their own master"),
+            };
+            step_fp32(&segment.step, master, exp_avg, exp_avg_sq, grad, out);
+        } else {
+            step_fp32(
+                &segment.step,
+                bytemuck::cast_slice_mut(weight),
+                exp_avg,
+                exp_avg_sq,
+                grad,
+                LowOut::None,
+            );
+        }
+    }
+}
+
+impl Slice<'_> {
+    fn digest(&mut self, range: Range<usize>, after: bool) {
+        let target = match (after, self.check, self.write) {
+            (false, true, _) => &mut self.before,
+            (true, _, true) => &mut self.after,
+            _ => return,
+        };
+        target.extend(self.bytes[range].chunks(CHECKSUM_PIECE).map(checksum));
+    }
+}
+
+/// Compares what was read with what is known of it and returns the checksums of what is to be written.
+fn checksums(update: &Update<'_>, parts: &[Part<'_>]) -> Result<Vec<(Component, u64)>> {
+    let mut written = Vec::new();
+    for index in 0..parts[0].slices.len() {
+        let first = &parts[0].slices[index];
+        let pieces = |after: bool| {
+            parts.iter().flat_map(move |part| {
+                let slice = &part.slices[index];
+                if after { &slice.after } else { &slice.before }
+                    .iter()
+                    .copied()
+            })
+        };
+        if first.check
+            && let Some(store) = update.store
+        {
+            store.verify_checksum(
+                block(update.unit, first.component),
+                update.tile,
+                join_checksums(pieces(false)),
+            )?;
+        }
+        if first.write {
+            written.push((first.component, join_checksums(pieces(true))));
+        }
+    }
+    Ok(written)
+}

@@ -1,0 +1,1 @@
+"""Checkpoints of others and model folders, read and written without an engine."""

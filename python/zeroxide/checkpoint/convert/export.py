@@ -1,0 +1,112 @@
+"""The live weights as a folder of safetensors that Hugging Face loads.
+
+All ranks write into the same files, each the elements that it holds at the place where they belong, so that no rank
+ever has a whole tensor. Rank 0 makes the files beforehand and gives them their names at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from zeroxide.checkpoint.agree import Team
+from zeroxide.checkpoint.contents import LiveState, Run, Staging, held_parameters, own_pieces, persistent_buffers
+from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
+from zeroxide.checkpoint.format.cutting import Tensor
+from zeroxide.errors import ModelError, StorageError
+from zeroxide.precision.bits import bytes_of, why_not_bytes
+
+if TYPE_CHECKING:
+    from zeroxide.engine.engine import Engine
+
+__all__ = ["save_model"]
+
+
+def save_model(engine: Engine, save_dir: Path, save_filename: str | None, *, include_frozen: bool = True) -> Path:
+    """Writes weights and persistent buffers with the dtypes they are computed with; returns the file to load.
+
+    Every rank must call it with the same arguments. That file is `save_filename` (default "model.safetensors") or,
+    for more than one file of weights, its index. A shared parameter is written once, under its first name.
+
+    Raises ConfigError for a name that does not end in .safetensors, ModelError for a buffer of a dtype that the
+    format lacks, StorageError when the files cannot be written: all ranks raise what one does.
+    """
+    team = Team(engine.ranks)
+    name = DEFAULT_NAME if save_filename is None else save_filename
+    made: list[_Export] = []
+
+    def plan() -> dict[str, object]:
+        made.append(_Export(engine, check_name(name), save_dir, team, include_frozen))
+        return {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
+
+    team.same(team.together(plan, save_dir), "export different models", save_dir)
+    return made[0].write()
+
+
+class _Export:
+    """What will be written where."""
+
+    def __init__(self, engine: Engine, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
+        self.team = team
+        self.live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
+        self.runs: dict[str, list[Run]] = {}
+        for run in own_pieces(engine):
+            self.runs.setdefault(run.held.name, []).append(run)
+        self.buffers = persistent_buffers(engine.module)
+        for name, buffer in self.buffers.items():
+            problem = why_not_bytes(buffer)
+            if problem is not None:
+                raise ModelError(
+                    f"buffer {name} {problem}, which safetensors files cannot hold: register it with persistent=False",
+                    name=name,
+                )
+        tensors = [
+            Tensor(held.name, engine._plan.compute if held.trainable else held.dtype, held.shape)
+            for held in held_parameters(engine)
+            if held.trainable or include_frozen
+        ]
+        tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
+        check_exportable(tensors)
+        self.folder = ModelFolder(directory, stem, tensors)
+
+    def write(self) -> Path:
+        """Writes everything aside, then renames. Raises StorageError."""
+        try:
+            self._all(lambda: self.folder.make() if self.team.leads else None)
+            self._all(self._write_own)
+            self._all(lambda: self.folder.publish() if self.team.leads else None)
+        finally:
+            if self.team.leads:
+                self.folder.clean()
+        return self.folder.to_load
+
+    def _all(self, act: Callable[[], None]) -> None:
+        directory = self.folder.directory
+
+        def explained() -> None:
+            try:
+                act()
+            except OSError as error:
+                reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
+                raise StorageError(
+                    f"the model was not written to {directory}: {reason}", path=directory, errno=error.errno
+                ) from error
+
+        self.team.together(explained, directory)
+
+    def _write_own(self) -> None:
+        for name, tensors in self.folder.files.items():
+            if not (self.team.leads or any(each.name in self.runs for each in tensors)):
+                continue
+            with self.folder.opened(name) as file:
+                for tensor in tensors:
+                    buffer = self.buffers.get(tensor.name)
+                    if buffer is None:
+                        for run in self.runs.get(tensor.name, ()):
+                            at = run.start
+                            for values in self.live.chunks(run.held, "weights", run.start, run.count, tensor.dtype):
+                                file.write(tensor, at, values)
+                                at += values.numel()
+                    elif self.team.leads:
+                        file.write(tensor, 0, bytes_of(buffer).view(buffer.dtype))

@@ -1,0 +1,309 @@
+"""The manifest: everything of a checkpoint but its tensors, and what each of its files must contain.
+
+It is one JSON object. `digest` is the checksum of all the rest, written with sorted keys and without white space, so
+that a changed digit is found and reformatting is not mistaken for damage.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from zeroxide.checkpoint.format.stream import SAVED, digest
+from zeroxide.checkpoint.load.foreign import foreign_format
+from zeroxide.errors import CheckpointError
+
+__all__ = [
+    "MANIFEST",
+    "VERSION",
+    "Counters",
+    "Group",
+    "Manifest",
+    "Piece",
+    "SavedBuffer",
+    "SavedFile",
+    "SavedLossScale",
+    "SavedParameter",
+    "SavedScheduler",
+    "looks_pickled",
+    "read_manifest",
+]
+
+MANIFEST = "manifest.json"
+FORMAT = "zeroxide-checkpoint"
+VERSION = 3
+"""1 held the random generators of one process; everything else reads as it is. 2 had no dtypes beyond `_SECOND`, and
+frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where there are none."""
+MAX_MANIFEST_BYTES = 1 << 30
+
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+
+
+_FLOATS = frozenset({"F32", "BF16", "F16"})
+_SECOND = _FLOATS | {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "F64", "I64", "U64"}
+
+
+def _known_dtype(name: str) -> str:
+    if name not in SAVED:
+        raise ValueError(f"unknown dtype {name!r}")
+    return name
+
+
+def _inside(name: str) -> str:
+    if not _PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is not the name of a file in the checkpoint")
+    return name
+
+
+Size = Annotated[int, Field(ge=0)]
+FileName = Annotated[str, AfterValidator(_inside)]
+DtypeName = Annotated[str, AfterValidator(_known_dtype)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Piece(_Section):
+    """Elements `start .. start + count` of a tensor: those of the tensor `key` in `file`."""
+
+    file: FileName
+    key: str
+    start: Size
+    count: Size
+    dtype: DtypeName
+
+
+class SavedParameter(_Section):
+    """One parameter. A part without pieces was not saved; frozen parameters have no moments."""
+
+    names: Annotated[list[str], Field(min_length=1)]
+    shape: list[Size]
+    trainable: bool
+    updates: Size
+    group: Size | None
+    weights: list[Piece]
+    exp_avg: list[Piece]
+    exp_avg_sq: list[Piece]
+    opaque: bool = False
+    """Frozen, and its elements are not numbers of their dtype but whatever its class makes of them."""
+
+    @property
+    def name(self) -> str:
+        """The first name."""
+        return self.names[0]
+
+    def part(self, part: str) -> list[Piece]:
+        """The pieces of "weights", "exp_avg" or "exp_avg_sq"."""
+        pieces: list[Piece] = getattr(self, part)
+        return pieces
+
+
+class SavedBuffer(_Section):
+    """One persistent buffer."""
+
+    name: str
+    shape: list[Size]
+    pieces: Annotated[list[Piece], Field(min_length=1)]
+
+
+class SavedFile(_Section):
+    """What a file must be: its size in bytes and its BLAKE2b of 16 bytes in hex."""
+
+    name: FileName
+    bytes: Size
+    blake2b: str
+
+
+class Counters(_Section):
+    """How far training was."""
+
+    global_steps: Size
+    global_samples: Size
+    micro_steps: Size
+    skipped_steps: Size
+
+
+class SavedLossScale(_Section):
+    """A dynamic loss scale and the counts that it depends on; as `LossScaler.state_dict`."""
+
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    hysteresis: Annotated[int, Field(ge=1)]
+    good_steps: Annotated[int, Field(ge=-1)]
+
+
+class SavedScheduler(_Section):
+    """State of a learning-rate schedule and the class that it is of."""
+
+    kind: str
+    state: Any
+
+
+class Group(_Section):
+    """One optimizer group: hyperparameters, encoded as in `plain`."""
+
+    hyperparameters: Any
+
+
+class Manifest(_Section):
+    """A whole manifest. `scheduler.state`, `client_state` and the groups are encoded as in `plain`."""
+
+    format: str = FORMAT
+    version: Annotated[int, Field(ge=1, le=VERSION)] = VERSION
+    zeroxide: str
+    precision: str
+    """dtype that the weights were computed with, for information."""
+    state_format: str
+    """Format that the optimizer state was kept in, for information."""
+    counters: Counters
+    groups: list[Group]
+    scheduler: SavedScheduler | None
+    loss_scale: SavedLossScale | None = None
+    """Written only where there is one, so that any version reads a checkpoint that has none."""
+    generators: list[dict[str, Any]]
+    """Random generators of every rank that saved; none in a checkpoint that was converted."""
+    client_state: Any
+    parameters: list[SavedParameter]
+    buffers: list[SavedBuffer]
+    files: list[SavedFile]
+
+    def text(self) -> str:
+        """The manifest as it is written: in version 2 where that can say it."""
+        body = self.model_dump()
+        if self.loss_scale is None:
+            del body["loss_scale"]
+        for param in body["parameters"]:
+            if not param["opaque"]:
+                del param["opaque"]
+        if not self._needs_third():
+            body["version"] = 2
+        return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
+
+    def _needs_third(self) -> bool:
+        frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}
+        buffers = {piece.dtype for buffer in self.buffers for piece in buffer.pieces}
+        return not (frozen <= _FLOATS and buffers <= _SECOND and not any(param.opaque for param in self.parameters))
+
+    def checksum(self) -> str:
+        """The digest of what this says, whichever version it was read from."""
+        return _digest_of(self.model_dump())
+
+    def check(self) -> None:
+        """Raises ValueError where the parts do not fit together."""
+        files = {file.name for file in self.files}
+        _distinct("file", [file.name for file in self.files])
+        _distinct("parameter", [name for param in self.parameters for name in param.names])
+        _distinct("buffer", [buffer.name for buffer in self.buffers])
+        lists = [
+            (f"{part} of {param.name}", param.shape, param.part(part))
+            for param in self.parameters
+            for part in ("weights", "exp_avg", "exp_avg_sq")
+            if param.part(part)
+        ]
+        lists += [(buffer.name, buffer.shape, buffer.pieces) for buffer in self.buffers]
+        for what, shape, pieces in lists:
+            end = 0
+            for piece in pieces:
+                if piece.start != end or piece.file not in files:
+                    raise ValueError(f"{what} is not complete")
+                end += piece.count
+            numel = 1
+            for size in shape:
+                numel *= size
+            if end != numel:
+                raise ValueError(f"{what} is not complete")
+
+
+def _distinct(what: str, names: list[str]) -> None:
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(f"two {what}s are called {name}")
+        seen.add(name)
+
+
+def _digest_of(body: dict[str, Any]) -> str:
+    made = digest()
+    made.update(json.dumps(body, sort_keys=True, separators=(",", ":")).encode())
+    return made.hexdigest()
+
+
+def _from_version_1(body: dict[str, Any]) -> dict[str, Any]:
+    found = body.get("generators")
+    return {**body, "version": 2, "generators": [found] if isinstance(found, dict) else found}
+
+
+def looks_pickled(start: bytes) -> bool:
+    """Whether a file that begins with `start` is a Python pickle or what torch.save wraps one in."""
+    return start.startswith(_PICKLE_STARTS)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of the checkpoint in `directory`. Raises CheckpointError for anything that is not one."""
+    path = directory / MANIFEST
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(_not_a_checkpoint(directory), path=directory) from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=directory) from None
+    if looks_pickled(raw):
+        raise CheckpointError(_pickle_line(path), path=directory)
+    try:
+        if len(raw) > MAX_MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MAX_MANIFEST_BYTES} bytes")
+        body = json.loads(raw)
+        if not isinstance(body, dict) or body.get("format") != FORMAT:
+            raise ValueError(f'"format" is not "{FORMAT}"')
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path} is damaged or no manifest: {error}; load another checkpoint", path=directory
+        ) from None
+    version = body.get("version")
+    if isinstance(version, int) and version > VERSION:
+        raise CheckpointError(
+            f"{path} has version {version}, this zeroxide reads up to {VERSION}: "
+            f"load it with zeroxide {body.get('zeroxide')} or later",
+            path=directory,
+        )
+    try:
+        expected = body.pop("digest", None)
+        if expected != _digest_of(body):
+            raise ValueError(f"its checksum should be {expected} and is {_digest_of(body)}")
+        if version == 1:
+            body = _from_version_1(body)
+        manifest = Manifest.model_validate(body)
+        manifest.check()
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise CheckpointError(f"{path} is not well-formed at {place}: {first['msg']}", path=directory) from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}; load another checkpoint", path=directory) from None
+    return manifest
+
+
+def _not_a_checkpoint(directory: Path) -> str:
+    if directory.is_file():
+        with directory.open("rb") as file:
+            if looks_pickled(file.read(8)):
+                return _pickle_line(directory)
+        return f"{directory} is a file: a checkpoint is a directory with a {MANIFEST}"
+    if not directory.exists():
+        return f"no checkpoint at {directory}"
+    if (foreign := foreign_format(directory)) is not None:
+        return f"{directory} {foreign}"
+    for pattern in ("*.pt", "*.pth", "*.bin", "*.pkl"):
+        for pickled in sorted(directory.glob(pattern)):
+            return f"{directory} holds {pickled.name} and no {MANIFEST}: {_pickle_line(pickled)}"
+    return f"{directory} is not a zeroxide checkpoint: it has no {MANIFEST}"
+
+
+def _pickle_line(path: Path) -> str:
+    return f"{path.name} is a Python pickle, which can run code when it is read: zeroxide does not read pickles"

@@ -1,0 +1,1 @@
+"""From the files of a checkpoint to a training state, verified before anything changes."""

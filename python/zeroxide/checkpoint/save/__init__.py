@@ -1,0 +1,1 @@
+"""From a training state to the files of a checkpoint, at once or beside training."""

@@ -1,0 +1,301 @@
+"""Saving while training goes on: state is captured into bounded memory ahead of the next update, and written beside it.
+
+One thread captures the state of this rank, chunk by chunk, as fast as memory takes it; another one writes. An optimizer
+step waits until everything is captured, and nothing else waits. Where the memory holds all of the state, that is long
+before the step comes; where it does not, the step waits for the writer to make room.
+
+The ranks do not meet while training goes on, since their collectives would mix with those of the training. Each leaves
+a report in the directory aside when its files are durable, and rank 0 commits when it has found them all. They meet
+when the save is concluded: at the next save or load or at `wait_for_checkpoint`. They do not when the engine is
+destroyed, since a rank may do that alone: then rank 0 waits for reports as long as files grow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, LiveState
+from zeroxide.checkpoint.format.stream import write_all
+from zeroxide.checkpoint.save.save import Save, save_checkpoint
+from zeroxide.checkpoint.save.snapshot import Slab, Slabs, SlabStaging, SnapshotEnded, available_memory
+from zeroxide.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from zeroxide.engine.engine import Engine
+
+__all__ = ["Saver"]
+
+logger = logging.getLogger("zeroxide")
+
+CHUNK_BYTES = CHUNK_ELEMENTS * 4
+REPORT = ".report-"
+POLL_SECONDS = 0.02
+PATIENCE_SECONDS = 15.0
+"""How long rank 0 waits for files that do not grow, once it is not known that the other ranks go on."""
+
+
+class Saver:
+    """All saves of one engine on this rank, at most one of them under way, and what they took."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._under_way: _Background | None = None
+        self._stats = {"saves": 0, "bytes": 0, "seconds_stopped": 0.0, "seconds_writing": 0.0, "memory_peak": 0}
+
+    def save(
+        self, save_dir: Path, tag: str | None, client_state: dict[str, Any], save_latest: bool, include_frozen: bool
+    ) -> Path:
+        """A save as the config says: in the background, or done when this returns. Concludes the one before."""
+        start = time.perf_counter()
+        try:
+            self.conclude()
+            asked = (self._engine, save_dir, tag, client_state, save_latest, include_frozen)
+            if not self._engine.config.checkpoint_background:
+                path, size = save_checkpoint(*asked)
+                self._stats["bytes"] += size
+                self._stats["seconds_writing"] += time.perf_counter() - start
+            else:
+                save = Save(*asked, frozen_in_time=True)
+                self._under_way = _Background(self._engine, save, self._memory(save))
+                path = save.target
+            self._stats["saves"] += 1
+            return path
+        finally:
+            self._stats["seconds_stopped"] += time.perf_counter() - start
+
+    def _memory(self, save: Save) -> int:
+        config = self._engine.config
+        room = config.checkpoint_memory
+        if config.host_memory is not None:
+            left = max(0, config.host_memory - self._engine._peak.since_start_over())
+            room = left if room is None else min(room, left)
+        if room is None:
+            room = available_memory() // 2 // self._engine.ranks.local_world
+        return min(room, save.description.bytes)
+
+    def before_update(self) -> None:
+        """Waits until the state of parameters may change. What fails is kept for `conclude`."""
+        if self._under_way is not None:
+            start = time.perf_counter()
+            self._under_way.captured.wait()
+            self._stats["seconds_stopped"] += time.perf_counter() - start
+
+    def conclude(self) -> Path | None:
+        """Waits for the save under way; its path, or None. Raises CheckpointError if it failed, once, on all ranks."""
+        return self._end(meet=True)
+
+    def finish(self) -> None:
+        """Like `conclude`, without meeting the other ranks: raises what is known on this one."""
+        self._end(meet=False)
+
+    def _end(self, *, meet: bool) -> Path | None:
+        background, self._under_way = self._under_way, None
+        if background is None:
+            return None
+        start = time.perf_counter()
+        try:
+            background.conclude(meet=meet)
+            return background.target
+        finally:
+            self._stats["seconds_stopped"] += time.perf_counter() - start
+            self._stats["bytes"] += background.bytes
+            self._stats["seconds_writing"] += background.seconds
+            self._stats["memory_peak"] = max(self._stats["memory_peak"], background.slabs.peak)
+
+    def stats(self) -> dict[str, Any]:
+        """Numbers so far; see `Engine.checkpoint_stats`."""
+        now = self._under_way
+        memory = 0 if now is None else now.slabs.held
+        return {**self._stats, "memory": memory, "under_way": now is not None and now.is_alive()}
+
+
+class _Background:
+    """One save under way."""
+
+    def __init__(self, engine: Engine, save: Save, memory: int) -> None:
+        # The engine is kept, since its end would end the core that is read here.
+        self._engine = engine
+        self._save = save
+        self.slabs = Slabs(memory, CHUNK_BYTES)
+        self.captured = threading.Event()
+        self.bytes = 0
+        self.seconds = 0.0
+        self.target = save.target
+        self._written = threading.Event()
+        self._stop = threading.Event()
+        self._alone = threading.Event()
+        self._write_error: BaseException | None = None
+        self._commit_error: BaseException | None = None
+        self._chunks: queue.SimpleQueue[tuple[torch.Tensor, Slab | None] | BaseException | None] = queue.SimpleQueue()
+        self._capturing = threading.Thread(target=self._capture, name="zeroxide-capture")
+        self._writing = threading.Thread(target=self._run, name="zeroxide-save")
+        self._capturing.start()
+        self._writing.start()
+
+    def is_alive(self) -> bool:
+        """Whether it is still being written."""
+        return self._writing.is_alive()
+
+    def _capture(self) -> None:
+        staging = SlabStaging(self.slabs)
+        try:
+            live = LiveState(
+                self._engine._alive(), self._engine._plan.tile_elements, staging, self._engine._plan.compute.itemsize
+            )
+            for values in self._save.description.values(live):
+                self._chunks.put((values, staging.last()))
+        except SnapshotEnded:
+            pass  # the writer says why
+        except BaseException as error:
+            self._chunks.put(error)
+        finally:
+            self._chunks.put(None)
+            self.slabs.no_more()
+            self.captured.set()
+
+    def _values(self) -> Iterator[torch.Tensor]:
+        """What is captured, in order; each chunk is valid until the next one is taken."""
+        while True:
+            found = self._chunks.get()
+            if found is None:
+                return
+            if isinstance(found, BaseException):
+                raise found
+            values, slab = found
+            # Counted before it is handed out: whoever takes the last one need not come back.
+            self.bytes += values.nbytes
+            yield values
+            if slab is not None:
+                self.slabs.give_back(slab)
+
+    def _run(self) -> None:
+        start = time.perf_counter()
+        try:
+            report = self._write()
+            self._written.set()
+            if report is not None and self._save.team.leads:
+                self._commit(report)
+        finally:
+            if self._save.team.world == 1:
+                self._save.close()
+            self.seconds = time.perf_counter() - start
+
+    def _write(self) -> dict[str, Any] | None:
+        try:
+            report = self._save.write(self._values())
+            self._leave(report)
+        except BaseException as error:
+            self._write_error = error
+            self.slabs.end()
+            with contextlib.suppress(OSError):
+                self._leave({"error": _log(error)})
+            return None
+        return report
+
+    def _commit(self, report: dict[str, Any]) -> None:
+        try:
+            reports = [report] if self._save.team.world == 1 else self._reports()
+            if reports is not None:
+                self._save.commit(reports)
+        except BaseException as error:
+            self._commit_error = error
+            _log(error)
+
+    def _leave(self, report: dict[str, Any]) -> None:
+        """Puts down what rank 0 looks for. Raises OSError."""
+        if self._save.team.world == 1:
+            return
+        path = self._report_of(self._save.team.rank)
+        unfinished = path.with_suffix(".part")
+        unfinished.unlink(missing_ok=True)
+        descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            write_all(descriptor, memoryview(json.dumps(report).encode()))
+        finally:
+            os.close(descriptor)
+        os.rename(unfinished, path)
+
+    def _report_of(self, rank: int) -> Path:
+        return self._save.aside / f"{REPORT}{rank:05}.json"
+
+    def _reports(self) -> list[dict[str, Any]] | None:
+        """The reports of all ranks when they are there; then they are removed. None if the save is given up.
+
+        Raises CheckpointError if a rank has failed, or has ended without a report.
+        """
+        paths = [self._report_of(rank) for rank in range(self._save.team.world)]
+        grown, since = -1, time.monotonic()
+        while not all(path.exists() for path in paths):
+            if self._stop.wait(POLL_SECONDS):
+                return None
+            if threading.main_thread().is_alive() and not self._alone.is_set():
+                continue
+            size = _size(self._save.aside)
+            if size != grown:
+                grown, since = size, time.monotonic()
+            elif time.monotonic() - since > PATIENCE_SECONDS:
+                missing = next(rank for rank, path in enumerate(paths) if not path.exists())
+                raise CheckpointError(
+                    f"checkpoint {self._save.tag} was not saved to {self._save.save_dir}: rank {missing} ended before "
+                    "its part was written; checkpoints saved before are intact",
+                    path=self.target,
+                )
+        reports = [json.loads(path.read_bytes()) for path in paths]
+        for rank, report in enumerate(reports):
+            if "error" in report:
+                raise CheckpointError(f"rank {rank}: {report['error']}", path=self.target)
+        for path in paths:
+            path.unlink()
+        return reports
+
+    def conclude(self, *, meet: bool) -> None:
+        """Waits for the end, on all ranks if they `meet`; then all raise what one of them does."""
+        team = self._save.team
+        try:
+            if meet and team.world > 1:
+                self._written.wait()
+                # First whether all have written: a rank that could not even say so leaves rank 0 waiting.
+                team.together(lambda: _raise(self._write_error), self.target)
+                self._writing.join()
+                team.together(lambda: _raise(self._commit_error), self.target)
+            else:
+                self._alone.set()
+                self._writing.join()
+                _raise(self._write_error)
+                _raise(self._commit_error)
+        finally:
+            self._stop.set()
+            self._writing.join()
+            self._capturing.join()
+            self._save.close()
+
+
+def _raise(error: BaseException | None) -> None:
+    if error is not None:
+        raise error
+
+
+def _log(error: BaseException) -> str:
+    """Writes an error where it is seen also if the program ends without asking; returns its line."""
+    line = str(error) if isinstance(error, CheckpointError) else repr(error)
+    logger.error("%s", line)
+    return line
+
+
+def _size(directory: Path) -> int:
+    size = 0
+    for path in directory.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            size += path.stat().st_size
+    return size

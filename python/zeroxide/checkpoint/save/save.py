@@ -1,0 +1,215 @@
+"""Saving: every rank writes its own files aside, and they become the checkpoint by one rename of rank 0."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from zeroxide.checkpoint.agree import Team
+from zeroxide.checkpoint.contents import LiveState, Staging
+from zeroxide.checkpoint.format import commit
+from zeroxide.checkpoint.format.manifest import MANIFEST, Manifest, SavedFile
+from zeroxide.checkpoint.format.stream import StreamWriter, write_all
+from zeroxide.checkpoint.save.description import Description
+from zeroxide.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from zeroxide.engine.engine import Engine
+
+__all__ = ["Save", "save_checkpoint", "write_manifest"]
+
+T = TypeVar("T")
+MIB = 1 << 20
+
+
+def save_checkpoint(
+    engine: Engine,
+    save_dir: Path,
+    tag: str | None,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    include_frozen: bool,
+) -> tuple[Path, int]:
+    """Writes `save_dir/tag` (`global_step<N>` if the tag is None), whole or not at all.
+
+    Returns that path, and the bytes of state that this rank wrote.
+
+    Every rank must call it with the same arguments; `client_state` is rank 0's. Raises CheckpointError on all ranks,
+    with every earlier checkpoint as it was, when gradients are being accumulated, when something is not JSON, when
+    the ranks disagree, or when the files of any rank cannot be written.
+    """
+    save = Save(engine, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
+    live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
+    try:
+        reports = save.team.together(lambda: save.write(save.description.values(live)), save.target)
+        save.team.together(lambda: save.commit(reports), save.target)
+    finally:
+        save.close()
+    return save.target, save.description.payload
+
+
+class Save:
+    """One save between its start and its end, on this rank.
+
+    Making it (on every rank) checks everything that can be checked beforehand and opens the directory aside.
+    `write` and `commit` may run in another thread; `close` ends it in any case.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        save_dir: Path,
+        tag: str | None,
+        client_state: dict[str, Any],
+        save_latest: bool,
+        include_frozen: bool,
+        *,
+        frozen_in_time: bool,
+    ) -> None:
+        self.team = Team(engine.ranks)
+        self.tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        self.save_dir = save_dir
+        self.target = save_dir / self.tag
+        self._save_latest = save_latest
+        self._committed = False
+        self._held_aside: commit.Aside | None = None
+
+        def describe() -> dict[str, Any]:
+            commit.check_tag(self.tag, save_dir)
+            _check_boundary(engine)
+            self.description = Description(
+                engine, client_state, include_frozen, self.team.rank, self.team.world, frozen_in_time=frozen_in_time
+            )
+            asked = {"tag": self.tag, "exclude_frozen_parameters": not include_frozen, "step": engine.global_steps}
+            return {"bytes": self.description.bytes, "asked": asked}
+
+        found = self.team.together(describe, self.target)
+        self.team.same([each["asked"] for each in found], "save different checkpoints", self.target)
+        self.bytes: int = sum(each["bytes"] for each in found)
+        """Room that the whole checkpoint takes, rounded up."""
+        try:
+            name = self.team.together(self._open_aside, self.target)[0]
+            assert name is not None, "rank 0 has opened a directory"
+            self.aside = save_dir / name
+            self.team.together(self._check_shared, self.target)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open_aside(self) -> str | None:
+        if not self.team.leads:
+            return None
+
+        def act() -> str:
+            commit.make_directory(self.save_dir)
+            with commit.locked(self.save_dir):
+                commit.tidy(self.save_dir)
+            commit.check_target(self.target)
+            _check_room(self.save_dir, self.bytes)
+            self._held_aside = commit.Aside(self.save_dir)
+            return self._held_aside.path.name
+
+        return self._explained(act)
+
+    def _check_shared(self) -> None:
+        if not self.aside.is_dir():
+            raise CheckpointError(
+                f"{self.aside} of rank 0 is not there: save_dir must be on a file system that all ranks share",
+                path=self.target,
+            )
+
+    def write(self, values: Iterator[torch.Tensor]) -> dict[str, Any]:
+        """Writes the files of this rank, makes them durable and returns the report of them. Raises CheckpointError."""
+        return self._explained(lambda: self.description.report(list(self._write_files(values))))
+
+    def _write_files(self, values: Iterator[torch.Tensor]) -> Iterator[SavedFile]:
+        for name, cuts in self.description.files:
+            with StreamWriter(self.aside / name, [cut.entry for cut in cuts], {}) as writer:
+                left = sum(cut.count for cut in cuts)
+                while left:
+                    chunk = next(values)
+                    writer.write(chunk)
+                    left -= chunk.numel()
+                    # Not held any longer than its turn lasts.
+                    del chunk
+                # Tensors without elements have their turn as well.
+                checksum = writer.finish()
+            yield SavedFile(name=name, bytes=writer.bytes, blake2b=checksum)
+
+    def commit(self, reports: Sequence[dict[str, Any]]) -> None:
+        """On rank 0, makes what all ranks wrote the checkpoint. Raises CheckpointError."""
+        if self.team.leads:
+            self._explained(lambda: self._commit(self.description.manifest(reports)))
+
+    def _commit(self, manifest: Manifest) -> None:
+        write_manifest(self.aside / MANIFEST, manifest)
+        commit.sync_directory(self.aside)
+        with commit.locked(self.save_dir):
+            commit.tidy(self.save_dir)
+            replaced = commit.publish(self.aside, self.save_dir, self.tag)
+            self._committed = True
+            if self._save_latest:
+                commit.set_latest(self.save_dir, self.tag)
+            if replaced is not None:
+                commit.discard(replaced)
+
+    def close(self) -> None:
+        """Ends the save; without a commit, removes what was written. No rank may still be writing. Idempotent."""
+        held, self._held_aside = self._held_aside, None
+        if held is not None:
+            held.close(remove=not self._committed)
+
+    def _explained(self, act: Callable[[], T]) -> T:
+        try:
+            return act()
+        except OSError as error:
+            raise CheckpointError(self._line(error), path=self.target) from error
+
+    def _line(self, error: OSError) -> str:
+        reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
+        if self._committed:
+            return f"checkpoint {self.tag} is in {self.save_dir}, but `latest` still names the one before: {reason}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += f" (it takes {self.bytes / MIB:.1f} MiB)"
+        if isinstance(error, FileExistsError | NotADirectoryError):
+            reason += ": the path to save to leads through a file"
+        return f"checkpoint {self.tag} was not saved to {self.save_dir}: {reason}; checkpoints saved before are intact"
+
+
+def _check_boundary(engine: Engine) -> None:
+    steps = engine.gradient_accumulation_steps()
+    _, _, landed = engine._alive().grad_norm()
+    inside = engine._inside_window()
+    if not landed and not inside:
+        return
+    where = f"after micro-batch {inside} of {steps}" if inside else f"with {landed} gradients that no step has used"
+    raise CheckpointError(
+        f"a checkpoint cannot be saved {where}: gradients are not part of it; save after the step() that updates "
+        "the weights"
+    )
+
+
+def _check_room(save_dir: Path, need: int) -> None:
+    found = os.statvfs(save_dir)
+    free = found.f_bavail * found.f_frsize
+    # Some network file systems report no size at all.
+    if found.f_blocks and need > free:
+        raise CheckpointError(
+            f"no room for a checkpoint in {save_dir}: it takes {need / MIB:.1f} MiB, {free / MIB:.1f} MiB are free",
+            path=save_dir,
+        )
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Writes a manifest as a new, durable file. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, memoryview(manifest.text().encode()))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,1 @@
+"""Where compute memory is, and how the core finds it."""

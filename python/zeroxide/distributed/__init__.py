@@ -1,0 +1,29 @@
+"""Who the ranks are, whether they were started alike, and whether all of them still live."""
+
+from zeroxide.distributed.agreement import Fact, agree, name_ranks
+from zeroxide.distributed.collectives import Ranks, all_gather_single, first_line
+from zeroxide.distributed.facts import config_facts, model_facts, sampler_facts, version_facts
+from zeroxide.distributed.health.activity import IDLE
+from zeroxide.distributed.health.watch import EXIT_CODE, Watch
+from zeroxide.distributed.launch import Place, read_environment
+from zeroxide.distributed.process_group import init_distributed, start
+
+__all__ = [
+    "EXIT_CODE",
+    "IDLE",
+    "Fact",
+    "Place",
+    "Ranks",
+    "Watch",
+    "agree",
+    "all_gather_single",
+    "config_facts",
+    "first_line",
+    "init_distributed",
+    "model_facts",
+    "name_ranks",
+    "read_environment",
+    "sampler_facts",
+    "start",
+    "version_facts",
+]

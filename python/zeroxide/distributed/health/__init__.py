@@ -1,0 +1,1 @@
+"""Whether all ranks still live: connections between them, what each is doing, and who judges."""

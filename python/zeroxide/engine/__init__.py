@@ -1,0 +1,1 @@
+"""The engine: what users train with, how it is built, and what scripts ask of it."""

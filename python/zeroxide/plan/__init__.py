@@ -1,0 +1,1 @@
+"""What a model's units are, where their bytes are at home, and what a step exchanges."""

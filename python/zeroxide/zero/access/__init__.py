@@ -1,0 +1,1 @@
+"""Full values of an engine's parameters, gradients and optimizer state, in and out."""

@@ -1,0 +1,138 @@
+"""`zero.GatheredParameters`: parameters with all their values, for reading and for changing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeroxide.errors import ConfigError, ModelError
+from zeroxide.zero.init.context import settle
+from zeroxide.zero.init.slices import Slice
+from zeroxide.zero.param import Seat
+from zeroxide.zero.param_handle import Keeper, keeper_of
+
+__all__ = ["GatheredParameters"]
+
+
+class GatheredParameters:
+    """A context in which parameters show all their values, in the dtype of the live weight; DeepSpeed's signature.
+
+    Every rank enters it, before or after `zeroxide.initialize`, inside `zero.Init`, in a forward, and in one another.
+    What is shown is a copy: forwards inside the context compute with it.
+
+    params: a parameter, a module, or an iterable of parameters, with None and parameters of others among them, which
+        are passed over.
+    modifier_rank: whose changes count. At the end of the context they become the values on every rank, exact weights
+        included; elements that were not changed keep their exact weight, and optimizer state stays as it is. With
+        None all changes are lost, and a change in place, through `param.data` too, or a replaced tensor raises
+        ModelError. When the body raises, changes are lost in either case.
+    fwd_module: has no effect: forwards of any module use the gathered values.
+    enabled: False makes it do nothing.
+
+    Raises ModelError, on all ranks, when a parameter no longer has its shape and dtype on `modifier_rank`.
+    """
+
+    def __init__(
+        self,
+        params: nn.Parameter | nn.Module | Iterable[nn.Parameter | None] | None,
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.opened: list[tuple[nn.Parameter, Keeper]] = []
+        self.modifier_rank = modifier_rank
+        self.listed = _listed(params) if enabled else []
+
+    def __enter__(self) -> GatheredParameters:
+        with torch._C.DisableTorchFunction():
+            if self.listed:
+                settle()
+            try:
+                for param in self.listed:
+                    keeper = keeper_of(param)
+                    if keeper is not None:
+                        _check_rank(keeper, self.modifier_rank)
+                        self._open(param, keeper)
+            except BaseException:
+                self._close_all(None)
+                raise
+        return self
+
+    def _open(self, param: nn.Parameter, keeper: Keeper) -> None:
+        before = keeper.holds
+        try:
+            keeper.open(param)
+            if not before:
+                keeper.stamp = (param._version, param.data_ptr())
+        except BaseException:
+            if keeper.holds > before:
+                keeper.close(param, None)
+            else:
+                keeper.give_up(param)
+            raise
+        self.opened.append((param, keeper))
+        keeper.writers += self.modifier_rank is not None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with torch._C.DisableTorchFunction():
+            changed = self._close_all(None if kind is not None else self.modifier_rank)
+        if changed and kind is None:
+            raise ModelError(
+                f"{changed[0]} was changed inside GatheredParameters without modifier_rank, and the change is lost: "
+                "say whose changes count, for example modifier_rank=0",
+                name=changed[0],
+            )
+
+    def _close_all(self, source: int | None) -> list[str]:
+        """Ends the use of everything, whatever fails on the way. Returns names of parameters whose changes are lost.
+
+        Every rank meets a ModelError at the same parameter, and the changes of the others count all the same. After
+        any other error ranks do different things, and the rest of the changes is given up.
+        """
+        opened, self.opened = self.opened, []
+        lost: list[str] = []
+        failed: BaseException | None = None
+        for param, keeper in reversed(opened):
+            keeper.writers -= self.modifier_rank is not None
+            changed = keeper.changed_by_hand(param) or keeper.stamp != (param._version, param.data_ptr())
+            if not keeper.writers and self.modifier_rank is None and changed:
+                lost.append(getattr(keeper, "name", "a parameter"))
+            counts = source is not None and (failed is None or isinstance(failed, ModelError))
+            try:
+                keeper.close(param, source if counts else None)
+                if counts:
+                    keeper.stamp = (param._version, param.data_ptr())
+            except BaseException as found:
+                failed = failed or found
+        if failed is not None:
+            raise failed
+        return lost
+
+
+def _listed(params: Any) -> list[nn.Parameter]:
+    if params is None:
+        return []
+    if isinstance(params, nn.Module):
+        params = params.parameters()
+    elif isinstance(params, torch.Tensor):
+        params = [params]
+    # Once each: a second close would write what the first one has.
+    return list({id(param): param for param in params if isinstance(param, nn.Parameter)}.values())
+
+
+def _check_rank(keeper: Keeper, rank: int | None) -> None:
+    world = 1
+    if isinstance(keeper, Seat):
+        world = keeper.house.ranks.world
+    elif isinstance(keeper, Slice):
+        world = keeper.ranks.world
+    if rank is not None and not 0 <= rank < world:
+        raise ConfigError(
+            f"GatheredParameters: modifier_rank: expected 0 to {world - 1}, got {rank}", path="modifier_rank"
+        )

@@ -1,0 +1,169 @@
+"""`safe_get_*` and `safe_set_*`: exact weights, gradients and optimizer state of an engine's parameters.
+
+DeepSpeed's names. The full versions give or take a whole parameter and are called by every rank; the local versions
+give or take this rank's part of it, flat, whose elements may be none. Values are fp32, whatever the format keeps.
+
+Gradients are those that the next step would use: averaged over ranks and summed over the micro-batches so far, without
+clipping and, with fp16, times the loss scale. They exist from a backward to the step that uses them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from zeroxide.errors import ConfigError, ModelError
+from zeroxide.precision.bits import ORDINARY
+from zeroxide.zero.param import Seat, seat_of
+
+__all__ = [
+    "safe_get_full_fp32_param",
+    "safe_get_full_grad",
+    "safe_get_full_optimizer_state",
+    "safe_get_local_fp32_param",
+    "safe_get_local_grad",
+    "safe_get_local_optimizer_state",
+    "safe_set_full_fp32_param",
+    "safe_set_full_grad",
+    "safe_set_full_optimizer_state",
+    "safe_set_local_fp32_param",
+    "safe_set_local_grad",
+    "safe_set_local_optimizer_state",
+]
+
+
+def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
+    """The exact weight, in the parameter's shape; None for a parameter of no engine.
+
+    A frozen one is given as fp32 where that holds every value of its dtype, else ModelError is raised.
+    """
+    seat = seat_of(param)
+    return None if seat is None else seat.read("weights").view(seat.shape)
+
+
+def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
+    """A moment, in the parameter's shape; None for a frozen parameter and for one of no engine.
+
+    optim_state_key: "exp_avg" or "exp_avg_sq"; anything else raises ConfigError.
+    """
+    seat, key = seat_of(param), _key(optim_state_key)
+    return None if seat is None or not seat.trainable else seat.read(key).view(seat.shape)
+
+
+def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
+    """The gradient, in the parameter's shape; None where no rank's backward gave one since the last step."""
+    seat = seat_of(param)
+    return None if seat is None or not seat.has_gradient(True) else seat.read("grad").view(seat.shape)
+
+
+def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Makes rank 0's `value` the exact weight, and its rounding the live one. Optimizer state stays as it is.
+
+    Raises ModelError for a parameter of no engine, for a frozen one that is not fp32, bf16 or fp16, or when `value` has
+    another number of elements.
+    """
+    _set_full(_settable(param), "weights", value)
+
+
+def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
+    """Makes rank 0's `value` the moment `optim_state_key`. Raises ModelError, also for a frozen one."""
+    _set_full(_trainable(param), _key(optim_state_key), value)
+
+
+def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Makes rank 0's `value` the gradient. Raises as `safe_set_full_fp32_param`, and for frozen parameters."""
+    _set_full(_trainable(param), "grad", value)
+
+
+def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
+    """This rank's part of the exact weight; None for a parameter of no engine."""
+    seat = seat_of(param)
+    return None if seat is None else seat.read_own("weights")
+
+
+def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
+    """This rank's part of a moment; None for a frozen parameter and for one of no engine."""
+    seat, key = seat_of(param), _key(optim_state_key)
+    return None if seat is None or not seat.trainable else seat.read_own(key)
+
+
+def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
+    """This rank's part of the gradient; None where this rank's backward gave the parameter none."""
+    seat = seat_of(param)
+    return None if seat is None or not seat.has_gradient(False) else seat.read_own("grad")
+
+
+def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Replaces this rank's part of the exact weight. Every rank calls it, those with no elements with an empty tensor.
+
+    Raises ModelError as `safe_set_full_fp32_param`, before anything has changed.
+    """
+    _set_local(_settable(param), "weights", value)
+
+
+def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
+    """Replaces this rank's part of a moment. Every rank calls it."""
+    _set_local(_trainable(param), _key(optim_state_key), value)
+
+
+def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Replaces this rank's part of the gradient. Every rank calls it."""
+    _set_local(_trainable(param), "grad", value)
+
+
+def _key(name: str) -> str:
+    if name not in ("exp_avg", "exp_avg_sq"):
+        raise ConfigError(
+            f'optim_state_key: expected "exp_avg" or "exp_avg_sq", got {name!r}', path="optim_state_key", got=str(name)
+        )
+    return name
+
+
+def _required(param: torch.Tensor) -> Seat:
+    seat = seat_of(param)
+    if seat is None:
+        raise ModelError(
+            f"a parameter of shape {tuple(param.shape)} belongs to no engine: only parameters of a model that "
+            "zeroxide.initialize has taken over can be set"
+        )
+    return seat
+
+
+def _settable(param: torch.Tensor) -> Seat:
+    seat = _required(param)
+    if seat.opaque or seat.dtype not in ORDINARY:
+        kind = f"is a frozen {type(param).__name__} of {seat.dtype}" if seat.opaque else f"has dtype {seat.dtype}"
+        raise ModelError(
+            f"{seat.name} {kind}, which no fp32 value is rounded to: set it inside "
+            "zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+            name=seat.name,
+        )
+    return seat
+
+
+def _trainable(param: torch.Tensor) -> Seat:
+    seat = _required(param)
+    if not seat.trainable:
+        raise ModelError(f"{seat.name} is frozen: it has no gradient and no optimizer state", name=seat.name)
+    return seat
+
+
+def _set_full(seat: Seat, part: str, value: torch.Tensor) -> None:
+    _check(seat, value, seat.shape.numel())
+    full = value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous().view(-1)
+    if seat.house.ranks.world > 1:
+        seat.house.broadcast(full, 0, seat.name)
+    seat.write(part, full)
+
+
+def _set_local(seat: Seat, part: str, value: torch.Tensor) -> None:
+    _check(seat, value, seat.own()[1])
+    seat.write_own(part, value.detach().to(device="cpu", dtype=torch.float32).contiguous().view(-1))
+
+
+def _check(seat: Seat, value: torch.Tensor, numel: int) -> None:
+    if value.numel() != numel:
+        raise ModelError(
+            f"a value for {seat.name} has {value.numel()} elements {tuple(value.shape)}: expected {numel}"
+            + (f" {tuple(seat.shape)}" if numel == seat.shape.numel() else ", this rank's part"),
+            name=seat.name,
+        )

@@ -1,0 +1,299 @@
+"""The model's state dict with full values, out of an engine and into it.
+
+`module.state_dict()` of any module of an engine has all values, and so has what is built on it, such as
+`save_pretrained`. At stages 0 to 2 its tensors are the live weights, as they are in torch. At stage 3 they are copies:
+a module's parameters are gathered one by one while it writes its part of the dict, which takes as much memory as the
+module on every rank that asks. Over several ranks all must ask: one that asks alone says in the log what it waits for,
+and the watch ends the job when the others do something else.
+
+Loading a dict into a module of an engine is refused at every stage: parameters are empty, or master weights would not
+hear of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeroxide.errors import ConfigError, ModelError
+from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
+from zeroxide.zero.buffers import set_buffer
+from zeroxide.zero.hook_handle import Hook, Method
+from zeroxide.zero.names import plain_name
+from zeroxide.zero.param import House, Seat, seat_of
+from zeroxide.zero.param_handle import keeper_of
+
+__all__ = ["FullState", "StateDicts", "full_state_dict", "load_full_state_dict", "refuse_loading"]
+
+logger = logging.getLogger("zeroxide")
+
+SAVE = "_save_to_state_dict"
+"""The method of every module that writes its own part of a state dict."""
+
+
+class FullState:
+    """The engine's methods for state dicts."""
+
+    module: nn.Module
+    _house: House
+
+    def module_state_dict(
+        self, destination: dict[str, Any] | None = None, prefix: str = "", exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """Live weights and buffers with all their values, on rank 0; an empty dict elsewhere. Every rank calls it.
+
+        A parameter at a time is gathered, but rank 0 must hold the model; `save_16bit_model` does not need to.
+        """
+        found = full_state_dict(self.module, self._house, include_frozen=not exclude_frozen_parameters)
+        destination = {} if destination is None else destination
+        destination.update({prefix + name: value for name, value in found.items()})
+        return destination
+
+    def load_module_state_dict(
+        self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, fetch_z3_params: bool = False
+    ) -> None:
+        """Makes rank 0's `checkpoint`, a state dict or {"module": one}, the weights and buffers. Every rank calls it.
+
+        Weights are taken as exact as they are given; optimizer state stays. `fetch_z3_params` has no effect: values are
+        always brought where they belong. Raises ModelError when names or shapes do not fit, before anything changes.
+        """
+        if custom_load_fn is not None:
+            raise ConfigError(
+                "load_module_state_dict: custom_load_fn is not supported: call it inside "
+                "zeroxide.zero.GatheredParameters(module.parameters(), modifier_rank=0)",
+                path="custom_load_fn",
+            )
+        given = checkpoint["module"] if isinstance(checkpoint.get("module"), dict) else checkpoint
+        load_full_state_dict(self.module, self._house, given, strict=strict)
+
+
+class StateDicts:
+    """Gives state dicts of modules at stage 3 the values that their parameters do not show.
+
+    patience: seconds after which a rank that asks says that it waits for others.
+    """
+
+    def __init__(self, module: nn.Module, house: House, patience: float) -> None:
+        self.house = house
+        self.patience = patience
+        # By parameter, what the last dict that asked for it was given: tied parameters are one tensor in a dict.
+        self.given: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.changes = house.changes
+        self.methods = [
+            Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
+            for each in module.modules()
+            if each._parameters and not house.visible
+        ]
+
+    def close(self) -> None:
+        """Gives every module its own method back."""
+        for method in self.methods:
+            method.take_off()
+        self.methods.clear()
+
+    def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        seats = {
+            name: seat
+            for name, param in module._parameters.items()
+            if param is not None and (seat := seat_of(param)) is not None and not seat.holds
+        }
+        if _bare or not seats:
+            save(destination, prefix, keep_vars)
+        elif keep_vars:
+            seat = next(iter(seats.values()))
+            raise ModelError(
+                f"state_dict(keep_vars=True): {seat.name} was asked for itself, and it is empty: leave keep_vars out, "
+                "or ask inside zeroxide.zero.GatheredParameters",
+                name=seat.name,
+            )
+        else:
+            with self._patient(next(iter(seats.values()))), self._shown(seats, destination):
+                save(destination, prefix, keep_vars)
+                for name, seat in seats.items():
+                    if isinstance(value := destination.get(prefix + name), torch.Tensor):
+                        self.given[seat.ident] = weakref.ref(value)
+
+    @contextmanager
+    def _shown(self, seats: dict[str, Seat], destination: dict[str, Any]) -> Iterator[None]:
+        """Lets the parameters show copies of all their values."""
+        if self.changes != self.house.changes:
+            self.given.clear()
+            self.changes = self.house.changes
+        opened = []
+        try:
+            for seat in seats.values():
+                known = self.given.get(seat.ident, _gone)()
+                if known is None or all(known is not value for value in destination.values()):
+                    known = None
+                seat.open(seat.param, known)
+                opened.append(seat)
+            yield
+        finally:
+            for seat in opened:
+                seat.close(seat.param, None)
+
+    @contextmanager
+    def _patient(self, first: Seat) -> Iterator[None]:
+        ranks = self.house.ranks
+        if ranks.world == 1:
+            yield
+            return
+        line = (
+            f"rank {ranks.rank} has waited {self.patience:.0f} s for the other ranks to ask for the state of "
+            f"{first.name}: at stage 3 every rank must call state_dict, and what builds on it, such as save_pretrained"
+        )
+        timer = threading.Timer(self.patience, logger.warning, [line])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _gone() -> None:
+    """Stands for a reference to nothing."""
+
+
+_bare = False
+"""Whether state dicts have the parameters as they are."""
+
+
+def _parameters_and_buffers(module: nn.Module) -> dict[str, Any]:
+    """The module's state under its names: parameters themselves, which may be empty, and buffers."""
+    global _bare
+    _bare = True
+    try:
+        return module.state_dict(keep_vars=True)
+    finally:
+        _bare = False
+
+
+def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = True) -> dict[str, torch.Tensor]:
+    """Live weights and buffers under the names of `module.state_dict()`, on rank 0; nothing on the others.
+
+    Every rank calls it. Tied parameters are one tensor under several names.
+    """
+    kept: dict[str, torch.Tensor] = {}
+    seen: dict[int, torch.Tensor] = {}
+    for name, value in _parameters_and_buffers(module).items():
+        seat = seat_of(value) if isinstance(value, torch.Tensor) else None
+        if seat is not None and not include_frozen and not seat.trainable:
+            continue
+        if seat is not None and id(value) not in seen:
+            whole = seat.read_live().view(seat.shape)
+            seen[id(value)] = whole if house.ranks.rank == 0 else torch.empty(0)
+        if house.ranks.rank == 0:
+            found = seen.get(id(value), value)
+            kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
+    return kept
+
+
+def _copied(buffer: torch.Tensor) -> torch.Tensor:
+    return copy_of(buffer) if why_not_bytes(buffer) is None else buffer.detach().clone()
+
+
+def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, Any], *, strict: bool) -> None:
+    """Makes rank 0's `given` the weights and buffers. Every rank calls it; the others may give an empty dict.
+
+    Weights are taken as exact as they are given; optimizer state stays as it is. Raises ModelError on all ranks, before
+    anything has changed, when names (`strict`) or shapes do not fit.
+    """
+    targets = {
+        plain_name(name): value
+        for name, value in _parameters_and_buffers(module).items()
+        if isinstance(value, torch.Tensor)
+    }
+    given = {plain_name(name): value for name, value in given.items()}
+    plan = house.ranks.gather_objects([list(_problems(targets, given, strict)), [n for n in targets if n in given]])[0]
+    problems, names = plan
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ModelError(f"load_module_state_dict: {problems[0]}{more}")
+    done: set[int] = set()
+    for name in names:
+        target = targets[name]
+        if id(target) in done:
+            continue
+        done.add(id(target))
+        seat = seat_of(target)
+        shape = target.shape if seat is None else seat.shape
+        dtype = _taken(target)
+        if house.ranks.rank == 0:
+            found = given[name].detach()
+            values = copy_of(found) if found.dtype == dtype else _rounded(found, dtype).contiguous()
+        else:
+            values = tensor_of(torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8), dtype, shape)
+        if house.ranks.world > 1:
+            house.broadcast(values, 0, name)
+        if seat is None:
+            set_buffer(module, target, values)
+        else:
+            seat.write("weights", values.view(-1))
+
+
+def _taken(target: torch.Tensor) -> torch.dtype:
+    """The dtype in which a parameter or buffer takes new values: fp32 for exact weights, else its own."""
+    seat = seat_of(target)
+    if seat is None:
+        return target.dtype
+    return torch.float32 if seat.trainable else seat.dtype
+
+
+def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return converted(values, dtype) if converts(values.dtype, dtype) else values.to(dtype)
+
+
+def _fits(target: torch.Tensor, values: torch.Tensor) -> bool:
+    """Whether values of another dtype are taken: ordinary numbers by rounding, others where nothing is lost."""
+    seat, dtype = seat_of(target), _taken(target)
+    if seat is not None and seat.opaque:
+        return values.dtype == dtype
+    return (values.dtype in FLOATS and dtype in FLOATS) or holds_exactly(values.detach(), dtype)
+
+
+def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], strict: bool) -> Iterator[str]:
+    if strict:
+        yield from (f"{name} is missing" for name in targets if name not in given)
+        yield from (f"the model has no {name}" for name in given if name not in targets)
+    for name, target in targets.items():
+        if name in given:
+            seat = seat_of(target)
+            shape = target.shape if seat is None else seat.shape
+            got = given[name]
+            if not isinstance(got, torch.Tensor) or got.shape != shape:
+                what = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
+                yield f"{name}: expected shape {tuple(shape)}, got {what}"
+            elif (problem := why_not_bytes(got) or why_not_bytes(target)) is not None:
+                yield f"{name} {problem}"
+            elif not _fits(target, got):
+                yield f"{name}: expected {_taken(target)}, got {got.dtype} with values that it does not hold"
+
+
+def refuse_loading(module: nn.Module) -> list[Any]:
+    """Makes `load_state_dict` of every module refuse to load into an engine's parameters. Returns their handles."""
+    return [
+        each.register_load_state_dict_pre_hook(Hook(_refuse))  # type: ignore[no-untyped-call]
+        for each in module.modules()
+        if each._parameters
+    ]
+
+
+def _refuse(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
+    for name, param in module._parameters.items():
+        if param is None or prefix + name not in state_dict:
+            continue
+        keeper = keeper_of(param)
+        if isinstance(keeper, Seat) and not keeper.holds:
+            raise ModelError(
+                f"load_state_dict: {keeper.name} has its values in an engine: call engine.load_module_state_dict, "
+                "or load inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+                name=keeper.name,
+            )

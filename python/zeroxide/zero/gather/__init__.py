@@ -1,0 +1,1 @@
+"""Weights where and when they are used, from host memory, disk and other ranks."""

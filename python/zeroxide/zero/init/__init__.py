@@ -1,0 +1,1 @@
+"""Parameters and their values before there is an engine."""

@@ -1,0 +1,174 @@
+"""Initial weights into the core, unit by unit, from a real model or for one on the meta device.
+
+A model on the meta device has shapes but no memory. A `WeightSource` fills one unit at a time, so that a model larger
+than memory never exists whole.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from zeroxide import _core
+from zeroxide.device.placement import spec
+from zeroxide.distributed import Ranks
+from zeroxide.errors import ModelError
+from zeroxide.plan.plan import ParameterPlan, UnitPlan
+from zeroxide.precision.bits import bytes_of, converted, tensor_of, why_not_bytes
+from zeroxide.zero.buffers import share_buffers
+from zeroxide.zero.init.slices import slice_of
+
+__all__ = ["WeightSource", "fill_units", "replace_meta_parameters", "resident_without"]
+
+
+class WeightSource(Protocol):
+    """Where the weights of a model on the meta device come from."""
+
+    def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module]) -> None:
+        """Fills one unit in place.
+
+        `tensors` maps full parameter names to CPU tensors, zero at first: fp32 for those that are trained, and frozen
+        ones in the dtype that they have on the meta device. `modules` maps full module names to
+        the modules that own them, whose parameters and buffers are real during the call. Modules that own only
+        buffers come in a last call with no tensors.
+        """
+
+
+def resident_without(module: nn.Module) -> int:
+    """Resident bytes of the process less those of the model's parameters, which move into the core's buckets."""
+    storages = {
+        param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
+        for param in module.parameters()
+        if param.device.type == "cpu" and param.numel() and why_not_bytes(param) is None
+    }
+    slices = (slice_of(param) for param in module.parameters())
+    storages.update({-1 - at: each.nbytes for at, each in enumerate(slices) if each is not None})
+    return max(0, _core.resident()["rss"] - sum(storages.values()))
+
+
+def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
+    """Gives every meta parameter an empty one in host memory in its place, in all its owners.
+
+    Returns the new parameter by the id of the old one. The old shapes are lost: plan first.
+    """
+    new: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, param in owner._parameters.items():
+            if param is None or param.device.type != "meta":
+                continue
+            if id(param) not in new:
+                # The old parameter stays alive in the plan, so its id is not given to another object meanwhile.
+                made = nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=param.requires_grad)
+                made.__dict__.update(param.__dict__)
+                if type(param) is not nn.Parameter:
+                    made.__class__ = type(param)
+                new[id(param)] = made
+            owner._parameters[name] = new[id(param)]
+    return new
+
+
+def fill_units(
+    module: nn.Module,
+    plans: list[UnitPlan],
+    core: _core.Offload,
+    source: WeightSource | None,
+    new: dict[int, nn.Parameter],
+    ranks: Ranks,
+) -> None:
+    """Moves or makes the weights of every unit: rank 0's. Real parameters lose their memory as they go.
+
+    Raises ModelError when the model is on the meta device and there is no source.
+    """
+    if new and source is None:
+        raise ModelError(
+            "the model is on the meta device and has no weights: pass weights=, a WeightSource that makes them"
+        )
+    seen: set[int] = set()
+    for index, plan in enumerate(plans):
+        core.fill_begin(index, "weights")
+        if new and source is not None:
+            _make(index, plan, core, source, new, seen, ranks)
+        else:
+            for position, entry in enumerate(plan.params):
+                kept = slice_of(entry.param)
+                if kept is not None and not kept.whole:
+                    kept.gather(entry.param)
+                    values = _values(entry)
+                else:
+                    values = ranks.broadcast_tensor(_values(entry))
+                _fill(core, index, position, entry, values)
+                if kept is not None:
+                    # The slice has them still.
+                    entry.param.data = torch.empty(0, dtype=entry.param.dtype)
+        core.fill_commit(index)
+        # Not before: should the construction fail, they are in one place or the other.
+        for entry in () if new else plan.params:
+            kept = slice_of(entry.param)
+            if kept is not None:
+                kept.drop()
+            else:
+                entry.param.data = torch.empty(0, dtype=entry.param.dtype)
+    if new and source is not None:
+        rest = {name: owner for name, owner in module.named_modules() if id(owner) not in seen and _meta_buffers(owner)}
+        for owner in rest.values():
+            _make_buffers(owner)
+        if rest:
+            source.fill({}, rest)
+    share_buffers(module, ranks)
+    ranks.barrier()
+
+
+def _values(entry: ParameterPlan) -> torch.Tensor:
+    """What the core is given of a parameter that shows its values: fp32, or the bytes of a frozen one."""
+    if entry.trainable:
+        return entry.param.detach().to(torch.float32).contiguous()
+    return bytes_of(converted(entry.param.detach(), entry.dtype))
+
+
+def _fill(core: _core.Offload, index: int, position: int, entry: ParameterPlan, values: torch.Tensor) -> None:
+    flat = spec(values.view(-1))
+    if entry.trainable:
+        core.fill_param(index, position, 0, flat)
+    else:
+        core.fill_bytes(index, position, 0, flat)
+
+
+def _make(
+    index: int,
+    plan: UnitPlan,
+    core: _core.Offload,
+    source: WeightSource,
+    new: dict[int, nn.Parameter],
+    seen: set[int],
+    ranks: Ranks,
+) -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    modules: dict[str, nn.Module] = {}
+    for entry in plan.params:
+        param = new[id(entry.param)]
+        kind = torch.float32 if entry.trainable else entry.param.dtype
+        param.data = tensor_of(torch.zeros(entry.shape.numel() * kind.itemsize, dtype=torch.uint8), kind, entry.shape)
+        tensors[entry.name] = param.data
+        modules.update(dict(entry.owners))
+    for owner in modules.values():
+        seen.add(id(owner))
+        _make_buffers(owner)
+    source.fill(tensors, modules)
+    for position, entry in enumerate(plan.params):
+        param = new[id(entry.param)]
+        values = param.data.contiguous() if entry.trainable else bytes_of(converted(param.data, entry.dtype))
+        _fill(core, index, position, entry, ranks.broadcast_tensor(values))
+        param.data = torch.empty(0, dtype=entry.dtype)
+
+
+def _meta_buffers(owner: nn.Module) -> bool:
+    return any(buffer is not None and buffer.device.type == "meta" for buffer in owner._buffers.values())
+
+
+def _make_buffers(owner: nn.Module) -> None:
+    for name, buffer in owner._buffers.items():
+        if buffer is not None and buffer.device.type == "meta":
+            raw = torch.zeros(buffer.numel() * buffer.itemsize, dtype=torch.uint8)
+            owner._buffers[name] = tensor_of(raw, buffer.dtype, buffer.shape)

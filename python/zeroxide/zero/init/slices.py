@@ -1,0 +1,193 @@
+"""Parameters before there is an engine: each rank keeps a slice of every one.
+
+A parameter of n elements is cut into equal slices of ceil(n / ranks), the last one shorter or empty. Its values are
+those of one rank, given to the others when it is cut.
+"""
+
+from __future__ import annotations
+
+import mmap
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeroxide.distributed import Ranks, all_gather_single
+from zeroxide.errors import ModelError, StorageError
+from zeroxide.precision.bits import bytes_of, copy_of, fingerprint
+from zeroxide.zero.empty import conceal, reveal
+from zeroxide.zero.param_handle import keeper_of, manage, new_id
+
+__all__ = ["Slice", "SliceFile", "slice_of"]
+
+CHUNK = 64 << 20
+"""Bytes of the file that are mapped at once."""
+PAGE = 4096
+
+
+class SliceFile:
+    """Memory for slices in an unnamed file: the system may write it out, and it does not count as resident.
+
+    Raises StorageError when the directory cannot hold it.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.chunk: mmap.mmap | None = None
+        self.used = 0
+
+    def take(self, nbytes: int) -> tuple[mmap.mmap, int]:
+        """(mapping, offset) of memory for `nbytes`, zero at first."""
+        size = -(-nbytes // PAGE) * PAGE
+        if self.chunk is None or self.used + size > len(self.chunk):
+            try:
+                with tempfile.TemporaryFile(dir=self.directory) as file:
+                    file.truncate(max(CHUNK, size))
+                    self.chunk = mmap.mmap(file.fileno(), max(CHUNK, size))
+            except OSError as error:
+                raise StorageError(
+                    f"{self.directory}: slices of parameters cannot be kept there: {error.strerror}",
+                    path=self.directory,
+                    errno=error.errno,
+                ) from error
+            self.used = 0
+        start = self.used
+        self.used += size
+        return self.chunk, start
+
+
+class Slice:
+    """Keeps one parameter. `dtype` is that of the slice and of the parameter."""
+
+    persists = False
+
+    def __init__(
+        self, name: str, param: nn.Parameter, ranks: Ranks, dtype: torch.dtype, file: SliceFile | None
+    ) -> None:
+        self.ident = new_id()
+        self.name = name
+        self.shape = param.shape
+        self.dtype = dtype
+        self.ranks = ranks
+        self.each = -(-self.shape.numel() // ranks.world)
+        self.holds = 0
+        self.stamp = (0, 0)
+        self.writers = 0
+        self.handed_out: int | None = None
+        self.whole = True
+        nbytes = self.each * dtype.itemsize
+        self.mapped = file.take(nbytes) if file is not None and nbytes else None
+        if self.mapped is None:
+            self.values = torch.empty(self.each, dtype=dtype)
+        else:
+            self.values = torch.frombuffer(self.mapped[0], dtype=dtype, count=self.each, offset=self.mapped[1])
+        manage(param, self)
+
+    @property
+    def nbytes(self) -> int:
+        """Resident bytes that the slice takes while it is not in use."""
+        return 0 if self.mapped is not None else self.values.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of a parameter has nobody who keeps its values.
+        return type(None), ()
+
+    def available(self) -> bool:
+        """Whether the parameter shows its values now."""
+        return self.whole
+
+    def local(self) -> torch.Tensor:
+        """This rank's elements, without padding."""
+        start = self.ranks.rank * self.each
+        return self.values[: max(0, min(self.each, self.shape.numel() - start))]
+
+    def cut(self, param: nn.Parameter, source: int = 0) -> None:
+        """Takes the parameter's values from rank `source` and empties it, everywhere but in `open`s still to end."""
+        values = param.detach()
+        flat = bytes_of(values if values.dtype == self.dtype else values.to(self.dtype)).view(self.dtype)
+        self.ranks.broadcast_tensor(flat, source)
+        local = self.local()
+        start = self.ranks.rank * self.each
+        bytes_of(local).copy_(bytes_of(flat[start : start + local.numel()]))
+        self._drop_pages()
+        if self.holds:
+            reveal(param, flat.view(self.shape))
+        else:
+            self.empty(param)
+
+    def hand_out(self, param: nn.Parameter) -> None:
+        """See `Keeper`. Before there is an engine only a gathered copy is anybody else's."""
+        if self.holds and self.handed_out is None:
+            self.handed_out = fingerprint(param)
+
+    def changed_by_hand(self, param: nn.Parameter) -> bool:
+        """See `Keeper`."""
+        before, self.handed_out = self.handed_out, None
+        return before is not None and before != fingerprint(param)
+
+    def gather(self, param: nn.Parameter) -> None:
+        """Gives the parameter all its values."""
+        if self.ranks.alone:
+            flat = copy_of(self.values)
+        else:
+            flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype)
+            if self.each:
+                all_gather_single(bytes_of(flat), bytes_of(self.values), group=self.ranks.group)
+        self._drop_pages()
+        reveal(param, flat[: self.shape.numel()].view(self.shape))
+        self.whole = True
+
+    def empty(self, param: nn.Parameter) -> None:
+        """Takes the values away again; changes are lost."""
+        conceal(param, torch.empty(0, dtype=self.dtype))
+        self.whole = False
+
+    def drop(self) -> None:
+        """Gives the slice's memory back: somebody else has the values now."""
+        self.whole = False
+        self.values = torch.empty(0, dtype=self.dtype)
+        self.mapped = None
+
+    def open(self, param: nn.Parameter) -> None:
+        """See `Keeper`."""
+        if not self.whole:
+            self.gather(param)
+        self.holds += 1
+
+    def give_up(self, param: nn.Parameter) -> None:
+        """See `Keeper`."""
+        if not self.holds:
+            self.empty(param)
+
+    def close(self, param: nn.Parameter, source: int | None) -> None:
+        """See `Keeper`."""
+        self.holds -= 1
+        if source is not None:
+            fits = param.shape == self.shape and param.dtype == self.dtype
+            problems = self.ranks.gather_objects(None if fits else f"{param.dtype} {tuple(param.shape)}")
+            if problems[source] is not None:
+                self.empty(param)
+                raise ModelError(
+                    f"{self.name} is {problems[source]} on rank {source} after GatheredParameters: expected "
+                    f"{self.dtype} {tuple(self.shape)}; write into the parameter instead of replacing it",
+                    name=self.name,
+                )
+            if not fits:
+                param.data = torch.empty(self.shape, dtype=self.dtype)
+            self.cut(param, source)
+        elif not self.holds:
+            self.empty(param)
+
+    def _drop_pages(self) -> None:
+        if self.mapped is not None:
+            # The file has them; the mapping need not.
+            mapping, start = self.mapped
+            mapping.madvise(mmap.MADV_DONTNEED, start, -(-self.values.nbytes // PAGE) * PAGE)
+
+
+def slice_of(param: torch.Tensor) -> Slice | None:
+    """The slice that keeps the parameter, if it is one."""
+    keeper = keeper_of(param)
+    return keeper if isinstance(keeper, Slice) else None

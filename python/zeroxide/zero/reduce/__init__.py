@@ -1,0 +1,1 @@
+"""Gradients from autograd into the core, small where they would be large."""

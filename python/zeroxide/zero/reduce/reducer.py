@@ -1,0 +1,125 @@
+"""Gradients from autograd into the core, each as soon as it is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.utils.hooks import RemovableHandle
+
+from zeroxide import _core
+from zeroxide.device.placement import spec
+from zeroxide.errors import ModelError
+from zeroxide.zero.hook_handle import Hook
+from zeroxide.zero.reduce.large_weights import LargeWeights, land_rows, raise_closed
+from zeroxide.zero.unit import Unit
+
+__all__ = ["Reducer"]
+
+
+class Reducer:
+    """Hooks on every trainable parameter. `complete` hears of units whose gradients have all landed, `begin` of every
+    gradient that comes, before it lands."""
+
+    def __init__(
+        self,
+        core: _core.Offload,
+        units: list[Unit],
+        begin: Callable[[], None],
+        complete: Callable[[Unit], None],
+        note_repeated: Callable[[Unit], None],
+        is_training: Callable[[], bool],
+        closed: set[int],
+        grad_dtype: torch.dtype,
+    ) -> None:
+        self.core = core
+        self.begin = begin
+        self.complete = complete
+        self.closed = closed
+        self.divisor = 1
+        """What gradients are divided by as they land: the accumulation steps, where no loss was divided by them."""
+        self.missing: list[set[int]] = []
+        self.handles: list[RemovableHandle] = []
+        self.hooked: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
+        for unit in units:
+            wanted = {position for position, trainable in enumerate(unit.trainable) if trainable}
+            self.missing.append(set(wanted))
+            for position in wanted:
+                hook = Hook(self._arrived, unit, position)
+                self.hooked.append((unit.params[position], hook))
+                self.handles.append(_put(*self.hooked[-1]))
+        self.params = [param for param, _ in self.hooked]
+        """All trainable parameters."""
+        self.units = units
+        self.large = LargeWeights(units, self, note_repeated, is_training, grad_dtype)
+
+    def stay_last(self) -> None:
+        """Hooks of users that came later must find a gradient: takes it after them."""
+        for number, (param, hook) in enumerate(self.hooked):
+            hooks = param._post_accumulate_grad_hooks
+            if len(hooks) > 1 and next(reversed(hooks)) != self.handles[number].id:
+                self.handles[number].remove()
+                self.handles[number] = _put(param, hook)
+
+    def expect_all(self) -> None:
+        """Begins a backward: every trainable parameter's gradient is outstanding."""
+        for unit, missing in zip(self.units, self.missing, strict=True):
+            missing.update(position for position, trainable in enumerate(unit.trainable) if trainable)
+
+    def is_complete(self, unit: Unit) -> bool:
+        """Whether every gradient of the unit has landed, and nothing in it is frozen: backward is done with it."""
+        return not unit.has_frozen and not self.missing[unit.index]
+
+    def _arrived(self, unit: Unit, position: int, param: torch.Tensor) -> None:
+        grad = param.grad
+        if grad is None:
+            return
+        self.begin()
+        if unit.index in self.closed:
+            raise_closed(unit)
+        param.grad = None
+        if self.divisor != 1:
+            grad = self.share(grad)
+        if grad.layout is torch.strided:
+            whole = grad if grad.is_contiguous() else grad.contiguous()
+            self.core.land(unit.index, position, 0, spec(whole), True)
+        elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
+            land_rows(self.core, unit, position, grad)
+        else:
+            raise ModelError(
+                f"the gradient of {unit.names[position]} has layout {grad.layout}: expected dense, or rows of a matrix",
+                name=unit.names[position],
+            )
+        self.arrived(unit, position)
+
+    def share(self, grad: torch.Tensor) -> torch.Tensor:
+        """The gradient divided by `divisor`: the same bits as of a divided loss where that is a power of two."""
+        if self.divisor == 1:
+            return grad
+        if grad.layout is torch.sparse_coo:
+            # Not as a whole, which may sum rows that were looked up twice in another order.
+            parts = grad._indices(), grad._values() / self.divisor
+            return torch.sparse_coo_tensor(*parts, grad.shape, check_invariants=False)
+        return grad / self.divisor
+
+    def arrived(self, unit: Unit, position: int) -> None:
+        """Notes that a parameter's gradient has landed."""
+        missing = self.missing[unit.index]
+        if position in missing:
+            missing.discard(position)
+            if not missing:
+                self.complete(unit)
+
+    def close(self) -> None:
+        """Removes all hooks."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+        self.hooked.clear()
+        self.params.clear()
+        self.large.close()
+
+
+def _put(param: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> RemovableHandle:
+    handle: RemovableHandle = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+    return handle
