@@ -11,8 +11,9 @@ from launching import run_ranks
 from torch import nn
 
 from zeroxide.config import Config, Offload, Optimizer, load
-from zeroxide.distributed import Ranks, agree, config_facts, model_facts, name_ranks, sampler_facts, version_facts
-from zeroxide.distributed.facts import PER_RANK
+from zeroxide.config.facts import config_facts, reason_to_differ
+from zeroxide.config.sections.zero import Zero
+from zeroxide.distributed import Ranks, agree, model_facts, name_ranks, sampler_facts, version_facts
 from zeroxide.errors import RanksError
 
 # One job tries them all: every rank states facts, catches the line, and goes on with the next.
@@ -23,7 +24,8 @@ from torch.utils.data import DistributedSampler
 import zeroxide._core
 from zeroxide.config import load
 from zeroxide.errors import RanksError
-from zeroxide.distributed import agree, config_facts, model_facts, sampler_facts, version_facts
+from zeroxide.config.facts import config_facts
+from zeroxide.distributed import agree, model_facts, sampler_facts, version_facts
 
 odd = ranks.rank == 2
 config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 0}}
@@ -52,7 +54,7 @@ cases = {
     "config": lambda: config_facts(load({**config, "train_micro_batch_size_per_gpu": 8 if odd else 4})),
     "float": lambda: config_facts(load({**config, "optimizer": optimizer})),
     "optimizer": lambda: config_facts(load({**config, **({} if odd else {"optimizer": optimizer})})),
-    "threads": lambda: config_facts(dataclasses.replace(load(config), threads=ranks.rank + 1)),
+    "threads": lambda: config_facts(load({**config, "zeroxide": {"threads": ranks.rank + 1}})),
     "shape": lambda: model_facts(model(5 if odd else 4)),
     "dtype": lambda: model_facts(model(dtype=torch.bfloat16 if odd else torch.float32)),
     "missing": lambda: model_facts(model(bias=not odd)),
@@ -131,32 +133,47 @@ def test_what_differs_is_named_on_every_rank():
     assert '"9.9" on rank 2; install the same version on every rank' in first["version"][0]
 
 
+MAY_DIFFER = {
+    *("zeroxide.host_memory", "zeroxide.staging_bytes", "zeroxide.tile_bytes", "zeroxide.io_engine"),
+    *("zeroxide.threads", "zeroxide.trim_libraries", "zeroxide.rank_timeout", "aio.queue_depth"),
+    *("report.steps_per_print", "report.wall_clock_breakdown"),
+}
+"""What may differ between hosts without changing a number; adding to it takes a look at what the field decides."""
+
+
 def test_every_field_of_the_config_must_agree_or_says_why_not():
     """Changing a field changes a fact, unless the field is one of those that ranks may differ in."""
-    plain = Config()
-    nested = {
-        "optimizer": Optimizer(lr=0.5),
-        "offload_param": Offload("cpu"),
-        "offload_optimizer": Offload("cpu"),
-        "scheduler": load({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}).scheduler,
-    }
-    for field in dataclasses.fields(Config):
-        value = nested.get(field.name, "another value")
-        changed = config_facts(dataclasses.replace(plain, **{field.name: value})) != config_facts(plain)
-        assert changed == (field.name not in PER_RANK), field.name
-    known = {field.name for field in dataclasses.fields(Config)}
-    assert {path.split(".")[0] for path in PER_RANK} <= known
-    decides_numbers_or_collectives = {
-        *("stage", "precision", "format", "grad_dtype", "buffer_dtype", "train_batch_size"),
-        *("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "dataloader_drop_last"),
-        *("optimizer", "scheduler", "offload_param", "offload_optimizer", "unit_bytes", "prefetch"),
-    }
-    assert decides_numbers_or_collectives & PER_RANK.keys() == set()
+    warm_up = load({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}).scheduler
+    plain = Config(optimizer=Optimizer(), scheduler=warm_up)
+    without = set()
+    for section in dataclasses.fields(plain):
+        inside = getattr(plain, section.name)
+        if not dataclasses.is_dataclass(inside):
+            assert reason_to_differ(section), section.name
+            continue
+        for field in dataclasses.fields(inside):
+            other = Offload("cpu") if field.name.startswith("offload_") else "another value"
+            changed = dataclasses.replace(plain, **{section.name: dataclasses.replace(inside, **{field.name: other})})
+            same = config_facts(changed) == config_facts(plain)
+            assert same == (reason_to_differ(field) is not None), field.name
+            if same:
+                without.add(f"{section.name}.{field.name}")
+        absent = dataclasses.replace(plain, **{section.name: None})
+        assert config_facts(absent) != config_facts(plain) or inside is plain.report, section.name
+    assert without == MAY_DIFFER
+
+
+def test_facts_have_the_names_that_a_user_can_look_for():
+    names = config_facts(load({"zeroxide": {"unit_bytes": "1MiB"}}, lr=0.1))
+    assert {
+        *("config.train_batch_size", "config.zero_optimization.stage", "config.zero_optimization.offload_param.kind"),
+        *("config.optimizer.lr", "config.precision.dtype", "config.zeroxide.unit_bytes", "config.scheduler"),
+    } <= names.keys()
 
 
 def test_directories_may_differ(tmp_path):
-    one = Config(offload_param=Offload("nvme", tmp_path / "a"))
-    two = Config(offload_param=Offload("nvme", tmp_path / "b"))
+    one = Config(zero=Zero(offload_param=Offload("nvme", tmp_path / "a")))
+    two = Config(zero=Zero(offload_param=Offload("nvme", tmp_path / "b")))
     assert config_facts(one) == config_facts(two)
 
 

@@ -131,8 +131,8 @@ def test_the_config_is_one_that_zeroxide_takes(options):
     fake = FakeInitialize()
     run(options(), initialize=fake)
     config = load(fake.arguments["config"], offload="cpu", host_memory="2GiB")
-    assert config.threads == 1
-    assert config.steps_per_print is None
+    assert config.zeroxide.threads == 1
+    assert config.report.steps_per_print is None
     assert config.no_effect == []
 
 

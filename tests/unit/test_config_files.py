@@ -38,7 +38,7 @@ def test_a_file_with_comments(tmp_path):
     )
     config = load(file)
     assert config == load(str(file))
-    assert (config.train_batch_size, config.stage, config.host_memory) == (8, 3, 2 * GIB)
+    assert (config.batch.train_batch_size, config.zero.stage, config.zeroxide.host_memory) == (8, 3, 2 * GIB)
     assert config.optimizer.betas == (0.8, 0.9)
 
 

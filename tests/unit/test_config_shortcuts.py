@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,9 @@ def test_batch_sizes_follow_from_one_another(batch, micro, steps, world, expecte
     }
     config = load(given_config, world_size=world)
     assert (
-        config.train_batch_size,
-        config.train_micro_batch_size_per_gpu,
-        config.gradient_accumulation_steps,
+        config.batch.train_batch_size,
+        config.batch.train_micro_batch_size_per_gpu,
+        config.batch.gradient_accumulation_steps,
     ) == expected
 
 
@@ -66,10 +67,10 @@ def test_the_batch_equation_holds_or_is_refused(batch, micro, steps, world):
         assert str(batch) in str(complaint(given_config, world_size=world))
         return
     config = load(given_config, world_size=world)
-    assert config.train_micro_batch_size_per_gpu * config.gradient_accumulation_steps * world == batch
-    assert config.train_batch_size == batch
-    assert micro in (None, config.train_micro_batch_size_per_gpu)
-    assert steps in (None, config.gradient_accumulation_steps)
+    assert config.batch.train_micro_batch_size_per_gpu * config.batch.gradient_accumulation_steps * world == batch
+    assert config.batch.train_batch_size == batch
+    assert micro in (None, config.batch.train_micro_batch_size_per_gpu)
+    assert steps in (None, config.batch.gradient_accumulation_steps)
 
 
 def test_a_batch_equation_that_fails_names_all_its_terms():
@@ -86,16 +87,30 @@ def test_a_batch_equation_that_fails_names_all_its_terms():
 
 def test_defaults():
     assert load() == Config()
-    assert load({}).precision == "fp32"
-    assert load(lr=0.1).precision == "fp32"
+    assert load({}).precision.dtype == "fp32"
+    assert load(lr=0.1).precision.dtype == "fp32"
     bf16 = load(dtype="bf16")
-    assert (bf16.precision, bf16.format, bf16.grad_dtype, bf16.buffer_dtype) == ("bf16", "split", "bf16", None)
-    assert (bf16.loss_scale, bf16.check_overflow, bf16.autocast) == (None, True, None)
+    assert (bf16.precision.dtype, bf16.precision.format, bf16.precision.grad_dtype, bf16.precision.buffer_dtype) == (
+        "bf16",
+        "split",
+        "bf16",
+        None,
+    )
+    assert (bf16.precision.loss_scale, bf16.precision.check_overflow, bf16.precision.autocast) == (None, True, None)
     fp16 = load(dtype="fp16")
-    assert (fp16.precision, fp16.format, fp16.grad_dtype, fp16.buffer_dtype) == ("fp16", "fp32", "fp16", None)
-    assert (fp16.loss_scale, fp16.check_overflow, fp16.cast_inputs) == (LossScale(), True, False)
-    assert load().trim_libraries is True
-    assert load({"zeroxide": {"trim_libraries": False}}, host_memory=GIB).trim_libraries is False
+    assert (fp16.precision.dtype, fp16.precision.format, fp16.precision.grad_dtype, fp16.precision.buffer_dtype) == (
+        "fp16",
+        "fp32",
+        "fp16",
+        None,
+    )
+    assert (fp16.precision.loss_scale, fp16.precision.check_overflow, fp16.precision.cast_inputs) == (
+        LossScale(),
+        True,
+        False,
+    )
+    assert load().zeroxide.trim_libraries is True
+    assert load({"zeroxide": {"trim_libraries": False}}, host_memory=GIB).zeroxide.trim_libraries is False
 
 
 @pytest.mark.parametrize(
@@ -106,37 +121,37 @@ def test_defaults():
         ({"betas": (0.5, 0.6)}, "optimizer", Optimizer(betas=(0.5, 0.6))),
         ({"eps": 1e-4}, "optimizer", Optimizer(eps=1e-4)),
         ({"weight_decay": 0.5}, "optimizer", Optimizer(weight_decay=0.5)),
-        ({"offload": "cpu"}, "offload_param", Offload("cpu")),
-        ({"offload": "cpu"}, "offload_optimizer", Offload("cpu")),
-        ({"offload": "nvme:/a:b"}, "offload_optimizer", Offload("nvme", Path("/a:b"))),
-        ({"offload": "cpu"}, "stage", 3),
-        ({"offload_param": "cpu"}, "offload_param", Offload("cpu")),
-        ({"offload_param": "cpu"}, "offload_optimizer", Offload()),
-        ({"offload_optimizer": "nvme:d"}, "offload_optimizer", Offload("nvme", Path("d"))),
-        ({"offload": "nvme:d", "offload_param": "none"}, "offload_param", Offload()),
-        ({"offload": "none"}, "stage", 0),
-        ({"host_memory": "1.5G"}, "host_memory", 3 * GIB // 2),
-        ({"host_memory": GIB}, "host_memory", GIB),
-        ({"dtype": "bf16"}, "precision", "bf16"),
-        ({"dtype": "torch.bfloat16"}, "precision", "bf16"),
-        ({"dtype": "float32"}, "precision", "fp32"),
-        ({"dtype": "fp16"}, "precision", "fp16"),
-        ({"dtype": "torch.float16"}, "precision", "fp16"),
-        ({"dtype": "half"}, "precision", "fp16"),
-        ({"dtype": "fp16"}, "loss_scale", LossScale()),
-        ({"gradient_clipping": 2}, "gradient_clipping", 2.0),
-        ({"gradient_clipping": 0}, "gradient_clipping", None),
-        ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps", 4),
+        ({"offload": "cpu"}, "zero.offload_param", Offload("cpu")),
+        ({"offload": "cpu"}, "zero.offload_optimizer", Offload("cpu")),
+        ({"offload": "nvme:/a:b"}, "zero.offload_optimizer", Offload("nvme", Path("/a:b"))),
+        ({"offload": "cpu"}, "zero.stage", 3),
+        ({"offload_param": "cpu"}, "zero.offload_param", Offload("cpu")),
+        ({"offload_param": "cpu"}, "zero.offload_optimizer", Offload()),
+        ({"offload_optimizer": "nvme:d"}, "zero.offload_optimizer", Offload("nvme", Path("d"))),
+        ({"offload": "nvme:d", "offload_param": "none"}, "zero.offload_param", Offload()),
+        ({"offload": "none"}, "zero.stage", 0),
+        ({"host_memory": "1.5G"}, "zeroxide.host_memory", 3 * GIB // 2),
+        ({"host_memory": GIB}, "zeroxide.host_memory", GIB),
+        ({"dtype": "bf16"}, "precision.dtype", "bf16"),
+        ({"dtype": "torch.bfloat16"}, "precision.dtype", "bf16"),
+        ({"dtype": "float32"}, "precision.dtype", "fp32"),
+        ({"dtype": "fp16"}, "precision.dtype", "fp16"),
+        ({"dtype": "torch.float16"}, "precision.dtype", "fp16"),
+        ({"dtype": "half"}, "precision.dtype", "fp16"),
+        ({"dtype": "fp16"}, "precision.loss_scale", LossScale()),
+        ({"gradient_clipping": 2}, "gradients.clipping", 2.0),
+        ({"gradient_clipping": 0}, "gradients.clipping", None),
+        ({"gradient_accumulation_steps": 4}, "batch.gradient_accumulation_steps", 4),
     ],
 )
 def test_shortcuts(shortcuts, name, expected):
-    assert getattr(load(**shortcuts), name) == expected
+    assert operator.attrgetter(name)(load(**shortcuts)) == expected
 
 
 def test_shortcuts_take_torch_dtypes():
-    assert load(dtype=torch.bfloat16).precision == "bf16"
-    assert load(dtype=torch.float16).precision == "fp16"
-    assert load(dtype=torch.float32).precision == "fp32"
+    assert load(dtype=torch.bfloat16).precision.dtype == "bf16"
+    assert load(dtype=torch.float16).precision.dtype == "fp16"
+    assert load(dtype=torch.float32).precision.dtype == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -231,9 +246,9 @@ def test_contradictions_between_sections(config, shortcuts, line):
 
 
 def test_a_shortcut_and_a_section_go_together():
-    assert load({"fp16": {"loss_scale": 4}}, dtype="fp16").loss_scale == LossScale(initial=4.0, dynamic=False)
-    assert load({"bf16": {"enabled": False}}, dtype="fp16").precision == "fp16"
-    assert load({"fp16": {"enabled": False}}, dtype="bf16").precision == "bf16"
+    assert load({"fp16": {"loss_scale": 4}}, dtype="fp16").precision.loss_scale == LossScale(initial=4.0, dynamic=False)
+    assert load({"bf16": {"enabled": False}}, dtype="fp16").precision.dtype == "fp16"
+    assert load({"fp16": {"enabled": False}}, dtype="bf16").precision.dtype == "bf16"
 
 
 def test_keys_of_scaling_that_is_not_done_are_listed():
@@ -252,6 +267,10 @@ def test_keys_of_scaling_that_is_not_done_are_listed():
 
 
 def test_autocast_in_fp16_scales_the_loss():
-    assert load({"torch_autocast": {"enabled": True}}).loss_scale is None
+    assert load({"torch_autocast": {"enabled": True}}).precision.loss_scale is None
     config = load({"torch_autocast": {"enabled": True, "dtype": "torch.float16"}})
-    assert (config.precision, config.autocast, config.loss_scale) == ("fp32", "fp16", LossScale())
+    assert (config.precision.dtype, config.precision.autocast, config.precision.loss_scale) == (
+        "fp32",
+        "fp16",
+        LossScale(),
+    )

@@ -33,8 +33,8 @@ def test_compute_grad_norm():
         assert f"needs zero_optimization.stage 1 or 2, got {stage}" in line
     assert "needs gradient_clipping = 0, got 1.0, the default" in refused({"zero_optimization": off})
     assert "got 0.5" in refused({"zero_optimization": off, "gradient_clipping": 0.5})
-    assert load({"zero_optimization": off}, gradient_clipping=0).compute_grad_norm is False
-    assert load({"zero_optimization": {"stage": 3, "compute_grad_norm": True}}).compute_grad_norm
+    assert load({"zero_optimization": off}, gradient_clipping=0).zero.compute_grad_norm is False
+    assert load({"zero_optimization": {"stage": 3, "compute_grad_norm": True}}).zero.compute_grad_norm
 
 
 def test_parameter_alignment():
@@ -51,9 +51,9 @@ def test_unknown_keys():
 
 
 def test_param_dtype():
-    assert load({"data_types": {"param_dtype": "fp32"}}, own_dtype=lambda: "bf16").precision == "fp32"
-    assert load({"data_types": {"param_dtype": "bf16"}, "bf16": {"enabled": True}}).precision == "bf16"
-    assert load({"data_types": {"param_dtype": "fp16"}}, dtype="fp16").precision == "fp16"
+    assert load({"data_types": {"param_dtype": "fp32"}}, own_dtype=lambda: "bf16").precision.dtype == "fp32"
+    assert load({"data_types": {"param_dtype": "bf16"}, "bf16": {"enabled": True}}).precision.dtype == "bf16"
+    assert load({"data_types": {"param_dtype": "fp16"}}, dtype="fp16").precision.dtype == "fp16"
     line = refused({"data_types": {"param_dtype": "fp32"}, "bf16": {"enabled": True}})
     assert 'data_types.param_dtype = "fp32" contradicts bf16.enabled' in line
     assert "needs bf16.enabled = true" in refused({"data_types": {"param_dtype": "bf16"}})
@@ -77,11 +77,15 @@ def test_off_sections():
 
 
 def test_lenient_values():
-    assert load({"zero_optimization": True}).stage == 1
-    assert load({"zero_optimization": False}).stage == 0
-    assert [load({"zero_optimization": {"stage": f"{stage}"}}).stage for stage in range(4)] == [0, 1, 2, 3]
-    assert load({"bf16": {"enabled": "true"}}).precision == load({"bf16": {"enabled": "True"}}).precision == "bf16"
-    assert load({"bf16": {"enabled": "false"}}).precision == "fp32"
+    assert load({"zero_optimization": True}).zero.stage == 1
+    assert load({"zero_optimization": False}).zero.stage == 0
+    assert [load({"zero_optimization": {"stage": f"{stage}"}}).zero.stage for stage in range(4)] == [0, 1, 2, 3]
+    assert (
+        load({"bf16": {"enabled": "true"}}).precision.dtype
+        == load({"bf16": {"enabled": "True"}}).precision.dtype
+        == "bf16"
+    )
+    assert load({"bf16": {"enabled": "false"}}).precision.dtype == "fp32"
     assert load({"wandb": {"enabled": "false", "project": "x"}}).no_effect
     assert "not built yet" in refused({"wandb": {"enabled": "true"}})
     assert "expected true or false" in refused({"bf16": {"enabled": "maybe"}})

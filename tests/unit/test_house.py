@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import zeroxide
-from zeroxide.config import Config
+from zeroxide.config import Config, Optimizer, Scheduler
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 600
@@ -90,12 +90,25 @@ def test_files_are_named_after_what_they_hold():
 
 
 def test_every_field_of_the_config_is_read():
-    """A field that nothing reads is an option that does nothing."""
+    """A field that nothing reads is an option that does nothing: it stands somewhere as `section.field`."""
     read = set()
     for path in sources("*.py", "python"):
         if "config" not in path.relative_to(ROOT).parts:
-            read |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    assert {field.name for field in dataclasses.fields(Config)} - read == set()
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute):
+                    read.add(f"{node.value.attr}.{node.attr}")
+    config = Config(optimizer=Optimizer(), scheduler=Scheduler("WarmupLR", {}))
+    sections = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    known = {
+        f"{name}.{field.name}"
+        for name, section in sections.items()
+        if dataclasses.is_dataclass(section)
+        for field in dataclasses.fields(section)
+    }
+    groups = ast.parse((ROOT / "python/zeroxide/optim/groups.py").read_text())
+    chosen = {node.attr for node in ast.walk(groups) if isinstance(node, ast.Attribute)}
+    in_groups = {f"optimizer.{name}" for name in chosen}  # where `defaults_from` takes the optimizer apart
+    assert known - read - in_groups == set()
 
 
 def test_the_installed_package_is_typed():

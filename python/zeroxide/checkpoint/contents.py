@@ -126,7 +126,7 @@ def pieces_to_fill(engine: Engine, part: str) -> list[Run]:
 
     Every rank keeps the weights up to stage 2, and the moments at stage 0.
     """
-    if engine.config.stage < (3 if part == "weights" else 1):
+    if engine.config.zero.stage < (3 if part == "weights" else 1):
         return [Run(held, 0, held.numel) for held in held_parameters(engine)]
     return own_pieces(engine)
 

@@ -5,18 +5,25 @@ This package is the only place that parses user input. `load` returns a `Config`
 >>> load({"bf16": {"enabled": True}}, lr=1e-4, offload="nvme:/mnt/fast", host_memory="8GiB").format
 'split'
 
-It imports neither torch nor the extension module, and pydantic only once `load` is called.
+It imports neither torch nor the extension module, and pydantic only once `load` or a class of the config is used.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zeroxide.config.resolved import Config, Dtype, LossScale, LowDtype, Offload, Optimizer, Scheduler
 from zeroxide.config.sizes import format_bytes, parse_bytes
 from zeroxide.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zeroxide.config.resolved import Config
+    from zeroxide.config.sections.optimizer import Optimizer
+    from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
+    from zeroxide.config.sections.scheduler import Scheduler
+    from zeroxide.config.sections.zero import Offload
 
 __all__ = [
     "Config",
@@ -25,11 +32,23 @@ __all__ = [
     "LowDtype",
     "Offload",
     "Optimizer",
+    "Precision",
     "Scheduler",
     "format_bytes",
     "load",
     "parse_bytes",
 ]
+
+_HOMES = {
+    "Config": "resolved",
+    "Dtype": "sections.precision",
+    "LossScale": "sections.precision",
+    "LowDtype": "sections.precision",
+    "Offload": "sections.zero",
+    "Optimizer": "sections.optimizer",
+    "Precision": "sections.precision",
+    "Scheduler": "sections.scheduler",
+}
 
 _LARGEST_FILE = 8 << 20  # bytes; real configs are a few KiB
 
@@ -102,3 +121,11 @@ def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> tuple[Ma
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ConfigError(f"config file {path!r}: {reason}") from error
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        found = getattr(importlib.import_module(f"zeroxide.config.{_HOMES[name]}"), name)
+        globals()[name] = found
+        return found
+    raise AttributeError(f"module 'zeroxide.config' has no attribute {name!r}")

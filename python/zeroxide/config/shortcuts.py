@@ -1,20 +1,16 @@
-"""The keyword arguments that stand in for a config file, and what they mean together with one."""
+"""The keyword arguments that stand in for a config file."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import PlainValidator
 
-from zeroxide.config.check import show
 from zeroxide.config.fields import Betas, Count, MemorySize, NonNegative, Section, directory, expecting
-from zeroxide.config.resolved import Offload
-from zeroxide.config.schema_precision import dtype_named
-from zeroxide.errors import ConfigError
+from zeroxide.config.sections.precision import dtype_named
+from zeroxide.config.sections.zero import Offload
 
-__all__ = ["Shortcuts", "agree"]
-
-T = TypeVar("T")
+__all__ = ["Shortcuts"]
 
 
 def _offload(value: Any) -> Offload:
@@ -50,17 +46,3 @@ class Shortcuts(Section):
     dtype: Precision | None = None
     gradient_clipping: NonNegative | None = None
     gradient_accumulation_steps: Count | None = None
-
-
-def agree(keyword: str, given: T | None, path: str, configured: T | None) -> T | None:
-    """Return whichever of the two is set. Raises `ConfigError` naming both when they are set and differ."""
-    if given is None:
-        return configured
-    if configured is not None and configured != given:
-        raise ConfigError(
-            f"{keyword}={show(given)} contradicts {path} = {show(configured)} in the config; give only one of them",
-            path=path,
-            expected=show(configured),
-            got=show(given),
-        )
-    return given

@@ -2,7 +2,7 @@
 
 from zeroxide.distributed.agreement import Fact, agree, name_ranks
 from zeroxide.distributed.collectives import Ranks, all_gather_single, first_line
-from zeroxide.distributed.facts import config_facts, model_facts, sampler_facts, version_facts
+from zeroxide.distributed.facts import model_facts, sampler_facts, version_facts
 from zeroxide.distributed.health.activity import IDLE
 from zeroxide.distributed.health.watch import EXIT_CODE, Watch
 from zeroxide.distributed.launch import Place, read_environment
@@ -17,7 +17,6 @@ __all__ = [
     "Watch",
     "agree",
     "all_gather_single",
-    "config_facts",
     "first_line",
     "init_distributed",
     "model_facts",

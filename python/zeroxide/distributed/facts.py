@@ -1,37 +1,16 @@
-"""What every rank must be alike in, as facts for `agree`."""
+"""What every rank must be alike in beside the config, as facts for `agree`."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from zeroxide.config import Config
 from zeroxide.distributed.agreement import Fact
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["PER_RANK", "config_facts", "model_facts", "sampler_facts", "version_facts"]
-
-PER_RANK = {
-    "offload_param.path": "each host has its own disks",
-    "offload_optimizer.path": "each host has its own disks",
-    "host_memory": "hosts may have different amounts of memory",
-    "staging_bytes": "the size of disk requests in flight changes no number",
-    "tile_bytes": "the size of a disk request changes no number",
-    "io_engine": "a kernel may have io_uring and another not",
-    "queue_depth": "it fits the host's disk",
-    "threads": "it fits the host's processors; results do not depend on it",
-    "rank_timeout": "rank 0's counts for all but itself; it changes no number",
-    "trim_libraries": "it concerns one process's memory",
-    "steps_per_print": "one rank may print and the others not",
-    "wall_clock_breakdown": "one rank may print and the others not",
-    "no_effect": "it says nothing beyond the other fields",
-    "source": "it says nothing beyond the other fields",
-}
-"""Fields of `Config` that ranks may differ in, and why. Every other field is a fact."""
+__all__ = ["model_facts", "sampler_facts", "version_facts"]
 
 
 def version_facts() -> dict[str, Fact]:
@@ -45,27 +24,6 @@ def version_facts() -> dict[str, Fact]:
         "version.torch": torch.__version__,
         "version.python": f"{sys.version_info.major}.{sys.version_info.minor}",
     }
-
-
-def config_facts(config: Config) -> dict[str, Fact]:
-    """One fact for every value in the config that must agree, named "config." and its dotted path."""
-    return {f"config.{path}": value for path, value in _flat(config, "") if path not in PER_RANK}
-
-
-def _flat(value: Any, path: str) -> list[tuple[str, Fact]]:
-    """The plain values below `value` with their dotted paths, in the order of the fields."""
-    dot = f"{path}." if path else ""
-    if path in PER_RANK:
-        return []
-    if dataclasses.is_dataclass(value):
-        inside = [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
-    elif isinstance(value, Mapping):
-        inside = sorted(value.items())
-    elif value is None or isinstance(value, (str, int, float)):
-        return [(path, value)]
-    else:
-        return [(path, repr(value))]
-    return [fact for name, each in inside for fact in _flat(each, f"{dot}{name}")]
 
 
 def model_facts(module: nn.Module) -> dict[str, Fact]:

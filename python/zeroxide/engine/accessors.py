@@ -46,7 +46,7 @@ class Answers:
         Infinity if the step was left out, since a gradient was not finite; NaN if it was made all the same. None before
         the first step, and with `zero_optimization.compute_grad_norm` false.
         """
-        if self._norm is None or not self.config.compute_grad_norm:
+        if self._norm is None or not self.config.zero.compute_grad_norm:
             return None
         return torch.tensor(self._norm, dtype=torch.float64)
 
@@ -69,15 +69,15 @@ class Answers:
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 where gradients are left as they are."""
-        return self.config.gradient_clipping or 0.0
+        return self.config.gradients.clipping or 0.0
 
     def steps_per_print(self) -> int | None:
         """Optimizer steps from one line of progress to the next; None for no lines."""
-        return self.config.steps_per_print
+        return self.config.report.steps_per_print
 
     def wall_clock_breakdown(self) -> bool:
         """Whether those lines have times."""
-        return self.config.wall_clock_breakdown
+        return self.config.report.wall_clock_breakdown
 
     @property
     def dp_world_size(self) -> int:
@@ -86,27 +86,27 @@ class Answers:
 
     def zero_optimization_stage(self) -> int:
         """ZeRO stage of the config."""
-        return self.config.stage
+        return self.config.zero.stage
 
     def zero_optimization(self) -> bool:
         """Whether ranks share the optimizer state: stage 1 or more."""
-        return self.config.stage >= 1
+        return self.config.zero.stage >= 1
 
     def zero_optimization_partition_gradients(self) -> bool:
         """Whether ranks share gradients: stage 2 or more."""
-        return self.config.stage >= 2
+        return self.config.zero.stage >= 2
 
     def zero_optimization_partition_weights(self) -> bool:
         """Whether ranks share weights: stage 3."""
-        return self.config.stage >= 3
+        return self.config.zero.stage >= 3
 
     def bfloat16_enabled(self) -> bool:
         """Whether weights and activations are bf16."""
-        return self.config.precision == "bf16"
+        return self.config.precision.dtype == "bf16"
 
     def fp16_enabled(self) -> bool:
         """Whether weights and activations are fp16."""
-        return self.config.precision == "fp16"
+        return self.config.precision.dtype == "fp16"
 
     def loss_scale(self) -> float:
         """What the next loss will be multiplied by before backward; 1 without fp16."""
@@ -141,7 +141,7 @@ class Answers:
             name: {"current": current, "peak": peak} for name, (current, peak) in self._alive().usage().items()
         }
         usage["process"] = {**_core.resident(), "peak": self._peak.most(), "exact": self._peak.exact}
-        usage["limit"] = self.config.host_memory
+        usage["limit"] = self.config.zeroxide.host_memory
         return usage
 
     def io(self) -> dict[str, Any]:
@@ -167,13 +167,13 @@ class Answers:
         return dict(self._times)
 
     def _report(self) -> None:
-        every = self.config.steps_per_print
+        every = self.config.report.steps_per_print
         if not every or self.global_steps % every:
             return
         norm = "-" if self._norm is None else f"{self._norm:.3f}"
         line = f"[zeroxide] step {self.global_steps} lr {self.get_lr()[0]:.3e} grad norm {norm}"
         if self.skipped_steps:
             line += f" skipped {self.skipped_steps}"
-        if self.config.wall_clock_breakdown:
+        if self.config.report.wall_clock_breakdown:
             line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
         print(line, flush=True)

@@ -52,11 +52,11 @@ class Accumulation:
 
     def gradient_accumulation_steps(self) -> int:
         """Micro-batches per optimizer step."""
-        return self.config.gradient_accumulation_steps
+        return self.config.batch.gradient_accumulation_steps
 
     def train_batch_size(self) -> int:
         """Samples per optimizer step over all ranks. Raises ConfigError where the config gives no batch size."""
-        return self.config.train_batch_size or (
+        return self.config.batch.train_batch_size or (
             self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.ranks.world
         )
 
@@ -115,7 +115,7 @@ class Accumulation:
                 "micro-batches: change them after the step that updates the weights",
                 path="train_batch_size",
             )
-        self.config = dataclasses.replace(self.config, **changed)
+        self.config = dataclasses.replace(self.config, batch=dataclasses.replace(self.config.batch, **changed))
         self._window_start = self.micro_steps
         self._divide_gradients()
 
@@ -141,7 +141,7 @@ class Accumulation:
 
     def _inside_window(self) -> int:
         """Micro-batches since the last optimizer step, 0 where the caller owns the boundary."""
-        if self._boundary is not None or not self.config.managed_gradient_accumulation:
+        if self._boundary is not None or not self.config.batch.managed_gradient_accumulation:
             return 0
         return (self.micro_steps - self._window_start) % self.gradient_accumulation_steps()
 
@@ -150,7 +150,7 @@ class Accumulation:
         under way, since each is a boundary and nothing else is."""
         if self._boundary is not None:
             return self._boundary
-        if not self.config.managed_gradient_accumulation:
+        if not self.config.batch.managed_gradient_accumulation:
             return self._stepping
         return self._inside_window() + 1 == self.gradient_accumulation_steps()
 
@@ -164,9 +164,9 @@ class Accumulation:
     def _count_step(self) -> None:
         """Adds the samples of one optimizer step."""
         forwards = self.gradient_accumulation_steps()
-        if not self.config.managed_gradient_accumulation:
+        if not self.config.batch.managed_gradient_accumulation:
             forwards = self._backwards
-        self._samples += (self.config.train_micro_batch_size_per_gpu or 1) * forwards * self.ranks.world
+        self._samples += (self.config.batch.train_micro_batch_size_per_gpu or 1) * forwards * self.ranks.world
         self._backwards = 0
 
 
@@ -177,10 +177,10 @@ def _check_size(name: str, value: object) -> None:
 
 def micro_batch_of(config: Config) -> int:
     """Samples per forward. Raises ConfigError where the config gives no batch size."""
-    if config.train_micro_batch_size_per_gpu is None:
+    if config.batch.train_micro_batch_size_per_gpu is None:
         raise ConfigError(
             "no batch size: the config has neither train_micro_batch_size_per_gpu nor train_batch_size; give one of "
             'them, for example config={"train_micro_batch_size_per_gpu": 1}',
             path="train_micro_batch_size_per_gpu",
         )
-    return config.train_micro_batch_size_per_gpu
+    return config.batch.train_micro_batch_size_per_gpu

@@ -92,7 +92,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self.skipped_steps = 0
         self._begin_counting()
         self._saver: Saver | None = None
-        self._scaler = LossScaler(config.loss_scale)
+        self._scaler = LossScaler(config.precision.loss_scale)
         self._norm, self._applied = None, False
         self._core: _core.Offload | None = None
         self._peak = Peak()
@@ -103,16 +103,16 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         undo = Undo(module, optimizer)
         with ExitStack() as made:
             made.callback(undo.restore)
-            self.watch = Watch(self.ranks, timeout=config.rank_timeout)
+            self.watch = Watch(self.ranks, timeout=config.zeroxide.rank_timeout)
             made.callback(self.watch.close)
             only_looks = optimizer is None and config.optimizer is None and not _is_trained(module)
             groups = [] if only_looks else groups_for(module, config, optimizer, parameters)
-            if groups and config.clipping_is_default and self.global_rank == 0:
-                logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradient_clipping)
+            if groups and config.gradients.clipping_is_default and self.global_rank == 0:
+                logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
             check_groups(groups)
             mark_leaf_modules(module, config)
             check_buffers(module, self.ranks, made=weights is not None)
-            threads = config.threads or len(os.sched_getaffinity(0))
+            threads = config.zeroxide.threads or len(os.sched_getaffinity(0))
             self._plan = make_plan(module, config, threads=threads, resident=resident_without(module), ranks=self.ranks)
             check_all_grouped(groups, [each for unit in self._plan.units for each in unit.params if each.trainable])
             self._core = open_core(self._plan, config)
@@ -126,7 +126,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             self._place(module, groups, weights)
             self.lr_scheduler: Any = scheduler(self.optimizer)
             made.pop_all()
-        if config.host_memory is not None and self._peak.at_start > config.host_memory:
+        if config.zeroxide.host_memory is not None and self._peak.at_start > config.zeroxide.host_memory:
             # What the caller held when it began, the model's weights among it, has moved out.
             self._peak.start_over()
 
@@ -135,13 +135,15 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         assert self._core is not None
         core, plan = self._core, self._plan
         on_disk = Home.DISK in (plan.weights, plan.state)
-        if self.config.trim_libraries:
+        if self.config.zeroxide.trim_libraries:
             # Now, so that importing does not add to the peak of what follows, and again when that is done.
             _core.drop_clean_text()
         new = replace_meta_parameters(module)
         # Units remember shapes before the parameters lose them.
         units = [Unit(index, unit, core, plan.compute) for index, unit in enumerate(plan.units)]
-        self._exchange = make_exchange(core, plan, units, self._messages, torch_dtype(self.config.reduce_dtype))
+        self._exchange = make_exchange(
+            core, plan, units, self._messages, torch_dtype(self.config.precision.reduce_dtype)
+        )
         self._exchange.connect()
         fill_units(module, plan.units, core, weights, new, self.ranks)
         for unit in units:
@@ -157,12 +159,12 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             core,
             self._exchange,
             units,
-            self.config.prefetch,
+            self.config.zeroxide.prefetch,
             visible=plan.visible,
             home=plan.weights,
             world=plan.world,
         )
-        arriving = plan.grad if plan.world == 1 else torch_dtype(self.config.reduce_dtype)
+        arriving = plan.grad if plan.world == 1 else torch_dtype(self.config.precision.reduce_dtype)
         self._hooks = Hooks(module, self._gatherer, units, arriving)
         self._divide_gradients()
         self._assign_groups(groups)
@@ -188,12 +190,12 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self._guard = ModelGuard(module, self._house, self._hooks.reducer, keeps_edits=plan.keeps_edits, shared=shared)
         self._hooks.before_training = self._guard.before_training
         self._loading = refuse_loading(module)
-        self._state_dicts = StateDicts(module, self._house, self.config.rank_timeout)
+        self._state_dicts = StateDicts(module, self._house, self.config.zeroxide.rank_timeout)
         self._copies = PlainCopies(module)
         leave_untraced()
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
         _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
-        if self.config.trim_libraries:
+        if self.config.zeroxide.trim_libraries:
             _core.drop_clean_text()
         # Last: nothing can fail any more and leave parameters over memory that is gone.
         self._gatherer.show_all()
@@ -295,13 +297,13 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         loss_scale = self._scaler.scale
         self._norm = math.sqrt(sum_squares) / loss_scale if not nonfinite else math.nan
         finite = math.isfinite(self._norm)
-        self.optimizer.overflow = self.config.check_overflow and not finite
+        self.optimizer.overflow = self.config.precision.check_overflow and not finite
         if self.optimizer.overflow:
             self._norm = math.inf
             self.skipped_steps += 1
             core.clear_gradients()
         elif landed:
-            clip = self.config.gradient_clipping
+            clip = self.config.gradients.clipping
             factor = min(1.0, clip / (self._norm + CLIP_EPSILON)) if clip and finite else 1.0
             self._before_change()
             core.step(self.optimizer.core_groups(), factor / loss_scale)
@@ -481,7 +483,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             )
 
     def _check_budget(self) -> None:
-        limit = self.config.host_memory
+        limit = self.config.zeroxide.host_memory
         if limit is None:
             return
         peak = self._peak.since_start_over()

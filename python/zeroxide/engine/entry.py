@@ -14,8 +14,9 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler
 
 from zeroxide.config import Config, load
+from zeroxide.config.facts import config_facts
 from zeroxide.data.sampler import EpochSampler, Share
-from zeroxide.distributed import Ranks, agree, config_facts, model_facts, sampler_facts, start, version_facts
+from zeroxide.distributed import Ranks, agree, model_facts, sampler_facts, start, version_facts
 from zeroxide.engine.accumulation import micro_batch_of
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
@@ -162,7 +163,7 @@ def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ra
     batch = micro_batch_of(config)
     if hasattr(data, "__len__"):
         size = math.ceil(len(data) / ranks.world)
-        batches = size // batch if config.dataloader_drop_last else math.ceil(size / batch)
+        batches = size // batch if config.batch.dataloader_drop_last else math.ceil(size / batch)
         if batches == 0:
             from zeroxide.errors import DataError
 
@@ -176,13 +177,13 @@ def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ra
     if not shuffle and ranks.world > 1 and getattr(data, "_distributed", None) is None:
         data = Share(data, ranks.rank, ranks.world)
     if shuffle and ranks.world > 1:
-        sampler = EpochSampler(data, ranks.world, ranks.rank, drop_last=config.dataloader_drop_last)
+        sampler = EpochSampler(data, ranks.world, ranks.rank, drop_last=config.batch.dataloader_drop_last)
     agree(ranks, {} if sampler is None else sampler_facts(sampler))
     return DataLoader(
         data,
         batch_size=batch,
         shuffle=shuffle and sampler is None,
         sampler=sampler,
-        drop_last=config.dataloader_drop_last,
+        drop_last=config.batch.dataloader_drop_last,
         collate_fn=collate_fn,
     )

@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
         host_memory: int | str | None = None,
         threads: int | None = None,
     ) -> None:
-        home = load(None, lr=1e-3, offload_optimizer=offload).offload_optimizer
+        home = load(None, lr=1e-3, offload_optimizer=offload).zero.offload_optimizer
         if format not in ("split", "fp32"):
             raise ConfigError(f"format {format!r}: expected 'split' or 'fp32'", path="format", got=format)
         defaults = {

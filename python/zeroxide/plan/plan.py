@@ -135,37 +135,37 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     """Finds the units of `module` and places them.
 
     `resident` is the resident memory of the process in bytes without the model's own parameters. Raises ModelError
-    for a model that cannot be trained, BudgetError when `config.host_memory` cannot hold the payload.
+    for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the payload.
     """
-    compute = torch_dtype(config.precision)
-    entries = list(parameters_of(module, compute, cast=config.precision_asked))
+    compute = torch_dtype(config.precision.dtype)
+    entries = list(parameters_of(module, compute, cast=config.precision.asked))
     check_model(module, entries, config)
-    unit_bytes = config.unit_bytes or DEFAULT_UNIT_BYTES
+    unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
     units = find_units(module, entries, unit_bytes // compute.itemsize, FRAME // compute.itemsize)
     ranks = ranks or Ranks()
     if ranks.world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
     wire = _wire(config, ranks)
-    weights = Home.DISK if config.offload_param.kind == "nvme" else Home.HOST
-    if weights is Home.HOST and ranks.world > 1 and config.stage == 3 and wire == "collective":
+    weights = Home.DISK if config.zero.offload_param.kind == "nvme" else Home.HOST
+    if weights is Home.HOST and ranks.world > 1 and config.zero.stage == 3 and wire == "collective":
         weights = Home.SHARD
-    state = Home.DISK if config.offload_optimizer.kind == "nvme" else Home.HOST
+    state = Home.DISK if config.zero.offload_optimizer.kind == "nvme" else Home.HOST
     plan = Plan(
         units=units,
         compute=compute,
-        format=config.format,
-        grad=torch_dtype(config.grad_dtype),
+        format=config.precision.format,
+        grad=torch_dtype(config.precision.grad_dtype),
         weights=weights,
         state=state,
         tile_elements=_tile_elements(config, compute),
         staging_bytes=0,
         gathered_bytes=0,
         threads=threads,
-        limit=config.host_memory,
+        limit=config.zeroxide.host_memory,
         resident_before=resident,
         world=ranks.world,
         rank=ranks.rank,
-        stage=config.stage,
+        stage=config.zero.stage,
         wire=wire,
     )
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
@@ -186,7 +186,7 @@ def _refuse_edits(module: nn.Module) -> None:
 
 
 def _wire(config: Config, ranks: Ranks) -> str:
-    if config.transport == "shared_memory" and not ranks.shares_memory:
+    if config.zeroxide.transport == "shared_memory" and not ranks.shares_memory:
         raise ConfigError(
             'zeroxide.transport: "shared_memory" needs all ranks on one host, each allowed to open the others\' memory '
             'under /proc; use "auto"',
@@ -194,7 +194,7 @@ def _wire(config: Config, ranks: Ranks) -> str:
             expected='"auto" or "collective"',
             got='"shared_memory"',
         )
-    return "shared" if ranks.shares_memory and config.transport != "collective" else "collective"
+    return "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
 
 
 def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
@@ -252,9 +252,9 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
 
 
 def _tile_elements(config: Config, compute: torch.dtype) -> int:
-    if config.tile_bytes is None:
+    if config.zeroxide.tile_bytes is None:
         return DEFAULT_TILE_ELEMENTS
-    return max(TILE_QUANTUM, config.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
+    return max(TILE_QUANTUM, config.zeroxide.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
 
 
 def padded_sizes(unit: UnitPlan, world: int) -> tuple[int, int]:
@@ -279,11 +279,11 @@ def _place(plan: Plan, config: Config) -> None:
     total = sum(size for _, size in sizes)
     weight = plan.compute.itemsize
     if plan.weights is not Home.HOST:
-        plan.gathered_bytes = _gathered(plan, [size * weight for _, size in sizes], config.prefetch)
+        plan.gathered_bytes = _gathered(plan, [size * weight for _, size in sizes], config.zeroxide.prefetch)
     if plan.weights is Home.DISK or plan.state is Home.DISK:
         longest = min(plan.tile_elements, max(size for _, size in sizes))
         tile = longest * (plan.state_bytes + weight)
-        plan.staging_bytes = config.staging_bytes or max(DEFAULT_STAGING_BYTES, MIN_TILES_IN_RING * tile)
+        plan.staging_bytes = config.zeroxide.staging_bytes or max(DEFAULT_STAGING_BYTES, MIN_TILES_IN_RING * tile)
         if plan.staging_bytes < MIN_TILES_IN_RING * tile:
             raise BudgetError(
                 f"zeroxide.staging_bytes is {plan.staging_bytes}: the ring needs {MIN_TILES_IN_RING * tile} bytes, "
@@ -325,7 +325,7 @@ def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
     memory also for those of one unit that come in."""
     if plan.world == 1:
         return 0
-    item = torch_dtype(config.reduce_dtype).itemsize
+    item = torch_dtype(config.precision.reduce_dtype).itemsize
     long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.span)
     short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.span and size]
     incoming = 0

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zeroxide.config import Config
+from zeroxide.config.sections.zeroxide import Zeroxide
 from zeroxide.plan.plan import FRAME, Plan, UnitPlan, padded_sizes
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.passes import Home, UnitState
@@ -36,7 +36,7 @@ class Collective:
     sent: int
 
 
-def collectives(plan: Plan, wire: torch.dtype, prefetch: int = Config.prefetch) -> Iterator[Collective]:
+def collectives(plan: Plan, wire: torch.dtype, prefetch: int = Zeroxide.prefetch) -> Iterator[Collective]:
     """The collectives of a step of one micro-batch, in the order in which a rank begins them, when every module of the
     model runs once in forward, and without activation checkpointing, which changes nothing here.
 
@@ -52,7 +52,7 @@ def collectives(plan: Plan, wire: torch.dtype, prefetch: int = Config.prefetch) 
     yield from rank.step()
 
 
-def sent_bytes(plan: Plan, wire: torch.dtype, prefetch: int = Config.prefetch) -> int:
+def sent_bytes(plan: Plan, wire: torch.dtype, prefetch: int = Zeroxide.prefetch) -> int:
     """Bytes that leave a rank in such a step, what goes through shared memory included."""
     total = sum(each.sent for each in collectives(plan, wire, prefetch))
     if plan.world > 1 and plan.wire == "shared":

@@ -52,7 +52,7 @@ def check_shapes(module: nn.Module) -> None:
 def check_batch_norms(module: nn.Module, config: Config) -> None:
     """Raises ModelError for a batch norm whose weights are trained in one dtype and whose statistics are asked for in
     another, which torch does not compute on the CPU."""
-    dtype, pattern = torch_dtype(config.precision), _fp32_pattern(module, config)
+    dtype, pattern = torch_dtype(config.precision.dtype), _fp32_pattern(module, config)
     for name, each in module.named_modules():
         if not isinstance(each, _BatchNorm):
             continue
@@ -112,16 +112,16 @@ def forward_context(config: Config) -> AbstractContextManager[Any]:
     Weights are not cached in the low dtype: such copies would stay until the end of forward, also of units that were
     released long before, and casting a weight again gives the same bits.
     """
-    if config.autocast is None:
+    if config.precision.autocast is None:
         return nullcontext()
-    return torch.autocast("cpu", torch_dtype(config.autocast), cache_enabled=False)
+    return torch.autocast("cpu", torch_dtype(config.precision.autocast), cache_enabled=False)
 
 
 def cast_inputs(config: Config, tree: Any) -> Any:
     """The arguments of forward, floating-point tensors in them cast to the dtype of the weights if asked for."""
-    if not config.cast_inputs:
+    if not config.precision.cast_inputs:
         return tree
-    dtype = torch_dtype(config.precision)
+    dtype = torch_dtype(config.precision.dtype)
 
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() else leaf
@@ -133,7 +133,7 @@ def cast_buffers(module: nn.Module, config: Config) -> None:
     """Leaves every buffer as it is, but for casts of floating-point buffers that somebody asks for.
 
     Those that the model or the config names for it are fp32 under bf16 and fp16; the others are cast to
-    `config.buffer_dtype` where that is set. Without either, the statistics of a batch norm go to the dtype of its
+    `precision.buffer_dtype` where that is set. Without either, the statistics of a batch norm go to the dtype of its
     weights, which torch asks for, and a line says so. A buffer of several modules stays one.
     """
     pattern = _fp32_pattern(module, config)
@@ -167,7 +167,7 @@ def _asked_dtype(path: str, config: Config, pattern: re.Pattern[str] | None) -> 
     """The dtype that config or model ask for in a buffer of that full name; None for its own."""
     if pattern is not None and pattern.search(path):
         return torch.float32
-    return None if config.buffer_dtype is None else torch_dtype(config.buffer_dtype)
+    return None if config.precision.buffer_dtype is None else torch_dtype(config.precision.buffer_dtype)
 
 
 _CASTABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -179,12 +179,15 @@ def _fp32_pattern(module: nn.Module, config: Config) -> re.Pattern[str] | None:
     Without a list in the config, those of transformers' classes count: `_keep_in_fp32_modules_strict`, and under fp16
     `_keep_in_fp32_modules`, each below the module whose class has it.
     """
-    if config.precision == "fp32":
+    if config.precision.dtype == "fp32":
         return None
-    if config.keep_in_fp32 is not None:
-        patterns = [_glob(name) for name in config.keep_in_fp32]
+    if config.precision.keep_in_fp32 is not None:
+        patterns = [_glob(name) for name in config.precision.keep_in_fp32]
     else:
-        lists = ["_keep_in_fp32_modules_strict", *(["_keep_in_fp32_modules"] if config.precision == "fp16" else [])]
+        lists = [
+            "_keep_in_fp32_modules_strict",
+            *(["_keep_in_fp32_modules"] if config.precision.dtype == "fp16" else []),
+        ]
         patterns = [
             (rf"^{re.escape(prefix)}\..*" if prefix else "") + _glob(name)
             for prefix, owner in module.named_modules()

@@ -28,7 +28,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
     ]
     directories = [
         offload.path
-        for offload, home in ((config.offload_param, plan.weights), (config.offload_optimizer, plan.state))
+        for offload, home in ((config.zero.offload_param, plan.weights), (config.zero.offload_optimizer, plan.state))
         if home is Home.DISK and offload.path is not None
     ]
     payload_limit = None if plan.limit is None else plan.limit - plan.resident_before
@@ -42,14 +42,14 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         tile_elements=plan.tile_elements,
         staging_bytes=plan.staging_bytes,
         gathered_bytes=plan.gathered_bytes,
-        engine=config.io_engine,
-        queue_depth=config.queue_depth,
+        engine=config.zeroxide.io_engine,
+        queue_depth=config.aio.queue_depth,
         directories=list(dict.fromkeys(directories)),
         job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
         rank=plan.rank,
         world=plan.world,
         replicated=plan.replicated,
         wire=plan.wire,
-        wire_grad=DTYPE_NAMES[torch_dtype(config.reduce_dtype)],
-        reduce_scale=1.0 if config.reduce_sum else 1.0 / plan.world,
+        wire_grad=DTYPE_NAMES[torch_dtype(config.precision.reduce_dtype)],
+        reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
     )

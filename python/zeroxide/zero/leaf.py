@@ -105,9 +105,9 @@ def mark_leaf_modules(model: nn.Module, config: Config) -> None:
     """Marks what `zero_optimization.leaf_module` names. A class that the model does not have is passed over, since
     one config may serve several models; a name that it does not have raises ModelError.
     """
-    set_z3_leaf_modules(model, config.leaf_classes, raise_if_not_found=False)
-    set_z3_leaf_modules_by_name(model, config.leaf_names)
-    set_z3_leaf_modules_by_suffix(model, config.leaf_suffixes)
+    set_z3_leaf_modules(model, config.zero.leaf_classes, raise_if_not_found=False)
+    set_z3_leaf_modules_by_name(model, config.zero.leaf_names)
+    set_z3_leaf_modules_by_suffix(model, config.zero.leaf_suffixes)
 
 
 def _by_class(model: nn.Module, classes: Iterable[type | str], flag: bool, required: bool) -> list[nn.Module]:

@@ -288,7 +288,10 @@ class _Load:
 
     def _scratch(self) -> Path | None:
         config = self.engine.config
-        homes = ((self.engine._plan.weights, config.offload_param), (self.engine._plan.state, config.offload_optimizer))
+        homes = (
+            (self.engine._plan.weights, config.zero.offload_param),
+            (self.engine._plan.state, config.zero.offload_optimizer),
+        )
         return next((offload.path for home, offload in homes if home is Home.DISK), None)
 
     def _keep_unit(self, unit: int, keeping: Keeping) -> None:

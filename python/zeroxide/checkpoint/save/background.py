@@ -61,7 +61,7 @@ class Saver:
         try:
             self.conclude()
             asked = (self._engine, save_dir, tag, client_state, save_latest, include_frozen)
-            if not self._engine.config.checkpoint_background:
+            if not self._engine.config.checkpoint.background:
                 path, size = save_checkpoint(*asked)
                 self._stats["bytes"] += size
                 self._stats["seconds_writing"] += time.perf_counter() - start
@@ -76,9 +76,9 @@ class Saver:
 
     def _memory(self, save: Save) -> int:
         config = self._engine.config
-        room = config.checkpoint_memory
-        if config.host_memory is not None:
-            left = max(0, config.host_memory - self._engine._peak.since_start_over())
+        room = config.checkpoint.memory
+        if config.zeroxide.host_memory is not None:
+            left = max(0, config.zeroxide.host_memory - self._engine._peak.since_start_over())
             room = left if room is None else min(room, left)
         if room is None:
             room = available_memory() // 2 // self._engine.ranks.local_world

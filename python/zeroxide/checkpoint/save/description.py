@@ -167,7 +167,7 @@ def _frame(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
     scale = engine._scaler.state_dict()
     return {
         "zeroxide": _core.__version__,
-        "precision": engine.config.precision,
+        "precision": engine.config.precision.dtype,
         "state_format": engine._plan.format,
         "counters": Counters(
             global_steps=engine.global_steps,

@@ -324,7 +324,7 @@ class Init:
         path = None
         if self.chosen is not None:
             resolved: Config = load(self.chosen, world_size=ranks.world)
-            path = resolved.offload_param.path
+            path = resolved.zero.offload_param.path
         if self.remote_device in ("none", "cpu") or (self.remote_device is None and path is None):
             return None
         if path is None:

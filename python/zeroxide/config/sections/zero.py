@@ -1,11 +1,15 @@
-"""`zero_optimization`: sharding and offload."""
+"""`zero_optimization`: stage, homes of parameters and optimizer state, and modules that are gathered whole."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
+from zeroxide.config.check import show
+from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.fields import (
     Directory,
     Flag,
@@ -17,8 +21,23 @@ from zeroxide.config.fields import (
     expecting,
     whole_of_text,
 )
+from zeroxide.config.given import Given, agree
+from zeroxide.config.sections.gradients import Gradients
+from zeroxide.errors import ConfigError
 
-__all__ = ["LeafModule", "OffloadOptimizer", "OffloadParam", "ZeroOptimization", "stage_of_switch"]
+if TYPE_CHECKING:
+    from zeroxide.config.shortcuts import Shortcuts
+
+__all__ = [
+    "LeafModule",
+    "Offload",
+    "OffloadOptimizer",
+    "OffloadParam",
+    "Zero",
+    "ZeroSection",
+    "resolve",
+    "stage_of_switch",
+]
 
 Names = Annotated[list[str], expecting("a list of names")]
 Device = Annotated[Literal["none", "cpu", "nvme"], choice("none", "cpu", "nvme")]
@@ -66,7 +85,7 @@ class LeafModule(Section):
     name_suffixes: Names | None = None
 
 
-class ZeroOptimization(Section):
+class ZeroSection(Section):
     """`zero_optimization`."""
 
     stage: Annotated[int, Field(ge=0, le=3), BeforeValidator(whole_of_text), expecting("0, 1, 2 or 3")] | None = None
@@ -127,3 +146,132 @@ class ZeroOptimization(Section):
 def stage_of_switch(value: Any) -> Any:
     """`"zero_optimization": true` is stage 1 and false none, the oldest way to write the section."""
     return {"stage": 1 if value else 0} if isinstance(value, bool) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Offload:
+    """The home of one kind of state. `path` is the directory on disk, and is set exactly when `kind` is "nvme"."""
+
+    kind: Literal["none", "cpu", "nvme"] = "none"
+    path: Path | None = field(default=None, metadata=may_differ("each host has its own disks"))
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the state lives somewhere else than on the compute device."""
+        return self.kind != "none"
+
+    def __str__(self) -> str:
+        return f"nvme:{self.path}" if self.kind == "nvme" else self.kind
+
+
+@dataclass(frozen=True)
+class Zero(Resolved):
+    """Sharding and offload."""
+
+    key: ClassVar[str] = "zero_optimization"
+
+    stage: int = 0
+    """ZeRO stage, 0 to 3."""
+    offload_param: Offload = field(default_factory=Offload)
+    offload_optimizer: Offload = field(default_factory=Offload)
+    leaf_classes: tuple[str, ...] = ()
+    """Classes of modules that are gathered whole, as "Name" or "module.path.Name"."""
+    leaf_names: tuple[str, ...] = ()
+    """Full names of modules that are gathered whole."""
+    leaf_suffixes: tuple[str, ...] = ()
+    """What names of modules that are gathered whole end in."""
+    compute_grad_norm: bool = True
+    """Whether the global gradient norm is told to those who ask."""
+
+
+def resolve(section: ZeroSection | None, gradients: Gradients, given: Given) -> Zero:
+    """Sharding and offload. Raises ConfigError where stage, homes and shortcuts contradict one another."""
+    section = section or ZeroSection()
+    stage, offload_param, offload_optimizer = _homes(section, given.shortcuts)
+    leaf = section.leaf_module or LeafModule()
+    return Zero(
+        stage=stage,
+        offload_param=offload_param,
+        offload_optimizer=offload_optimizer,
+        leaf_classes=tuple(leaf.classes or ()),
+        leaf_names=tuple(leaf.names or ()),
+        leaf_suffixes=tuple(leaf.name_suffixes or ()),
+        compute_grad_norm=_compute_norm(section, stage, gradients),
+    )
+
+
+def _homes(given: ZeroSection, shortcuts: Shortcuts) -> tuple[int, Offload, Offload]:
+    """Return the stage and the homes of parameters and of optimizer state.
+
+    The stage follows from the shortcuts alone when the config names none.
+    """
+    base = "zero_optimization"
+    param, param_key = _configured_home(
+        given.offload_param, f"{base}.offload_param", given.cpu_offload_param, f"{base}.cpu_offload_param"
+    )
+    state, state_key = _configured_home(
+        given.offload_optimizer, f"{base}.offload_optimizer", given.cpu_offload, f"{base}.cpu_offload"
+    )
+    stage = given.stage
+    for home, key, least in ((param, param_key, 3), (state, state_key, 1)):
+        if home is not None and home.enabled and (stage or 0) < least:
+            asked = f"{base}.stage {least}" + ("" if least == 3 else " or more")
+            raise ConfigError(
+                f"{key} = {show(home.kind)} needs {asked}, got {'none' if stage is None else stage}",
+                path=f"{base}.stage",
+                expected=str(least),
+                got=show(stage),
+            )
+
+    def chosen(keyword: str, own: Offload | None, key: str, configured: Offload | None, least: int) -> Offload:
+        name, wanted = (keyword, own) if own is not None else ("offload", shortcuts.offload)
+        if wanted is not None and wanted.enabled and stage is not None and stage < least:
+            raise ConfigError(
+                f'{name}="{wanted}" needs stage {least}{"" if least == 3 else " or more"} and contradicts '
+                f"{base}.stage = {stage} in the config",
+                path=f"{base}.stage",
+                expected=str(least),
+                got=str(stage),
+            )
+        return agree(name, wanted, key, configured) or Offload()
+
+    home_param = chosen("offload_param", shortcuts.offload_param, param_key, param, 3)
+    home_state = chosen("offload_optimizer", shortcuts.offload_optimizer, state_key, state, 1)
+    if stage is None:
+        stage = 3 if home_param.enabled or home_state.enabled else 0
+    return stage, home_param, home_state
+
+
+def _compute_norm(section: ZeroSection, stage: int, gradients: Gradients) -> bool:
+    """Whether the norm is told. Leaving it out has DeepSpeed's conditions, so that a config means the same there."""
+    if section.compute_grad_norm:
+        return True
+    key = "zero_optimization.compute_grad_norm"
+    if stage not in (1, 2):
+        raise ConfigError(f"{key} = false needs zero_optimization.stage 1 or 2, got {stage}", path=key)
+    if gradients.clipping is not None:
+        shown = "1.0, the default" if gradients.clipping_is_default else show(gradients.clipping)
+        raise ConfigError(f"{key} = false needs gradient_clipping = 0, got {shown}", path=key)
+    return False
+
+
+def _home(section: OffloadParam | OffloadOptimizer, path: str) -> Offload:
+    if section.device == "nvme" and section.nvme_path is None:
+        raise ConfigError(
+            f'{path}.nvme_path: required when {path}.device is "nvme"',
+            path=f"{path}.nvme_path",
+            expected="the path of a directory",
+        )
+    return Offload(section.device, section.nvme_path if section.device == "nvme" else None)
+
+
+def _configured_home(
+    section: OffloadParam | OffloadOptimizer | None, path: str, legacy: bool | None, legacy_path: str
+) -> tuple[Offload | None, str]:
+    """Return what the config says of one kind of state, `None` where it is silent, and the key that says it."""
+    home = None if section is None else _home(section, path)
+    if legacy and home is not None and home.kind != "cpu":
+        raise ConfigError(f'{legacy_path} = true contradicts {path}.device = "{home.kind}"', path=legacy_path)
+    if legacy and home is None:
+        return Offload("cpu"), legacy_path
+    return home, f"{path}.device"

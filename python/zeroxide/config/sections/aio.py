@@ -1,0 +1,43 @@
+"""`aio`: the disk queue."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from zeroxide.config.facts import Resolved, may_differ
+from zeroxide.config.fields import Count, Flag, NoEffect, NotBuilt, Section, expecting
+
+__all__ = ["Aio", "AioSection", "resolve"]
+
+_QUEUE = "the queue keeps queue_depth requests in flight by itself"
+
+
+class AioSection(Section):
+    """`aio`."""
+
+    queue_depth: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
+    block_size: Annotated[Any, NoEffect("a request carries one tile; see zeroxide.tile_bytes")] = None
+    intra_op_parallelism: Annotated[Any, NoEffect(_QUEUE)] = None
+    thread_count: Annotated[Any, NoEffect(_QUEUE)] = None
+    single_submit: Annotated[Any, NoEffect("requests are submitted in batches as they come")] = None
+    overlap_events: Annotated[Any, NoEffect("submission and completion always overlap")] = None
+    use_gds: Annotated[Flag | None, NotBuilt("GPUDirect Storage")] = None
+
+
+@dataclass(frozen=True)
+class Aio(Resolved):
+    """The disk queue."""
+
+    key: ClassVar[str] = "aio"
+
+    queue_depth: int = field(default=32, metadata=may_differ("it fits the host's disk"))
+    """Most disk requests in flight at once."""
+
+
+def resolve(section: AioSection | None) -> Aio:
+    """The queue as `section` asks for it."""
+    depth = section.queue_depth if section is not None else None
+    return Aio() if depth is None else Aio(queue_depth=depth)

@@ -1,0 +1,114 @@
+"""`zeroxide`: what DeepSpeed has no key for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from zeroxide.config.facts import Resolved, may_differ
+from zeroxide.config.fields import (
+    ByteSize,
+    Count,
+    Flag,
+    MemorySize,
+    Seconds,
+    Section,
+    WholeNumber,
+    choice,
+    expecting,
+)
+from zeroxide.config.given import Given, agree
+from zeroxide.errors import ConfigError
+
+__all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
+
+
+class ZeroxideSection(Section):
+    """`zeroxide`. `format` is resolved with precision, and what begins with `checkpoint_` with `checkpoint`."""
+
+    host_memory: MemorySize | None = None
+    format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
+    io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
+    threads: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
+    unit_bytes: MemorySize | None = None
+    tile_bytes: ByteSize | None = None
+    staging_bytes: MemorySize | None = None
+    prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
+    trim_libraries: Flag = True
+    transport: Annotated[
+        Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
+    ] = "auto"
+    checkpoint_background: Flag | None = None
+    checkpoint_memory: MemorySize | None = None
+    rank_timeout: Seconds | None = None
+
+
+@dataclass(frozen=True)
+class Zeroxide(Resolved):
+    """Budgets, sizes and threads. Sizes are bytes."""
+
+    key: ClassVar[str] = "zeroxide"
+
+    host_memory: int | None = field(default=None, metadata=may_differ("hosts may have different amounts of memory"))
+    """Budget for the whole process's resident memory; `None` sets no limit."""
+    unit_bytes: int | None = None
+    """Largest flat buffer of weights that is gathered in one piece."""
+    staging_bytes: int | None = field(
+        default=None, metadata=may_differ("the size of disk requests in flight changes no number")
+    )
+    """Size of the ring through which all disk traffic goes."""
+    tile_bytes: int | None = field(default=None, metadata=may_differ("the size of a disk request changes no number"))
+    """Size of one disk request and of one optimizer task."""
+    prefetch: int = 1
+    """How many units are read ahead of the one in use."""
+    io_engine: Literal["auto", "io_uring", "threads"] = field(
+        default="auto", metadata=may_differ("a kernel may have io_uring and another not")
+    )
+    threads: int | None = field(
+        default=None, metadata=may_differ("it fits the host's processors; results do not depend on it")
+    )
+    """Optimizer threads; `None` is one for each CPU that the process may use."""
+    trim_libraries: bool = field(default=True, metadata=may_differ("it concerns one process's memory"))
+    """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
+    transport: Literal["auto", "shared_memory", "collective"] = "auto"
+    """What carries weights and gradients between ranks: shared memory where all are on one host, if it is "auto"."""
+    rank_timeout: float = field(
+        default=10.0, metadata=may_differ("rank 0's counts for all but itself; it changes no number")
+    )
+    """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
+
+
+def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
+    """Budgets and sizes. Raises ConfigError where one leaves no room for another, or a shortcut contradicts one."""
+    host_memory = agree("host_memory", given.shortcuts.host_memory, "zeroxide.host_memory", section.host_memory)
+    return Zeroxide(
+        host_memory=host_memory,
+        unit_bytes=section.unit_bytes,
+        staging_bytes=_staging(section, host_memory),
+        tile_bytes=section.tile_bytes,
+        prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
+        io_engine=section.io_engine,
+        threads=section.threads,
+        trim_libraries=section.trim_libraries,
+        transport=section.transport,
+        rank_timeout=Zeroxide.rank_timeout if section.rank_timeout is None else section.rank_timeout,
+    )
+
+
+def _staging(section: ZeroxideSection, host_memory: int | None) -> int | None:
+    if section.staging_bytes is None:
+        return None
+    if section.tile_bytes is not None and section.tile_bytes > section.staging_bytes:
+        raise ConfigError(
+            f"zeroxide.tile_bytes = {section.tile_bytes} is larger than "
+            f"zeroxide.staging_bytes = {section.staging_bytes}, the ring that has to hold several tiles",
+            path="zeroxide.tile_bytes",
+        )
+    if host_memory is not None and section.staging_bytes >= host_memory:
+        raise ConfigError(
+            f"zeroxide.staging_bytes = {section.staging_bytes} leaves nothing of host_memory = {host_memory}",
+            path="zeroxide.staging_bytes",
+        )
+    return section.staging_bytes
