@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import subprocess
+from dataclasses import dataclass, field
 from typing import Any
 
 import side_by_side as bench
@@ -43,21 +44,22 @@ def kernel_round(options: argparse.Namespace, binary: str) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
-    parser = bench.arguments(__doc__ or "")
-    parser.add_argument("--parameters", type=int, default=100_000_000, help="parameters (default %(default)s)")
-    parser.add_argument("--tensors", type=int, default=8, help="tensors that they are divided over")
-    parser.add_argument("--steps", type=int, default=5, help="steps a contestant takes in a round")
-    parser.set_defaults(rounds=5)
-    options = parser.parse_args()
+@dataclass
+class Measured:
+    """Reports of the Rust example by format, and times and what it is of every contestant."""
 
-    bench.emit("machine", bench.machine())
+    kernels: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"fp32": [], "split": []})
+    isa: str = ""
+    about: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    cpu: dict[str, list[float]] = field(default_factory=dict)
+
+
+def measure(options: argparse.Namespace) -> Measured:
+    """All rounds of all contestants."""
     binary = str(bench.cargo_example("zeroxide-optim", "adam_bench"))
+    measured = Measured()
     contestants: dict[str, bench.Contestant] = {}
-    kernels: dict[str, list[dict[str, Any]]] = {"fp32": [], "split": []}
-    seconds: dict[str, list[float]] = {}
-    cpu: dict[str, list[float]] = {}
-    isa = ""
     try:
         for kind in (*PEER_KINDS, *OUR_KINDS):
             bench.note(f"starting {kind}")
@@ -77,19 +79,24 @@ def main() -> None:
         for number in range(options.rounds):
             bench.note(f"round {number + 1} of {options.rounds}")
             report = kernel_round(options, binary)
-            isa = report["isa"]
-            for name, found in kernels.items():
+            measured.isa = report["isa"]
+            for name, found in measured.kernels.items():
                 found.append(report[name])
             for kind, contestant in contestants.items():
                 answer = contestant.round()
-                seconds.setdefault(kind, []).extend(answer["seconds"])
-                cpu.setdefault(kind, []).extend(answer["cpu_seconds"])
+                measured.seconds.setdefault(kind, []).extend(answer["seconds"])
+                measured.cpu.setdefault(kind, []).extend(answer["cpu_seconds"])
+        measured.about = {kind: contestant.about for kind, contestant in contestants.items()}
     finally:
         for contestant in contestants.values():
             contestant.close()
+    return measured
 
+
+def report_kernels(options: argparse.Namespace, measured: Measured) -> dict[str, float]:
+    """Prints the kernels beside their floors. Returns the median seconds of each floor."""
     floors = {}
-    for name, found in kernels.items():
+    for name, found in measured.kernels.items():
         floor = bench.summary(one["floor_s"] for one in found)
         step = bench.summary(one["step_s"] for one in found)
         floors[name] = floor["median"]
@@ -98,7 +105,7 @@ def main() -> None:
             "cpu_adam",
             {
                 "contestant": f"zeroxide kernel {name} (Rust)",
-                "isa": isa,
+                "isa": measured.isa,
                 "parameters": options.parameters,
                 "threads": options.threads,
                 "bytes_per_parameter": found[0]["bytes_per_param"],
@@ -111,9 +118,14 @@ def main() -> None:
             bench.emit(
                 "cpu_adam", bench.goal("fp32 kernel, share of the streaming floor", share["median"], 0.9, at_most=False)
             )
+    return floors
+
+
+def report_contestants(options: argparse.Namespace, measured: Measured, floors: dict[str, float]) -> None:
+    """Prints every contestant, and ours beside what each is compared with."""
     medians = {}
-    for kind, values in seconds.items():
-        about = contestants[kind].about
+    for kind, values in measured.seconds.items():
+        about = measured.about[kind]
         wall = bench.summary(values)
         medians[kind] = wall["median"]
         moved = about["bytes_per_parameter"] * about["parameters"]
@@ -123,7 +135,7 @@ def main() -> None:
             "threads": options.threads,
             "bytes_per_parameter": about["bytes_per_parameter"],
             "seconds": wall,
-            "cpu_seconds": bench.summary(cpu[kind]),
+            "cpu_seconds": bench.summary(measured.cpu[kind]),
             "gb_per_second": round(moved / wall["median"] / 1e9, 2),
         }
         # A floor is for one set of arrays: fp32 gradients or no master copy are other sets.
@@ -133,6 +145,19 @@ def main() -> None:
         bench.emit("cpu_adam", line)
     for ours, theirs in PAIRS:
         bench.emit("cpu_adam", {"ours": ours, "of": theirs, "step": round(medians[ours] / medians[theirs], 3)})
+
+
+def main() -> None:
+    parser = bench.arguments(__doc__ or "")
+    parser.add_argument("--parameters", type=int, default=100_000_000, help="parameters (default %(default)s)")
+    parser.add_argument("--tensors", type=int, default=8, help="tensors that they are divided over")
+    parser.add_argument("--steps", type=int, default=5, help="steps a contestant takes in a round")
+    parser.set_defaults(rounds=5)
+    options = parser.parse_args()
+
+    bench.emit("machine", bench.machine())
+    measured = measure(options)
+    report_contestants(options, measured, report_kernels(options, measured))
 
 
 if __name__ == "__main__":

@@ -135,26 +135,8 @@ def main() -> None:
         batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], place)
         if engine.world_size > 1:
             deepspeed.comm.barrier()
-        io_before, t0 = process.disk(), time.perf_counter()
-        loss = engine(**batch).loss
-        t1 = time.perf_counter()
-        engine.backward(loss)
-        t2 = time.perf_counter()
-        engine.step()
-        t3 = time.perf_counter()
-        io_after = process.disk()
-        steps.append(
-            {
-                "forward": t1 - t0,
-                "backward": t2 - t1,
-                "step": t3 - t2,
-                "total": t3 - t0,
-                "loss": float(loss.detach()),
-                **{key: io_after[key] - io_before[key] for key in io_after},
-            }
-        )
-        del loss
-    training = process.memory()
+        steps.append(process.timed_step(lambda batch=batch: engine(**batch).loss, engine.backward, engine.step))
+    memory = process.memory_of_run(before, built)
     process.emit(
         {
             "engine": f"deepspeed {deepspeed.__version__}",
@@ -163,14 +145,7 @@ def main() -> None:
             "steps": steps,
             "import_seconds": imported - started,
             "setup_seconds": ready - imported,
-            "memory": {
-                "imported_rss": before["rss"],
-                "setup_peak": built["peak"],
-                "training_peak": training["peak"],
-                "peak": max(built["peak"], training["peak"]),
-                "anon": training["anon"],
-                "file": training["file"],
-            },
+            "memory": memory,
         }
     )
 

@@ -60,25 +60,18 @@ def main() -> None:
     ready = time.perf_counter()
     built = process.memory()
 
+    def update() -> None:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
     steps = []
     process.reset_peak()
     for step in range(spec["steps"]):
         batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], step * world + rank)
         dist.barrier()
-        t0 = time.perf_counter()
-        loss = model(**batch).loss
-        t1 = time.perf_counter()
-        loss.backward()
-        t2 = time.perf_counter()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        t3 = time.perf_counter()
-        steps.append(
-            {"forward": t1 - t0, "backward": t2 - t1, "step": t3 - t2, "total": t3 - t0, "loss": float(loss.detach())}
-        )
-        del loss
-    training = process.memory()
+        steps.append(process.timed_step(lambda batch=batch: model(**batch).loss, lambda loss: loss.backward(), update))
+    memory = process.memory_of_run(before, built)
     process.emit(
         {
             "engine": "fsdp2",
@@ -87,14 +80,7 @@ def main() -> None:
             "steps": steps,
             "import_seconds": imported - started,
             "setup_seconds": ready - imported,
-            "memory": {
-                "imported_rss": before["rss"],
-                "setup_peak": built["peak"],
-                "training_peak": training["peak"],
-                "peak": max(built["peak"], training["peak"]),
-                "anon": training["anon"],
-                "file": training["file"],
-            },
+            "memory": memory,
         }
     )
     dist.destroy_process_group()

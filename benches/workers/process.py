@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def memory() -> dict[str, int]:
@@ -38,6 +41,41 @@ def disk() -> dict[str, int]:
 def reset_peak() -> None:
     """Start `peak` again from the resident bytes of now, so that what follows is measured without what came before."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def timed_step(
+    forward: Callable[[], Any], backward: Callable[[Any], object], step: Callable[[], object]
+) -> dict[str, float]:
+    """One training step: seconds of its three parts and of the whole, the loss, and the bytes that went to storage."""
+    io_before, begun = disk(), time.perf_counter()
+    loss = forward()
+    after_forward = time.perf_counter()
+    backward(loss)
+    after_backward = time.perf_counter()
+    step()
+    ended = time.perf_counter()
+    io_after = disk()
+    return {
+        "forward": after_forward - begun,
+        "backward": after_backward - after_forward,
+        "step": ended - after_backward,
+        "total": ended - begun,
+        "loss": float(loss.detach()),
+        **{key: io_after[key] - io_before[key] for key in io_after},
+    }
+
+
+def memory_of_run(imported: dict[str, int], built: dict[str, int]) -> dict[str, int]:
+    """Resident bytes after importing, while building and since `reset_peak`, which is the training."""
+    training = memory()
+    return {
+        "imported_rss": imported["rss"],
+        "setup_peak": built["peak"],
+        "training_peak": training["peak"],
+        "peak": max(built["peak"], training["peak"]),
+        "anon": training["anon"],
+        "file": training["file"],
+    }
 
 
 def emit(result: dict[str, object]) -> None:

@@ -27,6 +27,24 @@ def refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
         raise RuntimeError(f"{event} during a run that may start no other program: {arguments}")
 
 
+class SeededWeights:
+    """The initial values of gpt2.py for `layers` layers, a unit at a time."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def fill(self, tensors: dict[str, Any], modules: dict[str, Any]) -> None:
+        import gpt2
+        import torch
+
+        for name, tensor in tensors.items():
+            gpt2.fill_parameter(name, tensor, self.layers)
+        for module in modules.values():
+            for buffer in module.buffers(recurse=False):
+                if buffer.dtype is torch.bool:
+                    buffer.copy_(torch.ones_like(buffer).tril())
+
+
 def main() -> None:
     spec = json.loads(sys.argv[1])
     started = time.perf_counter()
@@ -49,22 +67,11 @@ def main() -> None:
         model = GPT2LMHeadModel(config)
     numel = sum(parameter.numel() for parameter in model.parameters())
 
-    class SeededWeights:
-        """The initial values of gpt2.py, a unit at a time."""
-
-        def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, torch.nn.Module]) -> None:
-            for name, tensor in tensors.items():
-                gpt2.fill_parameter(name, tensor, config.n_layer)
-            for module in modules.values():
-                for buffer in module.buffers(recurse=False):
-                    if buffer.dtype is torch.bool:
-                        buffer.copy_(torch.ones_like(buffer).tril())
-
     offload = f"nvme:{spec['directory']}" if spec["offload"] == "nvme" else spec["offload"]
     model.train()
     engine, *_ = zeroxide.initialize(
         model=model,
-        weights=SeededWeights(),
+        weights=SeededWeights(config.n_layer),
         offload=offload,
         host_memory=spec.get("host_memory"),
         dtype="bf16",
@@ -79,35 +86,20 @@ def main() -> None:
     ready = time.perf_counter()
     built = process.memory()
 
+    def update() -> None:
+        engine.step()
+        if spec.get("settings") == "drained":
+            # Nothing that users call does this: the update is finished here so that none of it is counted as forward.
+            engine.finish_step()
+
     steps = []
     process.reset_peak()
     for step in range(spec["steps"]):
         place = step * engine.world_size + engine.global_rank
         batch = gpt2.batch(spec["model"], spec["rows"], spec["columns"], place)
         engine.ranks.barrier()
-        io_before, t0 = process.disk(), time.perf_counter()
-        loss = engine(**batch).loss
-        t1 = time.perf_counter()
-        engine.backward(loss)
-        t2 = time.perf_counter()
-        engine.step()
-        if spec.get("settings") == "drained":
-            # Nothing that users call does this: the update is finished here so that none of it is counted as forward.
-            engine.finish_step()
-        t3 = time.perf_counter()
-        io_after = process.disk()
-        steps.append(
-            {
-                "forward": t1 - t0,
-                "backward": t2 - t1,
-                "step": t3 - t2,
-                "total": t3 - t0,
-                "loss": float(loss.detach()),
-                **{key: io_after[key] - io_before[key] for key in io_after},
-            }
-        )
-        del loss
-    training = process.memory()
+        steps.append(process.timed_step(lambda batch=batch: engine(**batch).loss, engine.backward, update))
+    memory = process.memory_of_run(before, built)
     own = engine.memory()
     io = engine.io()
     plan = engine.plan().describe()
@@ -121,14 +113,7 @@ def main() -> None:
             "steps": steps,
             "import_seconds": imported - started,
             "setup_seconds": ready - imported,
-            "memory": {
-                "imported_rss": before["rss"],
-                "setup_peak": built["peak"],
-                "training_peak": training["peak"],
-                "peak": max(built["peak"], training["peak"]),
-                "anon": training["anon"],
-                "file": training["file"],
-            },
+            "memory": memory,
             "buckets": own,
             "io": io,
             "sent_bytes": sent,

@@ -1,8 +1,10 @@
 import dataclasses
+import inspect
 import os
 
 import pytest
 
+from zeroxide.cli.train import train
 from zeroxide.cli.training.options import FLAGS, TrainOptions, conflicts
 from zeroxide.errors import ConfigError
 
@@ -117,3 +119,11 @@ def test_steps_may_grow_where_the_rate_does_not_depend_on_them():
     assert conflicts(constant, dataclasses.replace(constant, steps=20)) == []
     cosine = TrainOptions(steps=10)
     assert conflicts(cosine, dataclasses.replace(cosine, steps=20)) == ["--steps (run: 10, now: 20)"]
+
+
+def test_the_command_offers_every_option_with_its_default():
+    offered = inspect.signature(train).parameters
+    assert offered.keys() - {"context", "paths", "resume"} == {field.name for field in dataclasses.fields(TrainOptions)}
+    for field in dataclasses.fields(TrainOptions):
+        default = offered[field.name].default
+        assert default == (None if field.name == "data" else field.default), field.name

@@ -16,8 +16,10 @@ import zeroxide
 from zeroxide.config import Config, Optimizer, Scheduler
 
 ROOT = Path(__file__).parents[2]
-MAX_LINES = 600
-MAX_TEST_LINES = 700
+MAX_LINES = 500
+MAX_FUNCTION_LINES = 80
+STILL_LONGER = {"engine.py", "new", "fill_commit", "read_param", "initialize"}
+"""Files and functions that are over the limits until they are cut; nothing is added here."""
 
 # Crate -> the crates of this workspace that it may depend on.
 ALLOWED = {
@@ -72,14 +74,73 @@ def test_crates_without_unsafe_say_so(crate):
     assert "#![forbid(unsafe_code)]" in (ROOT / "crates" / crate / "src" / "lib.rs").read_text()
 
 
+def code() -> list[Path]:
+    return [*sources("*.rs", "crates"), *sources("*.py", "python", "tests", "benches", "examples")]
+
+
 def test_files_hold_one_concept():
-    too_long = {}
-    for path in [*sources("*.rs", "crates"), *sources("*.py", "python", "tests", "benches", "examples")]:
-        name = path.relative_to(ROOT)
-        length = path.read_text().count("\n")
-        if length > (MAX_TEST_LINES if "tests" in name.parts else MAX_LINES):
-            too_long[str(name)] = length
-    assert too_long == {}
+    lengths = {str(path.relative_to(ROOT)): path.read_text().count("\n") for path in code()}
+    assert {
+        name: length for name, length in lengths.items() if length > MAX_LINES and Path(name).name not in STILL_LONGER
+    } == {}
+
+
+def python_functions(text: str) -> list[tuple[str, int]]:
+    """Name and lines of every function, from `def` to its last statement."""
+    nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return [(node.name, node.end_lineno - node.lineno + 1) for node in nodes]
+
+
+# What may hold a brace that opens nothing: comments, strings, characters. A lifetime is not a character.
+RUST_WORDS = re.compile(
+    r'//[^\n]*|/\*.*?\*/|b?r(#*)".*?"\1|b?"(?:\\.|[^"\\])*"|b?\'(?:\\u\{[^}]*\}|\\.|[^\\\'])\'', re.DOTALL
+)
+
+RUST_MARKS = re.compile(r"[{}()\[\];]")
+
+
+def rust_functions(text: str) -> list[tuple[str, int]]:
+    """Name and lines of every function with a body, from `fn` to the brace that ends it."""
+    bare = RUST_WORDS.sub(lambda match: "\n" * match[0].count("\n"), text)
+    found = []
+    for start in re.finditer(r"\bfn (\w+)", bare):
+        depth = 0
+        for mark in RUST_MARKS.finditer(bare, start.end()):
+            depth += {"{": 1, "(": 1, "[": 1, ";": 0}.get(mark[0], -1)
+            if depth == 0 and mark[0] in ";}":
+                if mark[0] == "}":
+                    found.append((start[1], bare.count("\n", start.start(), mark.end()) + 1))
+                break
+    return found
+
+
+def test_functions_fit_on_a_page():
+    too_long = []
+    for path in code():
+        functions = rust_functions if path.suffix == ".rs" else python_functions
+        too_long += [
+            f"{path.relative_to(ROOT)}: {name}, {lines} lines"
+            for name, lines in functions(path.read_text())
+            if lines > MAX_FUNCTION_LINES and name not in STILL_LONGER
+        ]
+    assert too_long == []
+
+
+def test_functions_are_measured_whatever_they_contain():
+    rust = """
+        trait Named { fn name(&self) -> [u8; 2]; }
+        fn first<'a>(text: &'a str) -> char {
+            // {
+            let _ = ("{", '{', b'{', r#"" {"#, '\\'', "\\"{");
+            '}'
+        }
+        impl Some { fn second(&self) -> Result<[u8; 4], ()> where Self: Sized {
+            fn inner() { {} }
+            Ok([0; 4])
+        } }
+    """
+    assert rust_functions(rust) == [("first", 5), ("second", 4), ("inner", 1)]
+    assert python_functions("def f():\n    def g():\n        pass\n\nx = 1\n") == [("f", 3), ("g", 2)]
 
 
 def test_files_are_named_after_what_they_hold():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
@@ -13,146 +15,48 @@ from zeroxide.errors import RanksError
 
 __all__ = ["train"]
 
-_DEFAULT = TrainOptions()
+_PATHS = "More --data, so that a shell may expand a glob."
 _MODEL, _DATA, _MEMORY, _OUTPUT = "Model and training", "Data", "Memory and disk", "Output"
 
+# Option -> panel of the help, and what it says. Names, types and defaults are those of `TrainOptions`.
+_OPTIONS = {
+    "model": (_MODEL, "Preset or Hugging Face model directory."),
+    "data": (_DATA, "Files, folders or globs of text; may be repeated. Default: Python's standard library."),
+    "offload": (_MEMORY, "Where parameters and optimizer state live: none, cpu, nvme:DIR."),
+    "host_memory": (_MEMORY, "Budget for this process's resident memory, as 2GiB."),
+    "steps": (_MODEL, "Optimizer steps."),
+    "batch_size": (_MODEL, "Sequences per micro-batch."),
+    "seq_len": (_MODEL, "Tokens per sequence."),
+    "lr": (_MODEL, "Peak learning rate."),
+    "bias_lr": (_MODEL, "Peak learning rate of biases, from scratch."),
+    "warmup": (_MODEL, "Steps of linear warm-up. Default: a third of the run, at most 100."),
+    "schedule": (_MODEL, "After warm-up: cosine, linear or constant."),
+    "weight_decay": (_MODEL, "AdamW's decay of matrices."),
+    "clip": (_MODEL, "Largest global gradient norm; 0: no limit."),
+    "accumulate": (_MODEL, "Micro-batches per step."),
+    "dtype": (_MODEL, "Compute in bf16, fp16 or fp32."),
+    "seed": (_MODEL, "Decides initial weights, data order and dropout."),
+    "eval_every": (_OUTPUT, "Held-out loss every N steps; 0: only at the end."),
+    "eval_batches": (_OUTPUT, "Batches in one held-out loss."),
+    "save_every": (_OUTPUT, "Checkpoint every N steps and at the end; 0: only when stopped."),
+    "out": (_OUTPUT, "Run folder. Default: runs/MODEL."),
+    "resume": (_OUTPUT, "Go on with the run in --out."),
+    "sample_prompt": (_OUTPUT, "Text to go on from at the end."),
+    "sample_tokens": (_OUTPUT, "Tokens to generate at the end; 0: none."),
+    "threads": (_MEMORY, "Compute threads; 0: all the process may use."),
+    "format": (_MEMORY, "Optimizer state format: split or fp32. Default: split with bf16."),
+    "activation_checkpointing": (_MEMORY, "Compute activations again in backward."),
+    "io_engine": (_MEMORY, "Disk queue: auto, io_uring or threads."),
+}
 
-def train(
-    context: typer.Context,
-    paths: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[PATH]...", help="More --data, so that a shell may expand a glob.", show_default=False),
-    ] = None,
-    model: Annotated[
-        str, typer.Option(help="Preset or Hugging Face model directory.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.model,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Files, folders or globs of text; may be repeated. Default: Python's standard library.",
-            show_default=False,
-            rich_help_panel=_DATA,
-        ),
-    ] = None,
-    offload: Annotated[
-        str,
-        typer.Option(help="Where parameters and optimizer state live: none, cpu, nvme:DIR.", rich_help_panel=_MEMORY),
-    ] = _DEFAULT.offload,
-    host_memory: Annotated[
-        str | None,
-        typer.Option(help="Budget for this process's resident memory, as 2GiB.", rich_help_panel=_MEMORY),
-    ] = _DEFAULT.host_memory,
-    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_MODEL)] = _DEFAULT.steps,
-    batch_size: Annotated[
-        int, typer.Option(help="Sequences per micro-batch.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.batch_size,
-    seq_len: Annotated[int, typer.Option(help="Tokens per sequence.", rich_help_panel=_MODEL)] = _DEFAULT.seq_len,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel=_MODEL)] = _DEFAULT.lr,
-    bias_lr: Annotated[
-        float, typer.Option(help="Peak learning rate of biases, from scratch.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.bias_lr,
-    warmup: Annotated[
-        int | None,
-        typer.Option(
-            help="Steps of linear warm-up. Default: a third of the run, at most 100.",
-            show_default=False,
-            rich_help_panel=_MODEL,
-        ),
-    ] = _DEFAULT.warmup,
-    schedule: Annotated[
-        str, typer.Option(help="After warm-up: cosine, linear or constant.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.schedule,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's decay of matrices.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.weight_decay,
-    clip: Annotated[
-        float, typer.Option(help="Largest global gradient norm; 0: no limit.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.clip,
-    accumulate: Annotated[
-        int, typer.Option(help="Micro-batches per step.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.accumulate,
-    dtype: Annotated[str, typer.Option(help="Compute in bf16, fp16 or fp32.", rich_help_panel=_MODEL)] = _DEFAULT.dtype,
-    seed: Annotated[
-        int, typer.Option(help="Decides initial weights, data order and dropout.", rich_help_panel=_MODEL)
-    ] = _DEFAULT.seed,
-    eval_every: Annotated[
-        int, typer.Option(help="Held-out loss every N steps; 0: only at the end.", rich_help_panel=_OUTPUT)
-    ] = _DEFAULT.eval_every,
-    eval_batches: Annotated[
-        int, typer.Option(help="Batches in one held-out loss.", rich_help_panel=_OUTPUT)
-    ] = _DEFAULT.eval_batches,
-    save_every: Annotated[
-        int,
-        typer.Option(help="Checkpoint every N steps and at the end; 0: only when stopped.", rich_help_panel=_OUTPUT),
-    ] = _DEFAULT.save_every,
-    out: Annotated[
-        str | None,
-        typer.Option(help="Run folder. Default: runs/MODEL.", show_default=False, rich_help_panel=_OUTPUT),
-    ] = _DEFAULT.out,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out.", rich_help_panel=_OUTPUT)
-    ] = False,
-    sample_prompt: Annotated[
-        str | None,
-        typer.Option(help="Text to go on from at the end.", show_default=False, rich_help_panel=_OUTPUT),
-    ] = _DEFAULT.sample_prompt,
-    sample_tokens: Annotated[
-        int, typer.Option(help="Tokens to generate at the end; 0: none.", rich_help_panel=_OUTPUT)
-    ] = _DEFAULT.sample_tokens,
-    threads: Annotated[
-        int, typer.Option(help="Compute threads; 0: all the process may use.", rich_help_panel=_MEMORY)
-    ] = _DEFAULT.threads,
-    format: Annotated[
-        str | None,
-        typer.Option(
-            help="Optimizer state format: split or fp32. Default: split with bf16.",
-            show_default=False,
-            rich_help_panel=_MEMORY,
-        ),
-    ] = _DEFAULT.format,
-    activation_checkpointing: Annotated[
-        bool,
-        typer.Option(
-            "--activation-checkpointing", help="Compute activations again in backward.", rich_help_panel=_MEMORY
-        ),
-    ] = _DEFAULT.activation_checkpointing,
-    io_engine: Annotated[
-        str, typer.Option(help="Disk queue: auto, io_uring or threads.", rich_help_panel=_MEMORY)
-    ] = _DEFAULT.io_engine,
-) -> int:
+
+def train(context: typer.Context, paths: list[str] | None, resume: bool, **given: Any) -> int:
     """Train a language model on text, with its parameters and optimizer state where you say.
 
     \b
     zeroxide train --model gpt2 --offload nvme:/mnt/fast --host-memory 2GiB --steps 300
     """
-    options = TrainOptions(
-        model=model,
-        data=(*(data or ()), *(paths or ())),
-        offload=offload,
-        host_memory=host_memory,
-        steps=steps,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        lr=lr,
-        bias_lr=bias_lr,
-        warmup=warmup,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        clip=clip,
-        accumulate=accumulate,
-        dtype=dtype,
-        seed=seed,
-        eval_every=eval_every,
-        eval_batches=eval_batches,
-        save_every=save_every,
-        out=out,
-        sample_prompt=sample_prompt,
-        sample_tokens=sample_tokens,
-        threads=threads,
-        format=format,
-        activation_checkpointing=activation_checkpointing,
-        io_engine=io_engine,
-    )
+    options = TrainOptions(**{**given, "data": (*(given["data"] or ()), *(paths or ()))})
     explicit = {
         name
         for name in options.as_json()
@@ -176,3 +80,26 @@ def _only_one() -> None:
             f"zeroxide train is one process, and the environment names {world} ranks: start it without a launcher; "
             "for several ranks write a script around zeroxide.initialize"
         )
+
+
+def _parameters() -> list[inspect.Parameter]:
+    """What typer makes the command's options from: one parameter for each of `_OPTIONS`."""
+    hints: dict[str, Any] = {**get_type_hints(TrainOptions), "data": list[str] | None, "resume": bool}
+    defaults = {field.name: field.default for field in dataclasses.fields(TrainOptions)}
+    defaults |= {"data": None, "resume": False}
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    argument = Annotated[list[str] | None, typer.Argument(metavar="[PATH]...", help=_PATHS, show_default=False)]
+    made = [
+        inspect.Parameter("context", keyword, annotation=typer.Context),
+        inspect.Parameter("paths", keyword, annotation=argument, default=None),
+    ]
+    for name, (panel, text) in _OPTIONS.items():
+        # A switch has no --no- form.
+        words = [f"--{name.replace('_', '-')}"] if hints[name] is bool else []
+        option = typer.Option(*words, help=text, rich_help_panel=panel, show_default=defaults[name] is not None)
+        made.append(inspect.Parameter(name, keyword, annotation=Annotated[hints[name], option], default=defaults[name]))
+    return made
+
+
+train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
+train.__annotations__ = {each.name: each.annotation for each in _parameters()} | {"return": int}
