@@ -61,10 +61,10 @@ def line(name: str, model: torch.nn.Module, world: int) -> dict[str, object]:
         dist.destroy_process_group()
     parameters = sum(unit.numel for unit in plan.units)
     total = sum(padded(unit, world) for unit in plan.units)
-    root = sum(padded(unit, world) for unit in plan.units if unit.span)
+    root = sum(padded(unit, world) for unit in plan.units if unit.held_through_backward)
     steps = list(collectives(plan, torch.bfloat16))
     sent = sum(each.sent for each in steps)
-    block = max(padded(unit, world) for unit in plan.units if not unit.span)
+    block = max(padded(unit, world) for unit in plan.units if not unit.held_through_backward)
     turned = (
         sum(1 for each in steps if each.kind == "all-gather" and each.phase == "forward") * 2
         - 1

@@ -15,10 +15,10 @@ from launching import LIGHT, Job
 
 from zeroxide.distributed.health import door as door_module
 from zeroxide.distributed.health.activity import Activity
-from zeroxide.distributed.health.connection import Wire, connect
+from zeroxide.distributed.health.connection import Connection, connect
 from zeroxide.distributed.health.door import TOKEN_BYTES, Door, introduction, listen
-from zeroxide.distributed.health.endpoint import Hub
-from zeroxide.distributed.health.failure_detector import Judge, Member
+from zeroxide.distributed.health.endpoint import Coordinator
+from zeroxide.distributed.health.failure_detector import FailureDetector, Member
 from zeroxide.distributed.host import Process, host_identity
 from zeroxide.errors import RanksError
 
@@ -29,11 +29,12 @@ NESTED = b"[" * 200_000
 
 @pytest.fixture
 def world():
-    """A hub that expects two ranks, a function that connects, and one that lets the hub work for a while."""
+    """A coordinator that expects two ranks, a function that connects, and one that lets the coordinator work for a
+    while."""
     members = [Member(rank, host_identity(), Process.current()) for rank in range(3)]
     listener, (address,) = listen(True)
     place = (address, listener.getsockname()[1])
-    hub = Hub(Judge(members, 0, 10.0, 0.5), listener, TOKEN)
+    coordinator = Coordinator(FailureDetector(members, 0, 10.0, 0.5), listener, TOKEN)
     guests = []
 
     def visit(words=b""):
@@ -47,10 +48,10 @@ def world():
     def work(until=lambda: False, seconds=0.3):
         end = time.monotonic() + seconds
         while not until() and time.monotonic() < end:
-            hub.wait(0.02)
+            coordinator.wait(0.02)
 
-    yield hub, visit, work
-    hub.close()
+    yield coordinator, visit, work
+    coordinator.close()
     for guest in guests:
         guest.close()
 
@@ -64,12 +65,12 @@ def pair():
         yield ours, theirs
 
 
-def received(wire):
+def received(connection):
     """What arrives, once something has."""
     with selectors.DefaultSelector() as selector:
-        selector.register(wire.socket, selectors.EVENT_READ)
+        selector.register(connection.socket, selectors.EVENT_READ)
         assert selector.select(10)
-    return wire.receive()
+    return connection.receive()
 
 
 def turned_away(guest):
@@ -79,12 +80,12 @@ def turned_away(guest):
         return True
 
 
-def arrived(hub):
-    return sorted(hub._arrived)
+def arrived(coordinator):
+    return sorted(coordinator._arrived)
 
 
 def test_a_rank_gets_in_by_its_token_and_nobody_else_does(world, monkeypatch):
-    hub, visit, work = world
+    coordinator, visit, work = world
     compared = []
     real = hmac.compare_digest
     monkeypatch.setattr(hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
@@ -92,57 +93,57 @@ def test_a_rank_gets_in_by_its_token_and_nobody_else_does(world, monkeypatch):
     guests = [visit(introduction(wrong, 1)), visit(introduction(TOKEN, 0)), visit(introduction(TOKEN, 3))]
     guests.append(visit(b"GET / HTTP/1.0\r\n\r\n" + b"x" * FRAME))
     work()
-    assert arrived(hub) == [0]
+    assert arrived(coordinator) == [0]
     assert all(turned_away(guest) for guest in guests)
     assert (wrong, TOKEN) in compared, "compared in a time that does not depend on where they differ"
     visit(introduction(TOKEN, 2) + json.dumps({"failed": "x"}).encode() + b"\n")
-    work(lambda: hub._judge.members[2].status == "failed")
-    assert arrived(hub) == [0, 2]
-    assert hub._judge.members[2].line == "x", "what follows the frame is heard"
+    work(lambda: coordinator._detector.members[2].status == "failed")
+    assert arrived(coordinator) == [0, 2]
+    assert coordinator._detector.members[2].line == "x", "what follows the frame is heard"
     second = visit(introduction(TOKEN, 2))
     work()
     assert turned_away(second), "a rank comes once"
-    assert not hub.complete.is_set()
+    assert not coordinator.complete.is_set()
     visit(introduction(TOKEN, 1))
-    work(hub.complete.is_set)
-    assert hub.complete.is_set()
+    work(coordinator.complete.is_set)
+    assert coordinator.complete.is_set()
 
 
 def test_a_stranger_may_send_one_frame_and_no_more(world):
-    hub, visit, work = world
+    coordinator, visit, work = world
     for words in (b"\n", b"x" * (FRAME - 1)):
         visit(words)
     work(seconds=0.1)
-    assert [len(each.received) for each in hub._door.strangers] == [1, FRAME - 1]
+    assert [len(each.received) for each in coordinator._door.strangers] == [1, FRAME - 1]
     flood = visit()
     flood.setblocking(False)
     sent = 0
     for _ in range(50):
         with contextlib.suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             sent += flood.send(b"x" * 1_000_000)
-        hub.wait(0.0)
-        assert all(len(each.received) <= FRAME for each in hub._door.strangers)
-    assert len(hub._door.strangers) == 2, f"turned away after its first {FRAME} bytes, not after {sent}"
+        coordinator.wait(0.0)
+        assert all(len(each.received) <= FRAME for each in coordinator._door.strangers)
+    assert len(coordinator._door.strangers) == 2, f"turned away after its first {FRAME} bytes, not after {sent}"
 
 
 @pytest.mark.parametrize("words", [b"", b"z"], ids=["idle", "dripping"])
 def test_who_does_not_show_the_token_in_time_is_turned_away(words, world, monkeypatch):
-    hub, visit, work = world
+    coordinator, visit, work = world
     monkeypatch.setattr(door_module, "_SECONDS", 0.5)
     guest = visit()
     end = time.monotonic() + 5
     work(seconds=0.1)
-    assert len(hub._door.strangers) == 1
-    while hub._door.strangers and time.monotonic() < end:
+    assert len(coordinator._door.strangers) == 1
+    while coordinator._door.strangers and time.monotonic() < end:
         if words:
             guest.send(words)
         work(seconds=0.05)
-    assert not hub._door.strangers
+    assert not coordinator._door.strangers
     assert turned_away(guest)
 
 
 def test_few_strangers_are_kept_and_a_rank_gets_in_between_them(world):
-    hub, visit, work = world
+    coordinator, visit, work = world
     most = door_module._MOST_STRANGERS + 2
     for count in range(3):
         for _ in range(60):
@@ -152,13 +153,13 @@ def test_few_strangers_are_kept_and_a_rank_gets_in_between_them(world):
             for _ in range(20):
                 visit()
         work(seconds=0.5)
-        assert len(hub._door.strangers) <= most
-    assert arrived(hub) == [0, 1, 2]
+        assert len(coordinator._door.strangers) <= most
+    assert arrived(coordinator) == [0, 1, 2]
     # Nobody is expected any more.
     late = visit()
     work()
     assert turned_away(late)
-    assert not hub._door.strangers
+    assert not coordinator._door.strangers
 
 
 def test_at_the_descriptor_limit_the_door_rests_and_gives_back_what_strangers_hold():
@@ -232,14 +233,14 @@ def test_at_the_descriptor_limit_the_door_rests_and_gives_back_what_strangers_ho
 def test_no_line_makes_the_parser_recurse(line):
     with pair() as (ours, theirs):
         theirs.sendall(line[:60_000] + b"\n")
-        assert received(Wire(ours)) == ([], False)
+        assert received(Connection(ours)) == ([], False)
 
 
 def test_brackets_in_words_are_words():
     with pair() as (ours, theirs):
         said = {"failed": 'index [[[[[3]]]]] of {{{{{{"x"}}}}}} \\ is wrong', "seconds": 1.5}
-        Wire(theirs).send(said)
-        assert received(Wire(ours)) == ([said], True)
+        Connection(theirs).send(said)
+        assert received(Connection(ours)) == ([said], True)
 
 
 @pytest.mark.parametrize(
@@ -247,16 +248,16 @@ def test_brackets_in_words_are_words():
     [{"doing": 3, "seconds": 0}, {"doing": [None] * 3, "seconds": 0}, {"doing": [None] * 4, "seconds": 10**400}],
 )
 def test_a_rank_that_speaks_nonsense_is_taken_for_gone(message, world):
-    hub, visit, work = world
+    coordinator, visit, work = world
     visit(introduction(TOKEN, 1) + json.dumps(message).encode() + b"\n")
-    work(lambda: hub._judge.members[1].status == "gone")
-    assert hub._judge.members[1].status == "gone"
+    work(lambda: coordinator._detector.members[1].status == "gone")
+    assert coordinator._detector.members[1].status == "gone"
 
 
 def test_a_rank_that_talks_without_end_leaves_the_others_their_turn(world):
-    hub, visit, work = world
+    coordinator, visit, work = world
     talker = visit(introduction(TOKEN, 1))
-    work(lambda: 1 in arrived(hub))
+    work(lambda: 1 in arrived(coordinator))
     line = json.dumps({"doing": [None] * 4, "seconds": 0}).encode() + b"\n"
     talker.setblocking(False)
 
@@ -274,9 +275,9 @@ def test_a_rank_that_talks_without_end_leaves_the_others_their_turn(world):
         def __getattr__(self, name):
             return getattr(self.sock, name)
 
-    (visitor,) = hub._visitors
-    visitor.wire.socket = Endless(visitor.wire.socket)
-    messages, stands = visitor.wire.receive()
+    (visitor,) = coordinator._visitors
+    visitor.connection.socket = Endless(visitor.connection.socket)
+    messages, stands = visitor.connection.receive()
     assert stands
     assert 0 < len(messages) * len(line) <= 2 * 4 * (1 << 16)
 
@@ -331,7 +332,7 @@ from zeroxide.distributed import Watch
 watch = Watch(ranks, timeout=3.0, interval=0.2, grace=0.5, cleanup=20.0)
 ranks.barrier()
 if ranks.rank == 0:
-    say(watch._side._door._listener.getsockname()[1])
+    say(watch._endpoint._door._listener.getsockname()[1])
     resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
     while not os.path.exists(f"{os.environ['JOB_FOLDER']}/strangers"):
         time.sleep(0.05)
@@ -378,9 +379,9 @@ def test_a_job_under_strangers_goes_on():
 
 
 def test_a_rank_cannot_be_played_by_who_guesses(world):
-    hub, visit, work = world
+    coordinator, visit, work = world
     visit(introduction(os.urandom(TOKEN_BYTES), 1))
     work(seconds=0.1)
-    assert arrived(hub) == [0]
-    assert isinstance(connect(["127.0.0.1"], hub._door._listener.getsockname()[1], 1.0), Wire)
-    assert hub._judge.members[1].activity == Activity()
+    assert arrived(coordinator) == [0]
+    assert isinstance(connect(["127.0.0.1"], coordinator._door._listener.getsockname()[1], 1.0), Connection)
+    assert coordinator._detector.members[1].activity == Activity()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zeroxide.distributed.launch import Place, read_environment, split_nodes
+from zeroxide.distributed.launch import LaunchInfo, read_environment, split_nodes
 from zeroxide.errors import RanksError
 
 TORCHRUN = {
@@ -35,17 +35,17 @@ OPEN_MPI = {
 @pytest.mark.parametrize(
     ("variables", "expected"),
     [
-        ({}, Place()),
-        ({"RANK": "", "WORLD_SIZE": " "}, Place()),
+        ({}, LaunchInfo()),
+        ({"RANK": "", "WORLD_SIZE": " "}, LaunchInfo()),
         # What an interactive SLURM allocation sets, in which nobody has started tasks.
-        ({"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n1"}, Place()),
-        (TORCHRUN, Place(3, 8, 1, 2, "head", 1234, "torchrun")),
-        ({"RANK": "0", "WORLD_SIZE": "1"}, Place(launcher="torchrun")),
-        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, Place(1, 2, None, None, "h", 29500, "torchrun")),
-        (SLURM, Place(5, 6, 2, 3, "gpu07", 29500, "SLURM")),
-        ({**SLURM, "SLURM_STEP_NUM_TASKS": "9"}, Place(5, 9, 2, 3, "gpu07", 29500, "SLURM")),
-        ({**SLURM, "MASTER_ADDR": "other", "MASTER_PORT": "5"}, Place(5, 6, 2, 3, "other", 5, "SLURM")),
-        (OPEN_MPI, Place(2, 4, 0, 2, "head", 29500, "Open MPI")),
+        ({"SLURM_NTASKS": "8", "SLURM_JOB_NODELIST": "n1"}, LaunchInfo()),
+        (TORCHRUN, LaunchInfo(3, 8, 1, 2, "head", 1234, "torchrun")),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, LaunchInfo(launcher="torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "h"}, LaunchInfo(1, 2, None, None, "h", 29500, "torchrun")),
+        (SLURM, LaunchInfo(5, 6, 2, 3, "gpu07", 29500, "SLURM")),
+        ({**SLURM, "SLURM_STEP_NUM_TASKS": "9"}, LaunchInfo(5, 9, 2, 3, "gpu07", 29500, "SLURM")),
+        ({**SLURM, "MASTER_ADDR": "other", "MASTER_PORT": "5"}, LaunchInfo(5, 6, 2, 3, "other", 5, "SLURM")),
+        (OPEN_MPI, LaunchInfo(2, 4, 0, 2, "head", 29500, "Open MPI")),
         (
             {
                 "MV2_COMM_WORLD_RANK": "1",
@@ -53,18 +53,18 @@ OPEN_MPI = {
                 "MV2_COMM_WORLD_LOCAL_RANK": "1",
                 "MV2_COMM_WORLD_LOCAL_SIZE": "2",
             },
-            Place(1, 2, 1, 2, "127.0.0.1", 29500, "MVAPICH2"),
+            LaunchInfo(1, 2, 1, 2, "127.0.0.1", 29500, "MVAPICH2"),
         ),
         (
             {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"},
-            Place(1, 2, 1, 2, "127.0.0.1", 29500, "PMI"),
+            LaunchInfo(1, 2, 1, 2, "127.0.0.1", 29500, "PMI"),
         ),
-        ({"PMIX_RANK": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "h"}, Place(1, 2, None, None, "h", 29500, "PMIx")),
+        ({"PMIX_RANK": "1", "SLURM_NTASKS": "2", "MASTER_ADDR": "h"}, LaunchInfo(1, 2, None, None, "h", 29500, "PMIx")),
         # mpirun in a SLURM job: SLURM's variables are those of the task that called mpirun.
-        ({**SLURM, **OPEN_MPI, "SLURM_PROCID": "0"}, Place(2, 4, 0, 2, "head", 29500, "Open MPI")),
-        ({**SLURM, **OPEN_MPI, **TORCHRUN}, Place(3, 8, 1, 2, "head", 1234, "torchrun")),
+        ({**SLURM, **OPEN_MPI, "SLURM_PROCID": "0"}, LaunchInfo(2, 4, 0, 2, "head", 29500, "Open MPI")),
+        ({**SLURM, **OPEN_MPI, **TORCHRUN}, LaunchInfo(3, 8, 1, 2, "head", 1234, "torchrun")),
         # A job script that sets one of the two.
-        ({**SLURM, "WORLD_SIZE": "6"}, Place(5, 6, 2, 3, "gpu07", 29500, "SLURM")),
+        ({**SLURM, "WORLD_SIZE": "6"}, LaunchInfo(5, 6, 2, 3, "gpu07", 29500, "SLURM")),
     ],
 )
 def test_the_place_that_variables_describe(variables, expected):
@@ -77,7 +77,7 @@ def test_the_port_of_the_caller_comes_after_the_variable():
 
 
 def test_other_launchers_can_be_left_out():
-    assert read_environment(SLURM, other_launchers=False) == Place()
+    assert read_environment(SLURM, other_launchers=False) == LaunchInfo()
 
 
 @pytest.mark.parametrize(

@@ -150,12 +150,12 @@ def check_bounds(cases: list[Case], found: list[dict[str, Any]]) -> None:
 
 def check_nothing_is_left(found: list[dict[str, Any]]) -> None:
     # torch and the collectives start threads and open files at their first use, all of it in the first few runs.
-    settled = found[len(found) // 2]
+    steady = found[len(found) // 2]
     for result in found:
         assert result["scratch"] == 0, result["name"]
         for held in result["all_held"]:
             assert (held["memfds"], held["mapped"]) == (0, 0), result["name"]
-    for held, before in zip(found[-1]["all_held"], settled["all_held"], strict=True):
+    for held, before in zip(found[-1]["all_held"], steady["all_held"], strict=True):
         assert held["descriptors"] <= before["descriptors"], (held, before)
         assert held["threads"] <= before["threads"], (held, before)
         assert held["python_threads"] == before["python_threads"] == 1

@@ -84,18 +84,18 @@ def when(events: list[list[Any]]) -> dict[tuple[Any, ...], int]:
 
 
 EVENTS = """
-class Flight(messages.Flight):
+class Work(messages.Work):
     def received(self):
         if self.arriving:
             events.append([self.kind + " waited for", self.name])
         super().received()
 
 class Spied(messages.Messages):
-    def start(self, flight, incoming, outgoing):
-        events.append([flight.kind + " begun", flight.name])
-        return super().start(flight, incoming, outgoing)
+    def start(self, work, incoming, outgoing):
+        events.append([work.kind + " begun", work.name])
+        return super().start(work, incoming, outgoing)
 
-messages.Flight = Flight
+messages.Work = Work
 engine_module.Messages = Spied
 engine = make("collective", 1)
 for step in range(3):
@@ -314,14 +314,14 @@ engine = make("collective", 1)
 for step in range(2):
     engine.backward(engine(rows(step)))
     engine.step()
-real = messages.Flight.sent
+real = messages.Work.sent
 def interrupted(self):
     # As a signal does: the wait is over, and what comes after it is not reached.
     for work in self.leaving + self.arriving:
         work.wait()
-    messages.Flight.sent = real
+    messages.Work.sent = real
     raise KeyboardInterrupt
-messages.Flight.sent = interrupted
+messages.Work.sent = interrupted
 try:
     engine(rows(2))
     raise AssertionError("nothing was waited for")

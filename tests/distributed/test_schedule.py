@@ -7,7 +7,7 @@ import json
 import pytest
 from launching import run_ranks
 
-# Counts the collectives of the third step: by then the order of gathering is known and the state is settled.
+# Counts the collectives of the third step: by then the order of gathering is known and the state is steady.
 JOB = """
 import json
 import torch
@@ -41,14 +41,14 @@ class Model(nn.Module):
 calls = []
 
 class Spied(messages.Messages):
-    def flight(self, kind, unit):
+    def work(self, kind, unit):
         calls.append([kind, unit.name])
-        return super().flight(kind, unit)
+        return super().work(kind, unit)
 
-    def start(self, flight, incoming, outgoing):
+    def start(self, work, incoming, outgoing):
         calls[-1].append(sum(tensor.nbytes for _, tensor in outgoing))
         assert calls[-1][2] == sum(tensor.nbytes for _, tensor in incoming)
-        return super().start(flight, incoming, outgoing)
+        return super().start(work, incoming, outgoing)
 
 engine_module.Messages = Spied
 found = []

@@ -28,7 +28,7 @@ def wait_for_others():
 
 def heard(rank, phase):
     # Until what this rank knows of another is not older than the test wants.
-    member = watch._side._judge.members[rank]
+    member = watch._endpoint._detector.members[rank]
     while member.activity.doing[0] != phase:
         time.sleep(0.01)
 """
@@ -355,7 +355,7 @@ if ranks.rank == 1:
         os._exit(0)
     say(child)
     time.sleep(60)
-watch._side._judge.look = lambda: None
+watch._endpoint._detector.look = lambda: None
 say("ready")
 with watch.waiting("all-gather"):
     time.sleep(60)
@@ -400,7 +400,7 @@ def test_a_stranger_at_the_port_is_turned_away():
     source = """
 import socket
 if ranks.rank == 0:
-    port = watch._side._listener.getsockname()[1]
+    port = watch._endpoint._listener.getsockname()[1]
     guess = b'{"rank": 1, "token": "guess"}\\n{"failed": "x"}\\n'
     for words in (b"GET / HTTP/1.0\\r\\n\\r\\n", guess, b"7\\n", b"x" * 100000):
         with socket.create_connection(("127.0.0.1", port)) as stranger:
@@ -410,7 +410,7 @@ if ranks.rank == 0:
                 assert stranger.recv(1) == b""
             except ConnectionResetError:
                 pass
-    while len(watch._side._visitors) > 1:
+    while len(watch._endpoint._visitors) > 1:
         time.sleep(0.01)
 time.sleep(1.0)
 wait_for_others()

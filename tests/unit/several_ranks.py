@@ -57,7 +57,7 @@ class FakeRanks:
 def run_on(engine, rank, world):
     """The runs of elements in slice `rank` of each unit's parameters laid end to end, trainable and frozen apart."""
     found = []
-    held = contents.held_parameters(engine)
+    held = contents.param_records(engine)
     for unit in sorted({each.unit for each in held}):
         for trainable in (True, False):
             members = [each for each in held if each.unit == unit and each.trainable is trainable]
@@ -66,7 +66,7 @@ def run_on(engine, rank, world):
             for each in members:
                 low, high = max(begin - at, 0), min(end - at, each.numel)
                 if low < high:
-                    found.append(contents.Run(each, low, high - low))
+                    found.append(contents.ElementRange(each, low, high - low))
                 at += each.numel
     return found
 

@@ -38,7 +38,7 @@ def trained(engine, seed=0):
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_visible_parameters_stay_and_are_plain_ones(stage, dtype, tmp_path):
-    """Catches: views that outlive their memory, a keeper that stays, tied weights that part."""
+    """Catches: views that outlive their memory, a handle that stays, tied weights that part."""
     model = build("gpt")
     with started(model, config=settings(tmp_path, stage, dtype=dtype)) as engine:
         last = trained(engine)

@@ -250,7 +250,7 @@ def test_slots_between_ranks_are_within_the_budget():
         return _core.Offload(
             units=[("only", [(1000, True)], "host", "host", False)], limit=limit, threads=1, compute="f32",
             format="fp32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0, engine="auto",
-            queue_depth=16, directories=[], job="slots", world=2, wire="shared",
+            queue_depth=16, directories=[], job="slots", world=2, transport="shared",
         )  # fmt: skip
 
     whole = core(None)

@@ -12,7 +12,7 @@ from test_guard import Net, rows, train
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
-from zeroxide.zero.param import Seat
+from zeroxide.zero.param import ShardedParam
 from zeroxide.zero.unit import Unit
 
 COUNT = len(list(Net().parameters()))
@@ -39,7 +39,7 @@ class Interrupt:
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("at", [0, 2, COUNT - 1])
-@pytest.mark.parametrize(("owner", "name"), [(Seat, "read_live"), (Unit, "lend"), (Seat, "open")])
+@pytest.mark.parametrize(("owner", "name"), [(ShardedParam, "read_live"), (Unit, "lend"), (ShardedParam, "open")])
 def test_interrupted_on_the_way_in(owner, name, at, after, tmp_path, monkeypatch):
     model = Net()
     with started(model, config=config_of(Mode(), tmp_path, "fp32")) as engine:
@@ -50,7 +50,7 @@ def test_interrupted_on_the_way_in(owner, name, at, after, tmp_path, monkeypatch
                 raise AssertionError("entered")
         for param in model.parameters():
             assert param.numel() == 0
-            assert param._keeper.holds == param._keeper.writers == 0
+            assert param._handle.holds == param._handle.writers == 0
         for name_, value in model.state_dict().items():
             assert torch.equal(value, before[name_]), name_
         train(engine, 0)
@@ -58,7 +58,9 @@ def test_interrupted_on_the_way_in(owner, name, at, after, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("at", [0, 2, COUNT - 1])
-@pytest.mark.parametrize(("owner", "name"), [(Seat, "_take_changes"), (Unit, "take_back"), (Seat, "close")])
+@pytest.mark.parametrize(
+    ("owner", "name"), [(ShardedParam, "_take_changes"), (Unit, "take_back"), (ShardedParam, "close")]
+)
 def test_interrupted_on_the_way_out(owner, name, at, tmp_path, monkeypatch):
     """Every parameter is as it was or as it was made; none is left behind, and all follow the engine afterwards."""
     model = Net()
@@ -70,7 +72,7 @@ def test_interrupted_on_the_way_out(owner, name, at, tmp_path, monkeypatch):
                 [param.data.fill_(0.25) for param in model.parameters()]
         for param in model.parameters():
             assert param.numel() == 0
-            assert param._keeper.holds == param._keeper.writers == 0
+            assert param._handle.holds == param._handle.writers == 0
         for name_, value in model.state_dict().items():
             assert torch.equal(value, before[name_]) or (value == 0.25).all(), name_
         train(engine, 0)

@@ -66,7 +66,7 @@ def test_long_calls_let_other_threads_run(core):
         "fill_param": lambda: core.fill_param(0, 0, 0, given),
         "fill_commit": lambda: core.fill_commit(0),
         "gather": lambda: core.gather(0),
-        "land": lambda: core.land(0, 0, 0, given, True),
+        "land": lambda: core.accumulate(0, 0, 0, given, True),
         "step": lambda: core.step(group, 1.0),
         "read_param": lambda: core.read_param(0, 0, "exp_avg", 0, spec(torch.empty(ELEMENTS))),
     }
@@ -115,7 +115,7 @@ def test_two_calls_of_two_cores_overlap(tmp_path):
         )  # fmt: skip
         made.fill_begin(0, "weights")
         made.fill_commit(0)
-        made.land(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
+        made.accumulate(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
         cores.append(made)
     events: list[str] = []
     barrier = threading.Barrier(2)

@@ -188,7 +188,7 @@ def test_slices_have_the_dtype_asked_for():
 def test_slices_are_where_they_were_asked_to_be(chosen, tmp_path):
     config = config_of(Mode("nvme", "nvme"), tmp_path)
     model, _ = made_alike(lambda: build("gpt"), config_dict_or_path=config, **chosen)
-    mapped = model.wte.weight._keeper.mapped is not None
+    mapped = model.wte.weight._handle.mapped is not None
     assert mapped == (chosen.get("remote_device") != "cpu")
     # The file has no name: nothing is left behind, whatever happens.
     assert list(tmp_path.iterdir()) == []
@@ -207,11 +207,11 @@ def test_training_goes_on_from_slices(mode, dtype, tmp_path):
     torch.manual_seed(3)
     with zero.Init(config_dict_or_path=config_of(mode, tmp_path)):
         model = build("gpt")
-    ids, keepers = torch.arange(24).view(2, 12), [param._keeper for param in model.parameters()]
+    ids, handles = torch.arange(24).view(2, 12), [param._handle for param in model.parameters()]
     outcomes = []
     for each in (plain, model):
         with started(each, config=config_of(mode, tmp_path, dtype)) as engine:
-            assert each is plain or not any(keeper.nbytes for keeper in keepers)
+            assert each is plain or not any(keeper.nbytes for keeper in handles)
             losses = []
             for _ in range(3):
                 losses.append(engine(ids))

@@ -40,9 +40,9 @@ def train(engine, seed=0):
 
 def check_values(engine):
     for name, param in engine.module.named_parameters():
-        seat_value = zeroxide.safe_get_full_fp32_param(param)
-        rounded = ((seat_value.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
-        expected = seat_value if param.dtype is torch.float32 else rounded
+        exact_value = zeroxide.safe_get_full_fp32_param(param)
+        rounded = ((exact_value.view(torch.int32) + 0x8000) & -0x10000).view(torch.float32)
+        expected = exact_value if param.dtype is torch.float32 else rounded
         assert torch.equal(param.detach().float(), expected), name
 
 

@@ -6,18 +6,18 @@ use crate::error::{ExchangeError, Result};
 
 /// Set once; every wait then ends with the line that was given.
 #[derive(Debug, Default)]
-pub struct Stop {
+pub struct CancelToken {
     line: OnceLock<String>,
 }
 
-impl Stop {
+impl CancelToken {
     /// Ends every present and later wait with `line`. Only the first call counts.
-    pub fn call_off(&self, line: String) {
+    pub fn cancel(&self, line: String) {
         let _ = self.line.set(line);
     }
 
     /// # Errors
-    /// [`ExchangeError::Stopped`] once waiting was called off.
+    /// [`ExchangeError::Stopped`] once waiting was cancelled.
     pub fn check(&self) -> Result<()> {
         match self.line.get() {
             Some(line) => Err(ExchangeError::Stopped { line: line.clone() }),

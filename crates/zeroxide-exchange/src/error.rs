@@ -9,7 +9,7 @@ pub enum ExchangeError {
     /// Shared memory could not be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// Somebody called off all waiting.
+    /// Somebody cancelled all waiting.
     #[error("{line}")]
     Stopped {
         /// Why, in one line.

@@ -4,14 +4,14 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
-/// Wakes whoever sleeps on `bell`, in any process.
-pub(crate) fn ring(bell: &AtomicU32) {
-    bell.fetch_add(1, Ordering::Release);
+/// Wakes whoever sleeps on `word`, in any process.
+pub(crate) fn wake(word: &AtomicU32) {
+    word.fetch_add(1, Ordering::Release);
     // SAFETY: FUTEX_WAKE reads no memory of ours beyond the word's address, which the reference keeps valid.
     unsafe {
         libc::syscall(
             libc::SYS_futex,
-            bell.as_ptr(),
+            word.as_ptr(),
             libc::FUTEX_WAKE,
             i32::MAX,
             std::ptr::null::<libc::timespec>(),
@@ -19,8 +19,8 @@ pub(crate) fn ring(bell: &AtomicU32) {
     };
 }
 
-/// Sleeps until `bell` is rung, at most `longest`; returns at once when it no longer reads `seen`.
-pub(crate) fn sleep(bell: &AtomicU32, seen: u32, longest: Duration) {
+/// Sleeps until `word` is woken, at most `longest`; returns at once when it no longer reads `seen`.
+pub(crate) fn wait(word: &AtomicU32, seen: u32, longest: Duration) {
     let timeout = libc::timespec {
         tv_sec: libc::time_t::try_from(longest.as_secs()).unwrap_or(1),
         tv_nsec: libc::c_long::from(longest.subsec_nanos()),
@@ -30,7 +30,7 @@ pub(crate) fn sleep(bell: &AtomicU32, seen: u32, longest: Duration) {
     unsafe {
         libc::syscall(
             libc::SYS_futex,
-            bell.as_ptr(),
+            word.as_ptr(),
             libc::FUTEX_WAIT,
             seen,
             &raw const timeout,

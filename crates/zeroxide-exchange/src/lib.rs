@@ -1,7 +1,8 @@
 //! What the ranks of one host say to one another through shared memory.
 //!
 //! Each rank has one segment: words that say how far it is, and room for gradients on their way to the other ranks. A
-//! rank writes only its own segment. [`Post`] is the protocol: who may read or write which bytes follows from the words,
+//! rank writes only its own segment. [`SharedMemoryReducer`] is the protocol: who may read or write which bytes
+//! follows from the words,
 //! which are stored after what they announce and loaded before what depends on them.
 
 #![deny(unsafe_code)]
@@ -11,6 +12,6 @@ mod error;
 mod futex;
 mod shm_reduce;
 
-pub use cancel::Stop;
+pub use cancel::CancelToken;
 pub use error::{ExchangeError, Result};
-pub use shm_reduce::{Post, PostPlan, Seat};
+pub use shm_reduce::{ReducerPlan, SegmentHandle, SharedMemoryReducer};

@@ -1,6 +1,7 @@
 //! Gradients and progress between the ranks of one host.
 //!
-//! A *round* of a unit is one exchange of its gradients: every rank sends once (its gradients, or word that it has none),
+//! A *round* of a unit is one exchange of its gradients: every rank sends once (its gradients, or word that it has
+//! none),
 //! then every rank reads all that was sent, then says that it has read. Rounds of one unit follow one another; those of
 //! different units are independent, so ranks may send units in different orders.
 //!
@@ -20,11 +21,11 @@ use std::time::Duration;
 use zeroxide_layout::{PAGE, checked_align_up_usize};
 use zeroxide_memory::{Bucket, Budget, FRAME, Lease, Reservation, SharedSegment};
 
-use crate::cancel::Stop;
+use crate::cancel::CancelToken;
 use crate::error::{ExchangeError, Result};
 use crate::futex;
 
-/// Longest sleep before looking again whether waiting was called off.
+/// Longest sleep before looking again whether waiting was cancelled.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
 /// Looks before the first sleep: an answer is often a few microseconds away.
 const SPINS: u32 = 200;
@@ -38,20 +39,20 @@ const FIRST_SLOT: u64 = 2;
 
 /// Sizes of what is exchanged. The same on all ranks.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PostPlan {
+pub struct ReducerPlan {
     /// Bytes of each unit's gradients; 0 for units that have none.
     pub units: Vec<usize>,
     /// Slots that units share.
     pub slots: usize,
     /// Units with a slot of their own: those whose gradients come all through backward.
-    pub long: Vec<usize>,
+    pub held_through_backward: Vec<usize>,
     /// Bytes of the weights that all ranks see, in rank 0's segment.
     pub weights: usize,
 }
 
 /// How another process finds a rank's segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Seat {
+pub struct SegmentHandle {
     /// Process.
     pub pid: u32,
     /// Its descriptor of the segment.
@@ -62,16 +63,16 @@ pub struct Seat {
 #[derive(Debug)]
 struct Places {
     slots: Vec<Range<usize>>,
-    /// Slot of each long unit.
+    /// Slot of each unit that is held through backward.
     reserved: Vec<Option<usize>>,
     stretches: Vec<Range<usize>>,
     gradients: usize,
 }
 
 impl Places {
-    fn new(plan: &PostPlan) -> Self {
+    fn new(plan: &ReducerPlan) -> Self {
         let largest = (0..plan.units.len())
-            .filter(|unit| !plan.long.contains(unit))
+            .filter(|unit| !plan.held_through_backward.contains(unit))
             .map(|unit| plan.units[unit])
             .max()
             .unwrap_or(0);
@@ -84,7 +85,7 @@ impl Places {
         };
         let mut slots: Vec<_> = (0..plan.slots).map(|_| take(largest)).collect();
         let mut reserved = vec![None; plan.units.len()];
-        for &unit in &plan.long {
+        for &unit in &plan.held_through_backward {
             reserved[unit] = Some(slots.len());
             slots.push(take(plan.units[unit]));
         }
@@ -112,25 +113,27 @@ enum Outgoing {
 
 /// One rank's end of the exchange.
 #[derive(Debug)]
-pub struct Post {
+pub struct SharedMemoryReducer {
     rank: usize,
     world: usize,
-    plan: PostPlan,
+    plan: ReducerPlan,
     places: Places,
     segments: Vec<Arc<SharedSegment>>,
     outgoing: Vec<Outgoing>,
     /// Number of the round that each unit is in, from 1.
     rounds: Vec<u64>,
-    stop: Arc<Stop>,
+    cancel_token: Arc<CancelToken>,
     budget: Budget,
     _slots: Option<Reservation>,
     /// What each unit's own stretch takes, while it is used.
     stretches: Vec<Option<Reservation>>,
 }
 
-impl Post {
-    /// Makes this rank's segment. The other ranks find it through [`seat`](Self::seat); nothing else may be called
-    /// before [`join`](Self::join). `budget` counts the slots for as long as the post exists, and a unit's own stretch
+impl SharedMemoryReducer {
+    /// Makes this rank's segment. The other ranks find it through [`segment_handle`](Self::segment_handle); nothing
+    /// else may be called
+    /// before [`join`](Self::join). `budget` counts the slots for as long as the reducer exists, and a unit's own
+    /// stretch
     /// while it is used; the weights are the caller's to count.
     ///
     /// # Errors
@@ -138,9 +141,9 @@ impl Post {
     pub fn new(
         rank: usize,
         world: usize,
-        plan: PostPlan,
+        plan: ReducerPlan,
         budget: &Budget,
-        stop: Arc<Stop>,
+        cancel_token: Arc<CancelToken>,
     ) -> Result<Self> {
         let places = Places::new(&plan);
         let counted = match places.slots.last() {
@@ -159,7 +162,7 @@ impl Post {
             outgoing: (0..units).map(|_| Outgoing::Idle).collect(),
             rounds: vec![1; units],
             plan,
-            stop,
+            cancel_token,
             budget: budget.clone(),
             _slots: counted,
             stretches: (0..units).map(|_| None).collect(),
@@ -167,33 +170,38 @@ impl Post {
     }
 
     /// Where the others find this rank's segment.
-    pub fn seat(&self) -> Seat {
-        Seat {
+    pub fn segment_handle(&self) -> SegmentHandle {
+        SegmentHandle {
             pid: std::process::id(),
             descriptor: self.segments[0].descriptor(),
         }
     }
 
-    /// Opens the segments of all ranks, whose seats come in rank order.
+    /// Opens the segments of all ranks, whose handles come in rank order.
     ///
     /// # Errors
-    /// [`ExchangeError::Memory`] when one cannot be reached, [`ExchangeError::Misuse`] for another number of seats.
-    pub fn join(&mut self, seats: &[Seat]) -> Result<()> {
-        if seats.len() != self.world || self.segments.len() != 1 {
+    /// [`ExchangeError::Memory`] when one cannot be reached, [`ExchangeError::Misuse`] for another number of handles.
+    pub fn join(&mut self, handles: &[SegmentHandle]) -> Result<()> {
+        if handles.len() != self.world || self.segments.len() != 1 {
             return Err(ExchangeError::Misuse {
                 call: "join",
-                what: format!("{} seats for a world of {}", seats.len(), self.world),
+                what: format!("{} handles for a world of {}", handles.len(), self.world),
             });
         }
         let own = self.segments.remove(0);
         let words = words(&self.plan);
-        for (rank, seat) in seats.iter().enumerate() {
+        for (rank, segment_handle) in handles.iter().enumerate() {
             if rank == self.rank {
                 self.segments.push(Arc::clone(&own));
                 continue;
             }
             let payload = self.places.gradients + if rank == 0 { self.plan.weights } else { 0 };
-            let opened = SharedSegment::open(seat.pid, seat.descriptor, words, payload.max(PAGE))?;
+            let opened = SharedSegment::open(
+                segment_handle.pid,
+                segment_handle.descriptor,
+                words,
+                payload.max(PAGE),
+            )?;
             self.segments.push(Arc::new(opened));
         }
         Ok(())
@@ -247,7 +255,8 @@ impl Post {
             self.stretches[unit] = Some(self.budget.reserve(Bucket::Gradients, bytes)?);
         }
         self.outgoing[unit] = Outgoing::Filling { place };
-        // SAFETY: a place is given out again only after every rank has said that it has read what was there (`reclaim`),
+        // SAFETY: a place is given out again only after every rank has said that it has read what was there
+        // (`reclaim`),
         // and no rank writes another's segment.
         Ok(unsafe { self.segments[self.rank].lease(range) })
     }
@@ -297,7 +306,8 @@ impl Post {
         })
     }
 
-    /// Calls `read` with `range` (bytes of the unit) of what every rank has sent, in rank order, `None` for nothing; then
+    /// Calls `read` with `range` (bytes of the unit) of what every rank has sent, in rank order, `None` for nothing;
+    /// then
     /// says that this rank has read, which ends the unit's round for it.
     ///
     /// # Errors
@@ -358,7 +368,7 @@ impl Post {
     fn await_last_round(&mut self, unit: usize) -> Result<()> {
         if matches!(self.outgoing[unit], Outgoing::Sent { .. }) && !self.is_sent(unit) {
             let round = self.rounds[unit] - 1;
-            self.wait(|post| post.is_taken(unit, round))?;
+            self.wait(|reducer| reducer.is_taken(unit, round))?;
         }
         self.reclaim()
     }
@@ -413,10 +423,10 @@ impl Post {
     /// # Errors
     /// [`ExchangeError::Stopped`].
     pub fn wait(&self, ready: impl Fn(&Self) -> bool) -> Result<()> {
-        let bell = self.segments[self.rank].bell(0);
+        let word = self.segments[self.rank].futex(0);
         let mut looks = 0;
         loop {
-            let seen = bell.load(Ordering::Acquire);
+            let seen = word.load(Ordering::Acquire);
             if ready(self) {
                 return Ok(());
             }
@@ -425,15 +435,15 @@ impl Post {
                 std::hint::spin_loop();
                 continue;
             }
-            self.stop.check()?;
-            futex::sleep(bell, seen, LOOK_AGAIN);
+            self.cancel_token.check()?;
+            futex::wait(word, seen, LOOK_AGAIN);
         }
     }
 
     fn ring_others(&self) {
         for (rank, segment) in self.segments.iter().enumerate() {
             if rank != self.rank {
-                futex::ring(segment.bell(0));
+                futex::wake(segment.futex(0));
             }
         }
     }
@@ -463,7 +473,7 @@ impl Post {
     }
 }
 
-/// Words of a segment: the bell, then for each unit its version, what was sent, and what was read.
-fn words(plan: &PostPlan) -> usize {
+/// Words of a segment: the futex, then for each unit its version, what was sent, and what was read.
+fn words(plan: &ReducerPlan) -> usize {
     1 + 3 * plan.units.len()
 }

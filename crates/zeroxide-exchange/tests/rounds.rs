@@ -6,73 +6,96 @@ use std::thread;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use zeroxide_exchange::{ExchangeError, Post, PostPlan, Seat, Stop};
+use zeroxide_exchange::{
+    CancelToken, ExchangeError, ReducerPlan, SegmentHandle, SharedMemoryReducer,
+};
 use zeroxide_memory::{Bucket, Budget, MemoryError};
 
 /// After this, a rank that still waits counts as hung.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-fn plan(units: &[usize], slots: usize, long: &[usize]) -> PostPlan {
-    PostPlan {
+fn plan(units: &[usize], slots: usize, held_through_backward: &[usize]) -> ReducerPlan {
+    ReducerPlan {
         units: units.to_vec(),
         slots,
-        long: long.to_vec(),
+        held_through_backward: held_through_backward.to_vec(),
         weights: 0,
     }
 }
 
 /// Posts that have found one another, and what ends their waiting.
-fn joined(world: usize, plan: &PostPlan) -> Vec<(Post, Arc<Stop>)> {
+fn joined(world: usize, plan: &ReducerPlan) -> Vec<(SharedMemoryReducer, Arc<CancelToken>)> {
     joined_within(&Budget::new(None), world, plan)
 }
 
 /// Ranks that count in one budget.
-fn joined_within(budget: &Budget, world: usize, plan: &PostPlan) -> Vec<(Post, Arc<Stop>)> {
-    let mut posts: Vec<_> = (0..world)
+fn joined_within(
+    budget: &Budget,
+    world: usize,
+    plan: &ReducerPlan,
+) -> Vec<(SharedMemoryReducer, Arc<CancelToken>)> {
+    let mut reducers: Vec<_> = (0..world)
         .map(|rank| {
-            let stop = Arc::new(Stop::default());
-            let post =
-                Post::new(rank, world, plan.clone(), budget, Arc::clone(&stop)).expect("memory");
-            (post, stop)
+            let cancel_token = Arc::new(CancelToken::default());
+            let reducer = SharedMemoryReducer::new(
+                rank,
+                world,
+                plan.clone(),
+                budget,
+                Arc::clone(&cancel_token),
+            )
+            .expect("memory");
+            (reducer, cancel_token)
         })
         .collect();
-    let seats: Vec<Seat> = posts.iter().map(|(post, _)| post.seat()).collect();
-    for (post, _) in &mut posts {
-        post.join(&seats).expect("all seats are of this process");
+    let handles: Vec<SegmentHandle> = reducers
+        .iter()
+        .map(|(reducer, _)| reducer.segment_handle())
+        .collect();
+    for (reducer, _) in &mut reducers {
+        reducer
+            .join(&handles)
+            .expect("all handles are of this process");
     }
-    posts
+    reducers
 }
 
 /// Runs every rank in a thread of its own; a rank that hangs ends with an error instead.
-fn each_rank(posts: Vec<(Post, Arc<Stop>)>, act: impl Fn(usize, &mut Post) + Sync) {
+fn each_rank(
+    reducers: Vec<(SharedMemoryReducer, Arc<CancelToken>)>,
+    act: impl Fn(usize, &mut SharedMemoryReducer) + Sync,
+) {
     let done = AtomicBool::new(false);
-    let stops: Vec<_> = posts.iter().map(|(_, stop)| Arc::clone(stop)).collect();
+    let tokens: Vec<_> = reducers
+        .iter()
+        .map(|(_, cancel_token)| Arc::clone(cancel_token))
+        .collect();
     thread::scope(|scope| {
         let watchdog = scope.spawn(|| {
             thread::park_timeout(PATIENCE);
             if !done.load(Ordering::Acquire) {
-                for stop in &stops {
-                    stop.call_off("a rank hangs".into());
+                for cancel_token in &tokens {
+                    cancel_token.cancel("a rank hangs".into());
                 }
             }
         });
         let act = &act;
-        let stops = &stops;
-        let ranks: Vec<_> = posts
+        let tokens = &tokens;
+        let ranks: Vec<_> = reducers
             .into_iter()
             .enumerate()
-            .map(|(rank, (mut post, _))| {
+            .map(|(rank, (mut reducer, _))| {
                 scope.spawn(move || {
                     let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                        act(rank, &mut post);
+                        act(rank, &mut reducer);
                     }));
                     if outcome.is_err() {
                         // The others must not wait for it.
-                        for stop in stops {
-                            stop.call_off(format!("rank {rank} has panicked"));
+                        for cancel_token in tokens {
+                            cancel_token.cancel(format!("rank {rank} has panicked"));
                         }
                     }
-                    (outcome, post)
+                    (outcome, reducer)
                 })
             })
             .collect();
@@ -118,7 +141,7 @@ fn has_gradients(seed: u64, rank: usize, unit: usize, round: u64) -> bool {
 }
 
 fn check_round(
-    post: &mut Post,
+    reducer: &mut SharedMemoryReducer,
     seed: u64,
     (rank, world): (usize, usize),
     unit: usize,
@@ -127,33 +150,34 @@ fn check_round(
 ) {
     let share = bytes.div_ceil(world);
     let range = (rank * share).min(bytes)..((rank + 1) * share).min(bytes);
-    post.take::<(), ExchangeError>(unit, range.clone(), |sources| {
-        assert_eq!(sources.len(), world);
-        for (sender, source) in sources.iter().enumerate() {
-            assert_eq!(
-                source.is_some(),
-                has_gradients(seed, sender, unit, round),
-                "rank {rank}, unit {unit}, round {round}: what rank {sender} sent"
-            );
-            if let Some(source) = source {
-                assert_eq!(source.len(), range.len());
-                for (at, found) in range.clone().zip(*source) {
-                    assert_eq!(
-                        *found,
-                        byte(sender, unit, round, at),
-                        "byte {at} of rank {sender}"
-                    );
+    reducer
+        .take::<(), ExchangeError>(unit, range.clone(), |sources| {
+            assert_eq!(sources.len(), world);
+            for (sender, source) in sources.iter().enumerate() {
+                assert_eq!(
+                    source.is_some(),
+                    has_gradients(seed, sender, unit, round),
+                    "rank {rank}, unit {unit}, round {round}: what rank {sender} sent"
+                );
+                if let Some(source) = source {
+                    assert_eq!(source.len(), range.len());
+                    for (at, found) in range.clone().zip(*source) {
+                        assert_eq!(
+                            *found,
+                            byte(sender, unit, round, at),
+                            "byte {at} of rank {sender}"
+                        );
+                    }
                 }
             }
-        }
-        Ok(())
-    })
-    .expect("every rank has sent");
+            Ok(())
+        })
+        .expect("every rank has sent");
 }
 
 /// One rank's part of several rounds, in an order of its own: sends, and takes whatever is ready in between.
 fn rounds_of(
-    post: &mut Post,
+    reducer: &mut SharedMemoryReducer,
     seed: u64,
     (rank, world): (usize, usize),
     units: &[usize],
@@ -167,34 +191,35 @@ fn rounds_of(
         }
         let mut waiting = Vec::new();
         for unit in order {
-            assert_eq!(post.round(unit), round);
-            assert!(!post.is_sent(unit));
+            assert_eq!(reducer.round(unit), round);
+            assert!(!reducer.is_sent(unit));
             let lease = has_gradients(seed, rank, unit, round).then(|| {
-                let mut lease = post.room(unit).expect("not called off");
+                let mut lease = reducer.room(unit).expect("not cancelled");
                 for (at, target) in lease.iter_mut().enumerate() {
                     *target = byte(rank, unit, round, at);
                 }
                 lease
             });
-            post.send(unit, lease).expect("not called off");
-            assert!(post.is_sent(unit));
+            reducer.send(unit, lease).expect("not cancelled");
+            assert!(reducer.is_sent(unit));
             waiting.push(unit);
             if dice.below(3) == 0 {
                 thread::sleep(Duration::from_micros(dice.below(300) as u64));
             }
             waiting.retain(|unit| {
-                let ready = post.is_ready(*unit);
+                let ready = reducer.is_ready(*unit);
                 if ready {
-                    check_round(post, seed, (rank, world), *unit, units[*unit], round);
+                    check_round(reducer, seed, (rank, world), *unit, units[*unit], round);
                 }
                 !ready
             });
         }
         while !waiting.is_empty() {
             let unit = waiting.swap_remove(dice.below(waiting.len()));
-            post.wait(|post| post.is_ready(unit))
-                .expect("not called off");
-            check_round(post, seed, (rank, world), unit, units[unit], round);
+            reducer
+                .wait(|reducer| reducer.is_ready(unit))
+                .expect("not cancelled");
+            check_round(reducer, seed, (rank, world), unit, units[unit], round);
         }
     }
 }
@@ -217,35 +242,38 @@ proptest! {
         world in 1_usize..5,
         units in prop::collection::vec(1_usize..9000, 1..8),
         slots in 1_usize..4,
-        long in prop::collection::btree_set(0_usize..8, 0..3),
+        held_through_backward in prop::collection::btree_set(0_usize..8, 0..3),
     ) {
-        let long: Vec<usize> = long.into_iter().filter(|unit| *unit < units.len()).collect();
-        let posts = joined(world, &plan(&units, slots, &long));
-        each_rank(posts, |rank, post| rounds_of(post, seed, (rank, world), &units, 6));
+        let held_through_backward: Vec<usize> = held_through_backward.into_iter().filter(|unit| *unit < units.len()).collect();
+        let reducers = joined(world, &plan(&units, slots, &held_through_backward));
+        each_rank(reducers, |rank, reducer| rounds_of(reducer, seed, (rank, world), &units, 6));
     }
 }
 
 /// Catches: room for the next round given out before the others have read the last one.
 #[test]
 fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
-    let posts = joined(2, &plan(&[64], 1, &[]));
+    let reducers = joined(2, &plan(&[64], 1, &[]));
     let read = AtomicBool::new(false);
-    each_rank(posts, |rank, post| {
-        let mut lease = post.room(0).expect("free");
+    each_rank(reducers, |rank, reducer| {
+        let mut lease = reducer.room(0).expect("free");
         lease.fill(u8::try_from(rank).expect("small"));
-        post.send(0, Some(lease)).expect("filled");
-        post.wait(|post| post.is_ready(0)).expect("not called off");
+        reducer.send(0, Some(lease)).expect("filled");
+        reducer
+            .wait(|reducer| reducer.is_ready(0))
+            .expect("not cancelled");
         if rank == 1 {
             thread::sleep(Duration::from_millis(80));
             read.store(true, Ordering::Release);
         }
-        post.take::<(), ExchangeError>(0, 0..64, |sources| {
-            assert_eq!(sources[0].expect("sent"), [0; 64]);
-            Ok(())
-        })
-        .expect("ready");
+        reducer
+            .take::<(), ExchangeError>(0, 0..64, |sources| {
+                assert_eq!(sources[0].expect("sent"), [0; 64]);
+                Ok(())
+            })
+            .expect("ready");
         if rank == 0 {
-            let mut next = post.room(0).expect("not called off");
+            let mut next = reducer.room(0).expect("not cancelled");
             assert!(
                 read.load(Ordering::Acquire),
                 "rank 1 had not read what lay there"
@@ -258,24 +286,25 @@ fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
 /// Catches: a wait that does not end, or ends without the reason.
 #[test]
 fn calling_off_ends_every_wait_with_its_line() {
-    let mut posts = joined(2, &plan(&[64, 64], 1, &[]));
-    let (mut silent, _) = posts.pop().expect("two");
-    let (mut post, stop) = posts.pop().expect("two");
-    post.send(0, None).expect("nothing before it");
+    let mut reducers = joined(2, &plan(&[64, 64], 1, &[]));
+    let (mut silent, _) = reducers.pop().expect("two");
+    let (mut reducer, cancel_token) = reducers.pop().expect("two");
+    reducer.send(0, None).expect("nothing before it");
     silent.send(0, None).expect("nothing before it");
-    post.take::<(), ExchangeError>(0, 0..64, |_| Ok(()))
+    reducer
+        .take::<(), ExchangeError>(0, 0..64, |_| Ok(()))
         .expect("both have sent");
     let caller = thread::spawn(move || {
         thread::sleep(Duration::from_millis(50));
-        stop.call_off("rank 1 is gone".into());
-        stop.call_off("a later reason".into());
+        cancel_token.cancel("rank 1 is gone".into());
+        cancel_token.cancel("a later reason".into());
     });
     // Rank 1 has not read the round that rank 0 wants to follow up.
     let ended = [
-        post.room(0).map(drop),
-        post.send(0, None),
-        post.wait(|post| post.is_ready(1)),
-        post.wait(|post| post.has_version(0, 1)),
+        reducer.room(0).map(drop),
+        reducer.send(0, None),
+        reducer.wait(|reducer| reducer.is_ready(1)),
+        reducer.wait(|reducer| reducer.has_version(0, 1)),
     ];
     caller.join().expect("does not panic");
     for outcome in ended {
@@ -285,28 +314,32 @@ fn calling_off_ends_every_wait_with_its_line() {
         }
     }
     // What need not be waited for still works.
-    post.wait(|_| true).expect("ready at once");
+    reducer.wait(|_| true).expect("ready at once");
 }
 
 /// Catches: calls out of turn that corrupt what others read instead of being refused.
 #[test]
 fn calls_out_of_turn_are_refused_by_name() {
-    let mut posts = joined(2, &plan(&[64], 1, &[]));
-    let (post, _) = &mut posts[0];
+    let mut reducers = joined(2, &plan(&[64], 1, &[]));
+    let (reducer, _) = &mut reducers[0];
     let refused = |outcome: Result<(), ExchangeError>, call: &str| match outcome {
         Err(ExchangeError::Misuse { call: found, .. }) => assert_eq!(found, call),
         other => panic!("{call}: expected to be refused, got {other:?}"),
     };
-    refused(post.take(0, 0..64, |_| Ok(())), "take");
-    let lease = post.room(0).expect("free");
-    refused(post.room(0).map(drop), "room");
-    refused(post.send(0, None), "send");
-    post.send(0, Some(lease)).expect("filled");
-    refused(post.send(0, None), "send");
-    refused(post.room(0).map(drop), "room");
-    refused(post.take(0, 0..64, |_| Ok(())), "take");
-    let seats = [post.seat(), post.seat(), post.seat()];
-    refused(post.join(&seats), "join");
+    refused(reducer.take(0, 0..64, |_| Ok(())), "take");
+    let lease = reducer.room(0).expect("free");
+    refused(reducer.room(0).map(drop), "room");
+    refused(reducer.send(0, None), "send");
+    reducer.send(0, Some(lease)).expect("filled");
+    refused(reducer.send(0, None), "send");
+    refused(reducer.room(0).map(drop), "room");
+    refused(reducer.take(0, 0..64, |_| Ok(())), "take");
+    let handles = [
+        reducer.segment_handle(),
+        reducer.segment_handle(),
+        reducer.segment_handle(),
+    ];
+    refused(reducer.join(&handles), "join");
 }
 
 /// Catches: a version that is believed before every rank has it, weights that ranks do not share.
@@ -314,10 +347,10 @@ fn calls_out_of_turn_are_refused_by_name() {
 fn weights_are_one_copy_and_new_when_every_rank_says_so() {
     let mut plan = plan(&[64], 1, &[]);
     plan.weights = 8192;
-    let posts = joined(3, &plan);
-    each_rank(posts, |rank, post| {
-        assert!(post.has_version(0, 0));
-        let (segment, start) = post.weights();
+    let reducers = joined(3, &plan);
+    each_rank(reducers, |rank, reducer| {
+        assert!(reducer.has_version(0, 0));
+        let (segment, start) = reducer.weights();
         assert_eq!(
             start % (2 << 20),
             0,
@@ -325,12 +358,13 @@ fn weights_are_one_copy_and_new_when_every_rank_says_so() {
         );
         assert!(segment.payload() >= start + 8192);
         for version in 1..20_u64 {
-            post.set_version(0, version);
-            post.wait(|post| post.has_version(0, version))
-                .expect("not called off");
-            assert!(post.has_version(0, version - 1));
+            reducer.set_version(0, version);
+            reducer
+                .wait(|reducer| reducer.has_version(0, version))
+                .expect("not cancelled");
+            assert!(reducer.has_version(0, version - 1));
             // Only this rank can say it, so nobody can be there.
-            assert!(!post.has_version(0, version + 2), "rank {rank}");
+            assert!(!reducer.has_version(0, version + 2), "rank {rank}");
         }
     });
 }
@@ -339,21 +373,22 @@ fn weights_are_one_copy_and_new_when_every_rank_says_so() {
 #[test]
 fn room_beyond_the_slots_is_given_back() {
     let units = [1 << 20; 6];
-    let mut posts = joined(1, &plan(&units, 1, &[]));
-    let (post, _) = &mut posts[0];
-    let path = format!("/proc/self/fd/{}", post.seat().descriptor);
+    let mut reducers = joined(1, &plan(&units, 1, &[]));
+    let (reducer, _) = &mut reducers[0];
+    let path = format!("/proc/self/fd/{}", reducer.segment_handle().descriptor);
     let in_use = || {
         use std::os::unix::fs::MetadataExt;
         std::fs::metadata(&path).expect("open").blocks() * 512
     };
     for unit in 0..units.len() {
-        let mut lease = post.room(unit).expect("free");
+        let mut lease = reducer.room(unit).expect("free");
         lease.fill(1);
-        post.send(unit, Some(lease)).expect("filled");
+        reducer.send(unit, Some(lease)).expect("filled");
     }
     assert!(in_use() >= 6 << 20);
     for unit in 0..units.len() {
-        post.take::<(), ExchangeError>(unit, 0..1 << 20, |_| Ok(()))
+        reducer
+            .take::<(), ExchangeError>(unit, 0..1 << 20, |_| Ok(()))
             .expect("ready");
     }
     assert!(in_use() < 2 << 20, "{} bytes are still in use", in_use());
@@ -362,11 +397,11 @@ fn room_beyond_the_slots_is_given_back() {
 #[test]
 fn what_is_on_its_way_is_counted_for_as_long_as_it_is() {
     let budget = Budget::new(Some(2 * 300 + 200));
-    let mut posts = joined_within(&budget, 2, &plan(&[300, 200, 100], 1, &[]));
+    let mut reducers = joined_within(&budget, 2, &plan(&[300, 200, 100], 1, &[]));
     let counted = |budget: &Budget| budget.usage(Bucket::Gradients).current;
     assert_eq!(counted(&budget), 2 * 300, "a slot of each rank");
-    let (receiver, _) = posts.pop().expect("two ranks");
-    let (mut sender, mut receiver) = (posts.pop().expect("two ranks").0, receiver);
+    let (receiver, _) = reducers.pop().expect("two ranks");
+    let (mut sender, mut receiver) = (reducers.pop().expect("two ranks").0, receiver);
 
     let in_slot = sender.room(0).expect("the slot is free");
     let in_stretch = sender.room(1).expect("the budget has room");
@@ -387,8 +422,9 @@ fn what_is_on_its_way_is_counted_for_as_long_as_it_is() {
     }
     assert_eq!(counted(&budget), 2 * 300 + 200, "sent and not yet read");
     for unit in [1, 0] {
-        for post in [&mut receiver, &mut sender] {
-            post.take(unit, 0..10, |_| Ok::<_, ExchangeError>(()))
+        for reducer in [&mut receiver, &mut sender] {
+            reducer
+                .take(unit, 0..10, |_| Ok::<_, ExchangeError>(()))
                 .expect("both have sent");
         }
     }

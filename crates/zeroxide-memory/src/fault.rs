@@ -2,10 +2,12 @@
 //!
 //! A view of a weight can outlive the moment at which its unit is let go, in ways that no hook sees. Its reader gets a
 //! SIGSEGV from the kernel, on its own thread, at the very instruction. The handler here asks a service thread for the
-//! memory, sleeps until it has come, and lets the instruction run again. Faults anywhere else go to the handler that was
+//! memory, sleeps until it has come, and lets the instruction run again. Faults anywhere else go to the handler that
+//! was
 //! installed before, as if there were none here.
 //!
-//! The handler does only what is allowed where it may have interrupted anything: atomics, `write` to an event counter and
+//! The handler does only what is allowed where it may have interrupted anything: atomics, `write` to an event counter
+//! and
 //! a futex wait. All else, locks among it, is the service thread's.
 #![expect(unsafe_code, reason = "a signal handler, and what it may call")]
 
@@ -47,7 +49,8 @@ static BEFORE: AtomicPtr<libc::sigaction> = AtomicPtr::new(ptr::null_mut());
 /// The last fault that was not ours, and how often it has come in a row.
 static FOREIGN: AtomicUsize = AtomicUsize::new(0);
 static REPEATED: AtomicU32 = AtomicU32::new(0);
-/// Times that a fault may come back from the handler before. One that prints and returns, and was installed over this one,
+/// Times that a fault may come back from the handler before. One that prints and returns, and was installed over this
+/// one,
 /// does so for ever.
 const REPEATS: u32 = 3;
 /// Serialises installing.
@@ -59,7 +62,7 @@ struct Net {
     wanted: Vec<AtomicU32>,
     process: u32,
     /// An eventfd that is raised for every request.
-    bell: c_int,
+    eventfd: c_int,
     ending: AtomicI32,
 }
 
@@ -71,7 +74,8 @@ pub struct FaultNet {
 }
 
 impl FaultNet {
-    /// Spreads the net under `ranges` of addresses, which do not overlap and fault where there is no memory. `resolve` is
+    /// Spreads the net under `ranges` of addresses, which do not overlap and fault where there is no memory. `resolve`
+    /// is
     /// called on a thread of its own with a range's place in the list, and returns when the range can be read.
     ///
     /// # Errors
@@ -88,15 +92,15 @@ impl FaultNet {
         let mut order: Vec<usize> = (0..ranges.len()).collect();
         order.sort_by_key(|&index| ranges[index].start);
         // SAFETY: makes a new descriptor.
-        let bell = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
-        if bell < 0 {
+        let eventfd = unsafe { libc::eventfd(0, libc::EFD_CLOEXEC) };
+        if eventfd < 0 {
             return Err(failed("eventfd", io::Error::last_os_error()));
         }
         let net = Arc::new(Net {
             ranges: order.iter().map(|&index| ranges[index].clone()).collect(),
             wanted: order.iter().map(|_| AtomicU32::new(IDLE)).collect(),
             process: std::process::id(),
-            bell,
+            eventfd,
             ending: AtomicI32::new(0),
         });
         install().map_err(|source| failed("sigaction (SIGSEGV)", source))?;
@@ -144,7 +148,7 @@ impl FaultNet {
             slot.net.store(ptr::null_mut(), Ordering::SeqCst);
         }
         self.net.ending.store(1, Ordering::SeqCst);
-        ring(self.net.bell);
+        signal(self.net.eventfd);
         if let Some(service) = self.service.take() {
             // A panic there has been printed; whoever waits is let go below.
             let _ = service.join();
@@ -171,7 +175,7 @@ impl Drop for FaultNet {
 impl Drop for Net {
     fn drop(&mut self) {
         // SAFETY: the descriptor was made by `spread`, and nobody has it any more.
-        unsafe { libc::close(self.bell) };
+        unsafe { libc::close(self.eventfd) };
     }
 }
 
@@ -180,7 +184,7 @@ fn serve(net: &Net, order: &[usize], resolve: impl Fn(usize)) {
     loop {
         let mut count = 0_u64;
         // SAFETY: reads eight bytes into a local.
-        let read = unsafe { libc::read(net.bell, (&raw mut count).cast::<c_void>(), 8) };
+        let read = unsafe { libc::read(net.eventfd, (&raw mut count).cast::<c_void>(), 8) };
         if net.ending.load(Ordering::SeqCst) != 0 {
             return;
         }
@@ -211,10 +215,10 @@ fn answer(wanted: &AtomicU32) {
     };
 }
 
-fn ring(bell: c_int) {
+fn signal(eventfd: c_int) {
     let one = 1_u64;
     // SAFETY: writes eight bytes of a local. An event counter that is full is raised already.
-    unsafe { libc::write(bell, (&raw const one).cast::<c_void>(), 8) };
+    unsafe { libc::write(eventfd, (&raw const one).cast::<c_void>(), 8) };
 }
 
 /// Installs the handler unless it is the one in place.
@@ -236,7 +240,8 @@ fn install() -> io::Result<()> {
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = ours as usize;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK | libc::SA_RESTART;
-    // SAFETY: the handler is a function of the right kind and lives as long as the process: an extension module is never
+    // SAFETY: the handler is a function of the right kind and lives as long as the process: an extension module is
+    // never
     // unloaded.
     if unsafe { libc::sigaction(libc::SIGSEGV, &raw const action, ptr::null_mut()) } != 0 {
         return Err(io::Error::last_os_error());
@@ -291,7 +296,7 @@ impl Net {
         }
         let wanted = &self.wanted[at];
         wanted.store(WANTED, Ordering::SeqCst);
-        ring(self.bell);
+        signal(self.eventfd);
         while wanted.load(Ordering::SeqCst) == WANTED && self.ending.load(Ordering::SeqCst) == 0 {
             // SAFETY: sleeps while the word, which lives as long as the net, has that value.
             unsafe {

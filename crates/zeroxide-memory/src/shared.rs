@@ -165,7 +165,7 @@ impl SharedSegment {
     ///
     /// # Panics
     /// When there is no such word.
-    pub fn bell(&self, index: usize) -> &AtomicU32 {
+    pub fn futex(&self, index: usize) -> &AtomicU32 {
         assert!(index < self.words, "word {index} of {}", self.words);
         let address = self.mapping.base().as_ptr().wrapping_add(index * WORD);
         // SAFETY: inside the mapping and aligned; the words are touched atomically only, by every process.

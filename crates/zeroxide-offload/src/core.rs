@@ -10,9 +10,9 @@ use zeroxide_optim::Pool;
 use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
 
 use crate::error::{OffloadError, Result, misuse};
-use crate::gradients::transport::Mail;
-use crate::homes::{GradArena, ShardArena, Share, StateArena, lay_out};
-use crate::settings::{Place, Settings, StateHome, UnitSpec, WeightHome};
+use crate::gradients::transport::GradientTransport;
+use crate::homes::{GradArena, LocalShard, ShardArena, StateArena, lay_out};
+use crate::settings::{MeshPosition, Settings, StateHome, UnitSpec, WeightHome};
 use crate::state::fill::Fill;
 use crate::state::read::CachedTile;
 use crate::step::stream::ActiveStep;
@@ -34,10 +34,10 @@ pub(crate) struct Disk {
 }
 
 pub(crate) struct Core {
-    pub(crate) place: Place,
+    pub(crate) mesh: MeshPosition,
     /// How gradients reach the other ranks.
-    pub(crate) mail: Mail,
-    pub(crate) wire_grad: Dtype,
+    pub(crate) transport: GradientTransport,
+    pub(crate) comm_dtype: Dtype,
     pub(crate) reduce_scale: f32,
     pub(crate) units: Vec<Unit>,
     pub(crate) state_layout: StateLayout,
@@ -70,20 +70,22 @@ impl Core {
         let state_layout = StateLayout::new(settings.compute, settings.format)?;
         let budget = Budget::new(settings.limit);
         let pool = Pool::new(settings.threads)?;
-        let layouts = lay_out(settings.place, specs)?;
-        let shares: Vec<Share> = specs
+        let layouts = lay_out(settings.mesh, specs)?;
+        let local_shards: Vec<LocalShard> = specs
             .iter()
             .zip(&layouts)
-            .map(|(spec, layout)| Share::new(settings.place, spec, layout))
+            .map(|(spec, layout)| LocalShard::new(settings.mesh, spec, layout))
             .collect();
-        let grads = GradArena::new(&budget, settings.grad, specs, &shares)?;
-        let states = StateArena::new(&budget, state_layout, specs, &shares)?;
-        let homes = ShardArena::new(&budget, settings.compute, specs, &shares)?;
+        let grads = GradArena::new(&budget, settings.grad, specs, &local_shards)?;
+        let states = StateArena::new(&budget, state_layout, specs, &local_shards)?;
+        let homes = ShardArena::new(&budget, settings.compute, specs, &local_shards)?;
         let frames = frame_pool(&budget, settings, specs, &layouts)?;
         let mut blocks = Vec::new();
         let mut units = Vec::with_capacity(specs.len());
-        for (index, ((spec, layout), share)) in specs.iter().zip(layouts).zip(&shares).enumerate() {
-            let trainable = share.kept;
+        for (index, ((spec, layout), local_shard)) in
+            specs.iter().zip(layouts).zip(&local_shards).enumerate()
+        {
+            let trainable = local_shard.kept;
             let touches_disk = spec.weights == WeightHome::Disk
                 || (spec.state == StateHome::Disk && trainable > 0);
             let tile = if touches_disk {
@@ -91,7 +93,7 @@ impl Core {
             } else {
                 settings.tile_elements * HOST_TILE_FACTOR
             };
-            let weights = make_weights(&budget, settings, spec, &layout, &homes, share)?;
+            let weights = make_weights(&budget, settings, spec, &layout, &homes, local_shard)?;
             let state = match spec.state {
                 _ if trainable == 0 => StateBlocks::None,
                 StateHome::Disk => StateBlocks::Disk {
@@ -105,7 +107,14 @@ impl Core {
                 call: "new",
                 what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
             })?;
-            blocks.extend(disk_blocks(state_layout, id, spec, &state, share, tile));
+            blocks.extend(disk_blocks(
+                state_layout,
+                id,
+                spec,
+                &state,
+                local_shard,
+                tile,
+            ));
             let grad = match spec.weights {
                 WeightHome::Borrowed => None,
                 _ if trainable == 0 => None,
@@ -113,8 +122,8 @@ impl Core {
             };
             units.push(Unit {
                 name: spec.name.clone(),
-                base: share.base,
-                weight_tiles: Tiling::new(share.own, tile)?,
+                base: local_shard.base,
+                weight_tiles: Tiling::new(local_shard.own, tile)?,
                 state_tiles: Tiling::new(trainable, tile)?,
                 layout,
                 weights,
@@ -131,11 +140,11 @@ impl Core {
         } else {
             Some(Disk::open(&budget, settings, state_layout, blocks)?)
         };
-        let mail = Mail::new(&budget, settings, specs, &units)?;
+        let transport = GradientTransport::new(&budget, settings, specs, &units)?;
         Ok(Self {
-            place: settings.place,
-            mail,
-            wire_grad: settings.wire_grad,
+            mesh: settings.mesh,
+            transport,
+            comm_dtype: settings.comm_dtype,
             reduce_scale: settings.reduce_scale,
             units,
             state_layout,
@@ -242,7 +251,7 @@ fn disk_blocks(
     unit: u32,
     spec: &UnitSpec,
     state: &StateBlocks,
-    share: &Share,
+    local_shard: &LocalShard,
     tile: u64,
 ) -> Vec<BlockSpec> {
     let state_on_disk = matches!(state, StateBlocks::Disk { .. });
@@ -250,9 +259,9 @@ fn disk_blocks(
     for (component, element) in layout.components() {
         let size = *element as u64;
         let elements = match component {
-            Component::Weight if spec.weights == WeightHome::Disk => share.own,
+            Component::Weight if spec.weights == WeightHome::Disk => local_shard.own,
             Component::Weight => continue,
-            _ if state_on_disk => share.kept,
+            _ if state_on_disk => local_shard.kept,
             _ => continue,
         };
         blocks.push(BlockSpec {
@@ -273,7 +282,7 @@ fn make_weights(
     spec: &UnitSpec,
     layout: &UnitLayout,
     homes: &ShardArena,
-    share: &Share,
+    local_shard: &LocalShard,
 ) -> Result<Weights> {
     let bytes = to_usize(layout.len()) * settings.compute.size();
     Ok(match spec.weights {
@@ -282,17 +291,17 @@ fn make_weights(
             window: Window::reserve(bytes)?,
             residence: Residence::Away,
             covered: false,
-            home: homes.lease(spec, share)?,
+            home: homes.lease(spec, local_shard)?,
         },
         WeightHome::Host => {
             let mut window = Window::reserve(bytes)?;
             // Memory that ranks share is put under the window when they have found one another.
-            if !settings.place.shares_weights() {
+            if !settings.mesh.shares_weights() {
                 window.make_home(budget, Bucket::Weights)?;
             }
             Weights::Host {
                 window,
-                whole: true,
+                all_shards_valid: true,
             }
         }
     })

@@ -19,7 +19,7 @@ pub enum OffloadError {
     /// The worker threads could not be had.
     #[error(transparent)]
     Optim(#[from] OptimError),
-    /// The exchange with the other ranks failed or was called off.
+    /// The exchange with the other ranks failed or was cancelled.
     #[error(transparent)]
     Exchange(#[from] ExchangeError),
     /// The shapes do not make a layout.

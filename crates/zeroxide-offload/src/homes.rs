@@ -5,16 +5,16 @@ use zeroxide_memory::{Arena, Bucket, Budget, Lease};
 
 use crate::core::to_usize;
 use crate::error::{Result, misuse};
-use crate::settings::{Place, StateHome, UnitSpec, WeightHome};
+use crate::settings::{MeshPosition, StateHome, UnitSpec, WeightHome};
 
 /// Layouts over all ranks. With several ranks a unit is trainable or frozen as a whole, so that a shard of it is one
 /// slice of each of its blocks.
-pub(crate) fn lay_out(place: Place, specs: &[UnitSpec]) -> Result<Vec<UnitLayout>> {
+pub(crate) fn lay_out(mesh: MeshPosition, specs: &[UnitSpec]) -> Result<Vec<UnitLayout>> {
     let mut layouts = Vec::with_capacity(specs.len());
     for spec in specs {
-        let layout = UnitLayout::new(&spec.params, place.world)?;
+        let layout = UnitLayout::new(&spec.params, mesh.world)?;
         let trainable = layout.trainable_len();
-        if place.world > 1 && trainable > 0 && trainable < layout.len() {
+        if mesh.world > 1 && trainable > 0 && trainable < layout.len() {
             return misuse(
                 "new",
                 format!(
@@ -29,7 +29,7 @@ pub(crate) fn lay_out(place: Place, specs: &[UnitSpec]) -> Result<Vec<UnitLayout
 }
 
 /// The part of a unit that this rank keeps, in elements.
-pub(crate) struct Share {
+pub(crate) struct LocalShard {
     /// Where it starts in the layout.
     pub(crate) base: u64,
     /// Weights.
@@ -38,16 +38,16 @@ pub(crate) struct Share {
     pub(crate) kept: u64,
 }
 
-impl Share {
-    pub(crate) fn new(place: Place, spec: &UnitSpec, layout: &UnitLayout) -> Self {
-        if place.world == 1 || place.replicated || spec.weights == WeightHome::Borrowed {
+impl LocalShard {
+    pub(crate) fn new(mesh: MeshPosition, spec: &UnitSpec, layout: &UnitLayout) -> Self {
+        if mesh.world == 1 || mesh.replicated || spec.weights == WeightHome::Borrowed {
             return Self {
                 base: 0,
                 own: layout.len(),
                 kept: layout.trainable_len(),
             };
         }
-        let shard = layout.shard(place.rank);
+        let shard = layout.shard(mesh.rank);
         let len = shard.end - shard.start;
         Self {
             base: shard.start,
@@ -68,13 +68,13 @@ impl ShardArena {
         budget: &Budget,
         compute: Dtype,
         specs: &[UnitSpec],
-        shares: &[Share],
+        local_shards: &[LocalShard],
     ) -> Result<Self> {
         let elements: u64 = specs
             .iter()
-            .zip(shares)
+            .zip(local_shards)
             .filter(|(spec, _)| spec.weights == WeightHome::Shard)
-            .map(|(_, share)| share.own)
+            .map(|(_, local_shard)| local_shard.own)
             .sum();
         let bytes = to_usize(elements) * compute.size();
         let arena = if bytes == 0 {
@@ -85,10 +85,10 @@ impl ShardArena {
         Ok(Self { arena, compute })
     }
 
-    pub(crate) fn lease(&self, spec: &UnitSpec, share: &Share) -> Result<Option<Lease>> {
+    pub(crate) fn lease(&self, spec: &UnitSpec, local_shard: &LocalShard) -> Result<Option<Lease>> {
         match &self.arena {
             Some(arena) if spec.weights == WeightHome::Shard => {
-                let bytes = to_usize(share.own) * self.compute.size();
+                let bytes = to_usize(local_shard.own) * self.compute.size();
                 Ok(Some(arena.lease(bytes, zeroxide_layout::PAGE)?))
             }
             _ => Ok(None),
@@ -107,13 +107,13 @@ impl GradArena {
         budget: &Budget,
         dtype: Dtype,
         specs: &[UnitSpec],
-        shares: &[Share],
+        local_shards: &[LocalShard],
     ) -> Result<Self> {
         let elements: u64 = specs
             .iter()
-            .zip(shares)
+            .zip(local_shards)
             .filter(|(spec, _)| spec.weights != WeightHome::Borrowed)
-            .map(|(_, share)| share.kept)
+            .map(|(_, local_shard)| local_shard.kept)
             .sum();
         let bytes = to_usize(elements) * dtype.size();
         let arena = if bytes == 0 {
@@ -144,13 +144,13 @@ impl StateArena {
         budget: &Budget,
         layout: StateLayout,
         specs: &[UnitSpec],
-        shares: &[Share],
+        local_shards: &[LocalShard],
     ) -> Result<Self> {
         let elements: u64 = specs
             .iter()
-            .zip(shares)
+            .zip(local_shards)
             .filter(|(spec, _)| spec.state == StateHome::Host)
-            .map(|(_, share)| share.kept)
+            .map(|(_, local_shard)| local_shard.kept)
             .sum();
         let bytes = to_usize(elements)
             * Self::state_components(layout)

@@ -33,7 +33,7 @@ pub struct UnitSpec {
     /// Name for messages.
     pub name: String,
     /// Its gradients come all through backward, not one after the other within a short time.
-    pub long: bool,
+    pub held_through_backward: bool,
     /// Its parameters, in the caller's order.
     pub params: Vec<ParamShape>,
     /// Home of the weights.
@@ -44,7 +44,7 @@ pub struct UnitSpec {
 
 /// How gradients reach the ranks that keep them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wire {
+pub enum Transport {
     /// Through memory that the ranks of one host share. Weights at home in host memory are then shared, too, unless the
     /// state is replicated.
     Shared,
@@ -54,7 +54,7 @@ pub enum Wire {
 
 /// This process's place among those that train one model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct MeshPosition {
     /// Number of this process, below `world`.
     pub rank: u32,
     /// Number of processes.
@@ -62,30 +62,30 @@ pub struct Place {
     /// Every rank keeps all gradients and optimizer state (stage 0) instead of its shard of them.
     pub replicated: bool,
     /// How gradients travel. Of no meaning with one rank.
-    pub wire: Wire,
+    pub transport: Transport,
 }
 
-impl Place {
+impl MeshPosition {
     /// The only process.
     pub const ALONE: Self = Self {
         rank: 0,
         world: 1,
         replicated: false,
-        wire: Wire::Collective,
+        transport: Transport::Collective,
     };
 
     /// Whether weights at home in host memory are one copy for all ranks.
     pub(crate) fn shares_weights(self) -> bool {
-        self.world > 1 && self.wire == Wire::Shared && !self.replicated
+        self.world > 1 && self.transport == Transport::Shared && !self.replicated
     }
 }
 
 /// Everything else the core needs to know.
 pub struct Settings {
     /// This process among the others.
-    pub place: Place,
+    pub mesh: MeshPosition,
     /// Dtype in which gradients travel between ranks.
-    pub wire_grad: Dtype,
+    pub comm_dtype: Dtype,
     /// What the sum over ranks is multiplied with; 1 / world for a mean.
     pub reduce_scale: f32,
     /// Hard limit of payload bytes; `None` for no limit.

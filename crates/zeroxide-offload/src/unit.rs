@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use zeroxide_layout::{Component, ParamShape, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
-use zeroxide_optim::Land;
+use zeroxide_optim::Accumulate;
 
 use crate::weights::residence::Weights;
 
@@ -21,11 +21,11 @@ pub(crate) struct ParamState {
     /// Updates made so far; the exponent of the bias correction.
     pub(crate) updates: u64,
     /// A gradient has arrived since the last step.
-    pub(crate) landed: bool,
+    pub(crate) accumulated: bool,
     /// A gradient lies in the unit's outgoing buffer.
     pub(crate) sent: bool,
-    /// A gradient is arriving in parts: the next element expected, and what landing does with each part.
-    pub(crate) arriving: Option<(u64, Land)>,
+    /// A gradient is arriving in parts: the next element expected, and what accumulation does with each part.
+    pub(crate) arriving: Option<(u64, Accumulate)>,
     /// Sum of squares of the gradient kept, as of its last arrival with `norm`.
     pub(crate) sum_squares: f64,
     /// The gradient kept holds an infinity or a NaN.
@@ -93,7 +93,7 @@ impl Unit {
                 trainable: shape.trainable,
                 group: 0,
                 updates: 0,
-                landed: false,
+                accumulated: false,
                 sent: false,
                 arriving: None,
                 sum_squares: 0.0,
@@ -104,8 +104,9 @@ impl Unit {
 }
 
 impl ParamState {
-    /// Whether a gradient lies where the next one arrives: in the unit's outgoing buffer if `away`, else in the one kept.
+    /// Whether a gradient lies where the next one arrives: in the unit's outgoing buffer if `away`, else in the one
+    /// kept.
     pub(crate) fn has_arrived(&self, away: bool) -> bool {
-        if away { self.sent } else { self.landed }
+        if away { self.sent } else { self.accumulated }
     }
 }

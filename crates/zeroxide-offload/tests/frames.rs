@@ -3,7 +3,9 @@
 use std::time::Duration;
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
-use zeroxide_offload::{Offload, Part, Place, Settings, StateHome, UnitSpec, WeightHome, Wire};
+use zeroxide_offload::{
+    MeshPosition, Offload, Settings, StateHome, StateKey, Transport, UnitSpec, WeightHome,
+};
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
 
@@ -17,7 +19,7 @@ fn open(directory: &std::path::Path) -> Offload {
     let units: Vec<UnitSpec> = (0..3)
         .map(|unit| UnitSpec {
             name: format!("unit {unit}"),
-            long: false,
+            held_through_backward: false,
             params: vec![ParamShape {
                 numel: NUMEL,
                 trainable: unit != FROZEN,
@@ -31,13 +33,13 @@ fn open(directory: &std::path::Path) -> Offload {
         ..SimOptions::default()
     };
     let settings = Settings {
-        place: Place {
+        mesh: MeshPosition {
             rank: 0,
             world: 2,
             replicated: false,
-            wire: Wire::Collective,
+            transport: Transport::Collective,
         },
-        wire_grad: Dtype::F32,
+        comm_dtype: Dtype::F32,
         reduce_scale: 0.5,
         limit: None,
         threads: 1,
@@ -54,7 +56,7 @@ fn open(directory: &std::path::Path) -> Offload {
     };
     let offload = Offload::new(&settings, &units).expect("nothing in the way");
     for unit in 0..units.len() {
-        offload.fill_begin(unit, Part::Weights).expect("empty");
+        offload.fill_begin(unit, StateKey::Weights).expect("empty");
         let values = vec![1.0; usize::try_from(NUMEL).expect("small")];
         offload.fill_param(unit, 0, 0, &values).expect("fits");
         offload.fill_commit(unit).expect("filled");
@@ -69,13 +71,13 @@ fn the_unit_used_longest_ago_gives_way_though_its_update_is_under_way() {
     let offload = open(directory.path());
     let gather = |unit: usize| {
         let whole = offload.gather(unit, false).expect("there is room");
-        offload.set_whole(unit).expect("gathered");
+        offload.set_all_shards_valid(unit).expect("gathered");
         whole
     };
     assert!(!gather(TRAINED));
     let grad = vec![1.0_f32; usize::try_from(NUMEL).expect("small")];
     offload
-        .land(TRAINED, 0, 0, Grad::F32(&grad), true)
+        .accumulate(TRAINED, 0, 0, Grad::F32(&grad), true)
         .expect("trainable");
     offload.release(TRAINED).expect("gathered");
     offload.send(TRAINED).expect("once");

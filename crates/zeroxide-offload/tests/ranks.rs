@@ -4,13 +4,13 @@ mod world;
 
 use world::{Case, Outcome, STEPS, live_of, reference};
 use zeroxide_layout::Format;
-use zeroxide_offload::{StateHome, WeightHome, Wire};
+use zeroxide_offload::{StateHome, Transport, WeightHome};
 use zeroxide_storage::{EngineKind, SimOptions};
 
 fn case(world: usize) -> Case {
     Case {
         world,
-        wire: Wire::Shared,
+        transport: Transport::Shared,
         replicated: false,
         weights: WeightHome::Host,
         state: StateHome::Host,
@@ -26,7 +26,7 @@ fn check(case: &Case) {
     let what = format!(
         "{} ranks, {:?}, replicated {}, weights {:?}, state {:?}, {:?}, tiles of {}, {} threads",
         case.world,
-        case.wire,
+        case.transport,
         case.replicated,
         case.weights,
         case.state,
@@ -63,12 +63,12 @@ fn check(case: &Case) {
 /// Catches: a sum in another order than that of the ranks, a shard that starts or ends elsewhere, a part that a rank
 /// leaves out, old weights under a window, ranks that do not agree on what has to be gathered.
 #[test]
-fn every_wire_home_and_world_gives_the_bits_of_plain_loops() {
+fn every_transport_home_and_world_gives_the_bits_of_plain_loops() {
     for world in [1, 2, 3, 4] {
-        for wire in [Wire::Shared, Wire::Collective] {
+        for transport in [Transport::Shared, Transport::Collective] {
             for replicated in [false, true] {
                 check(&Case {
-                    wire,
+                    transport,
                     replicated,
                     ..case(world)
                 });
@@ -76,7 +76,7 @@ fn every_wire_home_and_world_gives_the_bits_of_plain_loops() {
         }
     }
     for world in [2, 4] {
-        for wire in [Wire::Shared, Wire::Collective] {
+        for transport in [Transport::Shared, Transport::Collective] {
             for (weights, state) in [
                 (WeightHome::Host, StateHome::Disk),
                 (WeightHome::Disk, StateHome::Disk),
@@ -85,7 +85,7 @@ fn every_wire_home_and_world_gives_the_bits_of_plain_loops() {
                 (WeightHome::Shard, StateHome::Disk),
             ] {
                 check(&Case {
-                    wire,
+                    transport,
                     weights,
                     state,
                     ..case(world)
@@ -100,12 +100,12 @@ fn every_wire_home_and_world_gives_the_bits_of_plain_loops() {
 fn tiles_threads_and_formats_change_nothing() {
     for (tile_elements, threads) in [(2048, 3), (6144, 1), (1 << 20, 2)] {
         for format in [Format::Split, Format::Fp32] {
-            for (wire, weights, state) in [
-                (Wire::Shared, WeightHome::Disk, StateHome::Disk),
-                (Wire::Collective, WeightHome::Shard, StateHome::Host),
+            for (transport, weights, state) in [
+                (Transport::Shared, WeightHome::Disk, StateHome::Disk),
+                (Transport::Collective, WeightHome::Shard, StateHome::Host),
             ] {
                 check(&Case {
-                    wire,
+                    transport,
                     weights,
                     state,
                     format,
@@ -129,14 +129,14 @@ fn a_disk_that_is_slow_and_reorders_changes_nothing() {
             short_share: 0.3,
             ..SimOptions::default()
         };
-        for (wire, weights) in [
-            (Wire::Shared, WeightHome::Host),
-            (Wire::Shared, WeightHome::Disk),
-            (Wire::Collective, WeightHome::Disk),
-            (Wire::Collective, WeightHome::Shard),
+        for (transport, weights) in [
+            (Transport::Shared, WeightHome::Host),
+            (Transport::Shared, WeightHome::Disk),
+            (Transport::Collective, WeightHome::Disk),
+            (Transport::Collective, WeightHome::Shard),
         ] {
             check(&Case {
-                wire,
+                transport,
                 weights,
                 state: StateHome::Disk,
                 engine: EngineKind::Simulated(options.clone()),

@@ -7,7 +7,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{Lent, Offload, Place, Seat, Settings};
+use zeroxide_offload::{Lent, MeshPosition, Offload, SegmentHandle, Settings};
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
@@ -15,7 +15,8 @@ use crate::groups::{self, GroupTuple};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
 use crate::words::{
-    GRADIENT, UnitTuple, parse_dtype, parse_engine, parse_format, parse_part, parse_wire, unit_spec,
+    GRADIENT, UnitTuple, parse_dtype, parse_engine, parse_format, parse_part, parse_transport,
+    unit_spec,
 };
 
 /// Units of parameters, their tiers, and the optimizer over them.
@@ -29,7 +30,7 @@ impl PyOffload {
     #[new]
     #[pyo3(signature = (*, units, limit, threads, compute, format, grad, tile_elements, staging_bytes, gathered_bytes,
                         engine, queue_depth, directories, job, rank = 0, world = 1, replicated = false,
-                        wire = "collective", wire_grad = None, reduce_scale = 1.0))]
+                        transport = "collective", comm_dtype = None, reduce_scale = 1.0))]
     #[expect(
         clippy::too_many_arguments,
         reason = "keyword arguments of a Python constructor"
@@ -52,18 +53,18 @@ impl PyOffload {
         rank: u32,
         world: u32,
         replicated: bool,
-        wire: &str,
-        wire_grad: Option<&str>,
+        transport: &str,
+        comm_dtype: Option<&str>,
         reduce_scale: f32,
     ) -> PyResult<Self> {
         let settings = Settings {
-            place: Place {
+            mesh: MeshPosition {
                 rank,
                 world,
                 replicated,
-                wire: parse_wire(wire)?,
+                transport: parse_transport(transport)?,
             },
-            wire_grad: parse_dtype(wire_grad.unwrap_or(compute))?,
+            comm_dtype: parse_dtype(comm_dtype.unwrap_or(compute))?,
             reduce_scale,
             limit,
             threads,
@@ -173,7 +174,8 @@ impl PyOffload {
         map(py, done)
     }
 
-    /// Writes elements `start..` of one parameter's "weights", "`exp_avg`", "`exp_avg_sq`" or "grad", as fp32, where this
+    /// Writes elements `start..` of one parameter's "weights", "`exp_avg`", "`exp_avg_sq`" or "grad", as fp32, where
+    /// this
     /// rank keeps them; all else stays.
     fn write_param(
         &self,
@@ -278,28 +280,28 @@ impl PyOffload {
     }
 
     /// The other ranks' parts of a gathered unit's weights have been put under its window.
-    fn set_whole(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
-        map(py, py.detach(|| self.inner.set_whole(unit)))
+    fn set_all_shards_valid(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.set_all_shards_valid(unit)))
     }
 
     /// (process, descriptor) by which the other ranks of this host find this one; `None` where nothing is shared.
-    fn seat(&self, py: Python<'_>) -> PyResult<Option<(u32, i32)>> {
-        let seat = map(py, py.detach(|| self.inner.seat()))?;
-        Ok(seat.map(|seat| (seat.pid, seat.descriptor)))
+    fn segment_handle(&self, py: Python<'_>) -> PyResult<Option<(u32, i32)>> {
+        let segment_handle = map(py, py.detach(|| self.inner.segment_handle()))?;
+        Ok(segment_handle.map(|segment_handle| (segment_handle.pid, segment_handle.descriptor)))
     }
 
-    /// Takes up the connection to all ranks, whose seats come in rank order.
-    fn join(&self, py: Python<'_>, seats: Vec<(u32, i32)>) -> PyResult<()> {
-        let seats: Vec<Seat> = seats
+    /// Takes up the connection to all ranks, whose handles come in rank order.
+    fn join(&self, py: Python<'_>, handles: Vec<(u32, i32)>) -> PyResult<()> {
+        let handles: Vec<SegmentHandle> = handles
             .into_iter()
-            .map(|(pid, descriptor)| Seat { pid, descriptor })
+            .map(|(pid, descriptor)| SegmentHandle { pid, descriptor })
             .collect();
-        map(py, py.detach(|| self.inner.join(&seats)))
+        map(py, py.detach(|| self.inner.join(&handles)))
     }
 
     /// Ends every present and later wait for another rank with an error that says `line`.
-    fn call_off(&self, line: String) {
-        self.inner.call_off(line);
+    fn cancel(&self, line: String) {
+        self.inner.cancel(line);
     }
 
     /// Ends the unit's part of this backward: its gradients go out to the ranks that keep them.
@@ -329,15 +331,15 @@ impl PyOffload {
     }
 
     /// One byte for each trainable parameter: 1 if it has had a gradient since the last step.
-    fn landed(&self, py: Python<'_>) -> PyResult<Vec<u8>> {
-        let landed = map(py, py.detach(|| self.inner.landed()))?;
-        Ok(landed.into_iter().map(u8::from).collect())
+    fn accumulated(&self, py: Python<'_>) -> PyResult<Vec<u8>> {
+        let accumulated = map(py, py.detach(|| self.inner.accumulated()))?;
+        Ok(accumulated.into_iter().map(u8::from).collect())
     }
 
     /// Sets that to what holds over all ranks.
-    fn set_landed(&self, py: Python<'_>, landed: Vec<u8>) -> PyResult<()> {
-        let landed: Vec<bool> = landed.into_iter().map(|flag| flag != 0).collect();
-        map(py, py.detach(|| self.inner.set_landed(&landed)))
+    fn set_accumulated(&self, py: Python<'_>, accumulated: Vec<u8>) -> PyResult<()> {
+        let accumulated: Vec<bool> = accumulated.into_iter().map(|flag| flag != 0).collect();
+        map(py, py.detach(|| self.inner.set_accumulated(&accumulated)))
     }
 
     /// (first, one past the last) element of the unit's layout that this rank keeps.
@@ -375,7 +377,7 @@ impl PyOffload {
 
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
     /// gradient comes whole or in parts, in order.
-    fn land(
+    fn accumulate(
         &self,
         py: Python<'_>,
         unit: usize,
@@ -385,12 +387,12 @@ impl PyOffload {
         norm: bool,
     ) -> PyResult<()> {
         let source = grad.grad()?;
-        let done = py.detach(|| self.inner.land(unit, param, start, source, norm));
+        let done = py.detach(|| self.inner.accumulate(unit, param, start, source, norm));
         map(py, done)
     }
 
     /// Adds to rows (int64) of one parameter's gradient, of `count` rows in all.
-    fn land_rows(
+    fn accumulate_rows(
         &self,
         py: Python<'_>,
         unit: usize,
@@ -400,17 +402,17 @@ impl PyOffload {
         grad: &TensorSpec,
     ) -> PyResult<()> {
         let (rows, source) = (rows.i64()?, grad.grad()?);
-        let done = py.detach(|| self.inner.land_rows(unit, param, count, rows, source));
+        let done = py.detach(|| self.inner.accumulate_rows(unit, param, count, rows, source));
         map(py, done)
     }
 
     /// (sum of squares, any infinity or NaN, parameters with a gradient)
     fn grad_norm(&self, py: Python<'_>) -> PyResult<(f64, bool, usize)> {
         let norm = map(py, py.detach(|| self.inner.grad_norm()))?;
-        Ok((norm.sum_squares, norm.nonfinite, norm.landed))
+        Ok((norm.sum_squares, norm.nonfinite, norm.accumulated))
     }
 
-    /// Forgets all gradients that have landed.
+    /// Forgets all gradients that have been accumulated.
     fn clear_gradients(&self, py: Python<'_>) -> PyResult<()> {
         map(py, py.detach(|| self.inner.clear_gradients()))
     }
@@ -431,7 +433,8 @@ impl PyOffload {
         map(py, self.inner.lend(unit, lent))
     }
 
-    /// One update of every parameter whose gradient has landed. With state on disk it goes on after the call, and each
+    /// One update of every parameter whose gradient has been accumulated. With state on disk it goes on after the
+    /// call, and each
     /// later use of a unit waits until that unit is done.
     fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<()> {
         let groups = groups::params(groups)?;

@@ -3,16 +3,19 @@
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use zeroxide_layout::{Dtype, Format, ParamShape};
-use zeroxide_offload::{Part, StateHome, UnitSpec, WeightHome, Wire};
+use zeroxide_offload::{StateHome, StateKey, Transport, UnitSpec, WeightHome};
 use zeroxide_storage::EngineKind;
 
-/// (name, [(elements, trainable)], home of the weights, home of the optimizer state, gradients come all through backward)
+/// (name, [(elements, trainable)], home of the weights, home of the optimizer state, gradients come all through
+/// backward)
 pub(crate) type UnitTuple = (String, Vec<(u64, bool)>, String, String, bool);
 
-pub(crate) fn unit_spec((name, params, weights, state, long): UnitTuple) -> PyResult<UnitSpec> {
+pub(crate) fn unit_spec(
+    (name, params, weights, state, held_through_backward): UnitTuple,
+) -> PyResult<UnitSpec> {
     Ok(UnitSpec {
         name,
-        long,
+        held_through_backward,
         params: params
             .into_iter()
             .map(|(numel, trainable)| ParamShape { numel, trainable })
@@ -51,11 +54,11 @@ pub(crate) fn parse_dtype(name: &str) -> PyResult<Dtype> {
 /// The part of a parameter that is read and written, but never filled.
 pub(crate) const GRADIENT: &str = "grad";
 
-pub(crate) fn parse_part(name: &str) -> PyResult<Part> {
+pub(crate) fn parse_part(name: &str) -> PyResult<StateKey> {
     match name {
-        "weights" => Ok(Part::Weights),
-        "exp_avg" => Ok(Part::ExpAvg),
-        "exp_avg_sq" => Ok(Part::ExpAvgSq),
+        "weights" => Ok(StateKey::Weights),
+        "exp_avg" => Ok(StateKey::ExpAvg),
+        "exp_avg_sq" => Ok(StateKey::ExpAvgSq),
         other => Err(unknown(
             "part",
             other,
@@ -68,11 +71,11 @@ fn unknown(what: &str, got: &str, expected: &str) -> PyErr {
     PyValueError::new_err(format!("unknown {what} {got:?}: expected {expected}"))
 }
 
-pub(crate) fn parse_wire(name: &str) -> PyResult<Wire> {
+pub(crate) fn parse_transport(name: &str) -> PyResult<Transport> {
     match name {
-        "shared" => Ok(Wire::Shared),
-        "collective" => Ok(Wire::Collective),
-        other => Err(unknown("wire", other, "shared or collective")),
+        "shared" => Ok(Transport::Shared),
+        "collective" => Ok(Transport::Collective),
+        other => Err(unknown("transport", other, "shared or collective")),
     }
 }
 

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PARTS",
-    "Held",
+    "ElementRange",
     "LiveState",
-    "Run",
+    "ParamRecord",
     "Staging",
-    "held_parameters",
     "own_pieces",
+    "param_records",
     "persistent_buffers",
     "pieces_to_fill",
     "value_dtype",
@@ -36,7 +36,7 @@ CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
-class Held:
+class ParamRecord:
     """One parameter of an engine. `names` has every name that the model gives it, the first one first."""
 
     unit: int
@@ -59,12 +59,12 @@ class Held:
         return self.names[0]
 
 
-def value_dtype(held: Held, part: str) -> torch.dtype:
+def value_dtype(held: ParamRecord, part: str) -> torch.dtype:
     """The dtype in which the values of a part are given to the core and kept in files."""
     return held.dtype if part == "weights" else torch.float32
 
 
-def held_parameters(engine: Engine) -> list[Held]:
+def param_records(engine: Engine) -> list[ParamRecord]:
     """Every parameter once, in the order of the core."""
     core = engine._alive()
     names: dict[int, list[str]] = {}
@@ -76,7 +76,7 @@ def held_parameters(engine: Engine) -> list[Held]:
     grouped = [] if engine.optimizer is None else engine.optimizer.param_groups
     groups = {id(param): number for number, group in enumerate(grouped) for param in group["params"]}
     return [
-        Held(
+        ParamRecord(
             unit=unit.index,
             position=position,
             offset=core.param_offset(unit.index, position),
@@ -94,18 +94,18 @@ def held_parameters(engine: Engine) -> list[Held]:
 
 
 @dataclass(frozen=True)
-class Run:
+class ElementRange:
     """Elements `start .. start + count` of a parameter."""
 
-    held: Held
+    held: ParamRecord
     start: int
     count: int
 
 
-def own_pieces(engine: Engine) -> list[Run]:
+def own_pieces(engine: Engine) -> list[ElementRange]:
     """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
     core, word = engine._alive(), engine._plan.compute.itemsize
-    held = {(each.unit, each.position): each for each in held_parameters(engine)}
+    held = {(each.unit, each.position): each for each in param_records(engine)}
     return [
         _run(held[unit.index, position], start, count, word)
         for unit in engine._units
@@ -113,21 +113,21 @@ def own_pieces(engine: Engine) -> list[Run]:
     ]
 
 
-def _run(held: Held, start: int, count: int, word: int) -> Run:
+def _run(held: ParamRecord, start: int, count: int, word: int) -> ElementRange:
     """Elements of a parameter from its words; a shard starts with a whole element of any dtype."""
     if held.trainable:
-        return Run(held, start, count)
+        return ElementRange(held, start, count)
     first, size = start * word // held.dtype.itemsize, held.dtype.itemsize
-    return Run(held, first, min(count * word // size, held.numel - first))
+    return ElementRange(held, first, min(count * word // size, held.numel - first))
 
 
-def pieces_to_fill(engine: Engine, part: str) -> list[Run]:
+def pieces_to_fill(engine: Engine, part: str) -> list[ElementRange]:
     """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its own.
 
     Every rank keeps the weights up to stage 2, and the moments at stage 0.
     """
     if engine.config.zero.stage < (3 if part == "weights" else 1):
-        return [Run(held, 0, held.numel) for held in held_parameters(engine)]
+        return [ElementRange(held, 0, held.numel) for held in param_records(engine)]
     return own_pieces(engine)
 
 
@@ -172,7 +172,9 @@ class LiveState:
         self._step = max(1, staging.elements // tile_elements) * tile_elements
         self._step = min(self._step, staging.elements)
 
-    def chunks(self, held: Held, part: str, start: int, count: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    def chunks(
+        self, held: ParamRecord, part: str, start: int, count: int, dtype: torch.dtype
+    ) -> Iterator[torch.Tensor]:
         """Elements `start .. start + count` as fp32 or, rounded as the live weights are, as bf16 or fp16; of frozen
         weights as they are, in their own dtype.
 
@@ -200,7 +202,7 @@ class LiveState:
                 assert dtype == torch.float32, "live state is fp32, bf16 or fp16"
             yield stored
 
-    def _raw_chunks(self, held: Held, start: int, count: int) -> Iterator[torch.Tensor]:
+    def _raw_chunks(self, held: ParamRecord, start: int, count: int) -> Iterator[torch.Tensor]:
         size = held.dtype.itemsize
         at, end = start * size, (start + count) * size
         # Whole elements of any dtype: parameters start at multiples of 128 bytes, too.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import DistributedSampler, IterableDataset
 
-__all__ = ["EpochSampler", "Share"]
+__all__ = ["EpochSampler", "ShardedIterable"]
 
 
 class EpochSampler(DistributedSampler[Any]):
@@ -30,7 +30,7 @@ class EpochSampler(DistributedSampler[Any]):
         return super().__iter__()
 
 
-class Share(IterableDataset[Any]):
+class ShardedIterable(IterableDataset[Any]):
     """Of every `world` items of `data` in a row the one that is rank `rank`'s; all ranks have the same items.
 
     What is left over at the end, fewer items than ranks, is left out: all ranks get equally many. Where workers load

@@ -5,14 +5,14 @@ from zeroxide.distributed.collectives import Ranks, all_gather_single, first_lin
 from zeroxide.distributed.facts import model_facts, sampler_facts, version_facts
 from zeroxide.distributed.health.activity import IDLE
 from zeroxide.distributed.health.watch import EXIT_CODE, Watch
-from zeroxide.distributed.launch import Place, read_environment
+from zeroxide.distributed.launch import LaunchInfo, read_environment
 from zeroxide.distributed.process_group import init_distributed, start
 
 __all__ = [
     "EXIT_CODE",
     "IDLE",
     "Fact",
-    "Place",
+    "LaunchInfo",
     "Ranks",
     "Watch",
     "agree",

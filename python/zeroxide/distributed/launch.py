@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from zeroxide.errors import RanksError
 
-__all__ = ["DEFAULT_PORT", "Place", "read_environment", "split_nodes"]
+__all__ = ["DEFAULT_PORT", "LaunchInfo", "read_environment", "split_nodes"]
 
 DEFAULT_PORT = 29500
 """Where rank 0 is met when no variable and no argument says otherwise; torch's and DeepSpeed's default."""
@@ -46,7 +46,7 @@ _LAUNCHERS: tuple[_Launcher, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LaunchInfo:
     """One process's place among the ranks; `launcher` says whose variables told.
 
     `local_rank` and `local_world` count the ranks of this host; they are None where no variable tells, and are then
@@ -62,7 +62,9 @@ class Place:
     launcher: str = "none"
 
 
-def read_environment(environment: Mapping[str, str], port: int | None = None, *, other_launchers: bool = True) -> Place:
+def read_environment(
+    environment: Mapping[str, str], port: int | None = None, *, other_launchers: bool = True
+) -> LaunchInfo:
     """The place that `environment` describes; a single rank when it describes none.
 
     port: used where MASTER_PORT is not set.
@@ -82,7 +84,7 @@ def read_environment(environment: Mapping[str, str], port: int | None = None, *,
         return _checked(environment, port, *own)
     if others:
         return _checked(environment, port, *others[0])
-    return Place()
+    return LaunchInfo()
 
 
 def _same(environment: Mapping[str, str], mine: str, theirs: tuple[str, ...]) -> None:
@@ -115,7 +117,7 @@ def _checked(
     world_names: tuple[str, ...],
     local_rank_names: tuple[str, ...],
     local_world_names: tuple[str, ...],
-) -> Place:
+) -> LaunchInfo:
     found_world = _number(environment, world_names, 1, _MOST_RANKS)
     if found_world is None:
         raise RanksError(
@@ -139,7 +141,7 @@ def _checked(
     if world == 1:
         local_rank, local_world = 0, 1
     chosen = _number(environment, ("MASTER_PORT",), 1, 65535)
-    return Place(
+    return LaunchInfo(
         rank=rank,
         world=world,
         local_rank=local_rank,

@@ -13,7 +13,7 @@ from typing import Any
 
 from zeroxide.distributed.collectives import Ranks, first_line
 from zeroxide.distributed.host import host_identity
-from zeroxide.distributed.launch import Place, read_environment
+from zeroxide.distributed.launch import LaunchInfo, read_environment
 from zeroxide.errors import RanksError
 
 __all__ = ["default_backend", "init_distributed", "start"]
@@ -62,14 +62,14 @@ def start(timeout_seconds: float = DEFAULT_TIMEOUT_SECONDS, port: int | None = N
 
     if dist.is_available() and dist.is_initialized():
         _at_exit()
-        return _over_default_group(owned=False, place=None)
-    place = read_environment(os.environ, port)
-    if place.world == 1:
+        return _over_default_group(owned=False, launch=None)
+    launch = read_environment(os.environ, port)
+    if launch.world == 1:
         return Ranks()
     _at_exit()
-    _make_group(place, default_backend(), timedelta(seconds=timeout_seconds), None)
+    _make_group(launch, default_backend(), timedelta(seconds=timeout_seconds), None)
     try:
-        ranks = _over_default_group(owned=True, place=place)
+        ranks = _over_default_group(owned=True, launch=launch)
     except BaseException:
         dist.destroy_process_group()
         raise
@@ -119,45 +119,45 @@ def init_distributed(
         kept = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
         if init_method is not None:
             kept.setdefault("MASTER_ADDR", "127.0.0.1")  # not used: the URL says where
-        place = read_environment({**kept, **given}, distributed_port)
+        launch = read_environment({**kept, **given}, distributed_port)
     else:
-        place = read_environment(os.environ, distributed_port, other_launchers=auto_mpi_discovery)
+        launch = read_environment(os.environ, distributed_port, other_launchers=auto_mpi_discovery)
     seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
     limit = timedelta(seconds=DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds)
     backend = dist_backend or default_backend()
-    _make_group(place, backend, limit, init_method)
-    if verbose and place.rank == 0:
-        logging.getLogger("zeroxide").info("%d ranks over %s, told by %s", place.world, backend, place.launcher)
+    _make_group(launch, backend, limit, init_method)
+    if verbose and launch.rank == 0:
+        logging.getLogger("zeroxide").info("%d ranks over %s, told by %s", launch.world, backend, launch.launcher)
 
 
-def _make_group(place: Place, backend: str, timeout: timedelta, init_method: str | None) -> None:
+def _make_group(launch: LaunchInfo, backend: str, timeout: timedelta, init_method: str | None) -> None:
     """The default process group, or RanksError in one line."""
     import torch
     import torch.distributed as dist
 
-    if place.world == 1 and init_method is None:
+    if launch.world == 1 and init_method is None:
         # Nobody has to be met, so no port is opened.
         store = torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         return
-    host = f"[{place.address}]" if place.address and ":" in place.address else place.address
-    where = init_method or f"tcp://{host}:{place.port}"
+    host = f"[{launch.address}]" if launch.address and ":" in launch.address else launch.address
+    where = init_method or f"tcp://{host}:{launch.port}"
     try:
-        store = _fresh_store(where, place, timeout)
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+        store = _fresh_store(where, launch, timeout)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.world, timeout=timeout)
     except (RuntimeError, ValueError, OSError) as error:
         raise RanksError(
-            f"rank {place.rank} of {place.world} (told by {place.launcher}) could not meet the others at {where} "
+            f"rank {launch.rank} of {launch.world} (told by {launch.launcher}) could not meet the others at {where} "
             f"within {timeout.total_seconds():g} s: {first_line(error)}; check that every rank was started, and that "
             "MASTER_ADDR and MASTER_PORT name a free port of rank 0's host",
-            ranks=[place.rank],
+            ranks=[launch.rank],
         ) from error
 
 
 _stores: dict[tuple[str, int, int], tuple[Any, Iterator[int]]] = {}
 
 
-def _fresh_store(where: str, place: Place, timeout: timedelta) -> Any:
+def _fresh_store(where: str, launch: LaunchInfo, timeout: timedelta) -> Any:
     """Keys that no group has used, in the store at `where`.
 
     Ranks leave a group one after the other, and the addresses that it wrote into the store stay there: under torchrun
@@ -167,9 +167,9 @@ def _fresh_store(where: str, place: Place, timeout: timedelta) -> Any:
     import torch
     from torch.distributed.rendezvous import rendezvous
 
-    key = (where, place.rank, place.world)
+    key = (where, launch.rank, launch.world)
     if key not in _stores:
-        store, _, _ = next(rendezvous(where, place.rank, place.world, timeout=timeout))
+        store, _, _ = next(rendezvous(where, launch.rank, launch.world, timeout=timeout))
         if not _stores:
             # Registered before what closes the groups, and so run after it.
             atexit.register(_stores.clear)
@@ -179,7 +179,7 @@ def _fresh_store(where: str, place: Place, timeout: timedelta) -> Any:
     return torch._C._distributed_c10d.PrefixStore(f"zeroxide/{next(numbers)}", store)
 
 
-def _over_default_group(owned: bool, place: Place | None) -> Ranks:
+def _over_default_group(owned: bool, launch: LaunchInfo | None) -> Ranks:
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -203,10 +203,10 @@ def _over_default_group(owned: bool, place: Place | None) -> Ranks:
     # The boot and the network namespace; where the latter is unknown, something equal to nobody's stands in its place.
     ranks.same_network = len({(host[1], host[-1]) for host in hosts}) == 1
     ranks.shares_memory = ranks.same_host and _shares_memory(ranks)
-    if place is None or place.local_rank is None or place.local_world is None:
+    if launch is None or launch.local_rank is None or launch.local_world is None:
         ranks.local_rank, ranks.local_world = here.index(ranks.rank), len(here)
     else:
-        ranks.local_rank, ranks.local_world = place.local_rank, place.local_world
+        ranks.local_rank, ranks.local_world = launch.local_rank, launch.local_world
     return ranks
 
 
@@ -216,8 +216,8 @@ def _shares_memory(ranks: Ranks) -> bool:
     try:
         # As the segments are.
         os.fchmod(descriptor, 0o600)
-        seats = ranks.gather_objects([os.getpid(), descriptor])
-        opened = all(_opens(f"/proc/{pid}/fd/{number}") for pid, number in seats)
+        handles = ranks.gather_objects([os.getpid(), descriptor])
+        opened = all(_opens(f"/proc/{pid}/fd/{number}") for pid, number in handles)
         # Also keeps the descriptor open until everybody has tried it.
         return all(ranks.gather_objects(opened))
     finally:

@@ -15,10 +15,10 @@ from zeroxide.plan.plan import Plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.zero.exchange import Exchange
 
-__all__ = ["Answers"]
+__all__ = ["Accessors"]
 
 
-class Answers:
+class Accessors:
     """The engine's methods about its settings and counts, under DeepSpeed's names where it has them."""
 
     config: Config

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.distributed import IDLE, Ranks, Watch
-from zeroxide.engine.accessors import Answers
+from zeroxide.engine.accessors import Accessors
 from zeroxide.engine.accumulation import Accumulation
 from zeroxide.engine.evaluation import thaw
 from zeroxide.engine.peak import Peak
@@ -42,7 +42,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.messages import Messages
-from zeroxide.zero.param import House, seat_all
+from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.passes import Home
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
@@ -61,7 +61,7 @@ CLIP_EPSILON = 1e-6
 """Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
 
 
-class Engine(Accumulation, Answers, FullState, nn.Module):
+class Engine(Accumulation, Accessors, FullState, nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
     The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
@@ -122,7 +122,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             made.callback(self._messages.close)
             # Also at the end of the process, which may come without `destroy`: scratch files are large.
             weakref.finalize(self, end_core, self._core, self._messages)
-            self.watch.on_failure(self._core.call_off)
+            self.watch.on_failure(self._core.cancel)
             self._place(module, groups, weights)
             self.lr_scheduler: Any = scheduler(self.optimizer)
             made.pop_all()
@@ -160,7 +160,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             self._exchange,
             units,
             self.config.zeroxide.prefetch,
-            visible=plan.visible,
+            params_always_full=plan.params_always_full,
             home=plan.weights,
             world=plan.world,
         )
@@ -168,29 +168,31 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self._hooks = Hooks(module, self._gatherer, units, arriving)
         self._divide_gradients()
         self._assign_groups(groups)
-        self._house = House(
+        self._context = ParameterContext(
             self._alive,
             self._before_change,
             units,
             self.ranks,
             self.watch,
             replicated=plan.replicated,
-            visible=plan.visible,
+            params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
         )
-        seat_all(self._house)
+        shard_all(self._context)
         large = self._hooks.reducer.large
         for unit in units:
             unit.take_over(large.kinds(unit))
         large.attach()
-        self._tables = [] if plan.visible else ParameterTable.put(module, not self._gatherer.stays)
-        self._house.hooks = self._hooks
-        self._gatherer.before_release = None if plan.visible else self._house.take_over_edits
-        shared = plan.world > 1 and plan.wire == "shared"
-        self._guard = ModelGuard(module, self._house, self._hooks.reducer, keeps_edits=plan.keeps_edits, shared=shared)
+        self._tables = [] if plan.params_always_full else ParameterTable.put(module, not self._gatherer.stays)
+        self._context.hooks = self._hooks
+        self._gatherer.before_release = None if plan.params_always_full else self._context.take_over_edits
+        shared = plan.world > 1 and plan.transport == "shared"
+        self._guard = ModelGuard(
+            module, self._context, self._hooks.reducer, keeps_edits=plan.keeps_edits, shared=shared
+        )
         self._hooks.before_training = self._guard.before_training
         self._loading = refuse_loading(module)
-        self._state_dicts = StateDicts(module, self._house, self.config.zeroxide.rank_timeout)
+        self._state_dicts = StateDicts(module, self._context, self.config.zeroxide.rank_timeout)
         self._copies = PlainCopies(module)
         leave_untraced()
         self.optimizer: Any = EngineOptimizer(groups, core, self._update, self._scaler) if groups else None
@@ -288,11 +290,11 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self._report()
 
     def _update(self) -> None:
-        """One optimizer step over what has landed: norm, clipping and update."""
+        """One optimizer step over what has been accumulated: norm, clipping and update."""
         core = self._alive()
         start = time.perf_counter()
-        sum_squares, nonfinite, landed = agree_on_norm(core, self.ranks, self.watch)
-        if landed:
+        sum_squares, nonfinite, accumulated = agree_on_norm(core, self.ranks, self.watch)
+        if accumulated:
             self._scaler.check_used()
         loss_scale = self._scaler.scale
         self._norm = math.sqrt(sum_squares) / loss_scale if not nonfinite else math.nan
@@ -302,7 +304,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             self._norm = math.inf
             self.skipped_steps += 1
             core.clear_gradients()
-        elif landed:
+        elif accumulated:
             clip = self.config.gradients.clipping
             factor = min(1.0, clip / (self._norm + CLIP_EPSILON)) if clip and finite else 1.0
             self._before_change()
@@ -312,15 +314,15 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
             torch.clear_autocast_cache()
             self._applied = True
-        if landed:
+        if accumulated:
             self._scaler.update(self.optimizer.overflow)
         self._times["step"] += time.perf_counter() - start
 
     def _before_change(self) -> None:
         """Waits until state may change: a save in the background has what it needs, and no weights are on their way."""
-        self._house.changes += 1
-        self._house.forget_by_hand()
-        self._gatherer.settle()
+        self._context.changes += 1
+        self._context.forget_by_hand()
+        self._gatherer.drain()
         if self._saver is not None:
             self._saver.before_update()
 
@@ -333,7 +335,7 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
         self._alive().finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets every gradient that has landed and not been used."""
+        """Forgets every gradient that has been accumulated and not been used."""
         self._alive().clear_gradients()
 
     @contextmanager
@@ -449,8 +451,8 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
             core, self._core = self._core, None
             readers: list[Unit] = []
             try:
-                if hasattr(self, "_house"):
-                    self._house.hooks = None
+                if hasattr(self, "_context"):
+                    self._context.hooks = None
                     ParameterTable.take_off(self._tables)
                 if hasattr(self, "_hooks"):
                     self._copies.close()
@@ -458,10 +460,10 @@ class Engine(Accumulation, Answers, FullState, nn.Module):
                     self._state_dicts.close()
                     for handle in self._loading:
                         handle.remove()
-                    readers = part_from(self.module, self._units, visible=self._plan.visible)
+                    readers = part_from(self.module, self._units, params_always_full=self._plan.params_always_full)
                 thaw(self.module, self.set_aside)
             finally:
-                self._messages.land()
+                self._messages.drain()
                 end_core(core, self._messages, readers)
                 self.watch.close()
                 self.ranks.close()

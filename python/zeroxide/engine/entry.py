@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
-from zeroxide.data.sampler import EpochSampler, Share
+from zeroxide.data.sampler import EpochSampler, ShardedIterable
 from zeroxide.distributed import Ranks, agree, model_facts, sampler_facts, start, version_facts
 from zeroxide.engine.accumulation import micro_batch_of
 from zeroxide.engine.engine import Engine
@@ -175,7 +175,7 @@ def _loader(config: Config, data: Any, collate_fn: Callable[..., Any] | None, ra
     shuffle = not isinstance(data, torch.utils.data.IterableDataset)
     # Data sets of Hugging Face say themselves when they are one rank's share.
     if not shuffle and ranks.world > 1 and getattr(data, "_distributed", None) is None:
-        data = Share(data, ranks.rank, ranks.world)
+        data = ShardedIterable(data, ranks.rank, ranks.world)
     if shuffle and ranks.world > 1:
         sampler = EpochSampler(data, ranks.world, ranks.rank, drop_last=config.batch.dataloader_drop_last)
     agree(ranks, {} if sampler is None else sampler_facts(sampler))

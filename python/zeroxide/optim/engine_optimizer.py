@@ -23,7 +23,8 @@ __all__ = ["EngineOptimizer", "check_schedule_call"]
 class EngineOptimizer(torch.optim.Optimizer):
     """AdamW or Adam over state that the core holds. Made by `zeroxide.initialize`.
 
-    `step` updates every parameter whose gradient has landed since the last one. `state` and `state_dict()` are views
+    `step` updates every parameter whose gradient has been accumulated since the last one. `state` and `state_dict()`
+    are views
     that read from where the state is, when somebody looks at it. Which parameters are in which group is fixed.
     """
 
@@ -66,7 +67,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         return self._scaler.scale
 
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One optimizer step over the gradients that have landed; `closure` is not supported."""
+        """One optimizer step over the gradients that have been accumulated; `closure` is not supported."""
         if closure is not None:
             raise ValueError("zeroxide optimizers take no closure: run forward and backward first")
         self.check()
@@ -98,7 +99,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets every gradient that has landed and not been used."""
+        """Forgets every gradient that has been accumulated and not been used."""
         self._core.clear_gradients()
 
     def core_groups(self) -> list[tuple[float, float, float, float, float, bool, bool]]:

@@ -23,12 +23,13 @@ MANY = 128
 
 @dataclass
 class UnitPlan:
-    """One unit, needed by the forward of `modules`; a `span` unit is held from its first use to the end of backward."""
+    """One unit, needed by the forward of `modules`; a `held_through_backward` unit is held from its first use to the
+    end of backward."""
 
     name: str
     modules: list[nn.Module]
     params: list[ParameterPlan]
-    span: bool = False
+    held_through_backward: bool = False
 
     @property
     def numel(self) -> int:
@@ -104,7 +105,7 @@ def _joined(units: list[UnitPlan], most: int) -> list[UnitPlan]:
             last is not None
             and last.words + unit.words <= most
             and _list_of(last) == _list_of(unit)
-            and not any(each.span or any(map(is_leaf, each.modules)) for each in (last, unit))
+            and not any(each.held_through_backward or any(map(is_leaf, each.modules)) for each in (last, unit))
         ):
             first = last.name.partition(" to ")[0]
             joined[-1] = UnitPlan(f"{first} to {unit.name}", [*last.modules, *unit.modules], last.params + unit.params)
@@ -141,7 +142,7 @@ def _root_units(module: nn.Module, left: list[ParameterPlan], max_elements: int)
     if not left:
         return []
     owners = _distinct(owner for entry in left for _, owner in entry.owners)
-    whole = UnitPlan("root", _distinct([module, *owners]), left, span=True)
+    whole = UnitPlan("root", _distinct([module, *owners]), left, held_through_backward=True)
     if whole.words <= max_elements or is_leaf(module):
         return [whole]
     return _by_owner(module, left)
@@ -161,7 +162,9 @@ def _by_owner(block: nn.Module, params: list[ParameterPlan]) -> list[UnitPlan]:
     for group in groups.values():
         owners = _distinct(above.get(id(owner), owner) for entry in group for _, owner in entry.owners)
         # Parameters with several owners may be used through any of them, also without its forward.
-        units.append(UnitPlan(group[0].name.rpartition(".")[0] or "root", owners, group, span=len(owners) > 1))
+        units.append(
+            UnitPlan(group[0].name.rpartition(".")[0] or "root", owners, group, held_through_backward=len(owners) > 1)
+        )
     return units
 
 

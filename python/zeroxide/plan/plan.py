@@ -16,7 +16,7 @@ from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, check_sharing, par
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 from zeroxide.precision.policy import torch_dtype
 from zeroxide.zero.init.slices import slice_of
-from zeroxide.zero.param_handle import keeper_of
+from zeroxide.zero.param_handle import handle_of
 from zeroxide.zero.passes import Home
 
 __all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan", "padded_sizes"]
@@ -51,7 +51,7 @@ class Plan:
     world: int = 1
     rank: int = 0
     stage: int = 0
-    wire: str = "collective"
+    transport: str = "collective"
     """"shared" or "collective": what carries gradients between ranks."""
     buckets: dict[str, int] = field(default_factory=dict)
 
@@ -61,17 +61,18 @@ class Plan:
         return self.world > 1 and self.stage == 0
 
     @property
-    def visible(self) -> bool:
+    def params_always_full(self) -> bool:
         """Whether parameters show their values at all times: every rank has them anyway."""
         return self.stage < 3
 
     @property
     def keeps_edits(self) -> bool:
-        """Whether a change in place of a visible parameter counts: the update takes it over into the master weight.
+        """Whether a change in place of a parameter that always shows its values counts: the update takes it over into
+        the master weight.
 
         Not where one copy of the weights serves several ranks: each rank's change would act on top of the others'.
         """
-        return self.visible and (self.world == 1 or self.wire == "collective")
+        return self.params_always_full and (self.world == 1 or self.transport == "collective")
 
     @property
     def payload(self) -> int:
@@ -101,7 +102,7 @@ class Plan:
         total = sum(unit.numel for unit in self.units)
         trainable = sum(unit.trainable for unit in self.units)
         share = 100.0 * trainable / total if total else 0.0
-        shared = self.world > 1 and self.wire == "shared" and not self.replicated
+        shared = self.world > 1 and self.transport == "shared" and not self.replicated
         home = {
             Home.HOST: "in host memory" + (", one copy for all ranks" if shared else ""),
             Home.SHARD: "in host memory, a shard on each rank",
@@ -114,7 +115,7 @@ class Plan:
             f"gradients {_dtype(self.grad)} in host memory; {self.threads} optimizer threads",
         ]
         if self.world > 1:
-            carrier = "shared memory" if self.wire == "shared" else "collectives"
+            carrier = "shared memory" if self.transport == "shared" else "collectives"
             lines.append(f"rank {self.rank} of {self.world}, ZeRO stage {self.stage}, gradients through {carrier}")
         buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.buckets.items() if size)
         lines.append(f"payload {self.payload / MIB:.0f} MiB ({buckets}); on disk {self.disk_bytes / MIB:.0f} MiB")
@@ -145,9 +146,9 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     ranks = ranks or Ranks()
     if ranks.world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
-    wire = _wire(config, ranks)
+    transport = _transport(config, ranks)
     weights = Home.DISK if config.zero.offload_param.kind == "nvme" else Home.HOST
-    if weights is Home.HOST and ranks.world > 1 and config.zero.stage == 3 and wire == "collective":
+    if weights is Home.HOST and ranks.world > 1 and config.zero.stage == 3 and transport == "collective":
         weights = Home.SHARD
     state = Home.DISK if config.zero.offload_optimizer.kind == "nvme" else Home.HOST
     plan = Plan(
@@ -166,7 +167,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         world=ranks.world,
         rank=ranks.rank,
         stage=config.zero.stage,
-        wire=wire,
+        transport=transport,
     )
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if not plan.keeps_edits or plan.world > 1:
@@ -185,7 +186,7 @@ def _refuse_edits(module: nn.Module) -> None:
             )
 
 
-def _wire(config: Config, ranks: Ranks) -> str:
+def _transport(config: Config, ranks: Ranks) -> str:
     if config.zeroxide.transport == "shared_memory" and not ranks.shares_memory:
         raise ConfigError(
             'zeroxide.transport: "shared_memory" needs all ranks on one host, each allowed to open the others\' memory '
@@ -205,7 +206,7 @@ def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
     ]
     if not all(params for _, params in parts):
         return [unit]
-    return [UnitPlan(name, unit.modules, params, unit.span) for name, params in parts]
+    return [UnitPlan(name, unit.modules, params, unit.held_through_backward) for name, params in parts]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config) -> None:
@@ -227,7 +228,7 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
             name=odd.name,
         )
     for entry in entries:
-        if keeper_of(entry.param) is not None and slice_of(entry.param) is None:
+        if handle_of(entry.param) is not None and slice_of(entry.param) is None:
             raise ModelError(
                 f"{entry.name} belongs to an engine, or did at stage 3 until that was destroyed: build the model "
                 "again, and load what engine.module_state_dict() or a checkpoint has kept",
@@ -326,10 +327,10 @@ def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
     if plan.world == 1:
         return 0
     item = torch_dtype(config.precision.reduce_dtype).itemsize
-    long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.span)
-    short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.span and size]
+    long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.held_through_backward)
+    short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.held_through_backward and size]
     incoming = 0
-    if plan.wire == "collective":
+    if plan.transport == "collective":
         incoming = max(trainable, default=0) // (1 if plan.replicated else plan.world) * (plan.world - 1)
     return (long + min(SLOTS, len(short)) * max(short, default=0) + incoming) * item
 
@@ -340,8 +341,8 @@ def _gathered(plan: Plan, sizes: list[int], prefetch: int) -> int:
     With several ranks, what is at home on disk is read before it is gathered ahead: one unit more.
     """
     frames = [-(-size // FRAME) * FRAME for size in sizes]
-    held = sum(size for size, unit in zip(frames, plan.units, strict=True) if unit.span)
-    others = [size for size, unit in zip(frames, plan.units, strict=True) if not unit.span]
+    held = sum(size for size, unit in zip(frames, plan.units, strict=True) if unit.held_through_backward)
+    others = [size for size, unit in zip(frames, plan.units, strict=True) if not unit.held_through_backward]
     reading = plan.weights is Home.DISK and plan.world > 1 and prefetch > 0
     window = min(len(others), prefetch + 1 + reading)
     moving = max((sum(others[at : at + window]) for at in range(len(others) - window + 1)), default=0)

@@ -36,28 +36,29 @@ class Collective:
     sent: int
 
 
-def collectives(plan: Plan, wire: torch.dtype, prefetch: int = Zeroxide.prefetch) -> Iterator[Collective]:
+def collectives(plan: Plan, comm_dtype: torch.dtype, prefetch: int = Zeroxide.prefetch) -> Iterator[Collective]:
     """The collectives of a step of one micro-batch, in the order in which a rank begins them, when every module of the
     model runs once in forward, and without activation checkpointing, which changes nothing here.
 
-    `wire` is the dtype in which gradients travel, `prefetch` the units gathered ahead, as in the config. Between ranks
+    `comm_dtype` is the dtype in which gradients travel, `prefetch` the units gathered ahead, as in the config. Between
+    ranks
     of one host that share memory there are none but the gathers of weights at home on disk.
     """
     if plan.world == 1:
         return
-    rank = _Rank(plan, wire, prefetch)
+    rank = _Rank(plan, comm_dtype, prefetch)
     # What the steps before leave in memory, and their order, are part of the answer.
     for _ in range(SETTLED):
         rank.step()
     yield from rank.step()
 
 
-def sent_bytes(plan: Plan, wire: torch.dtype, prefetch: int = Zeroxide.prefetch) -> int:
+def sent_bytes(plan: Plan, comm_dtype: torch.dtype, prefetch: int = Zeroxide.prefetch) -> int:
     """Bytes that leave a rank in such a step, what goes through shared memory included."""
-    total = sum(each.sent for each in collectives(plan, wire, prefetch))
-    if plan.world > 1 and plan.wire == "shared":
+    total = sum(each.sent for each in collectives(plan, comm_dtype, prefetch))
+    if plan.world > 1 and plan.transport == "shared":
         numel = sum(padded(unit, plan.world) for unit in plan.units if unit.trainable)
-        total += numel * wire.itemsize // plan.world * (plan.world - 1)
+        total += numel * comm_dtype.itemsize // plan.world * (plan.world - 1)
     return total
 
 
@@ -83,14 +84,14 @@ class _Unit:
 class _Rank:
     """Plays one rank's steps: hooks to the gatherer on one side, core and exchange on the other."""
 
-    def __init__(self, plan: Plan, wire: torch.dtype, prefetch: int) -> None:
+    def __init__(self, plan: Plan, comm_dtype: torch.dtype, prefetch: int) -> None:
         self.plan = plan
-        self.wire = wire
+        self.comm_dtype = comm_dtype
         self.frames = _Frames(plan)
         self.begun: list[Collective] = []
         self.phase = "forward"
-        self.spans = [index for index, unit in enumerate(plan.units) if unit.span]
-        others = ((index, unit) for index, unit in enumerate(plan.units) if not unit.span)
+        self.held = [index for index, unit in enumerate(plan.units) if unit.held_through_backward]
+        others = ((index, unit) for index, unit in enumerate(plan.units) if not unit.held_through_backward)
         # Units of the same modules take their turn together.
         turns = groupby(others, lambda each: list(map(id, each[1].modules)))
         self.groups = [[index for index, _ in group] for _, group in turns]
@@ -99,7 +100,13 @@ class _Rank:
         self.units: list[Any] = [_Unit(index) for index in range(len(plan.units))]
         core: Any = self.frames
         self.gatherer = Gatherer(
-            core, own, self.units, prefetch, visible=plan.visible, home=plan.weights, world=plan.world
+            core,
+            own,
+            self.units,
+            prefetch,
+            params_always_full=plan.params_always_full,
+            home=plan.weights,
+            world=plan.world,
         )
 
     def step(self) -> list[Collective]:
@@ -111,7 +118,7 @@ class _Rank:
             self._forward()
         self._backward(moves)
         self.frames.end_step()
-        if plan.wire == "collective" and not moves and not plan.replicated:
+        if plan.transport == "collective" and not moves and not plan.replicated:
             for index, unit in enumerate(plan.units):
                 if unit.trainable:
                     self._all_gather("step", index)
@@ -120,7 +127,7 @@ class _Rank:
     def _forward(self) -> None:
         self.phase = "forward"
         self.gatherer.start_pass(True)
-        for index in self.spans:
+        for index in self.held:
             self.gatherer.gather(self.units[index])
         for group in self.groups:
             for index in group:
@@ -131,13 +138,13 @@ class _Rank:
     def _backward(self, moves: bool) -> None:
         self.phase = "backward"
         held: list[int] = []
-        for group in [self.spans, *reversed(self.groups)]:
+        for group in [self.held, *reversed(self.groups)]:
             if moves:
                 for index in held:
                     self.gatherer.release(self.units[index])
                 for index in group:
                     self.gatherer.gather(self.units[index])
-            held = [] if group is self.spans else group
+            held = [] if group is self.held else group
             for index in held:
                 if self.plan.units[index].trainable:
                     if moves:
@@ -145,7 +152,7 @@ class _Rank:
                     self._reduce(index)
         if moves:
             self.gatherer.release_all()
-        for index in reversed(self.spans):
+        for index in reversed(self.held):
             if self.plan.units[index].trainable:
                 self._reduce(index)
 
@@ -172,11 +179,11 @@ class _Rank:
         self.begun.append(Collective(phase, "all-gather", unit.name, shard * (self.plan.world - 1)))
 
     def _reduce(self, index: int) -> None:
-        if self.plan.wire != "collective":
+        if self.plan.transport != "collective":
             return
         unit, world = self.plan.units[index], self.plan.world
         # Only what is trained has a gradient; other parameters of the unit's modules are a unit of their own.
-        kept = padded_sizes(unit, world)[0] * self.wire.itemsize // (1 if self.plan.replicated else world)
+        kept = padded_sizes(unit, world)[0] * self.comm_dtype.itemsize // (1 if self.plan.replicated else world)
         kind = "all-gather of gradients" if self.plan.replicated else "all-to-all"
         self.begun.append(Collective("backward", kind, unit.name, kept * (world - 1)))
 
@@ -190,11 +197,11 @@ class _Frames:
         self._used: list[int] = []
         """The unit used longest ago first."""
         self._held: set[int] = set()
-        self._whole: set[int] = set()
+        self._all_shards_valid: set[int] = set()
 
     def end_step(self) -> None:
         """The other ranks' parts of what is trained have changed."""
-        self._whole = {index for index in self._whole if not self._plan.units[index].trainable}
+        self._all_shards_valid = {index for index in self._all_shards_valid if not self._plan.units[index].trainable}
 
     def hold(self, index: int) -> bool:
         """Uses a unit; whether all of it was there. Afterwards it is."""
@@ -202,9 +209,9 @@ class _Frames:
             self._make_room(index)
         self._touch(index)
         self._held.add(index)
-        whole = index in self._whole
-        self._whole.add(index)
-        return whole
+        valid = index in self._all_shards_valid
+        self._all_shards_valid.add(index)
+        return valid
 
     def has_room(self, index: int) -> bool:
         """Whether the unit fits beside those in use."""
@@ -219,7 +226,7 @@ class _Frames:
             self._held.discard(index)
             self._touch(index)
             if self._plan.weights is Home.DISK:
-                self._whole.discard(index)
+                self._all_shards_valid.discard(index)
 
     def prefetch(self, index: int) -> None:
         """Reads this rank's part of a unit, if units not in use leave it room."""
@@ -237,5 +244,5 @@ class _Frames:
             if oldest is None:
                 return False
             self._used.remove(oldest)
-            self._whole.discard(oldest)
+            self._all_shards_valid.discard(oldest)
         return True

@@ -23,7 +23,13 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
     weights = {Home.HOST: "host", Home.SHARD: "shard", Home.DISK: "disk"}[plan.weights]
     state = "disk" if plan.state is Home.DISK else "host"
     units = [
-        (unit.name, [(entry.words, entry.trainable) for entry in unit.params], weights, state, unit.span)
+        (
+            unit.name,
+            [(entry.words, entry.trainable) for entry in unit.params],
+            weights,
+            state,
+            unit.held_through_backward,
+        )
         for unit in plan.units
     ]
     directories = [
@@ -49,7 +55,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         rank=plan.rank,
         world=plan.world,
         replicated=plan.replicated,
-        wire=plan.wire,
-        wire_grad=DTYPE_NAMES[torch_dtype(config.precision.reduce_dtype)],
+        transport=plan.transport,
+        comm_dtype=DTYPE_NAMES[torch_dtype(config.precision.reduce_dtype)],
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
     )

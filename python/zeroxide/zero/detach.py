@@ -18,7 +18,7 @@ __all__ = ["end_core", "part_from"]
 logger = logging.getLogger("zeroxide")
 
 
-def part_from(module: nn.Module, units: list[Unit], *, visible: bool) -> list[Unit]:
+def part_from(module: nn.Module, units: list[Unit], *, params_always_full: bool) -> list[Unit]:
     """Takes the parameters out of the engine, whose memory is still there.
 
     Where they show their values at all times, they keep them, in memory of their own. Where they do not, the model may
@@ -27,20 +27,20 @@ def part_from(module: nn.Module, units: list[Unit], *, visible: bool) -> list[Un
     Returns the units of which somebody has kept views.
     """
     try:
-        if visible:
+        if params_always_full:
             for unit in units:
                 unit.hand_over()
     finally:
         # Nothing may be left over memory that goes now.
         for unit in units:
             unit.hide()
-    if not visible:
+    if not params_always_full:
         for each in module.modules():
             if each._parameters:
                 each.register_forward_pre_hook(_refuse)
                 each.register_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
                 each.register_load_state_dict_pre_hook(_refuse)  # type: ignore[no-untyped-call]
-    return [unit for unit in units if not visible and unit.has_readers()]
+    return [unit for unit in units if not params_always_full and unit.has_readers()]
 
 
 def end_core(core: _core.Offload, messages: Messages, readers: Sequence[Unit] = ()) -> None:

@@ -36,7 +36,7 @@ class _Empty:
     """A parameter that shows no values; mixed with its class while it shows them."""
 
     full: type
-    _keeper: Any
+    _handle: Any
 
     @classmethod
     def __torch_function__(
@@ -50,8 +50,8 @@ class _Empty:
             # Gathering one unit has brought the parameters of another operand as well.
             return func(*args, **kwargs)
         # Only an engine gathers. Slices of zero.Init are gathered by that.
-        house = getattr(empty[0]._keeper, "house", None)
-        inside = house is not None and house.in_pass()
+        context = getattr(empty[0]._handle, "context", None)
+        inside = context is not None and context.in_pass()
         if need is Need.NOTHING or (need is Need.SHAPE and not inside):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -63,25 +63,25 @@ class _Empty:
             # A module that is cast or moved would put the result in the parameter's place.
             raise _refusal(first, name)
         if name == "data" and isinstance(first, _Empty):
-            if len(args) == 1 and house is not None and not inside:
+            if len(args) == 1 and context is not None and not inside:
                 return EmptyData.of(first)
             if len(args) == 2:
                 # What a module does with its parameters when it is moved to where it is.
                 if args[1] is first:
                     return None
                 raise _refusal(first, name)
-        if house is None or (not inside and (need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs))):
+        if context is None or (not inside and (need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs))):
             raise _refusal(empty[0], name)
         # Also those that show their values: room for one must not be another's.
-        managed = [each for each in parameters_in((args, kwargs)) if hasattr(each, "_keeper")]
+        managed = [each for each in parameters_in((args, kwargs)) if hasattr(each, "_handle")]
         if inside:
-            house.use(managed)
+            context.use(managed)
             return func(*args, **kwargs)
-        with house.apart():
-            house.use(managed)
-            result = tree_map_only(torch.Tensor, house.own_copy, func(*args, **kwargs))
+        with context.apart():
+            context.use(managed)
+            result = tree_map_only(torch.Tensor, context.own_copy, func(*args, **kwargs))
             recorded = [each for each in tree_leaves(result) if isinstance(each, torch.Tensor) and each.requires_grad]
-            house.end_use(recorded)
+            context.end_use(recorded)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -152,12 +152,12 @@ def _filled(param: Any, what: str) -> Any:
 
 
 def _refusal(param: Any, what: str) -> ModelError:
-    keeper = param._keeper
+    handle = param._handle
     return ModelError(
-        f"{keeper.name} {tuple(keeper.shape)} is empty, and {what} needs its values: they are there while its module "
+        f"{handle.name} {tuple(handle.shape)} is empty, and {what} needs its values: they are there while its module "
         "runs forward or backward, and inside zeroxide.zero.GatheredParameters, with modifier_rank=0 to change them; "
         "state_dict() has them anywhere",
-        name=keeper.name,
+        name=handle.name,
     )
 
 
@@ -174,10 +174,10 @@ class ParameterTable(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         found = super().__getitem__(name)
-        if (self.moves or isinstance(found, _Empty)) and hasattr(found, "_keeper"):
-            house = found._keeper.house
-            if house.in_pass():
-                house.use([found])
+        if (self.moves or isinstance(found, _Empty)) and hasattr(found, "_handle"):
+            context = found._handle.context
+            if context.in_pass():
+                context.use([found])
         return found
 
     def items(self) -> Any:
@@ -192,8 +192,8 @@ class ParameterTable(dict[str, Any]):
 
     def _expect_gradients(self) -> None:
         for each in super().values():
-            if isinstance(each, _Empty) and each._keeper.house.in_pass():
-                each._keeper.house.expect_gradient(each)
+            if isinstance(each, _Empty) and each._handle.context.in_pass():
+                each._handle.context.expect_gradient(each)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
         return copy.deepcopy(dict(self), memo)

@@ -6,7 +6,8 @@ in rank order. Two carriers give the same bits:
 - `SharedExchange`, between ranks of one host: gradients lie in shared memory, where every rank reads its shard of them;
   weights at home in host memory are one copy for all ranks, so gathering them moves nothing.
 - `CollectiveExchange`, for everything else: one all-to-all a unit, straight out of the room in which its gradients
-  landed, which is waited for and summed when the next unit is complete. Units are reduced in one fixed order, so that
+  accumulated, which is waited for and summed when the next unit is complete. Units are reduced in one fixed order, so
+  that
   ranks whose modules ran in different orders still meet.
 
 Weights that move are gathered in the same way by both (`MovingWeights`).
@@ -26,11 +27,11 @@ from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import RanksError
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.gather.weight_gather import MovingWeights
-from zeroxide.zero.messages import Flight, Messages
+from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import Home
 from zeroxide.zero.unit import Unit
 
-__all__ = ["Alone", "CollectiveExchange", "Exchange", "SharedExchange", "Totals", "agree_on_norm", "make_exchange"]
+__all__ = ["CollectiveExchange", "Exchange", "SharedExchange", "SingleRank", "Totals", "agree_on_norm", "make_exchange"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
@@ -60,7 +61,7 @@ class Exchange(Protocol):
     def release(self, unit: Unit) -> None:
         """Ends the use of the unit's weights. Idempotent."""
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Weights are about to change: what is gathered must not be taken for the new ones."""
 
     def cover(self, unit: Unit) -> None:
@@ -76,15 +77,15 @@ class Exchange(Protocol):
         """Reduces every unit of this backward that is still to be reduced."""
 
     def after_step(self) -> None:
-        """The optimizer step has begun on every rank. Afterwards weights that are always visible are the new ones."""
+        """The optimizer step has begun on every rank. Afterwards weights that are always full are the new ones."""
 
 
-class Alone:
+class SingleRank:
     """One rank: nothing to exchange."""
 
-    def __init__(self, core: _core.Offload, *, visible: bool) -> None:
+    def __init__(self, core: _core.Offload, *, params_always_full: bool) -> None:
         self.core = core
-        self.visible = visible
+        self.params_always_full = params_always_full
         self.closed: set[int] = set()
 
     @property
@@ -107,7 +108,7 @@ class Alone:
         """The core's memory may go to another unit."""
         self.core.release(unit.index)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """The core knows what it has."""
 
     def cover(self, unit: Unit) -> None:
@@ -117,26 +118,26 @@ class Alone:
         """The gradients are where they belong."""
 
     def abandon(self) -> None:
-        """The gradients that have landed are forgotten by `zero_grad`."""
+        """The gradients that have been accumulated are forgotten by `zero_grad`."""
 
     def end_backward(self) -> None:
         """Nothing is outstanding."""
 
     def after_step(self) -> None:
         """No other rank has a part of the weights."""
-        if self.visible:
+        if self.params_always_full:
             self.core.finish()
 
 
 class _Carrier:
     """What both carriers have: weights that move, and what has left this rank."""
 
-    def __init__(self, core: _core.Offload, messages: Messages, wire: torch.dtype, stays: bool) -> None:
+    def __init__(self, core: _core.Offload, messages: Messages, comm_dtype: torch.dtype, stays: bool) -> None:
         self.core = core
         self.messages = messages
         self.ranks = messages.ranks
         self.watch = messages.watch
-        self.wire = wire
+        self.comm_dtype = comm_dtype
         self.closed: set[int] = set()
         self.broken = False
         self.moved = MovingWeights(core, messages, stays)
@@ -159,9 +160,9 @@ class _Carrier:
         """Ends the use of the unit's weights."""
         self.moved.release(unit)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Ends the gathers that are on their way."""
-        self.moved.settle()
+        self.moved.drain()
 
     def cover(self, unit: Unit) -> None:
         """Reads of it fault until it is gathered again."""
@@ -180,21 +181,21 @@ class SharedExchange(_Carrier):
         core: _core.Offload,
         units: list[Unit],
         messages: Messages,
-        wire: torch.dtype,
+        comm_dtype: torch.dtype,
         *,
-        visible: bool,
+        params_always_full: bool,
         stays: bool,
     ) -> None:
-        super().__init__(core, messages, wire, stays)
-        self.shown = units if visible else []
+        super().__init__(core, messages, comm_dtype, stays)
+        self.shown = units if params_always_full else []
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.waiting: list[Unit] = []
 
     def connect(self) -> None:
         """Raises RanksError when another rank's memory cannot be reached."""
-        seats = self.ranks.gather_objects(self.core.seat())
+        handles = self.ranks.gather_objects(self.core.segment_handle())
         try:
-            self.core.join([(int(pid), int(descriptor)) for pid, descriptor in seats])
+            self.core.join([(int(pid), int(descriptor)) for pid, descriptor in handles])
         finally:
             # Nobody closes what another is still opening.
             self.ranks.barrier()
@@ -206,20 +207,20 @@ class SharedExchange(_Carrier):
 
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
-        check_whole(self.broken)
+        check_not_broken(self.broken)
         if unit.index in self.closed:
             return
         with self.watch.waiting("room for gradients", unit.name):
             self.core.send(unit.index)
         self.closed.add(unit.index)
         self.waiting.append(unit)
-        share = unit.layout_numel * self.wire.itemsize // self.ranks.world
+        share = unit.layout_numel * self.comm_dtype.itemsize // self.ranks.world
         self._reduced_bytes += share * (self.ranks.world - 1)
         self.waiting = [each for each in self.waiting if not self.core.receive(each.index, False)]
 
     def end_backward(self) -> None:
         """Waits for the other ranks."""
-        check_whole(self.broken)
+        check_not_broken(self.broken)
         for unit in self.trainable:
             self.send(unit)
         for unit in self.waiting:
@@ -240,7 +241,8 @@ class SharedExchange(_Carrier):
 class CollectiveExchange(_Carrier):
     """Between any ranks, by messages over torch.distributed.
 
-    `replicated`: every rank keeps all gradients (stage 0). `visible`: every rank keeps all weights (stages 0 to 2),
+    `replicated`: every rank keeps all gradients (stage 0). `params_always_full`: every rank keeps all weights (stages
+    0 to 2),
     which are brought up to date right after a step.
     """
 
@@ -249,27 +251,29 @@ class CollectiveExchange(_Carrier):
         core: _core.Offload,
         units: list[Unit],
         messages: Messages,
-        wire: torch.dtype,
+        comm_dtype: torch.dtype,
         *,
         replicated: bool,
-        visible: bool,
+        params_always_full: bool,
         stays: bool,
     ) -> None:
-        super().__init__(core, messages, wire, stays)
+        super().__init__(core, messages, comm_dtype, stays)
         self.replicated = replicated
-        self.visible = visible
-        self.refreshed = units if visible and not replicated else []
+        self.params_always_full = params_always_full
+        self.refreshed = units if params_always_full and not replicated else []
         # Backward runs roughly from the last unit to the first; what is left at the root ends last.
-        self.order = sorted((unit for unit in units if unit.num_trainable), key=lambda unit: (unit.span, -unit.index))
+        self.order = sorted(
+            (unit for unit in units if unit.num_trainable), key=lambda unit: (unit.held_through_backward, -unit.index)
+        )
         self.next = 0
-        self.reducing: tuple[Unit, Flight] | None = None
+        self.reducing: tuple[Unit, Work] | None = None
 
     def connect(self) -> None:
         """The process group is the connection."""
 
     def send(self, unit: Unit) -> None:
         """Begins to reduce as many units as are complete and next in order, each when the one before is done."""
-        check_whole(self.broken)
+        check_not_broken(self.broken)
         self.closed.add(unit.index)
         while self.next < len(self.order) and self.order[self.next].index in self.closed:
             self._begin_reduce(self.order[self.next])
@@ -277,7 +281,7 @@ class CollectiveExchange(_Carrier):
 
     def end_backward(self) -> None:
         """Reduces what is left."""
-        check_whole(self.broken)
+        check_not_broken(self.broken)
         for unit in self.order[self.next :]:
             self._begin_reduce(unit)
         self._end_reduce()
@@ -297,14 +301,14 @@ class CollectiveExchange(_Carrier):
             before = unit
         if before is not None:
             self.moved.release(before)
-        if self.visible:
+        if self.params_always_full:
             self.core.finish()
 
     def _begin_reduce(self, unit: Unit) -> None:
         self._end_reduce()
         self.core.send(unit.index)
-        outgoing = memory_at(*self.core.outgoing(unit.index), self.wire)
-        incoming = memory_at(*self.core.incoming(unit.index), self.wire)
+        outgoing = memory_at(*self.core.outgoing(unit.index), self.comm_dtype)
+        incoming = memory_at(*self.core.incoming(unit.index), self.comm_dtype)
         world, others = self.messages.ranks.world, self.messages.others()
         size = incoming.numel() // (world - 1)
         # Rank after rank, without this one.
@@ -315,21 +319,21 @@ class CollectiveExchange(_Carrier):
         else:
             leaving = [(other, outgoing[other * size : (other + 1) * size]) for other in others]
         kind = "all-gather of gradients" if self.replicated else "all-to-all"
-        flight = self.messages.flight(kind, unit)
-        self.reducing = unit, flight
-        self.messages.start(flight, arriving, leaving)
-        self._reduced_bytes += size * self.wire.itemsize * len(others)
+        work = self.messages.work(kind, unit)
+        self.reducing = unit, work
+        self.messages.start(work, arriving, leaving)
+        self._reduced_bytes += size * self.comm_dtype.itemsize * len(others)
 
     def _end_reduce(self) -> None:
         if self.reducing is not None:
-            unit, flight = self.reducing
-            flight.received()
-            flight.sent()
+            unit, work = self.reducing
+            work.received()
+            work.sent()
             self.core.receive_from(unit.index)
             self.reducing = None
 
 
-def check_whole(broken: bool) -> None:
+def check_not_broken(broken: bool) -> None:
     """Raises RanksError after a backward that failed."""
     if broken:
         raise RanksError(
@@ -339,35 +343,43 @@ def check_whole(broken: bool) -> None:
 
 
 def make_exchange(
-    core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages, wire: torch.dtype
+    core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages, comm_dtype: torch.dtype
 ) -> Exchange:
-    """What carries the units of `plan` between its ranks; `wire` is the dtype in which gradients travel."""
+    """What carries the units of `plan` between its ranks; `comm_dtype` is the dtype in which gradients travel."""
     if plan.world == 1:
-        return Alone(core, visible=plan.visible)
+        return SingleRank(core, params_always_full=plan.params_always_full)
     stays = plan.weights is Home.HOST
-    if plan.wire == "shared":
-        return SharedExchange(core, units, messages, wire, visible=plan.visible, stays=stays)
+    if plan.transport == "shared":
+        return SharedExchange(
+            core, units, messages, comm_dtype, params_always_full=plan.params_always_full, stays=stays
+        )
     return CollectiveExchange(
-        core, units, messages, wire, replicated=plan.replicated, visible=plan.visible, stays=stays
+        core,
+        units,
+        messages,
+        comm_dtype,
+        replicated=plan.replicated,
+        params_always_full=plan.params_always_full,
+        stays=stays,
     )
 
 
 def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
-    """The norm over all ranks; afterwards a parameter has landed where it has on any rank.
+    """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
     The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
     """
-    total, nonfinite, landed = core.grad_norm()
+    total, nonfinite, accumulated = core.grad_norm()
     if ranks.world == 1:
-        return total, nonfinite, landed
+        return total, nonfinite, accumulated
     # What another rank waits for must not wait for this exchange.
     core.finish()
-    payload = bytearray(_HEAD.pack(total, nonfinite) + core.landed())
+    payload = bytearray(_HEAD.pack(total, nonfinite) + core.accumulated())
     with watch.waiting("the gradient norm"):
         rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
     heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
     everywhere = rows[:, _HEAD.size :].amax(0)
-    core.set_landed(bytes(everywhere.tolist()))
+    core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import EXTERNAL
-from zeroxide.zero.param import seat_of
+from zeroxide.zero.param import sharded_param_of
 
 __all__ = ["register_external_parameter", "unregister_external_parameter"]
 
@@ -22,14 +22,14 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
     """
     if not isinstance(parameter, nn.Parameter):
         raise ModelError(f"register_external_parameter: expected a parameter, got {type(parameter).__name__}")
-    seat = seat_of(parameter)
-    if seat is not None:
-        if seat.unit.span and any(module is each for each in seat.unit.modules):
+    sharded = sharded_param_of(parameter)
+    if sharded is not None:
+        if sharded.unit.held_through_backward and any(module is each for each in sharded.unit.modules):
             return
         raise ModelError(
-            f"register_external_parameter: {seat.name} is in unit {seat.unit.name}, which is not gathered for "
+            f"register_external_parameter: {sharded.name} is in unit {sharded.unit.name}, which is not gathered for "
             f"{type(module).__name__}: call it before zeroxide.initialize",
-            name=seat.name,
+            name=sharded.name,
         )
     known = module.__dict__.setdefault(EXTERNAL, [])
     if all(parameter is not each for each in known):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ModelError
-from zeroxide.zero.param import House, seat_of
+from zeroxide.zero.param import ParameterContext, sharded_param_of
 from zeroxide.zero.reduce.reducer import Reducer
 from zeroxide.zero.unit import Unit
 
@@ -22,20 +22,22 @@ __all__ = ["ModelGuard"]
 class ModelGuard:
     """Looks at one engine's model.
 
-    keeps_edits: whether a change in place of a parameter that is visible at all times counts.
+    keeps_edits: whether a change in place of a parameter that always shows its values counts.
     shared: whether other ranks see this rank's weights in the same memory.
     """
 
-    def __init__(self, module: nn.Module, house: House, reducer: Reducer, *, keeps_edits: bool, shared: bool) -> None:
+    def __init__(
+        self, module: nn.Module, context: ParameterContext, reducer: Reducer, *, keeps_edits: bool, shared: bool
+    ) -> None:
         self.module = module
-        self.house = house
+        self.context = context
         self.reducer = reducer
         self.keeps_edits = keeps_edits
         self.shared = shared
-        house.watches_data |= shared
+        context.watches_data |= shared
         self.frozen = [
             (name, param)
-            for unit in house.units
+            for unit in context.units
             for name, param, trainable in zip(unit.names, unit.params, unit.trainable, strict=True)
             if not trainable
         ]
@@ -53,8 +55,8 @@ class ModelGuard:
                 "now, which nothing would use: set requires_grad before zeroxide.initialize, or freeze it again",
                 name=thawed[0],
             )
-        if self.house.visible:
-            for unit in self.house.units:
+        if self.context.params_always_full:
+            for unit in self.context.units:
                 if positions := unit.replaced():
                     unit.check_replaced(positions)
 
@@ -63,15 +65,15 @@ class ModelGuard:
         present: dict[int, str] = {}
         for name, param in self.module.named_parameters():
             present[id(param)] = name
-            seat = seat_of(param)
-            if seat is None or seat.house is not self.house:
+            sharded = sharded_param_of(param)
+            if sharded is None or sharded.context is not self.context:
                 raise ModelError(
                     f"{name} has appeared in the model since zeroxide.initialize, and the engine would neither train "
                     "nor save it: add adapters, resize embeddings and replace modules before zeroxide.initialize, or "
                     "make a new engine",
                     name=name,
                 )
-        for unit in self.house.units:
+        for unit in self.context.units:
             for name, param in zip(unit.names, unit.params, strict=True):
                 if id(param) not in present:
                     raise ModelError(
@@ -81,7 +83,7 @@ class ModelGuard:
                     )
 
     def before_step(self) -> None:
-        """Takes in what was done to parameters that are visible at all times, or raises ModelError.
+        """Takes in what was done to parameters that always show their values, or raises ModelError.
 
         Also for a model that has other parameters than before. Not earlier: torch.func.functional_call puts others in
         their place for a while.
@@ -91,7 +93,7 @@ class ModelGuard:
                 self.check_parameters()
                 self.parts = list(_parts(self.module))
                 break
-        for unit in self.house.units:
+        for unit in self.context.units:
             if unit.lent:
                 name = unit.names[next(iter(unit.lent))]
                 raise ModelError(
@@ -99,7 +101,7 @@ class ModelGuard:
                     "first",
                     name=name,
                 )
-            if self.house.visible:
+            if self.context.params_always_full:
                 self._look_at(unit)
 
     def _look_at(self, unit: Unit) -> None:
@@ -114,7 +116,7 @@ class ModelGuard:
             return
         if (name := unit.edited()) is not None:
             raise self._refusal(name, "was changed in place")
-        for position in self.house.changed_by_hand(unit):
+        for position in self.context.changed_by_hand(unit):
             raise self._refusal(unit.names[position], "was changed through its .data")
 
     def _refusal(self, name: str, what: str) -> ModelError:

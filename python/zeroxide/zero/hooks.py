@@ -1,10 +1,11 @@
 """When units are gathered and released: hooks on the modules that use them.
 
 Forward: gathered before a unit's module runs, released after it. Backward: gathered when the gradient of the module's
-output is known, released when its own gradients have all landed or when the next unit's turn comes: autograd runs the
+output is known, released when its own gradients have all been accumulated or when the next unit's turn comes: autograd
+runs the
 nodes of later modules before those of earlier ones, so by then the unit is done. Three cases need more than that:
 
-- A unit that is used by several modules (`span`) is held from its first use to the end of backward.
+- A unit that is used by several modules (`held_through_backward`) is held from its first use to the end of backward.
 - Within backward, activation checkpointing runs forward again, and backward of the same module follows at once: the
   unit is not released in between.
 - A module may hand one of its inputs through. Its gradient says nothing about the module and is not waited for.
@@ -57,7 +58,7 @@ class Hooks:
             grad_dtype,
         )
         self.exchange = gatherer.exchange
-        self.moves = not gatherer.visible and gatherer.home is not Home.HOST
+        self.moves = not gatherer.params_always_full and gatherer.home is not Home.HOST
         """Whether the memory under parameters is another unit's when they are not in use."""
         self.forward_depth = 0
         self.accumulators: list[Any] = []
@@ -74,7 +75,10 @@ class Hooks:
         self.marked = {
             unit.index
             for unit in units
-            if unit.num_trainable and not unit.span and len(unit.modules) == 1 and is_leaf(unit.modules[0])
+            if unit.num_trainable
+            and not unit.held_through_backward
+            and len(unit.modules) == 1
+            and is_leaf(unit.modules[0])
         }
         """Units of leaf modules."""
         # Those whose turn in backward has come, and whose gradients have not been sent.
@@ -161,10 +165,10 @@ class Hooks:
         """Ends `use` outside of a pass, whose results are copies. Backward of what autograd has `recorded` is a pass,
         which shows what it may have saved, and a read brings that.
         """
-        _on_gradient(recorded, self.begin_backward, self.gatherer.visible)
+        _on_gradient(recorded, self.begin_backward, self.gatherer.params_always_full)
         guests = list(self.gatherer.guests)
         self.gatherer.release_guests()
-        for unit in guests if not self.gatherer.visible else ():
+        for unit in guests if not self.gatherer.params_always_full else ():
             unit.hide()
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -192,12 +196,12 @@ class Hooks:
     def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> Any:
         # Empty where recomputation stopped early inside the module and the next pass began.
         given = self.entered.pop() if self.entered else set()
-        if unit.span:
+        if unit.held_through_backward:
             return None
         kept = self._kept([unit], output) if self.moves else None
         output = output if kept is None else kept
         own = [tensor for tensor in _tensors(output) if _origin(tensor) not in given]
-        _on_gradient(own, partial(self._before_backward, unit), self.gatherer.visible)
+        _on_gradient(own, partial(self._before_backward, unit), self.gatherer.params_always_full)
         if not in_backward():
             if len(unit.modules) > 1:
                 self.lingering = unit
@@ -211,7 +215,7 @@ class Hooks:
             self.lingering = None
 
     def _after_part(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
-        _on_gradient(_tensors(output), partial(self._before_part, unit), self.gatherer.visible)
+        _on_gradient(_tensors(output), partial(self._before_part, unit), self.gatherer.params_always_full)
 
     def _kept(self, units: Sequence[Unit], output: Any) -> Any:
         """The output with copies in place of views of weights, whose memory goes; None where there are none."""
@@ -231,7 +235,9 @@ class Hooks:
         kept = self._kept(self.units, output) if self.moves else None
         self._end_lingering()
         if torch.is_grad_enabled():
-            _on_gradient(_tensors(output if kept is None else kept), self.begin_backward, self.gatherer.visible)
+            _on_gradient(
+                _tensors(output if kept is None else kept), self.begin_backward, self.gatherer.params_always_full
+            )
             self.gatherer.release_guests()
         else:
             self.gatherer.release_all(hide=not self.pending)
@@ -250,7 +256,7 @@ class Hooks:
         self.reducer.expect_all()
         self.gatherer.begin_backward()
         for unit in self.units:
-            if unit.span:
+            if unit.held_through_backward:
                 self.gatherer.gather(unit)
         if in_backward():
             Variable._execution_engine.queue_callback(self.end_backward)
@@ -272,7 +278,7 @@ class Hooks:
             self._hold(unit)
 
     def _is_inside_forward(self, unit: Unit) -> bool:
-        """Whether forward itself asks for gradients. Nothing lands then; what it reads is brought."""
+        """Whether forward itself asks for gradients. Nothing is accumulated then; what it reads is brought."""
         if self.inside_backward or not self.forward_depth:
             return False
         if not self.gatherer.stays:
@@ -286,7 +292,7 @@ class Hooks:
 
         Units of the same modules take their turn together.
         """
-        if unit.span:
+        if unit.held_through_backward:
             self.gatherer.gather(unit)
             return
         if self.held and self.held[0].modules != unit.modules:
@@ -312,7 +318,7 @@ class Hooks:
 
     def _gradients_complete(self, unit: Unit) -> None:
         # A module that ran twice has its backward twice, and may get gradients twice.
-        if unit.span or unit.index in self.repeated:
+        if unit.held_through_backward or unit.index in self.repeated:
             return
         # What is frozen may still be needed for the gradient of the unit's input.
         if not unit.has_frozen:
@@ -428,14 +434,14 @@ def _replaced(tree: Any, act: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return tree_map(lambda leaf: act(leaf) if isinstance(leaf, torch.Tensor) else leaf, tree)
 
 
-def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], visible: bool) -> None:
+def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], params_always_full: bool) -> None:
     """Runs `act` when the gradient of any of the tensors is known."""
 
     def hook(grad: torch.Tensor) -> None:
         if torch.is_grad_enabled():
             if torch._C._functorch.peek_interpreter_stack() is not None:
-                if visible:
-                    # A transform of torch.func lands no gradient, and needs nothing brought.
+                if params_always_full:
+                    # A transform of torch.func accumulates no gradient, and needs nothing brought.
                     return
                 raise ModelError(
                     "torch.func over an engine's module at stage 3: its transforms run beside the passes that weights "

@@ -15,7 +15,7 @@ from torch import nn
 from zeroxide.config import Config
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import is_leaf
-from zeroxide.zero.param import seat_of
+from zeroxide.zero.param import sharded_param_of
 
 __all__ = [
     "get_z3_leaf_modules",
@@ -162,4 +162,4 @@ def _mark(modules: list[tuple[str, nn.Module]], flag: bool) -> None:
 
 
 def _has_units(params: Iterable[torch.Tensor]) -> bool:
-    return any(seat_of(param) is not None for param in params)
+    return any(sharded_param_of(param) is not None for param in params)

@@ -20,12 +20,12 @@ from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import RanksError
 from zeroxide.zero.unit import Unit
 
-__all__ = ["Flight", "Messages"]
+__all__ = ["Messages", "Work"]
 
 PIECE_BYTES = 32 << 20
 LEAST_PIECE_BYTES = 1 << 20
 """What a rank's peers send at once is cut so that a piece from each is `PIECE_BYTES` together: each that arrives is a
-sign of life. A network that brings less than that, of each of two flights, in `rank_timeout` needs a longer one."""
+sign of life. A network that brings less than that, of each of two works, in `rank_timeout` needs a longer one."""
 LAST_WAIT = timedelta(seconds=10)
 """How long the end of the process waits for messages that are still on their way."""
 
@@ -36,7 +36,7 @@ _OURS, _ENGINE_SHIFT, _ENGINES, _UNITS = 1 << 30, 20, 1 << 10, 1 << 18
 _engines = itertools.count()
 
 
-class Flight:
+class Work:
     """Messages of one unit on their way. Until both waits are over, the memory they use must stay, unchanged."""
 
     def __init__(self, watch: Watch, kind: str, name: str, number: int, tag: int) -> None:
@@ -81,51 +81,51 @@ class Messages:
         self.watch = watch
         self._process = os.getpid()
         self._number = 0
-        self._flights: list[Flight] = []
+        self._flights: list[Work] = []
         self._first_tag = 0 if ranks.alone else _OURS | next(_engines) % _ENGINES << _ENGINE_SHIFT
 
-    def flight(self, kind: str, unit: Unit) -> Flight:
-        """A flight that has no messages yet. Every rank makes the same flights of a unit in the same order."""
+    def work(self, kind: str, unit: Unit) -> Work:
+        """A work that has no messages yet. Every rank makes the same works of a unit in the same order."""
         if unit.index >= _UNITS:
             raise ValueError(f"{unit.name} is unit {unit.index}: at most {_UNITS} have a tag")
         self._number += 1
         tag = self._first_tag | unit.index << 2 | KINDS.index(kind)
-        flight = Flight(self.watch, kind, unit.name, self._number, tag)
+        work = Work(self.watch, kind, unit.name, self._number, tag)
         self._flights = [each for each in self._flights if each.arriving or each.leaving]
-        self._flights.append(flight)
-        return flight
+        self._flights.append(work)
+        return work
 
     def start(
-        self, flight: Flight, incoming: Iterable[tuple[int, torch.Tensor]], outgoing: Iterable[tuple[int, torch.Tensor]]
+        self, work: Work, incoming: Iterable[tuple[int, torch.Tensor]], outgoing: Iterable[tuple[int, torch.Tensor]]
     ) -> None:
         """Begins to receive and to send, by (rank, contiguous tensor in host memory), and returns at once.
 
         What one rank sends is as long as what the other expects. Raises RanksError when a rank is lost; what had begun
-        by then is in the flight.
+        by then is in the work.
         """
         import torch.distributed as dist
 
         group = self.ranks.group
-        with self.watch.waiting(flight.kind, flight.name, flight.number):
+        with self.watch.waiting(work.kind, work.name, work.number):
             # Room first: a sender waits for it.
             for rank, tensor in incoming:
                 for piece in self._pieces(tensor):
-                    flight.arriving.append(dist.irecv(piece, group=group, group_src=rank, tag=flight.tag))
+                    work.arriving.append(dist.irecv(piece, group=group, group_src=rank, tag=work.tag))
             for rank, tensor in outgoing:
                 for piece in self._pieces(tensor):
-                    flight.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=flight.tag))
-            flight.begun = True
+                    work.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=work.tag))
+            work.begun = True
 
     def others(self) -> list[int]:
         """The other ranks, beginning with the next: not all send to the same one first."""
         return [(self.ranks.rank + step) % self.ranks.world for step in range(1, self.ranks.world)]
 
-    def land(self) -> None:
+    def drain(self) -> None:
         """Waits for all messages, as long as the watch finds no rank lost. A rank that is behind may take its time."""
         try:
-            for flight in self._flights:
-                flight.received()
-                flight.sent()
+            for work in self._flights:
+                work.received()
+                work.sent()
         except (RuntimeError, RanksError):
             # A rank is gone. Whoever can do something about it hears of that from the watch.
             pass
@@ -138,17 +138,17 @@ class Messages:
         if os.getpid() != self._process:
             return
         try:
-            for flight in self._flights:
-                for work in flight.arriving + flight.leaving:
-                    if self.ranks.lost is None and not work.is_completed():
-                        work.wait(LAST_WAIT)
+            for work in self._flights:
+                for message in work.arriving + work.leaving:
+                    if self.ranks.lost is None and not message.is_completed():
+                        message.wait(LAST_WAIT)
         except RuntimeError:
             pass
         finally:
-            for flight in self._flights:
+            for work in self._flights:
                 # gloo leaves the memory of a message alone once nobody holds its handle.
-                flight.arriving.clear()
-                flight.leaving.clear()
+                work.arriving.clear()
+                work.leaving.clear()
             self._flights.clear()
 
     def _pieces(self, tensor: torch.Tensor) -> Iterable[torch.Tensor]:

@@ -16,17 +16,17 @@ from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import ModelError
 from zeroxide.precision.bits import bytes_of, converted, copy_of, exact_in_fp32, fingerprint, why_not_bytes
 from zeroxide.zero.empty import conceal
-from zeroxide.zero.param_handle import keeper_of, manage, new_id
+from zeroxide.zero.param_handle import handle_of, manage, new_id
 from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.unit import Unit
 
 if TYPE_CHECKING:
     from zeroxide.zero.hooks import Hooks
 
-__all__ = ["House", "Seat", "seat_all", "seat_of"]
+__all__ = ["ParameterContext", "ShardedParam", "shard_all", "sharded_param_of"]
 
 
-class House:
+class ParameterContext:
     """What the parameters of one engine have in common."""
 
     def __init__(
@@ -38,7 +38,7 @@ class House:
         watch: Watch,
         *,
         replicated: bool,
-        visible: bool,
+        params_always_full: bool,
         on_disk: bool,
     ) -> None:
         self.on_disk = on_disk
@@ -49,12 +49,12 @@ class House:
         self.ranks = ranks
         self.watch = watch
         self.replicated = replicated
-        self.visible = visible
+        self.params_always_full = params_always_full
         self.hooks: Hooks | None = None
         """What gathers; None once the engine has ended."""
-        self.handed_out: dict[Seat, int] = {}
+        self.handed_out: dict[ShardedParam, int] = {}
         """Parameters whose `.data` somebody has taken, with the fingerprint of what it showed then."""
-        self.watches_data = not visible and (on_disk or ranks.world > 1)
+        self.watches_data = not params_always_full and (on_disk or ranks.world > 1)
         """Whether what is written through `.data` would be lost, or be one rank's alone."""
         self.changes = 0
         """How often values of parameters have changed since the start."""
@@ -70,20 +70,20 @@ class House:
 
     def use(self, params: Sequence[torch.Tensor]) -> None:
         """Gathers the units of parameters that an operation needs. Every rank does. Raises ModelError after the end."""
-        seats = [seat for param in params if (seat := seat_of(param)) is not None]
+        sharded_params = [sharded for param in params if (sharded := sharded_param_of(param)) is not None]
         if self.hooks is None:
             raise ModelError(
-                f"{seats[0].name} was used after its engine was destroyed: at stage 3 the weights are gone with it; "
+                f"{sharded_params[0].name} was used after its engine was destroyed: at stage 3 the weights are gone with it; "
                 "take engine.module_state_dict() or save before",
-                name=seats[0].name,
+                name=sharded_params[0].name,
             )
         if self.hooks.thread != threading.get_ident() and not in_backward():
             raise ModelError(
-                f"{seats[0].name} was used by another thread than the one that runs the model, for which weights come "
+                f"{sharded_params[0].name} was used by another thread than the one that runs the model, for which weights come "
                 "and go: use copies, as state_dict() gives them between steps",
-                name=seats[0].name,
+                name=sharded_params[0].name,
             )
-        self.hooks.use(list({seat.unit.index: seat.unit for seat in seats}.values()))
+        self.hooks.use(list({sharded.unit.index: sharded.unit for sharded in sharded_params}.values()))
 
     def apart(self) -> AbstractContextManager[None]:
         """What an operation outside of a pass is done in, from `use` to `end_use`."""
@@ -96,9 +96,9 @@ class House:
 
     def expect_gradient(self, param: torch.Tensor) -> None:
         """The parameter, empty, may be used in the pass by what gathers it later."""
-        seat = seat_of(param)
-        if seat is not None and seat.trainable and self.hooks is not None and torch.is_grad_enabled():
-            self.hooks.accumulators.append(seat.unit.accumulator(seat.position))
+        sharded = sharded_param_of(param)
+        if sharded is not None and sharded.trainable and self.hooks is not None and torch.is_grad_enabled():
+            self.hooks.accumulators.append(sharded.unit.accumulator(sharded.position))
 
     def own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy of it where its memory is that of weights."""
@@ -133,13 +133,13 @@ class House:
         """Positions of parameters of the unit that were changed through their `.data` since that was taken."""
         if not self.handed_out:
             return []
-        seats = [seat for seat in self.handed_out if seat.unit is unit and not seat.holds]
-        return [seat.position for seat in seats if seat.changed_by_hand(seat.param)]
+        sharded_params = [sharded for sharded in self.handed_out if sharded.unit is unit and not sharded.holds]
+        return [sharded.position for sharded in sharded_params if sharded.changed_by_hand(sharded.param)]
 
     def forget_by_hand(self) -> None:
         """Values change by the engine's own hand."""
-        for seat in [each for each in self.handed_out if not each.holds]:
-            del self.handed_out[seat]
+        for sharded in [each for each in self.handed_out if not each.holds]:
+            del self.handed_out[sharded]
 
     def barrier(self, name: str) -> None:
         """Until every rank is here."""
@@ -152,14 +152,14 @@ class House:
             self.ranks.broadcast_tensor(values, source)
 
 
-class Seat:
+class ShardedParam:
     """Keeps one parameter of an engine. `part` is "weights", "exp_avg", "exp_avg_sq" or "grad"; values are fp32.
 
     A frozen parameter is bytes to the core: its values are taken and given in its own dtype, as `live` ones.
     """
 
-    def __init__(self, house: House, unit: Unit, position: int) -> None:
-        self.house = house
+    def __init__(self, context: ParameterContext, unit: Unit, position: int) -> None:
+        self.context = context
         self.unit = unit
         self.position = position
         self.name = unit.names[position]
@@ -171,21 +171,21 @@ class Seat:
         self.holds = 0
         self.stamp = (0, 0)
         self.writers = 0
-        old = keeper_of(unit.params[position])
+        old = handle_of(unit.params[position])
         self.ident = new_id() if old is None else old.ident
         # In elements of the parameter. Shards start at multiples of 4 KiB and parameters at multiples of 128 bytes, so
         # that no element of any dtype lies in two shards.
-        start, end = house.core().shard(unit.index)
+        start, end = context.core().shard(unit.index)
         word = unit.flat.itemsize
-        self.offset = house.core().param_offset(unit.index, position) * word // self.dtype.itemsize
+        self.offset = context.core().param_offset(unit.index, position) * word // self.dtype.itemsize
         self.shard = (end - start) * word // self.dtype.itemsize
         manage(unit.params[position], self)
         conceal(unit.params[position], unit.empties[position])
 
     @property
     def persists(self) -> bool:
-        """See `Keeper`."""
-        return self.house.visible
+        """See `ParamHandle`."""
+        return self.context.params_always_full
 
     @property
     def param(self) -> nn.Parameter:
@@ -201,10 +201,10 @@ class Seat:
     def pieces(self) -> list[tuple[int, int, int]]:
         """(rank, first element, elements) of the shards that hold the parameter."""
         numel = self.shape.numel()
-        if self.house.alone:
-            return [(self.house.ranks.rank, 0, numel)]
+        if self.context.alone:
+            return [(self.context.ranks.rank, 0, numel)]
         found = []
-        for rank in range(self.offset // self.shard, self.house.ranks.world):
+        for rank in range(self.offset // self.shard, self.context.ranks.world):
             first = max(self.offset, rank * self.shard)
             end = min(self.offset + numel, (rank + 1) * self.shard)
             if first >= end:
@@ -215,7 +215,7 @@ class Seat:
     def own(self) -> tuple[int, int]:
         """(first element, elements) of this rank's piece; elements are 0 where it has none."""
         for rank, start, count in self.pieces():
-            if rank == self.house.ranks.rank:
+            if rank == self.context.ranks.rank:
                 return start, count
         return 0, 0
 
@@ -240,15 +240,15 @@ class Seat:
         full = torch.empty(self.shape.numel(), dtype=dtype)
         for rank, start, count in self.pieces():
             piece = full[start : start + count]
-            if rank == self.house.ranks.rank:
+            if rank == self.context.ranks.rank:
                 self._fetch(part, start, piece)
-            if not self.house.alone:
-                self.house.broadcast(piece, rank, self.name)
+            if not self.context.alone:
+                self.context.broadcast(piece, rank, self.name)
         return full
 
     def _fetch(self, part: str, start: int, out: torch.Tensor) -> torch.Tensor:
         """Elements that this rank keeps into `out`: fp32, or of a frozen weight the dtype that it has."""
-        core, place = self.house.core(), (self.unit.index, self.position)
+        core, place = self.context.core(), (self.unit.index, self.position)
         if not out.numel():
             return out
         if self.trainable or part != "weights":
@@ -274,23 +274,23 @@ class Seat:
         A frozen weight takes values of its own dtype as they are, and rounds fp32 to bf16 and fp16.
         """
         # Other ranks may still use the weights, which may be one copy for all.
-        self.house.barrier(self.name)
+        self.context.barrier(self.name)
         if part == "grad":
             start, count = self.own()
             self._write(part, start, full[start : start + count])
         else:
             self._write(part, 0, full)
-        self.house.barrier(self.name)
+        self.context.barrier(self.name)
 
     def write_own(self, part: str, values: torch.Tensor) -> None:
         """Replaces this rank's piece. Every rank calls it."""
-        self.house.barrier(self.name)
+        self.context.barrier(self.name)
         self._write(part, self.own()[0], values)
-        self.house.barrier(self.name)
+        self.context.barrier(self.name)
 
     def _write(self, part: str, start: int, values: torch.Tensor) -> None:
-        self.house.before_change()
-        core, place = self.house.core(), (self.unit.index, self.position)
+        self.context.before_change()
+        core, place = self.context.core(), (self.unit.index, self.position)
         if self.trainable or part != "weights":
             core.write_param(*place, part, start, spec(values))
         elif values.numel():
@@ -301,12 +301,12 @@ class Seat:
         """Whether a gradient has come since the last step: on any rank, which all call, or on this one."""
         if not self.trainable:
             return False
-        before = sum(unit.num_trainable for unit in self.house.units[: self.unit.index])
-        landed = self.house.core().landed()[before + sum(self.unit.trainable[: self.position])]
-        if everywhere and self.house.ranks.world > 1:
-            with self.house.watch.waiting("whether there is a gradient", self.name):
-                landed = int(self.house.ranks.gather_rows(torch.tensor([landed], dtype=torch.uint8)).amax())
-        return bool(landed)
+        before = sum(unit.num_trainable for unit in self.context.units[: self.unit.index])
+        accumulated = self.context.core().accumulated()[before + sum(self.unit.trainable[: self.position])]
+        if everywhere and self.context.ranks.world > 1:
+            with self.context.watch.waiting("whether there is a gradient", self.name):
+                accumulated = int(self.context.ranks.gather_rows(torch.tensor([accumulated], dtype=torch.uint8)).amax())
+        return bool(accumulated)
 
     def live(self, exact: torch.Tensor) -> torch.Tensor:
         """The live weight that fp32 values of a trainable parameter have, flat, in the compute dtype."""
@@ -316,7 +316,7 @@ class Seat:
         # A copy of a parameter has nobody who keeps its values.
         return type(None), ()
 
-    # As a keeper ----------------------------------------------------------------------------------------------------
+    # As a handle ----------------------------------------------------------------------------------------------------
 
     def local(self) -> torch.Tensor:
         """This rank's piece of the live weight; nothing is exchanged."""
@@ -327,7 +327,7 @@ class Seat:
         return self._fetch("weights", start, torch.empty(count, dtype=self.dtype))
 
     def open(self, param: nn.Parameter, copy: torch.Tensor | None = None) -> None:
-        """See `Keeper`. The copy is beside the unit's own memory, which other ranks may share.
+        """See `ParamHandle`. The copy is beside the unit's own memory, which other ranks may share.
 
         copy: one that is there already, in the parameter's shape.
         """
@@ -336,7 +336,7 @@ class Seat:
         self.holds += 1
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
-        """See `Keeper`. Elements that were not changed keep all bits of their master weight, and moments stay."""
+        """See `ParamHandle`. Elements that were not changed keep all bits of their master weight, and moments stay."""
         self.holds -= 1
         problem = None
         try:
@@ -353,18 +353,18 @@ class Seat:
             )
 
     def hand_out(self, param: nn.Parameter) -> None:
-        """See `Keeper`."""
-        house = self.house
-        if (self.holds or house.watches_data) and self not in house.handed_out and self.available():
-            house.handed_out[self] = fingerprint(param)
+        """See `ParamHandle`."""
+        context = self.context
+        if (self.holds or context.watches_data) and self not in context.handed_out and self.available():
+            context.handed_out[self] = fingerprint(param)
 
     def changed_by_hand(self, param: nn.Parameter) -> bool:
-        """See `Keeper`."""
-        before = self.house.handed_out.pop(self, None)
+        """See `ParamHandle`."""
+        before = self.context.handed_out.pop(self, None)
         return before is not None and before != fingerprint(param)
 
     def give_up(self, param: nn.Parameter) -> None:
-        """See `Keeper`."""
+        """See `ParamHandle`."""
         if not self.holds:
             self.unit.take_back(self.position)
 
@@ -376,20 +376,20 @@ class Seat:
         if problem is not None:
             return problem
         flat = bytes_of(param).view(self.dtype)
-        if self.house.ranks.rank != source:
+        if self.context.ranks.rank != source:
             flat = torch.empty(self.shape.numel(), dtype=self.dtype)
-        if self.house.ranks.world > 1:
-            self.house.broadcast(flat, source, self.name)
+        if self.context.ranks.world > 1:
+            self.context.broadcast(flat, source, self.name)
         self._replace(flat)
         if self.holds:
             self.unit.lend(self.position, copy_of(flat).view(self.shape))
         return None
 
     def _agreed(self, problem: str | None, source: int) -> str | None:
-        if self.house.ranks.world == 1:
+        if self.context.ranks.world == 1:
             return problem
-        with self.house.watch.waiting("whether a changed parameter fits", self.name):
-            found: str | None = self.house.ranks.gather_objects(problem)[source]
+        with self.context.watch.waiting("whether a changed parameter fits", self.name):
+            found: str | None = self.context.ranks.gather_objects(problem)[source]
         return found
 
     def _replace(self, live: torch.Tensor) -> None:
@@ -405,14 +405,14 @@ class Seat:
         self.write("weights", full)
 
 
-def seat_all(house: House) -> None:
-    """Gives every parameter of the engine its seat."""
-    for unit in house.units:
+def shard_all(context: ParameterContext) -> None:
+    """Gives every parameter of the engine its handle."""
+    for unit in context.units:
         for position in range(len(unit.params)):
-            Seat(house, unit, position)
+            ShardedParam(context, unit, position)
 
 
-def seat_of(param: torch.Tensor) -> Seat | None:
-    """The seat of an engine's parameter."""
-    keeper = keeper_of(param)
-    return keeper if isinstance(keeper, Seat) else None
+def sharded_param_of(param: torch.Tensor) -> ShardedParam | None:
+    """The sharded of an engine's parameter."""
+    handle = handle_of(param)
+    return handle if isinstance(handle, ShardedParam) else None

@@ -15,7 +15,16 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 
-__all__ = ["Keeper", "ManagedParameter", "ZeroParamStatus", "keeper_of", "manage", "new_id", "shape_of", "unmanage"]
+__all__ = [
+    "ManagedParameter",
+    "ParamHandle",
+    "ZeroParamStatus",
+    "handle_of",
+    "manage",
+    "new_id",
+    "shape_of",
+    "unmanage",
+]
 
 _ids = itertools.count()
 _DATA: Any = torch._C.TensorBase.data
@@ -34,7 +43,7 @@ class ZeroParamStatus(Enum):
     INFLIGHT = 3
 
 
-class Keeper(Protocol):
+class ParamHandle(Protocol):
     """Who has the values of one parameter."""
 
     ident: int
@@ -76,15 +85,15 @@ class Keeper(Protocol):
 
 
 class ManagedParameter(nn.Parameter):
-    """A parameter with a keeper."""
+    """A parameter with a handle."""
 
-    _keeper: Keeper
+    _handle: ParamHandle
 
     @property
     def data(self) -> torch.Tensor:
-        """As of any tensor; its keeper hears of it."""
+        """As of any tensor; its handle hears of it."""
         found: torch.Tensor = _DATA.__get__(self)
-        self._keeper.hand_out(self)
+        self._handle.hand_out(self)
         return found
 
     @data.setter
@@ -94,33 +103,33 @@ class ManagedParameter(nn.Parameter):
     @property
     def ds_id(self) -> int:
         """A number of its own, the same on every rank."""
-        return self._keeper.ident
+        return self._handle.ident
 
     @property
     def ds_shape(self) -> torch.Size:
         """The shape while it is in use."""
-        return self._keeper.shape
+        return self._handle.shape
 
     @property
     def ds_numel(self) -> int:
         """Elements while it is in use."""
-        return self._keeper.shape.numel()
+        return self._handle.shape.numel()
 
     @property
     def ds_status(self) -> ZeroParamStatus:
         """AVAILABLE while it shows its values, else NOT_AVAILABLE."""
-        return ZeroParamStatus.AVAILABLE if self._keeper.available() else ZeroParamStatus.NOT_AVAILABLE
+        return ZeroParamStatus.AVAILABLE if self._handle.available() else ZeroParamStatus.NOT_AVAILABLE
 
     @property
     def ds_tensor(self) -> torch.Tensor:
         """This rank's part of the values, flat and without padding. Writing into it changes nothing: see
         `safe_set_local_fp32_param`."""
-        return self._keeper.local()
+        return self._handle.local()
 
     @property
     def ds_persist(self) -> bool:
         """Whether it always shows its values, as at stages 0 to 2."""
-        return self._keeper.persists
+        return self._handle.persists
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:
@@ -136,34 +145,34 @@ class ManagedParameter(nn.Parameter):
 
 def _copied(param: ManagedParameter) -> torch.no_grad:
     # Within zero.Init the look at its size gathers it.
-    if param.data.numel() != param._keeper.shape.numel():
+    if param.data.numel() != param._handle.shape.numel():
         raise ModelError(
-            f"a parameter of shape {tuple(param._keeper.shape)} was to be copied or pickled while it is empty: do so "
+            f"a parameter of shape {tuple(param._handle.shape)} was to be copied or pickled while it is empty: do so "
             "inside zeroxide.zero.GatheredParameters, or take engine.module_state_dict()"
         )
     return torch.no_grad()
 
 
-def manage(param: nn.Parameter, keeper: Keeper) -> None:
-    """Makes `keeper` answer for the parameter. A subclass of Parameter keeps its class, and has no `ds_` names."""
-    param._keeper = keeper  # type: ignore[attr-defined]
+def manage(param: nn.Parameter, handle: ParamHandle) -> None:
+    """Makes `handle` answer for the parameter. A subclass of Parameter keeps its class, and has no `ds_` names."""
+    param._handle = handle  # type: ignore[attr-defined]
     if type(param) is nn.Parameter:
         param.__class__ = ManagedParameter
 
 
 def unmanage(param: nn.Parameter) -> None:
     """Undoes `manage`: the parameter has its values itself again."""
-    del param._keeper  # type: ignore[attr-defined]
+    del param._handle  # type: ignore[attr-defined]
     if isinstance(param, ManagedParameter):
         param.__class__ = nn.Parameter  # type: ignore[assignment]
 
 
-def keeper_of(param: torch.Tensor) -> Keeper | None:
+def handle_of(param: torch.Tensor) -> ParamHandle | None:
     """Who has the parameter's values; None for one that has them itself."""
-    return getattr(param, "_keeper", None)
+    return getattr(param, "_handle", None)
 
 
 def shape_of(param: torch.Tensor) -> torch.Size:
     """The shape that the parameter has while it is in use."""
-    keeper = keeper_of(param)
-    return param.shape if keeper is None else keeper.shape
+    handle = handle_of(param)
+    return param.shape if handle is None else handle.shape

@@ -15,7 +15,7 @@ from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, Plan
 from zeroxide.precision.bits import bytes_of
 from zeroxide.zero.init.slices import Slice
-from zeroxide.zero.param_handle import keeper_of
+from zeroxide.zero.param_handle import handle_of
 
 __all__ = ["Undo"]
 
@@ -121,7 +121,7 @@ class _Param:
         tables = {name: getattr(param, name) for name in _HOOKS}
         self.hooks = {name: (table, dict(table or ())) for name, table in tables.items()}
         self.address = _address(param)
-        self.keeper = keeper_of(param)
+        self.handle = handle_of(param)
 
     def restore(self, place: _Place | None) -> bool:
         """Whether it has its values again."""
@@ -135,8 +135,8 @@ class _Param:
                 table.clear()
                 table.update(entries)
             setattr(param, name, table)
-        if isinstance(self.keeper, Slice):
-            return self._restore_slice(self.keeper, place)
+        if isinstance(self.handle, Slice):
+            return self._restore_slice(self.handle, place)
         if _address(param) == self.address and param.shape == self.shape:
             whole = True
         else:
@@ -146,16 +146,16 @@ class _Param:
         param.grad = self.grad if whole else None
         return whole
 
-    def _restore_slice(self, keeper: Slice, place: _Place | None) -> bool:
-        if keeper.values.numel() == keeper.each:
-            if keeper.whole:
-                keeper.empty(self.param)
+    def _restore_slice(self, handle: Slice, place: _Place | None) -> bool:
+        if handle.values.numel() == handle.each:
+            if handle.full:
+                handle.empty(self.param)
             return True
-        values = _read(place, keeper.shape, keeper.dtype)
+        values = _read(place, handle.shape, handle.dtype)
         if values is None:
             return False
-        keeper.values = values.view(-1)
-        keeper.empty(self.param)
+        handle.values = values.view(-1)
+        handle.empty(self.param)
         return True
 
 

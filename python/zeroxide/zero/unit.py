@@ -26,7 +26,7 @@ class Unit:
         self.index = index
         self.name = plan.name
         self.modules = plan.modules
-        self.span = plan.span
+        self.held_through_backward = plan.held_through_backward
         self.names = [entry.name for entry in plan.params]
         self.params: list[nn.Parameter] = [entry.param for entry in plan.params]
         self.owners: list[list[nn.Module]] = [[owner for _, owner in entry.owners] for entry in plan.params]
@@ -58,7 +58,7 @@ class Unit:
         self.versions = [0] * len(self.params)
 
     def take_over(self, large: dict[int, type[nn.Parameter]]) -> None:
-        """The parameters have their keepers and are empty.
+        """The parameters have their handles and are empty.
 
         large: classes that parameters at some positions have while they show values.
         """

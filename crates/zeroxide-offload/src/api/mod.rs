@@ -5,7 +5,7 @@ mod weights;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use zeroxide_exchange::{Seat, Stop};
+use zeroxide_exchange::{CancelToken, SegmentHandle};
 use zeroxide_memory::{Bucket, Budget, FaultNet, ForkGuard, Usage};
 use zeroxide_optim::{AdamParams, Grad};
 
@@ -14,7 +14,7 @@ use crate::error::{OffloadError, Result, misuse};
 use crate::gradients::accumulate::{GradCopy, GradNorm, address_of};
 use crate::io_report::IoReport;
 use crate::settings::{Settings, UnitSpec};
-use crate::state::fill::Part;
+use crate::state::fill::StateKey;
 use crate::weights::bringer::Bringer;
 use crate::weights::residence::{Lent, Weights};
 use crate::weights::stray;
@@ -24,7 +24,7 @@ pub struct Offload {
     pub(crate) guard: ForkGuard,
     core: Arc<Mutex<Option<Core>>>,
     budget: Budget,
-    stop: Option<Arc<Stop>>,
+    cancel_token: Option<Arc<CancelToken>>,
     /// Whoever brings weights from other ranks to readers that nothing announced.
     pub(crate) bringer: Arc<Bringer>,
     /// Gone once closed. Behind a lock of its own: its thread takes the other one.
@@ -38,7 +38,7 @@ impl Offload {
     pub fn new(settings: &Settings, units: &[UnitSpec]) -> Result<Self> {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
-        let stop = core.mail.stop().cloned();
+        let cancel_token = core.transport.cancel_token().cloned();
         let moving = core
             .stray_ranges()
             .into_iter()
@@ -52,7 +52,7 @@ impl Offload {
         };
         Ok(Self {
             guard: ForkGuard::new(),
-            stop,
+            cancel_token,
             core,
             budget,
             bringer,
@@ -99,8 +99,8 @@ impl Offload {
         })
     }
 
-    /// See [`Part`]: starts to fill one part of a unit.
-    pub fn fill_begin(&self, unit: usize, part: Part) -> Result<()> {
+    /// See [`StateKey`]: starts to fill one part of a unit.
+    pub fn fill_begin(&self, unit: usize, part: StateKey) -> Result<()> {
         self.with("fill_begin", |core| core.fill_begin(unit, part))
     }
 
@@ -143,7 +143,7 @@ impl Offload {
         &self,
         unit: usize,
         param: usize,
-        part: Part,
+        part: StateKey,
         start: u64,
         out: &mut [f32],
     ) -> Result<()> {
@@ -152,13 +152,14 @@ impl Offload {
         })
     }
 
-    /// Writes elements `start..` of one parameter, given as fp32, where this rank keeps them; all else stays. Every rank
+    /// Writes elements `start..` of one parameter, given as fp32, where this rank keeps them; all else stays. Every
+    /// rank
     /// calls it, with the whole parameter or with its own part.
     pub fn write_param(
         &self,
         unit: usize,
         param: usize,
-        part: Part,
+        part: StateKey,
         start: u64,
         values: &[f32],
     ) -> Result<()> {
@@ -190,19 +191,19 @@ impl Offload {
     }
 
     /// Where the other ranks of this host find this one; `None` where nothing is shared.
-    pub fn seat(&self) -> Result<Option<Seat>> {
-        self.with("seat", |core| Ok(core.seat()))
+    pub fn segment_handle(&self) -> Result<Option<SegmentHandle>> {
+        self.with("segment_handle", |core| Ok(core.segment_handle()))
     }
 
-    /// Takes up the connection to all ranks, whose seats come in rank order.
-    pub fn join(&self, seats: &[Seat]) -> Result<()> {
-        self.with("join", |core| core.join(seats))
+    /// Takes up the connection to all ranks, whose handles come in rank order.
+    pub fn join(&self, handles: &[SegmentHandle]) -> Result<()> {
+        self.with("join", |core| core.join(handles))
     }
 
     /// Ends every present and later wait for another rank with an error that says `line`. Never blocks.
-    pub fn call_off(&self, line: String) {
-        if let Some(stop) = &self.stop {
-            stop.call_off(line);
+    pub fn cancel(&self, line: String) {
+        if let Some(cancel_token) = &self.cancel_token {
+            cancel_token.cancel(line);
         }
     }
 
@@ -242,20 +243,20 @@ impl Offload {
     }
 
     /// Which trainable parameters have had a gradient since the last step.
-    pub fn landed(&self) -> Result<Vec<bool>> {
-        self.with("landed", |core| Ok(core.landed()))
+    pub fn accumulated(&self) -> Result<Vec<bool>> {
+        self.with("accumulated", |core| Ok(core.accumulated()))
     }
 
     /// Sets that to what holds over all ranks.
-    pub fn set_landed(&self, landed: &[bool]) -> Result<()> {
-        self.with("set_landed", |core| core.set_landed(landed))
+    pub fn set_accumulated(&self, accumulated: &[bool]) -> Result<()> {
+        self.with("set_accumulated", |core| core.set_accumulated(accumulated))
     }
 
     /// The elements of a unit's layout that this rank saves, over all ranks each once.
     pub fn shard(&self, unit: usize) -> Result<(u64, u64)> {
         self.with("shard", |core| {
             core.check_unit("shard", unit)?;
-            let shard = core.units[unit].layout.shard(core.place.rank);
+            let shard = core.units[unit].layout.shard(core.mesh.rank);
             Ok((shard.start, shard.end))
         })
     }
@@ -265,7 +266,7 @@ impl Offload {
         self.with("pieces", |core| {
             core.check_unit("pieces", unit)?;
             let layout = &core.units[unit].layout;
-            let pieces = layout.params_in(layout.shard(core.place.rank));
+            let pieces = layout.params_in(layout.shard(core.mesh.rank));
             Ok(pieces
                 .map(|piece| {
                     let count = piece.range.end - piece.range.start;
@@ -277,7 +278,7 @@ impl Offload {
 
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
     /// gradient comes whole or in parts, in order.
-    pub fn land(
+    pub fn accumulate(
         &self,
         unit: usize,
         param: usize,
@@ -287,7 +288,9 @@ impl Offload {
     ) -> Result<()> {
         let copy = self.copy_of_weights(&source);
         let source = copy.as_ref().map_or(source, |copy| copy.grad());
-        self.with("land", |core| core.land(unit, param, start, source, norm))
+        self.with("accumulate", |core| {
+            core.accumulate(unit, param, start, source, norm)
+        })
     }
 
     /// A copy of a gradient that lies in a window, made outside of the lock: reading there may need a call.
@@ -298,7 +301,7 @@ impl Offload {
     }
 
     /// Adds to rows of one parameter's gradient, of `count` rows in all.
-    pub fn land_rows(
+    pub fn accumulate_rows(
         &self,
         unit: usize,
         param: usize,
@@ -308,17 +311,17 @@ impl Offload {
     ) -> Result<()> {
         let copy = self.copy_of_weights(&source);
         let source = copy.as_ref().map_or(source, |copy| copy.grad());
-        self.with("land_rows", |core| {
-            core.land_rows(unit, param, count, rows, source)
+        self.with("accumulate_rows", |core| {
+            core.accumulate_rows(unit, param, count, rows, source)
         })
     }
 
-    /// The norm of all gradients that have landed.
+    /// The norm of all gradients that have been accumulated.
     pub fn grad_norm(&self) -> Result<GradNorm> {
         self.with("grad_norm", |core| Ok(core.grad_norm()))
     }
 
-    /// Forgets all gradients that have landed.
+    /// Forgets all gradients that have been accumulated.
     pub fn clear_gradients(&self) -> Result<()> {
         self.with("clear_gradients", |core| {
             core.clear_gradients();
@@ -348,12 +351,12 @@ impl Offload {
                 return misuse("lend", format!("{} keeps its own weights", this.name));
             };
             *place = Some(lent);
-            this.params[0].landed = true;
+            this.params[0].accumulated = true;
             Ok(())
         })
     }
 
-    /// One update of every parameter whose gradient has landed; `grad_scale` multiplies the gradients.
+    /// One update of every parameter whose gradient has been accumulated; `grad_scale` multiplies the gradients.
     ///
     /// With state at home on disk this returns while the step is under way; each later use of a unit waits until that
     /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
@@ -420,7 +423,7 @@ impl Offload {
         };
         // Reads in flight write into windows: they end before the windows go.
         core.abandon_step();
-        let settled = core.settle_arrivals();
+        let reads = core.wait_reads();
         for unit in readers {
             core.leave_to_readers(*unit)?;
         }
@@ -429,7 +432,7 @@ impl Offload {
             disk.queue.close();
             disk.store.close()?;
         }
-        match settled {
+        match reads {
             // Weights that will never be read again do not matter at the end.
             Ok(()) | Err(OffloadError::Storage(_)) => Ok(()),
             Err(error) => Err(error),

@@ -37,14 +37,17 @@ impl Offload {
     }
 
     /// The other ranks' parts of a gathered unit's weights have been put under its window.
-    pub fn set_whole(&self, unit: usize) -> Result<()> {
-        self.with("set_whole", |core| core.set_whole(unit))
+    pub fn set_all_shards_valid(&self, unit: usize) -> Result<()> {
+        self.with("set_all_shards_valid", |core| {
+            core.set_all_shards_valid(unit)
+        })
     }
 
     /// Makes this rank's part of a unit's weights readable and holds it; returns whether the other ranks' parts are
     /// there, too. Idempotent.
     ///
-    /// With `covered` nothing of the unit can be read before [`set_whole`](Self::set_whole), and missing parts go
+    /// With `covered` nothing of the unit can be read before [`set_all_shards_valid`](Self::set_all_shards_valid), and
+    /// missing parts go
     /// [beside](Self::beside) its window.
     pub fn gather(&self, unit: usize, covered: bool) -> Result<bool> {
         self.with("gather", |core| core.gather(unit, covered))
@@ -66,7 +69,8 @@ impl Offload {
         })
     }
 
-    /// The unit's weights are about to change while somebody may read them unannounced: such a reader faults from here on.
+    /// The unit's weights are about to change while somebody may read them unannounced: such a reader faults from here
+    /// on.
     pub fn cover(&self, unit: usize) -> Result<()> {
         self.with("cover", |core| core.cover(unit))
     }

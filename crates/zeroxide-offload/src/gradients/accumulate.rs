@@ -5,12 +5,12 @@ use std::ops::Not;
 use std::sync::Mutex;
 
 use zeroxide_layout::Dtype;
-use zeroxide_optim::{Grad, GradMut, Land, LandStats, land};
+use zeroxide_optim::{Accumulate, AccumulateStats, Grad, GradMut, accumulate};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 
-/// Elements a task lands. Fixed, so that the order of the sums does not depend on the number of threads.
+/// Elements a task accumulates. Fixed, so that the order of the sums does not depend on the number of threads.
 const PIECE: usize = 256 << 10;
 
 /// The global gradient norm, in parts.
@@ -21,15 +21,16 @@ pub struct GradNorm {
     /// Some gradient holds an infinity or a NaN.
     pub nonfinite: bool,
     /// Parameters with a gradient.
-    pub landed: usize,
+    pub accumulated: usize,
 }
 
 impl Core {
     /// Takes elements `start..` of one parameter's gradient: stored if it is the first since the last step, added
     /// otherwise. With `norm`, the sum of squares of the result is taken in the same pass.
     ///
-    /// A gradient comes whole or in parts, in order and without gaps; it has landed once its last element has.
-    pub(crate) fn land(
+    /// A gradient comes whole or in parts, in order and without gaps; it has been accumulated once its last element
+    /// has.
+    pub(crate) fn accumulate(
         &mut self,
         unit: usize,
         param: usize,
@@ -38,11 +39,11 @@ impl Core {
         norm: bool,
     ) -> Result<()> {
         self.check_strays()?;
-        self.check_param("land", unit, param)?;
+        self.check_param("accumulate", unit, param)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
         let away = self.arrives_away(unit, param)?;
-        let dtype = if away { self.wire_grad } else { self.grad };
+        let dtype = if away { self.comm_dtype } else { self.grad };
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param) + start;
         let numel = this.layout.numel(param);
@@ -50,12 +51,12 @@ impl Core {
         let state = &mut this.params[param];
         let (expected, mode) = match state.arriving {
             Some((next, mode)) if start > 0 => (next, mode),
-            _ if state.has_arrived(away) => (0, Land::Add),
-            _ => (0, Land::Store),
+            _ if state.has_arrived(away) => (0, Accumulate::Add),
+            _ => (0, Accumulate::Store),
         };
         if start != expected || start + len > numel {
             return misuse(
-                "land",
+                "accumulate",
                 format!(
                     "{} parameter {param} has {numel} gradient elements and expects {expected}.. next, got {start}..{}",
                     this.name,
@@ -70,19 +71,19 @@ impl Core {
         };
         let Some(buffer) = buffer.filter(|_| state.trainable) else {
             return misuse(
-                "land",
+                "accumulate",
                 format!("{} parameter {param} is frozen or lent", this.name),
             );
         };
         let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
-        let landed = land_pieces(&self.pool, dtype, bytes, source, mode, norm && !away);
+        let accumulated = accumulate_pieces(&self.pool, dtype, bytes, source, mode, norm && !away);
         if !away {
             if start == 0 {
                 state.sum_squares = 0.0;
                 state.nonfinite = false;
             }
-            state.sum_squares += landed.sum_squares;
-            state.nonfinite |= landed.nonfinite;
+            state.sum_squares += accumulated.sum_squares;
+            state.nonfinite |= accumulated.nonfinite;
         }
         let complete = start + len == numel;
         state.arriving = if complete {
@@ -90,17 +91,19 @@ impl Core {
         } else {
             Some((start + len, mode))
         };
-        state.landed |= complete;
+        state.accumulated |= complete;
         state.sent |= away && complete;
         Ok(())
     }
 
-    /// Adds to some rows of one parameter's gradient; all others are as they were, or zero if none has landed.
+    /// Adds to some rows of one parameter's gradient; all others are as they were, or zero if none has been
+    /// accumulated.
     ///
-    /// `source` holds one row of `numel / count` elements for each of `rows`, where `count` is the number of rows of the
+    /// `source` holds one row of `numel / count` elements for each of `rows`, where `count` is the number of rows of
+    /// the
     /// parameter. Rows named more than once are summed first, in their order, in the dtype of the gradient: the bits of
     /// torch's dense embedding gradient.
-    pub(crate) fn land_rows(
+    pub(crate) fn accumulate_rows(
         &mut self,
         unit: usize,
         param: usize,
@@ -109,11 +112,11 @@ impl Core {
         source: Grad<'_>,
     ) -> Result<()> {
         self.check_strays()?;
-        self.check_param("land_rows", unit, param)?;
+        self.check_param("accumulate_rows", unit, param)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
         let away = self.arrives_away(unit, param)?;
-        let dtype = if away { self.wire_grad } else { self.grad };
+        let dtype = if away { self.comm_dtype } else { self.grad };
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param);
         let numel = this.layout.numel(param);
@@ -121,7 +124,7 @@ impl Core {
         let state = &mut this.params[param];
         if width as u64 * count != numel || grad_len(&source) != rows.len() * width {
             return misuse(
-                "land_rows",
+                "accumulate_rows",
                 format!(
                     "{} rows of {} parameter {param}: {} elements in {count} rows of {width}, got {}",
                     rows.len(),
@@ -138,7 +141,7 @@ impl Core {
         };
         let Some(buffer) = buffer.filter(|_| state.trainable) else {
             return misuse(
-                "land_rows",
+                "accumulate_rows",
                 format!("{} parameter {param} is frozen or lent", this.name),
             );
         };
@@ -148,7 +151,7 @@ impl Core {
             .find(|row| u64::try_from(**row).is_ok_and(|row| row < count).not());
         if let Some(row) = bad {
             return misuse(
-                "land_rows",
+                "accumulate_rows",
                 format!("row {row} of {count} in {} parameter {param}", this.name),
             );
         }
@@ -159,9 +162,9 @@ impl Core {
         for (row, sum) in sum_rows(dtype, rows, &source, width) {
             let at = row * stride;
             let target = grad_mut(dtype, &mut bytes[at..at + stride]);
-            land(target, as_grad(dtype, &sum), Land::Add, false);
+            accumulate(target, as_grad(dtype, &sum), Accumulate::Add, false);
         }
-        state.landed = true;
+        state.accumulated = true;
         state.sent = away;
         if !away {
             let measured = measure(&self.pool, dtype, bytes);
@@ -173,33 +176,34 @@ impl Core {
 
     /// Whether a gradient from autograd goes into the room for other ranks, which is then there.
     fn arrives_away(&mut self, unit: usize, param: usize) -> Result<bool> {
-        let away = self.place.world > 1;
+        let away = self.mesh.world > 1;
         if away && self.units[unit].params[param].trainable {
             self.make_room(unit)?;
         }
         Ok(away)
     }
 
-    /// The norm of all gradients that have landed; complete only if each was last landed with `norm`. With several ranks,
+    /// The norm of all gradients that have been accumulated; complete only if each was last accumulated with `norm`.
+    /// With several ranks,
     /// this rank's part of it.
     pub(crate) fn grad_norm(&self) -> GradNorm {
-        if self.place.world > 1 {
+        if self.mesh.world > 1 {
             return self.shard_norm();
         }
         let mut total = GradNorm {
             sum_squares: 0.0,
             nonfinite: false,
-            landed: 0,
+            accumulated: 0,
         };
         for param in self
             .units
             .iter()
             .flat_map(|unit| &unit.params)
-            .filter(|param| param.landed)
+            .filter(|param| param.accumulated)
         {
             total.sum_squares += param.sum_squares;
             total.nonfinite |= param.nonfinite;
-            total.landed += 1;
+            total.accumulated += 1;
         }
         total
     }
@@ -208,7 +212,7 @@ impl Core {
     pub(crate) fn clear_gradients(&mut self) {
         self.forget_strays();
         for param in self.units.iter_mut().flat_map(|unit| &mut unit.params) {
-            param.landed = false;
+            param.accumulated = false;
             param.sent = false;
             param.arriving = None;
             param.sum_squares = 0.0;
@@ -286,14 +290,18 @@ fn sum_rows(dtype: Dtype, rows: &[i64], source: &Grad<'_>, width: usize) -> Vec<
         let part = grad_slice(source, index * width..(index + 1) * width);
         let next = sums.len();
         let at = *place.entry(*row).or_insert(next);
-        let mode = if at == next { Land::Store } else { Land::Add };
+        let mode = if at == next {
+            Accumulate::Store
+        } else {
+            Accumulate::Add
+        };
         if at == next {
             sums.push((
                 usize::try_from(*row).expect("checked against the row count"),
                 vec![0; width * dtype.size()],
             ));
         }
-        land(grad_mut(dtype, &mut sums[at].1), part, mode, false);
+        accumulate(grad_mut(dtype, &mut sums[at].1), part, mode, false);
     }
     sums
 }
@@ -307,30 +315,30 @@ pub(crate) fn grad_mut(dtype: Dtype, bytes: &mut [u8]) -> GradMut<'_> {
     }
 }
 
-fn land_pieces(
+fn accumulate_pieces(
     pool: &zeroxide_optim::Pool,
     dtype: Dtype,
     bytes: &mut [u8],
     source: Grad<'_>,
-    mode: Land,
+    mode: Accumulate,
     norm: bool,
-) -> LandStats {
+) -> AccumulateStats {
     let len = grad_len(&source);
     if len <= PIECE {
-        return land(grad_mut(dtype, bytes), source, mode, norm);
+        return accumulate(grad_mut(dtype, bytes), source, mode, norm);
     }
     let pieces: Vec<_> = bytes
         .chunks_mut(PIECE * dtype.size())
-        .map(|piece| Mutex::new((piece, LandStats::default())))
+        .map(|piece| Mutex::new((piece, AccumulateStats::default())))
         .collect();
     pool.run(pieces.len(), |index| {
         let mut guard = pieces[index].lock().expect("each task has its own piece");
         let start = index * PIECE;
         let part = grad_slice(&source, start..len.min(start + PIECE));
         let (piece, stats) = &mut *guard;
-        *stats = land(grad_mut(dtype, piece), part, mode, norm);
+        *stats = accumulate(grad_mut(dtype, piece), part, mode, norm);
     });
-    let mut total = LandStats::default();
+    let mut total = AccumulateStats::default();
     for piece in pieces {
         let (_, stats) = piece.into_inner().expect("the pool has returned");
         total.sum_squares += stats.sum_squares;
@@ -339,24 +347,28 @@ fn land_pieces(
     total
 }
 
-/// The norm of what lies in a gradient buffer, with the bits that landing it whole would give.
-pub(crate) fn measure(pool: &zeroxide_optim::Pool, dtype: Dtype, bytes: &mut [u8]) -> LandStats {
+/// The norm of what lies in a gradient buffer, with the bits that accumulating it whole would give.
+pub(crate) fn measure(
+    pool: &zeroxide_optim::Pool,
+    dtype: Dtype,
+    bytes: &mut [u8],
+) -> AccumulateStats {
     let pieces: Vec<_> = bytes
         .chunks_mut(PIECE * dtype.size())
-        .map(|piece| Mutex::new((piece, LandStats::default())))
+        .map(|piece| Mutex::new((piece, AccumulateStats::default())))
         .collect();
     pool.run(pieces.len(), |index| {
         let mut guard = pieces[index].lock().expect("each task has its own piece");
         let (piece, stats) = &mut *guard;
         let copy = piece.to_vec();
-        *stats = land(
+        *stats = accumulate(
             grad_mut(dtype, piece),
             as_grad(dtype, &copy),
-            Land::Store,
+            Accumulate::Store,
             true,
         );
     });
-    let mut total = LandStats::default();
+    let mut total = AccumulateStats::default();
     for piece in pieces {
         let (_, stats) = piece.into_inner().expect("the pool has returned");
         total.sum_squares += stats.sum_squares;

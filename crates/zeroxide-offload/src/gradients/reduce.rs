@@ -8,17 +8,17 @@ use std::sync::Mutex;
 
 use zeroxide_layout::{Dtype, UnitLayout};
 use zeroxide_memory::Lease;
-use zeroxide_optim::{Land, LandStats, Pool, land, sum_scaled};
+use zeroxide_optim::{Accumulate, AccumulateStats, Pool, accumulate, sum_scaled};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{GradNorm, as_grad, grad_mut};
-use crate::gradients::transport::Mail;
+use crate::gradients::transport::GradientTransport;
 use crate::unit::Unit;
 
 /// Elements that one task sums: fixed, so that the order of the norm's sums does not depend on the number of threads.
 const PIECE: u64 = 256 << 10;
-/// Elements summed before they land, small enough to stay in the first-level cache.
+/// Elements summed before they are accumulated, small enough to stay in the first-level cache.
 const BLOCK: usize = 4096;
 impl Core {
     /// Ends the unit's part of this backward: its gradients go out, zero where none has arrived. Idempotent through
@@ -28,14 +28,14 @@ impl Core {
     pub(crate) fn send(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_unit("send", unit)?;
-        let collective = matches!(self.mail, Mail::Collective { .. });
+        let collective = matches!(self.transport, GradientTransport::Collective { .. });
         if self.units[unit].layout.trainable_len() == 0 {
             return misuse("send", format!("unit {} is frozen", self.units[unit].name));
         }
         if collective {
             self.make_room(unit)?;
         }
-        let element = self.wire_grad.size();
+        let element = self.comm_dtype.size();
         let this = &mut self.units[unit];
         for (param, state) in this.params.iter_mut().enumerate() {
             if let (false, Some(outgoing)) = (state.sent, this.outgoing.as_mut()) {
@@ -46,28 +46,29 @@ impl Core {
             state.sent = false;
             state.arriving = None;
         }
-        if let Mail::Shared { post, .. } = &mut self.mail {
-            post.send(unit, this.outgoing.take())?;
+        if let GradientTransport::Shared { reducer, .. } = &mut self.transport {
+            reducer.send(unit, this.outgoing.take())?;
         }
         Ok(())
     }
 
     /// Whether this rank has sent the unit and not yet summed it.
     pub(crate) fn is_sent(&self, unit: usize) -> bool {
-        match &self.mail {
-            Mail::Shared { post, .. } => post.is_sent(unit),
+        match &self.transport {
+            GradientTransport::Shared { reducer, .. } => reducer.is_sent(unit),
             _ => false,
         }
     }
 
-    /// Sums the unit's gradients if every rank has sent them; with `wait`, waits until all have. Returns whether it did.
+    /// Sums the unit's gradients if every rank has sent them; with `wait`, waits until all have. Returns whether it
+    /// did.
     pub(crate) fn receive(&mut self, unit: usize, wait: bool) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("receive", unit)?;
-        let Mail::Shared { post, .. } = &self.mail else {
+        let GradientTransport::Shared { reducer, .. } = &self.transport else {
             return misuse("receive", "nothing is shared with other ranks");
         };
-        if !post.is_ready(unit) {
+        if !reducer.is_ready(unit) {
             if !wait {
                 return Ok(false);
             }
@@ -75,17 +76,25 @@ impl Core {
             self.finish_step()?;
         }
         self.finish_unit(unit)?;
-        let (wire, grad, scale) = (self.wire_grad, self.grad, self.reduce_scale);
-        let (rank, replicated) = (self.place.rank, self.place.replicated);
-        let Mail::Shared { post, .. } = &mut self.mail else {
+        let (comm_dtype, grad, scale) = (self.comm_dtype, self.grad, self.reduce_scale);
+        let (rank, replicated) = (self.mesh.rank, self.mesh.replicated);
+        let GradientTransport::Shared { reducer, .. } = &mut self.transport else {
             return Ok(false);
         };
-        post.wait(|post| post.is_ready(unit))?;
+        reducer.wait(|reducer| reducer.is_ready(unit))?;
         let (this, pool) = (&mut self.units[unit], &self.pool);
-        let range = byte_range(&this.kept(), wire.size());
-        post.take(unit, range, |sources| {
+        let range = byte_range(&this.kept(), comm_dtype.size());
+        reducer.take(unit, range, |sources| {
             let present: Vec<&[u8]> = sources.iter().copied().flatten().collect();
-            reduce_into(pool, this, &present, wire, grad, scale, (rank, replicated))
+            reduce_into(
+                pool,
+                this,
+                &present,
+                comm_dtype,
+                grad,
+                scale,
+                (rank, replicated),
+            )
         })?;
         Ok(true)
     }
@@ -105,10 +114,10 @@ impl Core {
         self.check_usable()?;
         self.check_unit("receive_from", unit)?;
         self.finish_unit(unit)?;
-        let (wire, grad, scale) = (self.wire_grad, self.grad, self.reduce_scale);
-        let place = self.place;
+        let (comm_dtype, grad, scale) = (self.comm_dtype, self.grad, self.reduce_scale);
+        let place = self.mesh;
         let this = &mut self.units[unit];
-        let own = byte_range(&this.kept(), wire.size());
+        let own = byte_range(&this.kept(), comm_dtype.size());
         let (Some(outgoing), Some(incoming)) = (this.outgoing.take(), this.incoming.take()) else {
             return misuse(
                 "receive_from",
@@ -121,7 +130,7 @@ impl Core {
             &self.pool,
             this,
             &sources,
-            wire,
+            comm_dtype,
             grad,
             scale,
             (place.rank, place.replicated),
@@ -129,30 +138,30 @@ impl Core {
     }
 
     /// Which trainable parameters have had a gradient since the last step, in the order of units and parameters.
-    pub(crate) fn landed(&self) -> Vec<bool> {
+    pub(crate) fn accumulated(&self) -> Vec<bool> {
         let params = self.units.iter().flat_map(|unit| &unit.params);
         params
             .filter(|param| param.trainable)
-            .map(|param| param.landed)
+            .map(|param| param.accumulated)
             .collect()
     }
 
     /// Sets that to what holds over all ranks.
-    pub(crate) fn set_landed(&mut self, landed: &[bool]) -> Result<()> {
+    pub(crate) fn set_accumulated(&mut self, accumulated: &[bool]) -> Result<()> {
         let params = self.units.iter_mut().flat_map(|unit| &mut unit.params);
         let trainable: Vec<_> = params.filter(|param| param.trainable).collect();
-        if trainable.len() != landed.len() {
+        if trainable.len() != accumulated.len() {
             return misuse(
-                "set_landed",
+                "set_accumulated",
                 format!(
                     "{} of {} trainable parameters",
-                    landed.len(),
+                    accumulated.len(),
                     trainable.len()
                 ),
             );
         }
-        for (param, landed) in trainable.into_iter().zip(landed) {
-            param.landed = *landed;
+        for (param, accumulated) in trainable.into_iter().zip(accumulated) {
+            param.accumulated = *accumulated;
         }
         Ok(())
     }
@@ -162,10 +171,10 @@ impl Core {
         let mut total = GradNorm {
             sum_squares: 0.0,
             nonfinite: false,
-            landed: 0,
+            accumulated: 0,
         };
         for unit in &self.units {
-            total.landed += unit.params.iter().filter(|param| param.landed).count();
+            total.accumulated += unit.params.iter().filter(|param| param.accumulated).count();
             for param in unit.params.iter().filter(|_| !unit.fresh) {
                 total.sum_squares += param.sum_squares;
                 total.nonfinite |= param.nonfinite;
@@ -183,7 +192,7 @@ struct Task<'a> {
     /// Counts for this rank's part of the norm.
     normed: bool,
     target: &'a mut [u8],
-    stats: LandStats,
+    stats: AccumulateStats,
 }
 
 /// Sums `sources`, each the bytes of the elements that this rank keeps, into its gradients.
@@ -191,7 +200,7 @@ fn reduce_into(
     pool: &Pool,
     unit: &mut Unit,
     sources: &[&[u8]],
-    wire: Dtype,
+    comm_dtype: Dtype,
     dtype: Dtype,
     scale: f32,
     (rank, replicated): (u32, bool),
@@ -199,7 +208,11 @@ fn reduce_into(
     if sources.is_empty() {
         return Ok(());
     }
-    let mode = if unit.fresh { Land::Store } else { Land::Add };
+    let mode = if unit.fresh {
+        Accumulate::Store
+    } else {
+        Accumulate::Add
+    };
     let kept = unit.kept();
     let shards: Vec<(Range<u64>, bool)> = if replicated {
         (0..unit.layout.world())
@@ -217,7 +230,7 @@ fn reduce_into(
         .collect();
     pool.run(tasks.len(), |index| {
         let mut task = tasks[index].lock().expect("each task has its own stretch");
-        task.run(sources, kept.start, (wire, dtype), mode, scale);
+        task.run(sources, kept.start, (comm_dtype, dtype), mode, scale);
     });
     for param in &mut unit.params {
         param.sum_squares = 0.0;
@@ -255,7 +268,7 @@ fn divide<'a>(
                     range: start..end,
                     normed: *normed,
                     target,
-                    stats: LandStats::default(),
+                    stats: AccumulateStats::default(),
                 });
                 rest = after;
                 at = end;
@@ -271,8 +284,8 @@ impl Task<'_> {
         &mut self,
         sources: &[&[u8]],
         base: u64,
-        (wire, dtype): (Dtype, Dtype),
-        mode: Land,
+        (comm_dtype, dtype): (Dtype, Dtype),
+        mode: Accumulate,
         scale: f32,
     ) {
         let mut sum = [0.0_f32; BLOCK];
@@ -281,15 +294,15 @@ impl Task<'_> {
         let mut at = 0;
         while at < len {
             let count = BLOCK.min(len - at);
-            let from = (first + at) * wire.size()..(first + at + count) * wire.size();
+            let from = (first + at) * comm_dtype.size()..(first + at + count) * comm_dtype.size();
             let blocks: Vec<_> = sources
                 .iter()
-                .map(|source| as_grad(wire, &source[from.clone()]))
+                .map(|source| as_grad(comm_dtype, &source[from.clone()]))
                 .collect();
             sum_scaled(&mut sum[..count], &blocks, scale);
             let target = &mut self.target[at * dtype.size()..(at + count) * dtype.size()];
             let summed = zeroxide_optim::Grad::F32(&sum[..count]);
-            let stats = land(grad_mut(dtype, target), summed, mode, self.normed);
+            let stats = accumulate(grad_mut(dtype, target), summed, mode, self.normed);
             self.stats.sum_squares += stats.sum_squares;
             self.stats.nonfinite |= stats.nonfinite;
             at += count;

@@ -2,13 +2,13 @@
 
 use std::sync::Arc;
 
-use zeroxide_exchange::{Post, PostPlan, Seat, Stop};
+use zeroxide_exchange::{CancelToken, ReducerPlan, SegmentHandle, SharedMemoryReducer};
 use zeroxide_layout::{Dtype, PAGE};
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME};
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::settings::{Place, Settings, UnitSpec, WeightHome, Wire};
+use crate::settings::{MeshPosition, Settings, Transport, UnitSpec, WeightHome};
 use crate::unit::Unit;
 use crate::weights::residence::{Residence, Weights};
 
@@ -16,15 +16,15 @@ use crate::weights::residence::{Residence, Weights};
 const SLOTS: usize = 3;
 
 /// How gradients leave this rank.
-pub(crate) enum Mail {
+pub(crate) enum GradientTransport {
     /// There is no other rank.
-    Alone,
+    SingleRank,
     /// Through shared memory.
     Shared {
-        post: Box<Post>,
+        reducer: Box<SharedMemoryReducer>,
         /// Where each unit's weights start in the shared segment; `None` where they are not shared.
         weights: Vec<Option<usize>>,
-        stop: Arc<Stop>,
+        cancel_token: Arc<CancelToken>,
     },
     /// Carried by the caller.
     Collective {
@@ -32,39 +32,39 @@ pub(crate) enum Mail {
         arena: Option<Arena>,
         /// Room for what comes in, of one unit at a time.
         incoming: Option<Arena>,
-        stop: Arc<Stop>,
+        cancel_token: Arc<CancelToken>,
     },
 }
 
-impl Mail {
+impl GradientTransport {
     pub(crate) fn new(
         budget: &Budget,
         settings: &Settings,
         specs: &[UnitSpec],
         units: &[Unit],
     ) -> Result<Self> {
-        let place = settings.place;
-        if place.world == 1 {
-            return Ok(Self::Alone);
+        let mesh = settings.mesh;
+        if mesh.world == 1 {
+            return Ok(Self::SingleRank);
         }
-        let stop = Arc::new(Stop::default());
+        let cancel_token = Arc::new(CancelToken::default());
         let bytes: Vec<usize> = units
             .iter()
-            .map(|unit| to_usize(unit.layout.trainable_len()) * settings.wire_grad.size())
+            .map(|unit| to_usize(unit.layout.trainable_len()) * settings.comm_dtype.size())
             .collect();
-        let long: Vec<usize> = (0..units.len())
-            .filter(|unit| specs[*unit].long && bytes[*unit] > 0)
+        let held_through_backward: Vec<usize> = (0..units.len())
+            .filter(|unit| specs[*unit].held_through_backward && bytes[*unit] > 0)
             .collect();
-        let short = (0..units.len()).filter(|unit| !specs[*unit].long);
+        let short = (0..units.len()).filter(|unit| !specs[*unit].held_through_backward);
         let slots = SLOTS.min(short.clone().filter(|unit| bytes[*unit] > 0).count());
-        if place.wire == Wire::Collective {
+        if mesh.transport == Transport::Collective {
             let page = |unit: &usize| bytes[*unit].next_multiple_of(PAGE);
-            let reserved: usize = long.iter().map(page).sum();
+            let reserved: usize = held_through_backward.iter().map(page).sum();
             let largest = short.map(|unit| page(&unit)).max().unwrap_or(0);
             let room = reserved + slots * largest;
             let coming = units
                 .iter()
-                .map(|unit| incoming_bytes(settings.place, settings.wire_grad, unit))
+                .map(|unit| incoming_bytes(settings.mesh, settings.comm_dtype, unit))
                 .max()
                 .unwrap_or(0);
             let reserve = |room: usize| match room {
@@ -74,7 +74,7 @@ impl Mail {
             return Ok(Self::Collective {
                 arena: reserve(room)?,
                 incoming: reserve(coming.next_multiple_of(PAGE))?,
-                stop,
+                cancel_token,
             });
         }
         let mut end = 0;
@@ -82,7 +82,7 @@ impl Mail {
             .iter()
             .zip(specs)
             .map(|(unit, spec)| {
-                let shared = place.shares_weights() && spec.weights == WeightHome::Host;
+                let shared = mesh.shares_weights() && spec.weights == WeightHome::Host;
                 shared.then(|| {
                     let start = end;
                     let size = to_usize(unit.layout.len()) * settings.compute.size();
@@ -92,50 +92,55 @@ impl Mail {
                 })
             })
             .collect();
-        let plan = PostPlan {
+        let plan = ReducerPlan {
             units: bytes,
             slots,
-            long,
+            held_through_backward,
             weights: end,
         };
-        let post = Post::new(
-            place.rank as usize,
-            place.world as usize,
+        let reducer = SharedMemoryReducer::new(
+            mesh.rank as usize,
+            mesh.world as usize,
             plan,
             budget,
-            Arc::clone(&stop),
+            Arc::clone(&cancel_token),
         )?;
         Ok(Self::Shared {
-            post: Box::new(post),
+            reducer: Box::new(reducer),
             weights,
-            stop,
+            cancel_token,
         })
     }
 
-    pub(crate) fn stop(&self) -> Option<&Arc<Stop>> {
+    pub(crate) fn cancel_token(&self) -> Option<&Arc<CancelToken>> {
         match self {
-            Self::Alone => None,
-            Self::Shared { stop, .. } | Self::Collective { stop, .. } => Some(stop),
+            Self::SingleRank => None,
+            Self::Shared { cancel_token, .. } | Self::Collective { cancel_token, .. } => {
+                Some(cancel_token)
+            }
         }
     }
 }
 
 impl Core {
     /// Where the other ranks find this one; `None` where nothing is shared.
-    pub(crate) fn seat(&self) -> Option<Seat> {
-        match &self.mail {
-            Mail::Shared { post, .. } => Some(post.seat()),
+    pub(crate) fn segment_handle(&self) -> Option<SegmentHandle> {
+        match &self.transport {
+            GradientTransport::Shared { reducer, .. } => Some(reducer.segment_handle()),
             _ => None,
         }
     }
 
     /// Takes up the connection to all ranks, and puts shared memory under the windows of weights that are shared.
-    pub(crate) fn join(&mut self, seats: &[Seat]) -> Result<()> {
-        let Mail::Shared { post, weights, .. } = &mut self.mail else {
+    pub(crate) fn join(&mut self, handles: &[SegmentHandle]) -> Result<()> {
+        let GradientTransport::Shared {
+            reducer, weights, ..
+        } = &mut self.transport
+        else {
             return misuse("join", "nothing is shared with other ranks");
         };
-        post.join(seats)?;
-        let (segment, start) = post.weights();
+        reducer.join(handles)?;
+        let (segment, start) = reducer.weights();
         for (unit, offset) in self.units.iter_mut().zip(weights) {
             if let (Weights::Host { window, .. }, Some(offset)) = (&mut unit.weights, offset) {
                 window.make_shared_home(&self.budget, Bucket::Weights, segment, start + *offset)?;
@@ -146,7 +151,7 @@ impl Core {
 
     /// Whether the unit's weights at home in host memory are one copy for all ranks.
     pub(crate) fn shares_weights(&self) -> bool {
-        matches!(self.mail, Mail::Shared { .. }) && self.place.shares_weights()
+        matches!(self.transport, GradientTransport::Shared { .. }) && self.mesh.shares_weights()
     }
 
     /// Gives the unit room for gradients on their way out, if it has none.
@@ -154,13 +159,13 @@ impl Core {
         if self.units[unit].outgoing.is_some() {
             return Ok(());
         }
-        let bytes = to_usize(self.units[unit].layout.trainable_len()) * self.wire_grad.size();
-        let room = match &mut self.mail {
-            Mail::Alone => return misuse("land", "there is no other rank"),
-            Mail::Shared { post, .. } => {
-                if post.is_sent(unit) {
+        let bytes = to_usize(self.units[unit].layout.trainable_len()) * self.comm_dtype.size();
+        let room = match &mut self.transport {
+            GradientTransport::SingleRank => return misuse("accumulate", "there is no other rank"),
+            GradientTransport::Shared { reducer, .. } => {
+                if reducer.is_sent(unit) {
                     return misuse(
-                        "land",
+                        "accumulate",
                         format!(
                             "a gradient of unit {} arrived after the unit had been reduced: its module is used again \
                              after its backward was complete",
@@ -168,9 +173,9 @@ impl Core {
                         ),
                     );
                 }
-                post.room(unit)?
+                reducer.room(unit)?
             }
-            Mail::Collective { arena, .. } => {
+            GradientTransport::Collective { arena, .. } => {
                 let ready = arena
                     .as_ref()
                     .and_then(|arena| arena.lease(bytes, PAGE).ok());
@@ -192,11 +197,11 @@ impl Core {
     pub(crate) fn incoming(&mut self, unit: usize) -> Result<(usize, usize)> {
         self.check_unit("incoming", unit)?;
         if self.units[unit].incoming.is_none() {
-            let bytes = incoming_bytes(self.place, self.wire_grad, &self.units[unit]);
-            let Mail::Collective {
+            let bytes = incoming_bytes(self.mesh, self.comm_dtype, &self.units[unit]);
+            let GradientTransport::Collective {
                 incoming: Some(arena),
                 ..
-            } = &self.mail
+            } = &self.transport
             else {
                 return misuse("incoming", "nothing comes in by way of the caller");
             };
@@ -212,24 +217,24 @@ impl Core {
             return Ok(());
         }
         let version = self.steps;
-        let Mail::Shared { post, .. } = &self.mail else {
+        let GradientTransport::Shared { reducer, .. } = &self.transport else {
             return Ok(());
         };
-        if post.has_version(unit, version) {
+        if reducer.has_version(unit, version) {
             return Ok(());
         }
         // Another rank may wait for this one.
         self.finish_step()?;
-        let Mail::Shared { post, .. } = &self.mail else {
+        let GradientTransport::Shared { reducer, .. } = &self.transport else {
             return Ok(());
         };
-        post.wait(|post| post.has_version(unit, version))?;
+        reducer.wait(|reducer| reducer.has_version(unit, version))?;
         Ok(())
     }
 
     /// This rank's part of the unit's weights is that of the present step; the other ranks have to get it.
     pub(crate) fn weights_renewed(&mut self, unit: usize) {
-        if self.place.world == 1 || self.place.replicated {
+        if self.mesh.world == 1 || self.mesh.replicated {
             return;
         }
         if self.shares_weights() && matches!(self.units[unit].weights, Weights::Host { .. }) {
@@ -237,25 +242,30 @@ impl Core {
             return;
         }
         match &mut self.units[unit].weights {
-            Weights::Host { whole, .. }
+            Weights::Host {
+                all_shards_valid, ..
+            }
             | Weights::Moving {
-                residence: Residence::Here { whole, .. },
+                residence:
+                    Residence::Here {
+                        all_shards_valid, ..
+                    },
                 ..
-            } => *whole = false,
+            } => *all_shards_valid = false,
             _ => {}
         }
     }
 
     /// The step leaves this rank's part of the unit as it is.
     pub(crate) fn weights_kept(&mut self, unit: usize) {
-        if let Mail::Shared { post, .. } = &self.mail {
-            post.set_version(unit, self.steps);
+        if let GradientTransport::Shared { reducer, .. } = &self.transport {
+            reducer.set_version(unit, self.steps);
         }
     }
 }
 
 /// Bytes of the other ranks' gradients of what a rank keeps of `unit`.
-fn incoming_bytes(place: Place, wire: Dtype, unit: &Unit) -> usize {
+fn incoming_bytes(mesh: MeshPosition, comm_dtype: Dtype, unit: &Unit) -> usize {
     let kept = to_usize(unit.kept().end - unit.kept().start);
-    kept * wire.size() * (place.world as usize - 1)
+    kept * comm_dtype.size() * (mesh.world as usize - 1)
 }

@@ -6,18 +6,19 @@ use std::ops::Range;
 use std::sync::mpsc::channel;
 
 use zeroxide_layout::Component;
-use zeroxide_optim::{Grad, Land, bf16_to_f32, f16_to_f32, land, split};
+use zeroxide_optim::{Accumulate, Grad, accumulate, bf16_to_f32, f16_to_f32, split};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{as_grad, grad_mut, measure};
-use crate::state::fill::{Part, store_master, store_weight};
+use crate::state::fill::{StateKey, store_master, store_weight};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, Weights};
 
 impl Core {
-    /// Writes elements `start..` of one parameter, given as fp32, wherever this rank keeps them; elements of other ranks'
+    /// Writes elements `start..` of one parameter, given as fp32, wherever this rank keeps them; elements of other
+    /// ranks'
     /// shards are left out.
     ///
     /// Every rank calls it, with the whole parameter or with its own part. With parts, the other ranks' parts of the
@@ -26,7 +27,7 @@ impl Core {
         &mut self,
         unit: usize,
         param: usize,
-        part: Part,
+        part: StateKey,
         start: u64,
         values: &[f32],
     ) -> Result<()> {
@@ -37,7 +38,7 @@ impl Core {
         }
         self.cache.clear();
         self.finish_step()?;
-        self.settle_arrivals()?;
+        self.wait_reads()?;
         let this = &self.units[unit];
         let numel = this.layout.numel(param);
         let end = start + values.len() as u64;
@@ -50,7 +51,7 @@ impl Core {
         let at = this.layout.offset(param) + start;
         let range = at..at + values.len() as u64;
         let trainable = this.params[param].trainable;
-        if part == Part::Weights {
+        if part == StateKey::Weights {
             let (compute, element) = (self.compute, self.compute.size());
             self.write_live(
                 unit,
@@ -68,8 +69,8 @@ impl Core {
             }
         ) && trainable
         {
-            self.write_zero_moments(unit, Part::ExpAvg)?;
-            self.write_zero_moments(unit, Part::ExpAvgSq)?;
+            self.write_zero_moments(unit, StateKey::ExpAvg)?;
+            self.write_zero_moments(unit, StateKey::ExpAvgSq)?;
         }
         let kept = self.units[unit].kept();
         let Some(both) = common(&range, &kept).filter(|_| trainable) else {
@@ -109,7 +110,7 @@ impl Core {
     ) -> Result<()> {
         let element = self.compute.size();
         let filled = self.filled_window(unit);
-        let alone = self.place.world == 1 || self.place.replicated;
+        let alone = self.mesh.world == 1 || self.mesh.replicated;
         let shared = self.shares_weights();
         let this = &mut self.units[unit];
         let own = this.own();
@@ -118,11 +119,14 @@ impl Core {
             Weights::Borrowed { .. } => {
                 return misuse("write_param", "the weight is the caller's own");
             }
-            Weights::Host { window, whole } => {
+            Weights::Host {
+                window,
+                all_shards_valid,
+            } => {
                 if let Some(both) = common(range, &filled) {
                     store(both.start, &mut window.lease(byte_range(&both, element))?);
                 }
-                *whole &= alone || shared || all;
+                *all_shards_valid &= alone || shared || all;
             }
             Weights::Moving {
                 window,
@@ -136,11 +140,14 @@ impl Core {
                     store(both.start, &mut home[byte_range(&local, element)]);
                 }
                 on_disk = home.is_none();
-                if let Residence::Here { whole, .. } = residence {
+                if let Residence::Here {
+                    all_shards_valid, ..
+                } = residence
+                {
                     if let Some(both) = &both {
                         store(both.start, &mut window.lease(byte_range(both, element))?);
                     }
-                    *whole &= alone;
+                    *all_shards_valid &= alone;
                 }
             }
         }
@@ -232,8 +239,8 @@ impl Core {
         self.finish_unit(unit)?;
         let local = self.kept_range("read_grad", unit, param, start, out.len())?;
         let this = &self.units[unit];
-        let arrived = if self.place.world == 1 {
-            this.params[param].landed
+        let arrived = if self.mesh.world == 1 {
+            this.params[param].accumulated
         } else {
             !this.fresh
         };
@@ -248,7 +255,8 @@ impl Core {
         Ok(())
     }
 
-    /// Replaces elements `start..` of one parameter's gradient, rounded to the dtype it is kept in; where there was none,
+    /// Replaces elements `start..` of one parameter's gradient, rounded to the dtype it is kept in; where there was
+    /// none,
     /// the others are zero. The parameter has a gradient afterwards.
     pub(crate) fn write_grad(
         &mut self,
@@ -261,7 +269,7 @@ impl Core {
         self.check_param("write_grad", unit, param)?;
         self.finish_unit(unit)?;
         let local = self.kept_range("write_grad", unit, param, start, values.len())?;
-        let (dtype, element, place) = (self.grad, self.grad.size(), self.place);
+        let (dtype, element, place) = (self.grad, self.grad.size(), self.mesh);
         let this = &mut self.units[unit];
         let kept = this.kept();
         let first = this.layout.offset(param);
@@ -282,17 +290,17 @@ impl Core {
         if place.world > 1 && this.fresh {
             grad.fill(0);
             this.fresh = false;
-        } else if place.world == 1 && !this.params[param].landed {
+        } else if place.world == 1 && !this.params[param].accumulated {
             grad[byte_range(&present, element)].fill(0);
         }
-        land(
+        accumulate(
             grad_mut(dtype, &mut grad[byte_range(&local, element)]),
             Grad::F32(values),
-            Land::Store,
+            Accumulate::Store,
             false,
         );
         let state = &mut this.params[param];
-        state.landed = true;
+        state.accumulated = true;
         state.sum_squares = 0.0;
         state.nonfinite = false;
         if counted.start < counted.end {

@@ -15,7 +15,7 @@ use crate::weights::residence::{Residence, Weights};
 
 /// What a value belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Part {
+pub enum StateKey {
     /// The weight with all its bits: the master weight.
     Weights,
     /// First moment.
@@ -27,7 +27,7 @@ pub enum Part {
 /// A unit being filled: nothing of it reaches the disk before the commit.
 pub(crate) struct Fill {
     unit: usize,
-    part: Part,
+    part: StateKey,
     /// Blocks at home on disk that are collected in memory, with the memory they are in.
     collected: Vec<(Component, Lease)>,
     /// Keeps the memory of `collected` counted in the budget.
@@ -36,15 +36,15 @@ pub(crate) struct Fill {
 
 impl Core {
     /// Components other than the live weight that `part` is made of.
-    pub(crate) fn side_components(&self, part: Part) -> Vec<(Component, usize)> {
+    pub(crate) fn side_components(&self, part: StateKey) -> Vec<(Component, usize)> {
         self.state_layout
             .components()
             .iter()
             .copied()
             .filter(|(component, _)| match part {
-                Part::Weights => matches!(component, Component::Residual | Component::Master),
-                Part::ExpAvg => *component == Component::ExpAvg,
-                Part::ExpAvgSq => *component == Component::ExpAvgSq,
+                StateKey::Weights => matches!(component, Component::Residual | Component::Master),
+                StateKey::ExpAvg => *component == Component::ExpAvg,
+                StateKey::ExpAvgSq => *component == Component::ExpAvgSq,
             })
             .collect()
     }
@@ -61,7 +61,7 @@ impl Core {
     }
 
     /// Starts to fill `part` of a unit. Everything not filled before the commit is zero.
-    pub(crate) fn fill_begin(&mut self, unit: usize, part: Part) -> Result<()> {
+    pub(crate) fn fill_begin(&mut self, unit: usize, part: StateKey) -> Result<()> {
         self.check_usable()?;
         self.check_unit("fill_begin", unit)?;
         if self.fill.is_some() {
@@ -69,9 +69,9 @@ impl Core {
         }
         self.cache.clear();
         self.finish_step()?;
-        self.settle_arrivals()?;
-        let alone = self.place.world == 1;
-        if part == Part::Weights {
+        self.wait_reads()?;
+        let alone = self.mesh.world == 1;
+        if part == StateKey::Weights {
             let own = self.units[unit].own();
             if let Weights::Moving {
                 home: Some(home),
@@ -80,8 +80,11 @@ impl Core {
             } = &mut self.units[unit].weights
             {
                 home.fill(0);
-                if let Residence::Here { whole, .. } = residence {
-                    *whole = false;
+                if let Residence::Here {
+                    all_shards_valid, ..
+                } = residence
+                {
+                    *all_shards_valid = false;
                 }
             } else if matches!(self.residence(unit), Some(Residence::Away))
                 && !self.map_frames(unit, true, self.under(unit))?
@@ -97,7 +100,7 @@ impl Core {
                 && let Weights::Moving { residence, .. } = &mut this.weights
             {
                 *residence = Residence::Here {
-                    whole: alone,
+                    all_shards_valid: alone,
                     pinned: true,
                     used: 0,
                 };
@@ -186,7 +189,7 @@ impl Core {
                 (both, &values[from..from + count])
             })
         };
-        if fill.part == Part::Weights {
+        if fill.part == StateKey::Weights {
             if let (Some(window), Some((both, values))) =
                 (this.weights.window(), part_of(&window_range))
             {
@@ -214,16 +217,17 @@ impl Core {
         };
         for (component, lease) in blocks {
             match (fill.part, component) {
-                (Part::Weights, Component::Residual) => {
+                (StateKey::Weights, Component::Residual) => {
                     let low: &mut [u16] = bytemuck::cast_slice_mut(lease);
                     for (low, value) in low[local.clone()].iter_mut().zip(values) {
                         *low = split(*value).1;
                     }
                 }
-                (Part::Weights, Component::Master) => {
+                (StateKey::Weights, Component::Master) => {
                     store_master(values, &mut bytemuck::cast_slice_mut(lease)[local.clone()]);
                 }
-                (Part::ExpAvg, Component::ExpAvg) | (Part::ExpAvgSq, Component::ExpAvgSq) => {
+                (StateKey::ExpAvg, Component::ExpAvg)
+                | (StateKey::ExpAvgSq, Component::ExpAvgSq) => {
                     let target: &mut [f32] = bytemuck::cast_slice_mut(lease);
                     target[local.clone()].copy_from_slice(values);
                 }
@@ -234,7 +238,7 @@ impl Core {
     }
 
     /// The unit and the part that are being filled.
-    pub(crate) fn filling(&self) -> Option<(usize, Part)> {
+    pub(crate) fn filling(&self) -> Option<(usize, StateKey)> {
         self.fill.as_ref().map(|fill| (fill.unit, fill.part))
     }
 
@@ -254,7 +258,7 @@ impl Core {
         let mut outcome: Result<()> = Ok(());
         let this = &self.units[unit];
         let element = self.compute.size();
-        if fill.part == Part::Weights && this.weights.on_disk() {
+        if fill.part == StateKey::Weights && this.weights.on_disk() {
             let window = this
                 .weights
                 .window()
@@ -281,7 +285,7 @@ impl Core {
                 moments_are_zero: true
             }
         );
-        if zero_moments && fill.part != Part::Weights {
+        if zero_moments && fill.part != StateKey::Weights {
             self.write_zero_moments(unit, fill.part)?;
         }
         for (component, mut rest) in fill.collected {
@@ -312,21 +316,25 @@ impl Core {
             }
         }
         self.release(unit)?;
-        if let (Part::Weights, Weights::Host { whole, .. }) =
-            (fill.part, &mut self.units[unit].weights)
+        if let (
+            StateKey::Weights,
+            Weights::Host {
+                all_shards_valid, ..
+            },
+        ) = (fill.part, &mut self.units[unit].weights)
         {
             // Filled by every rank.
-            *whole = true;
+            *all_shards_valid = true;
         }
         outcome
     }
 
     /// The other moment must exist on disk once one of them does.
-    pub(crate) fn write_zero_moments(&mut self, unit: usize, filled: Part) -> Result<()> {
+    pub(crate) fn write_zero_moments(&mut self, unit: usize, filled: StateKey) -> Result<()> {
         if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
             *moments_are_zero = false;
         }
-        let other = if filled == Part::ExpAvg {
+        let other = if filled == StateKey::ExpAvg {
             Component::ExpAvgSq
         } else {
             Component::ExpAvg

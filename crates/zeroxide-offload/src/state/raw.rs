@@ -10,7 +10,7 @@ use zeroxide_layout::Component;
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::state::fill::Part;
+use crate::state::fill::StateKey;
 use crate::weights::residence::Weights;
 
 impl Core {
@@ -23,7 +23,7 @@ impl Core {
         bytes: &[u8],
     ) -> Result<()> {
         let given = self.byte_span("fill_bytes", unit, param, start, bytes.len())?;
-        if self.filling() != Some((unit, Part::Weights)) {
+        if self.filling() != Some((unit, StateKey::Weights)) {
             return misuse(
                 "fill_bytes",
                 format!("the weights of {} are not filled", self.units[unit].name),
@@ -67,7 +67,7 @@ impl Core {
             return Ok(());
         }
         self.finish_step()?;
-        self.settle_arrivals()?;
+        self.wait_reads()?;
         let element = self.compute.size() as u64;
         let words = in_words(&wanted, element);
         let own = self.units[unit].own();
@@ -107,7 +107,7 @@ impl Core {
         }
         self.cache.clear();
         self.finish_step()?;
-        self.settle_arrivals()?;
+        self.wait_reads()?;
         let element = self.compute.size() as u64;
         let words = in_words(&given, element);
         let all = words.end - words.start == self.units[unit].layout.numel(param);

@@ -9,7 +9,7 @@ use zeroxide_optim::{bf16_to_f32, f16_to_f32, join, with_bf16, with_f16};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
-use crate::state::fill::Part;
+use crate::state::fill::StateKey;
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::Weights;
@@ -30,7 +30,7 @@ impl Core {
         &mut self,
         unit: usize,
         param: usize,
-        part: Part,
+        part: StateKey,
         start: u64,
         out: &mut [f32],
     ) -> Result<()> {
@@ -40,7 +40,7 @@ impl Core {
             return Ok(());
         }
         self.finish_step()?;
-        self.settle_arrivals()?;
+        self.wait_reads()?;
         let this = &self.units[unit];
         let numel = this.layout.numel(param);
         let end = start + out.len() as u64;
@@ -58,8 +58,8 @@ impl Core {
             );
         }
         let trainable = this.params[param].trainable;
-        if part != Part::Weights {
-            let component = if part == Part::ExpAvg {
+        if part != StateKey::Weights {
+            let component = if part == StateKey::ExpAvg {
                 Component::ExpAvg
             } else {
                 Component::ExpAvgSq

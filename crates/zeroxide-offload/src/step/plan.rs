@@ -24,7 +24,7 @@ pub(crate) struct Segment {
 }
 
 impl Core {
-    /// Begins one update of every parameter whose gradient has landed; `grad_scale` multiplies the gradients.
+    /// Begins one update of every parameter whose gradient has been accumulated; `grad_scale` multiplies the gradients.
     ///
     /// Where nothing is at home on disk, the step is done when this returns. After an error the state is mixed and
     /// every further call says so.
@@ -36,7 +36,7 @@ impl Core {
         self.finish_step()?;
         self.check_exchanged()?;
         self.cache.clear();
-        self.settle_arrivals()?;
+        self.wait_reads()?;
         let mut step = ActiveStep::default();
         let (mut untouched, mut others) = (Vec::new(), Vec::new());
         for (index, unit) in self.units.iter().enumerate() {
@@ -72,7 +72,7 @@ impl Core {
             .units
             .iter_mut()
             .flat_map(|unit| &mut unit.params)
-            .filter(|param| param.landed)
+            .filter(|param| param.accumulated)
         {
             param.updates += 1;
         }
@@ -88,15 +88,16 @@ impl Core {
             return self.finish_step();
         }
         let started = self.start_all_reads();
-        self.settle_outcome(started)
+        self.record_outcome(started)
     }
 
-    /// With several ranks, what a step uses has been summed over them: otherwise it would use what an earlier step left.
+    /// With several ranks, what a step uses has been summed over them: otherwise it would use what an earlier step
+    /// left.
     fn check_exchanged(&self) -> Result<()> {
-        if self.place.world == 1 {
+        if self.mesh.world == 1 {
             return Ok(());
         }
-        let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(|param| param.landed);
+        let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(|param| param.accumulated);
         match self.units.iter().find(missed) {
             Some(unit) => misuse(
                 "step",
@@ -116,7 +117,8 @@ impl Core {
         self.retire_step()
     }
 
-    /// Notes, without waiting, what the disk has done; where nothing is left, the step ends and the staging ring gives its
+    /// Notes, without waiting, what the disk has done; where nothing is left, the step ends and the staging ring gives
+    /// its
     /// memory back: backward, which needs the most of it, does not use the ring.
     pub(crate) fn retire_step(&mut self) -> Result<()> {
         let Some(step) = self.step.as_mut().filter(|step| step.is_updated()) else {
@@ -130,7 +132,7 @@ impl Core {
             };
             outcome = step.note(completion);
         }
-        self.settle_outcome(outcome)?;
+        self.record_outcome(outcome)?;
         if self.step.as_ref().is_some_and(|step| step.writes == 0) {
             self.step = None;
             if let Some(disk) = &self.disk {
@@ -181,14 +183,14 @@ impl Core {
         let mut outcome = Ok(());
         while outcome.is_ok() && self.step.as_ref().is_some_and(|step| !done(step)) {
             let acted = act(self);
-            outcome = self.settle_outcome(acted);
+            outcome = self.record_outcome(acted);
         }
         self.updating += start.elapsed();
         outcome
     }
 
     /// After an error the state is mixed: the step ends, and no buffer is given up before the disk is done with it.
-    fn settle_outcome(&mut self, outcome: Result<()>) -> Result<()> {
+    fn record_outcome(&mut self, outcome: Result<()>) -> Result<()> {
         if let Err(error) = &outcome {
             self.poisoned.get_or_insert((self.steps, error.to_string()));
             self.abandon_step();
@@ -197,12 +199,12 @@ impl Core {
     }
 }
 
-/// The runs of equal constants among the parameters whose gradient has landed, in layout order.
+/// The runs of equal constants among the parameters whose gradient has been accumulated, in layout order.
 ///
 /// Padding between two of them joins the run: its gradient, weight and moments are zero and stay zero.
 fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<Segment>> {
     let mut order: Vec<usize> = (0..unit.params.len())
-        .filter(|param| unit.params[*param].landed)
+        .filter(|param| unit.params[*param].accumulated)
         .collect();
     order.sort_by_key(|param| unit.layout.offset(*param));
     let mut found: Vec<(usize, u64, Range<u64>)> = Vec::new();

@@ -127,19 +127,19 @@ impl Core {
     fn unit_updated(&mut self, unit: usize) -> Result<()> {
         if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
             *moments_are_zero = false;
-            // Used up, and not needed before backward lands the next ones: room for the activations in between.
+            // Used up, and not needed before backward accumulates the next ones: room for the activations in between.
             if let Some(grad) = &mut self.units[unit].grad {
                 grad.discard()?;
             }
         }
         self.clock += 1;
         let used = self.clock;
-        let alone = self.place.world == 1;
+        let alone = self.mesh.world == 1;
         if let Some(residence) = self.residence_mut(unit)
             && matches!(residence, Residence::Updating)
         {
             *residence = Residence::Here {
-                whole: alone,
+                all_shards_valid: alone,
                 pinned: false,
                 used,
             };

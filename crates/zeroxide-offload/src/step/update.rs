@@ -44,7 +44,7 @@ struct Slice<'a> {
 }
 
 /// What one thread updates.
-struct Part<'a> {
+struct ThreadChunk<'a> {
     /// First element, counted in the unit.
     start: u64,
     /// Elements to be updated; the weight may go on after them.
@@ -139,12 +139,12 @@ fn divide<'a>(
     len: usize,
     grad: &'a [u8],
     grad_element: usize,
-) -> Vec<Part<'a>> {
+) -> Vec<ThreadChunk<'a>> {
     let threads = update.pool.threads();
     let share = len.div_ceil(threads).next_multiple_of(PIECE);
     let count = len.div_ceil(share).max(1);
-    let mut parts: Vec<Part<'a>> = (0..count)
-        .map(|index| Part {
+    let mut parts: Vec<ThreadChunk<'a>> = (0..count)
+        .map(|index| ThreadChunk {
             start: start + (index * share) as u64,
             len: share.min(len - index * share),
             slices: Vec::with_capacity(sources.len()),
@@ -184,7 +184,7 @@ fn clipped(bytes: &[u8], start: usize, end: usize) -> &[u8] {
     &bytes[start.min(bytes.len())..end.min(bytes.len())]
 }
 
-impl Part<'_> {
+impl ThreadChunk<'_> {
     fn run(&mut self, layout: StateLayout, segments: &[Segment], grad_dtype: Dtype) {
         let mut at = 0;
         self.digest_longer(false);
@@ -300,7 +300,7 @@ impl Slice<'_> {
 }
 
 /// Compares what was read with what is known of it and returns the checksums of what is to be written.
-fn checksums(update: &Update<'_>, parts: &[Part<'_>]) -> Result<Vec<(Component, u64)>> {
+fn checksums(update: &Update<'_>, parts: &[ThreadChunk<'_>]) -> Result<Vec<(Component, u64)>> {
     let mut written = Vec::new();
     for index in 0..parts[0].slices.len() {
         let first = &parts[0].slices[index];

@@ -1,8 +1,10 @@
 //! Weights that are not complete, and whether anybody may see them.
 //!
-//! Whoever uses parameters knows when their unit is gathered. A view that outlived its use does not: its reader must find
+//! Whoever uses parameters knows when their unit is gathered. A view that outlived its use does not: its reader must
+//! find
 //! all of the unit's weights under the window, of one step, or fault. While such readers may be there the unit is
-//! *covered*: parts that arrive, and updates, lie beside the window, and come under it together. Everywhere else they go
+//! *covered*: parts that arrive, and updates, lie beside the window, and come under it together. Everywhere else they
+//! go
 //! where they belong at once.
 
 use zeroxide_memory::WindowState;
@@ -21,11 +23,12 @@ pub(crate) enum Under {
 }
 
 impl Core {
-    /// The unit's weights are about to change while somebody may read them: from here on such a reader faults, until all
+    /// The unit's weights are about to change while somebody may read them: from here on such a reader faults, until
+    /// all
     /// of the unit is gathered again.
     pub(crate) fn cover(&mut self, unit: usize) -> Result<()> {
         self.check_unit("cover", unit)?;
-        if self.place.world == 1 {
+        if self.mesh.world == 1 {
             // The only rank has all of it, and waits for the end of a change.
             return Ok(());
         }
@@ -43,13 +46,16 @@ impl Core {
 
     /// The unit is held: where the parts that it lacks are to go.
     pub(crate) fn prepare_for_parts(&mut self, unit: usize, covered: bool) -> Result<()> {
-        if self.place.world == 1 {
+        if self.mesh.world == 1 {
             return Ok(());
         }
         self.set_covered(unit, covered);
         if !matches!(
             self.residence(unit),
-            Some(Residence::Here { whole: false, .. })
+            Some(Residence::Here {
+                all_shards_valid: false,
+                ..
+            })
         ) {
             return Ok(());
         }

@@ -19,8 +19,9 @@ const TILE_BITS: u32 = 32;
 impl Core {
     /// Makes this rank's part of the unit's weights readable under its window and holds it there. Idempotent.
     ///
-    /// Returns whether the other ranks' parts are there, too. Where they are not, the caller brings them, and says so with
-    /// [`set_whole`](Self::set_whole). With `covered` nothing is readable before that.
+    /// Returns whether the other ranks' parts are there, too. Where they are not, the caller brings them, and says so
+    /// with
+    /// [`set_all_shards_valid`](Self::set_all_shards_valid). With `covered` nothing is readable before that.
     pub(crate) fn gather(&mut self, unit: usize, covered: bool) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("gather", unit)?;
@@ -45,9 +46,17 @@ impl Core {
         self.prepare_for_parts(unit, covered)?;
         self.refresh_shard(unit)?;
         Ok(match &self.units[unit].weights {
-            Weights::Host { whole, .. } => *whole,
+            Weights::Host {
+                all_shards_valid, ..
+            } => *all_shards_valid,
             Weights::Moving { residence, .. } => {
-                matches!(residence, Residence::Here { whole: true, .. })
+                matches!(
+                    residence,
+                    Residence::Here {
+                        all_shards_valid: true,
+                        ..
+                    }
+                )
             }
             Weights::Borrowed { .. } => true,
         })
@@ -90,17 +99,22 @@ impl Core {
     }
 
     /// The other ranks' parts of the unit's weights are there: all of it can be read.
-    pub(crate) fn set_whole(&mut self, unit: usize) -> Result<()> {
-        self.check_unit("set_whole", unit)?;
+    pub(crate) fn set_all_shards_valid(&mut self, unit: usize) -> Result<()> {
+        self.check_unit("set_all_shards_valid", unit)?;
         self.publish(unit)?;
         match &mut self.units[unit].weights {
-            Weights::Host { whole, .. }
+            Weights::Host {
+                all_shards_valid, ..
+            }
             | Weights::Moving {
-                residence: Residence::Here { whole, .. },
+                residence:
+                    Residence::Here {
+                        all_shards_valid, ..
+                    },
                 ..
-            } => *whole = true,
+            } => *all_shards_valid = true,
             Weights::Moving { .. } => {
-                return misuse("set_whole", "the unit is not gathered");
+                return misuse("set_all_shards_valid", "the unit is not gathered");
             }
             Weights::Borrowed { .. } => {}
         }
@@ -114,7 +128,11 @@ impl Core {
         let own = this.own();
         if let Weights::Moving {
             window,
-            residence: Residence::Here { whole: false, .. },
+            residence:
+                Residence::Here {
+                    all_shards_valid: false,
+                    ..
+                },
             home: Some(home),
             ..
         } = &this.weights
@@ -152,24 +170,24 @@ impl Core {
         let clock = self.clock;
         // How long frames stay depends on when disk requests end, which differs between ranks. Whether a unit's other
         // parts have to be brought again must not, or collectives would not meet.
-        let forget = self.place.world > 1 && self.units[unit].weights.on_disk();
+        let forget = self.mesh.world > 1 && self.units[unit].weights.on_disk();
         // Only the end of a use is a use: releasing once more does not make the unit a late one.
         if let Some(Residence::Here {
             pinned,
             used,
-            whole,
+            all_shards_valid,
         }) = self.residence_mut(unit)
             && *pinned
         {
             *pinned = false;
             *used = clock;
-            *whole &= !forget;
+            *all_shards_valid &= !forget;
         }
         Ok(())
     }
 
     /// Waits for every read under way into a window.
-    pub(crate) fn settle_arrivals(&mut self) -> Result<()> {
+    pub(crate) fn wait_reads(&mut self) -> Result<()> {
         for unit in 0..self.units.len() {
             if matches!(self.residence(unit), Some(Residence::Arriving { .. })) {
                 self.await_arrival(unit)?;
@@ -223,7 +241,7 @@ impl Core {
             let used = self.clock;
             if let Some(residence) = self.residence_mut(unit) {
                 *residence = Residence::Here {
-                    whole: false,
+                    all_shards_valid: false,
                     pinned: false,
                     used,
                 };
@@ -285,7 +303,7 @@ impl Core {
 
     /// The unit in use that was gathered first, where reads bring a unit back on their own.
     fn oldest_held(&self, except: usize) -> Option<usize> {
-        if self.place.world > 1 {
+        if self.mesh.world > 1 {
             return None;
         }
         (0..self.units.len())
@@ -393,15 +411,15 @@ impl Core {
             None => self.verify_window(unit),
         };
         let outcome = match outcome {
-            Ok(()) if self.place.world == 1 => self.publish(unit),
+            Ok(()) if self.mesh.world == 1 => self.publish(unit),
             other => other,
         };
         self.clock += 1;
         let used = self.clock;
-        let whole = self.place.world == 1;
+        let all_shards_valid = self.mesh.world == 1;
         if let Some(residence) = self.residence_mut(unit) {
             *residence = Residence::Here {
-                whole,
+                all_shards_valid,
                 pinned: false,
                 used,
             };

@@ -35,7 +35,7 @@ pub(crate) enum Residence {
     /// Under the window and equal to the bytes on disk, or to those on their way there.
     Here {
         /// The other ranks' shards are there, too, and none is older than this rank's.
-        whole: bool,
+        all_shards_valid: bool,
         /// In use: the frames must not be taken.
         pinned: bool,
         /// Clock value of the last use; the smallest is reclaimed first.
@@ -50,7 +50,7 @@ pub(crate) enum Weights {
         /// The range they lie in.
         window: Window,
         /// The other ranks' shards are as new as this rank's.
-        whole: bool,
+        all_shards_valid: bool,
     },
     /// At home elsewhere: this rank's shard on disk or in other host memory.
     Moving {
@@ -93,7 +93,8 @@ impl Weights {
         matches!(self, Weights::Moving { home: None, .. })
     }
 
-    /// Elements `range` of this rank's shard, `base` being where the shard starts in the unit, leased or borrowed for an
+    /// Elements `range` of this rank's shard, `base` being where the shard starts in the unit, leased or borrowed for
+    /// an
     /// update. `None` when they are not in memory, or the caller's.
     pub(crate) fn shard_bytes(
         &mut self,

@@ -25,7 +25,8 @@ impl Core {
             .collect()
     }
 
-    /// Brings the unit's weights for a reader that nothing announced; they stay as long as no other unit needs the room.
+    /// Brings the unit's weights for a reader that nothing announced; they stay as long as no other unit needs the
+    /// room.
     ///
     /// What cannot be brought reads as zero, and every later call says so until gradients are cleared.
     fn bring_for_reader(&mut self, unit: usize) {
@@ -73,12 +74,15 @@ impl Core {
     /// The last call for the unit: what a reader finds from here on is complete weights, or NaN.
     pub(crate) fn leave_to_readers(&mut self, unit: usize) -> Result<()> {
         self.check_unit("close", unit)?;
-        let whole = matches!(
+        let all_shards_valid = matches!(
             self.residence(unit),
-            Some(Residence::Here { whole: true, .. })
+            Some(Residence::Here {
+                all_shards_valid: true,
+                ..
+            })
         );
         if let Weights::Moving { window, .. } = &mut self.units[unit].weights {
-            if whole && window.is_mapped() {
+            if all_shards_valid && window.is_mapped() {
                 return Ok(());
             }
             drop(window.unmap());
@@ -119,7 +123,7 @@ pub(crate) fn spread(
     if found.is_empty() {
         return Ok(None);
     }
-    let alone = core.place.world == 1;
+    let alone = core.mesh.world == 1;
     let (units, ranges): (Vec<usize>, Vec<Range<usize>>) = found.into_iter().unzip();
     let net = FaultNet::spread(&ranges, move |index| {
         let unit = units[index];

@@ -4,7 +4,8 @@
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Offload, OffloadError, Part, Place, Result, Settings, StateHome, UnitSpec, WeightHome,
+    MeshPosition, Offload, OffloadError, Result, Settings, StateHome, StateKey, UnitSpec,
+    WeightHome,
 };
 use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, step_fp32};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -55,7 +56,7 @@ impl Case {
             .enumerate()
             .map(|(index, params)| UnitSpec {
                 name: format!("unit {index}"),
-                long: false,
+                held_through_backward: false,
                 params: params
                     .iter()
                     .map(|(numel, trainable)| ParamShape {
@@ -68,8 +69,8 @@ impl Case {
             })
             .collect();
         let settings = Settings {
-            place: Place::ALONE,
-            wire_grad: Dtype::F32,
+            mesh: MeshPosition::ALONE,
+            comm_dtype: Dtype::F32,
             reduce_scale: 1.0,
             limit: self.limit,
             threads: self.threads,
@@ -90,7 +91,7 @@ impl Case {
     pub(crate) fn open_filled(&self) -> Result<Offload> {
         let offload = self.try_open()?;
         for (unit, params) in UNITS.iter().enumerate() {
-            offload.fill_begin(unit, Part::Weights)?;
+            offload.fill_begin(unit, StateKey::Weights)?;
             for (param, (numel, _)) in params.iter().enumerate() {
                 offload.fill_param(unit, param, 0, &initial(unit, param, *numel))?;
             }
@@ -130,7 +131,7 @@ pub(crate) fn step(offload: &Offload, step: u64) -> Result<()> {
         offload.gather(unit, false)?;
         for (param, (numel, trainable)) in params.iter().enumerate() {
             if *trainable && !is_unused(step, unit, param) {
-                offload.land(
+                offload.accumulate(
                     unit,
                     param,
                     0,
@@ -154,7 +155,7 @@ pub(crate) fn try_master(offload: &Offload) -> std::result::Result<Vec<u32>, Off
     for (unit, params) in UNITS.iter().enumerate() {
         for (param, (numel, _)) in params.iter().enumerate() {
             let mut values = vec![0.0_f32; usize::try_from(*numel).expect("small")];
-            offload.read_param(unit, param, Part::Weights, 0, &mut values)?;
+            offload.read_param(unit, param, StateKey::Weights, 0, &mut values)?;
             all.extend(values.iter().map(|value| value.to_bits()));
         }
     }

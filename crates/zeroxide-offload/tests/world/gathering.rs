@@ -73,6 +73,6 @@ impl Runner<'_> {
             at += part.len();
         }
         assert_eq!(at, address + bytes, "the shards are the whole");
-        self.core.set_whole(unit).expect("gathered");
+        self.core.set_all_shards_valid(unit).expect("gathered");
     }
 }

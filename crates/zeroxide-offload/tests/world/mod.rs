@@ -14,7 +14,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Offload, Part, Place, Seat, Settings, StateHome, UnitSpec, WeightHome, Wire,
+    MeshPosition, Offload, SegmentHandle, Settings, StateHome, StateKey, Transport, UnitSpec,
+    WeightHome,
 };
 use zeroxide_optim::Grad;
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -28,7 +29,7 @@ const MICRO: u64 = 2;
 const SCALE: f64 = 0.5;
 /// After this, a rank that still waits counts as hung.
 const PATIENCE: Duration = Duration::from_secs(20);
-const PARTS: [Part; 3] = [Part::Weights, Part::ExpAvg, Part::ExpAvgSq];
+const PARTS: [StateKey; 3] = [StateKey::Weights, StateKey::ExpAvg, StateKey::ExpAvgSq];
 
 /// Elements of each parameter of each unit; the third unit is frozen. The sizes let shards end inside parameters, hold
 /// several tiles, and be nothing but padding on the last ranks. Unit 0 takes gradients all through backward.
@@ -39,7 +40,7 @@ const FROZEN: usize = 2;
 #[derive(Clone)]
 pub(crate) struct Case {
     pub(crate) world: usize,
-    pub(crate) wire: Wire,
+    pub(crate) transport: Transport,
     pub(crate) replicated: bool,
     pub(crate) weights: WeightHome,
     pub(crate) state: StateHome,
@@ -68,7 +69,7 @@ impl Case {
             .enumerate()
             .map(|(unit, params)| UnitSpec {
                 name: format!("unit {unit}"),
-                long: unit == 0,
+                held_through_backward: unit == 0,
                 params: params
                     .iter()
                     .map(|numel| ParamShape {
@@ -83,13 +84,13 @@ impl Case {
         #[expect(clippy::cast_precision_loss, reason = "a few ranks")]
         let reduce_scale = 1.0 / self.world as f32;
         let settings = Settings {
-            place: Place {
+            mesh: MeshPosition {
                 rank: u32::try_from(rank).expect("few"),
                 world: u32::try_from(self.world).expect("few"),
                 replicated: self.replicated,
-                wire: self.wire,
+                transport: self.transport,
             },
-            wire_grad: Dtype::F32,
+            comm_dtype: Dtype::F32,
             reduce_scale,
             limit: None,
             threads: self.threads,
@@ -131,7 +132,7 @@ impl Case {
                 thread::park_timeout(PATIENCE);
                 if !done.load(Ordering::Acquire) {
                     for core in &cores {
-                        core.call_off("a rank hangs".into());
+                        core.cancel("a rank hangs".into());
                     }
                 }
             });
@@ -245,22 +246,22 @@ impl Runner<'_> {
     }
 
     fn connect_and_fill(&self) {
-        if self.case.world > 1 && self.case.wire == Wire::Shared {
-            let seat = self.core.seat().expect("open").expect("shared");
-            let shown = seat.descriptor.to_ne_bytes().to_vec();
-            let seats: Vec<Seat> = self
+        if self.case.world > 1 && self.case.transport == Transport::Shared {
+            let segment_handle = self.core.segment_handle().expect("open").expect("shared");
+            let shown = segment_handle.descriptor.to_ne_bytes().to_vec();
+            let handles: Vec<SegmentHandle> = self
                 .board
                 .swap(self.rank, shown)
                 .into_iter()
-                .map(|bytes| Seat {
-                    pid: seat.pid,
+                .map(|bytes| SegmentHandle {
+                    pid: segment_handle.pid,
                     descriptor: i32::from_ne_bytes(bytes.try_into().expect("four bytes")),
                 })
                 .collect();
-            self.core.join(&seats).expect("all are of this process");
+            self.core.join(&handles).expect("all are of this process");
         }
         for (unit, params) in UNITS.iter().enumerate() {
-            self.core.fill_begin(unit, Part::Weights).expect("idle");
+            self.core.fill_begin(unit, StateKey::Weights).expect("idle");
             for (param, numel) in params.iter().enumerate() {
                 // In two parts, since a checkpoint comes in parts.
                 let values = initial(unit, param, *numel);
@@ -283,7 +284,7 @@ impl Runner<'_> {
     /// The order in which this rank's modules run. Through shared memory ranks may differ.
     fn order(&self, step: u64) -> Vec<usize> {
         let mut order: Vec<usize> = (0..UNITS.len()).collect();
-        if self.case.wire == Wire::Shared && !self.moves_weights() {
+        if self.case.transport == Transport::Shared && !self.moves_weights() {
             let by = usize::try_from(step).expect("few") + self.rank;
             order.rotate_left(by % UNITS.len());
         }
@@ -294,7 +295,8 @@ impl Runner<'_> {
     fn moves_weights(&self) -> bool {
         self.case.world > 1
             && !self.case.replicated
-            && (self.case.wire == Wire::Collective || self.case.weights != WeightHome::Host)
+            && (self.case.transport == Transport::Collective
+                || self.case.weights != WeightHome::Host)
             || self.case.replicated && self.case.weights != WeightHome::Host
     }
 
@@ -324,17 +326,17 @@ impl Runner<'_> {
         let mut shown = norm.sum_squares.to_ne_bytes().to_vec();
         shown.extend(
             self.core
-                .landed()
+                .accumulated()
                 .expect("usable")
                 .into_iter()
                 .map(u8::from),
         );
         self.core.finish().expect("nothing in the way");
         let all = self.board.swap(self.rank, shown);
-        let landed: Vec<bool> = (8..all[0].len())
+        let accumulated: Vec<bool> = (8..all[0].len())
             .map(|at| all.iter().any(|row| row[at] > 0))
             .collect();
-        self.core.set_landed(&landed).expect("as many");
+        self.core.set_accumulated(&accumulated).expect("as many");
         for unit in (0..UNITS.len()).filter(|unit| (*unit as u64 + step).is_multiple_of(2)) {
             self.core.cover(unit).expect("nobody uses it");
         }
@@ -357,14 +359,14 @@ impl Runner<'_> {
                     let grad = gradient(self.rank, step, micro, unit, param, *numel);
                     // In two parts, as a large layer's gradient comes.
                     let half = grad.len() / 2;
-                    let land = |start: usize, part: &[f32]| {
+                    let accumulate = |start: usize, part: &[f32]| {
                         self.core
-                            .land(unit, param, start as u64, Grad::F32(part), true)
+                            .accumulate(unit, param, start as u64, Grad::F32(part), true)
                             .expect("expected next");
                     };
-                    land(0, &grad[..half]);
+                    accumulate(0, &grad[..half]);
                     if half < grad.len() {
-                        land(half, &grad[half..]);
+                        accumulate(half, &grad[half..]);
                     }
                 }
             }
@@ -379,7 +381,7 @@ impl Runner<'_> {
             return;
         }
         for unit in waiting {
-            assert!(self.core.receive(unit, true).expect("not called off"));
+            assert!(self.core.receive(unit, true).expect("not cancelled"));
         }
     }
 
@@ -388,10 +390,10 @@ impl Runner<'_> {
             return;
         }
         self.core.send(unit).expect("once a backward");
-        if self.case.wire == Wire::Shared {
+        if self.case.transport == Transport::Shared {
             assert!(self.core.is_sent(unit).expect("a unit"));
             waiting.push(unit);
-            waiting.retain(|unit| !self.core.receive(*unit, false).expect("not called off"));
+            waiting.retain(|unit| !self.core.receive(*unit, false).expect("not cancelled"));
             return;
         }
         let (address, bytes) = self.core.outgoing(unit).expect("sent");

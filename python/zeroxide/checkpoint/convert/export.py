@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import LiveState, Run, Staging, held_parameters, own_pieces, persistent_buffers
+from zeroxide.checkpoint.contents import ElementRange, LiveState, Staging, own_pieces, param_records, persistent_buffers
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.format.cutting import Tensor
 from zeroxide.errors import ModelError, StorageError
@@ -50,7 +50,7 @@ class _Export:
     def __init__(self, engine: Engine, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
         self.team = team
         self.live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
-        self.runs: dict[str, list[Run]] = {}
+        self.runs: dict[str, list[ElementRange]] = {}
         for run in own_pieces(engine):
             self.runs.setdefault(run.held.name, []).append(run)
         self.buffers = persistent_buffers(engine.module)
@@ -63,7 +63,7 @@ class _Export:
                 )
         tensors = [
             Tensor(held.name, engine._plan.compute if held.trainable else held.dtype, held.shape)
-            for held in held_parameters(engine)
+            for held in param_records(engine)
             if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]

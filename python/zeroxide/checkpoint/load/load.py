@@ -17,10 +17,10 @@ import torch
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import (
     PARTS,
+    ElementRange,
     LiveState,
-    Run,
     Staging,
-    held_parameters,
+    param_records,
     persistent_buffers,
     pieces_to_fill,
     value_dtype,
@@ -31,7 +31,7 @@ from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import Manifest, Piece, SavedBuffer, SavedParameter, read_manifest
 from zeroxide.checkpoint.load.match import match_buffers, match_groups, match_parameters
 from zeroxide.checkpoint.load.source import Sources
-from zeroxide.checkpoint.load.spill_file import Keeping
+from zeroxide.checkpoint.load.spill_file import SpillFile
 from zeroxide.device.placement import spec
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import assign
@@ -100,11 +100,11 @@ class _Fill:
 
     unit: int
     part: str
-    sources: list[tuple[Run, list[Piece] | None]]
+    sources: list[tuple[ElementRange, list[Piece] | None]]
     """Pieces to read from; an empty list means zeros, None the values that are there now."""
 
     @property
-    def kept(self) -> list[Run]:
+    def kept(self) -> list[ElementRange]:
         return [run for run, pieces in self.sources if pieces is None]
 
 
@@ -127,7 +127,7 @@ class _Load:
         self.path = path
         self.manifest = manifest
         self.team = team
-        self.held = held_parameters(engine)
+        self.held = param_records(engine)
         self.resume = optimizer or scheduler
         self.optimizer = optimizer
         self.staging = Staging()
@@ -189,7 +189,7 @@ class _Load:
     def _plan(self, parts: tuple[str, ...]) -> Iterator[_Fill]:
         # A unit is filled on all ranks or on none, also where a rank holds nothing of it.
         units = list(dict.fromkeys(held.unit for held in self.held))
-        mine: dict[tuple[int, str], list[Run]] = {}
+        mine: dict[tuple[int, str], list[ElementRange]] = {}
         for part in parts:
             for run in pieces_to_fill(self.engine, part):
                 mine.setdefault((run.held.unit, part), []).append(run)
@@ -226,10 +226,10 @@ class _Load:
     def apply(self) -> None:
         """Changes the engine. Raises CheckpointError that says whether it is as before or a mixture."""
         live = LiveState(self.core, self.engine._plan.tile_elements, self.staging, self.engine._plan.compute.itemsize)
-        with self._make_room(live) as keeping:
+        with self._make_room(live) as spill:
             undo = self._resume_schedule()
             try:
-                self.team.together(lambda: self._change(keeping), self.path)
+                self.team.together(lambda: self._change(spill), self.path)
             except BaseException as error:
                 undo()
                 line = (
@@ -242,16 +242,16 @@ class _Load:
                 raise
         self._resume_counters()
 
-    def _make_room(self, live: LiveState) -> Keeping:
+    def _make_room(self, live: LiveState) -> SpillFile:
         room: dict[int, int] = {}
         for fill in self.fills:
             kept = sum(run.count * value_dtype(run.held, fill.part).itemsize for run in fill.kept)
             room[fill.unit] = room.get(fill.unit, 0) + kept
-        made: list[Keeping] = []
+        made: list[SpillFile] = []
 
         def make() -> None:
             try:
-                made.append(Keeping(max(room.values(), default=0), self._scratch(), live, self.staging))
+                made.append(SpillFile(max(room.values(), default=0), self._scratch(), live, self.staging))
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path} was not loaded: no room for the values that stay: {error.strerror}", path=self.path
@@ -260,12 +260,12 @@ class _Load:
         try:
             self.team.together(make, self.path)
         except BaseException:
-            for keeping in made:
-                keeping.close()
+            for spill in made:
+                spill.close()
             raise
         return made[0]
 
-    def _change(self, keeping: Keeping) -> None:
+    def _change(self, spill: SpillFile) -> None:
         """Fills everything. A failure leaves nothing half begun, and the other ranks none to wait for."""
         self.engine._gatherer.release_all()
         self.core.clear_gradients()
@@ -275,8 +275,8 @@ class _Load:
             while left:
                 if left[-1].unit != unit:
                     unit = left[-1].unit
-                    self._keep_unit(unit, keeping)
-                self._fill(left.pop(), keeping)
+                    self._keep_unit(unit, spill)
+                self._fill(left.pop(), spill)
             for buffer, saved in self.buffers:
                 self._fill_buffer(buffer, saved)
         except BaseException:
@@ -294,18 +294,18 @@ class _Load:
         )
         return next((offload.path for home, offload in homes if home is Home.DISK), None)
 
-    def _keep_unit(self, unit: int, keeping: Keeping) -> None:
-        keeping.start_unit()
+    def _keep_unit(self, unit: int, spill: SpillFile) -> None:
+        spill.start_unit()
         for fill in self.fills:
             if fill.unit == unit:
                 for run in fill.kept:
-                    keeping.keep(run, fill.part)
+                    spill.keep(run, fill.part)
 
-    def _fill(self, fill: _Fill, keeping: Keeping) -> None:
+    def _fill(self, fill: _Fill, spill: SpillFile) -> None:
         self.core.fill_begin(fill.unit, fill.part)
         try:
             for run, pieces in fill.sources:
-                for start, values in self._values(run, fill.part, pieces, keeping):
+                for start, values in self._values(run, fill.part, pieces, spill):
                     place = (fill.unit, run.held.position)
                     if run.held.trainable:
                         self.core.fill_param(*place, start, spec(values))
@@ -316,11 +316,11 @@ class _Load:
             self.core.fill_commit(fill.unit)
 
     def _values(
-        self, run: Run, part: str, pieces: list[Piece] | None, keeping: Keeping
+        self, run: ElementRange, part: str, pieces: list[Piece] | None, spill: SpillFile
     ) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values) of one part of a run: fp32, of a frozen weight in its own dtype."""
         if pieces is None:
-            yield from keeping.chunks(run, part)
+            yield from spill.chunks(run, part)
         elif not pieces:
             zeros = self.staging.values[: min(run.count, self.staging.elements)].zero_()
             for start in range(0, run.count, self.staging.elements):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from zeroxide.checkpoint.contents import Held
+from zeroxide.checkpoint.contents import ParamRecord
 from zeroxide.checkpoint.format.manifest import Manifest, SavedBuffer, SavedParameter
 from zeroxide.checkpoint.format.stream import SAVED
 from zeroxide.errors import CheckpointError
@@ -53,7 +53,7 @@ def _refuse(kind: str, found: _Differences, strict: bool, path: Path) -> None:
 
 
 def match_parameters(
-    held: Sequence[Held], manifest: Manifest, path: Path, *, strict: bool
+    held: Sequence[ParamRecord], manifest: Manifest, path: Path, *, strict: bool
 ) -> dict[str, SavedParameter | None]:
     """For every parameter of the engine, by its first name, the saved one; None where the checkpoint has none.
 
@@ -122,7 +122,7 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def match_groups(
-    held: Sequence[Held], saved: dict[str, SavedParameter | None], groups: int, manifest: Manifest, path: Path
+    held: Sequence[ParamRecord], saved: dict[str, SavedParameter | None], groups: int, manifest: Manifest, path: Path
 ) -> None:
     """Raises CheckpointError unless every parameter is in the optimizer group, by number, that it was in."""
     if groups != len(manifest.groups):

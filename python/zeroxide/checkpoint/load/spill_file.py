@@ -14,13 +14,13 @@ from types import TracebackType
 
 import torch
 
-from zeroxide.checkpoint.contents import LiveState, Run, Staging, value_dtype
+from zeroxide.checkpoint.contents import ElementRange, LiveState, Staging, value_dtype
 from zeroxide.checkpoint.format.stream import bytes_of, write_all
 
-__all__ = ["Keeping"]
+__all__ = ["SpillFile"]
 
 
-class Keeping:
+class SpillFile:
     """Room on disk for `nbytes` of values. A context manager. Raises OSError."""
 
     def __init__(self, nbytes: int, directory: Path | None, live: LiveState, staging: Staging) -> None:
@@ -31,7 +31,7 @@ class Keeping:
         if self._file is not None:
             os.posix_fallocate(self._file.fileno(), 0, nbytes)
 
-    def __enter__(self) -> Keeping:
+    def __enter__(self) -> SpillFile:
         return self
 
     def __exit__(
@@ -50,7 +50,7 @@ class Keeping:
         if self._file is not None:
             self._file.seek(0)
 
-    def keep(self, run: Run, part: str) -> None:
+    def keep(self, run: ElementRange, part: str) -> None:
         """Copies the present values of one part of a run."""
         assert self._file is not None, "room was asked for"
         descriptor = self._file.fileno()
@@ -58,7 +58,7 @@ class Keeping:
         for values in self._live.chunks(run.held, part, run.start, run.count, value_dtype(run.held, part)):
             write_all(descriptor, bytes_of(values))
 
-    def chunks(self, run: Run, part: str) -> Iterator[tuple[int, torch.Tensor]]:
+    def chunks(self, run: ElementRange, part: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values) of what was kept. Each chunk is valid until the next one is taken."""
         assert self._file is not None, "something was kept"
         at = self._places[run.held.name, part, run.start]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zeroxide import _core
-from zeroxide.checkpoint.contents import PARTS, LiveState, held_parameters, own_pieces, persistent_buffers
+from zeroxide.checkpoint.contents import PARTS, LiveState, own_pieces, param_records, persistent_buffers
 from zeroxide.checkpoint.format import cutting, generators
 from zeroxide.checkpoint.format.cutting import Cut, Tensor, cut_into_files, whole
 from zeroxide.checkpoint.format.json_codec import encode
@@ -56,7 +56,7 @@ class Description:
     ) -> None:
         core = engine._alive()
         self._leads = rank == 0
-        self._held = held_parameters(engine)
+        self._held = param_records(engine)
         self._by_name = {held.name: held for held in self._held}
         self._buffers = self._checked_buffers(engine, frozen_in_time)
         self.generators = generators.read()

@@ -183,11 +183,13 @@ class Save:
 
 def _check_boundary(engine: Engine) -> None:
     steps = engine.gradient_accumulation_steps()
-    _, _, landed = engine._alive().grad_norm()
+    _, _, accumulated = engine._alive().grad_norm()
     inside = engine._inside_window()
-    if not landed and not inside:
+    if not accumulated and not inside:
         return
-    where = f"after micro-batch {inside} of {steps}" if inside else f"with {landed} gradients that no step has used"
+    where = (
+        f"after micro-batch {inside} of {steps}" if inside else f"with {accumulated} gradients that no step has used"
+    )
     raise CheckpointError(
         f"a checkpoint cannot be saved {where}: gradients are not part of it; save after the step() that updates "
         "the weights"

@@ -79,7 +79,9 @@ class Bf16(Section):
 
     enabled: Flag = False
     check_grad_overflow: Flag | None = None
-    immediate_grad_update: Annotated[Flag | None, NoEffect("gradients always land as soon as they arrive")] = None
+    immediate_grad_update: Annotated[
+        Flag | None, NoEffect("gradients are always accumulated as soon as they arrive")
+    ] = None
     bf16_master_weights_and_grads: Annotated[Flag | None, NotBuilt("bf16 master weights")] = None
     bf16_optimizer_states: Annotated[Flag | None, NotBuilt("bf16 optimizer states")] = None
 

@@ -97,7 +97,7 @@ class ZeroSection(Section):
 
     cpu_offload_use_pin_memory: Annotated[Any, NoEffect(_PINNED)] = None
     overlap_comm: Annotated[Flag | None, NoEffect("when to communicate is not left to a switch")] = None
-    contiguous_gradients: Annotated[Flag | None, NoEffect("gradients always land in one flat buffer")] = None
+    contiguous_gradients: Annotated[Flag | None, NoEffect("gradients are always accumulated in one flat buffer")] = None
     reduce_scatter: Annotated[Flag | None, NoEffect("gradients are always reduce-scattered")] = None
     reduce_bucket_size: Annotated[Any, NoEffect(_BUCKETS)] = None
     use_multi_rank_bucket_allreduce: Annotated[Any, NoEffect(_BUCKETS)] = None

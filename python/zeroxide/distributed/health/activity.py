@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from zeroxide.distributed.agreement import name_ranks
 
-__all__ = ["IDLE", "Activity", "Doing", "Verdict", "describe", "is_waiting", "summary"]
+__all__ = ["IDLE", "Activity", "Doing", "Failure", "describe", "is_waiting", "summary"]
 
 Doing = tuple[str | None, str | int | None, str | None, int | None]
 """(phase, unit, collective, sequence). With a collective the rank waits for it; without, it computes."""
@@ -26,7 +26,7 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Failure:
     """Why the job cannot go on, in one line, and the ranks that are to blame."""
 
     line: str
@@ -59,7 +59,7 @@ def summary(what: Iterable[tuple[int, str]]) -> str:
 
 
 def as_doing(values: Sequence[object]) -> Doing:
-    """What came over the wire, checked for its shape. Raises ValueError."""
+    """What came over the connection, checked for its shape. Raises ValueError."""
     if len(values) != 4 or not (values[3] is None or isinstance(values[3], int)):
         raise ValueError(f"not an activity: {values!r}")
     phase, unit, collective = (None if each is None else str(each)[:200] for each in values[:3])

@@ -11,7 +11,7 @@ import re
 import socket
 from typing import Any
 
-__all__ = ["Wire", "connect"]
+__all__ = ["Connection", "connect"]
 
 _MOST_BYTES = 1 << 16
 """Longest line, and most that waits to be sent; a peer that does not read loses what is beyond."""
@@ -22,7 +22,7 @@ _MOST_BRACKETS = 4
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*+"', re.DOTALL)
 
 
-class Wire:
+class Connection:
     """A connected socket, as lines."""
 
     def __init__(self, sock: socket.socket) -> None:
@@ -92,12 +92,12 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return message if isinstance(message, dict) else None
 
 
-def connect(addresses: list[str], port: int, seconds: float) -> Wire | str:
+def connect(addresses: list[str], port: int, seconds: float) -> Connection | str:
     """A connection to the first address that takes one within `seconds`, else what each of them said."""
     said: list[str] = []
     for address in addresses:
         try:
-            return Wire(socket.create_connection((address, port), timeout=seconds))
+            return Connection(socket.create_connection((address, port), timeout=seconds))
         except OSError as error:
             said.append(f"{address}:{port}: {error}")
     return ", ".join(said)

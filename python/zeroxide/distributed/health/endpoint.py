@@ -1,4 +1,5 @@
-"""The two ends of the watch: `Hub` in rank 0 hears everybody and judges; `Spoke`, elsewhere, reports and is told.
+"""The two ends of the watch: `Coordinator` in rank 0 hears everybody and judges; `Worker`, elsewhere, reports and is
+told.
 
 A star, since one place then knows what every rank does, and a killed process closes its connection at once. Rank 0
 handles one short line per rank and second. Both ends have the same methods, called by the watch's thread alone.
@@ -11,15 +12,15 @@ import socket
 import threading
 from typing import Any, Protocol
 
-from zeroxide.distributed.health.activity import Activity, Verdict, as_doing
-from zeroxide.distributed.health.connection import Wire
+from zeroxide.distributed.health.activity import Activity, Failure, as_doing
+from zeroxide.distributed.health.connection import Connection
 from zeroxide.distributed.health.door import Door, Stranger, introduction
-from zeroxide.distributed.health.failure_detector import Judge
+from zeroxide.distributed.health.failure_detector import FailureDetector
 
-__all__ = ["Hub", "Side", "Spoke"]
+__all__ = ["Coordinator", "Endpoint", "Worker"]
 
 
-class Side(Protocol):
+class Endpoint(Protocol):
     """What the watch's thread does with its end."""
 
     def wait(self, seconds: float) -> None:
@@ -31,7 +32,7 @@ class Side(Protocol):
     def beat(self, activity: Activity) -> None:
         """Tells the other side that this rank lives, and what it does."""
 
-    def judge(self, seconds: float, activity: Activity) -> Verdict | None:
+    def detect(self, seconds: float, activity: Activity) -> Failure | None:
         """The reason to end, if there is one, after `seconds` more of listening."""
 
     def look(self) -> None:
@@ -84,28 +85,28 @@ _MALFORMED = (LookupError, TypeError, ValueError, ArithmeticError)
 
 
 class _Visitor:
-    """A connection to the hub, of a rank that has shown the token."""
+    """A connection to the coordinator, of a rank that has shown the token."""
 
-    def __init__(self, wire: Wire, rank: int) -> None:
-        self.wire = wire
+    def __init__(self, connection: Connection, rank: int) -> None:
+        self.connection = connection
         self.rank = rank
 
 
-class Hub:
+class Coordinator:
     """Rank 0's end. `listener` is non-blocking; `token` is what the other ranks show when they connect."""
 
-    def __init__(self, judge: Judge, listener: socket.socket, token: bytes) -> None:
-        self._judge = judge
+    def __init__(self, detector: FailureDetector, listener: socket.socket, token: bytes) -> None:
+        self._detector = detector
         self._listener = listener
         self._waker = _Waker()
-        self._door = Door(listener, token, len(judge.members) - 1, self._waker.selector)
+        self._door = Door(listener, token, len(detector.members) - 1, self._waker.selector)
         self._visitors: list[_Visitor] = []
         self._arrived = {0}
         self.complete = threading.Event()
         """Set once every rank has connected: before that rank 0 cannot tell them that it has finished."""
 
     def wait(self, seconds: float) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         for ready in self._waker.select(seconds):
             if ready is self._door:
                 for stranger in self._door.accept():
@@ -120,10 +121,10 @@ class Hub:
         rank = self._door.hear(stranger)
         if rank is None:
             return
-        if rank not in self._judge.members or rank in self._arrived:
+        if rank not in self._detector.members or rank in self._arrived:
             stranger.socket.close()
             return
-        visitor = _Visitor(Wire(stranger.socket), rank)
+        visitor = _Visitor(Connection(stranger.socket), rank)
         self._visitors.append(visitor)
         self._waker.selector.register(stranger.socket, selectors.EVENT_READ, visitor)
         self._arrived.add(rank)
@@ -132,89 +133,89 @@ class Hub:
             self.complete.set()
 
     def _hear(self, visitor: _Visitor) -> None:
-        messages, stands = visitor.wire.receive()
+        messages, stands = visitor.connection.receive()
         try:
             for message in messages:
                 self._take(visitor, message)
         except _MALFORMED:
             stands = False
         if not stands:
-            self._waker.selector.unregister(visitor.wire.socket)
-            visitor.wire.close()
+            self._waker.selector.unregister(visitor.connection.socket)
+            visitor.connection.close()
             self._visitors.remove(visitor)
-            self._judge.gone(visitor.rank)
+            self._detector.gone(visitor.rank)
 
     def _take(self, visitor: _Visitor, message: dict[str, Any]) -> None:
         if "doing" in message:
-            self._judge.heard(visitor.rank, Activity(as_doing(message["doing"]), float(message["seconds"])))
+            self._detector.heard(visitor.rank, Activity(as_doing(message["doing"]), float(message["seconds"])))
         elif "failed" in message:
-            self._judge.failed(visitor.rank, str(message["failed"]))
+            self._detector.failed(visitor.rank, str(message["failed"]))
         elif "finished" in message:
-            self._judge.finished(visitor.rank)
+            self._detector.finished(visitor.rank)
 
     def wake(self) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         self._waker.wake()
 
     def beat(self, activity: Activity) -> None:
-        """See `Side`. The other ranks also get what all the ranks do, to print it should rank 0 be lost."""
-        self._judge.heard(0, activity)
-        self._tell({"doing": activity.doing, "seconds": activity.seconds, "others": self._judge.others([0])})
+        """See `Endpoint`. The other ranks also get what all the ranks do, to print it should rank 0 be lost."""
+        self._detector.heard(0, activity)
+        self._tell({"doing": activity.doing, "seconds": activity.seconds, "others": self._detector.others([0])})
 
-    def judge(self, seconds: float, activity: Activity) -> Verdict | None:
-        """See `Side`. Everybody hears the verdict before this rank acts on it."""
-        self._judge.heard(0, activity)
+    def detect(self, seconds: float, activity: Activity) -> Failure | None:
+        """See `Endpoint`. Everybody hears the failure before this rank acts on it."""
+        self._detector.heard(0, activity)
         for visitor in self._visitors:
-            visitor.wire.flush()
-        verdict = self._judge.pass_time(seconds)
-        if verdict is not None:
-            self._tell({"verdict": verdict.line, "ranks": verdict.ranks})
-        return verdict
+            visitor.connection.flush()
+        failure = self._detector.pass_time(seconds)
+        if failure is not None:
+            self._tell({"failure": failure.line, "ranks": failure.ranks})
+        return failure
 
     def look(self) -> None:
-        """See `Side`."""
-        self._judge.look()
+        """See `Endpoint`."""
+        self._detector.look()
 
     def say_failed(self, line: str) -> None:
-        """See `Side`. The others hear of it with the verdict."""
-        self._judge.failed(0, line)
+        """See `Endpoint`. The others hear of it with the failure."""
+        self._detector.failed(0, line)
 
     def say_finished(self) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         self._tell({"finished": True})
 
     def _tell(self, message: dict[str, Any]) -> None:
         for visitor in self._visitors:
-            visitor.wire.send(message)
+            visitor.connection.send(message)
 
     def close(self) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         self._waker.close()
         self._door.close()
         for visitor in self._visitors:
-            visitor.wire.close()
+            visitor.connection.close()
 
 
-class Spoke:
-    """The end of every rank but 0. `judge` knows this rank and rank 0; the verdict on others comes from rank 0."""
+class Worker:
+    """The end of every rank but 0. `detector` knows this rank and rank 0; the failure on others comes from rank 0."""
 
-    def __init__(self, judge: Judge, wire: Wire, rank: int, token: bytes) -> None:
-        self._judge = judge
-        self._wire = wire
+    def __init__(self, detector: FailureDetector, connection: Connection, rank: int, token: bytes) -> None:
+        self._detector = detector
+        self._connection = connection
         self._rank = rank
         self._waker = _Waker()
-        self._waker.selector.register(wire.socket, selectors.EVENT_READ, "wire")
+        self._waker.selector.register(connection.socket, selectors.EVENT_READ, "connection")
         self._connected = True
-        self._verdict: Verdict | None = None
-        wire.introduce(introduction(token, rank))
+        self._failure: Failure | None = None
+        connection.introduce(introduction(token, rank))
 
     def wait(self, seconds: float) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         if self._waker.select(seconds) and self._connected:
             self._hear()
 
     def _hear(self) -> None:
-        messages, stands = self._wire.receive()
+        messages, stands = self._connection.receive()
         try:
             for message in messages:
                 self._take(message)
@@ -222,46 +223,46 @@ class Spoke:
             stands = False
         if not stands:
             self._connected = False
-            self._waker.selector.unregister(self._wire.socket)
-            self._judge.gone(0)
+            self._waker.selector.unregister(self._connection.socket)
+            self._detector.gone(0)
 
     def _take(self, message: dict[str, Any]) -> None:
-        if "verdict" in message and self._verdict is None:
-            self._verdict = Verdict(str(message["verdict"]), tuple(int(each) for each in message["ranks"]))
+        if "failure" in message and self._failure is None:
+            self._failure = Failure(str(message["failure"]), tuple(int(each) for each in message["ranks"]))
         elif "doing" in message:
-            self._judge.heard(0, Activity(as_doing(message["doing"]), float(message["seconds"])))
-            self._judge.told = str(message["others"])
+            self._detector.heard(0, Activity(as_doing(message["doing"]), float(message["seconds"])))
+            self._detector.told = str(message["others"])
         elif "finished" in message:
-            self._judge.finished(0)
+            self._detector.finished(0)
 
     def wake(self) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         self._waker.wake()
 
     def beat(self, activity: Activity) -> None:
-        """See `Side`."""
-        self._wire.send({"doing": activity.doing, "seconds": round(activity.seconds, 3)})
+        """See `Endpoint`."""
+        self._connection.send({"doing": activity.doing, "seconds": round(activity.seconds, 3)})
 
-    def judge(self, seconds: float, activity: Activity) -> Verdict | None:
-        """See `Side`."""
-        self._judge.heard(self._rank, activity)
+    def detect(self, seconds: float, activity: Activity) -> Failure | None:
+        """See `Endpoint`."""
+        self._detector.heard(self._rank, activity)
         if self._connected:
-            self._wire.flush()
-        return self._verdict or self._judge.pass_time(seconds)
+            self._connection.flush()
+        return self._failure or self._detector.pass_time(seconds)
 
     def look(self) -> None:
-        """See `Side`."""
-        self._judge.look()
+        """See `Endpoint`."""
+        self._detector.look()
 
     def say_failed(self, line: str) -> None:
-        """See `Side`."""
-        self._wire.send({"failed": line})
+        """See `Endpoint`."""
+        self._connection.send({"failed": line})
 
     def say_finished(self) -> None:
-        """See `Side`."""
-        self._wire.send({"finished": True})
+        """See `Endpoint`."""
+        self._connection.send({"finished": True})
 
     def close(self) -> None:
-        """See `Side`."""
+        """See `Endpoint`."""
         self._waker.close()
-        self._wire.close()
+        self._connection.close()

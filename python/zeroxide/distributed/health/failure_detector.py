@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from zeroxide.distributed.agreement import name_ranks
-from zeroxide.distributed.health.activity import Activity, Verdict, describe, is_waiting, summary
+from zeroxide.distributed.health.activity import Activity, Failure, describe, is_waiting, summary
 from zeroxide.distributed.host import Process, oom_kills
 
-__all__ = ["Judge", "Member"]
+__all__ = ["FailureDetector", "Member"]
 
 _BUSY = 0.1
 """A silent process that used this share of a processor since it was last heard is computing with Python's lock held."""
@@ -43,15 +43,15 @@ class Member:
         return f"process {self.process.pid} on {self.host[0]}"
 
 
-class Judge:
+class FailureDetector:
     """What is known of every rank, and the first reason to end.
 
     timeout: seconds of silence, or of waiting for different things, that are taken for a failure.
-    settle: seconds that a rank's own words wait for a deeper reason: when one rank is killed the others' collectives
+    grace: seconds that a rank's own words wait for a deeper reason: when one rank is killed the others' collectives
         fail at once, and what they then say is a consequence.
     """
 
-    def __init__(self, members: Sequence[Member], own_rank: int, timeout: float, settle: float) -> None:
+    def __init__(self, members: Sequence[Member], own_rank: int, timeout: float, grace: float) -> None:
         self._sees_all = own_rank == 0
         self.members = {each.rank: each for each in members if self._sees_all or each.rank in (0, own_rank)}
         self.told = ""
@@ -59,7 +59,7 @@ class Judge:
         self._own = self.members[own_rank]
         self._watched = [each for each in self.members.values() if each is not self._own]
         self._timeout = timeout
-        self._settle = settle
+        self._grace = grace
         self._oom_kills = oom_kills()
 
     def heard(self, rank: int, activity: Activity) -> None:
@@ -85,7 +85,7 @@ class Judge:
         if self.members[rank].status == "running":
             self.members[rank].status = "gone"
 
-    def pass_time(self, seconds: float) -> Verdict | None:
+    def pass_time(self, seconds: float) -> Failure | None:
         """Counts `seconds` during which this rank was listening; the reason to end, if there is one."""
         for member in self.members.values():
             if member.status == "running":
@@ -113,7 +113,7 @@ class Judge:
         """What is known of one rank."""
         return describe(member.activity.doing) if member.status == "running" else member.status
 
-    def _lost(self) -> Verdict | None:
+    def _lost(self) -> Failure | None:
         lost = [each for each in self._watched if each.status == "gone"]
         if not lost:
             return None
@@ -122,14 +122,14 @@ class Judge:
         memory = f"; the kernel has killed {kills} processes of this host for want of memory meanwhile" if kills else ""
         were = "was" if len(lost) == 1 else "were"
         sign = "is gone" if first.host == self._own.host else "has closed its connection"
-        return self._verdict(
+        return self._failure(
             blamed,
             f"{name_ranks(blamed)} {were} killed or ended without a word: {first.where} {sign}, it was "
             f"{describe(first.activity.doing)}{memory}",
             "look at its last output",
         )
 
-    def _silent(self) -> Verdict | None:
+    def _silent(self) -> Failure | None:
         for member in self._watched:
             if member.status != "running" or member.silence <= self._timeout:
                 continue
@@ -142,7 +142,7 @@ class Judge:
                 member.ticks_when_heard = ticks
                 continue
             what = "is stopped (a signal or a debugger halts it)" if state == "stopped" else "does not answer"
-            return self._verdict(
+            return self._failure(
                 [member.rank],
                 f"rank {member.rank} {what}: nothing was heard of {member.where} for {member.silence:.1f} s, it was "
                 f"{describe(member.activity.doing)}",
@@ -150,15 +150,15 @@ class Judge:
             )
         return None
 
-    def _said(self) -> Verdict | None:
+    def _said(self) -> Failure | None:
         said = [each for each in self.members.values() if each.status == "failed"]
-        if not said or max(each.ended_for for each in said) < self._settle:
+        if not said or max(each.ended_for for each in said) < self._grace:
             return None
         first = max(said, key=lambda each: each.ended_for)
         doing = describe(first.activity.doing)
-        return self._verdict([first.rank], f"rank {first.rank} failed while {doing}: {first.line}", "")
+        return self._failure([first.rank], f"rank {first.rank} failed while {doing}: {first.line}", "")
 
-    def _apart(self) -> Verdict | None:
+    def _apart(self) -> Failure | None:
         """All that still run wait, none for the same, or for somebody who has finished."""
         running = [each for each in self.members.values() if each.status == "running"]
         if not running or not all(
@@ -172,22 +172,22 @@ class Judge:
             # A rank may finish at once after it came late; the others have then not yet noticed that they may go on.
             if min(self.members[rank].ended_for for rank in finished) <= self._timeout:
                 return None
-            return self._verdict(
+            return self._failure(
                 finished,
                 f"{name_ranks(finished)} finished, and the others have waited for {longest:.1f} s",
                 "give every rank the same number of batches and steps",
             )
         if len(waits) == 1 or not self._sees_all:
             return None
-        return self._verdict(
+        return self._failure(
             [],
             f"ranks have waited for different things for {longest:.1f} s",
             "every rank must run the same modules in the same order: look for control flow that depends on the data",
         )
 
-    def _verdict(self, blamed: Sequence[int], line: str, remedy: str) -> Verdict:
+    def _failure(self, blamed: Sequence[int], line: str, remedy: str) -> Failure:
         others = self.others(blamed)
-        return Verdict(
+        return Failure(
             f"{line}{f'; {others}' if others else ''}{f'; {remedy}' if remedy else ''}",
             tuple(blamed) or tuple(self.members),
         )

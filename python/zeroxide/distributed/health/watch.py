@@ -1,6 +1,6 @@
 """Ranks watch one another, so that none waits for a rank that will not come.
 
-A thread in every rank tells rank 0 once a second what its rank is doing, and hears the verdict. The main thread says
+A thread in every rank tells rank 0 once a second what its rank is doing, and hears the failure. The main thread says
 what it does by assigning `Watch.doing` or inside `Watch.waiting`; it makes no system call for it.
 
 A rank that computes is never ended however long it takes. Over several hosts, though, a rank whose Python lock is held
@@ -23,11 +23,11 @@ from types import TracebackType
 from typing import Any
 
 from zeroxide.distributed.collectives import Ranks, first_line
-from zeroxide.distributed.health.activity import IDLE, Activity, Doing, Verdict, is_waiting
+from zeroxide.distributed.health.activity import IDLE, Activity, Doing, Failure, is_waiting
 from zeroxide.distributed.health.connection import connect
 from zeroxide.distributed.health.door import TOKEN_BYTES, listen, store_host
-from zeroxide.distributed.health.endpoint import Hub, Side, Spoke
-from zeroxide.distributed.health.failure_detector import Judge, Member
+from zeroxide.distributed.health.endpoint import Coordinator, Endpoint, Worker
+from zeroxide.distributed.health.failure_detector import FailureDetector, Member
 from zeroxide.distributed.host import Process, host_identity
 from zeroxide.errors import RanksError
 
@@ -61,30 +61,30 @@ class Watch:
         self._ranks = ranks
         self._timeout, self._grace, self._cleanup = timeout, grace, cleanup
         self._interval = min(interval, timeout / 10)
-        self._settle = min(0.5, timeout / 4)
+        self._grace = min(0.5, timeout / 4)
         self._count = 0
         self._pid = os.getpid()
-        self._verdict: Verdict | None = None
+        self._failure: Failure | None = None
         self._known = threading.Event()
         self._told = False
         self._own_line: str | None = None
         self._closing = False
         self._callbacks: list[Callable[[str], object]] = []
         self._lock = threading.Lock()
-        self._side: Side | None = None
+        self._endpoint: Endpoint | None = None
         self._thread: threading.Thread | None = None
         if ranks.alone:
             return
-        self._side = _open(ranks, timeout, self._settle)
+        self._endpoint = _open(ranks, timeout, self._grace)
         ranks.explain = self.explain
         self._hook = _chain_excepthook(self)
         self._thread = threading.Thread(target=self._run, name="zeroxide-watch", daemon=True)
         self._thread.start()
         atexit.register(self.close)
         _live.add(self)
-        if isinstance(self._side, Hub):
+        if isinstance(self._endpoint, Coordinator):
             # They are on their way: each has this rank's address.
-            self._side.complete.wait(timeout)
+            self._endpoint.complete.wait(timeout)
 
     # The main thread's side ------------------------------------------------------------------------------------------
 
@@ -103,13 +103,13 @@ class Watch:
         """`callback(line)` is called in the watch's thread as soon as a failure is known; at once if one is already."""
         with self._lock:
             self._callbacks.append(callback)
-            verdict = self._verdict
-        if verdict is not None:
-            callback(verdict.line)
+            failure = self._failure
+        if failure is not None:
+            callback(failure.line)
 
     def check(self) -> None:
         """Raises RanksError, naming the rank, if a failure is known."""
-        if self._verdict is not None:
+        if self._failure is not None:
             raise self._error()
 
     def explain(self, seconds: float = 2.0) -> RanksError | None:
@@ -122,11 +122,11 @@ class Watch:
         """Tells the others that this rank fails, and why. They end, quoting `line`. Takes about two seconds at most."""
         if self._thread is None or os.getpid() != self._pid or self._closing:
             return
-        if self._own_line is None and self._verdict is None:
+        if self._own_line is None and self._failure is None:
             self._own_line = " ".join(line.split())[:1000]
         self._told = True
         self._wake()
-        self._known.wait(self._settle + 1.5)
+        self._known.wait(self._grace + 1.5)
 
     def close(self) -> None:
         """Tells the others that this rank has finished, and ends the thread. Calling it again does nothing."""
@@ -150,35 +150,35 @@ class Watch:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None and not (isinstance(error, RanksError) and self._verdict is not None):
+        if error is not None and not (isinstance(error, RanksError) and self._failure is not None):
             self.failed(_said(error))
         self.close()
 
     def _error(self) -> RanksError:
-        assert self._verdict is not None
+        assert self._failure is not None
         self._told = True
-        return RanksError(self._verdict.line, ranks=self._verdict.ranks)
+        return RanksError(self._failure.line, ranks=self._failure.ranks)
 
     def _wake(self) -> None:
-        if self._side is not None:
-            self._side.wake()
+        if self._endpoint is not None:
+            self._endpoint.wake()
 
     # The thread's side -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        side = self._side
-        assert side is not None
+        endpoint = self._endpoint
+        assert endpoint is not None
         try:
-            verdict = self._listen(side)
-            if verdict is None:
-                side.say_finished()
+            failure = self._listen(endpoint)
+            if failure is None:
+                endpoint.say_finished()
             else:
-                self._fail(verdict)
+                self._fail(failure)
         finally:
-            side.close()
+            endpoint.close()
 
-    def _listen(self, side: Side) -> Verdict | None:
-        """Until there is a verdict, or None when this rank closes the watch."""
+    def _listen(self, endpoint: Endpoint) -> Failure | None:
+        """Until there is a failure, or None when this rank closes the watch."""
         seen, said = self.doing, False
         last = since = time.monotonic()
         next_beat = last
@@ -190,43 +190,43 @@ class Watch:
             activity = Activity(seen, now - since)
             if self._own_line is not None and not said:
                 said = True
-                side.say_failed(self._own_line)
-            # A wait that has just become too long is told at once, so that the verdict does not wait for the next beat.
+                endpoint.say_failed(self._own_line)
+            # A wait that has just become too long is told at once, so that the failure does not wait for the next beat.
             overdue = is_waiting(seen) and last - since <= self._timeout < now - since
             if now >= next_beat:
                 next_beat = now + self._interval
-                side.beat(activity)
-                side.look()
+                endpoint.beat(activity)
+                endpoint.look()
             elif overdue or (news and self._ranks.world <= _MOST_CHATTY):
-                side.beat(activity)
+                endpoint.beat(activity)
             # Time in which this thread did not run, because the process or the machine was halted, is nobody's silence.
-            verdict = side.judge(min(now - last, self._interval), activity)
+            failure = endpoint.detect(min(now - last, self._interval), activity)
             last = now
-            if verdict is not None:
-                return verdict
-            side.wait(self._interval / 4)
+            if failure is not None:
+                return failure
+            endpoint.wait(self._interval / 4)
         return None
 
-    def _fail(self, verdict: Verdict) -> None:
-        self._ranks.lost = verdict.line
+    def _fail(self, failure: Failure) -> None:
+        self._ranks.lost = failure.line
         with self._lock:
-            self._verdict = verdict
+            self._failure = failure
             callbacks = list(self._callbacks)
         self._known.set()
         atexit.register(_limit_exit, max(self._grace, 3.0))
         for callback in callbacks:
             # A broken callback must not keep this process alive.
             with contextlib.suppress(Exception):
-                callback(verdict.line)
+                callback(failure.line)
         if not self._left_alone(self._grace, lambda: self._told) and not self._closing:
-            _end(verdict.line)
+            _end(failure.line)
         if not self._left_alone(self._cleanup, lambda: self._closing):
-            _end(verdict.line)
+            _end(failure.line)
 
     def _left_alone(self, seconds: float, done: Callable[[], bool]) -> bool:
         """Whether the main thread did its part within `seconds`."""
-        side = self._side
-        assert side is not None
+        endpoint = self._endpoint
+        assert endpoint is not None
         until = time.monotonic() + seconds
         while not done() and not self._closing:
             if time.monotonic() >= until:
@@ -267,7 +267,7 @@ class _Waiting:
 # How the ranks meet --------------------------------------------------------------------------------------------------
 
 
-def _open(ranks: Ranks, timeout: float, settle: float) -> Side:
+def _open(ranks: Ranks, timeout: float, grace: float) -> Endpoint:
     """This rank's end, connected. Rank 0 chooses a port and a token, which the group carries to the others."""
     listener, addresses = listen(ranks.same_network) if ranks.rank == 0 else (None, [])
     try:
@@ -283,21 +283,21 @@ def _open(ranks: Ranks, timeout: float, settle: float) -> Side:
             listener.close()
         raise
     members = [Member(rank, row["host"], Process(row["pid"], row["started"])) for rank, row in enumerate(rows)]
-    judge = Judge(members, ranks.rank, timeout, settle)
+    detector = FailureDetector(members, ranks.rank, timeout, grace)
     token = bytes.fromhex(rows[0]["token"])
     if listener is not None:
-        return Hub(judge, listener, token)
+        return Coordinator(detector, listener, token)
     addresses = list(rows[0]["addresses"])
     if not ranks.same_network:
         # Where addresses are translated, the way on which torch already reaches that host is open.
         addresses = list(dict.fromkeys([*addresses, *store_host()]))
-    wire = connect(addresses, int(rows[0]["port"]), timeout)
-    if isinstance(wire, str):
+    connection = connect(addresses, int(rows[0]["port"]), timeout)
+    if isinstance(connection, str):
         raise RanksError(
-            f"rank {ranks.rank} cannot reach rank 0 to watch it: {wire}; open the hosts' ports to one another",
+            f"rank {ranks.rank} cannot reach rank 0 to watch it: {connection}; open the hosts' ports to one another",
             ranks=[0],
         )
-    return Spoke(judge, wire, ranks.rank, token)
+    return Worker(detector, connection, ranks.rank, token)
 
 
 # How a process ends --------------------------------------------------------------------------------------------------
@@ -339,19 +339,19 @@ def _chain_excepthook(watch: Watch) -> tuple[Any, Any]:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         watch = reference()
         ours = watch is not None and os.getpid() == watch._pid
-        verdict = watch._verdict if watch is not None and ours else None
-        if verdict is not None and str(error) == verdict.line:
+        failure = watch._failure if watch is not None and ours else None
+        if failure is not None and str(error) == failure.line:
             # Where this rank was when another one was lost explains nothing; the line says it all.
-            _print(verdict.line)
+            _print(failure.line)
             return
         before(kind, error, trace)
         if watch is None or not ours:
             return
         watch.failed(_said(error))
-        verdict = watch._verdict
-        if verdict is not None and watch._ranks.rank not in verdict.ranks:
+        failure = watch._failure
+        if failure is not None and watch._ranks.rank not in failure.ranks:
             # What this rank stumbled over was the consequence of another rank's end.
-            _print(verdict.line)
+            _print(failure.line)
 
     sys.excepthook = hook
     return hook, before
@@ -364,8 +364,8 @@ def _forget_in_child() -> None:
     """A forked child must not keep the connections open, or its parent's end would go unnoticed."""
     for watch in list(_live):
         watch._thread = None
-        if watch._side is not None:
-            watch._side.close()
+        if watch._endpoint is not None:
+            watch._endpoint.close()
     _live.clear()
 
 

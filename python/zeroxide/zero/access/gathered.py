@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.zero.init.context import settle
+from zeroxide.zero.init.context import cut_all
 from zeroxide.zero.init.slices import Slice
-from zeroxide.zero.param import Seat
-from zeroxide.zero.param_handle import Keeper, keeper_of
+from zeroxide.zero.param import ShardedParam
+from zeroxide.zero.param_handle import ParamHandle, handle_of
 
 __all__ = ["GatheredParameters"]
 
@@ -43,39 +43,39 @@ class GatheredParameters:
         fwd_module: nn.Module | None = None,
         enabled: bool = True,
     ) -> None:
-        self.opened: list[tuple[nn.Parameter, Keeper]] = []
+        self.opened: list[tuple[nn.Parameter, ParamHandle]] = []
         self.modifier_rank = modifier_rank
         self.listed = _listed(params) if enabled else []
 
     def __enter__(self) -> GatheredParameters:
         with torch._C.DisableTorchFunction():
             if self.listed:
-                settle()
+                cut_all()
             try:
                 for param in self.listed:
-                    keeper = keeper_of(param)
-                    if keeper is not None:
-                        _check_rank(keeper, self.modifier_rank)
-                        self._open(param, keeper)
+                    handle = handle_of(param)
+                    if handle is not None:
+                        _check_rank(handle, self.modifier_rank)
+                        self._open(param, handle)
             except BaseException:
                 self._close_all(None)
                 raise
         return self
 
-    def _open(self, param: nn.Parameter, keeper: Keeper) -> None:
-        before = keeper.holds
+    def _open(self, param: nn.Parameter, handle: ParamHandle) -> None:
+        before = handle.holds
         try:
-            keeper.open(param)
+            handle.open(param)
             if not before:
-                keeper.stamp = (param._version, param.data_ptr())
+                handle.stamp = (param._version, param.data_ptr())
         except BaseException:
-            if keeper.holds > before:
-                keeper.close(param, None)
+            if handle.holds > before:
+                handle.close(param, None)
             else:
-                keeper.give_up(param)
+                handle.give_up(param)
             raise
-        self.opened.append((param, keeper))
-        keeper.writers += self.modifier_rank is not None
+        self.opened.append((param, handle))
+        handle.writers += self.modifier_rank is not None
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -98,16 +98,16 @@ class GatheredParameters:
         opened, self.opened = self.opened, []
         lost: list[str] = []
         failed: BaseException | None = None
-        for param, keeper in reversed(opened):
-            keeper.writers -= self.modifier_rank is not None
-            changed = keeper.changed_by_hand(param) or keeper.stamp != (param._version, param.data_ptr())
-            if not keeper.writers and self.modifier_rank is None and changed:
-                lost.append(getattr(keeper, "name", "a parameter"))
+        for param, handle in reversed(opened):
+            handle.writers -= self.modifier_rank is not None
+            changed = handle.changed_by_hand(param) or handle.stamp != (param._version, param.data_ptr())
+            if not handle.writers and self.modifier_rank is None and changed:
+                lost.append(getattr(handle, "name", "a parameter"))
             counts = source is not None and (failed is None or isinstance(failed, ModelError))
             try:
-                keeper.close(param, source if counts else None)
+                handle.close(param, source if counts else None)
                 if counts:
-                    keeper.stamp = (param._version, param.data_ptr())
+                    handle.stamp = (param._version, param.data_ptr())
             except BaseException as found:
                 failed = failed or found
         if failed is not None:
@@ -126,12 +126,12 @@ def _listed(params: Any) -> list[nn.Parameter]:
     return list({id(param): param for param in params if isinstance(param, nn.Parameter)}.values())
 
 
-def _check_rank(keeper: Keeper, rank: int | None) -> None:
+def _check_rank(handle: ParamHandle, rank: int | None) -> None:
     world = 1
-    if isinstance(keeper, Seat):
-        world = keeper.house.ranks.world
-    elif isinstance(keeper, Slice):
-        world = keeper.ranks.world
+    if isinstance(handle, ShardedParam):
+        world = handle.context.ranks.world
+    elif isinstance(handle, Slice):
+        world = handle.ranks.world
     if rank is not None and not 0 <= rank < world:
         raise ConfigError(
             f"GatheredParameters: modifier_rank: expected 0 to {world - 1}, got {rank}", path="modifier_rank"

@@ -13,7 +13,7 @@ import torch
 
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.bits import ORDINARY
-from zeroxide.zero.param import Seat, seat_of
+from zeroxide.zero.param import ShardedParam, sharded_param_of
 
 __all__ = [
     "safe_get_full_fp32_param",
@@ -36,8 +36,8 @@ def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
 
     A frozen one is given as fp32 where that holds every value of its dtype, else ModelError is raised.
     """
-    seat = seat_of(param)
-    return None if seat is None else seat.read("weights").view(seat.shape)
+    sharded = sharded_param_of(param)
+    return None if sharded is None else sharded.read("weights").view(sharded.shape)
 
 
 def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
@@ -45,14 +45,14 @@ def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> 
 
     optim_state_key: "exp_avg" or "exp_avg_sq"; anything else raises ConfigError.
     """
-    seat, key = seat_of(param), _key(optim_state_key)
-    return None if seat is None or not seat.trainable else seat.read(key).view(seat.shape)
+    sharded, key = sharded_param_of(param), _key(optim_state_key)
+    return None if sharded is None or not sharded.trainable else sharded.read(key).view(sharded.shape)
 
 
 def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
     """The gradient, in the parameter's shape; None where no rank's backward gave one since the last step."""
-    seat = seat_of(param)
-    return None if seat is None or not seat.has_gradient(True) else seat.read("grad").view(seat.shape)
+    sharded = sharded_param_of(param)
+    return None if sharded is None or not sharded.has_gradient(True) else sharded.read("grad").view(sharded.shape)
 
 
 def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -76,20 +76,20 @@ def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
 
 def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of the exact weight; None for a parameter of no engine."""
-    seat = seat_of(param)
-    return None if seat is None else seat.read_own("weights")
+    sharded = sharded_param_of(param)
+    return None if sharded is None else sharded.read_own("weights")
 
 
 def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
     """This rank's part of a moment; None for a frozen parameter and for one of no engine."""
-    seat, key = seat_of(param), _key(optim_state_key)
-    return None if seat is None or not seat.trainable else seat.read_own(key)
+    sharded, key = sharded_param_of(param), _key(optim_state_key)
+    return None if sharded is None or not sharded.trainable else sharded.read_own(key)
 
 
 def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
     """This rank's part of the gradient; None where this rank's backward gave the parameter none."""
-    seat = seat_of(param)
-    return None if seat is None or not seat.has_gradient(False) else seat.read_own("grad")
+    sharded = sharded_param_of(param)
+    return None if sharded is None or not sharded.has_gradient(False) else sharded.read_own("grad")
 
 
 def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -118,52 +118,54 @@ def _key(name: str) -> str:
     return name
 
 
-def _required(param: torch.Tensor) -> Seat:
-    seat = seat_of(param)
-    if seat is None:
+def _required(param: torch.Tensor) -> ShardedParam:
+    sharded = sharded_param_of(param)
+    if sharded is None:
         raise ModelError(
             f"a parameter of shape {tuple(param.shape)} belongs to no engine: only parameters of a model that "
             "zeroxide.initialize has taken over can be set"
         )
-    return seat
+    return sharded
 
 
-def _settable(param: torch.Tensor) -> Seat:
-    seat = _required(param)
-    if seat.opaque or seat.dtype not in ORDINARY:
-        kind = f"is a frozen {type(param).__name__} of {seat.dtype}" if seat.opaque else f"has dtype {seat.dtype}"
-        raise ModelError(
-            f"{seat.name} {kind}, which no fp32 value is rounded to: set it inside "
-            "zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
-            name=seat.name,
+def _settable(param: torch.Tensor) -> ShardedParam:
+    sharded = _required(param)
+    if sharded.opaque or sharded.dtype not in ORDINARY:
+        kind = (
+            f"is a frozen {type(param).__name__} of {sharded.dtype}" if sharded.opaque else f"has dtype {sharded.dtype}"
         )
-    return seat
+        raise ModelError(
+            f"{sharded.name} {kind}, which no fp32 value is rounded to: set it inside "
+            "zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+            name=sharded.name,
+        )
+    return sharded
 
 
-def _trainable(param: torch.Tensor) -> Seat:
-    seat = _required(param)
-    if not seat.trainable:
-        raise ModelError(f"{seat.name} is frozen: it has no gradient and no optimizer state", name=seat.name)
-    return seat
+def _trainable(param: torch.Tensor) -> ShardedParam:
+    sharded = _required(param)
+    if not sharded.trainable:
+        raise ModelError(f"{sharded.name} is frozen: it has no gradient and no optimizer state", name=sharded.name)
+    return sharded
 
 
-def _set_full(seat: Seat, part: str, value: torch.Tensor) -> None:
-    _check(seat, value, seat.shape.numel())
+def _set_full(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
+    _check(sharded, value, sharded.shape.numel())
     full = value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous().view(-1)
-    if seat.house.ranks.world > 1:
-        seat.house.broadcast(full, 0, seat.name)
-    seat.write(part, full)
+    if sharded.context.ranks.world > 1:
+        sharded.context.broadcast(full, 0, sharded.name)
+    sharded.write(part, full)
 
 
-def _set_local(seat: Seat, part: str, value: torch.Tensor) -> None:
-    _check(seat, value, seat.own()[1])
-    seat.write_own(part, value.detach().to(device="cpu", dtype=torch.float32).contiguous().view(-1))
+def _set_local(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
+    _check(sharded, value, sharded.own()[1])
+    sharded.write_own(part, value.detach().to(device="cpu", dtype=torch.float32).contiguous().view(-1))
 
 
-def _check(seat: Seat, value: torch.Tensor, numel: int) -> None:
+def _check(sharded: ShardedParam, value: torch.Tensor, numel: int) -> None:
     if value.numel() != numel:
         raise ModelError(
-            f"a value for {seat.name} has {value.numel()} elements {tuple(value.shape)}: expected {numel}"
-            + (f" {tuple(seat.shape)}" if numel == seat.shape.numel() else ", this rank's part"),
-            name=seat.name,
+            f"a value for {sharded.name} has {value.numel()} elements {tuple(value.shape)}: expected {numel}"
+            + (f" {tuple(sharded.shape)}" if numel == sharded.shape.numel() else ", this rank's part"),
+            name=sharded.name,
         )

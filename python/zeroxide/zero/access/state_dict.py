@@ -27,8 +27,8 @@ from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
-from zeroxide.zero.param import House, Seat, seat_of
-from zeroxide.zero.param_handle import keeper_of
+from zeroxide.zero.param import ParameterContext, ShardedParam, sharded_param_of
+from zeroxide.zero.param_handle import handle_of
 
 __all__ = ["FullState", "StateDicts", "full_state_dict", "load_full_state_dict", "refuse_loading"]
 
@@ -42,7 +42,7 @@ class FullState:
     """The engine's methods for state dicts."""
 
     module: nn.Module
-    _house: House
+    _context: ParameterContext
 
     def module_state_dict(
         self, destination: dict[str, Any] | None = None, prefix: str = "", exclude_frozen_parameters: bool = False
@@ -51,7 +51,7 @@ class FullState:
 
         A parameter at a time is gathered, but rank 0 must hold the model; `save_16bit_model` does not need to.
         """
-        found = full_state_dict(self.module, self._house, include_frozen=not exclude_frozen_parameters)
+        found = full_state_dict(self.module, self._context, include_frozen=not exclude_frozen_parameters)
         destination = {} if destination is None else destination
         destination.update({prefix + name: value for name, value in found.items()})
         return destination
@@ -71,7 +71,7 @@ class FullState:
                 path="custom_load_fn",
             )
         given = checkpoint["module"] if isinstance(checkpoint.get("module"), dict) else checkpoint
-        load_full_state_dict(self.module, self._house, given, strict=strict)
+        load_full_state_dict(self.module, self._context, given, strict=strict)
 
 
 class StateDicts:
@@ -80,16 +80,16 @@ class StateDicts:
     patience: seconds after which a rank that asks says that it waits for others.
     """
 
-    def __init__(self, module: nn.Module, house: House, patience: float) -> None:
-        self.house = house
+    def __init__(self, module: nn.Module, context: ParameterContext, patience: float) -> None:
+        self.context = context
         self.patience = patience
         # By parameter, what the last dict that asked for it was given: tied parameters are one tensor in a dict.
         self.given: dict[int, weakref.ref[torch.Tensor]] = {}
-        self.changes = house.changes
+        self.changes = context.changes
         self.methods = [
             Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
             for each in module.modules()
-            if each._parameters and not house.visible
+            if each._parameters and not context.params_always_full
         ]
 
     def close(self) -> None:
@@ -99,49 +99,49 @@ class StateDicts:
         self.methods.clear()
 
     def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        seats = {
-            name: seat
+        sharded_params = {
+            name: sharded
             for name, param in module._parameters.items()
-            if param is not None and (seat := seat_of(param)) is not None and not seat.holds
+            if param is not None and (sharded := sharded_param_of(param)) is not None and not sharded.holds
         }
-        if _bare or not seats:
+        if _bare or not sharded_params:
             save(destination, prefix, keep_vars)
         elif keep_vars:
-            seat = next(iter(seats.values()))
+            sharded = next(iter(sharded_params.values()))
             raise ModelError(
-                f"state_dict(keep_vars=True): {seat.name} was asked for itself, and it is empty: leave keep_vars out, "
+                f"state_dict(keep_vars=True): {sharded.name} was asked for itself, and it is empty: leave keep_vars out, "
                 "or ask inside zeroxide.zero.GatheredParameters",
-                name=seat.name,
+                name=sharded.name,
             )
         else:
-            with self._patient(next(iter(seats.values()))), self._shown(seats, destination):
+            with self._patient(next(iter(sharded_params.values()))), self._shown(sharded_params, destination):
                 save(destination, prefix, keep_vars)
-                for name, seat in seats.items():
+                for name, sharded in sharded_params.items():
                     if isinstance(value := destination.get(prefix + name), torch.Tensor):
-                        self.given[seat.ident] = weakref.ref(value)
+                        self.given[sharded.ident] = weakref.ref(value)
 
     @contextmanager
-    def _shown(self, seats: dict[str, Seat], destination: dict[str, Any]) -> Iterator[None]:
+    def _shown(self, sharded_params: dict[str, ShardedParam], destination: dict[str, Any]) -> Iterator[None]:
         """Lets the parameters show copies of all their values."""
-        if self.changes != self.house.changes:
+        if self.changes != self.context.changes:
             self.given.clear()
-            self.changes = self.house.changes
+            self.changes = self.context.changes
         opened = []
         try:
-            for seat in seats.values():
-                known = self.given.get(seat.ident, _gone)()
+            for sharded in sharded_params.values():
+                known = self.given.get(sharded.ident, _gone)()
                 if known is None or all(known is not value for value in destination.values()):
                     known = None
-                seat.open(seat.param, known)
-                opened.append(seat)
+                sharded.open(sharded.param, known)
+                opened.append(sharded)
             yield
         finally:
-            for seat in opened:
-                seat.close(seat.param, None)
+            for sharded in opened:
+                sharded.close(sharded.param, None)
 
     @contextmanager
-    def _patient(self, first: Seat) -> Iterator[None]:
-        ranks = self.house.ranks
+    def _patient(self, first: ShardedParam) -> Iterator[None]:
+        ranks = self.context.ranks
         if ranks.world == 1:
             yield
             return
@@ -176,7 +176,9 @@ def _parameters_and_buffers(module: nn.Module) -> dict[str, Any]:
         _bare = False
 
 
-def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = True) -> dict[str, torch.Tensor]:
+def full_state_dict(
+    module: nn.Module, context: ParameterContext, *, include_frozen: bool = True
+) -> dict[str, torch.Tensor]:
     """Live weights and buffers under the names of `module.state_dict()`, on rank 0; nothing on the others.
 
     Every rank calls it. Tied parameters are one tensor under several names.
@@ -184,13 +186,13 @@ def full_state_dict(module: nn.Module, house: House, *, include_frozen: bool = T
     kept: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     for name, value in _parameters_and_buffers(module).items():
-        seat = seat_of(value) if isinstance(value, torch.Tensor) else None
-        if seat is not None and not include_frozen and not seat.trainable:
+        sharded = sharded_param_of(value) if isinstance(value, torch.Tensor) else None
+        if sharded is not None and not include_frozen and not sharded.trainable:
             continue
-        if seat is not None and id(value) not in seen:
-            whole = seat.read_live().view(seat.shape)
-            seen[id(value)] = whole if house.ranks.rank == 0 else torch.empty(0)
-        if house.ranks.rank == 0:
+        if sharded is not None and id(value) not in seen:
+            whole = sharded.read_live().view(sharded.shape)
+            seen[id(value)] = whole if context.ranks.rank == 0 else torch.empty(0)
+        if context.ranks.rank == 0:
             found = seen.get(id(value), value)
             kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
     return kept
@@ -200,7 +202,9 @@ def _copied(buffer: torch.Tensor) -> torch.Tensor:
     return copy_of(buffer) if why_not_bytes(buffer) is None else buffer.detach().clone()
 
 
-def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, Any], *, strict: bool) -> None:
+def load_full_state_dict(
+    module: nn.Module, context: ParameterContext, given: Mapping[str, Any], *, strict: bool
+) -> None:
     """Makes rank 0's `given` the weights and buffers. Every rank calls it; the others may give an empty dict.
 
     Weights are taken as exact as they are given; optimizer state stays as it is. Raises ModelError on all ranks, before
@@ -212,7 +216,9 @@ def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, An
         if isinstance(value, torch.Tensor)
     }
     given = {plain_name(name): value for name, value in given.items()}
-    plan = house.ranks.gather_objects([list(_problems(targets, given, strict)), [n for n in targets if n in given]])[0]
+    plan = context.ranks.gather_objects([list(_problems(targets, given, strict)), [n for n in targets if n in given]])[
+        0
+    ]
     problems, names = plan
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -223,28 +229,28 @@ def load_full_state_dict(module: nn.Module, house: House, given: Mapping[str, An
         if id(target) in done:
             continue
         done.add(id(target))
-        seat = seat_of(target)
-        shape = target.shape if seat is None else seat.shape
+        sharded = sharded_param_of(target)
+        shape = target.shape if sharded is None else sharded.shape
         dtype = _taken(target)
-        if house.ranks.rank == 0:
+        if context.ranks.rank == 0:
             found = given[name].detach()
             values = copy_of(found) if found.dtype == dtype else _rounded(found, dtype).contiguous()
         else:
             values = tensor_of(torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8), dtype, shape)
-        if house.ranks.world > 1:
-            house.broadcast(values, 0, name)
-        if seat is None:
+        if context.ranks.world > 1:
+            context.broadcast(values, 0, name)
+        if sharded is None:
             set_buffer(module, target, values)
         else:
-            seat.write("weights", values.view(-1))
+            sharded.write("weights", values.view(-1))
 
 
 def _taken(target: torch.Tensor) -> torch.dtype:
     """The dtype in which a parameter or buffer takes new values: fp32 for exact weights, else its own."""
-    seat = seat_of(target)
-    if seat is None:
+    sharded = sharded_param_of(target)
+    if sharded is None:
         return target.dtype
-    return torch.float32 if seat.trainable else seat.dtype
+    return torch.float32 if sharded.trainable else sharded.dtype
 
 
 def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -253,8 +259,8 @@ def _rounded(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _fits(target: torch.Tensor, values: torch.Tensor) -> bool:
     """Whether values of another dtype are taken: ordinary numbers by rounding, others where nothing is lost."""
-    seat, dtype = seat_of(target), _taken(target)
-    if seat is not None and seat.opaque:
+    sharded, dtype = sharded_param_of(target), _taken(target)
+    if sharded is not None and sharded.opaque:
         return values.dtype == dtype
     return (values.dtype in FLOATS and dtype in FLOATS) or holds_exactly(values.detach(), dtype)
 
@@ -265,8 +271,8 @@ def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], str
         yield from (f"the model has no {name}" for name in given if name not in targets)
     for name, target in targets.items():
         if name in given:
-            seat = seat_of(target)
-            shape = target.shape if seat is None else seat.shape
+            sharded = sharded_param_of(target)
+            shape = target.shape if sharded is None else sharded.shape
             got = given[name]
             if not isinstance(got, torch.Tensor) or got.shape != shape:
                 what = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
@@ -290,10 +296,10 @@ def _refuse(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
     for name, param in module._parameters.items():
         if param is None or prefix + name not in state_dict:
             continue
-        keeper = keeper_of(param)
-        if isinstance(keeper, Seat) and not keeper.holds:
+        handle = handle_of(param)
+        if isinstance(handle, ShardedParam) and not handle.holds:
             raise ModelError(
-                f"load_state_dict: {keeper.name} has its values in an engine: call engine.load_module_state_dict, "
+                f"load_state_dict: {handle.name} has its values in an engine: call engine.load_module_state_dict, "
                 "or load inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
-                name=keeper.name,
+                name=handle.name,
             )

@@ -56,7 +56,8 @@ class Gatherer:
     For another device the gather ends with a copy from the unit's home into a device buffer; hooks and engine only
     see `gather` and `release`.
 
-    `visible`: parameters show their values at all times. `home`: where weights are between uses. In host memory, the
+    `params_always_full`: parameters show their values at all times. `home`: where weights are between uses. In host
+    memory, the
     memory under them holds the values at all times, and with one rank a read brings them where it does not: parameters
     are then hidden once, at the end of a pass, and not shown again in between. Elsewhere up to `prefetch` units that
     come next are held and sent for while the present one is used; all ranks choose the same ones, by the order of the
@@ -72,14 +73,14 @@ class Gatherer:
         units: Sequence[Unit],
         prefetch: int,
         *,
-        visible: bool,
+        params_always_full: bool,
         home: Home,
         world: int,
     ) -> None:
         self.core = core
         self.exchange = exchange
         self.units = units
-        self.visible = visible
+        self.params_always_full = params_always_full
         self.home = home
         self.stays = home is Home.HOST or world == 1
         self.early = prefetch if not self.stays else 0
@@ -117,7 +118,7 @@ class Gatherer:
         if not self.stays:
             self._make_room([*beside, unit])
         elif self.home is Home.DISK:
-            self._settle_who_gives_way(unit)
+            self._choose_who_gives_way(unit)
         self.exchange.gather(unit)
         unit.show()
         for index in wanted:
@@ -195,7 +196,7 @@ class Gatherer:
         self.used.pop(unit.index, None)
         self.used[unit.index] = unit
 
-    def _settle_who_gives_way(self, unit: Unit) -> None:
+    def _choose_who_gives_way(self, unit: Unit) -> None:
         """With one rank the core takes the memory of units in use itself: what was written into them counts before."""
         if unit.index not in self.used:
             while not self.core.has_room(unit.index) and self._give_way(unit):
@@ -234,19 +235,19 @@ class Gatherer:
         for unit in list(self.guests):
             self.release(unit)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Weights are about to change: nothing that was sent for may be taken for the new ones, and nobody uses the old
         ones."""
         if self.guests:
             self.release_all()
         self._drop(self.ahead)
-        self.exchange.settle()
-        for unit in () if self.stays or self.visible else self.units:
+        self.exchange.drain()
+        for unit in () if self.stays or self.params_always_full else self.units:
             self.exchange.cover(unit)
 
     def show_all(self) -> None:
-        """Lets parameters that are visible at all times show their values for the first time."""
-        for unit in self.units if self.visible else ():
+        """Lets parameters that always show their values show their values for the first time."""
+        for unit in self.units if self.params_always_full else ():
             self.gather(unit)
             self.release(unit)
             unit.note_versions()
@@ -273,7 +274,7 @@ class Gatherer:
                     self.before_release(unit)
                 except ModelError as error:
                     failed = failed or error
-            if not self.visible and (hide or not self.stays):
+            if not self.params_always_full and (hide or not self.stays):
                 unit.hide()
         for unit in self.units:
             self.exchange.release(unit)

@@ -8,7 +8,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import view_of
-from zeroxide.zero.messages import Flight, Messages
+from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 
@@ -31,7 +31,7 @@ class MovingWeights:
         self._stays = stays
         # A reader that nothing announced is served by a thread of its own.
         self._busy = threading.RLock()
-        self._flights: dict[int, Flight] = {}
+        self._flights: dict[int, Work] = {}
         # Of these, the units whose parts have not all been waited for.
         self._coming: set[int] = set()
         # Of those, the ones that are received beside their windows.
@@ -49,10 +49,10 @@ class MovingWeights:
     def gather_ahead(self, unit: Unit) -> bool:
         """Begins to gather the unit and holds it, if there is room beside the units that are held."""
         with self._busy:
-            whole = self.core.gather_ahead(unit.index, self._has_readers(unit))
-            if whole is None:
+            all_shards_valid = self.core.gather_ahead(unit.index, self._has_readers(unit))
+            if all_shards_valid is None:
                 return False
-            if not whole:
+            if not all_shards_valid:
                 self._start(unit)
             return True
 
@@ -63,7 +63,7 @@ class MovingWeights:
                 self._end(unit.index)
             self.core.release(unit.index)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Ends what is on its way: weights are about to change, and a held unit has to be gathered again after that."""
         with self._busy:
             for index in list(self._flights):
@@ -87,10 +87,10 @@ class MovingWeights:
         own = flat[rank * size : (rank + 1) * size]
         incoming = [(other, flat[other * size : (other + 1) * size]) for other in others]
         # Known before its first message is on its way: a start that fails half-way keeps the unit held.
-        flight = messages.flight("all-gather", unit)
-        self._flights[unit.index] = flight
+        work = messages.work("all-gather", unit)
+        self._flights[unit.index] = work
         self._coming.add(unit.index)
-        messages.start(flight, incoming, [(other, own) for other in others])
+        messages.start(work, incoming, [(other, own) for other in others])
         self.sent_bytes += own.nbytes * len(others)
 
     def _room(self, unit: Unit) -> torch.Tensor:
@@ -107,7 +107,7 @@ class MovingWeights:
             if index in self._unseen:
                 # The pages are about to move: what the others receive is read from them, too.
                 self._flights[index].sent()
-            self.core.set_whole(index)
+            self.core.set_all_shards_valid(index)
             self._coming.discard(index)
             self._unseen.discard(index)
 

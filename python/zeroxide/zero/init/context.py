@@ -29,7 +29,7 @@ from zeroxide.zero.init.slices import Slice, SliceFile, slice_of
 from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
 from zeroxide.zero.param_handle import shape_of
 
-__all__ = ["Init", "is_building", "settle"]
+__all__ = ["Init", "cut_all", "is_building"]
 
 KEPT_BYTES = 64 << 20
 """Bytes of parameters that are whole at once inside the context, beside those of the module being made."""
@@ -50,7 +50,7 @@ class Construction:
         self.watch.doing = ("construction", None, None, None)
         self.dtype = dtype
         self.file = file
-        self.whole: dict[int, tuple[str, nn.Parameter]] = {}
+        self.full: dict[int, tuple[str, nn.Parameter]] = {}
         self.depth = 0
         self.mode = _Touch(self)
         self.hooks: list[Any] = []
@@ -90,22 +90,22 @@ class Construction:
 
     def cut_all(self) -> None:
         """Cuts everything that is whole."""
-        self._meet("cutting", self.whole.values())
-        while self.whole:
-            self._cut(next(iter(self.whole)))
+        self._meet("cutting", self.full.values())
+        while self.full:
+            self._cut(next(iter(self.full)))
 
     def add(self, name: str, param: nn.Parameter) -> None:
         """Notes a parameter that shows its values."""
         if param.device.type == "cpu" and why_not_bytes(param) is None and not is_lazy(param):
-            self.whole.pop(id(param), None)
-            self.whole[id(param)] = (name, param)
+            self.full.pop(id(param), None)
+            self.full[id(param)] = (name, param)
 
-    def touch(self, param: nn.Parameter, keeper: Slice) -> None:
+    def touch(self, param: nn.Parameter, handle: Slice) -> None:
         """Somebody needs the values: gathers them, and cuts what has been whole for longest."""
         with torch._C.DisableTorchFunction():
-            self._meet("gathering", [(keeper.name, param)])
-            keeper.gather(param)
-            self.whole[id(param)] = (keeper.name, param)
+            self._meet("gathering", [(handle.name, param)])
+            handle.gather(param)
+            self.full[id(param)] = (handle.name, param)
             self._shrink(id(param))
 
     def _parameter(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -121,15 +121,15 @@ class Construction:
             for path, param in child.named_parameters(f"{type(parent).__name__}.{name}"):
                 if _cut_already(param) is None:
                     self.add(path, param)
-            mine = [key for key in (id(param) for param in child.parameters()) if key in self.whole]
+            mine = [key for key in (id(param) for param in child.parameters()) if key in self.full]
             for key, shared in zip(mine, self._shared(mine), strict=True):
                 if not shared:
                     self._cut(key)
 
     def _shrink(self, newest: int) -> None:
-        sizes = {key: param.nbytes for key, (_, param) in self.whole.items()}
+        sizes = {key: param.nbytes for key, (_, param) in self.full.items()}
         excess = sum(sizes.values()) - sizes.get(newest, 0) - KEPT_BYTES
-        for key in list(self.whole):
+        for key in list(self.full):
             if excess <= 0:
                 return
             if key != newest and not self._shared([key])[0]:
@@ -141,10 +141,10 @@ class Construction:
 
         Asked of all ranks, since garbage may live longer on one of them.
         """
-        found = [_is_shared(self.whole[key][1]) for key in keys]
+        found = [_is_shared(self.full[key][1]) for key in keys]
         if not found or self.ranks.alone:
             return found
-        self._meet("cutting", [self.whole[key] for key in keys])
+        self._meet("cutting", [self.full[key] for key in keys])
         rows = self.ranks.gather_rows(torch.tensor(found, dtype=torch.uint8))
         return [bool(value) for value in rows.amax(0).tolist()]
 
@@ -160,12 +160,12 @@ class Construction:
                 agree(self.ranks, {"model.what zero.Init comes to": [what, *listed]})
 
     def _cut(self, key: int) -> None:
-        name, param = self.whole.pop(key)
-        keeper = slice_of(param)
-        if keeper is None:
-            keeper = Slice(name, param, self.ranks, self._dtype_of(param), self.file)
-        if not keeper.holds:
-            keeper.cut(param)
+        name, param = self.full.pop(key)
+        handle = slice_of(param)
+        if handle is None:
+            handle = Slice(name, param, self.ranks, self._dtype_of(param), self.file)
+        if not handle.holds:
+            handle.cut(param)
 
     def _dtype_of(self, param: nn.Parameter) -> torch.dtype:
         """The dtype asked for, where the parameter is one of those numbers; 4-bit weights and their like are not."""
@@ -179,8 +179,8 @@ def _dtype(param: nn.Parameter) -> str:
 
 
 def _cut_already(param: nn.Parameter) -> Slice | None:
-    keeper = slice_of(param)
-    return keeper if keeper is not None and not keeper.whole else None
+    handle = slice_of(param)
+    return handle if handle is not None and not handle.full else None
 
 
 def _is_shared(param: nn.Parameter) -> bool:
@@ -200,15 +200,15 @@ class _Touch(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        empty = [(each, keeper) for each in parameters_in((args, kwargs)) if (keeper := _cut_already(each)) is not None]
+        empty = [(each, handle) for each in parameters_in((args, kwargs)) if (handle := _cut_already(each)) is not None]
         if empty:
             name = name_of(func)
             if args and empty[0][0] is args[0] and name in _ANSWERS:
                 return _ANSWERS[name](empty[0][1].shape, *args[1:], **kwargs)
             if need_of(func, False) is not Need.NOTHING:
-                for param, keeper in empty:
-                    if not keeper.whole:
-                        self.construction.touch(param, keeper)
+                for param, handle in empty:
+                    if not handle.full:
+                        self.construction.touch(param, handle)
         return func(*args, **kwargs)
 
 
@@ -236,7 +236,7 @@ def is_building() -> bool:
     return _active is not None
 
 
-def settle() -> None:
+def cut_all() -> None:
     """Cuts whatever is whole in the present context; nothing outside of one."""
     if _active is not None:
         with torch._C.DisableTorchFunction():

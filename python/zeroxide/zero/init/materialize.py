@@ -93,7 +93,7 @@ def fill_units(
         else:
             for position, entry in enumerate(plan.params):
                 kept = slice_of(entry.param)
-                if kept is not None and not kept.whole:
+                if kept is not None and not kept.full:
                     kept.gather(entry.param)
                     values = _values(entry)
                 else:

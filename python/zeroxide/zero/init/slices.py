@@ -18,7 +18,7 @@ from zeroxide.distributed import Ranks, all_gather_single
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.precision.bits import bytes_of, copy_of, fingerprint
 from zeroxide.zero.empty import conceal, reveal
-from zeroxide.zero.param_handle import keeper_of, manage, new_id
+from zeroxide.zero.param_handle import handle_of, manage, new_id
 
 __all__ = ["Slice", "SliceFile", "slice_of"]
 
@@ -76,7 +76,7 @@ class Slice:
         self.stamp = (0, 0)
         self.writers = 0
         self.handed_out: int | None = None
-        self.whole = True
+        self.full = True
         nbytes = self.each * dtype.itemsize
         self.mapped = file.take(nbytes) if file is not None and nbytes else None
         if self.mapped is None:
@@ -96,7 +96,7 @@ class Slice:
 
     def available(self) -> bool:
         """Whether the parameter shows its values now."""
-        return self.whole
+        return self.full
 
     def local(self) -> torch.Tensor:
         """This rank's elements, without padding."""
@@ -118,12 +118,12 @@ class Slice:
             self.empty(param)
 
     def hand_out(self, param: nn.Parameter) -> None:
-        """See `Keeper`. Before there is an engine only a gathered copy is anybody else's."""
+        """See `ParamHandle`. Before there is an engine only a gathered copy is anybody else's."""
         if self.holds and self.handed_out is None:
             self.handed_out = fingerprint(param)
 
     def changed_by_hand(self, param: nn.Parameter) -> bool:
-        """See `Keeper`."""
+        """See `ParamHandle`."""
         before, self.handed_out = self.handed_out, None
         return before is not None and before != fingerprint(param)
 
@@ -137,32 +137,32 @@ class Slice:
                 all_gather_single(bytes_of(flat), bytes_of(self.values), group=self.ranks.group)
         self._drop_pages()
         reveal(param, flat[: self.shape.numel()].view(self.shape))
-        self.whole = True
+        self.full = True
 
     def empty(self, param: nn.Parameter) -> None:
         """Takes the values away again; changes are lost."""
         conceal(param, torch.empty(0, dtype=self.dtype))
-        self.whole = False
+        self.full = False
 
     def drop(self) -> None:
         """Gives the slice's memory back: somebody else has the values now."""
-        self.whole = False
+        self.full = False
         self.values = torch.empty(0, dtype=self.dtype)
         self.mapped = None
 
     def open(self, param: nn.Parameter) -> None:
-        """See `Keeper`."""
-        if not self.whole:
+        """See `ParamHandle`."""
+        if not self.full:
             self.gather(param)
         self.holds += 1
 
     def give_up(self, param: nn.Parameter) -> None:
-        """See `Keeper`."""
+        """See `ParamHandle`."""
         if not self.holds:
             self.empty(param)
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
-        """See `Keeper`."""
+        """See `ParamHandle`."""
         self.holds -= 1
         if source is not None:
             fits = param.shape == self.shape and param.dtype == self.dtype
@@ -189,5 +189,5 @@ class Slice:
 
 def slice_of(param: torch.Tensor) -> Slice | None:
     """The slice that keeps the parameter, if it is one."""
-    keeper = keeper_of(param)
-    return keeper if isinstance(keeper, Slice) else None
+    handle = handle_of(param)
+    return handle if isinstance(handle, Slice) else None

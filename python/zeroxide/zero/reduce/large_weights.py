@@ -4,11 +4,13 @@ A vocabulary of 50,000 gives embedding and output projection a gradient of tens 
 embedding mostly zero. Two operations get a leaner path with the same bits, whoever calls them with such a weight:
 
 - `functional.linear` with a weight of `LARGE` elements or more: its gradient is computed a block of rows at a time, and
-  each block lands at once. A row is a sum over samples in the same order, however many rows are computed together.
+  each block accumulates at once. A row is a sum over samples in the same order, however many rows are computed
+  together.
 - `functional.embedding`: its gradient comes as the rows that were looked up. Rows looked up more than once are summed
   in the order of the samples, in the dtype of the gradient, as the dense gradient is.
 
-The lean path lands a gradient beside autograd. It is taken only where nobody can tell: the backward under way is one
+The lean path accumulates a gradient beside autograd. It is taken only where nobody can tell: the backward under way is
+one
 that fills this weight's `.grad`, no hook of a user's wants to see the gradient, and what it is added to is what
 autograd would have added it to, in the same order. Everywhere else the gradient is dense and autograd's own.
 """
@@ -38,7 +40,7 @@ if TYPE_CHECKING:
 __all__ = ["LARGE", "LargeParameter", "LargeWeight", "LargeWeights"]
 
 LARGE = 8 << 20
-"""Elements of a weight from which its gradient is landed in parts."""
+"""Elements of a weight from which its gradient is accumulated in parts."""
 PART = 2 << 20
 """Elements of a part, about."""
 
@@ -112,7 +114,7 @@ def _embedding(
 
 
 class _Linear(torch.autograd.Function):
-    """x W^T + b whose weight gradient lands in parts.
+    """x W^T + b whose weight gradient is accumulated in parts.
 
     `dtype` is that of x, bias and all products. It may be lower than the weight's, which is cast each time it is used:
     no copy of it lives from forward to backward.
@@ -151,7 +153,7 @@ class _Linear(torch.autograd.Function):
                 parts = -(-shape[0] // max(2, PART // shape[1]))
                 ends = [shape[0] * number // parts for number in range(parts + 1)]
                 for start, end in pairwise(ends):
-                    ctx.large.land_part(start * shape[1], flat[:, start:end].t().mm(x_flat))
+                    ctx.large.accumulate_part(start * shape[1], flat[:, start:end].t().mm(x_flat))
             else:
                 weight_grad = flat.t().mm(x_flat).to(dtype)
         bias_grad = flat.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
@@ -159,7 +161,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Embedding(torch.autograd.Function):
-    """Rows of a weight, whose gradient lands as rows."""
+    """Rows of a weight, whose gradient is accumulated as rows."""
 
     @staticmethod
     def forward(
@@ -184,7 +186,7 @@ class _Embedding(torch.autograd.Function):
         if ctx.padding >= 0:
             kept = rows != ctx.padding
             rows, values = rows[kept], values[kept]
-        ctx.large.land_rows(ctx.rows, rows.contiguous(), values.contiguous())
+        ctx.large.accumulate_rows(ctx.rows, rows.contiguous(), values.contiguous())
         return None, None, None, None
 
 
@@ -198,10 +200,11 @@ class LargeWeight:
         self.param = unit.params[position]
         self.uses = 0
         self.all_lean = True
-        self.landed = 0
+        self.accumulated = 0
 
     def use(self, *, lean: bool) -> bool:
-        """Notes a use of the weight, and whether its gradient may land beside autograd: returns whether it is to.
+        """Notes a use of the weight, and whether its gradient may be accumulated beside autograd: returns whether it
+        is to.
 
         A forward without gradients counts as well: with reentrant checkpointing it is the one that backward repeats.
         """
@@ -209,7 +212,7 @@ class LargeWeight:
             if not torch.is_grad_enabled() and not self.shared.is_training():
                 return False
             if self.shared.new_cycle(self):
-                self.uses, self.landed, self.all_lean = 0, 0, True
+                self.uses, self.accumulated, self.all_lean = 0, 0, True
             self.uses += 1
             if self.uses > 1:
                 self.shared.note_repeated(self.unit)
@@ -221,7 +224,8 @@ class LargeWeight:
         return lean
 
     def is_lean(self, accumulate: Any) -> bool:
-        """Whether the gradient of this use lands beside autograd; `accumulate` is the node that fills `.grad`."""
+        """Whether the gradient of this use is accumulated beside autograd; `accumulate` is the node that fills
+        `.grad`."""
         if not self.all_lean or self.param._backward_hooks or len(self.param._post_accumulate_grad_hooks) > 1:
             return False
         # More than one summand: they are added in the order in which they arrive, as autograd adds them, but to zero
@@ -235,21 +239,21 @@ class LargeWeight:
             return False
         return wanted
 
-    def land_part(self, start: int, part: torch.Tensor) -> None:
+    def accumulate_part(self, start: int, part: torch.Tensor) -> None:
         """Takes a block of rows, whose first element is number `start` of the weight."""
         self._check_open()
         reducer = self.shared.reducer
         reducer.begin()
-        reducer.core.land(self.unit.index, self.position, start, spec(reducer.share(part)), True)
+        reducer.core.accumulate(self.unit.index, self.position, start, spec(reducer.share(part)), True)
         if start + part.numel() == self.unit.shapes[self.position].numel():
             self._arrived()
 
-    def land_rows(self, count: int, rows: torch.Tensor, values: torch.Tensor) -> None:
+    def accumulate_rows(self, count: int, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Takes `values`, one row for each of `rows` (int64), of a weight of `count` rows."""
         self._check_open()
         reducer = self.shared.reducer
         reducer.begin()
-        reducer.core.land_rows(self.unit.index, self.position, count, spec(rows), spec(reducer.share(values)))
+        reducer.core.accumulate_rows(self.unit.index, self.position, count, spec(rows), spec(reducer.share(values)))
         self._arrived()
 
     def _check_open(self) -> None:
@@ -257,8 +261,8 @@ class LargeWeight:
             raise_closed(self.unit)
 
     def _arrived(self) -> None:
-        self.landed += 1
-        if self.landed >= self.uses:
+        self.accumulated += 1
+        if self.accumulated >= self.uses:
             self.shared.reducer.arrived(self.unit, self.position)
 
 
@@ -278,7 +282,7 @@ class LargeWeights:
         self.is_training = is_training
         self.grad_dtype = grad_dtype
         self.starts_at_zero = True
-        """Whether no gradient has landed since the last step, but in the backward under way."""
+        """Whether no gradient has been accumulated since the last step, but in the backward under way."""
         self.cycle = 0
         """Counts backwards."""
         self.seen: dict[int, int] = {}
@@ -300,7 +304,8 @@ class LargeWeights:
                 large.param._large = large  # type: ignore[attr-defined]
 
     def adds_as_autograd(self, dtype: torch.dtype) -> bool:
-        """Whether summands of `dtype` that land one after the other give the bits of their sum landed at once."""
+        """Whether summands of `dtype` that are accumulated one after the other give the bits of their sum accumulated
+        at once."""
         return self.starts_at_zero and self.grad_dtype is dtype and self.reducer.divisor == 1
 
     def new_cycle(self, large: LargeWeight) -> bool:
@@ -310,7 +315,7 @@ class LargeWeights:
         return before != self.cycle
 
     def end_backward(self) -> None:
-        """Uses from here on belong to another backward, whose gradients are added to what has landed."""
+        """Uses from here on belong to another backward, whose gradients are added to what has been accumulated."""
         self.cycle += 1
         self.starts_at_zero = False
 
@@ -325,10 +330,10 @@ def _is_ordinary(param: nn.Parameter) -> bool:
     return type(param) in (nn.Parameter, ManagedParameter)
 
 
-def land_rows(core: _core.Offload, unit: Unit, position: int, grad: torch.Tensor) -> None:
-    """Lands a sparse gradient of shape (rows, width), not coalesced."""
+def accumulate_rows(core: _core.Offload, unit: Unit, position: int, grad: torch.Tensor) -> None:
+    """Accumulates a sparse gradient of shape (rows, width), not coalesced."""
     rows = grad._indices()[0].contiguous()
-    core.land_rows(unit.index, position, grad.shape[0], spec(rows), spec(grad._values().contiguous()))
+    core.accumulate_rows(unit.index, position, grad.shape[0], spec(rows), spec(grad._values().contiguous()))
 
 
 def raise_closed(unit: Unit) -> NoReturn:

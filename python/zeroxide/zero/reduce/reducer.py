@@ -11,15 +11,16 @@ from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.errors import ModelError
 from zeroxide.zero.hook_handle import Hook
-from zeroxide.zero.reduce.large_weights import LargeWeights, land_rows, raise_closed
+from zeroxide.zero.reduce.large_weights import LargeWeights, accumulate_rows, raise_closed
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Reducer"]
 
 
 class Reducer:
-    """Hooks on every trainable parameter. `complete` hears of units whose gradients have all landed, `begin` of every
-    gradient that comes, before it lands."""
+    """Hooks on every trainable parameter. `complete` hears of units whose gradients have all been accumulated, `begin`
+    of every
+    gradient that comes, before it is accumulated."""
 
     def __init__(
         self,
@@ -37,7 +38,8 @@ class Reducer:
         self.complete = complete
         self.closed = closed
         self.divisor = 1
-        """What gradients are divided by as they land: the accumulation steps, where no loss was divided by them."""
+        """What gradients are divided by as they are accumulated: the accumulation steps, where no loss was divided by
+        them."""
         self.missing: list[set[int]] = []
         self.handles: list[RemovableHandle] = []
         self.hooked: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
@@ -67,7 +69,8 @@ class Reducer:
             missing.update(position for position, trainable in enumerate(unit.trainable) if trainable)
 
     def is_complete(self, unit: Unit) -> bool:
-        """Whether every gradient of the unit has landed, and nothing in it is frozen: backward is done with it."""
+        """Whether every gradient of the unit has been accumulated, and nothing in it is frozen: backward is done with
+        it."""
         return not unit.has_frozen and not self.missing[unit.index]
 
     def _arrived(self, unit: Unit, position: int, param: torch.Tensor) -> None:
@@ -82,9 +85,9 @@ class Reducer:
             grad = self.share(grad)
         if grad.layout is torch.strided:
             whole = grad if grad.is_contiguous() else grad.contiguous()
-            self.core.land(unit.index, position, 0, spec(whole), True)
+            self.core.accumulate(unit.index, position, 0, spec(whole), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
-            land_rows(self.core, unit, position, grad)
+            accumulate_rows(self.core, unit, position, grad)
         else:
             raise ModelError(
                 f"the gradient of {unit.names[position]} has layout {grad.layout}: expected dense, or rows of a matrix",
@@ -103,7 +106,7 @@ class Reducer:
         return grad / self.divisor
 
     def arrived(self, unit: Unit, position: int) -> None:
-        """Notes that a parameter's gradient has landed."""
+        """Notes that a parameter's gradient has been accumulated."""
         missing = self.missing[unit.index]
         if position in missing:
             missing.discard(position)

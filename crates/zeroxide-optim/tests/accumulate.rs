@@ -1,4 +1,4 @@
-//! Gradient landing: what is stored, what is measured, and that neither depends on the instruction set.
+//! Gradient accumulation: what is stored, what is measured, and that neither depends on the instruction set.
 
 #![allow(
     clippy::cast_possible_truncation,
@@ -10,7 +10,9 @@ mod random;
 
 use half::{bf16, f16};
 use random::Random;
-use zeroxide_optim::{Grad, GradMut, Isa, Land, LandStats, land, land_with};
+use zeroxide_optim::{
+    Accumulate, AccumulateStats, Grad, GradMut, Isa, accumulate, accumulate_with,
+};
 
 #[derive(Clone, Copy, PartialEq, Debug)]
 enum Kind {
@@ -102,10 +104,13 @@ fn values_are_those_of_a_plain_loop() {
                 .zip(source.as_f32())
                 .map(|(a, b)| a + b)
                 .collect();
-            for (mode, expected) in [(Land::Store, source.as_f32()), (Land::Add, sums)] {
+            for (mode, expected) in [
+                (Accumulate::Store, source.as_f32()),
+                (Accumulate::Add, sums),
+            ] {
                 for norm in [false, true] {
                     let mut got = home.clone();
-                    land(got.grad_mut(), source.grad(), mode, norm);
+                    accumulate(got.grad_mut(), source.grad(), mode, norm);
                     assert_eq!(
                         got,
                         Values::new(to, &expected),
@@ -124,10 +129,10 @@ fn the_norm_is_that_of_the_values_stored() {
         .flat_map(|to| KINDS.map(|from| (to, from)))
     {
         let mut home = Values::new(to, &normal(3, 10_000));
-        let stats = land(
+        let stats = accumulate(
             home.grad_mut(),
             Values::new(from, &normal(4, 10_000)).grad(),
-            Land::Add,
+            Accumulate::Add,
             true,
         );
         let expected: f64 = home
@@ -161,11 +166,11 @@ fn the_order_of_the_sum_is_the_documented_one() {
     }
     for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
         let mut home = vec![0.0; values.len()];
-        let stats = land_with(
+        let stats = accumulate_with(
             isa,
             GradMut::F32(&mut home),
             Grad::F32(&values),
-            Land::Store,
+            Accumulate::Store,
             true,
         );
         assert_eq!(
@@ -186,10 +191,10 @@ fn every_instruction_set_gives_the_same_bits() {
             Values::new(to, &normal(6, 5001)),
             Values::new(from, &normal(7, 5001)),
         );
-        for mode in [Land::Store, Land::Add] {
+        for mode in [Accumulate::Store, Accumulate::Add] {
             let run = |isa: Isa| {
                 let mut home = home.clone();
-                let stats = land_with(isa, home.grad_mut(), source.grad(), mode, true);
+                let stats = accumulate_with(isa, home.grad_mut(), source.grad(), mode, true);
                 (home, stats.sum_squares.to_bits())
             };
             let expected = run(Isa::Baseline);
@@ -208,10 +213,10 @@ fn values_that_are_not_finite_are_found_anywhere() {
             values[at] = bad;
             let mut home = vec![0; values.len()];
             assert!(
-                land(
+                accumulate(
                     GradMut::Bf16(&mut home),
                     Grad::F32(&values),
-                    Land::Store,
+                    Accumulate::Store,
                     true
                 )
                 .nonfinite
@@ -223,10 +228,10 @@ fn values_that_are_not_finite_are_found_anywhere() {
 #[test]
 fn a_value_beyond_the_home_dtype_counts_as_infinite() {
     let mut home = [0; 2];
-    let stats = land(
+    let stats = accumulate(
         GradMut::F16(&mut home),
         Grad::F32(&[1.0, 65520.0]),
-        Land::Store,
+        Accumulate::Store,
         true,
     );
     assert_eq!(home, [0x3c00, 0x7c00]);
@@ -237,23 +242,23 @@ fn a_value_beyond_the_home_dtype_counts_as_infinite() {
 fn squares_neither_overflow_nor_vanish() {
     let values = [f32::MAX, f32::MIN, f32::from_bits(1)];
     let mut home = [0.0; 3];
-    let stats = land(
+    let stats = accumulate(
         GradMut::F32(&mut home),
         Grad::F32(&values),
-        Land::Store,
+        Accumulate::Store,
         true,
     );
     assert_eq!(
         stats,
-        LandStats {
+        AccumulateStats {
             sum_squares: 2.0 * f64::from(f32::MAX).powi(2),
             nonfinite: false
         }
     );
-    let stats = land(
+    let stats = accumulate(
         GradMut::F32(&mut home[..1]),
         Grad::F32(&values[2..]),
-        Land::Store,
+        Accumulate::Store,
         true,
     );
     assert_eq!(stats.sum_squares, 2.0_f64.powi(-298));
@@ -262,10 +267,10 @@ fn squares_neither_overflow_nor_vanish() {
 #[test]
 #[should_panic(expected = "differ in length")]
 fn slices_of_different_length_are_refused() {
-    land(
+    accumulate(
         GradMut::F32(&mut [0.0; 2]),
         Grad::F32(&[0.0; 3]),
-        Land::Store,
+        Accumulate::Store,
         false,
     );
 }

@@ -1,4 +1,4 @@
-//! Gradient landing: a gradient arrives in its home buffer, stored or added to what is there, and its
+//! Gradient accumulation: a gradient arrives in its home buffer, stored or added to what is there, and its
 //! squared norm and the non-finite check are taken from the same pass over memory.
 
 use crate::adam::Grad;
@@ -21,25 +21,25 @@ pub enum GradMut<'a> {
     F16(&'a mut [u16]),
 }
 
-/// What landing does with the values already at home.
+/// What accumulation does with the values already at home.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Land {
+pub enum Accumulate {
     /// Overwrites them: the first micro-batch of a step.
     Store,
     /// Adds to them in fp32, the sum then rounded to the home dtype, ties to even, as torch does.
     Add,
 }
 
-/// What a landing measured, over the values as they now lie at home.
+/// What an accumulation measured, over the values as they now lie at home.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
-pub struct LandStats {
+pub struct AccumulateStats {
     /// Sum of squares, in double precision and in a fixed order; zero unless the norm was asked for.
     pub sum_squares: f64,
     /// Whether a value is infinite or NaN; `false` unless the norm was asked for.
     pub nonfinite: bool,
 }
 
-/// Lands `src` in `dst`, on the widest instruction set at hand.
+/// Accumulates `src` in `dst`, on the widest instruction set at hand.
 ///
 /// With `norm`, also sums the squares of the values stored and tells whether one is not finite. The order
 /// of that sum is fixed: chunks of 4096 elements from the start of the slice, in each 16 interleaved
@@ -48,22 +48,41 @@ pub struct LandStats {
 ///
 /// # Panics
 /// If `dst` and `src` differ in length.
-pub fn land(dst: GradMut<'_>, src: Grad<'_>, mode: Land, norm: bool) -> LandStats {
-    land_with(isa(), dst, src, mode, norm)
+pub fn accumulate(
+    dst: GradMut<'_>,
+    src: Grad<'_>,
+    mode: Accumulate,
+    norm: bool,
+) -> AccumulateStats {
+    accumulate_with(isa(), dst, src, mode, norm)
 }
 
-/// [`land`] on a given instruction set, with the same bits.
+/// [`accumulate`] on a given instruction set, with the same bits.
 ///
 /// # Panics
 /// If `dst` and `src` differ in length, or the processor has no such instructions.
-pub fn land_with(isa: Isa, dst: GradMut<'_>, src: Grad<'_>, mode: Land, norm: bool) -> LandStats {
+pub fn accumulate_with(
+    isa: Isa,
+    dst: GradMut<'_>,
+    src: Grad<'_>,
+    mode: Accumulate,
+    norm: bool,
+) -> AccumulateStats {
     macro_rules! run {
         ($dst:ident: $to:ty, $src:ident: $from:ty) => {
             match (mode, norm) {
-                (Land::Store, false) => land_kernel::<$to, $from, false, false>(isa, $dst, $src),
-                (Land::Store, true) => land_kernel::<$to, $from, false, true>(isa, $dst, $src),
-                (Land::Add, false) => land_kernel::<$to, $from, true, false>(isa, $dst, $src),
-                (Land::Add, true) => land_kernel::<$to, $from, true, true>(isa, $dst, $src),
+                (Accumulate::Store, false) => {
+                    accumulate_kernel::<$to, $from, false, false>(isa, $dst, $src)
+                }
+                (Accumulate::Store, true) => {
+                    accumulate_kernel::<$to, $from, false, true>(isa, $dst, $src)
+                }
+                (Accumulate::Add, false) => {
+                    accumulate_kernel::<$to, $from, true, false>(isa, $dst, $src)
+                }
+                (Accumulate::Add, true) => {
+                    accumulate_kernel::<$to, $from, true, true>(isa, $dst, $src)
+                }
             }
         };
     }
@@ -79,20 +98,20 @@ pub fn land_with(isa: Isa, dst: GradMut<'_>, src: Grad<'_>, mode: Land, norm: bo
         (GradMut::F16(dst), Grad::F16(src)) => run!(dst: F16, src: F16),
     };
     // Finite squares sum to at most 2^256 per element: only a value that is not finite gets the sum there.
-    LandStats {
+    AccumulateStats {
         sum_squares,
         nonfinite: !sum_squares.is_finite(),
     }
 }
 
 per_isa! {
-    fn land_kernel[To: Element, From: Element, const ADD: bool, const NORM: bool][To, From, ADD, NORM](
+    fn accumulate_kernel[To: Element, From: Element, const ADD: bool, const NORM: bool][To, From, ADD, NORM](
         dst: &mut [To::Bits], src: &[From::Bits],
-    ) -> f64 = land_loop::<To, From, ADD, NORM>(dst, src);
+    ) -> f64 = accumulate_loop::<To, From, ADD, NORM>(dst, src);
 }
 
 #[inline(always)]
-fn land_loop<To: Element, From: Element, const ADD: bool, const NORM: bool>(
+fn accumulate_loop<To: Element, From: Element, const ADD: bool, const NORM: bool>(
     dst: &mut [To::Bits],
     src: &[From::Bits],
 ) -> f64 {
@@ -108,7 +127,7 @@ fn land_loop<To: Element, From: Element, const ADD: bool, const NORM: bool>(
         let mut src_rows = src.chunks_exact(LANES);
         for (dst, src) in dst_rows.by_ref().zip(src_rows.by_ref()) {
             for ((dst, src), lane) in dst.iter_mut().zip(src).zip(&mut lanes) {
-                land_one::<To, From, ADD, NORM>(dst, *src, lane);
+                accumulate_one::<To, From, ADD, NORM>(dst, *src, lane);
             }
         }
         let rest = dst_rows
@@ -116,7 +135,7 @@ fn land_loop<To: Element, From: Element, const ADD: bool, const NORM: bool>(
             .iter_mut()
             .zip(src_rows.remainder());
         for ((dst, src), lane) in rest.zip(&mut lanes) {
-            land_one::<To, From, ADD, NORM>(dst, *src, lane);
+            accumulate_one::<To, From, ADD, NORM>(dst, *src, lane);
         }
         if NORM {
             sum += fold(lanes);
@@ -126,7 +145,7 @@ fn land_loop<To: Element, From: Element, const ADD: bool, const NORM: bool>(
 }
 
 #[inline(always)]
-fn land_one<To: Element, From: Element, const ADD: bool, const NORM: bool>(
+fn accumulate_one<To: Element, From: Element, const ADD: bool, const NORM: bool>(
     dst: &mut To::Bits,
     src: From::Bits,
     lane: &mut f64,

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from zeroxide.distributed.health.activity import Activity, as_doing, describe, summary
-from zeroxide.distributed.health.failure_detector import Judge, Member
+from zeroxide.distributed.health.failure_detector import FailureDetector, Member
 from zeroxide.distributed.host import Process, host_identity
 
 TIMEOUT = 10.0
@@ -26,18 +26,18 @@ def make(world=3, own=0, process=None, host=AWAY):
     """Every rank lives on another host, so that only what is heard counts, unless `host` says so."""
     members = [Member(rank, host, process or Process(100 + rank, None)) for rank in range(world)]
     members[own] = Member(own, host_identity(), Process.current())
-    return Judge(members, own, TIMEOUT, SETTLE)
+    return FailureDetector(members, own, TIMEOUT, SETTLE)
 
 
-def live(judge, seconds, *activities):
-    """`seconds` pass, with a beat of every rank each second; the first verdict."""
+def live(detector, seconds, *activities):
+    """`seconds` pass, with a beat of every rank each second; the first failure."""
     for _ in range(seconds):
         for rank, activity in enumerate(activities):
             if activity is not None:
-                judge.heard(rank, activity)
-        verdict = judge.pass_time(1.0)
-        if verdict is not None:
-            return verdict
+                detector.heard(rank, activity)
+        failure = detector.pass_time(1.0)
+        if failure is not None:
+            return failure
     return None
 
 
@@ -46,66 +46,66 @@ def test_ranks_that_compute_are_left_alone():
 
 
 def test_a_silent_rank_is_named_after_the_timeout_and_not_before():
-    judge = make()
+    detector = make()
     beats = [Activity(FORWARD), waits(1.0), None]
-    assert live(judge, 10, *beats) is None
-    verdict = live(judge, 1, *beats)
-    assert verdict.ranks == (2,)
-    assert "rank 2 does not answer" in verdict.line
+    assert live(detector, 10, *beats) is None
+    failure = live(detector, 1, *beats)
+    assert failure.ranks == (2,)
+    assert "rank 2 does not answer" in failure.line
     assert (
-        "rank 0 computing forward of unit h.0, rank 1 waiting for all-gather 7 of unit h.0 in forward" in verdict.line
+        "rank 0 computing forward of unit h.0, rank 1 waiting for all-gather 7 of unit h.0 in forward" in failure.line
     )
 
 
 def test_a_rank_whose_connection_closed_is_named_at_once():
-    judge = make()
-    judge.heard(1, waits(2.0, "reduce", "h.9", 31, "backward"))
-    judge.gone(1)
-    verdict = judge.pass_time(0.0)
-    assert verdict.ranks == (1,)
-    assert "rank 1 was killed" in verdict.line
-    assert "waiting for reduce 31 of unit h.9 in backward" in verdict.line
+    detector = make()
+    detector.heard(1, waits(2.0, "reduce", "h.9", 31, "backward"))
+    detector.gone(1)
+    failure = detector.pass_time(0.0)
+    assert failure.ranks == (1,)
+    assert "rank 1 was killed" in failure.line
+    assert "waiting for reduce 31 of unit h.9 in backward" in failure.line
 
 
 def test_a_rank_that_finished_may_close_its_connection():
-    judge = make()
-    judge.finished(1)
-    judge.gone(1)
-    assert live(judge, 100, Activity(FORWARD), None, Activity(FORWARD)) is None
+    detector = make()
+    detector.finished(1)
+    detector.gone(1)
+    assert live(detector, 100, Activity(FORWARD), None, Activity(FORWARD)) is None
 
 
 def test_a_ranks_own_words_wait_for_a_deeper_reason():
-    judge = make()
-    judge.failed(2, "RuntimeError: connection closed by peer")
-    assert judge.pass_time(0.25) is None
-    judge.gone(1)
-    assert judge.pass_time(0.1).ranks == (1,)
+    detector = make()
+    detector.failed(2, "RuntimeError: connection closed by peer")
+    assert detector.pass_time(0.25) is None
+    detector.gone(1)
+    assert detector.pass_time(0.1).ranks == (1,)
 
 
 def test_a_ranks_own_words_are_quoted():
-    judge = make()
-    judge.heard(2, Activity(FORWARD))
-    judge.failed(2, "ValueError: labels are out of range")
-    judge.gone(2)
-    assert judge.pass_time(0.25) is None
-    verdict = judge.pass_time(0.25)
-    assert verdict.ranks == (2,)
-    assert "rank 2 failed while computing forward of unit h.0: ValueError: labels are out of range" in verdict.line
+    detector = make()
+    detector.heard(2, Activity(FORWARD))
+    detector.failed(2, "ValueError: labels are out of range")
+    detector.gone(2)
+    assert detector.pass_time(0.25) is None
+    failure = detector.pass_time(0.25)
+    assert failure.ranks == (2,)
+    assert "rank 2 failed while computing forward of unit h.0: ValueError: labels are out of range" in failure.line
 
 
 def test_rank_0s_own_words_are_quoted_too():
-    judge = make()
-    judge.failed(0, "ValueError: here")
-    assert judge.pass_time(SETTLE).ranks == (0,)
+    detector = make()
+    detector.failed(0, "ValueError: here")
+    assert detector.pass_time(SETTLE).ranks == (0,)
 
 
 def test_ranks_that_wait_for_different_things_are_all_named():
-    judge = make()
+    detector = make()
     beats = [waits(10.5), waits(10.5, "reduce-scatter", "h.1", 8, "backward"), waits(10.5)]
-    verdict = live(judge, 1, *beats)
-    assert verdict.ranks == (0, 1, 2)
-    assert "ranks 0, 2 waiting for all-gather 7 of unit h.0 in forward" in verdict.line
-    assert "rank 1 waiting for reduce-scatter 8 of unit h.1 in backward" in verdict.line
+    failure = live(detector, 1, *beats)
+    assert failure.ranks == (0, 1, 2)
+    assert "ranks 0, 2 waiting for all-gather 7 of unit h.0 in forward" in failure.line
+    assert "rank 1 waiting for reduce-scatter 8 of unit h.1 in backward" in failure.line
 
 
 @pytest.mark.parametrize("other", [waits(10.5, sequence=8), waits(10.5, "barrier"), waits(10.5, unit="h.1")])
@@ -127,30 +127,30 @@ def test_waiting_alone_is_no_failure(others):
 
 
 def test_waiting_for_a_rank_that_has_finished_is_a_failure():
-    judge = make(2)
-    judge.finished(1)
-    assert live(judge, 11, waits(9.0)) is None
-    verdict = live(judge, 1, waits(10.5))
-    assert verdict.ranks == (1,)
-    assert "rank 1 finished, and the others have waited for 10.5 s" in verdict.line
+    detector = make(2)
+    detector.finished(1)
+    assert live(detector, 11, waits(9.0)) is None
+    failure = live(detector, 1, waits(10.5))
+    assert failure.ranks == (1,)
+    assert "rank 1 finished, and the others have waited for 10.5 s" in failure.line
 
 
 def test_a_rank_that_finishes_late_leaves_the_others_time_to_notice():
-    judge = make(2)
-    assert live(judge, 50, waits(50.0), Activity(FORWARD)) is None
-    judge.finished(1)
-    assert live(judge, 10, waits(60.0)) is None
-    assert live(judge, 1, waits(61.0)) is not None
+    detector = make(2)
+    assert live(detector, 50, waits(50.0), Activity(FORWARD)) is None
+    detector.finished(1)
+    assert live(detector, 10, waits(60.0)) is None
+    assert live(detector, 1, waits(61.0)) is not None
 
 
 def test_other_ranks_judge_rank_0_alone():
-    judge = make(3, own=2)
-    assert live(judge, 20, waits(99.0, sequence=1), None, waits(99.0, sequence=2)) is None
-    judge.told = "rank 1 waiting for barrier 3"
-    judge.gone(0)
-    verdict = judge.pass_time(0.0)
-    assert verdict.ranks == (0,)
-    assert "rank 2 waiting for all-gather 2 of unit h.0 in forward; shortly before: rank 1 waiting" in verdict.line
+    detector = make(3, own=2)
+    assert live(detector, 20, waits(99.0, sequence=1), None, waits(99.0, sequence=2)) is None
+    detector.told = "rank 1 waiting for barrier 3"
+    detector.gone(0)
+    failure = detector.pass_time(0.0)
+    assert failure.ranks == (0,)
+    assert "rank 2 waiting for all-gather 2 of unit h.0 in forward; shortly before: rank 1 waiting" in failure.line
 
 
 # What the system says of processes of the same host ---------------------------------------------------------------
@@ -165,15 +165,15 @@ def child(source):
 
 def test_a_process_that_is_gone_need_not_be_waited_for():
     process, identity = child("print(1, flush=True); input()")
-    judge = make(2, process=identity, host=host_identity())
-    judge.look()
-    assert judge.pass_time(0.0) is None
+    detector = make(2, process=identity, host=host_identity())
+    detector.look()
+    assert detector.pass_time(0.0) is None
     process.kill()
     process.wait()
-    judge.look()
-    verdict = judge.pass_time(0.0)
-    assert "was killed" in verdict.line
-    assert f"process {process.pid}" in verdict.line
+    detector.look()
+    failure = detector.pass_time(0.0)
+    assert "was killed" in failure.line
+    assert f"process {process.pid}" in failure.line
     process.stdout.close()
 
 
@@ -196,16 +196,16 @@ def test_a_silent_process_that_computes_is_left_alone(monkeypatch):
     ticks = [0]
     per_second = os.sysconf("SC_CLK_TCK")
     monkeypatch.setattr(Process, "look", lambda self: ("running", ticks[0]))
-    judge = make(2, host=host_identity())
+    detector = make(2, host=host_identity())
     for _ in range(100):
-        judge.look()
+        detector.look()
         ticks[0] += per_second // 2
-        assert judge.pass_time(1.0) is None
+        assert detector.pass_time(1.0) is None
     for _ in range(9):
-        judge.look()
-        assert judge.pass_time(1.0) is None
-    verdict = live(judge, 12)
-    assert "rank 1 does not answer" in verdict.line
+        detector.look()
+        assert detector.pass_time(1.0) is None
+    failure = live(detector, 12)
+    assert "rank 1 does not answer" in failure.line
 
 
 # Words --------------------------------------------------------------------------------------------------------------

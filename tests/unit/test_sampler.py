@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
-from zeroxide.data.sampler import EpochSampler, Share
+from zeroxide.data.sampler import EpochSampler, ShardedIterable
 
 DATA = list(range(23))
 
@@ -36,9 +36,9 @@ def test_every_pass_is_an_epoch_of_its_own(rank):
 
 @pytest.mark.parametrize("count", [0, 2, 3, 11, 12])
 def test_a_stream_is_shared_and_ranks_get_equally_many(count):
-    shares = [list(Share(Stream(count), rank, 3)) for rank in range(3)]
+    shares = [list(ShardedIterable(Stream(count), rank, 3)) for rank in range(3)]
     whole = count - count % 3
     assert shares == [list(range(count))[rank:whole:3] for rank in range(3)]
     with pytest.raises(TypeError):
-        len(Share(Stream(count), 0, 3))
-    assert len(Share(range(count), 0, 3)) == len(shares[0])
+        len(ShardedIterable(Stream(count), 0, 3))
+    assert len(ShardedIterable(range(count), 0, 3)) == len(shares[0])
