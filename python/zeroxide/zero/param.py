@@ -70,20 +70,20 @@ class ParameterContext:
 
     def use(self, params: Sequence[torch.Tensor]) -> None:
         """Gathers the units of parameters that an operation needs. Every rank does. Raises ModelError after the end."""
-        sharded_params = [sharded for param in params if (sharded := sharded_param_of(param)) is not None]
+        used = [sharded for param in params if (sharded := sharded_param_of(param)) is not None]
         if self.hooks is None:
             raise ModelError(
-                f"{sharded_params[0].name} was used after its engine was destroyed: at stage 3 the weights are gone with it; "
+                f"{used[0].name} was used after its engine was destroyed: at stage 3 the weights are gone with it; "
                 "take engine.module_state_dict() or save before",
-                name=sharded_params[0].name,
+                name=used[0].name,
             )
         if self.hooks.thread != threading.get_ident() and not in_backward():
             raise ModelError(
-                f"{sharded_params[0].name} was used by another thread than the one that runs the model, for which weights come "
+                f"{used[0].name} was used by another thread than the one that runs the model, for which weights come "
                 "and go: use copies, as state_dict() gives them between steps",
-                name=sharded_params[0].name,
+                name=used[0].name,
             )
-        self.hooks.use(list({sharded.unit.index: sharded.unit for sharded in sharded_params}.values()))
+        self.hooks.use(list({sharded.unit.index: sharded.unit for sharded in used}.values()))
 
     def apart(self) -> AbstractContextManager[None]:
         """What an operation outside of a pass is done in, from `use` to `end_use`."""

@@ -109,8 +109,8 @@ class StateDicts:
         elif keep_vars:
             sharded = next(iter(sharded_params.values()))
             raise ModelError(
-                f"state_dict(keep_vars=True): {sharded.name} was asked for itself, and it is empty: leave keep_vars out, "
-                "or ask inside zeroxide.zero.GatheredParameters",
+                f"state_dict(keep_vars=True): {sharded.name} was asked for itself, and it is empty: leave keep_vars "
+                "out, or ask inside zeroxide.zero.GatheredParameters",
                 name=sharded.name,
             )
         else:
