@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
+from zeroxide.zero import empty
 
 
 @pytest.fixture(params=[Mode(), Mode("nvme", "nvme", "split", 1, "threads", 8192, 1 << 20, 0)], ids=str)
@@ -132,6 +133,23 @@ def test_a_penalty_on_weights_outside_of_forward_has_its_gradient(config):
                 assert torch.equal(zeroxide.safe_get_full_grad(param), before[name].detach()), name
             engine.zero_grad()
             assert_released(engine)
+
+
+def test_a_parameter_without_values_always_has_the_class_that_asks(config, monkeypatch):
+    """Catches: a class that changes after the values have gone, or before they have come: another thread that reads in
+    between is not refused."""
+    model, plain, real = build("gpt"), [], empty._set_data
+
+    def set_data(param, data):
+        plain.append(not isinstance(param, empty._Empty))
+        real(param, data)
+
+    with started(model, config=config) as engine:
+        monkeypatch.setattr(empty, "_set_data", set_data)
+        engine.backward(engine(ids()).sum())
+        engine.step()
+        assert plain
+        assert not any(plain)
 
 
 def test_what_needs_no_values_goes_on(config):

@@ -341,7 +341,10 @@ def test_another_thread_reads_the_right_weights_or_is_refused(mode, tmp_path):
         while not ended.is_set():
             for name, param in model.named_parameters():
                 try:
-                    if not torch.equal(param.detach().clone(), wanted[name]):
+                    found = param.detach().clone()
+                    # torch lets go of the interpreter lock inside of an operation: one that has begun when its weight
+                    # is emptied may come out empty, never with other values (README, Limits).
+                    if found.numel() and not torch.equal(found, wanted[name]):
                         said.append(name)
                 except ModelError as error:
                     if "used by another thread" not in str(error):

@@ -13,7 +13,7 @@ tensor of size 0 without a word. Shapes, dtypes, gradients and hooks are then an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from zeroxide.errors import ModelError
 from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
 
-__all__ = ["EmptyData", "ParameterTable", "conceal", "full_class", "reveal"]
+__all__ = ["EmptyData", "ParameterTable", "conceal", "conceal_all", "full_class", "reveal", "reveal_all"]
 
 _set_data: Callable[[torch.Tensor, torch.Tensor], None] = torch._C.TensorBase.data.__set__  # type: ignore[attr-defined]
 """Not as somebody who is handed the memory of a managed parameter."""
@@ -235,16 +235,32 @@ def full_class(param: torch.Tensor) -> type:
 
 def reveal(param: nn.Parameter, data: torch.Tensor) -> None:
     """Lets the parameter show `data`, of its dtype."""
-    kind = type(param)
-    if issubclass(kind, _Empty):
-        param.__class__ = kind.full
-    _set_data(param, data)
+    reveal_all((param,), (data,))
+
+
+def reveal_all(params: Iterable[nn.Parameter], shown: Iterable[torch.Tensor]) -> None:
+    """Lets each parameter show its tensor of `shown`.
+
+    A parameter without values has its asking class at every moment, so another thread that reads it then is refused.
+    """
+    with torch._C.DisableTorchFunctionSubclass():
+        for param, data in zip(params, shown, strict=True):
+            _set_data(param, data)
+            kind = type(param)
+            if issubclass(kind, _Empty):
+                param.__class__ = kind.full
 
 
 def conceal(param: nn.Parameter, empty: torch.Tensor) -> None:
     """Makes a managed parameter one without values. `empty`: of its dtype, and of size 0."""
-    kind = type(param)
-    if issubclass(kind, _Empty):
-        return
-    _set_data(param, empty)
-    param.__class__ = _CLASSES.get(kind) or _class_of(kind)
+    conceal_all((param,), (empty,))
+
+
+def conceal_all(params: Iterable[nn.Parameter], empties: Iterable[torch.Tensor]) -> None:
+    """Makes managed parameters ones without values, as `conceal` does for one."""
+    with torch._C.DisableTorchFunctionSubclass():
+        for param, empty in zip(params, empties, strict=True):
+            kind = type(param)
+            if not issubclass(kind, _Empty):
+                param.__class__ = _CLASSES.get(kind) or _class_of(kind)
+                _set_data(param, empty)

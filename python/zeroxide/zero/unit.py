@@ -12,7 +12,7 @@ from zeroxide.device.placement import view_of
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import UnitPlan
 from zeroxide.precision.bits import bytes_of, copy_of, tensor_of
-from zeroxide.zero.empty import conceal, reveal
+from zeroxide.zero.empty import conceal, conceal_all, reveal, reveal_all
 from zeroxide.zero.param_handle import unmanage
 from zeroxide.zero.passes import UnitState
 
@@ -85,8 +85,7 @@ class Unit:
         """Lets the parameters be views of the flat weights. The core holds the memory under them."""
         if self.state is UnitState.GATHERED:
             return
-        for param, view in zip(self.params, self.views, strict=True):
-            reveal(param, view)
+        reveal_all(self.params, self.views)
         self.note_versions()
         self.state = UnitState.GATHERED
         self._show_lent()
@@ -95,8 +94,7 @@ class Unit:
         """Makes the parameters empty again."""
         if self.state is UnitState.RELEASED:
             return
-        for param, empty in zip(self.params, self.empties, strict=True):
-            conceal(param, empty)
+        conceal_all(self.params, self.empties)
         self.state = UnitState.RELEASED
         self._show_lent()
 
