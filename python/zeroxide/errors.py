@@ -4,6 +4,9 @@ Each error is one line that says what, where and what to do; the numbers in that
 caller need not parse text. A fault of zeroxide itself (a broken invariant) is never one of these: it stays an
 `AssertionError` or a `RuntimeError` with its traceback.
 
+Errors of the core carry every value that the core knows, under the names that the classes here list. A value that an
+error does not have is None.
+
 The command line prints `zeroxide: error: <line>` without a traceback and exits with `exit_code`.
 """
 
@@ -17,7 +20,9 @@ __all__ = [
     "BudgetError",
     "CheckpointError",
     "ConfigError",
+    "CoreError",
     "DataError",
+    "InvalidValueError",
     "ModelError",
     "NumericsError",
     "RanksError",
@@ -67,6 +72,15 @@ class ConfigError(ZeroxideError, ValueError):
 class BudgetError(ZeroxideError):
     """A byte budget cannot be kept. `need` and `limit` are bytes; `bucket` names what asked for them."""
 
+    used: int | None = None
+    """Bytes in use over all buckets."""
+    unit: str | None = None
+    """The unit that does not fit beside those in use."""
+    held: int | None = None
+    """Bytes that units in use hold."""
+    capacity: int | None = None
+    """Bytes that all gathered units together may take."""
+
     def __init__(
         self, message: str, *, need: int | None = None, limit: int | None = None, bucket: str | None = None
     ) -> None:
@@ -81,6 +95,59 @@ class StorageError(ZeroxideError):
 
     exit_code: ClassVar[int] = 1
 
+    reason: str | None = None
+    """What the operating system said, or what is wrong with a file or a name."""
+    missing: str | None = None
+    """The part of `path` that does not exist."""
+    need: int | None = None
+    """Bytes that a full disk lacks room for."""
+    free: int | None = None
+    """Bytes that it has left."""
+    action: str | None = None
+    """What was being done, as `open`."""
+    op: str | None = None
+    """`read` or `write`, of a transfer."""
+    offset: int | None = None
+    """Where in the file, in bytes."""
+    length: int | None = None
+    """Bytes that were to move."""
+    done: int | None = None
+    """Bytes that had moved before the error."""
+    bytes: int | None = None
+    """Size of the file."""
+    address: int | None = None
+    """Where in memory."""
+    align: int | None = None
+    """What offset, length and address must be multiples of."""
+    block: str | None = None
+    """The block of a tile, as `unit 3 exp_avg`."""
+    tile: int | None = None
+    """Its number in the block."""
+    tiles: int | None = None
+    """Tiles of the block."""
+    expected: int | None = None
+    """Checksum or bytes that there should be."""
+    got: int | None = None
+    """Checksum or bytes that there were."""
+    holder: str | None = None
+    """Who uses the directory."""
+    pid: int | None = None
+    """Its process."""
+    job: str | None = None
+    """Name of a run that cannot be that of a directory."""
+    depth: int | None = None
+    """Queue depth given."""
+    max: int | None = None
+    """The greatest one allowed."""
+    created: int | None = None
+    """Process that made what a forked child used."""
+    current: int | None = None
+    """The child."""
+    step: int | None = None
+    """The optimizer step that failed half way, from 1."""
+    cause: str | None = None
+    """What it failed with."""
+
     def __init__(self, message: str, *, path: str | os.PathLike[str] | None = None, errno: int | None = None) -> None:
         super().__init__(message)
         self.path = None if path is None else os.fspath(path)
@@ -89,6 +156,13 @@ class StorageError(ZeroxideError):
 
 class ModelError(ZeroxideError):
     """The model cannot be trained as it is. `name` is the parameter or module concerned."""
+
+    unit: str | None = None
+    """The unit whose weights were read while they were not there."""
+    cause: str | None = None
+    """Why they could not be brought."""
+    line: str | None = None
+    """What an earlier call had to say."""
 
     def __init__(self, message: str, *, name: str | None = None) -> None:
         super().__init__(message)
@@ -129,6 +203,91 @@ class RanksError(ZeroxideError):
 
     exit_code: ClassVar[int] = 1
 
+    line: str | None = None
+    """Why waiting for other ranks ended, in a wait of the core."""
+
     def __init__(self, message: str, *, ranks: Sequence[int] = ()) -> None:
         super().__init__(message)
         self.ranks = tuple(ranks)
+
+
+class InvalidValueError(ValueError):
+    """A value outside of what is allowed, given to the core."""
+
+    name: str | None = None
+    """The hyperparameter."""
+    value: float | None = None
+    """What it was."""
+    expected: str | None = None
+    """What is allowed, in words."""
+    text: str | None = None
+    """A word that is none of those known."""
+    what: str | None = None
+    """What a number is of."""
+    got: int | None = None
+    """The number."""
+    quantum: int | None = None
+    """What it must be a multiple of, in elements."""
+    format: str | None = None
+    """A state format that does not go with `dtype`."""
+    dtype: str | None = None
+    """The compute dtype."""
+    param: int | None = None
+    """A parameter, by its number in the unit."""
+    params: int | None = None
+    """Parameters of the unit."""
+    element: int | None = None
+    """An element of the parameter."""
+    numel: int | None = None
+    """Elements of the parameter."""
+    block: str | None = None
+    """A block that is listed twice."""
+
+
+class CoreError(RuntimeError):
+    """A call that the core's present state does not allow, or a broken invariant: a fault of zeroxide's own code."""
+
+    call: str | None = None
+    """The call, of the core or of the operating system."""
+    what: str | None = None
+    """Why it was refused, or what was asked for."""
+    reason: str | None = None
+    """What the operating system said."""
+    errno: int | None = None
+    """Its code."""
+    need: int | None = None
+    """Bytes or frames asked for."""
+    got: int | None = None
+    """What there was instead."""
+    expected: str | None = None
+    """What would have been accepted."""
+    align: int | None = None
+    """Alignment asked for, in bytes."""
+    free: int | None = None
+    """Free bytes of an arena."""
+    largest: int | None = None
+    """Bytes of its largest hole."""
+    start: int | None = None
+    """First byte of a range."""
+    end: int | None = None
+    """One past its last byte."""
+    len: int | None = None
+    """Bytes of a window or a lease."""
+    bytes: int | None = None
+    """Bytes concerned."""
+    operation: str | None = None
+    """What was to be done with a window."""
+    state: str | None = None
+    """State of the window."""
+    element: str | None = None
+    """Element type of a view."""
+    size: int | None = None
+    """Bytes of one element."""
+    address: int | None = None
+    """Where in memory."""
+    created: int | None = None
+    """Process that made what a forked child used."""
+    current: int | None = None
+    """The child."""
+    threads: int | None = None
+    """Threads asked for."""

@@ -6,6 +6,7 @@
 mod api;
 mod core;
 mod error;
+mod facts;
 mod gradients;
 mod homes;
 mod io_report;
@@ -17,6 +18,7 @@ mod weights;
 
 pub use api::Offload;
 pub use error::{OffloadError, Result};
+pub use facts::{Concern, Fact, Facts, Named};
 pub use gradients::accumulate::GradNorm;
 pub use io_report::IoReport;
 pub use settings::{MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};

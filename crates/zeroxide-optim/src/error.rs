@@ -2,7 +2,6 @@
 
 /// What can go wrong when kernels are set up. The kernels themselves cannot fail.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum OptimError {
     /// A hyperparameter lies outside the range where the update is defined.
     #[error("{name} is {value:?}, expected {expected}")]

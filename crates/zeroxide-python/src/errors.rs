@@ -1,35 +1,37 @@
-//! Rust errors as the exceptions of `zeroxide.errors`.
+//! Rust errors as the exceptions of `zeroxide.errors`, with every field as an attribute.
 
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
-use zeroxide_memory::MemoryError;
-use zeroxide_offload::{ExchangeError, OffloadError};
+use zeroxide_offload::{Concern, Fact, Facts, Named, OffloadError};
 
 /// The exception a user sees: named by whose concern the error is, with the message unchanged.
-pub(crate) fn to_python(py: Python<'_>, error: &OffloadError) -> PyErr {
-    let name = match error {
-        OffloadError::Storage(_) | OffloadError::Poisoned { .. } => "StorageError",
-        OffloadError::Memory(MemoryError::OverBudget { .. })
-        | OffloadError::Exchange(ExchangeError::Memory(MemoryError::OverBudget { .. }))
-        | OffloadError::NoFrames { .. } => "BudgetError",
-        OffloadError::Exchange(ExchangeError::Stopped { .. }) => "RanksError",
-        OffloadError::Stray { .. } | OffloadError::Strayed { .. } => "ModelError",
-        OffloadError::Memory(_)
-        | OffloadError::Exchange(_)
-        | OffloadError::Layout(_)
-        | OffloadError::Optim(_)
-        | OffloadError::Misuse { .. } => {
-            return PyRuntimeError::new_err(error.to_string());
-        }
+pub(crate) fn to_python<E: Facts + std::fmt::Display>(py: Python<'_>, error: &E) -> PyErr {
+    raise(py, error.concern(), &error.to_string(), &error.facts())
+}
+
+/// An exception with a message of the caller's.
+pub(crate) fn raise(py: Python<'_>, concern: Concern, message: &str, facts: &[Named]) -> PyErr {
+    make(py, concern, message, facts).unwrap_or_else(|error| error)
+}
+
+fn make(py: Python<'_>, concern: Concern, message: &str, facts: &[Named]) -> PyResult<PyErr> {
+    let class = match concern {
+        Concern::Budget => "BudgetError",
+        Concern::Storage => "StorageError",
+        Concern::Ranks => "RanksError",
+        Concern::Model => "ModelError",
+        Concern::Value => "InvalidValueError",
+        Concern::Core => "CoreError",
     };
-    let made = py
-        .import("zeroxide.errors")
-        .and_then(|module| module.getattr(name))
-        .and_then(|class| class.call1((error.to_string(),)));
-    match made {
-        Ok(exception) => PyErr::from_value(exception),
-        Err(error) => error,
+    let class = py.import("zeroxide.errors")?.getattr(class)?;
+    let exception = class.call1((message,))?;
+    for (name, fact) in facts {
+        match fact {
+            Fact::Count(value) => exception.setattr(*name, value)?,
+            Fact::Number(value) => exception.setattr(*name, value)?,
+            Fact::Text(value) => exception.setattr(*name, value)?,
+        }
     }
+    Ok(PyErr::from_value(exception))
 }
 
 /// Maps the error half of a result.

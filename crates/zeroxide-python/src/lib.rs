@@ -21,7 +21,7 @@ mod _core {
     #[pymodule_export]
     use crate::offload::PyOffload;
     #[pymodule_export]
-    use crate::process::{drop_clean_text, isa, keep_freed_memory, reset_peak, resident};
+    use crate::process::{drop_clean_text, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]
     use crate::spec::{TensorSpec, checksum};
     #[pymodule_export]

@@ -437,7 +437,7 @@ impl PyOffload {
     /// call, and each
     /// later use of a unit waits until that unit is done.
     fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<()> {
-        let groups = groups::params(groups)?;
+        let groups = groups::params(py, groups)?;
         let done = py.detach(|| self.inner.step(&groups, grad_scale));
         map(py, done)
     }

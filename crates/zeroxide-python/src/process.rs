@@ -1,14 +1,21 @@
 //! What concerns the process as a whole.
 
+use std::io;
+
 use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+/// An `OSError` with the system's code as `errno`.
+#[expect(clippy::needless_pass_by_value, reason = "the shape of `map_err`")]
+fn refused(error: io::Error) -> PyErr {
+    PyOSError::new_err((error.raw_os_error(), error.to_string()))
+}
+
 /// Resident memory of this process in bytes, as the operating system counts it: rss, anon, file, peak.
 #[pyfunction]
 pub(crate) fn resident(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
-    let found =
-        zeroxide_memory::resident_bytes().map_err(|error| PyOSError::new_err(error.to_string()))?;
+    let found = zeroxide_memory::resident_bytes().map_err(refused)?;
     let result = PyDict::new(py);
     result.set_item("rss", found.rss)?;
     result.set_item("anon", found.anon)?;
@@ -35,12 +42,5 @@ pub(crate) fn keep_freed_memory(largest: Option<i32>) -> bool {
 /// Returns the bytes dropped.
 #[pyfunction]
 pub(crate) fn drop_clean_text(py: Python<'_>) -> PyResult<u64> {
-    py.detach(zeroxide_memory::drop_clean_text)
-        .map_err(|error| PyOSError::new_err(error.to_string()))
-}
-
-/// Instruction set of the optimizer kernels: "avx512", "avx2" or "baseline".
-#[pyfunction]
-pub(crate) fn isa() -> &'static str {
-    zeroxide_optim::isa().name()
+    py.detach(zeroxide_memory::drop_clean_text).map_err(refused)
 }

@@ -11,6 +11,8 @@ use zeroxide_layout::Dtype;
 use zeroxide_memory::Lease;
 use zeroxide_optim::Grad;
 
+use crate::errors::to_python;
+
 /// Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive.
 ///
 /// Invariant, kept by the one Python function that makes specs (`zeroxide.zero.tensors.spec`): `data_ptr` is the
@@ -54,13 +56,17 @@ impl Element {
 impl TensorSpec {
     #[new]
     #[pyo3(signature = (owner, data_ptr, numel, dtype, /))]
-    fn new(owner: Py<PyAny>, data_ptr: usize, numel: usize, dtype: &str) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        owner: Py<PyAny>,
+        data_ptr: usize,
+        numel: usize,
+        dtype: &str,
+    ) -> PyResult<Self> {
         let dtype = match dtype {
             "int64" => Element::Int64,
             "uint8" => Element::Byte,
-            name => Element::Float(
-                Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))?,
-            ),
+            name => Element::Float(Dtype::parse(name).map_err(|error| to_python(py, &error))?),
         };
         if data_ptr == 0 && numel > 0 {
             return Err(PyValueError::new_err(format!(

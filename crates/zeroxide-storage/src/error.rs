@@ -10,7 +10,6 @@ use crate::queue::OpKind;
 
 /// An error of the storage tier. Every variant names the file or directory and what was expected.
 #[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
 pub enum StorageError {
     /// A path that must be a directory is something else.
     #[error("{} is not a directory; give a directory for offloaded state", path.display())]

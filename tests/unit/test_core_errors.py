@@ -1,0 +1,160 @@
+"""Errors of the core come with every value that they name, so that nobody has to parse their line."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import signal
+
+import pytest
+import torch
+
+from zeroxide import _core, errors
+from zeroxide.device.placement import spec
+from zeroxide.errors import BudgetError, CoreError, InvalidValueError, StorageError
+
+ELEMENTS = 8192
+GROUP = (1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)
+
+
+def core(directory, **more):
+    settings = {
+        "limit": None, "threads": 1, "compute": "f32", "format": "fp32", "grad": "f32", "tile_elements": 2048,
+        "staging_bytes": 1 << 20, "gathered_bytes": 4 << 20, "engine": "threads", "queue_depth": 4,
+        "directories": [directory], "job": "job", **more,
+    }  # fmt: skip
+    return _core.Offload(units=[("layer", [(ELEMENTS, True)], "disk", "disk", False)], **settings)
+
+
+def filled(directory, **more):
+    made = core(directory, **more)
+    made.fill_begin(0, "weights")
+    made.fill_param(0, 0, 0, spec(torch.randn(ELEMENTS)))
+    made.fill_commit(0)
+    return made
+
+
+def numbers(error: BaseException) -> list[int]:
+    """Whole numbers in the line of an error."""
+    return [int(each) for each in re.findall(r"\b\d+\b", str(error))]
+
+
+def test_a_budget_that_is_too_small(tmp_path):
+    """Catches: an error that crosses as text alone, or with numbers in each other's place."""
+    with pytest.raises(BudgetError) as caught:
+        core(tmp_path, limit=100_000)
+    error = caught.value
+    # The gradients, fp32, in whole pages.
+    assert (error.bucket, error.limit) == ("gathered", 100_000)
+    assert {error.need, error.used, error.limit} <= set(numbers(error))
+    assert error.used + error.need > error.limit
+
+
+def test_a_unit_that_is_larger_than_the_memory_for_gathered_ones(tmp_path):
+    with pytest.raises(BudgetError) as caught:
+        core(tmp_path, gathered_bytes=0)
+    error = caught.value
+    assert (error.unit, error.need, error.capacity, error.held) == ("layer", ELEMENTS * 4, 0, 0)
+    assert (error.limit, error.bucket) == (0, "gathered")
+
+
+def test_a_directory_that_is_missing(tmp_path):
+    with pytest.raises(StorageError) as caught:
+        core(tmp_path / "a" / "b")
+    assert caught.value.path == str(tmp_path / "a" / "b")
+    assert caught.value.missing == str(tmp_path / "a")
+
+
+def test_a_directory_that_another_run_holds(tmp_path):
+    first = core(tmp_path)
+    with pytest.raises(StorageError) as caught:
+        core(tmp_path)
+    assert caught.value.pid == os.getpid()
+    assert caught.value.path == str(tmp_path / "job")
+    first.close()
+
+
+def test_a_disk_that_takes_no_more(tmp_path):
+    """A limit on the size of files stands for a full disk. Catches: an error without the system's code."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        with pytest.raises(StorageError) as caught:
+            core(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+    error = caught.value
+    assert error.errno is not None
+    assert os.strerror(error.errno) in error.reason
+    assert error.path == str(tmp_path / "job" / "blocks.bin")
+
+
+def test_a_tile_that_is_not_what_was_written(tmp_path):
+    made = filled(tmp_path)
+    made.accumulate(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
+    made.step([GROUP], 1.0)
+    made.finish()
+    (file,) = tmp_path.glob("*/blocks.bin")
+    noise = os.urandom(file.stat().st_size)
+    with file.open("r+b") as handle:
+        handle.write(noise)
+    made.accumulate(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
+    made.step([GROUP], 1.0)
+    with pytest.raises(StorageError) as caught:
+        made.finish()
+    error = caught.value
+    assert error.path == str(file)
+    assert error.block is not None
+    assert error.block.startswith("unit 0 ")
+    assert 0 <= error.tile < ELEMENTS // 2048
+    assert error.expected != error.got
+    assert {f"{error.expected:016x}", f"{error.got:016x}"} <= set(re.findall(r"[0-9a-f]{16}", str(error)))
+    # Every later call tells the step and the cause.
+    with pytest.raises(StorageError) as caught:
+        made.gather(0)
+    assert caught.value.step == 2
+    assert str(error) == caught.value.cause
+    made.close()
+
+
+def test_calls_that_the_state_does_not_allow(tmp_path):
+    made = core(tmp_path)
+    with pytest.raises(CoreError) as caught:
+        made.fill_commit(0)
+    assert (caught.value.call, caught.value.what) == ("fill_commit", "no fill has begun")
+    made.close()
+    with pytest.raises(CoreError, match="already closed") as caught:
+        made.gather(0)
+    assert caught.value.call == "gather"
+    assert isinstance(caught.value, RuntimeError)
+
+
+def test_values_out_of_their_range():
+    with pytest.raises(InvalidValueError) as caught:
+        _core.check_groups([GROUP, (-1.0, *GROUP[1:])])
+    assert (caught.value.name, caught.value.value) == ("lr", -1.0)
+    assert str(caught.value).startswith("group 1: lr is -1.0")
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(InvalidValueError) as caught:
+        _core.TensorSpec(None, 0, 0, "int4")
+    assert caught.value.text == "int4"
+
+
+def test_every_value_of_the_core_has_a_place_in_python():
+    """Catches: a value that the core passes on under a name that no class of `zeroxide.errors` tells of."""
+    kinds = {"Storage": StorageError, "Memory": CoreError, "Optim": InvalidValueError, "Layout": InvalidValueError}
+    source = (errors.__file__.rpartition("/python/")[0] or ".") + "/crates/zeroxide-offload/src/facts.rs"
+    if not os.path.exists(source):
+        pytest.skip("the core's source is not here")
+    with open(source) as handle:
+        text = handle.read()
+    for name, kind in kinds.items():
+        (listed,) = re.findall(rf"facts_of!\(self, {name}Error:(.*?)\)\n", text, re.DOTALL)
+        for variant, fields in re.findall(r"(\w+) \{([^}]*)\}", listed):
+            names = {field for field, note in re.findall(r"(\w+): (\w+)", fields) if note not in ("system", "reason")}
+            target = {"OverBudget": BudgetError, "Threads": CoreError}.get(variant, kind)
+            known = {*target.__annotations__, *target("x").__dict__}
+            assert names <= known, (name, variant)
