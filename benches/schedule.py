@@ -30,7 +30,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from zeroxide import distributed as ranks_of
 from zeroxide.config import load
 from zeroxide.plan.plan import make_plan
-from zeroxide.plan.schedule import collectives, padded
+from zeroxide.plan.schedule import collectives
 
 MODELS = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -60,11 +60,12 @@ def line(name: str, model: torch.nn.Module, world: int) -> dict[str, object]:
     finally:
         dist.destroy_process_group()
     parameters = sum(unit.numel for unit in plan.units)
-    total = sum(padded(unit, world) for unit in plan.units)
-    root = sum(padded(unit, world) for unit in plan.units if unit.held_through_backward)
-    steps = list(collectives(plan, torch.bfloat16))
+    padded = [elements for _, elements in plan.numbers.padded]
+    total = sum(padded)
+    root = sum(size for size, unit in zip(padded, plan.units, strict=True) if unit.held_through_backward)
+    steps = collectives(plan)
     sent = sum(each.sent for each in steps)
-    block = max(padded(unit, world) for unit in plan.units if not unit.held_through_backward)
+    block = max(size for size, unit in zip(padded, plan.units, strict=True) if not unit.held_through_backward)
     turned = (
         sum(1 for each in steps if each.kind == "all-gather" and each.phase == "forward") * 2
         - 1

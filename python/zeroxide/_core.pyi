@@ -3,8 +3,12 @@
 from typing import Any, final
 
 __all__ = [
+    "DEFAULT_STAGING_BYTES",
+    "DEFAULT_TILE_ELEMENTS",
+    "FRAME",
     "Bringer",
     "Offload",
+    "Plan",
     "TensorSpec",
     "Window",
     "__version__",
@@ -17,6 +21,9 @@ __all__ = [
 ]
 
 __version__: str
+DEFAULT_STAGING_BYTES: int
+DEFAULT_TILE_ELEMENTS: int
+FRAME: int
 
 @final
 class TensorSpec:
@@ -108,6 +115,51 @@ class Offload:
     def usage(self) -> dict[str, tuple[int, int]]: ...
     def io(self) -> dict[str, Any] | None: ...
     def close(self, readers: list[int] | None = None) -> None: ...
+
+@final
+class Plan:
+    """Where every byte of a training state lies, and what a step exchanges."""
+
+    def __new__(
+        cls,
+        *,
+        units: list[tuple[str, list[tuple[int, bool]], bool, str, int]],
+        rank: int,
+        shards: int,
+        replicas: int,
+        stage: int,
+        transport: str,
+        compute: str,
+        grad: str,
+        comm: str,
+        weights_on_disk: bool,
+        state_on_disk: bool,
+        prefetch: int,
+        tile_bytes: int | None = None,
+        staging_bytes: int | None = None,
+        limit: int | None = None,
+        resident: int = 0,
+    ) -> Plan: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def state(self) -> str: ...
+    @property
+    def tile_elements(self) -> int: ...
+    @property
+    def staging_bytes(self) -> int: ...
+    @property
+    def gathered_bytes(self) -> int: ...
+    @property
+    def disk_bytes(self) -> int: ...
+    @property
+    def buckets(self) -> dict[str, int]: ...
+    @property
+    def padded(self) -> list[tuple[int, int]]: ...
+    def peak_buckets(self, loaded: bool) -> dict[str, int]: ...
+    def expected_process(self, made: int, peak: int, resident: int, loaded: bool) -> int: ...
+    def collectives(self) -> list[tuple[str, str, int, int]]: ...
+    def sent_bytes(self) -> int: ...
 
 @final
 class Bringer:

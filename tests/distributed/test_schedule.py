@@ -62,10 +62,10 @@ for stage in (0, 1, 2, 3):
             before = engine.exchanged_bytes()
             engine.backward(engine(torch.ones(2, 8)))
             engine.step()
-        steps = collectives(engine.plan(), torch.float32)
+        steps = collectives(engine.plan())
         planned = [[each.kind, each.unit, each.sent] for each in steps]
         moved = engine.exchanged_bytes() - before
-        found.append([stage, transport, planned, list(calls), sent_bytes(engine.plan(), torch.float32), moved])
+        found.append([stage, transport, planned, list(calls), sent_bytes(engine.plan()), moved])
         engine.destroy()
 if ranks.rank == 0:
     say("FOUND " + json.dumps(found))

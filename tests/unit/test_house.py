@@ -24,6 +24,7 @@ STILL_LONGER = {"engine.py", "new", "fill_commit", "read_param", "initialize"}
 # Crate -> the crates of this workspace that it may depend on.
 ALLOWED = {
     "zeroxide-layout": set(),
+    "zeroxide-plan": {"zeroxide-layout"},
     "zeroxide-memory": {"zeroxide-layout"},
     "zeroxide-storage": {"zeroxide-layout", "zeroxide-memory"},
     "zeroxide-exchange": {"zeroxide-layout", "zeroxide-memory"},
@@ -33,7 +34,7 @@ ALLOWED = {
 ALLOWED["zeroxide-offload"] = set(ALLOWED)
 ALLOWED["zeroxide-python"] = set(ALLOWED)
 
-WITHOUT_UNSAFE = ("zeroxide-layout", "zeroxide-offload")
+WITHOUT_UNSAFE = ("zeroxide-layout", "zeroxide-plan", "zeroxide-offload")
 
 
 def sources(pattern: str, *folders: str) -> list[Path]:

@@ -3,6 +3,10 @@
 /// Bytes of one page: the granule of direct I/O, of memory protection and of every extent.
 pub const PAGE: usize = 4096;
 
+/// Bytes of a frame, the piece in which memory for gathered units is given out: one huge page, so that moving a frame
+/// moves one page-table entry where the kernel has huge pages to give.
+pub const FRAME: usize = 2 << 20;
+
 /// The smallest multiple of `align` that is not below `n`.
 ///
 /// # Panics

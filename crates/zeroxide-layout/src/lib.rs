@@ -15,7 +15,7 @@ mod format;
 mod tiling;
 mod unit;
 
-pub use align::{PAGE, align_up, checked_align_up, checked_align_up_usize};
+pub use align::{FRAME, PAGE, align_up, checked_align_up, checked_align_up_usize};
 pub use dtype::Dtype;
 pub use error::LayoutError;
 pub use extent::{BlockId, Extent, ExtentMap};

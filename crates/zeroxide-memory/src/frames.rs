@@ -2,12 +2,10 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::map::{HUGE_PAGE, Mapping};
+use crate::map::Mapping;
 use crate::{Bucket, Budget, ForkGuard, MemoryError, Reservation};
 
-/// Bytes of a frame: one huge page, so that moving a frame moves one page-table entry where the kernel
-/// has huge pages to give.
-pub const FRAME: usize = HUGE_PAGE;
+pub use zeroxide_layout::FRAME;
 
 /// A fixed number of frames, counted in a budget from creation until the pool, its clones and its last
 /// frame are gone.

@@ -12,7 +12,7 @@ use zeroxide_layout::{PAGE, checked_align_up_usize};
 use crate::{ForkGuard, MemoryError};
 
 /// Every mapping starts at a multiple of this, so that huge pages fit from its first byte on.
-pub(crate) const HUGE_PAGE: usize = 2 << 20;
+pub(crate) const HUGE_PAGE: usize = zeroxide_layout::FRAME;
 
 /// An address range of whole pages that belongs to this object alone, from its creation until it is
 /// dropped. There is always a mapping on every page of it: nothing else can be mapped in between.

@@ -4,25 +4,21 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use zeroxide_layout::{BlockId, Component, Dtype, StateLayout, Tiling, UnitLayout};
+use zeroxide_layout::{BlockId, Component, Dtype, StateLayout, Tiling};
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME, FramePool, Window};
 use zeroxide_optim::Pool;
+use zeroxide_plan::{PlacedUnit, Placement};
 use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
 
 use crate::error::{OffloadError, Result, misuse};
 use crate::gradients::transport::GradientTransport;
-use crate::homes::{GradArena, LocalShard, ShardArena, StateArena, lay_out};
+use crate::homes::{GradArena, ShardArena, StateArena};
 use crate::settings::{MeshPosition, Settings, StateHome, UnitSpec, WeightHome};
 use crate::state::fill::Fill;
 use crate::state::read::CachedTile;
 use crate::step::stream::ActiveStep;
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::residence::{Residence, Weights};
-
-/// Tiles of units that never touch the disk are this many times longer: there is nothing to overlap with.
-const HOST_TILE_FACTOR: u64 = 8;
-/// Tiles of one unit that the staging ring must hold at least: one being updated, one moving.
-const MIN_TILES_IN_RING: u64 = 2;
 
 /// The disk side: present when anything is at home there.
 pub(crate) struct Disk {
@@ -70,30 +66,17 @@ impl Core {
         let state_layout = StateLayout::new(settings.compute, settings.format)?;
         let budget = Budget::new(settings.limit);
         let pool = Pool::new(settings.threads)?;
-        let layouts = lay_out(settings.mesh, specs)?;
-        let local_shards: Vec<LocalShard> = specs
-            .iter()
-            .zip(&layouts)
-            .map(|(spec, layout)| LocalShard::new(settings.mesh, spec, layout))
-            .collect();
-        let grads = GradArena::new(&budget, settings.grad, specs, &local_shards)?;
-        let states = StateArena::new(&budget, state_layout, specs, &local_shards)?;
-        let homes = ShardArena::new(&budget, settings.compute, specs, &local_shards)?;
-        let frames = frame_pool(&budget, settings, specs, &layouts)?;
+        let placement = settings.place_units(specs, state_layout)?;
+        let grads = GradArena::new(&budget, &placement)?;
+        let states = StateArena::new(&budget, state_layout, &placement)?;
+        let homes = ShardArena::new(&budget, &placement)?;
+        let frames = frame_pool(&budget, &placement, settings.gathered_bytes)?;
         let mut blocks = Vec::new();
         let mut units = Vec::with_capacity(specs.len());
-        for (index, ((spec, layout), local_shard)) in
-            specs.iter().zip(layouts).zip(&local_shards).enumerate()
-        {
-            let trainable = local_shard.kept;
-            let touches_disk = spec.weights == WeightHome::Disk
-                || (spec.state == StateHome::Disk && trainable > 0);
-            let tile = if touches_disk {
-                settings.tile_elements
-            } else {
-                settings.tile_elements * HOST_TILE_FACTOR
-            };
-            let weights = make_weights(&budget, settings, spec, &layout, &homes, local_shard)?;
+        for (index, placed) in placement.units.iter().enumerate() {
+            let (spec, local) = (&placed.shape, placed.local);
+            let trainable = local.kept;
+            let weights = make_weights(&budget, settings, placed, &homes)?;
             let state = match spec.state {
                 _ if trainable == 0 => StateBlocks::None,
                 StateHome::Disk => StateBlocks::Disk {
@@ -107,14 +90,7 @@ impl Core {
                 call: "new",
                 what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
             })?;
-            blocks.extend(disk_blocks(
-                state_layout,
-                id,
-                spec,
-                &state,
-                local_shard,
-                tile,
-            ));
+            blocks.extend(disk_blocks(state_layout, id, placed));
             let grad = match spec.weights {
                 WeightHome::Borrowed => None,
                 _ if trainable == 0 => None,
@@ -122,10 +98,10 @@ impl Core {
             };
             units.push(Unit {
                 name: spec.name.clone(),
-                base: local_shard.base,
-                weight_tiles: Tiling::new(local_shard.own, tile)?,
-                state_tiles: Tiling::new(trainable, tile)?,
-                layout,
+                base: local.base,
+                weight_tiles: Tiling::new(local.own, placed.tile)?,
+                state_tiles: Tiling::new(trainable, placed.tile)?,
+                layout: placed.layout.clone(),
                 weights,
                 state,
                 grad,
@@ -135,12 +111,11 @@ impl Core {
                 params: Unit::param_states(&spec.params),
             });
         }
-        let disk = if blocks.is_empty() {
-            None
-        } else {
-            Some(Disk::open(&budget, settings, state_layout, blocks)?)
+        let disk = match (placement.ring_tile(), placement.ring_minimum()) {
+            (Some(tile), Some(need)) => Some(Disk::open(&budget, settings, (tile, need), blocks)?),
+            _ => None,
         };
-        let transport = GradientTransport::new(&budget, settings, specs, &units)?;
+        let transport = GradientTransport::new(&budget, settings, &placement)?;
         Ok(Self {
             mesh: settings.mesh,
             transport,
@@ -246,22 +221,14 @@ pub(crate) fn to_usize(value: u64) -> usize {
 }
 
 /// What the unit keeps on disk.
-fn disk_blocks(
-    layout: StateLayout,
-    unit: u32,
-    spec: &UnitSpec,
-    state: &StateBlocks,
-    local_shard: &LocalShard,
-    tile: u64,
-) -> Vec<BlockSpec> {
-    let state_on_disk = matches!(state, StateBlocks::Disk { .. });
+fn disk_blocks(layout: StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<BlockSpec> {
     let mut blocks = Vec::new();
     for (component, element) in layout.components() {
         let size = *element as u64;
         let elements = match component {
-            Component::Weight if spec.weights == WeightHome::Disk => local_shard.own,
+            Component::Weight if placed.shape.weights == WeightHome::Disk => placed.local.own,
             Component::Weight => continue,
-            _ if state_on_disk => local_shard.kept,
+            _ if placed.state_on_disk() => placed.local.kept,
             _ => continue,
         };
         blocks.push(BlockSpec {
@@ -270,7 +237,7 @@ fn disk_blocks(
                 component: *component,
             },
             bytes: elements * size,
-            tile_bytes: tile * size,
+            tile_bytes: placed.tile * size,
         });
     }
     blocks
@@ -279,19 +246,17 @@ fn disk_blocks(
 fn make_weights(
     budget: &Budget,
     settings: &Settings,
-    spec: &UnitSpec,
-    layout: &UnitLayout,
+    placed: &PlacedUnit,
     homes: &ShardArena,
-    local_shard: &LocalShard,
 ) -> Result<Weights> {
-    let bytes = to_usize(layout.len()) * settings.compute.size();
-    Ok(match spec.weights {
+    let bytes = to_usize(placed.weight_bytes(settings.compute));
+    Ok(match placed.shape.weights {
         WeightHome::Borrowed => Weights::Borrowed { lent: None },
         WeightHome::Disk | WeightHome::Shard => Weights::Moving {
             window: Window::reserve(bytes)?,
             residence: Residence::Away,
             covered: false,
-            home: homes.lease(spec, local_shard)?,
+            home: homes.lease(placed)?,
         },
         WeightHome::Host => {
             let mut window = Window::reserve(bytes)?;
@@ -309,47 +274,33 @@ fn make_weights(
 
 fn frame_pool(
     budget: &Budget,
-    settings: &Settings,
-    specs: &[UnitSpec],
-    layouts: &[UnitLayout],
+    placement: &Placement,
+    gathered_bytes: u64,
 ) -> Result<Option<FramePool>> {
-    let largest = specs
-        .iter()
-        .zip(layouts)
-        .filter(|(spec, _)| matches!(spec.weights, WeightHome::Disk | WeightHome::Shard))
-        .map(|(spec, layout)| (to_usize(layout.len()) * settings.compute.size(), &spec.name))
-        .max();
-    let Some((largest, name)) = largest else {
+    let Some((largest, need)) = placement.largest_moving() else {
         return Ok(None);
     };
-    let frames = to_usize(settings.gathered_bytes).div_ceil(FRAME);
-    if frames * FRAME < largest {
+    let capacity = placement.frame_bytes(gathered_bytes);
+    if capacity < need {
         return Err(OffloadError::NoFrames {
-            unit: name.clone(),
-            need: largest as u64,
+            unit: largest.shape.name.clone(),
+            need,
             held: 0,
-            capacity: (frames * FRAME) as u64,
+            capacity,
         });
     }
+    let frames = to_usize(capacity) / FRAME;
     Ok(Some(FramePool::new(budget, Bucket::Gathered, frames)?))
 }
 
 impl Disk {
+    /// `tile` and `need`: bytes of one tile, and what the ring must have at least.
     fn open(
         budget: &Budget,
         settings: &Settings,
-        layout: StateLayout,
+        (tile, need): (u64, u64),
         blocks: Vec<BlockSpec>,
     ) -> Result<Self> {
-        let per_element: usize = layout.components().iter().map(|(_, bytes)| *bytes).sum();
-        let longest = blocks
-            .iter()
-            .map(|block| to_usize(block.tile_bytes.min(block.bytes)))
-            .max()
-            .unwrap_or(0);
-        let tile = (to_usize(settings.tile_elements) * per_element)
-            .min(longest * layout.components().len());
-        let need = tile as u64 * MIN_TILES_IN_RING;
         if settings.staging_bytes < need {
             return misuse(
                 "new",

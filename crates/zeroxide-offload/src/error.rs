@@ -5,6 +5,7 @@ use zeroxide_exchange::ExchangeError;
 use zeroxide_layout::LayoutError;
 use zeroxide_memory::MemoryError;
 use zeroxide_optim::OptimError;
+use zeroxide_plan::PlanError;
 use zeroxide_storage::StorageError;
 
 /// Failures of the offload layer. Storage and memory errors pass through with all they carry.
@@ -85,4 +86,16 @@ pub(crate) fn misuse<T>(call: &'static str, what: impl Into<String>) -> Result<T
         call,
         what: what.into(),
     })
+}
+
+impl From<PlanError> for OffloadError {
+    fn from(error: PlanError) -> Self {
+        match error {
+            PlanError::Layout(error) => Self::Layout(error),
+            other => Self::Misuse {
+                call: "new",
+                what: other.to_string(),
+            },
+        }
+    }
 }

@@ -1,60 +1,19 @@
-//! The part of each unit that this rank keeps, and the host memory for it.
+//! Host memory for the part of each unit that this rank keeps.
 
-use zeroxide_layout::{Component, Dtype, StateLayout, UnitLayout};
+use zeroxide_layout::{Component, Dtype, StateLayout};
 use zeroxide_memory::{Arena, Bucket, Budget, Lease};
+use zeroxide_plan::{PlacedUnit, Placement};
 
 use crate::core::to_usize;
-use crate::error::{Result, misuse};
-use crate::settings::{MeshPosition, StateHome, UnitSpec, WeightHome};
+use crate::error::Result;
+use crate::settings::WeightHome;
 
-/// Layouts over all ranks. With several ranks a unit is trainable or frozen as a whole, so that a shard of it is one
-/// slice of each of its blocks.
-pub(crate) fn lay_out(mesh: MeshPosition, specs: &[UnitSpec]) -> Result<Vec<UnitLayout>> {
-    let mut layouts = Vec::with_capacity(specs.len());
-    for spec in specs {
-        let layout = UnitLayout::new(&spec.params, mesh.world)?;
-        let trainable = layout.trainable_len();
-        if mesh.world > 1 && trainable > 0 && trainable < layout.len() {
-            return misuse(
-                "new",
-                format!(
-                    "unit {} has trainable and frozen parameters; with several ranks they are units of their own",
-                    spec.name
-                ),
-            );
-        }
-        layouts.push(layout);
-    }
-    Ok(layouts)
-}
-
-/// The part of a unit that this rank keeps, in elements.
-pub(crate) struct LocalShard {
-    /// Where it starts in the layout.
-    pub(crate) base: u64,
-    /// Weights.
-    pub(crate) own: u64,
-    /// Gradients and optimizer state.
-    pub(crate) kept: u64,
-}
-
-impl LocalShard {
-    pub(crate) fn new(mesh: MeshPosition, spec: &UnitSpec, layout: &UnitLayout) -> Self {
-        if mesh.world == 1 || mesh.replicated || spec.weights == WeightHome::Borrowed {
-            return Self {
-                base: 0,
-                own: layout.len(),
-                kept: layout.trainable_len(),
-            };
-        }
-        let shard = layout.shard(mesh.rank);
-        let len = shard.end - shard.start;
-        Self {
-            base: shard.start,
-            own: len,
-            kept: if layout.trainable_len() > 0 { len } else { 0 },
-        }
-    }
+/// One mapping of `bytes`; none for no bytes.
+fn arena(budget: &Budget, bucket: Bucket, bytes: u64) -> Result<Option<Arena>> {
+    Ok(match to_usize(bytes) {
+        0 => None,
+        bytes => Some(Arena::new(budget, bucket, bytes)?),
+    })
 }
 
 /// One mapping for the weights of all units whose shard is at home in host memory.
@@ -64,31 +23,17 @@ pub(crate) struct ShardArena {
 }
 
 impl ShardArena {
-    pub(crate) fn new(
-        budget: &Budget,
-        compute: Dtype,
-        specs: &[UnitSpec],
-        local_shards: &[LocalShard],
-    ) -> Result<Self> {
-        let elements: u64 = specs
-            .iter()
-            .zip(local_shards)
-            .filter(|(spec, _)| spec.weights == WeightHome::Shard)
-            .map(|(_, local_shard)| local_shard.own)
-            .sum();
-        let bytes = to_usize(elements) * compute.size();
-        let arena = if bytes == 0 {
-            None
-        } else {
-            Some(Arena::new(budget, Bucket::Weights, bytes)?)
-        };
-        Ok(Self { arena, compute })
+    pub(crate) fn new(budget: &Budget, placement: &Placement) -> Result<Self> {
+        Ok(Self {
+            arena: arena(budget, Bucket::Weights, placement.shard_bytes())?,
+            compute: placement.dtypes.compute,
+        })
     }
 
-    pub(crate) fn lease(&self, spec: &UnitSpec, local_shard: &LocalShard) -> Result<Option<Lease>> {
+    pub(crate) fn lease(&self, unit: &PlacedUnit) -> Result<Option<Lease>> {
         match &self.arena {
-            Some(arena) if spec.weights == WeightHome::Shard => {
-                let bytes = to_usize(local_shard.own) * self.compute.size();
+            Some(arena) if unit.shape.weights == WeightHome::Shard => {
+                let bytes = to_usize(unit.local.own) * self.compute.size();
                 Ok(Some(arena.lease(bytes, zeroxide_layout::PAGE)?))
             }
             _ => Ok(None),
@@ -103,25 +48,11 @@ pub(crate) struct GradArena {
 }
 
 impl GradArena {
-    pub(crate) fn new(
-        budget: &Budget,
-        dtype: Dtype,
-        specs: &[UnitSpec],
-        local_shards: &[LocalShard],
-    ) -> Result<Self> {
-        let elements: u64 = specs
-            .iter()
-            .zip(local_shards)
-            .filter(|(spec, _)| spec.weights != WeightHome::Borrowed)
-            .map(|(_, local_shard)| local_shard.kept)
-            .sum();
-        let bytes = to_usize(elements) * dtype.size();
-        let arena = if bytes == 0 {
-            None
-        } else {
-            Some(Arena::new(budget, Bucket::Gradients, bytes)?)
-        };
-        Ok(Self { arena, dtype })
+    pub(crate) fn new(budget: &Budget, placement: &Placement) -> Result<Self> {
+        Ok(Self {
+            arena: arena(budget, Bucket::Gradients, placement.gradient_bytes())?,
+            dtype: placement.dtypes.grad,
+        })
     }
 
     pub(crate) fn lease(&self, elements: u64) -> Result<Lease> {
@@ -140,28 +71,11 @@ pub(crate) struct StateArena {
 }
 
 impl StateArena {
-    pub(crate) fn new(
-        budget: &Budget,
-        layout: StateLayout,
-        specs: &[UnitSpec],
-        local_shards: &[LocalShard],
-    ) -> Result<Self> {
-        let elements: u64 = specs
-            .iter()
-            .zip(local_shards)
-            .filter(|(spec, _)| spec.state == StateHome::Host)
-            .map(|(_, local_shard)| local_shard.kept)
-            .sum();
-        let bytes = to_usize(elements)
-            * Self::state_components(layout)
-                .map(|(_, bytes)| bytes)
-                .sum::<usize>();
-        let arena = if bytes == 0 {
-            None
-        } else {
-            Some(Arena::new(budget, Bucket::Optimizer, bytes)?)
-        };
-        Ok(Self { arena, layout })
+    pub(crate) fn new(budget: &Budget, layout: StateLayout, placement: &Placement) -> Result<Self> {
+        Ok(Self {
+            arena: arena(budget, Bucket::Optimizer, placement.optimizer_bytes())?,
+            layout,
+        })
     }
 
     fn state_components(layout: StateLayout) -> impl Iterator<Item = (Component, usize)> {

@@ -2,30 +2,10 @@
 
 use std::path::PathBuf;
 
-use zeroxide_layout::{Dtype, Format, ParamShape};
+use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
+use zeroxide_plan::{Dtypes, Mesh, Placement, StateBytes, UnitShape};
+pub use zeroxide_plan::{StateHome, Transport, WeightHome};
 use zeroxide_storage::EngineKind;
-
-/// Where the live weights of a unit are at home.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum WeightHome {
-    /// Always under the unit's window, in host memory.
-    Host,
-    /// On disk; under the window only while the unit is gathered.
-    Disk,
-    /// This rank's shard in host memory; the whole under the window only while the unit is gathered.
-    Shard,
-    /// In memory that belongs to the caller and is lent for the time of a step.
-    Borrowed,
-}
-
-/// Where the optimizer state of a unit is at home.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StateHome {
-    /// In host memory.
-    Host,
-    /// On disk; in the staging ring only while its tile is updated.
-    Disk,
-}
 
 /// One unit, as the caller describes it.
 #[derive(Clone, Debug)]
@@ -40,16 +20,6 @@ pub struct UnitSpec {
     pub weights: WeightHome,
     /// Home of the optimizer state.
     pub state: StateHome,
-}
-
-/// How gradients reach the ranks that keep them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Transport {
-    /// Through memory that the ranks of one host share. Weights at home in host memory are then shared, too, unless the
-    /// state is replicated.
-    Shared,
-    /// Carried by the caller.
-    Collective,
 }
 
 /// This process's place among those that train one model.
@@ -73,6 +43,20 @@ impl MeshPosition {
         replicated: false,
         transport: Transport::Collective,
     };
+
+    /// The groups of ranks that hold a unit.
+    pub(crate) fn groups(self) -> Mesh {
+        let (shards, replicas) = if self.replicated {
+            (1, self.world)
+        } else {
+            (self.world, 1)
+        };
+        Mesh {
+            rank: self.rank,
+            shards,
+            replicas,
+        }
+    }
 
     /// Whether weights at home in host memory are one copy for all ranks.
     pub(crate) fn shares_weights(self) -> bool {
@@ -112,4 +96,35 @@ pub struct Settings {
     pub directories: Vec<PathBuf>,
     /// Name of this run's folder inside them.
     pub job: String,
+}
+
+impl Settings {
+    /// Layouts, shards and sizes of the units.
+    pub(crate) fn place_units(
+        &self,
+        specs: &[UnitSpec],
+        state: StateLayout,
+    ) -> zeroxide_plan::Result<Placement> {
+        let shapes = specs.iter().map(|spec| UnitShape {
+            name: spec.name.clone(),
+            params: spec.params.clone(),
+            held_through_backward: spec.held_through_backward,
+            weights: spec.weights,
+            state: spec.state,
+            state_bytes: StateBytes::of(state),
+        });
+        let dtypes = Dtypes {
+            compute: self.compute,
+            grad: self.grad,
+            comm: self.comm_dtype,
+        };
+        let (mesh, transport) = (self.mesh.groups(), self.mesh.transport);
+        Placement::new(
+            mesh,
+            transport,
+            dtypes,
+            self.tile_elements,
+            shapes.collect(),
+        )
+    }
 }

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 use zeroxide_offload::{Concern, Fact, Facts, Named, OffloadError};
+use zeroxide_plan::PlanError;
 
 /// The exception a user sees: named by whose concern the error is, with the message unchanged.
 pub(crate) fn to_python<E: Facts + std::fmt::Display>(py: Python<'_>, error: &E) -> PyErr {
@@ -37,4 +38,18 @@ fn make(py: Python<'_>, concern: Concern, message: &str, facts: &[Named]) -> PyR
 /// Maps the error half of a result.
 pub(crate) fn map<T>(py: Python<'_>, result: Result<T, OffloadError>) -> PyResult<T> {
     result.map_err(|error| to_python(py, &error))
+}
+
+/// A refusal of the planner, with its numbers.
+pub(crate) fn plan_to_python(py: Python<'_>, error: &PlanError) -> PyErr {
+    let line = error.to_string();
+    let Some((need, limit, bucket)) = error.shortage() else {
+        return raise(py, Concern::Core, &line, &[]);
+    };
+    let facts = [
+        ("need", Fact::Count(need)),
+        ("limit", Fact::Count(limit)),
+        ("bucket", Fact::Text(bucket.to_owned())),
+    ];
+    raise(py, Concern::Budget, &line, &facts)
 }

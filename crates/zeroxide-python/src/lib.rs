@@ -4,6 +4,7 @@ mod bringer;
 mod errors;
 mod groups;
 mod offload;
+mod plan;
 mod process;
 mod spec;
 mod window;
@@ -21,6 +22,8 @@ mod _core {
     #[pymodule_export]
     use crate::offload::PyOffload;
     #[pymodule_export]
+    use crate::plan::PyPlan;
+    #[pymodule_export]
     use crate::process::{drop_clean_text, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]
     use crate::spec::{TensorSpec, checksum};
@@ -31,6 +34,15 @@ mod _core {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("FRAME", zeroxide_layout::FRAME)?;
+        module.add(
+            "DEFAULT_TILE_ELEMENTS",
+            zeroxide_plan::DEFAULT_TILE_ELEMENTS,
+        )?;
+        module.add(
+            "DEFAULT_STAGING_BYTES",
+            zeroxide_plan::DEFAULT_STAGING_BYTES,
+        )?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -26,7 +26,6 @@ from zeroxide.optim.saved_state import (
     take_hyperparameters,
 )
 from zeroxide.optim.state_view import ParameterState, StateView
-from zeroxide.plan.plan import DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS
 
 __all__ = ["AdamW"]
 
@@ -139,8 +138,8 @@ class AdamW(torch.optim.Optimizer):
             compute=DTYPE_NAMES[dtype],
             format=self._format if dtype is torch.bfloat16 else "fp32",
             grad=DTYPE_NAMES[dtype],
-            tile_elements=DEFAULT_TILE_ELEMENTS,
-            staging_bytes=DEFAULT_STAGING_BYTES if self._directories else 0,
+            tile_elements=_core.DEFAULT_TILE_ELEMENTS,
+            staging_bytes=_core.DEFAULT_STAGING_BYTES if self._directories else 0,
             gathered_bytes=0,
             engine="auto",
             queue_depth=32,

@@ -1,59 +1,60 @@
-"""Where each unit's bytes are at home, and what that costs in memory."""
+"""From a model and a config to its units and their homes. Every byte is counted by `_core.Plan`."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from zeroxide import _core
 from zeroxide.config import Config
+from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.distributed import Ranks
-from zeroxide.errors import BudgetError, ConfigError, ModelError
+from zeroxide.plan.checks import check_model, check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
-from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, check_sharing, parameters_of
-from zeroxide.precision.bits import FLOATS, why_not_bytes
+from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, parameters_of
+from zeroxide.plan.report import describe
 from zeroxide.precision.policy import torch_dtype
-from zeroxide.zero.init.slices import slice_of
-from zeroxide.zero.param_handle import handle_of
 from zeroxide.zero.passes import Home
 
-__all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan", "padded_sizes"]
+__all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
 
-MIB = 1 << 20
-DEFAULT_UNIT_BYTES = 512 * MIB
-DEFAULT_TILE_ELEMENTS = 512 << 10
-DEFAULT_STAGING_BYTES = 32 * MIB
-FRAME = 2 * MIB
-TILE_QUANTUM = 2048
-MIN_TILES_IN_RING = 2
-SLOTS = 3
-"""Units whose gradients can be on their way to other ranks at once, as the core counts them."""
+DEFAULT_UNIT_BYTES = 512 << 20
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
-    """What was chosen, in bytes."""
+    """What was chosen."""
 
     units: list[UnitPlan]
+    numbers: _core.Plan
+    """Homes and bytes, counted as the core counts them."""
     compute: torch.dtype
     format: str
     grad: torch.dtype
-    weights: Home
-    state: Home
-    tile_elements: int
-    staging_bytes: int
-    gathered_bytes: int
+    comm: torch.dtype
+    """In which gradients travel between ranks."""
     threads: int
     limit: int | None
     resident_before: int
+    """Bytes that the process uses without the state."""
     world: int = 1
     rank: int = 0
     stage: int = 0
     transport: str = "collective"
     """"shared" or "collective": what carries gradients between ranks."""
-    buckets: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def weights(self) -> Home:
+        """Home of all weights."""
+        return Home(self.numbers.weights)
+
+    @property
+    def state(self) -> Home:
+        """Home of all optimizer state."""
+        return Home(self.numbers.state)
 
     @property
     def replicated(self) -> bool:
@@ -75,61 +76,44 @@ class Plan:
         return self.params_always_full and (self.world == 1 or self.transport == "collective")
 
     @property
+    def buckets(self) -> dict[str, int]:
+        """Bytes of payload in every step, by bucket."""
+        return self.numbers.buckets
+
+    @property
     def payload(self) -> int:
         """Bytes of all buckets together."""
         return sum(self.buckets.values())
 
     @property
-    def disk_bytes(self) -> int:
-        """Bytes that the state takes on disk."""
-        weight = self.compute.itemsize
-        total = 0
-        for unit in self.units:
-            total += unit.words * weight // self.world if self.weights is Home.DISK else 0
-            share = 1 if self.replicated else self.world
-            total += unit.trainable * self.state_bytes // share if self.state is Home.DISK else 0
-        return total
+    def tile_elements(self) -> int:
+        """Elements in a tile that touches the disk."""
+        return self.numbers.tile_elements
 
     @property
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state per trainable element, without the live weight."""
-        if self.compute == torch.float32:
-            return 8
-        return 10 if self.format == "split" else 12
+    def disk_bytes(self) -> int:
+        """Bytes that the state takes on disk."""
+        return self.numbers.disk_bytes
+
+    def expected_peaks(self, *, loaded: bool = False) -> dict[str, int]:
+        """Bytes of payload at the most, by bucket and under "total".
+
+        Filling in the initial values, or those of a checkpoint that is `loaded`, takes memory beside the staging ring.
+        """
+        peaks = self.numbers.peak_buckets(loaded)
+        return {**peaks, "total": sum(peaks.values())}
+
+    def expected_process(self, made: Mapping[str, int], passed: Mapping[str, int], *, loaded: bool = False) -> int:
+        """Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated.
+
+        `made` and `passed` are `engine.memory()["process"]`, when training began and now. What a backward takes is
+        measured; what only an update writes, the staging ring and moments in host memory, is added.
+        """
+        return self.numbers.expected_process(made["peak"], passed["peak"], passed["rss"], loaded)
 
     def describe(self) -> list[str]:
         """The plan in lines for people."""
-        total = sum(unit.numel for unit in self.units)
-        trainable = sum(unit.trainable for unit in self.units)
-        share = 100.0 * trainable / total if total else 0.0
-        shared = self.world > 1 and self.transport == "shared" and not self.replicated
-        home = {
-            Home.HOST: "in host memory" + (", one copy for all ranks" if shared else ""),
-            Home.SHARD: "in host memory, a shard on each rank",
-            Home.DISK: "on disk",
-        }[self.weights]
-        lines = [
-            f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(self.units)} units; "
-            f"{_dtype(self.compute)} weights at home {home}",
-            f"optimizer state in {'host memory' if self.state is Home.HOST else 'files'}, format {self.format}; "
-            f"gradients {_dtype(self.grad)} in host memory; {self.threads} optimizer threads",
-        ]
-        if self.world > 1:
-            carrier = "shared memory" if self.transport == "shared" else "collectives"
-            lines.append(f"rank {self.rank} of {self.world}, ZeRO stage {self.stage}, gradients through {carrier}")
-        buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in self.buckets.items() if size)
-        lines.append(f"payload {self.payload / MIB:.0f} MiB ({buckets}); on disk {self.disk_bytes / MIB:.0f} MiB")
-        if self.limit is not None:
-            rest = self.limit - self.resident_before - self.payload
-            lines.append(
-                f"budget {self.limit / MIB:.0f} MiB: {self.resident_before / MIB:.0f} in use before, "
-                f"{rest / MIB:.0f} left for activations"
-            )
-        return lines
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+        return describe(self)
 
 
 def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int, ranks: Ranks | None = None) -> Plan:
@@ -142,25 +126,42 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     entries = list(parameters_of(module, compute, cast=config.precision.asked))
     check_model(module, entries, config)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
-    units = find_units(module, entries, unit_bytes // compute.itemsize, FRAME // compute.itemsize)
+    units = find_units(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize)
     ranks = ranks or Ranks()
     if ranks.world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
-    transport = _transport(config, ranks)
-    weights = Home.DISK if config.zero.offload_param.kind == "nvme" else Home.HOST
-    if weights is Home.HOST and ranks.world > 1 and config.zero.stage == 3 and transport == "collective":
-        weights = Home.SHARD
-    state = Home.DISK if config.zero.offload_optimizer.kind == "nvme" else Home.HOST
-    plan = Plan(
+    check_transport(config, ranks)
+    # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
+    if ranks.world > 1 or config.zero.stage == 3:
+        refuse_max_norm(module)
+    transport = "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
+    grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
+    shards, replicas = (1, ranks.world) if config.zero.stage == 0 else (ranks.world, 1)
+    numbers = _core.Plan(
+        units=_units(units, config),
+        rank=ranks.rank,
+        shards=shards,
+        replicas=replicas,
+        stage=config.zero.stage,
+        transport=transport,
+        compute=DTYPE_NAMES[compute],
+        grad=DTYPE_NAMES[grad],
+        comm=DTYPE_NAMES[comm],
+        weights_on_disk=config.zero.offload_param.kind == "nvme",
+        state_on_disk=config.zero.offload_optimizer.kind == "nvme",
+        prefetch=config.zeroxide.prefetch,
+        tile_bytes=config.zeroxide.tile_bytes,
+        staging_bytes=config.zeroxide.staging_bytes or None,
+        limit=config.zeroxide.host_memory,
+        resident=resident,
+    )
+    return Plan(
         units=units,
+        numbers=numbers,
         compute=compute,
         format=config.precision.format,
-        grad=torch_dtype(config.precision.grad_dtype),
-        weights=weights,
-        state=state,
-        tile_elements=_tile_elements(config, compute),
-        staging_bytes=0,
-        gathered_bytes=0,
+        grad=grad,
+        comm=comm,
         threads=threads,
         limit=config.zeroxide.host_memory,
         resident_before=resident,
@@ -169,33 +170,18 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         stage=config.zero.stage,
         transport=transport,
     )
-    # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
-    if not plan.keeps_edits or plan.world > 1:
-        _refuse_edits(module)
-    _place(plan, config)
-    return plan
 
 
-def _refuse_edits(module: nn.Module) -> None:
-    for name, each in module.named_modules():
-        if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
-            raise ModelError(
-                f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which other "
-                "ranks' shards or weights that move know nothing of; only stages 0 to 2 on one rank allow that",
-                name=name,
-            )
-
-
-def _transport(config: Config, ranks: Ranks) -> str:
-    if config.zeroxide.transport == "shared_memory" and not ranks.shares_memory:
-        raise ConfigError(
-            'zeroxide.transport: "shared_memory" needs all ranks on one host, each allowed to open the others\' memory '
-            'under /proc; use "auto"',
-            path="zeroxide.transport",
-            expected='"auto" or "collective"',
-            got='"shared_memory"',
-        )
-    return "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
+def _units(units: list[UnitPlan], config: Config) -> list[tuple[str, list[tuple[int, bool]], bool, str, int]]:
+    """The units as the core's planner takes them; units of the same modules have one turn."""
+    rows: list[tuple[str, list[tuple[int, bool]], bool, str, int]] = []
+    turn = 0
+    for index, unit in enumerate(units):
+        if index and list(map(id, unit.modules)) != list(map(id, units[index - 1].modules)):
+            turn = index
+        params = [(entry.words, entry.trainable) for entry in unit.params]
+        rows.append((unit.name, params, unit.held_through_backward, config.precision.format, turn))
+    return rows
 
 
 def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
@@ -207,146 +193,3 @@ def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
     if not all(params for _, params in parts):
         return [unit]
     return [UnitPlan(name, unit.modules, params, unit.held_through_backward) for name, params in parts]
-
-
-def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config) -> None:
-    """Refuses models that have nothing to train or parameters that cannot be laid out."""
-    if not entries:
-        raise ModelError(f"{type(module).__name__} has no parameters: there is nothing to train")
-    if config.optimizer is not None and not any(entry.trainable for entry in entries):
-        raise ModelError(
-            f"every parameter of {type(module).__name__} is frozen: nothing to train; without an optimizer "
-            "in the config it can be used for evaluation"
-        )
-    devices = Counter(entry.param.device.type for entry in entries)
-    if len(devices) > 1:
-        (first, _), (other, _) = devices.most_common(2)
-        odd = next(entry for entry in entries if entry.param.device.type == other)
-        raise ModelError(
-            f"parameters are on two devices: {odd.name} is on {odd.param.device}, most others on {first}; "
-            "move the model to one device first",
-            name=odd.name,
-        )
-    for entry in entries:
-        if handle_of(entry.param) is not None and slice_of(entry.param) is None:
-            raise ModelError(
-                f"{entry.name} belongs to an engine, or did at stage 3 until that was destroyed: build the model "
-                "again, and load what engine.module_state_dict() or a checkpoint has kept",
-                name=entry.name,
-            )
-        problem = why_not_bytes(entry.param)
-        if problem is not None:
-            raise ModelError(f"{entry.name} {problem}: parameters are dense tensors of numbers", name=entry.name)
-        if entry.trainable and entry.param.dtype not in FLOATS:
-            raise ModelError(
-                f"{entry.name} is trained and has dtype {_dtype(entry.param.dtype)}: expected fp32, bf16 or fp16; "
-                "cast it, or freeze it with requires_grad_(False): frozen parameters keep any dtype",
-                name=entry.name,
-            )
-        if entry.param.device.type not in ("cpu", "meta"):
-            raise ModelError(
-                f"{entry.name} is on {entry.param.device}: this version computes in host memory; "
-                "build the model on the CPU",
-                name=entry.name,
-            )
-    check_sharing(entries)
-
-
-def _tile_elements(config: Config, compute: torch.dtype) -> int:
-    if config.zeroxide.tile_bytes is None:
-        return DEFAULT_TILE_ELEMENTS
-    return max(TILE_QUANTUM, config.zeroxide.tile_bytes // compute.itemsize // TILE_QUANTUM * TILE_QUANTUM)
-
-
-def padded_sizes(unit: UnitPlan, world: int) -> tuple[int, int]:
-    """(trainable, all) elements of a unit's flat layout, as the core pads them."""
-    quantum = TILE_QUANTUM * world
-    trainable = frozen = 0
-    for entry in unit.params:
-        # A part with a parameter has at least one element of padding, whatever the parameter has.
-        size = max(1, -(-entry.words // 64) * 64)
-        if entry.trainable:
-            trainable += size
-        else:
-            frozen += size
-    trainable = -(-trainable // quantum) * quantum
-    return trainable, trainable + -(-frozen // quantum) * quantum
-
-
-def _place(plan: Plan, config: Config) -> None:
-    sizes = [padded_sizes(unit, plan.world) for unit in plan.units]
-    outgoing = _outgoing(plan, [size for size, _ in sizes], config)
-    trainable = sum(size for size, _ in sizes) // (1 if plan.replicated else plan.world)
-    total = sum(size for _, size in sizes)
-    weight = plan.compute.itemsize
-    if plan.weights is not Home.HOST:
-        plan.gathered_bytes = _gathered(plan, [size * weight for _, size in sizes], config.zeroxide.prefetch)
-    if plan.weights is Home.DISK or plan.state is Home.DISK:
-        longest = min(plan.tile_elements, max(size for _, size in sizes))
-        tile = longest * (plan.state_bytes + weight)
-        plan.staging_bytes = config.zeroxide.staging_bytes or max(DEFAULT_STAGING_BYTES, MIN_TILES_IN_RING * tile)
-        if plan.staging_bytes < MIN_TILES_IN_RING * tile:
-            raise BudgetError(
-                f"zeroxide.staging_bytes is {plan.staging_bytes}: the ring needs {MIN_TILES_IN_RING * tile} bytes, "
-                f"two tiles of {tile}; raise it or lower zeroxide.tile_bytes",
-                need=MIN_TILES_IN_RING * tile,
-                limit=plan.staging_bytes,
-                bucket="staging",
-            )
-    plan.buckets = {
-        "weights": {Home.HOST: total, Home.SHARD: total // plan.world, Home.DISK: 0}[plan.weights] * weight,
-        "gradients": trainable * plan.grad.itemsize + outgoing,
-        "optimizer": trainable * plan.state_bytes if plan.state is Home.HOST else 0,
-        "staging": plan.staging_bytes,
-        "gathered": plan.gathered_bytes,
-    }
-    if plan.limit is not None and plan.resident_before + plan.payload > plan.limit:
-        short = plan.resident_before + plan.payload - plan.limit
-        largest = max(plan.buckets, key=lambda name: plan.buckets[name])
-        help_line = {
-            "weights": "offload parameters to nvme",
-            "optimizer": "offload the optimizer to nvme",
-            "gradients": "keep gradients in bf16 (data_types.grad_accum_dtype) or train fewer parameters",
-            "gathered": "lower zeroxide.unit_bytes or zeroxide.prefetch",
-            "staging": "lower zeroxide.staging_bytes",
-        }[largest]
-        parts = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
-        raise BudgetError(
-            f"host_memory {plan.limit / MIB:.0f} MiB is too small by {short / MIB:.0f} MiB: the process already uses "
-            f"{plan.resident_before / MIB:.0f} and the state needs {plan.payload / MIB:.0f} ({parts}), before any "
-            f"activation; to help: {help_line}",
-            need=plan.resident_before + plan.payload,
-            limit=plan.limit,
-            bucket=largest,
-        )
-
-
-def _outgoing(plan: Plan, trainable: list[int], config: Config) -> int:
-    """Room for gradients on their way to other ranks: units used all through backward, and a few others; without shared
-    memory also for those of one unit that come in."""
-    if plan.world == 1:
-        return 0
-    item = torch_dtype(config.precision.reduce_dtype).itemsize
-    long = sum(size for size, unit in zip(trainable, plan.units, strict=True) if unit.held_through_backward)
-    short = [size for size, unit in zip(trainable, plan.units, strict=True) if not unit.held_through_backward and size]
-    incoming = 0
-    if plan.transport == "collective":
-        incoming = max(trainable, default=0) // (1 if plan.replicated else plan.world) * (plan.world - 1)
-    return (long + min(SLOTS, len(short)) * max(short, default=0) + incoming) * item
-
-
-def _gathered(plan: Plan, sizes: list[int], prefetch: int) -> int:
-    """Frames for the units that are held at once: those held all along, and the largest others in a row.
-
-    With several ranks, what is at home on disk is read before it is gathered ahead: one unit more.
-    """
-    frames = [-(-size // FRAME) * FRAME for size in sizes]
-    held = sum(size for size, unit in zip(frames, plan.units, strict=True) if unit.held_through_backward)
-    others = [size for size, unit in zip(frames, plan.units, strict=True) if not unit.held_through_backward]
-    reading = plan.weights is Home.DISK and plan.world > 1 and prefetch > 0
-    window = min(len(others), prefetch + 1 + reading)
-    moving = max((sum(others[at : at + window]) for at in range(len(others) - window + 1)), default=0)
-    if plan.world > 1:
-        return held + moving
-    # One operation may read weights of two units, wherever they are, and with one rank reads bring units back.
-    return max(held + moving, sum(sorted(frames)[-2:]))

@@ -9,7 +9,6 @@ from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.plan.plan import Plan
-from zeroxide.precision.policy import torch_dtype
 from zeroxide.zero.passes import Home
 
 __all__ = ["open_core"]
@@ -20,14 +19,12 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
 
     Raises BudgetError and StorageError.
     """
-    weights = {Home.HOST: "host", Home.SHARD: "shard", Home.DISK: "disk"}[plan.weights]
-    state = "disk" if plan.state is Home.DISK else "host"
     units = [
         (
             unit.name,
             [(entry.words, entry.trainable) for entry in unit.params],
-            weights,
-            state,
+            plan.numbers.weights,
+            plan.numbers.state,
             unit.held_through_backward,
         )
         for unit in plan.units
@@ -46,8 +43,8 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         format=plan.format,
         grad=DTYPE_NAMES[plan.grad],
         tile_elements=plan.tile_elements,
-        staging_bytes=plan.staging_bytes,
-        gathered_bytes=plan.gathered_bytes,
+        staging_bytes=plan.numbers.staging_bytes,
+        gathered_bytes=plan.numbers.gathered_bytes,
         engine=config.zeroxide.io_engine,
         queue_depth=config.aio.queue_depth,
         directories=list(dict.fromkeys(directories)),
@@ -56,6 +53,6 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         world=plan.world,
         replicated=plan.replicated,
         transport=plan.transport,
-        comm_dtype=DTYPE_NAMES[torch_dtype(config.precision.reduce_dtype)],
+        comm_dtype=DTYPE_NAMES[plan.comm],
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
     )

@@ -3,17 +3,14 @@
 use std::sync::Arc;
 
 use zeroxide_exchange::{CancelToken, ReducerPlan, SegmentHandle, SharedMemoryReducer};
-use zeroxide_layout::{Dtype, PAGE};
+use zeroxide_layout::PAGE;
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME};
+use zeroxide_plan::{PlacedUnit, Placement};
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::settings::{MeshPosition, Settings, Transport, UnitSpec, WeightHome};
-use crate::unit::Unit;
+use crate::settings::{Settings, Transport, WeightHome};
 use crate::weights::residence::{Residence, Weights};
-
-/// Units whose gradients can be on their way at once, beside those that have room of their own.
-const SLOTS: usize = 3;
 
 /// How gradients leave this rank.
 pub(crate) enum GradientTransport {
@@ -37,65 +34,44 @@ pub(crate) enum GradientTransport {
 }
 
 impl GradientTransport {
-    pub(crate) fn new(
-        budget: &Budget,
-        settings: &Settings,
-        specs: &[UnitSpec],
-        units: &[Unit],
-    ) -> Result<Self> {
+    pub(crate) fn new(budget: &Budget, settings: &Settings, placement: &Placement) -> Result<Self> {
         let mesh = settings.mesh;
         if mesh.world == 1 {
             return Ok(Self::SingleRank);
         }
         let cancel_token = Arc::new(CancelToken::default());
-        let bytes: Vec<usize> = units
-            .iter()
-            .map(|unit| to_usize(unit.layout.trainable_len()) * settings.comm_dtype.size())
-            .collect();
-        let held_through_backward: Vec<usize> = (0..units.len())
-            .filter(|unit| specs[*unit].held_through_backward && bytes[*unit] > 0)
-            .collect();
-        let short = (0..units.len()).filter(|unit| !specs[*unit].held_through_backward);
-        let slots = SLOTS.min(short.clone().filter(|unit| bytes[*unit] > 0).count());
+        let transit = &placement.transit;
         if mesh.transport == Transport::Collective {
-            let page = |unit: &usize| bytes[*unit].next_multiple_of(PAGE);
-            let reserved: usize = held_through_backward.iter().map(page).sum();
-            let largest = short.map(|unit| page(&unit)).max().unwrap_or(0);
-            let room = reserved + slots * largest;
-            let coming = units
-                .iter()
-                .map(|unit| incoming_bytes(settings.mesh, settings.comm_dtype, unit))
-                .max()
-                .unwrap_or(0);
-            let reserve = |room: usize| match room {
+            let reserve = |room: u64| match to_usize(room) {
                 0 => Ok(None),
                 room => Arena::new(budget, Bucket::Gradients, room).map(Some),
             };
             return Ok(Self::Collective {
-                arena: reserve(room)?,
-                incoming: reserve(coming.next_multiple_of(PAGE))?,
+                arena: reserve(transit.outgoing)?,
+                incoming: reserve(transit.incoming)?,
                 cancel_token,
             });
         }
         let mut end = 0;
-        let weights = units
+        let weights = placement
+            .units
             .iter()
-            .zip(specs)
-            .map(|(unit, spec)| {
-                let shared = mesh.shares_weights() && spec.weights == WeightHome::Host;
+            .map(|unit| {
+                let shared = mesh.shares_weights() && unit.shape.weights == WeightHome::Host;
                 shared.then(|| {
                     let start = end;
-                    let size = to_usize(unit.layout.len()) * settings.compute.size();
+                    let size = to_usize(unit.weight_bytes(settings.compute));
                     // Huge pages need aligned starts; what lies between is never touched.
                     end = (start + size).next_multiple_of(FRAME);
                     start
                 })
             })
             .collect();
+        let outgoing = |unit: &PlacedUnit| to_usize(unit.outgoing_bytes(settings.comm_dtype));
         let plan = ReducerPlan {
-            units: bytes,
-            slots,
-            held_through_backward,
+            units: placement.units.iter().map(outgoing).collect(),
+            slots: transit.slots,
+            held_through_backward: transit.reserved.clone(),
             weights: end,
         };
         let reducer = SharedMemoryReducer::new(
@@ -197,7 +173,9 @@ impl Core {
     pub(crate) fn incoming(&mut self, unit: usize) -> Result<(usize, usize)> {
         self.check_unit("incoming", unit)?;
         if self.units[unit].incoming.is_none() {
-            let bytes = incoming_bytes(self.mesh, self.comm_dtype, &self.units[unit]);
+            let kept = self.units[unit].state_tiles.len();
+            let mesh = self.mesh.groups();
+            let bytes = to_usize(mesh.incoming_bytes(kept, self.comm_dtype));
             let GradientTransport::Collective {
                 incoming: Some(arena),
                 ..
@@ -262,10 +240,4 @@ impl Core {
             reducer.set_version(unit, self.steps);
         }
     }
-}
-
-/// Bytes of the other ranks' gradients of what a rank keeps of `unit`.
-fn incoming_bytes(mesh: MeshPosition, comm_dtype: Dtype, unit: &Unit) -> usize {
-    let kept = to_usize(unit.kept().end - unit.kept().start);
-    kept * comm_dtype.size() * (mesh.world as usize - 1)
 }

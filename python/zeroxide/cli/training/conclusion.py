@@ -33,14 +33,18 @@ def conclude(this: Running) -> None:
         _sample(this)
     plotted = _plot(this)
     memory = engine.memory()
-    for number, line in enumerate(describe_memory(engine.plan().buckets, memory)):
+    expected = engine.plan().expected_peaks(loaded=this.loaded)
+    if this.expected_process is not None:
+        expected["process"] = this.expected_process
+    for number, line in enumerate(describe_memory(expected, memory)):
         reporter.say(f"  {'memory' if number == 0 else '':<9} {line}")
     peak, limit = int(memory["process"]["peak"]), memory.get("limit")
     reporter.say(f"peak resident memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))
     reporter.say(
         f"model in {this.folder.model}, log in {this.folder.log}" + (f", plot in {plotted}" if plotted else "")
     )
-    reporter.event("end", step=this.step, loss=loss, peak_rss=peak, limit=limit)
+    reached = {name: int(usage["peak"]) for name, usage in memory.items() if isinstance(usage, dict)}
+    reporter.event("end", step=this.step, loss=loss, peak_rss=peak, limit=limit, expected=expected, reached=reached)
 
 
 def _save_model(this: Running) -> None:

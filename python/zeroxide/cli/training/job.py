@@ -27,6 +27,7 @@ from zeroxide.cli.training.options import TrainOptions
 from zeroxide.cli.training.report import Reporter, StepFigures
 from zeroxide.cli.training.run_folder import Record, RunFolder, refuse_differences
 from zeroxide.cli.training.running import Running
+from zeroxide.config.sizes import format_bytes
 from zeroxide.errors import CheckpointError, ConfigError, ModelError, NumericsError
 
 __all__ = ["run"]
@@ -122,6 +123,7 @@ def _prepare(
     this = Running(options, folder, reporter, stop, choice, data, engine, model, count, batches, held_out)
     if resume:
         _load_checkpoint(this, record)
+    this.made = engine.memory()["process"]
     return this, notes
 
 
@@ -182,6 +184,7 @@ def _load_checkpoint(this: Running, record: Record) -> None:
     if not isinstance(step, int) or state.get("corpus") != record.corpus_digest:
         raise CheckpointError(f"{path} was not written by this run", path=path)
     this.step = this.saved_step = step
+    this.loaded = True
     if step >= this.options.steps:
         raise ConfigError(f"the run is at step {step} of {this.options.steps} already; give more --steps", path="steps")
 
@@ -262,6 +265,8 @@ def _one_step(this: Running) -> StepFigures:
         start = time.perf_counter()
         engine.backward(loss)
         backward += time.perf_counter() - start
+        if this.expected_process is None:
+            _expect(this)
         del loss
         start = time.perf_counter()
         engine.step()
@@ -294,6 +299,14 @@ def _one_step(this: Running) -> StepFigures:
         io_busy_seconds=busy,
         io_wait_seconds=after["wait_seconds"] - before["wait_seconds"],
     )
+
+
+def _expect(this: Running) -> None:
+    """Say what training will take at the most: weights, gradients and activations have now been resident together."""
+    engine = this.engine
+    this.expected_process = engine.plan().expected_process(this.made, engine.memory()["process"], loaded=this.loaded)
+    this.reporter.say(f"expected at most {format_bytes(this.expected_process)} resident, by what one backward took")
+    this.reporter.event("expected", step=this.step, process=this.expected_process)
 
 
 def _seed_of(seed: int, number: int) -> int:

@@ -179,10 +179,11 @@ class Reporter:
 
 
 def describe_memory(expected: dict[str, int], memory: dict[str, Any]) -> list[str]:
-    """Return one line per bucket: what the plan expected and the peak that was reached."""
+    """Return one line per bucket, and one for the whole process where something was expected of it: what the plan
+    expected and the peak that was reached."""
     lines = []
     for bucket, usage in memory.items():
-        if bucket in ("process", "limit") or not isinstance(usage, dict):
+        if not isinstance(usage, dict) or (bucket == "process" and bucket not in expected):
             continue
         if usage.get("peak", 0) or expected.get(bucket, 0):
             want = f"expected {format_bytes(expected[bucket])}, " if bucket in expected else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
@@ -36,3 +36,9 @@ class Running:
     held_out: HeldOutBatches
     step: int = 0
     saved_step: int = -1
+    loaded: bool = False
+    """A checkpoint was loaded."""
+    made: dict[str, Any] = field(default_factory=dict)
+    """Resident memory of the process, as `engine.memory()` tells it, when training was about to begin."""
+    expected_process: int | None = None
+    """Most resident bytes of the process that training should reach; known after the first backward."""

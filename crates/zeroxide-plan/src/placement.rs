@@ -1,0 +1,215 @@
+//! What shapes and homes alone decide: layouts, shards, and the sizes of every arena.
+
+use zeroxide_layout::{Dtype, FRAME};
+
+use crate::buckets::Buckets;
+use crate::error::Result;
+use crate::home::{StateHome, Transport, WeightHome};
+use crate::mesh::Mesh;
+use crate::transit::Transit;
+use crate::unit::{PlacedUnit, UnitShape};
+
+/// Elements in a tile where nobody asks for another size.
+pub const DEFAULT_TILE_ELEMENTS: u64 = 512 << 10;
+/// Bytes of the staging ring where nobody asks for another size and the tiles need no more.
+pub const DEFAULT_STAGING_BYTES: u64 = 32 << 20;
+/// Tiles of one unit that the staging ring must hold at least: one being updated, one moving.
+pub const MIN_TILES_IN_RING: u64 = 2;
+
+/// Element types of what every unit has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Dtypes {
+    /// Of the live weights.
+    pub compute: Dtype,
+    /// In which gradients are kept and accumulated.
+    pub grad: Dtype,
+    /// In which gradients travel between ranks.
+    pub comm: Dtype,
+}
+
+/// Every unit with its layout and this rank's part of it, and the sizes that follow.
+#[derive(Clone, Debug)]
+pub struct Placement {
+    /// This rank among the others.
+    pub mesh: Mesh,
+    /// What carries gradients. Of no meaning with one rank.
+    pub transport: Transport,
+    /// Element types.
+    pub dtypes: Dtypes,
+    /// The units, in the caller's order.
+    pub units: Vec<PlacedUnit>,
+    /// Room for gradients on their way between ranks.
+    pub transit: Transit,
+}
+
+impl Placement {
+    /// Lays the units out. `tile_elements` is a multiple of 2,048.
+    ///
+    /// # Errors
+    /// [`PlanError::Layout`](crate::PlanError::Layout) for a unit that is too large, and
+    /// [`PlanError::MixedUnit`](crate::PlanError::MixedUnit).
+    pub fn new(
+        mesh: Mesh,
+        transport: Transport,
+        dtypes: Dtypes,
+        tile_elements: u64,
+        shapes: Vec<UnitShape>,
+    ) -> Result<Self> {
+        let units = shapes
+            .into_iter()
+            .map(|shape| PlacedUnit::new(mesh, tile_elements, shape))
+            .collect::<Result<Vec<_>>>()?;
+        let transit = Transit::new(mesh, transport, dtypes.comm, &units);
+        Ok(Self {
+            mesh,
+            transport,
+            dtypes,
+            units,
+            transit,
+        })
+    }
+
+    /// Bytes of the shards of weights that are at home in host memory while the whole comes and goes.
+    pub fn shard_bytes(&self) -> u64 {
+        self.sum(|unit| match unit.shape.weights {
+            WeightHome::Shard => unit.local.own * self.dtypes.compute.size() as u64,
+            _ => 0,
+        })
+    }
+
+    /// Bytes of the gradients that this rank keeps for the step.
+    pub fn gradient_bytes(&self) -> u64 {
+        self.sum(|unit| unit.gradient_bytes(self.dtypes.grad))
+    }
+
+    /// Bytes of the optimizer state at home in host memory.
+    pub fn optimizer_bytes(&self) -> u64 {
+        self.sum(PlacedUnit::optimizer_bytes)
+    }
+
+    /// Bytes of all blocks at home on disk.
+    pub fn disk_bytes(&self) -> u64 {
+        self.sum(|unit| unit.disk_bytes(self.dtypes.compute))
+    }
+
+    /// Bytes of one tile of all components in the staging ring, the largest there is; `None` where nothing is on disk.
+    pub fn ring_tile(&self) -> Option<u64> {
+        let compute = self.dtypes.compute.size() as u64;
+        let tile = |unit: &PlacedUnit| {
+            let longest = match unit.shape.weights {
+                WeightHome::Disk => unit.local.own,
+                _ => unit.local.kept,
+            };
+            longest.min(unit.tile) * (compute + unit.shape.state_bytes.total)
+        };
+        let on_disk = self.units.iter().filter(|unit| unit.touches_disk());
+        on_disk.map(tile).max()
+    }
+
+    /// Bytes that the staging ring needs at least; `None` where nothing is on disk and there is no ring.
+    pub fn ring_minimum(&self) -> Option<u64> {
+        self.ring_tile().map(|tile| tile * MIN_TILES_IN_RING)
+    }
+
+    /// The unit with the most weights among those that move, and their bytes; `None` where none does.
+    pub fn largest_moving(&self) -> Option<(&PlacedUnit, u64)> {
+        self.moving()
+            .map(|unit| (unit, unit.weight_bytes(self.dtypes.compute)))
+            .max_by_key(|(_, bytes)| *bytes)
+    }
+
+    /// Bytes of frames for the units that are held at once: those held all through a pass, and the largest others in a row.
+    ///
+    /// With several ranks, what is at home on disk is read before it is gathered ahead: one unit more. With one, an
+    /// operation may read weights of two units wherever they are.
+    pub fn held_at_once(&self, prefetch: usize) -> u64 {
+        let bytes = |unit: &PlacedUnit| unit.frames(self.dtypes.compute) * FRAME as u64;
+        let (mut held, mut others, mut all) = (0, Vec::new(), Vec::new());
+        let mut on_disk = false;
+        for unit in self.moving() {
+            on_disk |= unit.shape.weights == WeightHome::Disk;
+            all.push(bytes(unit));
+            if unit.shape.held_through_backward {
+                held += bytes(unit);
+            } else {
+                others.push(bytes(unit));
+            }
+        }
+        let alone = self.mesh.world() == 1;
+        let reading = usize::from(on_disk && !alone && prefetch > 0);
+        let row = others.len().min(prefetch + 1 + reading);
+        let in_a_row = match row {
+            0 => 0,
+            row => others
+                .windows(row)
+                .map(|row| row.iter().sum())
+                .max()
+                .unwrap_or(0),
+        };
+        if !alone {
+            return held + in_a_row;
+        }
+        all.sort_unstable();
+        let two: u64 = all.iter().rev().take(2).sum();
+        two.max(held + in_a_row)
+    }
+
+    /// Bytes of frames for a pool of `gathered_bytes`; 0 where no weights move.
+    pub fn frame_bytes(&self, gathered_bytes: u64) -> u64 {
+        match self.moving().next() {
+            None => 0,
+            Some(_) => gathered_bytes.next_multiple_of(FRAME as u64),
+        }
+    }
+
+    /// Payload by bucket, with a staging ring of `staging_bytes` (whole pages) and frames of `gathered_bytes`, as the core
+    /// reserves it.
+    pub fn buckets(&self, staging_bytes: u64, gathered_bytes: u64) -> Buckets {
+        let whole = self.sum(|unit| match unit.shape.weights {
+            WeightHome::Host => unit.weight_bytes(self.dtypes.compute),
+            _ => 0,
+        });
+        Buckets {
+            weights: whole + self.shard_bytes(),
+            gradients: self.gradient_bytes() + self.transit.outgoing + self.transit.incoming,
+            optimizer: self.optimizer_bytes(),
+            staging: match self.ring_tile() {
+                None => 0,
+                Some(_) => staging_bytes,
+            },
+            gathered: self.frame_bytes(gathered_bytes),
+        }
+    }
+
+    /// Bytes that filling takes beside the ring, at most, for the state on disk of one unit: (initial values of weights,
+    /// any state tensor).
+    pub fn filling_bytes(&self) -> (u64, u64) {
+        let most = |bytes: fn(&PlacedUnit) -> u64| {
+            let on_disk = self.units.iter().filter(|unit| unit.state_on_disk());
+            on_disk.map(bytes).max().unwrap_or(0)
+        };
+        (
+            most(|unit| unit.local.kept * unit.shape.state_bytes.master),
+            most(|unit| unit.local.kept * unit.shape.state_bytes.largest),
+        )
+    }
+
+    /// Bytes of optimizer state at home in host memory that nothing writes before the first update.
+    pub(crate) fn untouched_state_bytes(&self) -> u64 {
+        self.sum(|unit| match unit.shape.state {
+            StateHome::Host => {
+                let state = unit.shape.state_bytes;
+                unit.local.kept * (state.total - state.master)
+            }
+            StateHome::Disk => 0,
+        })
+    }
+
+    fn moving(&self) -> impl Iterator<Item = &PlacedUnit> {
+        self.units.iter().filter(|unit| unit.shape.weights.moves())
+    }
+
+    fn sum(&self, bytes: impl Fn(&PlacedUnit) -> u64) -> u64 {
+        self.units.iter().map(bytes).sum()
+    }
+}

@@ -1,0 +1,237 @@
+//! From what a user asks for to homes, ring, frames and bytes, or to one line that says what does not fit.
+
+use zeroxide_layout::{PAGE, ParamShape, TILE_QUANTUM};
+
+use crate::buckets::Buckets;
+use crate::error::{PlanError, Result};
+use crate::home::{StateHome, Transport, WeightHome};
+use crate::mesh::Mesh;
+use crate::placement::{DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, Placement};
+use crate::unit::{StateBytes, UnitShape};
+
+/// A unit whose homes are the plan's to choose.
+#[derive(Clone, Debug)]
+pub struct UnitRequest {
+    /// Name for messages.
+    pub name: String,
+    /// Its parameters, in the caller's order.
+    pub params: Vec<ParamShape>,
+    /// It is held from its first use to the end of backward.
+    pub held_through_backward: bool,
+    /// Bytes of its optimizer state.
+    pub state_bytes: StateBytes,
+    /// Units that follow one another with the same number belong to the same modules and are used together.
+    pub turn: u32,
+}
+
+/// What a user and the machine say.
+#[derive(Clone, Debug)]
+pub struct PlanRequest {
+    /// This rank among the others.
+    pub mesh: Mesh,
+    /// Stage of `ZeRO`, 0 to 3.
+    pub stage: u8,
+    /// What carries gradients between ranks.
+    pub transport: Transport,
+    /// Element types.
+    pub dtypes: Dtypes,
+    /// Weights are to be on disk.
+    pub weights_on_disk: bool,
+    /// Optimizer state is to be on disk.
+    pub state_on_disk: bool,
+    /// The units, in the order in which forward uses them.
+    pub units: Vec<UnitRequest>,
+    /// Units that are sent for ahead of their use.
+    pub prefetch: usize,
+    /// Bytes of the live weights of a tile; `None` for the default.
+    pub tile_bytes: Option<u64>,
+    /// Bytes of the staging ring; `None` for the default.
+    pub staging_bytes: Option<u64>,
+    /// Most bytes of the whole process; `None` for no limit.
+    pub limit: Option<u64>,
+    /// Bytes that the process uses without the state.
+    pub resident: u64,
+}
+
+/// What was chosen.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// Units, shards and the sizes that follow from homes.
+    pub placement: Placement,
+    /// The units in the order of their use: those of one turn together, without those held all through a pass.
+    pub turns: Vec<Vec<usize>>,
+    /// Stage of `ZeRO`, 0 to 3.
+    pub stage: u8,
+    /// Home of all weights.
+    pub weights: WeightHome,
+    /// Home of all optimizer state.
+    pub state: StateHome,
+    /// Elements in a tile that touches the disk.
+    pub tile_elements: u64,
+    /// Bytes of the staging ring; 0 where nothing is on disk.
+    pub staging_bytes: u64,
+    /// Bytes of the frames for gathered units; 0 where no weights move.
+    pub gathered_bytes: u64,
+    /// Units that are sent for ahead of their use.
+    pub prefetch: usize,
+    /// Payload of every step, by bucket.
+    pub buckets: Buckets,
+    /// Most bytes of the whole process; `None` for no limit.
+    pub limit: Option<u64>,
+    /// Bytes that the process uses without the state.
+    pub resident: u64,
+}
+
+impl Plan {
+    /// Chooses homes and sizes.
+    ///
+    /// # Errors
+    /// Every [`PlanError`].
+    pub fn new(request: PlanRequest) -> Result<Self> {
+        let (weights, state) = homes(&request);
+        let tile_elements = tile_elements(&request);
+        let turns = turns(&request.units);
+        let shapes = request.units.into_iter().map(|unit| UnitShape {
+            name: unit.name,
+            params: unit.params,
+            held_through_backward: unit.held_through_backward,
+            weights,
+            state,
+            state_bytes: unit.state_bytes,
+        });
+        let placement = Placement::new(
+            request.mesh,
+            request.transport,
+            request.dtypes,
+            tile_elements,
+            shapes.collect(),
+        )?;
+        let staging_bytes = ring_bytes(&placement, request.staging_bytes)?;
+        let gathered_bytes = placement.held_at_once(request.prefetch);
+        let made = Self {
+            turns,
+            stage: request.stage,
+            weights,
+            state,
+            tile_elements,
+            staging_bytes,
+            gathered_bytes,
+            prefetch: request.prefetch,
+            buckets: placement.buckets(staging_bytes, gathered_bytes),
+            limit: request.limit,
+            resident: request.resident,
+            placement,
+        };
+        made.check_budget()?;
+        Ok(made)
+    }
+
+    /// Payload by bucket at the most: while the initial values are filled in, the staging ring has memory beside it, and
+    /// so it has while a checkpoint is loaded.
+    pub fn peak_buckets(&self, loaded: bool) -> Buckets {
+        let (made, loading) = self.placement.filling_bytes();
+        Buckets {
+            staging: self.buckets.staging + if loaded { loading } else { made },
+            ..self.buckets
+        }
+    }
+
+    /// Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated yet.
+    ///
+    /// By then weights, gradients, frames and activations have been resident together as in every later step. What comes
+    /// on top is payload that only an update writes: the staging ring, and state in host memory beyond the master weights,
+    /// unless it was `loaded`. `made` is the peak when training began, `peak` and `resident` are the process's peak and
+    /// present resident bytes. Where making the state took more than the backward, the present bytes stand for the
+    /// backward's peak: freed memory is kept in the process.
+    pub fn expected_process(&self, made: u64, peak: u64, resident: u64, loaded: bool) -> u64 {
+        let reached = if peak > made { peak } else { resident };
+        let state = if loaded {
+            0
+        } else {
+            self.placement.untouched_state_bytes()
+        };
+        peak.max(reached + self.buckets.staging + state)
+    }
+
+    fn check_budget(&self) -> Result<()> {
+        let Some(limit) = self.limit else {
+            return Ok(());
+        };
+        let (resident, buckets) = (self.resident, self.buckets);
+        let need = resident + buckets.total();
+        if need > limit {
+            return Err(PlanError::OverBudget {
+                need,
+                limit,
+                resident,
+                buckets,
+            });
+        }
+        let filling = self.peak_buckets(false).staging - buckets.staging;
+        let need = need + filling;
+        if need > limit {
+            return Err(PlanError::OverBudgetFilling {
+                need,
+                limit,
+                resident,
+                buckets,
+                filling,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Where weights and state are at home. With stage 3 and no shared memory a rank keeps its shard of the weights; elsewhere
+/// all weights that are not on disk are in host memory at all times.
+fn homes(request: &PlanRequest) -> (WeightHome, StateHome) {
+    let sharded = request.mesh.world() > 1
+        && request.stage == 3
+        && request.transport == Transport::Collective;
+    let weights = match (request.weights_on_disk, sharded) {
+        (true, _) => WeightHome::Disk,
+        (false, true) => WeightHome::Shard,
+        (false, false) => WeightHome::Host,
+    };
+    let state = if request.state_on_disk {
+        StateHome::Disk
+    } else {
+        StateHome::Host
+    };
+    (weights, state)
+}
+
+fn turns(units: &[UnitRequest]) -> Vec<Vec<usize>> {
+    let others = (0..units.len()).filter(|index| !units[*index].held_through_backward);
+    let mut found: Vec<Vec<usize>> = Vec::new();
+    for index in others {
+        match found.last_mut() {
+            Some(last) if units[last[0]].turn == units[index].turn => last.push(index),
+            _ => found.push(vec![index]),
+        }
+    }
+    found
+}
+
+fn tile_elements(request: &PlanRequest) -> u64 {
+    request.tile_bytes.map_or(DEFAULT_TILE_ELEMENTS, |bytes| {
+        let elements = bytes / request.dtypes.compute.size() as u64;
+        (elements / TILE_QUANTUM * TILE_QUANTUM).max(TILE_QUANTUM)
+    })
+}
+
+/// Bytes of the ring: what was asked for, or enough for the tiles.
+fn ring_bytes(placement: &Placement, asked: Option<u64>) -> Result<u64> {
+    let (Some(tile), Some(need)) = (placement.ring_tile(), placement.ring_minimum()) else {
+        return Ok(0);
+    };
+    let bytes = asked.unwrap_or_else(|| need.max(DEFAULT_STAGING_BYTES));
+    if bytes < need {
+        return Err(PlanError::Staging {
+            need,
+            limit: bytes,
+            tile,
+        });
+    }
+    Ok(bytes.next_multiple_of(PAGE as u64))
+}

@@ -1,0 +1,359 @@
+//! What a training step exchanges with the other ranks, found from the plan alone: nothing is allocated or sent.
+//!
+//! So a job of a thousand ranks can be looked at on one machine before it is started. The rules are those of the gatherer
+//! and of the core: the order of the last pass says what is gathered ahead, and of the units in memory that nobody uses
+//! the one used longest ago goes first. The part of the hooks is played here: forward gathers the units in order, backward
+//! in reverse, and each trainable unit is reduced once.
+
+mod frames;
+mod order;
+
+use std::collections::VecDeque;
+
+use crate::home::{Transport, WeightHome};
+use crate::plan::Plan;
+
+use frames::Frames;
+use order::GatherOrder;
+
+/// Steps after which the order is known, and what is in memory is what every step leaves.
+const STEPS_UNTIL_STEADY: usize = 2;
+
+/// The part of a step in which a collective begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// Forward.
+    Forward,
+    /// Backward.
+    Backward,
+    /// The optimizer step.
+    Step,
+}
+
+impl Phase {
+    /// The name used in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+            Self::Step => "step",
+        }
+    }
+}
+
+/// What is exchanged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CollectiveKind {
+    /// Every rank gets the whole weights of a unit.
+    AllGather,
+    /// Every rank gets all ranks' gradients of a unit.
+    AllGatherGradients,
+    /// Every rank gets all ranks' gradients of its shard of a unit.
+    AllToAll,
+}
+
+impl CollectiveKind {
+    /// The name used in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::AllGather => "all-gather",
+            Self::AllGatherGradients => "all-gather of gradients",
+            Self::AllToAll => "all-to-all",
+        }
+    }
+}
+
+/// One collective of one rank.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Collective {
+    /// When it begins.
+    pub phase: Phase,
+    /// What it does.
+    pub kind: CollectiveKind,
+    /// Index of the unit.
+    pub unit: usize,
+    /// Bytes that leave the rank for others.
+    pub sent: u64,
+}
+
+/// What a step of one micro-batch exchanges, when every module of the model runs once in forward. Activation
+/// checkpointing changes nothing here.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Schedule {
+    /// The collectives, in the order in which a rank begins them. Between ranks of one host that share memory there are none
+    /// but the gathers of weights at home on disk.
+    pub collectives: Vec<Collective>,
+    /// Bytes of gradients that leave a rank through shared memory.
+    pub shared_bytes: u64,
+}
+
+impl Schedule {
+    /// Plays the third step of training.
+    pub fn new(plan: &Plan) -> Self {
+        if plan.placement.mesh.world() == 1 {
+            return Self::default();
+        }
+        let mut rank = Rank::new(plan);
+        // What the steps before leave in memory, and their order, are part of the answer.
+        for _ in 0..STEPS_UNTIL_STEADY {
+            rank.step();
+        }
+        rank.step();
+        let units = &plan.placement.units;
+        let comm = plan.placement.dtypes.comm;
+        let shared_bytes = match plan.placement.transport {
+            Transport::Collective => 0,
+            Transport::Shared => units
+                .iter()
+                .map(|unit| unit.outgoing_bytes(comm))
+                .sum::<u64>(),
+        };
+        let world = u64::from(plan.placement.mesh.world());
+        Self {
+            collectives: rank.begun,
+            // A rank reads its own part where it lies.
+            shared_bytes: shared_bytes / world * (world - 1),
+        }
+    }
+
+    /// Bytes that leave a rank, whatever carries them.
+    pub fn sent_bytes(&self) -> u64 {
+        self.shared_bytes + self.collectives.iter().map(|each| each.sent).sum::<u64>()
+    }
+}
+
+/// One rank's steps.
+struct Rank<'a> {
+    plan: &'a Plan,
+    frames: Frames,
+    /// Units held from their first use to the end of backward.
+    held: Vec<usize>,
+    order: GatherOrder,
+    /// Units held for a use that is still to come, the next one first.
+    ahead: VecDeque<usize>,
+    /// Units in use, those gathered first at the front.
+    used: Vec<usize>,
+    /// Units that are held ahead of use.
+    early: usize,
+    phase: Phase,
+    begun: Vec<Collective>,
+}
+
+impl<'a> Rank<'a> {
+    fn new(plan: &'a Plan) -> Self {
+        let units = &plan.placement.units;
+        Self {
+            plan,
+            frames: Frames::new(plan),
+            held: (0..units.len())
+                .filter(|index| units[*index].shape.held_through_backward)
+                .collect(),
+            order: GatherOrder::default(),
+            ahead: VecDeque::new(),
+            used: Vec::new(),
+            early: if plan.weights.moves() {
+                plan.prefetch
+            } else {
+                0
+            },
+            phase: Phase::Forward,
+            begun: Vec::new(),
+        }
+    }
+
+    fn step(&mut self) {
+        self.begun.clear();
+        let moves = self.plan.weights != WeightHome::Host;
+        if moves {
+            self.forward();
+        }
+        self.backward(moves);
+        self.frames.end_step();
+        let placement = &self.plan.placement;
+        let collective = placement.transport == Transport::Collective;
+        if collective && !moves && !placement.mesh.replicated() {
+            self.phase = Phase::Step;
+            for index in 0..placement.units.len() {
+                if self.is_trainable(index) {
+                    self.all_gather(index);
+                }
+            }
+        }
+    }
+
+    fn forward(&mut self) {
+        self.phase = Phase::Forward;
+        self.drop_ahead(|_| true);
+        self.order.start();
+        for index in self.held.clone() {
+            self.gather(index);
+        }
+        for turn in &self.plan.turns {
+            for index in turn {
+                self.gather(*index);
+            }
+            for index in turn {
+                self.release(*index);
+            }
+        }
+    }
+
+    fn backward(&mut self, moves: bool) {
+        self.phase = Phase::Backward;
+        for index in if moves { self.held.clone() } else { Vec::new() } {
+            self.gather(index);
+        }
+        let plan = self.plan;
+        let mut last: &[usize] = &[];
+        for turn in plan.turns.iter().rev() {
+            if moves {
+                for index in last {
+                    self.release(*index);
+                }
+                for index in turn {
+                    self.gather(*index);
+                }
+            }
+            for index in turn {
+                if self.is_trainable(*index) {
+                    self.reduce(*index);
+                }
+            }
+            last = turn;
+        }
+        if moves {
+            self.release_all();
+        }
+        for index in self.held.clone().into_iter().rev() {
+            if self.is_trainable(index) {
+                self.reduce(index);
+            }
+        }
+    }
+
+    /// Uses a unit, and gathers the ones that come next.
+    fn gather(&mut self, unit: usize) {
+        self.order.note(unit);
+        let wanted = self.wanted(unit);
+        if !self.ahead.is_empty() {
+            self.make_way(unit, &wanted);
+        }
+        self.make_room(unit);
+        self.bring(unit);
+        for index in wanted {
+            if self.ahead.contains(&index) {
+                continue;
+            }
+            if !self.frames.has_room(index) {
+                break;
+            }
+            self.bring(index);
+            self.ahead.push_back(index);
+        }
+    }
+
+    /// The units to be held ahead: those that come next and are not in use.
+    fn wanted(&self, unit: usize) -> Vec<usize> {
+        let mut found = Vec::new();
+        for &index in self.order.rest() {
+            if found.len() == self.early {
+                break;
+            }
+            if index != unit && !self.used.contains(&index) && !found.contains(&index) {
+                found.push(index);
+            }
+        }
+        found
+    }
+
+    /// What is held ahead and does not come next is let go, and more where the unit would have no room.
+    fn make_way(&mut self, unit: usize, wanted: &[usize]) {
+        self.ahead.retain(|index| *index != unit);
+        self.drop_ahead(|index| !wanted.contains(&index));
+        while !self.used.contains(&unit) && !self.frames.has_room(unit) {
+            let Some(last) = self.ahead.pop_back() else {
+                break;
+            };
+            self.frames.release(last);
+        }
+    }
+
+    /// Ends the use of those gathered first until the unit has room, if it can have.
+    fn make_room(&mut self, unit: usize) {
+        if !self.used.contains(&unit) {
+            while !self.frames.has_room(unit) {
+                let Some(oldest) = self.used.first().copied() else {
+                    break;
+                };
+                self.release(oldest);
+            }
+        }
+        self.used.retain(|index| *index != unit);
+        self.used.push(unit);
+    }
+
+    fn drop_ahead(&mut self, dropped: impl Fn(usize) -> bool) {
+        for index in self.ahead.clone() {
+            if dropped(index) {
+                self.ahead.retain(|other| *other != index);
+                self.frames.release(index);
+            }
+        }
+    }
+
+    fn release(&mut self, unit: usize) {
+        self.ahead.retain(|index| *index != unit);
+        self.used.retain(|index| *index != unit);
+        self.frames.release(unit);
+    }
+
+    fn release_all(&mut self) {
+        self.ahead.clear();
+        self.used.clear();
+        for index in 0..self.plan.placement.units.len() {
+            self.frames.release(index);
+        }
+    }
+
+    fn bring(&mut self, unit: usize) {
+        if !self.frames.hold(unit) {
+            self.all_gather(unit);
+        }
+    }
+
+    fn is_trainable(&self, unit: usize) -> bool {
+        self.plan.placement.units[unit].layout.trainable_len() > 0
+    }
+
+    fn all_gather(&mut self, unit: usize) {
+        let placement = &self.plan.placement;
+        let world = u64::from(placement.mesh.world());
+        let bytes = placement.units[unit].weight_bytes(placement.dtypes.compute);
+        self.begun.push(Collective {
+            phase: self.phase,
+            kind: CollectiveKind::AllGather,
+            unit,
+            sent: bytes / world * (world - 1),
+        });
+    }
+
+    fn reduce(&mut self, unit: usize) {
+        let placement = &self.plan.placement;
+        if placement.transport == Transport::Shared {
+            return;
+        }
+        let kind = if placement.mesh.replicated() {
+            CollectiveKind::AllGatherGradients
+        } else {
+            CollectiveKind::AllToAll
+        };
+        // As many bytes leave as arrive.
+        let sent = placement.units[unit].incoming_bytes(placement.mesh, placement.dtypes.comm);
+        self.begun.push(Collective {
+            phase: self.phase,
+            kind,
+            unit,
+            sent,
+        });
+    }
+}

@@ -1,0 +1,185 @@
+//! One unit: its shape as the caller knows it, and the part of it that this rank keeps.
+
+use zeroxide_layout::{Component, Dtype, FRAME, ParamShape, StateLayout, UnitLayout};
+
+use crate::error::{PlanError, Result};
+use crate::home::{StateHome, WeightHome};
+use crate::mesh::Mesh;
+
+/// Tiles of units that never touch the disk are this many times longer: there is nothing to overlap with.
+const HOST_TILE_FACTOR: u64 = 8;
+
+/// Bytes of optimizer state per trainable element, the live weight not counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StateBytes {
+    /// Of all state tensors.
+    pub total: u64,
+    /// Of those that hold the bits of the master weight that the live weight lacks; filled together with the weight.
+    pub master: u64,
+    /// Of the largest tensor, where each of those that are filled with the weight counts with the others of them.
+    pub largest: u64,
+}
+
+impl StateBytes {
+    /// The bytes of a state layout.
+    pub fn of(layout: StateLayout) -> Self {
+        let mut found = Self::default();
+        for (component, bytes) in layout.components() {
+            let bytes = *bytes as u64;
+            match component {
+                Component::Weight => {}
+                Component::Residual | Component::Master => {
+                    found.total += bytes;
+                    found.master += bytes;
+                }
+                Component::ExpAvg | Component::ExpAvgSq => {
+                    found.total += bytes;
+                    found.largest = found.largest.max(bytes);
+                }
+            }
+        }
+        found.largest = found.largest.max(found.master);
+        found
+    }
+}
+
+/// One unit, as the caller describes it.
+#[derive(Clone, Debug)]
+pub struct UnitShape {
+    /// Name for messages.
+    pub name: String,
+    /// Its parameters, in the caller's order.
+    pub params: Vec<ParamShape>,
+    /// Its gradients come all through backward, not one after the other within a short time.
+    pub held_through_backward: bool,
+    /// Home of the weights.
+    pub weights: WeightHome,
+    /// Home of the optimizer state.
+    pub state: StateHome,
+    /// Bytes of its optimizer state.
+    pub state_bytes: StateBytes,
+}
+
+/// The part of a unit that a rank keeps, in elements of the layout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LocalShard {
+    /// Where it starts in the layout.
+    pub base: u64,
+    /// Weights.
+    pub own: u64,
+    /// Gradients and optimizer state.
+    pub kept: u64,
+}
+
+impl LocalShard {
+    /// The part of a unit with this layout and home that the rank at `mesh` keeps.
+    pub fn new(mesh: Mesh, weights: WeightHome, layout: &UnitLayout) -> Self {
+        if mesh.shards == 1 || weights == WeightHome::Borrowed {
+            return Self {
+                base: 0,
+                own: layout.len(),
+                kept: layout.trainable_len(),
+            };
+        }
+        // Layouts are padded for the whole world, so any number of shards that divides it cuts equal slices.
+        let own = layout.len() / u64::from(mesh.shards);
+        Self {
+            base: own * u64::from(mesh.shard()),
+            own,
+            kept: if layout.trainable_len() > 0 { own } else { 0 },
+        }
+    }
+}
+
+/// One unit with its layout over the world and what this rank keeps of it.
+#[derive(Clone, Debug)]
+pub struct PlacedUnit {
+    /// As the caller described it.
+    pub shape: UnitShape,
+    /// Its flat layout, padded for all ranks.
+    pub layout: UnitLayout,
+    /// What this rank keeps.
+    pub local: LocalShard,
+    /// Elements in a tile of it, a multiple of 2,048.
+    pub tile: u64,
+}
+
+impl PlacedUnit {
+    pub(crate) fn new(mesh: Mesh, tile_elements: u64, shape: UnitShape) -> Result<Self> {
+        let layout = UnitLayout::new(&shape.params, mesh.world())?;
+        let trainable = layout.trainable_len();
+        if mesh.world() > 1 && trainable > 0 && trainable < layout.len() {
+            return Err(PlanError::MixedUnit { unit: shape.name });
+        }
+        let local = LocalShard::new(mesh, shape.weights, &layout);
+        let mut made = Self {
+            shape,
+            layout,
+            local,
+            tile: tile_elements,
+        };
+        if !made.touches_disk() {
+            made.tile = tile_elements.saturating_mul(HOST_TILE_FACTOR);
+        }
+        Ok(made)
+    }
+
+    /// Whether this rank keeps optimizer state of the unit on disk.
+    pub fn state_on_disk(&self) -> bool {
+        self.shape.state == StateHome::Disk && self.local.kept > 0
+    }
+
+    /// Whether any block of the unit is at home on disk.
+    pub fn touches_disk(&self) -> bool {
+        self.shape.weights == WeightHome::Disk || self.state_on_disk()
+    }
+
+    /// Bytes of all its weights.
+    pub fn weight_bytes(&self, compute: Dtype) -> u64 {
+        self.layout.len() * compute.size() as u64
+    }
+
+    /// Frames that its window needs, where its weights move.
+    pub fn frames(&self, compute: Dtype) -> u64 {
+        self.weight_bytes(compute).div_ceil(FRAME as u64)
+    }
+
+    /// Bytes of its gradients on their way between ranks: those of all trainable elements.
+    pub fn outgoing_bytes(&self, comm: Dtype) -> u64 {
+        self.layout.trainable_len() * comm.size() as u64
+    }
+
+    /// Bytes of the other ranks' gradients of what this rank keeps of it.
+    pub fn incoming_bytes(&self, mesh: Mesh, comm: Dtype) -> u64 {
+        mesh.incoming_bytes(self.local.kept, comm)
+    }
+
+    /// Bytes of gradients that this rank keeps for the step.
+    pub(crate) fn gradient_bytes(&self, grad: Dtype) -> u64 {
+        match self.shape.weights {
+            WeightHome::Borrowed => 0,
+            _ => self.local.kept * grad.size() as u64,
+        }
+    }
+
+    /// Bytes of optimizer state at home in host memory.
+    pub(crate) fn optimizer_bytes(&self) -> u64 {
+        match self.shape.state {
+            StateHome::Host => self.local.kept * self.shape.state_bytes.total,
+            StateHome::Disk => 0,
+        }
+    }
+
+    /// Bytes of its blocks at home on disk.
+    pub(crate) fn disk_bytes(&self, compute: Dtype) -> u64 {
+        let weights = match self.shape.weights {
+            WeightHome::Disk => self.local.own * compute.size() as u64,
+            _ => 0,
+        };
+        let state = match self.shape.state {
+            StateHome::Disk => self.local.kept * self.shape.state_bytes.total,
+            StateHome::Host => 0,
+        };
+        weights + state
+    }
+}

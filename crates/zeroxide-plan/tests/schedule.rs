@@ -1,0 +1,179 @@
+//! The schedule against what each mode must exchange, counted out here. That it is also what ranks really exchange is
+//! shown by `tests/distributed/test_schedule.py`.
+
+use proptest::prelude::*;
+use zeroxide_layout::{Dtype, ParamShape};
+use zeroxide_plan::{
+    Collective, CollectiveKind, Dtypes, Mesh, Phase, Plan, PlanRequest, Schedule, StateBytes,
+    Transport, UnitRequest,
+};
+
+/// One root unit held through backward and `blocks` others of `numel` elements, one turn each.
+fn plan(world: u32, stage: u8, transport: Transport, blocks: &[u64], prefetch: usize) -> Plan {
+    planned(world, stage, transport, blocks, prefetch, false)
+}
+
+/// The same with weights on disk or not.
+fn planned(
+    world: u32,
+    stage: u8,
+    transport: Transport,
+    blocks: &[u64],
+    prefetch: usize,
+    weights_on_disk: bool,
+) -> Plan {
+    let unit = |index: usize, numel: u64| UnitRequest {
+        name: format!("unit {index}"),
+        params: vec![ParamShape {
+            numel,
+            trainable: true,
+        }],
+        held_through_backward: index == 0,
+        state_bytes: StateBytes::default(),
+        turn: u32::try_from(index).expect("few"),
+    };
+    let root = std::iter::once(unit(0, 100));
+    let (shards, replicas) = if stage == 0 { (1, world) } else { (world, 1) };
+    Plan::new(PlanRequest {
+        mesh: Mesh {
+            rank: 0,
+            shards,
+            replicas,
+        },
+        stage,
+        transport,
+        dtypes: Dtypes {
+            compute: Dtype::Bf16,
+            grad: Dtype::F32,
+            comm: Dtype::F32,
+        },
+        weights_on_disk,
+        state_on_disk: false,
+        units: root
+            .chain(
+                blocks
+                    .iter()
+                    .enumerate()
+                    .map(|(at, numel)| unit(at + 1, *numel)),
+            )
+            .collect(),
+        prefetch,
+        tile_bytes: None,
+        staging_bytes: None,
+        limit: None,
+        resident: 0,
+    })
+    .expect("nothing is limited")
+}
+
+fn steps(plan: &Plan) -> Vec<Collective> {
+    Schedule::new(plan).collectives
+}
+
+fn units_of(all: &[Collective], kind: CollectiveKind, phase: Phase) -> Vec<usize> {
+    all.iter()
+        .filter(|each| each.kind == kind && each.phase == phase)
+        .map(|each| each.unit)
+        .collect()
+}
+
+/// Bytes of a padded unit of `numel` elements of `size` bytes that a rank sends to all others, its own part left out.
+fn others(numel: u64, world: u64, size: u64) -> u64 {
+    numel.max(1).div_ceil(2048 * world) * 2048 * size * (world - 1)
+}
+
+proptest! {
+    #[test]
+    fn every_unit_is_gathered_in_forward_and_reduced_in_backward(
+        world in 2..9_u32, blocks in prop::collection::vec(1..3_000_000_u64, 1..8), prefetch in 0..4_usize,
+    ) {
+        let plan = plan(world, 3, Transport::Collective, &blocks, prefetch);
+        let found = steps(&plan);
+        let count = blocks.len();
+        // In order: what is gathered ahead is what comes next.
+        let forward = units_of(&found, CollectiveKind::AllGather, Phase::Forward);
+        prop_assert_eq!(forward, (0..=count).collect::<Vec<_>>());
+        let mut backward = units_of(&found, CollectiveKind::AllGather, Phase::Backward);
+        prop_assert!(!backward.contains(&0), "the root is held");
+        prop_assert!(!backward.contains(&count), "the last one of forward is still there");
+        backward.reverse();
+        prop_assert!(backward.is_sorted_by(|a, b| a < b), "each at most once, in reverse");
+        let reduced = units_of(&found, CollectiveKind::AllToAll, Phase::Backward);
+        prop_assert_eq!(reduced, (1..=count).rev().chain([0]).collect::<Vec<_>>());
+        for each in &found {
+            let numel = if each.unit == 0 { 100 } else { blocks[each.unit - 1] };
+            let size = if each.kind == CollectiveKind::AllToAll { 4 } else { 2 };
+            prop_assert_eq!(each.sent, others(numel, u64::from(world), size));
+        }
+    }
+
+    #[test]
+    fn weights_on_disk_are_gathered_again_for_every_use(
+        world in 2..9_u32, shared: bool, blocks in prop::collection::vec(1..3_000_000_u64, 1..8), prefetch in 0..4_usize,
+    ) {
+        let transport = if shared { Transport::Shared } else { Transport::Collective };
+        let plan = planned(world, 3, transport, &blocks, prefetch, true);
+        let found = steps(&plan);
+        let count = blocks.len();
+        // What is sent for at the end of forward is let go when backward begins with the root, and sent for again.
+        for unit in 0..=count {
+            let times = found
+                .iter()
+                .filter(|each| each.kind == CollectiveKind::AllGather && each.unit == unit)
+                .count();
+            let least = if unit == 0 { 1 } else { 2 };
+            prop_assert!(times == least || (unit > 0 && times == 3 && prefetch > 0), "unit {} {} times", unit, times);
+        }
+        let reduced = units_of(&found, CollectiveKind::AllToAll, Phase::Backward);
+        prop_assert_eq!(reduced.len(), if shared { 0 } else { count + 1 });
+    }
+
+    #[test]
+    fn memory_for_all_saves_the_gathers_of_backward(world in 2..9_u32, count in 1..8_usize) {
+        let blocks = vec![2_000_000; count];
+        let roomy = plan(world, 3, Transport::Collective, &blocks, count);
+        let found = steps(&roomy);
+        prop_assert_eq!(units_of(&found, CollectiveKind::AllGather, Phase::Backward), Vec::<usize>::new());
+        // With room for a single block, all but the last one of forward are gathered again.
+        let tight = plan(world, 3, Transport::Collective, &blocks, 0);
+        let again = units_of(&steps(&tight), CollectiveKind::AllGather, Phase::Backward);
+        prop_assert_eq!(again, (1..count).rev().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn lower_stages_gather_after_the_step(
+        world in 2..9_u32, stage in 0..3_u8, blocks in prop::collection::vec(1..3_000_000_u64, 1..8),
+    ) {
+        let plan = plan(world, stage, Transport::Collective, &blocks, 1);
+        let found = steps(&plan);
+        let reduce = if stage == 0 { CollectiveKind::AllGatherGradients } else { CollectiveKind::AllToAll };
+        let count = blocks.len();
+        prop_assert_eq!(units_of(&found, reduce, Phase::Backward), (1..=count).rev().chain([0]).collect::<Vec<_>>());
+        let gathered = units_of(&found, CollectiveKind::AllGather, Phase::Step);
+        prop_assert_eq!(gathered, if stage == 0 { vec![] } else { (0..=count).collect() });
+        let world = u64::from(world);
+        // A rank that keeps everything sends all of its gradients to each of the others.
+        let times = if stage == 0 { world } else { 1 };
+        let expected: u64 = blocks.iter().chain([&100]).map(|numel| {
+            others(*numel, world, 4) * times + if stage == 0 { 0 } else { others(*numel, world, 2) }
+        }).sum();
+        prop_assert_eq!(found.iter().map(|each| each.sent).sum::<u64>(), expected);
+    }
+}
+
+#[test]
+fn shared_memory_needs_no_collective() {
+    for stage in 0..4 {
+        let plan = plan(3, stage, Transport::Shared, &[5000, 7000], 1);
+        let found = Schedule::new(&plan);
+        assert_eq!(found.collectives, []);
+        let gradients = others(100, 3, 4) + others(5000, 3, 4) + others(7000, 3, 4);
+        assert_eq!(found.sent_bytes(), gradients);
+    }
+}
+
+#[test]
+fn one_rank_exchanges_nothing() {
+    let plan = plan(1, 3, Transport::Collective, &[5000], 1);
+    assert_eq!(Schedule::new(&plan), Schedule::default());
+}

@@ -1,0 +1,189 @@
+//! `Plan` for Python: homes, bytes and the schedule, as the core counts them.
+
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use zeroxide_layout::{Dtype, ParamShape, StateLayout};
+use zeroxide_plan::{
+    Buckets, Collective, Dtypes, Mesh, Plan, PlanRequest, Schedule, StateBytes, UnitRequest,
+};
+
+use crate::errors::plan_to_python;
+use crate::words::{parse_dtype, parse_format, parse_transport};
+
+/// (name, [(elements, trainable)], held through backward, format of the optimizer state, turn)
+type UnitTuple = (String, Vec<(u64, bool)>, bool, String, u32);
+
+fn unit_request(compute: Dtype, unit: UnitTuple) -> PyResult<UnitRequest> {
+    let (name, params, held_through_backward, format, turn) = unit;
+    let layout = StateLayout::new(compute, parse_format(&format)?)
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    Ok(UnitRequest {
+        name,
+        params: params
+            .into_iter()
+            .map(|(numel, trainable)| ParamShape { numel, trainable })
+            .collect(),
+        held_through_backward,
+        state_bytes: StateBytes::of(layout),
+        turn,
+    })
+}
+
+/// Where every byte of a training state lies, and what a step exchanges.
+#[pyclass(frozen, module = "zeroxide._core", name = "Plan")]
+pub(crate) struct PyPlan {
+    inner: Plan,
+}
+
+#[pymethods]
+impl PyPlan {
+    #[new]
+    #[pyo3(signature = (*, units, rank, shards, replicas, stage, transport, compute, grad, comm, weights_on_disk,
+                        state_on_disk, prefetch, tile_bytes = None, staging_bytes = None, limit = None, resident = 0))]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "keyword arguments of a Python constructor"
+    )]
+    fn new(
+        py: Python<'_>,
+        units: Vec<UnitTuple>,
+        rank: u32,
+        shards: u32,
+        replicas: u32,
+        stage: u8,
+        transport: &str,
+        compute: &str,
+        grad: &str,
+        comm: &str,
+        weights_on_disk: bool,
+        state_on_disk: bool,
+        prefetch: usize,
+        tile_bytes: Option<u64>,
+        staging_bytes: Option<u64>,
+        limit: Option<u64>,
+        resident: u64,
+    ) -> PyResult<Self> {
+        let mesh = Mesh {
+            rank,
+            shards,
+            replicas,
+        };
+        if shards == 0 || replicas == 0 || rank >= mesh.world() {
+            return Err(PyValueError::new_err(format!(
+                "rank {rank} of {shards} shards x {replicas} replicas: expected groups of at least 1 rank, and a rank \
+                 below their product"
+            )));
+        }
+        let compute = parse_dtype(compute)?;
+        let units = units
+            .into_iter()
+            .map(|unit| unit_request(compute, unit))
+            .collect::<PyResult<_>>()?;
+        let request = PlanRequest {
+            mesh,
+            stage,
+            transport: parse_transport(transport)?,
+            dtypes: Dtypes {
+                compute,
+                grad: parse_dtype(grad)?,
+                comm: parse_dtype(comm)?,
+            },
+            weights_on_disk,
+            state_on_disk,
+            units,
+            prefetch,
+            tile_bytes,
+            staging_bytes,
+            limit,
+            resident,
+        };
+        Ok(Self {
+            inner: Plan::new(request).map_err(|error| plan_to_python(py, &error))?,
+        })
+    }
+
+    /// Home of all weights: "host", "shard" or "disk".
+    #[getter]
+    fn weights(&self) -> &'static str {
+        self.inner.weights.name()
+    }
+
+    /// Home of all optimizer state: "host" or "disk".
+    #[getter]
+    fn state(&self) -> &'static str {
+        self.inner.state.name()
+    }
+
+    /// Elements in a tile that touches the disk.
+    #[getter]
+    fn tile_elements(&self) -> u64 {
+        self.inner.tile_elements
+    }
+
+    /// Bytes of the staging ring.
+    #[getter]
+    fn staging_bytes(&self) -> u64 {
+        self.inner.staging_bytes
+    }
+
+    /// Bytes of the frames for gathered units.
+    #[getter]
+    fn gathered_bytes(&self) -> u64 {
+        self.inner.gathered_bytes
+    }
+
+    /// Bytes that this rank keeps on disk.
+    #[getter]
+    fn disk_bytes(&self) -> u64 {
+        self.inner.placement.disk_bytes()
+    }
+
+    /// Bytes by bucket in every step.
+    #[getter]
+    fn buckets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        by_name(py, &self.inner.buckets)
+    }
+
+    /// Bytes by bucket at the most: while initial values are filled in, or where a checkpoint is `loaded`, while that is.
+    fn peak_buckets<'py>(&self, py: Python<'py>, loaded: bool) -> PyResult<Bound<'py, PyDict>> {
+        by_name(py, &self.inner.peak_buckets(loaded))
+    }
+
+    /// Most resident bytes of the process in all steps, told after a first backward: `made` is the peak when training
+    /// began, `peak` and `resident` are those of the process now.
+    fn expected_process(&self, made: u64, peak: u64, resident: u64, loaded: bool) -> u64 {
+        self.inner.expected_process(made, peak, resident, loaded)
+    }
+
+    /// (trainable, all) elements of each unit's flat layout, padding included.
+    #[getter]
+    fn padded(&self) -> Vec<(u64, u64)> {
+        let units = self.inner.placement.units.iter();
+        units
+            .map(|unit| (unit.layout.trainable_len(), unit.layout.len()))
+            .collect()
+    }
+
+    /// The collectives of a step of one micro-batch: (phase, kind, unit, bytes that leave the rank), in the order in
+    /// which
+    /// a rank begins them.
+    fn collectives(&self) -> Vec<(&'static str, &'static str, usize, u64)> {
+        let row = |each: Collective| (each.phase.name(), each.kind.name(), each.unit, each.sent);
+        let found = Schedule::new(&self.inner).collectives;
+        found.into_iter().map(row).collect()
+    }
+
+    /// Bytes that leave this rank in such a step, whatever carries them.
+    fn sent_bytes(&self) -> u64 {
+        Schedule::new(&self.inner).sent_bytes()
+    }
+}
+
+fn by_name<'py>(py: Python<'py>, buckets: &Buckets) -> PyResult<Bound<'py, PyDict>> {
+    let found = PyDict::new(py);
+    for (name, bytes) in buckets.each() {
+        found.set_item(name, bytes)?;
+    }
+    Ok(found)
+}

@@ -1,0 +1,84 @@
+"""What a model or a config cannot have, found before anything is placed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import nn
+
+from zeroxide.config import Config
+from zeroxide.distributed import Ranks
+from zeroxide.errors import ConfigError, ModelError
+from zeroxide.plan.parameters import ParameterPlan, check_sharing
+from zeroxide.precision.bits import FLOATS, why_not_bytes
+from zeroxide.zero.init.slices import slice_of
+from zeroxide.zero.param_handle import handle_of
+
+__all__ = ["check_model", "check_transport", "refuse_max_norm"]
+
+
+def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config) -> None:
+    """Refuses models that have nothing to train or parameters that cannot be laid out."""
+    if not entries:
+        raise ModelError(f"{type(module).__name__} has no parameters: there is nothing to train")
+    if config.optimizer is not None and not any(entry.trainable for entry in entries):
+        raise ModelError(
+            f"every parameter of {type(module).__name__} is frozen: nothing to train; without an optimizer "
+            "in the config it can be used for evaluation"
+        )
+    devices = Counter(entry.param.device.type for entry in entries)
+    if len(devices) > 1:
+        (first, _), (other, _) = devices.most_common(2)
+        odd = next(entry for entry in entries if entry.param.device.type == other)
+        raise ModelError(
+            f"parameters are on two devices: {odd.name} is on {odd.param.device}, most others on {first}; "
+            "move the model to one device first",
+            name=odd.name,
+        )
+    for entry in entries:
+        if handle_of(entry.param) is not None and slice_of(entry.param) is None:
+            raise ModelError(
+                f"{entry.name} belongs to an engine, or did at stage 3 until that was destroyed: build the model "
+                "again, and load what engine.module_state_dict() or a checkpoint has kept",
+                name=entry.name,
+            )
+        problem = why_not_bytes(entry.param)
+        if problem is not None:
+            raise ModelError(f"{entry.name} {problem}: parameters are dense tensors of numbers", name=entry.name)
+        if entry.trainable and entry.param.dtype not in FLOATS:
+            dtype = str(entry.param.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{entry.name} is trained and has dtype {dtype}: expected fp32, bf16 or fp16; "
+                "cast it, or freeze it with requires_grad_(False): frozen parameters keep any dtype",
+                name=entry.name,
+            )
+        if entry.param.device.type not in ("cpu", "meta"):
+            raise ModelError(
+                f"{entry.name} is on {entry.param.device}: this version computes in host memory; "
+                "build the model on the CPU",
+                name=entry.name,
+            )
+    check_sharing(entries)
+
+
+def refuse_max_norm(module: nn.Module) -> None:
+    """Refuses embeddings that change their weight in forward, for weights that move or are shared."""
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
+            raise ModelError(
+                f"{name} has max_norm = {each.max_norm}: it rescales its weight in place in forward, which other "
+                "ranks' shards or weights that move know nothing of; only stages 0 to 2 on one rank allow that",
+                name=name,
+            )
+
+
+def check_transport(config: Config, ranks: Ranks) -> None:
+    """Refuses shared memory between ranks that have none."""
+    if config.zeroxide.transport == "shared_memory" and not ranks.shares_memory:
+        raise ConfigError(
+            'zeroxide.transport: "shared_memory" needs all ranks on one host, each allowed to open the others\' memory '
+            'under /proc; use "auto"',
+            path="zeroxide.transport",
+            expected='"auto" or "collective"',
+            got='"shared_memory"',
+        )

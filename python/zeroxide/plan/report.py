@@ -1,0 +1,54 @@
+"""The plan in words, and what was reserved and used beside what it expected."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from zeroxide.zero.passes import Home
+
+if TYPE_CHECKING:
+    from zeroxide.plan.plan import Plan
+
+__all__ = ["describe"]
+
+MIB = 1 << 20
+
+
+def describe(plan: Plan) -> list[str]:
+    """The plan in lines for people."""
+    total = sum(unit.numel for unit in plan.units)
+    trainable = sum(unit.trainable for unit in plan.units)
+    share = 100.0 * trainable / total if total else 0.0
+    shared = plan.world > 1 and plan.transport == "shared" and not plan.replicated
+    home = {
+        Home.HOST: "in host memory" + (", one copy for all ranks" if shared else ""),
+        Home.SHARD: "in host memory, a shard on each rank",
+        Home.DISK: "on disk",
+    }[plan.weights]
+    lines = [
+        f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(plan.units)} units; "
+        f"{_dtype(plan.compute)} weights at home {home}",
+        f"optimizer state in {'host memory' if plan.state is Home.HOST else 'files'}, format {plan.format}; "
+        f"gradients {_dtype(plan.grad)} in host memory; {plan.threads} optimizer threads",
+    ]
+    if plan.world > 1:
+        carrier = "shared memory" if plan.transport == "shared" else "collectives"
+        lines.append(f"rank {plan.rank} of {plan.world}, ZeRO stage {plan.stage}, gradients through {carrier}")
+    buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
+    lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
+    filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
+    if filling:
+        lines.append(f"while the engine is made, staging has {filling / MIB:.0f} MiB more for initial values")
+    if plan.limit is not None:
+        rest = plan.limit - plan.resident_before - plan.payload
+        lines.append(
+            f"budget {plan.limit / MIB:.0f} MiB: {plan.resident_before / MIB:.0f} in use before, "
+            f"{rest / MIB:.0f} left for activations"
+        )
+    return lines
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
