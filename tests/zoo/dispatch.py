@@ -188,7 +188,7 @@ def main() -> None:
 
     out, names, modes = sys.argv[1:4]
     if names == "ways":
-        from ways import WAYS
+        from weight_uses import WAYS
 
         types = [f"way:{each}" for each in WAYS]
     else:

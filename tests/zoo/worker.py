@@ -26,7 +26,7 @@ def place(error: Exception) -> str:
     """Where a model was when it failed: the innermost line that is neither torch's nor ours."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
-        if path.name.startswith(("modeling_", "ways_", "stacks")):
+        if path.name.startswith(("modeling_", "weight_uses", "stacks")):
             return f" [{path.name}:{frame.lineno} {frame.line}]"
     return ""
 
@@ -40,7 +40,7 @@ def main() -> None:
     import torch
     from beside_torch import MODES, Differs, Skipped, compare
     from small_models import Unbuildable, find
-    from ways import WAYS
+    from weight_uses import WAYS
 
     torch.set_num_threads(1)
 

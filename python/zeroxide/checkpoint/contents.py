@@ -11,6 +11,7 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.device.placement import spec
+from zeroxide.precision.bits import ORDINARY, round_into
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
@@ -194,12 +195,8 @@ class LiveState:
                 values = stored
             self._core.read_param(held.unit, held.position, part, start, spec(values))
             start += length
-            if dtype == torch.bfloat16:
-                self._core.round_bf16(spec(values), spec(stored))
-            elif dtype == torch.float16:
-                stored.copy_(values)
-            else:
-                assert dtype == torch.float32, "live state is fp32, bf16 or fp16"
+            assert dtype in ORDINARY, "live state is fp32, bf16 or fp16"
+            round_into(values, stored)
             yield stored
 
     def _raw_chunks(self, held: ParamRecord, start: int, count: int) -> Iterator[torch.Tensor]:

@@ -96,17 +96,6 @@ class Ranks:
         rows = self.gather_rows(padded, "exchanging objects")
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
 
-    def all_gather_f64(self, values: list[float]) -> list[list[float]]:
-        """Every rank's `values`, by rank, bit for bit; the same number of values on every rank."""
-        if self.alone:
-            return [list(values) for _ in range(self.world)]
-        import torch
-
-        rows: list[list[float]] = self.gather_rows(
-            torch.tensor(values, dtype=torch.float64), "exchanging numbers"
-        ).tolist()
-        return rows
-
     def broadcast_tensor(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """Overwrites `tensor`, contiguous and in host memory, with rank `source`'s: one shape and dtype, any, on all.
 

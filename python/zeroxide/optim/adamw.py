@@ -26,6 +26,7 @@ from zeroxide.optim.saved_state import (
     take_hyperparameters,
 )
 from zeroxide.optim.state_view import ParameterState, StateView
+from zeroxide.precision.bits import round_into
 
 __all__ = ["AdamW"]
 
@@ -307,7 +308,7 @@ class AdamW(torch.optim.Optimizer):
             core.fill_param(unit, 0, 0, spec(values.contiguous().view(-1)))
             core.fill_commit(unit)
             if part == "master":
-                core.round_bf16(spec(values.contiguous().view(-1)), spec(param.data))
+                round_into(values.contiguous().view(-1), param.data)
 
     def close(self) -> None:
         """Removes the scratch files and gives the memory of the state back. Idempotent."""

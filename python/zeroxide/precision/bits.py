@@ -22,6 +22,7 @@ __all__ = [
     "exact_in_fp32",
     "fingerprint",
     "holds_exactly",
+    "round_into",
     "same_width",
     "tensor_of",
     "why_not_bytes",
@@ -101,11 +102,21 @@ def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     assert converts(values.dtype, dtype), f"{values.dtype} to {dtype} has been refused"
     if dtype is not torch.bfloat16:
         return values.to(dtype)
-    exact = values.to(torch.float32).contiguous()
-    out = torch.empty(exact.shape, dtype=dtype)
-    if exact.numel():
-        _core.Offload.round_bf16(spec(exact), spec(out))
+    out = torch.empty(values.shape, dtype=dtype)
+    round_into(values.to(torch.float32).contiguous(), out)
     return out
+
+
+def round_into(values: torch.Tensor, out: torch.Tensor) -> None:
+    """Writes fp32 values into `out` of as many elements, rounded to its dtype as live weights are: bf16 half up.
+
+    Both are contiguous and in host memory; `out` may be `values`.
+    """
+    if out.dtype is torch.bfloat16:
+        if values.numel():
+            _core.Offload.round_bf16(spec(values), spec(out))
+    elif out.data_ptr() != values.data_ptr():
+        out.copy_(values)
 
 
 def exact_in_fp32(dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, Plan
-from zeroxide.precision.bits import bytes_of
+from zeroxide.precision.bits import bytes_of, converted
 from zeroxide.zero.init.slices import Slice
 from zeroxide.zero.param_handle import handle_of
 
@@ -167,7 +167,7 @@ def _read(place: _Place | None, shape: torch.Size, dtype: torch.dtype) -> torch.
         if place.entry.trainable:
             values = torch.empty(shape, dtype=torch.float32)
             place.core.read_param(place.unit, place.position, "weights", 0, spec(values.view(-1)))
-            return values.to(dtype)
+            return converted(values, dtype)
         if place.entry.dtype != dtype:
             return None
         values = torch.empty(shape, dtype=dtype)

@@ -30,7 +30,6 @@ from zeroxide.checkpoint.format.manifest import (
     SavedScheduler,
 )
 from zeroxide.checkpoint.format.stream import StreamWriter, saved_name
-from zeroxide.checkpoint.save.save import write_manifest
 from zeroxide.errors import CheckpointError, ConfigError, StorageError
 from zeroxide.precision.bits import ORDINARY, bytes_of, converted, copy_of, why_not_bytes
 
@@ -82,27 +81,15 @@ def _locate(source: Path, tag: str | None) -> tuple[Path, bool]:
 def _write_checkpoint(found: Portable, save_dir: Path, tag: str, include_frozen: bool) -> Path:
     commit.check_tag(tag, save_dir)
     frame = _Frame(found)
-    commit.make_directory(save_dir)
-    with commit.locked(save_dir):
-        commit.tidy(save_dir)
-    commit.check_target(save_dir / tag)
-    aside = commit.Aside(save_dir)
-    done = False
+    commit.prepare(save_dir, tag)
+    aside = commit.Aside(save_dir, tag)
     try:
         files, pieces = _write_files(found, aside.path, include_frozen)
         complete = frame.manifest(files, pieces)
         complete.check()
-        write_manifest(aside.path / MANIFEST, complete)
-        commit.sync_directory(aside.path)
-        with commit.locked(save_dir):
-            commit.tidy(save_dir)
-            replaced = commit.publish(aside.path, save_dir, tag)
-            done = True
-            commit.set_latest(save_dir, tag)
-            if replaced is not None:
-                commit.discard(replaced)
+        aside.commit(complete.text(), latest=True)
     finally:
-        aside.close(remove=not done)
+        aside.close()
     return save_dir / tag
 
 

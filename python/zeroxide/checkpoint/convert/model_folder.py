@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from zeroxide.checkpoint.format import cutting
-from zeroxide.checkpoint.format.commit import make_directory, sync_directory
+from zeroxide.checkpoint.format.commit import make_directory, sync_directory, write_new
 from zeroxide.checkpoint.format.cutting import Tensor, cut_into_files, whole
 from zeroxide.checkpoint.format.stream import PACKED, bytes_of, dtype_name, header, write_all
 from zeroxide.errors import ConfigError, ModelError
@@ -137,7 +137,7 @@ class ModelFolder:
         """Gives the files their names, and removes what an earlier model had more."""
         single, directory = len(self.files) == 1, self.directory
         if not single:
-            _write_text(self._aside[self.index], self._index_text())
+            write_new(self._aside[self.index], self._index_text())
         sync_directory(directory)
         if not single:
             # Readers prefer a single file to an index, and an index must not name shards of two exports.
@@ -183,12 +183,3 @@ def _reserve(descriptor: int, length: int) -> None:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
             raise
         os.ftruncate(descriptor, length)
-
-
-def _write_text(path: Path, text: str) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(descriptor, memoryview(text.encode()))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -34,10 +34,12 @@ __all__ = [
     "holds_nothing",
     "locked",
     "make_directory",
+    "prepare",
     "publish",
     "set_latest",
     "sync_directory",
     "tidy",
+    "write_new",
 ]
 
 LATEST = "latest"
@@ -97,9 +99,16 @@ def locked(directory: Path, *, shared: bool = False) -> Iterator[None]:
 
 
 class Aside:
-    """A new directory that a checkpoint is written into. Nobody else's `tidy` removes it until it is closed."""
+    """A new directory that the checkpoint `tag` is written into, which `commit` gives its name.
 
-    def __init__(self, save_dir: Path) -> None:
+    Nobody else's `tidy` removes it until it is closed.
+    """
+
+    def __init__(self, save_dir: Path, tag: str) -> None:
+        self.save_dir = save_dir
+        self.tag = tag
+        self.committed = False
+        """Whether it has its tag; `latest` may still name another one."""
         self.path = save_dir / f"{SAVING}{secrets.token_hex(8)}"
         # Under the lock of the whole, so that no `tidy` runs between the two calls.
         with locked(save_dir):
@@ -107,11 +116,36 @@ class Aside:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             _lock(self._descriptor, fcntl.LOCK_EX)
 
-    def close(self, *, remove: bool) -> None:
-        """Ends the claim; with `remove`, removes what was written as far as possible."""
-        if remove:
+    def commit(self, manifest: str, *, latest: bool) -> None:
+        """Makes what was written, every file durable by now, the checkpoint; with `latest`, the one that is named so.
+
+        Raises OSError, or CheckpointError where something else has the name.
+        """
+        write_new(self.path / MANIFEST, manifest)
+        sync_directory(self.path)
+        with locked(self.save_dir):
+            tidy(self.save_dir)
+            replaced = publish(self.path, self.save_dir, self.tag)
+            self.committed = True
+            if latest:
+                set_latest(self.save_dir, self.tag)
+            if replaced is not None:
+                discard(replaced)
+
+    def close(self) -> None:
+        """Ends the claim. What was not committed is removed as far as possible."""
+        if not self.committed:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._descriptor)
+
+
+def prepare(save_dir: Path, tag: str) -> None:
+    """Makes the directory where it is missing and tidies it. Raises OSError, or CheckpointError where `tag` is taken
+    by something that is no checkpoint."""
+    make_directory(save_dir)
+    with locked(save_dir):
+        tidy(save_dir)
+    check_target(save_dir / tag)
 
 
 def tidy(save_dir: Path) -> None:
@@ -201,17 +235,22 @@ def set_latest(save_dir: Path, tag: str) -> None:
     """Lets `latest` name `tag`. Call under the lock. Raises OSError."""
     aside = save_dir / f"{SAVING}{secrets.token_hex(8)}"
     try:
-        descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        try:
-            write_all(descriptor, memoryview(f"{tag}\n".encode()))
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        write_new(aside, f"{tag}\n")
         os.rename(aside, save_dir / LATEST)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
     sync_directory(save_dir)
+
+
+def write_new(path: Path, text: str) -> None:
+    """Writes a new, durable file. Raises OSError."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        write_all(descriptor, memoryview(text.encode()))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def holds_nothing(load_dir: Path) -> bool:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from safetensors import SafetensorError, safe_open
 
+from zeroxide.checkpoint.format.stream import read_into
+
 __all__ = ["StoredTensor", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000
@@ -52,12 +54,10 @@ def read_header(descriptor: int) -> dict[str, StoredTensor]:
 
 
 def _read(descriptor: int, count: int) -> bytes:
-    found = bytearray()
-    while len(found) < count:
-        more = os.pread(descriptor, count - len(found), len(found))
-        if not more:
-            raise ValueError(f"it ends at byte {len(found)}, within its header")
-        found += more
+    found = bytearray(count)
+    read = read_into(descriptor, memoryview(found), 0)
+    if read < count:
+        raise ValueError(f"it ends at byte {read}, within its header")
     return bytes(found)
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "bytes_of",
     "digest",
     "dtype_name",
+    "read_into",
     "saved_name",
     "stored_dtype",
     "write_all",
@@ -139,6 +140,20 @@ def write_all(descriptor: int, data: memoryview) -> None:
     """Writes every byte of `data`, however many calls that takes. Raises OSError."""
     while data.nbytes:
         data = data[os.write(descriptor, data) :]
+
+
+def read_into(descriptor: int, into: memoryview, start: int) -> int:
+    """Fills `into` from byte `start` of a file, however many calls that takes. Raises OSError.
+
+    Returns the bytes that were read: fewer only where the file ends before.
+    """
+    done = 0
+    while done < into.nbytes:
+        count = os.preadv(descriptor, [into[done:]], start + done)
+        if not count:
+            break
+        done += count
+    return done
 
 
 class _Hasher:

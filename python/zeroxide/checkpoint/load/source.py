@@ -20,7 +20,7 @@ from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import Staging
 from zeroxide.checkpoint.format.header import read_header
 from zeroxide.checkpoint.format.manifest import Piece, SavedFile, looks_pickled
-from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, digest, stored_dtype
+from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, digest, read_into, stored_dtype
 from zeroxide.errors import CheckpointError
 
 __all__ = ["Sources"]
@@ -114,11 +114,9 @@ class _File:
         assert at + view.nbytes <= stored.end, "the range is inside the tensor"
         with self._open() as descriptor:
             self._check_same(descriptor)
-            while view.nbytes:
-                count = os.preadv(descriptor, [view], at)
-                if count == 0:
-                    raise CheckpointError(f"{self.path} ends at byte {at}", path=self.path.parent)
-                view, at = view[count:], at + count
+            count = read_into(descriptor, view, at)
+            if count < view.nbytes:
+                raise CheckpointError(f"{self.path} ends at byte {at + count}", path=self.path.parent)
 
 
 class Sources:

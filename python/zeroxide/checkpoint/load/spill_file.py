@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 
 from zeroxide.checkpoint.contents import ElementRange, LiveState, Staging, value_dtype
-from zeroxide.checkpoint.format.stream import bytes_of, write_all
+from zeroxide.checkpoint.format.stream import bytes_of, read_into, write_all
 
 __all__ = ["SpillFile"]
 
@@ -66,10 +66,7 @@ class SpillFile:
         while start < run.count:
             values = self._staging.stored(dtype, min(self._staging.elements, run.count - start))
             view = bytes_of(values)
-            done = 0
-            while done < view.nbytes:
-                count = os.preadv(self._file.fileno(), [view[done:]], at + start * dtype.itemsize + done)
-                assert count, "what was kept is all there"
-                done += count
+            count = read_into(self._file.fileno(), view, at + start * dtype.itemsize)
+            assert count == view.nbytes, "what was kept is all there"
             yield run.start + start, values
             start += values.numel()

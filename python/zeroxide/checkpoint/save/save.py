@@ -13,15 +13,15 @@ import torch
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import LiveState, Staging
 from zeroxide.checkpoint.format import commit
-from zeroxide.checkpoint.format.manifest import MANIFEST, Manifest, SavedFile
-from zeroxide.checkpoint.format.stream import StreamWriter, write_all
+from zeroxide.checkpoint.format.manifest import SavedFile
+from zeroxide.checkpoint.format.stream import StreamWriter
 from zeroxide.checkpoint.save.description import Description
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
     from zeroxide.engine.engine import Engine
 
-__all__ = ["Save", "save_checkpoint", "write_manifest"]
+__all__ = ["Save", "save_checkpoint"]
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -76,7 +76,6 @@ class Save:
         self.save_dir = save_dir
         self.target = save_dir / self.tag
         self._save_latest = save_latest
-        self._committed = False
         self._held_aside: commit.Aside | None = None
 
         def describe() -> dict[str, Any]:
@@ -106,12 +105,9 @@ class Save:
             return None
 
         def act() -> str:
-            commit.make_directory(self.save_dir)
-            with commit.locked(self.save_dir):
-                commit.tidy(self.save_dir)
-            commit.check_target(self.target)
+            commit.prepare(self.save_dir, self.tag)
             _check_room(self.save_dir, self.bytes)
-            self._held_aside = commit.Aside(self.save_dir)
+            self._held_aside = commit.Aside(self.save_dir, self.tag)
             return self._held_aside.path.name
 
         return self._explained(act)
@@ -143,26 +139,16 @@ class Save:
 
     def commit(self, reports: Sequence[dict[str, Any]]) -> None:
         """On rank 0, makes what all ranks wrote the checkpoint. Raises CheckpointError."""
-        if self.team.leads:
-            self._explained(lambda: self._commit(self.description.manifest(reports)))
-
-    def _commit(self, manifest: Manifest) -> None:
-        write_manifest(self.aside / MANIFEST, manifest)
-        commit.sync_directory(self.aside)
-        with commit.locked(self.save_dir):
-            commit.tidy(self.save_dir)
-            replaced = commit.publish(self.aside, self.save_dir, self.tag)
-            self._committed = True
-            if self._save_latest:
-                commit.set_latest(self.save_dir, self.tag)
-            if replaced is not None:
-                commit.discard(replaced)
+        held = self._held_aside
+        if held is not None:
+            text = self.description.manifest(reports).text()
+            self._explained(lambda: held.commit(text, latest=self._save_latest))
 
     def close(self) -> None:
         """Ends the save; without a commit, removes what was written. No rank may still be writing. Idempotent."""
         held, self._held_aside = self._held_aside, None
         if held is not None:
-            held.close(remove=not self._committed)
+            held.close()
 
     def _explained(self, act: Callable[[], T]) -> T:
         try:
@@ -172,7 +158,7 @@ class Save:
 
     def _line(self, error: OSError) -> str:
         reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
-        if self._committed:
+        if self._held_aside is not None and self._held_aside.committed:
             return f"checkpoint {self.tag} is in {self.save_dir}, but `latest` still names the one before: {reason}"
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += f" (it takes {self.bytes / MIB:.1f} MiB)"
@@ -205,13 +191,3 @@ def _check_room(save_dir: Path, need: int) -> None:
             f"no room for a checkpoint in {save_dir}: it takes {need / MIB:.1f} MiB, {free / MIB:.1f} MiB are free",
             path=save_dir,
         )
-
-
-def write_manifest(path: Path, manifest: Manifest) -> None:
-    """Writes a manifest as a new, durable file. Raises OSError."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
-        write_all(descriptor, memoryview(manifest.text().encode()))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zeroxide.checkpoint.format.header import StoredTensor, read_header
+from zeroxide.checkpoint.format.stream import DTYPES, read_into
 from zeroxide.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["FromSafetensors"]
 
 _PIECE_BYTES = 8 << 20
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {name: DTYPES[name] for name in ("F64", "F32", "F16", "BF16")}
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,9 @@ def _read_into(entry: _Entry, tensor: torch.Tensor) -> None:
                 count = min(step, flat.numel() - first)
                 view = memoryview(buffer)[: count * dtype.itemsize]
                 position = entry.stored.begin + first * dtype.itemsize
-                read = 0
-                while read < len(view):
-                    got = os.preadv(file.fileno(), [view[read:]], position + read)
-                    if got == 0:
-                        raise StorageError(f"{entry.path} ends at byte {position + read}", path=entry.path)
-                    read += got
+                read = read_into(file.fileno(), view, position)
+                if read < len(view):
+                    raise StorageError(f"{entry.path} ends at byte {position + read}", path=entry.path)
                 flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=dtype, count=count))
     except OSError as error:
         raise StorageError(f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno) from None

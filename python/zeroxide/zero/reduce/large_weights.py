@@ -32,6 +32,7 @@ from zeroxide.errors import ModelError
 from zeroxide.zero.empty import full_class
 from zeroxide.zero.operations import parameters_in
 from zeroxide.zero.param_handle import ManagedParameter
+from zeroxide.zero.passes import in_backward
 from zeroxide.zero.unit import Unit
 
 if TYPE_CHECKING:
@@ -208,7 +209,7 @@ class LargeWeight:
 
         A forward without gradients counts as well: with reentrant checkpointing it is the one that backward repeats.
         """
-        if torch._C._current_graph_task_id() == -1:
+        if not in_backward():
             if not torch.is_grad_enabled() and not self.shared.is_training():
                 return False
             if self.shared.new_cycle(self):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from beside_torch import MODES, compare
-from ways import WAYS
+from weight_uses import WAYS
 
 from zeroxide.errors import ZeroxideError
 

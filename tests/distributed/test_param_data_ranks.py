@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import run_ranks
 
-PROGRAM = Path(__file__).with_name("data_ranks.py")
+PROGRAM = Path(__file__).with_name("param_data_ranks.py")
 
 
 @pytest.mark.parametrize(("stage", "home"), [(1, "shared"), (3, "shared"), (3, "collective"), (3, "nvme")])

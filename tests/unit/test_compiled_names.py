@@ -14,8 +14,8 @@ from torch import nn
 
 import zeroxide
 from zeroxide.checkpoint.convert.convert import convert
+from zeroxide.checkpoint.format.commit import write_new
 from zeroxide.checkpoint.format.manifest import Manifest
-from zeroxide.checkpoint.save import save
 from zeroxide.errors import ModelError
 from zeroxide.zero.names import plain_name
 
@@ -144,4 +144,4 @@ def test_names_with_the_prefix_load_too(config, tmp_path):
 def write_manifest(path, manifest):
     path.unlink()
     manifest.pop("digest")
-    save.write_manifest(path, Manifest(**manifest))
+    write_new(path, Manifest(**manifest).text())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from launching import run_ranks
 
-PROGRAM = Path(__file__).with_name("ways_ranks.py")
+PROGRAM = Path(__file__).with_name("weight_uses_ranks.py")
 READERS = Path(__file__).with_name("stray_ranks.py")
 WHOLE, TINY = 512 << 20, 8
 CASES = [

@@ -1,4 +1,4 @@
-"""Every row of docs/deepspeed.md has one test, here or in the other test_differences files, and every test one row."""
+"""Every row of docs/deepspeed.md has one test, here or in the other test_deepspeed files, and every test one row."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FILES = ("test_differences_numbers", "test_differences_scripts", "test_differences_config")
+FILES = ("test_deepspeed_numbers", "test_deepspeed_scripts", "test_deepspeed_config")
 ROW = re.compile(r"^\| `(\w+)` \|(.*)\|$", re.MULTILINE)
 
 
@@ -42,4 +42,4 @@ def test_every_row_says_what_is_there_what_is_here_and_why():
 @pytest.mark.parametrize("name", FILES)
 def test_the_files_are_those_that_are_there(name):
     assert (Path(__file__).parent / f"{name}.py").is_file()
-    assert len(list(Path(__file__).parent.glob("test_differences_*.py"))) == len(FILES)
+    assert len(list(Path(__file__).parent.glob("test_deepspeed_*.py"))) == len(FILES)

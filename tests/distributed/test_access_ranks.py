@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launching import run_ranks
 
-SCRIPT = Path(__file__).with_name("surface_ranks.py")
+SCRIPT = Path(__file__).with_name("access_ranks.py")
 # Resident memory is measured in ranks that have done nothing else: what others leave to the allocator comes and goes.
 ALONE = "case_memory_of_construction"
 CASES = [name for name in re.findall(r"^def (case_\w+)\(", SCRIPT.read_text(), re.MULTILINE) if name != ALONE]

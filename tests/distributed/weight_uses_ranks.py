@@ -14,7 +14,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("zoo", "numerics", "")]
 
-from ways import WAYS
+from weight_uses import WAYS
 
 import zeroxide
 from zeroxide.plan import plan

@@ -21,8 +21,8 @@ from zeroxide import zero
 from zeroxide.errors import ModelError
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from access_engines import ENGINES, config_of, full, ids, live_if_frozen, same, seeded, start, status, values_of
 from models import Block, build, next_token_loss
-from surface_engines import ENGINES, config_of, full, ids, live_if_frozen, same, seeded, start, status, values_of
 
 torch.set_num_threads(1)
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
