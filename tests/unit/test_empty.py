@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
-from zeroxide.zero import empty
+from zeroxide.params import empty
 
 
 @pytest.fixture(params=[Mode(), Mode("nvme", "nvme", "split", 1, "threads", 8192, 1 << 20, 0)], ids=str)

@@ -22,10 +22,12 @@ from zeroxide.distributed import IDLE, Ranks, Watch
 from zeroxide.engine.accessors import Accessors
 from zeroxide.engine.accumulation import Accumulation
 from zeroxide.engine.evaluation import thaw
+from zeroxide.engine.optimizer import EngineOptimizer, check_schedule_call
 from zeroxide.engine.peak import Peak
 from zeroxide.errors import BudgetError, ModelError
-from zeroxide.optim.engine_optimizer import EngineOptimizer, check_schedule_call
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for
+from zeroxide.params.empty import ParameterTable
+from zeroxide.plan.home import Home
 from zeroxide.plan.plan import make_plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.precision.policy import cast_buffers, cast_inputs, forward_context, torch_dtype
@@ -33,7 +35,6 @@ from zeroxide.zero.access.state_dict import FullState, StateDicts, refuse_loadin
 from zeroxide.zero.buffers import check_buffers
 from zeroxide.zero.core import open_core
 from zeroxide.zero.detach import end_core, part_from
-from zeroxide.zero.empty import ParameterTable
 from zeroxide.zero.exchange import agree_on_norm, make_exchange
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.guard import ModelGuard
@@ -43,7 +44,6 @@ from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_met
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.messages import Messages
 from zeroxide.zero.param import ParameterContext, shard_all
-from zeroxide.zero.passes import Home
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced

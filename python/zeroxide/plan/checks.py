@@ -9,10 +9,9 @@ from torch import nn
 from zeroxide.config import Config
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
 from zeroxide.precision.bits import FLOATS, why_not_bytes
-from zeroxide.zero.init.slices import slice_of
-from zeroxide.zero.param_handle import handle_of
 
 __all__ = ["check_model", "check_transport", "refuse_max_norm"]
 
@@ -36,7 +35,8 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
             name=odd.name,
         )
     for entry in entries:
-        if handle_of(entry.param) is not None and slice_of(entry.param) is None:
+        handle = handle_of(entry.param)
+        if handle is not None and handle.in_engine:
             raise ModelError(
                 f"{entry.name} belongs to an engine, or did at stage 3 until that was destroyed: build the model "
                 "again, and load what engine.module_state_dict() or a checkpoint has kept",

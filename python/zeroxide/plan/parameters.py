@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ModelError
+from zeroxide.params.empty import full_class
+from zeroxide.params.handle import ManagedParameter, shape_of
 from zeroxide.precision.bits import ORDINARY
-from zeroxide.zero.empty import full_class
-from zeroxide.zero.param_handle import ManagedParameter, shape_of
 
 __all__ = ["EXTERNAL", "ParameterPlan", "check_sharing", "parameters_of"]
 

@@ -14,10 +14,10 @@ from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.distributed import Ranks
 from zeroxide.plan.checks import check_model, check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
+from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, parameters_of
 from zeroxide.plan.report import describe
 from zeroxide.precision.policy import torch_dtype
-from zeroxide.zero.passes import Home
 
 __all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
 

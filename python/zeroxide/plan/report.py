@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from zeroxide.zero.passes import Home
+from zeroxide.plan.home import Home
 
 if TYPE_CHECKING:
     from zeroxide.plan.plan import Plan

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from zeroxide.params.handle import ZeroParamStatus
     from zeroxide.zero.access.gathered import GatheredParameters
     from zeroxide.zero.access.safe import (
         safe_get_full_fp32_param,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
         z3_leaf_module,
         z3_leaf_parameter,
     )
-    from zeroxide.zero.param_handle import ZeroParamStatus
 
 __all__ = [
     "GatheredParameters",
@@ -73,7 +73,6 @@ __all__ = [
 _OTHERS = {
     "GatheredParameters": "access.gathered",
     "Init": "init.context",
-    "ZeroParamStatus": "param_handle",
     "register_external_parameter": "external",
     "unregister_external_parameter": "external",
 }
@@ -82,6 +81,10 @@ _OTHERS = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'zeroxide.zero' has no attribute {name!r}")
+    if name == "ZeroParamStatus":
+        from zeroxide.params.handle import ZeroParamStatus
+
+        return ZeroParamStatus
     home = _OTHERS.get(name) or ("access.safe" if name.startswith("safe_") else "leaf")
     found = getattr(importlib.import_module(f"zeroxide.zero.{home}"), name)
     globals()[name] = found

@@ -8,8 +8,8 @@ import secrets
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
+from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
-from zeroxide.zero.passes import Home
 
 __all__ = ["open_core"]
 

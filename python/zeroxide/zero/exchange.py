@@ -25,10 +25,10 @@ from zeroxide import _core
 from zeroxide.device.placement import memory_at
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import RanksError
+from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.gather.weight_gather import MovingWeights
 from zeroxide.zero.messages import Messages, Work
-from zeroxide.zero.passes import Home
 from zeroxide.zero.unit import Unit
 
 __all__ = ["CollectiveExchange", "Exchange", "SharedExchange", "SingleRank", "Totals", "agree_on_norm", "make_exchange"]

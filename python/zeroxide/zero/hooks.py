@@ -30,11 +30,12 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves, tree_map
 
 from zeroxide.errors import ModelError
+from zeroxide.plan.home import Home
 from zeroxide.plan.plan import is_leaf
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.gather.stray import StrayReaders
 from zeroxide.zero.hook_handle import Hook
-from zeroxide.zero.passes import Home, UnitState, in_backward
+from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.reduce.reducer import Reducer
 from zeroxide.zero.unit import Unit
 

@@ -12,13 +12,12 @@ import itertools
 import os
 from collections.abc import Iterable
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import RanksError
-from zeroxide.zero.unit import Unit
 
 __all__ = ["Messages", "Work"]
 
@@ -34,6 +33,18 @@ KINDS = ("all-gather", "all-to-all", "all-gather of gradients")
 _OURS, _ENGINE_SHIFT, _ENGINES, _UNITS = 1 << 30, 20, 1 << 10, 1 << 18
 
 _engines = itertools.count()
+
+
+class Numbered(Protocol):
+    """What a message is about: the same number and name on every rank."""
+
+    @property
+    def index(self) -> int:
+        """Decides the tag."""
+
+    @property
+    def name(self) -> str:
+        """For messages to the user."""
 
 
 class Work:
@@ -84,7 +95,7 @@ class Messages:
         self._flights: list[Work] = []
         self._first_tag = 0 if ranks.alone else _OURS | next(_engines) % _ENGINES << _ENGINE_SHIFT
 
-    def work(self, kind: str, unit: Unit) -> Work:
+    def work(self, kind: str, unit: Numbered) -> Work:
         """A work that has no messages yet. Every rank makes the same works of a unit in the same order."""
         if unit.index >= _UNITS:
             raise ValueError(f"{unit.name} is unit {unit.index}: at most {_UNITS} have a tag")

@@ -14,9 +14,9 @@ from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import ModelError
+from zeroxide.params.empty import conceal
+from zeroxide.params.handle import handle_of, manage, new_id
 from zeroxide.precision.bits import bytes_of, converted, copy_of, exact_in_fp32, fingerprint, why_not_bytes
-from zeroxide.zero.empty import conceal
-from zeroxide.zero.param_handle import handle_of, manage, new_id
 from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.unit import Unit
 
@@ -157,6 +157,8 @@ class ShardedParam:
 
     A frozen parameter is bytes to the core: its values are taken and given in its own dtype, as `live` ones.
     """
+
+    in_engine = True
 
     def __init__(self, context: ParameterContext, unit: Unit, position: int) -> None:
         self.context = context

@@ -6,18 +6,7 @@ from enum import Enum, auto
 
 import torch
 
-__all__ = ["Home", "UnitState", "in_backward"]
-
-
-class Home(Enum):
-    """Where bytes live between uses."""
-
-    HOST = "host"
-    """Host memory."""
-    SHARD = "shard"
-    """This rank's shard in host memory; the whole only while in use."""
-    DISK = "disk"
-    """A file; in memory only while in use."""
+__all__ = ["UnitState", "in_backward"]
 
 
 class UnitState(Enum):

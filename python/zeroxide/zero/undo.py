@@ -12,10 +12,10 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.errors import ModelError
+from zeroxide.params.handle import handle_of
 from zeroxide.plan.plan import ParameterPlan, Plan
 from zeroxide.precision.bits import bytes_of, converted
 from zeroxide.zero.init.slices import Slice
-from zeroxide.zero.param_handle import handle_of
 
 __all__ = ["Undo"]
 

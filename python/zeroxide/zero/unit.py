@@ -10,10 +10,10 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.device.placement import view_of
 from zeroxide.errors import ModelError
+from zeroxide.params.empty import conceal, conceal_all, reveal, reveal_all
+from zeroxide.params.handle import unmanage
 from zeroxide.plan.plan import UnitPlan
 from zeroxide.precision.bits import bytes_of, copy_of, tensor_of
-from zeroxide.zero.empty import conceal, conceal_all, reveal, reveal_all
-from zeroxide.zero.param_handle import unmanage
 from zeroxide.zero.passes import UnitState
 
 __all__ = ["Unit"]

@@ -35,9 +35,9 @@ from zeroxide.checkpoint.load.spill_file import SpillFile
 from zeroxide.device.placement import spec
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import assign
+from zeroxide.plan.home import Home
 from zeroxide.precision.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import set_buffer
-from zeroxide.zero.passes import Home
 
 if TYPE_CHECKING:
     from zeroxide.engine.engine import Engine

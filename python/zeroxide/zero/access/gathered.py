@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.params.handle import ParamHandle, handle_of
 from zeroxide.zero.init.context import cut_all
 from zeroxide.zero.init.slices import Slice
 from zeroxide.zero.param import ShardedParam
-from zeroxide.zero.param_handle import ParamHandle, handle_of
 
 __all__ = ["GatheredParameters"]
 

@@ -23,12 +23,12 @@ import torch
 from torch import nn
 
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
 from zeroxide.zero.param import ParameterContext, ShardedParam, sharded_param_of
-from zeroxide.zero.param_handle import handle_of
 
 __all__ = ["FullState", "StateDicts", "full_state_dict", "load_full_state_dict", "refuse_loading"]
 

@@ -7,8 +7,9 @@ from itertools import islice
 
 from zeroxide import _core
 from zeroxide.errors import ModelError
+from zeroxide.plan.home import Home
 from zeroxide.zero.exchange import Exchange
-from zeroxide.zero.passes import Home, UnitState
+from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 
 __all__ = ["GatherOrder", "Gatherer"]

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import Protocol
 
 from zeroxide import _core
 from zeroxide.errors import ModelError, ZeroxideError
-
-if TYPE_CHECKING:
-    from zeroxide.zero.hooks import Hooks
+from zeroxide.zero.gather.gatherer import Gatherer
+from zeroxide.zero.unit import Unit
 
 __all__ = ["StrayReaders"]
 
@@ -23,13 +23,27 @@ _LAST_WAIT = 5.0
 """Seconds."""
 
 
+class Passes(Protocol):
+    """Who knows whether a pass goes on, in which all ranks come to the same read."""
+
+    gatherer: Gatherer
+    uses_apart: int
+
+    @property
+    def units(self) -> Sequence[Unit]:
+        """All units, by number."""
+
+    def is_passing(self) -> bool:
+        """Whether a forward or backward goes on."""
+
+
 class StrayReaders:
     """Brings weights to readers that nothing announced, for as long as a pass goes on, until it is closed."""
 
-    def __init__(self, core: _core.Offload, hooks: Hooks) -> None:
+    def __init__(self, core: _core.Offload, passes: Passes) -> None:
         self._bringer = core.bringer()
         self._thread = threading.Thread(
-            target=_serve, args=(self._bringer, weakref.ref(hooks)), name="zeroxide-readers", daemon=True
+            target=_serve, args=(self._bringer, weakref.ref(passes)), name="zeroxide-readers", daemon=True
         )
         self._thread.start()
 
@@ -39,19 +53,19 @@ class StrayReaders:
         self._thread.join(_LAST_WAIT)
 
 
-def _serve(bringer: _core.Bringer, found: weakref.ref[Hooks]) -> None:
+def _serve(bringer: _core.Bringer, found: weakref.ref[Passes]) -> None:
     while bringer.listen():
         index = bringer.take()
         if index is None:
             continue
         problem: str | None = None
         try:
-            hooks = found()
-            if hooks is None or not (hooks.is_passing() or hooks.uses_apart):
+            passes = found()
+            if passes is None or not (passes.is_passing() or passes.uses_apart):
                 raise ModelError("its parts are on several ranks, which meet only during a forward or backward")
-            hooks.gatherer.bring(hooks.units[index])
+            passes.gatherer.bring(passes.units[index])
         except (ZeroxideError, RuntimeError) as error:
             problem = str(error)
         finally:
-            hooks = None
+            passes = None
             bringer.answer(problem)

@@ -23,11 +23,11 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.distributed import Ranks, Watch, agree, first_line, init_distributed, start
 from zeroxide.errors import ConfigError, RanksError
+from zeroxide.params.empty import full_class
+from zeroxide.params.handle import shape_of
+from zeroxide.params.operations import Need, name_of, need_of, parameters_in
 from zeroxide.precision.bits import FLOATS, ORDINARY, why_not_bytes
-from zeroxide.zero.empty import full_class
 from zeroxide.zero.init.slices import Slice, SliceFile, slice_of
-from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
-from zeroxide.zero.param_handle import shape_of
 
 __all__ = ["Init", "cut_all", "is_building"]
 

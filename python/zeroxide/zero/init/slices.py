@@ -16,9 +16,9 @@ from torch import nn
 
 from zeroxide.distributed import Ranks, all_gather_single
 from zeroxide.errors import ModelError, StorageError
+from zeroxide.params.empty import conceal, reveal
+from zeroxide.params.handle import handle_of, manage, new_id
 from zeroxide.precision.bits import bytes_of, copy_of, fingerprint
-from zeroxide.zero.empty import conceal, reveal
-from zeroxide.zero.param_handle import handle_of, manage, new_id
 
 __all__ = ["Slice", "SliceFile", "slice_of"]
 
@@ -62,6 +62,7 @@ class Slice:
     """Keeps one parameter. `dtype` is that of the slice and of the parameter."""
 
     persists = False
+    in_engine = False
 
     def __init__(
         self, name: str, param: nn.Parameter, ranks: Ranks, dtype: torch.dtype, file: SliceFile | None

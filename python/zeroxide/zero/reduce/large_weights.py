@@ -29,9 +29,9 @@ from torch.nn import functional
 from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.errors import ModelError
-from zeroxide.zero.empty import full_class
-from zeroxide.zero.operations import parameters_in
-from zeroxide.zero.param_handle import ManagedParameter
+from zeroxide.params.empty import full_class
+from zeroxide.params.handle import ManagedParameter
+from zeroxide.params.operations import parameters_in
 from zeroxide.zero.passes import in_backward
 from zeroxide.zero.unit import Unit
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zeroxide.errors import ModelError
-from zeroxide.zero.operations import Need, name_of, need_of, parameters_in
+from zeroxide.params.operations import Need, name_of, need_of, parameters_in
 
 __all__ = ["EmptyData", "ParameterTable", "conceal", "conceal_all", "full_class", "reveal", "reveal_all"]
 

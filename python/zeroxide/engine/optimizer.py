@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 import torch
 
 from zeroxide import _core
+from zeroxide.engine.optimizer_state import load_engine_state, numbered_state, shown_state
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.optim.engine_state import load_engine_state, numbered_state, shown_state
 from zeroxide.optim.groups import core_groups, plain
 from zeroxide.optim.saved_state import hooked_load, hooked_save
 from zeroxide.optim.state_view import StateView

@@ -46,6 +46,8 @@ class ZeroParamStatus(Enum):
 class ParamHandle(Protocol):
     """Who has the values of one parameter."""
 
+    in_engine: bool
+    """Whether the values are an engine's; otherwise they wait for one."""
     ident: int
     shape: torch.Size
     holds: int
