@@ -100,12 +100,11 @@ def main() -> None:
             "steps_per_print": None,
         },
     )
-    timed = TimedCore(engine._core, clock)
-    gatherer = engine._hooks.gatherer
-    exchange = gatherer.exchange
-    for owner in (gatherer, exchange, getattr(exchange, "moved", exchange), engine._hooks.reducer):
+    timed = TimedCore(engine.parts.core(), clock)
+    gatherer = engine.parts.hooks.gatherer
+    for owner in (gatherer, engine.parts.weights, engine.parts.reduction, engine.parts.hooks.reducer):
         owner.core = timed
-    engine._hooks.reducer.large.core = timed
+    engine.parts.hooks.reducer.large.core = timed
     plain, seen = [], []
     for step in range(WARM_UP + spec["steps"]):
         clock.on = step >= WARM_UP and step % 2 == 1

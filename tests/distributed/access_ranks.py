@@ -330,7 +330,7 @@ def case_leaf_modules_are_gathered_by_all():
     plain = RoutedModel()
     plain.load_state_dict(start_values)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, weight_decay=0.01)
-    decay = engine.config.optimizer.weight_decay
+    decay = engine.resolved_config.optimizer.weight_decay
     optimizer.param_groups[0]["weight_decay"] = decay
     for step in range(3):
         optimizer.zero_grad()

@@ -37,12 +37,12 @@ for step in range(6):
     engine.step()
     norm = float(engine.get_global_grad_norm())
     steps.append([engine.optimizer.overflow, engine.skipped_steps, engine.loss_scale(), engine.get_lr(), repr(norm)])
-core, digest = engine._alive(), hashlib.sha256()
-for unit in engine._units:
-    engine._gatherer.gather(unit)
+core, digest = engine.parts.core(), hashlib.sha256()
+for unit in engine.parts.units:
+    engine.parts.gatherer.gather(unit)
     for param in unit.params:
         digest.update(param.detach().numpy().tobytes())
-    engine._gatherer.release(unit)
+    engine.parts.gatherer.release(unit)
 say(json.dumps({{"steps": steps, "weights": digest.hexdigest()}}))
 engine.destroy()
 """

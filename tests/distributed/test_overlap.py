@@ -18,7 +18,7 @@ import json
 import torch
 from torch import nn
 import zeroxide
-from zeroxide.engine import engine as engine_module
+from zeroxide.engine import build as build_module
 from zeroxide.zero import messages
 
 WIDTH = 512
@@ -96,7 +96,7 @@ class Spied(messages.Messages):
         return super().start(work, incoming, outgoing)
 
 messages.Work = Work
-engine_module.Messages = Spied
+build_module.Messages = Spied
 engine = make("collective", 1)
 for step in range(3):
     events.clear()
@@ -205,7 +205,7 @@ for transport in ("shared_memory", "collective"):
         engine.backward(forward([0, 1, 2, 3], 7))
         forward([0, 1], 8)
         if transport == "collective":
-            assert engine._exchange.moved._flights, "nothing is on its way: the test shows nothing"
+            assert engine.parts.weights._flights, "nothing is on its way: the test shows nothing"
     leave_under_way()
     engine.step()
     look()
@@ -249,7 +249,7 @@ if ranks.rank == 1:
     # Rank 0 is at the end of its forward, and waits for nothing, when rank 1 has yet to send for block 2.
     engine.module.blocks[0].register_forward_hook(lambda *_: time.sleep(2.0))
 engine(rows(3))
-assert engine._exchange.moved._flights
+assert engine.parts.weights._flights
 if sys.argv[1] == "destroy":
     engine.destroy()
 say("FOUND 1")

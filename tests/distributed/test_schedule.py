@@ -13,7 +13,7 @@ import json
 import torch
 from torch import nn
 import zeroxide
-from zeroxide.engine import engine as engine_module
+from zeroxide.engine import build as build_module
 from zeroxide.zero import messages
 from zeroxide.plan.schedule import collectives, sent_bytes
 
@@ -50,7 +50,7 @@ class Spied(messages.Messages):
         assert calls[-1][2] == sum(tensor.nbytes for _, tensor in incoming)
         return super().start(work, incoming, outgoing)
 
-engine_module.Messages = Spied
+build_module.Messages = Spied
 found = []
 for stage in (0, 1, 2, 3):
     for transport in ("collective", "shared_memory"):

@@ -107,9 +107,9 @@ def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 def whole_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """fp32 weights and moments of every parameter, put together from what each rank saves."""
-    core = engine._alive()
+    core = engine.parts.core()
     found: dict[str, dict[str, torch.Tensor]] = {}
-    for unit in engine._units:
+    for unit in engine.parts.units:
         values = {(at, part): torch.zeros(shape.numel()) for at, shape in enumerate(unit.shapes) for part in PARTS}
         for at, start, count in core.pieces(unit.index):
             for part in PARTS:
@@ -126,16 +126,16 @@ def whole_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
 def live_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The weights as forward sees them on this rank."""
     found = {}
-    for unit in engine._units:
-        engine._gatherer.gather(unit)
+    for unit in engine.parts.units:
+        engine.parts.gatherer.gather(unit)
         found |= {name: param.detach().clone() for name, param in zip(unit.names, unit.params, strict=True)}
-        engine._gatherer.release(unit)
+        engine.parts.gatherer.release(unit)
     return found
 
 
 def put_state(engine: Engine, state: dict[str, dict[str, torch.Tensor]], updates: dict[str, int]) -> None:
-    core = engine._alive()
-    for unit in engine._units:
+    core = engine.parts.core()
+    for unit in engine.parts.units:
         for part in PARTS:
             core.fill_begin(unit.index, part)
             for at, name in enumerate(unit.names):
@@ -148,10 +148,10 @@ def put_state(engine: Engine, state: dict[str, dict[str, torch.Tensor]], updates
 
 def updates_of(engine: Engine) -> dict[str, int]:
     """Updates that each trainable parameter has had."""
-    core = engine._alive()
+    core = engine.parts.core()
     return {
         name: core.updates(unit.index, at)
-        for unit in engine._units
+        for unit in engine.parts.units
         for at, name in enumerate(unit.names)
         if unit.trainable[at]
     }
@@ -229,7 +229,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             "live": digest(live),
             "buffers": digest({name: each for name, each in model.named_buffers() if each.is_floating_point()}),
             "skipped": engine.skipped_steps,
-            "sent": engine._exchange.sent_bytes,
+            "sent": engine.exchanged_bytes(),
             "worst": worst,
         }
     finally:

@@ -42,8 +42,8 @@ def train(engine, steps=1):
 
 def state(engine):
     found = {}
-    core = engine._alive()
-    for unit in engine._units:
+    core = engine.parts.core()
+    for unit in engine.parts.units:
         for at, name in enumerate(unit.names):
             for part in PARTS:
                 values = torch.empty(unit.shapes[at].numel())

@@ -38,10 +38,10 @@ def scratch_file(directory) -> Path:
 def weights(engine):
     """Master weights of every parameter."""
     found = []
-    for unit in engine._units:
+    for unit in engine.parts.units:
         for position, shape in enumerate(unit.shapes):
             values = torch.empty(shape.numel())
-            engine._core.read_param(unit.index, position, "weights", 0, spec(values))
+            engine.parts.core().read_param(unit.index, position, "weights", 0, spec(values))
             found.append(values)
     return found
 
@@ -63,12 +63,12 @@ def test_a_budget_that_is_too_small_says_how_much_is_missing_and_for_what(tmp_pa
 def test_a_budget_that_activations_break_is_an_error_after_an_intact_step(tmp_path):
     engine = start(tmp_path)
     with_limit = _core.resident()["peak"] - 1
-    object.__setattr__(engine.config, "host_memory", with_limit)
+    object.__setattr__(engine.resolved_config.zeroxide, "host_memory", with_limit)
     before = weights(engine)
     with pytest.raises(BudgetError, match="everything is intact"):
         train(engine)
     assert any(not torch.equal(a, b) for a, b in zip(before, weights(engine), strict=True)), "the step was made"
-    object.__setattr__(engine.config, "host_memory", None)
+    object.__setattr__(engine.resolved_config.zeroxide, "host_memory", None)
     train(engine)
     engine.destroy()
 
@@ -241,9 +241,9 @@ over = threading.Event()
 
 def read():
     # So that a call runs at nearly every moment: the child gets its lock without the thread that would give it back.
-    row = torch.empty(engine._units[0].shapes[0][-1])
+    row = torch.empty(engine.parts.units[0].shapes[0][-1])
     while not over.is_set():
-        engine._core.read_param(0, 0, "exp_avg", 0, spec(row))
+        engine.parts.core().read_param(0, 0, "exp_avg", 0, spec(row))
 
 def code_of_child(leave):
     child = os.fork()

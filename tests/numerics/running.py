@@ -121,8 +121,8 @@ class Outcome:
 
 def state_of(engine: Engine, parts: Iterable[str] = ("weights", "exp_avg", "exp_avg_sq")) -> dict[str, tuple[Any, ...]]:
     """Exact weights and moments of every parameter, as fp32."""
-    core, found = engine._alive(), {}
-    for unit in engine._units:
+    core, found = engine.parts.core(), {}
+    for unit in engine.parts.units:
         for at, (name, shape) in enumerate(zip(unit.names, unit.shapes, strict=True)):
             values = []
             for part in parts:
@@ -136,18 +136,18 @@ def state_of(engine: Engine, parts: Iterable[str] = ("weights", "exp_avg", "exp_
 def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
     """The live weights, as forward sees them."""
     found = {}
-    for unit in engine._units:
-        engine._gatherer.gather(unit)
+    for unit in engine.parts.units:
+        engine.parts.gatherer.gather(unit)
         found |= {name: param.detach().clone() for name, param in zip(unit.names, unit.params, strict=True)}
-        engine._gatherer.release(unit)
-    engine._gatherer.release_all()
+        engine.parts.gatherer.release(unit)
+    engine.parts.gatherer.release_all()
     return found
 
 
 def assert_released(engine: Engine) -> None:
     """No parameter shows its weights, and no unit's memory is held."""
     assert [name for name, param in engine.module.named_parameters() if param.numel()] == []
-    assert {unit.state.name for unit in engine._units} == {"RELEASED"}
+    assert {unit.state.name for unit in engine.parts.units} == {"RELEASED"}
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:

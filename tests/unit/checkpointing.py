@@ -92,8 +92,8 @@ def train(engine, first, last):
 def state(engine):
     """Every bit that training depends on, read whole."""
     found = {}
-    core = engine._alive()
-    for unit in engine._units:
+    core = engine.parts.core()
+    for unit in engine.parts.units:
         for at, name in enumerate(unit.names):
             for part in PARTS:
                 values = torch.empty(unit.shapes[at].numel())
@@ -103,7 +103,7 @@ def state(engine):
     for name, buffer in engine.module.named_buffers():
         found[name, "buffer"] = buffer.clone()
     found["groups"] = [dict(group) for group in engine.optimizer.hyperparameters()]
-    found["counters"] = (engine.global_steps, engine._samples, engine.micro_steps, engine.skipped_steps)
+    found["counters"] = (engine.global_steps, engine.parts.counters.samples, engine.micro_steps, engine.skipped_steps)
     if engine.lr_scheduler is not None:
         found["scheduler"] = dict(engine.lr_scheduler.state_dict())
     return found

@@ -48,7 +48,7 @@ def started(model, tmp_path, stage=0, offload="none", precision="fp32", **more):
 
 
 def train(engine, steps=2):
-    dtype = PRECISIONS[engine.config.precision.dtype]
+    dtype = PRECISIONS[engine.resolved_config.precision.dtype]
     for _ in range(steps):
         engine.backward(engine(torch.ones(2, 8, dtype=dtype)))
         engine.step()

@@ -54,10 +54,10 @@ class FakeRanks:
         return found
 
 
-def run_on(engine, rank, world):
+def run_on(training, rank, world):
     """The runs of elements in slice `rank` of each unit's parameters laid end to end, trainable and frozen apart."""
     found = []
-    held = contents.param_records(engine)
+    held = contents.param_records(training)
     for unit in sorted({each.unit for each in held}):
         for trainable in (True, False):
             members = [each for each in held if each.unit == unit and each.trainable is trainable]
@@ -79,12 +79,13 @@ def sharded(monkeypatch):
 
     real = contents.own_pieces
 
-    def own(engine):
-        return run_on(engine, engine.fake.rank, engine.fake.world) if hasattr(engine, "fake") else real(engine)
+    def own(training):
+        fake = getattr(training.ranks, "fake", None)
+        return real(training) if fake is None else run_on(training, fake.rank, fake.world)
 
     for module in (description, export):
         monkeypatch.setattr(module, "own_pieces", own, raising=False)
-    monkeypatch.setattr(load, "pieces_to_fill", lambda engine, part: own(engine))
+    monkeypatch.setattr(load, "pieces_to_fill", lambda training, part: own(training))
 
 
 def join(engines):
@@ -92,8 +93,8 @@ def join(engines):
     meeting = Meeting(len(engines))
     for rank, engine in enumerate(engines):
         # Training goes by the engine's own ranks, of which there is one.
-        engine.ranks = OneOfSeveral()
-        engine.fake = engine.ranks.fake = FakeRanks(rank, meeting)
+        engine.parts.ranks = OneOfSeveral()
+        engine.fake = engine.parts.ranks.fake = FakeRanks(rank, meeting)
     return engines
 
 
@@ -116,11 +117,11 @@ def on_all(engines, act, *, errors=False):
 def own_state(engine):
     """Every bit of the state that this rank owns, by (name, part, start)."""
     found = {}
-    fake = getattr(engine, "fake", Ranks())
-    for run in run_on(engine, fake.rank, fake.world):
+    fake = getattr(engine.parts.ranks, "fake", None) or Ranks()
+    for run in run_on(engine.training_state, fake.rank, fake.world):
         for part in PARTS:
             values = torch.empty(run.count)
-            engine._alive().read_param(run.held.unit, run.held.position, part, run.start, spec(values))
+            engine.parts.core().read_param(run.held.unit, run.held.position, part, run.start, spec(values))
             found[run.held.name, part, run.start] = values.view(torch.int32)
     return found
 

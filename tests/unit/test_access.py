@@ -221,7 +221,7 @@ def test_everything_can_be_read_and_set(mode, tmp_path):
         assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-12)
         assert zeroxide.safe_get_full_grad(weight) is None
         oracle = nn.Parameter(value * 3)
-        optimizer = torch.optim.AdamW([oracle], lr=1e-3, weight_decay=engine.config.optimizer.weight_decay)
+        optimizer = torch.optim.AdamW([oracle], lr=1e-3, weight_decay=engine.resolved_config.optimizer.weight_decay)
         state = {"step": torch.tensor(0.0), "exp_avg": -value, "exp_avg_sq": value.square()}
         optimizer.state[oracle] = state
         oracle.grad = torch.full((144, 48), 3.0)
@@ -414,27 +414,15 @@ def test_an_engine_without_optimizer_only_computes(tmp_path):
         one_line(ModelError, "save_checkpoint: the engine was made without", engine.save_checkpoint, tmp_path)
 
 
-class WatchedSaver:
-    """Stands for a save in the background: notes what a weight is when it is told of a change to come."""
-
-    def __init__(self, param):
-        self.param, self.seen = param, []
-
-    def before_update(self):
-        self.seen.append(zeroxide.safe_get_full_fp32_param(self.param)[0].item())
-
-    def finish(self):
-        pass
-
-
 def test_a_save_in_the_background_is_told_before_values_are_set(tmp_path):
     model = build("gpt")
     with started(model, config=config_of(Mode(), tmp_path, "fp32")) as engine:
         bias = model.norm.bias
-        engine._saver = WatchedSaver(bias)
+        seen = []
+        engine.training_state.on_change(lambda: seen.append(zeroxide.safe_get_full_fp32_param(bias)[0].item()))
         zeroxide.safe_set_full_fp32_param(bias, torch.full((48,), 2.0))
         zeroxide.safe_set_local_fp32_param(bias, torch.full((48,), 3.0))
         with zero.GatheredParameters(bias, modifier_rank=0):
             bias.data.fill_(4)
         zeroxide.safe_set_full_fp32_param(bias, torch.full((48,), 5.0))
-        assert engine._saver.seen == [0.0, 2.0, 3.0, 4.0]
+        assert seen == [0.0, 2.0, 3.0, 4.0]

@@ -74,7 +74,7 @@ def test_units_and_tiles_of_another_size_load_the_same_bits(make, tmp_path):
     saver.save_checkpoint(tmp_path / "out")
     torch.manual_seed(7)
     loader = make("nvme", "fp32", model=Model(**large), zeroxide_config={"unit_bytes": "1MiB", "tile_bytes": "64KiB"})
-    assert len(loader._units) > len(saver._units)
+    assert len(loader.parts.units) > len(saver.parts.units)
     loader.load_checkpoint(tmp_path / "out")
     assert_same(state(loader), state(saver))
 

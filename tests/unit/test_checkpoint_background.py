@@ -127,7 +127,7 @@ def test_with_enough_memory_no_step_waits_for_the_writer(background, tmp_path, m
     train(saver, 0, 3)
     found = saver.checkpoint_stats()
     assert found["under_way"]
-    size = sum(param.numel for param in contents.param_records(saver)) * 12
+    size = sum(param.numel for param in contents.param_records(saver.training_state)) * 12
     # What is small shares slabs, and the last slab is not full.
     assert found["memory"] <= size + 2 * snapshot.SLAB_BYTES
     gate.opened.set()

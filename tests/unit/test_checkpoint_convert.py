@@ -131,8 +131,8 @@ def test_an_engine_goes_on_from_what_was_converted(make, tmp_path, size):
         assert engine.global_steps == 3
         assert [group["weight_decay"] for group in engine.optimizer.param_groups] == [0.0, 0.1]
         assert engine.lr_scheduler.last_batch_iteration == 2
-        unit = engine._units[0]
-        assert engine._alive().updates(0, unit.names.index("embed.weight")) == 3
+        unit = engine.parts.units[0]
+        assert engine.parts.core().updates(0, unit.names.index("embed.weight")) == 3
     engine = engines[0]
     engine.backward(engine())
     engine.step()

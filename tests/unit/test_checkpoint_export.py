@@ -82,8 +82,8 @@ def test_exported_bits_are_the_live_ones(make, tmp_path):
     train(engine, 0, 5)
     path = engine.save_16bit_model(tmp_path / "model")
     stored = load_file(path)
-    core = engine._alive()
-    for unit in engine._units:
+    core = engine.parts.core()
+    for unit in engine.parts.units:
         core.gather(unit.index)
         unit.show()
         for name, param in zip(unit.names, unit.params, strict=True):
@@ -109,10 +109,10 @@ def test_exact_ties_are_exported_as_they_are_computed_with(make, tmp_path):
     engine = make("none", "fp32", model=model)
     stored = load_file(engine.save_16bit_model(tmp_path))["blocks.0.up.weight"]
     assert (stored == 1 + 2**-7).all()
-    unit = next(unit for unit in engine._units if "blocks.0.up.weight" in unit.names)
-    engine._gatherer.gather(unit)
+    unit = next(unit for unit in engine.parts.units if "blocks.0.up.weight" in unit.names)
+    engine.parts.gatherer.gather(unit)
     assert engine.module.blocks[0].up.weight.equal(stored)
-    engine._gatherer.release(unit)
+    engine.parts.gatherer.release(unit)
 
 
 def test_exports_replace_one_another(make, tmp_path, monkeypatch):

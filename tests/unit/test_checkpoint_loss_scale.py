@@ -122,10 +122,10 @@ def test_frozen_weights_are_stored_in_fp16_and_exported_as_they_are(make, tmp_pa
     assert_same(state(loader), state(saver))
 
     live = {}
-    for unit in saver._units:
-        saver._gatherer.gather(unit)
+    for unit in saver.parts.units:
+        saver.parts.gatherer.gather(unit)
         live |= {name: param.detach().clone() for name, param in zip(unit.names, unit.params, strict=True)}
-        saver._gatherer.release(unit)
+        saver.parts.gatherer.release(unit)
     exported = load_file(saver.save_16bit_model(tmp_path / "model"))
     for name, weight in live.items():
         assert exported[name].dtype == torch.float16

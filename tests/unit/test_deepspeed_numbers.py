@@ -215,7 +215,7 @@ def test_own_dtype(stage, dtype):
     # A section that is on, and dtype=, count before the model.
     for more in ({"dtype": "fp32"}, {"config": config(stage, **OFF, data_types={"param_dtype": "fp32"})}):
         with started(linear(dtype=DTYPES[dtype]), **{"config": config(stage, **OFF), **more}) as engine:
-            assert engine.config.precision.dtype == "fp32"
+            assert engine.resolved_config.precision.dtype == "fp32"
 
 
 def test_odd_dtypes():
@@ -229,7 +229,7 @@ def test_odd_dtypes():
         zeroxide.initialize(model=mixed, config=config())
     frozen = nn.Sequential(linear().double().requires_grad_(False), linear(4, 4).bfloat16())
     with started(frozen, config=config()) as engine:
-        assert engine.config.precision.dtype == "bf16", "that of what is trained"
+        assert engine.resolved_config.precision.dtype == "bf16", "that of what is trained"
     with started(linear(dtype=torch.float64), config=config(), dtype="fp32") as engine:
         assert engine(torch.ones(1, 8)).dtype is torch.float32
     with started(nn.Sequential(linear(), linear(4, 4).bfloat16()), config=config(0, "bf16")) as engine:

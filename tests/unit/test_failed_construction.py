@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import threading
-
 import pytest
 import torch
+from left_behind import differences, hooks_of, identities, resources, values
 from models import build
 from running import Mode, config_of
 from torch import nn
 
 import zeroxide
 from zeroxide import zero
-from zeroxide.engine import engine as engine_module
+from zeroxide.engine import build as build_module
 from zeroxide.errors import BudgetError, ConfigError
 
 STEPS = (
@@ -29,7 +26,9 @@ STEPS = (
     "Messages",
     "replace_meta_parameters",
     "Unit",
-    "make_exchange",
+    "make_weight_gather",
+    "make_reduction",
+    "connect",
     "fill_units",
     "cast_buffers",
     "Gatherer",
@@ -42,9 +41,6 @@ STEPS = (
     "EngineOptimizer",
 )
 """What the construction calls, in its order."""
-
-
-HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 
 
 class Stop(Exception):
@@ -60,32 +56,6 @@ def settings(folder, stage, home):
     config["zero_optimization"] |= {"stage": stage, "leaf_module": {"classes": ["Block"]}}
     config["data_types"] = {"buffer_dtype": "bf16"}
     return config
-
-
-def hooks_of(model):
-    """Every hook and every attribute of every module and parameter."""
-    found = []
-    for name, module in model.named_modules():
-        tables = {key: list(value) for key, value in module.__dict__.items() if key.endswith("_hooks") and value}
-        found.append((name, type(module), sorted(module.__dict__), tables))
-    for name, param in model.named_parameters():
-        tables = [getattr(param, each) for each in HOOKS]
-        found.append((name, type(param), sorted(param.__dict__), [each and dict(each) for each in tables]))
-    return found
-
-
-def resources():
-    """Descriptors (by what they are open on), threads and mappings of shared memory of this process."""
-    gc.collect()
-    links = []
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            links.append(os.readlink(f"/proc/self/fd/{number}").split(":")[0])
-        except FileNotFoundError:
-            continue
-    with open("/proc/self/maps") as file:
-        shared = sum("memfd:zeroxide" in line for line in file)
-    return sorted(links), sorted(each.name for each in threading.enumerate()), shared
 
 
 def made(stage):
@@ -120,7 +90,7 @@ def test_a_step_that_fails_leaves_nothing_and_the_model_whole(stage, home, tmp_p
     hooks, before = hooks_of(model), resources()
     for step in STEPS:
         for late in (False, True):
-            real = getattr(engine_module, step)
+            real = getattr(build_module, step)
 
             def fail(*args, real=real, late=late, **kwargs):
                 if late:
@@ -128,7 +98,7 @@ def test_a_step_that_fails_leaves_nothing_and_the_model_whole(stage, home, tmp_p
                 raise Stop
 
             with monkeypatch.context() as patch:
-                patch.setattr(engine_module, step, fail)
+                patch.setattr(build_module, step, fail)
                 with pytest.raises(Stop):
                     zeroxide.initialize(model=model, optimizer=optimizer, config=config)
             if step == "Watch" and late:
@@ -153,6 +123,38 @@ def test_a_step_that_fails_leaves_nothing_and_the_model_whole(stage, home, tmp_p
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.parametrize(("stage", "home"), [(2, "none"), (3, "nvme")])
+def test_the_construction_leaves_nothing_after_any_of_its_steps(stage, home, tmp_path, monkeypatch):
+    # Catches: a step that does not register how what it made is closed, or what it changed is undone.
+    config = settings(tmp_path, stage, home)
+    config.pop("optimizer")
+    expected = trained(*made(stage), config)
+    model, optimizer = made(stage)
+    hooks, before, plain, who = hooks_of(model), resources(), values(model), identities(model)
+    done = []
+    for number, (name, _) in enumerate(build_module.STEPS):
+
+        def stop(under_way):
+            done.append(under_way)
+            raise Stop
+
+        with monkeypatch.context() as patch:
+            patch.setattr(build_module, "STEPS", (*build_module.STEPS[: number + 1], ("stop", stop)))
+            with pytest.raises(Stop):
+                zeroxide.initialize(model=model, optimizer=optimizer, config=config)
+        # Whoever holds what was half made, as a debugger does, holds no resource with it.
+        assert len(done) == number + 1
+        assert resources() == before, name
+        assert hooks_of(model) == hooks, name
+        assert identities(model) == who, name
+        assert differences(plain, values(model)) == [], name
+        assert list(tmp_path.iterdir()) == [], name
+    assert [name for name, _ in build_module.STEPS][-1] == "show"
+    done.clear()
+    got = trained(model, optimizer, config)
+    assert [name for name, value in expected.items() if not torch.equal(got[name], value)] == []
+
+
 @pytest.mark.parametrize("step", ["open_core", "Unit", "Hooks", "EngineOptimizer"])
 def test_a_model_in_slices_is_whole_again_too(step, tmp_path, monkeypatch):
     def sliced():
@@ -170,7 +172,7 @@ def test_a_model_in_slices_is_whole_again_too(step, tmp_path, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, step, fail)
+        patch.setattr(build_module, step, fail)
         with pytest.raises(Stop):
             zeroxide.initialize(model=model, config=config)
     assert all(param.numel() == 0 for param in model.parameters())
@@ -195,7 +197,7 @@ def test_a_model_on_meta_stays_there(tmp_path, monkeypatch):
         raise Stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "Hooks", fail)
+        patch.setattr(build_module, "Hooks", fail)
         with pytest.raises(Stop):
             zeroxide.initialize(model=model, config=config, weights=Ones())
     assert all(a is b for a, b in zip(model.parameters(), params, strict=True))
@@ -215,7 +217,7 @@ def test_what_cannot_be_given_back_is_refused_by_name(tmp_path, monkeypatch):
     model, optimizer = made(3)
     monkeypatch.setattr(undo, "_read", lambda *_: None)
     with monkeypatch.context() as patch:
-        patch.setattr(engine_module, "Hooks", fail)
+        patch.setattr(build_module, "Hooks", fail)
         with pytest.raises(Stop):
             zeroxide.initialize(model=model, optimizer=optimizer, config=settings(tmp_path, 3, "nvme"))
     for use in (lambda: model(ids()), model.state_dict):

@@ -202,8 +202,8 @@ def test_frozen_weights_take_the_bytes_that_they_have(tmp_path, dtype):
     model = nn.Sequential(nn.Linear(8, 8))
     model.base = nn.Parameter(torch.zeros(1 << 20, dtype=dtype), requires_grad=False)
     with started(model, tmp_path) as engine:
-        held = engine._core.usage()["weights"][0]
-        assert engine._plan.buckets["weights"] == held
+        held = engine.parts.core().usage()["weights"][0]
+        assert engine.parts.plan.buckets["weights"] == held
     # The layer, and padding of each part to 2048 elements of 4 bytes.
     most = (1 << 20) * dtype.itemsize + 2 * 8192
     assert (1 << 20) * dtype.itemsize <= held <= most

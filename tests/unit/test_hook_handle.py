@@ -272,4 +272,4 @@ def test_targets_of_copied_steps_are_unaffected(tmp_path):
         copied = copy.deepcopy(model)
         next_token_loss(copied.logits(ids()), ids()).backward()
         assert all(param.grad is not None for param in copied.parameters())
-        assert not any(engine._alive().accumulated())
+        assert not any(engine.parts.core().accumulated())

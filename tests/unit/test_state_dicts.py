@@ -146,7 +146,7 @@ def test_a_model_says_the_weights_of_the_last_step(dtype, settings):
                 assert (found[name] - value).abs().max() <= bound, (step, name)
             assert before is None or not torch.equal(found["wte.weight"], before["wte.weight"])
             before = found
-        assert engine._plan.params_always_full or not any(param.numel() for param in model.parameters())
+        assert engine.parts.plan.params_always_full or not any(param.numel() for param in model.parameters())
 
 
 def test_a_dict_outlives_steps_and_its_engine(settings):
@@ -159,7 +159,7 @@ def test_a_dict_outlives_steps_and_its_engine(settings):
         train(engine, 1)
         now = {name: value.clone() for name, value in model.state_dict().items()}
         assert not torch.equal(now["wte.weight"], kept["wte.weight"])
-        expected = now if engine._plan.params_always_full else kept
+        expected = now if engine.parts.plan.params_always_full else kept
         same({name: value.clone() for name, value in state.items()}, {name: expected[name] for name in state})
     same(state, {name: expected[name] for name in state})
 

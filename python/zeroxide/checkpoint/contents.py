@@ -1,4 +1,4 @@
-"""What an engine holds, by name: parameters with their state in the core, buffers of the model, optimizer groups."""
+"""What a run holds, by name: parameters with their state in the core, buffers of the model, optimizer groups."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.precision.bits import ORDINARY, round_into
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
-    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.training_state import TrainingState
 
 __all__ = [
     "PARTS",
@@ -65,16 +64,16 @@ def value_dtype(held: ParamRecord, part: str) -> torch.dtype:
     return held.dtype if part == "weights" else torch.float32
 
 
-def param_records(engine: Engine) -> list[ParamRecord]:
+def param_records(training: TrainingState) -> list[ParamRecord]:
     """Every parameter once, in the order of the core."""
-    core = engine._alive()
+    core = training.core
     names: dict[int, list[str]] = {}
-    for name, param in engine.module.named_parameters(remove_duplicate=False):
+    for name, param in training.module.named_parameters(remove_duplicate=False):
         known = names.setdefault(id(param), [])
         # A module that is there compiled and as it was has one name for both.
         if (plain := plain_name(name)) not in known:
             known.append(plain)
-    grouped = [] if engine.optimizer is None else engine.optimizer.param_groups
+    grouped = [] if training.optimizer is None else training.optimizer.param_groups
     groups = {id(param): number for number, group in enumerate(grouped) for param in group["params"]}
     return [
         ParamRecord(
@@ -89,7 +88,7 @@ def param_records(engine: Engine) -> list[ParamRecord]:
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
         )
-        for unit in engine._units
+        for unit in training.units
         for position, param in enumerate(unit.params)
     ]
 
@@ -103,13 +102,13 @@ class ElementRange:
     count: int
 
 
-def own_pieces(engine: Engine) -> list[ElementRange]:
+def own_pieces(training: TrainingState) -> list[ElementRange]:
     """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
-    core, word = engine._alive(), engine._plan.compute.itemsize
-    held = {(each.unit, each.position): each for each in param_records(engine)}
+    core, word = training.core, training.compute.itemsize
+    held = {(each.unit, each.position): each for each in param_records(training)}
     return [
         _run(held[unit.index, position], start, count, word)
-        for unit in engine._units
+        for unit in training.units
         for position, start, count in core.pieces(unit.index)
     ]
 
@@ -122,14 +121,14 @@ def _run(held: ParamRecord, start: int, count: int, word: int) -> ElementRange:
     return ElementRange(held, first, min(count * word // size, held.numel - first))
 
 
-def pieces_to_fill(engine: Engine, part: str) -> list[ElementRange]:
+def pieces_to_fill(training: TrainingState, part: str) -> list[ElementRange]:
     """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its own.
 
     Every rank keeps the weights up to stage 2, and the moments at stage 0.
     """
-    if engine.config.zero.stage < (3 if part == "weights" else 1):
-        return [ElementRange(held, 0, held.numel) for held in param_records(engine)]
-    return own_pieces(engine)
+    if training.keeps_whole(part):
+        return [ElementRange(held, 0, held.numel) for held in param_records(training)]
+    return own_pieces(training)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
@@ -164,13 +163,13 @@ class Staging:
 class LiveState:
     """Reads the state of parameters out of the core, a chunk at a time, into reused memory."""
 
-    def __init__(self, core: _core.Offload, tile_elements: int, staging: Staging, word: int) -> None:
-        """`word` is the bytes of an element of the compute dtype, in which frozen parameters are laid out."""
-        self._core = core
+    def __init__(self, training: TrainingState, staging: Staging) -> None:
+        self._core = training.core
         self._staging = staging
-        self._word = word
+        self._word = training.compute.itemsize
+        """Bytes of an element of the compute dtype, in which frozen parameters are laid out."""
         # State on disk comes in whole tiles; a chunk that ends where a tile ends reads none of them twice.
-        self._step = max(1, staging.elements // tile_elements) * tile_elements
+        self._step = max(1, staging.elements // training.tile_elements) * training.tile_elements
         self._step = min(self._step, staging.elements)
 
     def chunks(

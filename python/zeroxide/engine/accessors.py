@@ -7,13 +7,9 @@ from typing import Any
 import torch
 
 from zeroxide import _core
-from zeroxide._core import Offload
 from zeroxide.config import Config
-from zeroxide.distributed import Ranks
-from zeroxide.engine.peak import Peak
+from zeroxide.engine.parts import Parts
 from zeroxide.plan.plan import Plan
-from zeroxide.precision.loss_scale import LossScaler
-from zeroxide.zero.exchange import Exchange
 
 __all__ = ["Accessors"]
 
@@ -21,24 +17,8 @@ __all__ = ["Accessors"]
 class Accessors:
     """The engine's methods about its settings and counts, under DeepSpeed's names where it has them."""
 
-    config: Config
-    optimizer: Any
-    ranks: Ranks
-    global_steps: int
-    skipped_steps: int
-    _applied: bool
-    _core: Offload | None
-    _exchange: Exchange
-    _norm: float | None
-    _peak: Peak
-    _plan: Plan
-    _scaler: LossScaler
-    _times: dict[str, float]
-
-    def _alive(self) -> Offload:
-        if self._core is None:
-            raise RuntimeError("the engine was destroyed")
-        return self._core
+    parts: Parts
+    """What they all ask."""
 
     def get_global_grad_norm(self) -> torch.Tensor | None:
         """Norm of all gradients at the last step, before clipping and without the loss scale: fp64 of shape ().
@@ -46,80 +26,88 @@ class Accessors:
         Infinity if the step was left out, since a gradient was not finite; NaN if it was made all the same. None before
         the first step, and with `zero_optimization.compute_grad_norm` false.
         """
-        if self._norm is None or not self.config.zero.compute_grad_norm:
+        if self.parts.updater.norm is None or not self.parts.config.zero.compute_grad_norm:
             return None
-        return torch.tensor(self._norm, dtype=torch.float64)
+        return torch.tensor(self.parts.updater.norm, dtype=torch.float64)
 
     def get_lr(self) -> list[float]:
         """Learning rate of each group."""
-        return [] if self.optimizer is None else [float(group["lr"]) for group in self.optimizer.param_groups]
+        return [float(group["lr"]) for group in self._groups()]
 
     def get_mom(self) -> list[tuple[float, float]]:
         """Adam's betas of each group."""
-        return [] if self.optimizer is None else [tuple(group["betas"]) for group in self.optimizer.param_groups]
+        return [tuple(group["betas"]) for group in self._groups()]
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of every group. A schedule overwrites it at its next step."""
-        for group in () if self.optimizer is None else self.optimizer.param_groups:
+        for group in self._groups():
             group["lr"] = lr
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [] if self.parts.optimizer is None else list(self.parts.optimizer.param_groups)
 
     def was_step_applied(self) -> bool:
         """Whether the last `step` changed the weights."""
-        return self._applied
+        return self.parts.updater.applied
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 where gradients are left as they are."""
-        return self.config.gradients.clipping or 0.0
+        return self.parts.config.gradients.clipping or 0.0
 
     def steps_per_print(self) -> int | None:
         """Optimizer steps from one line of progress to the next; None for no lines."""
-        return self.config.report.steps_per_print
+        return self.parts.config.report.steps_per_print
 
     def wall_clock_breakdown(self) -> bool:
         """Whether those lines have times."""
-        return self.config.report.wall_clock_breakdown
+        return self.parts.config.report.wall_clock_breakdown
 
     @property
     def dp_world_size(self) -> int:
         """Ranks that share the data."""
-        return self.ranks.world
+        return self.parts.ranks.world
 
     def zero_optimization_stage(self) -> int:
         """ZeRO stage of the config."""
-        return self.config.zero.stage
+        return self.parts.config.zero.stage
 
     def zero_optimization(self) -> bool:
         """Whether ranks share the optimizer state: stage 1 or more."""
-        return self.config.zero.stage >= 1
+        return self.parts.config.zero.stage >= 1
 
     def zero_optimization_partition_gradients(self) -> bool:
         """Whether ranks share gradients: stage 2 or more."""
-        return self.config.zero.stage >= 2
+        return self.parts.config.zero.stage >= 2
 
     def zero_optimization_partition_weights(self) -> bool:
         """Whether ranks share weights: stage 3."""
-        return self.config.zero.stage >= 3
+        return self.parts.config.zero.stage >= 3
 
     def bfloat16_enabled(self) -> bool:
         """Whether weights and activations are bf16."""
-        return self.config.precision.dtype == "bf16"
+        return self.parts.config.precision.dtype == "bf16"
 
     def fp16_enabled(self) -> bool:
         """Whether weights and activations are fp16."""
-        return self.config.precision.dtype == "fp16"
+        return self.parts.config.precision.dtype == "fp16"
 
     def loss_scale(self) -> float:
         """What the next loss will be multiplied by before backward; 1 without fp16."""
-        return self._scaler.scale
+        return self.parts.scaler.scale
 
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale follows overflows."""
-        return self._scaler.dynamic
+        return self.parts.scaler.dynamic
 
     @property
     def config_params(self) -> dict[str, Any]:
-        """The config as it was given, parsed."""
-        return dict(self.config.source)
+        """A copy of `config`."""
+        return dict(self.parts.given)
+
+    @property
+    def resolved_config(self) -> Config:
+        """What the config and the keyword arguments come to, every setting with the value that counts."""
+        return self.parts.config
 
     @property
     def device(self) -> torch.device:
@@ -128,7 +116,7 @@ class Accessors:
 
     def plan(self) -> Plan:
         """Units, homes and expected bytes."""
-        return self._plan
+        return self.parts.plan
 
     def memory(self) -> dict[str, Any]:
         """Bytes per bucket as {"current", "peak"}, the process under "process", and the budget under "limit".
@@ -138,10 +126,10 @@ class Accessors:
         known from samples only: at every step with a budget, and here; "exact" tells.
         """
         usage: dict[str, Any] = {
-            name: {"current": current, "peak": peak} for name, (current, peak) in self._alive().usage().items()
+            name: {"current": current, "peak": peak} for name, (current, peak) in self.parts.core().usage().items()
         }
-        usage["process"] = {**_core.resident(), "peak": self._peak.most(), "exact": self._peak.exact}
-        usage["limit"] = self.config.zeroxide.host_memory
+        usage["process"] = {**_core.resident(), "peak": self.parts.peak.most(), "exact": self.parts.peak.exact}
+        usage["limit"] = self.parts.config.zeroxide.host_memory
         return usage
 
     def io(self) -> dict[str, Any]:
@@ -151,7 +139,7 @@ class Accessors:
         which compute stood still for the disk, and `update_seconds` those spent on optimizer steps, waiting included,
         also where that was within the next forward.
         """
-        found = self._alive().io()
+        found = self.parts.core().io()
         if found is None:
             counts = dict.fromkeys(("read_bytes", "write_bytes", "reads", "writes", "tiles_updated"), 0)
             seconds = dict.fromkeys(("read_seconds", "write_seconds", "wait_seconds", "update_seconds"), 0.0)
@@ -160,20 +148,110 @@ class Accessors:
 
     def exchanged_bytes(self) -> int:
         """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
-        return self._exchange.sent_bytes
+        return self.parts.weights.sent_bytes + self.parts.reduction.sent_bytes
 
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""
-        return dict(self._times)
+        return dict(self.parts.timers.seconds)
 
-    def _report(self) -> None:
-        every = self.config.report.steps_per_print
-        if not every or self.global_steps % every:
-            return
-        norm = "-" if self._norm is None else f"{self._norm:.3f}"
-        line = f"[zeroxide] step {self.global_steps} lr {self.get_lr()[0]:.3e} grad norm {norm}"
-        if self.skipped_steps:
-            line += f" skipped {self.skipped_steps}"
-        if self.config.report.wall_clock_breakdown:
-            line += "".join(f" {name} {seconds:.2f} s" for name, seconds in self._times.items())
-        print(line, flush=True)
+    # Settable, as scripts do --------------------------------------------------------------------------------------
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimizer, None for an engine that only evaluates."""
+        return self.parts.optimizer
+
+    @optimizer.setter
+    def optimizer(self, optimizer: Any) -> None:
+        self.parts.optimizer = optimizer
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The schedule that `step` moves on, None for none: then whoever has one steps it."""
+        return self.parts.lr_scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self.parts.lr_scheduler = scheduler
+
+    @property
+    def global_steps(self) -> int:
+        """Optimizer steps so far, those that were left out among them."""
+        return self.parts.counters.global_steps
+
+    @global_steps.setter
+    def global_steps(self, steps: int) -> None:
+        self.parts.counters.global_steps = steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps that were left out, since a gradient was not finite."""
+        return self.parts.counters.skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, steps: int) -> None:
+        self.parts.counters.skipped_steps = steps
+
+    @property
+    def micro_steps(self) -> int:
+        """Calls of `step` so far."""
+        return self.parts.counters.micro_steps
+
+    @micro_steps.setter
+    def micro_steps(self, steps: int) -> None:
+        self.parts.counters.micro_steps = steps
+
+    # Micro-batches ------------------------------------------------------------------------------------------------
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per optimizer step."""
+        return self.parts.accumulation.steps
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks. Raises ConfigError where the config gives no batch size."""
+        return self.parts.accumulation.train_batch
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward. Raises ConfigError where the config gives no batch size."""
+        return self.parts.accumulation.micro_batch
+
+    def get_batch_info(self) -> tuple[int, int, int]:
+        """(samples per optimizer step, samples per forward, forwards per optimizer step).
+
+        Raises ConfigError where the config gives no batch size.
+        """
+        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+
+    @property
+    def global_samples(self) -> int:
+        """Samples of all optimizer steps so far, over all ranks. Raises ConfigError where the config gives no batch
+        size."""
+        self.train_micro_batch_size_per_gpu()
+        return self.parts.counters.samples
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Changes the samples per optimizer step by changing the number of micro-batches; their size stays.
+
+        Raises ConfigError for a number that is no multiple of the samples of one forward over all ranks, and in the
+        middle of a window, whose gradients are divided by the number of before.
+        """
+        self.parts.accumulation.set_train_batch(train_batch_size)
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Changes the samples per forward; the number of forwards per optimizer step stays. Raises ConfigError.
+
+        The engine's own data loader goes on with the size that it was made with.
+        """
+        self.parts.accumulation.set_micro_batch(micro_batch_size)
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the next `step` updates the weights; with `managed_gradient_accumulation` false, whether a `step` is
+        under way, since each is a boundary and nothing else is."""
+        return self.parts.accumulation.is_boundary()
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decides from outside whether `step` updates the weights; None goes back to what the config says.
+
+        That is counting, or with `managed_gradient_accumulation` false an update at every `step`.
+        """
+        self.parts.accumulation.boundary = is_boundary

@@ -2,172 +2,171 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.autograd import Variable
 
 from zeroxide.config import Config
-from zeroxide.distributed import Ranks
 from zeroxide.errors import ConfigError
 from zeroxide.precision.loss_scale import LossScaler
 
-if TYPE_CHECKING:
-    from zeroxide.zero.hooks import Hooks
+__all__ = ["Accumulation", "Counters", "Divided", "micro_batch_of"]
 
-__all__ = ["Accumulation", "micro_batch_of"]
+
+@dataclass
+class Counters:
+    """What training has counted since it began, resumed runs included."""
+
+    global_steps: int = 0
+    """Optimizer steps, those that were left out among them."""
+    skipped_steps: int = 0
+    """Optimizer steps that were left out, since a gradient was not finite."""
+    micro_steps: int = 0
+    """Calls of `step`."""
+    samples: int = 0
+    """Samples of all optimizer steps over all ranks, each forward one sample where the config gives no batch size."""
+
+
+class Divided(Protocol):
+    """What takes gradients and divides them."""
+
+    divisor: int
 
 
 class Accumulation:
-    """The engine's methods about batch sizes and accumulation, under DeepSpeed's names.
+    """Batch sizes, and where one optimizer step ends and the next one begins.
 
     A window is the micro-batches of one optimizer step. Without a batch size in the config training works all the
     same, since a forward takes what it is given; only what is made of that number is refused.
     """
 
-    config: Config
-    ranks: Ranks
-    micro_steps: int
-    _hooks: Hooks
-    _scaler: LossScaler
-    _boundary: bool | None
-    """What the caller said of the next `step`; None leaves it to the config."""
-    _stepping: bool
-    """Whether a call of `step` is under way."""
-    _window_start: int
-    """`micro_steps` when the number of steps in a window last changed: windows are counted from there."""
-    _samples: int
-    """As `global_samples`, each forward one sample where the config gives no batch size."""
-    _backwards: int
-    """Calls of `backward` since the last optimizer step."""
-
-    def _begin_counting(self) -> None:
-        self.micro_steps = 0
-        self._boundary = None
-        self._stepping = False
-        self._window_start = 0
-        self._samples = 0
-        self._backwards = 0
-
-    def gradient_accumulation_steps(self) -> int:
+    def __init__(self, config: Config, world: int, counters: Counters, gradients: Divided) -> None:
+        self.steps = config.batch.gradient_accumulation_steps
         """Micro-batches per optimizer step."""
-        return self.config.batch.gradient_accumulation_steps
+        self.world = world
+        self.counters = counters
+        self.boundary: bool | None = None
+        """What the caller said of the next `step`; None leaves it to the config."""
+        self.stepping = False
+        """Whether a call of `step` is under way."""
+        self._managed = config.batch.managed_gradient_accumulation
+        self._micro_batch = config.batch.train_micro_batch_size_per_gpu
+        self._train_batch = config.batch.train_batch_size
+        self._gradients = gradients
+        self._window_start = 0
+        """`micro_steps` when the number of steps in a window last changed: windows are counted from there."""
+        self._backwards = 0
+        """Calls of `backward` since the last optimizer step."""
+        self.divide_gradients()
 
-    def train_batch_size(self) -> int:
-        """Samples per optimizer step over all ranks. Raises ConfigError where the config gives no batch size."""
-        return self.config.batch.train_batch_size or (
-            self.train_micro_batch_size_per_gpu() * self.gradient_accumulation_steps() * self.ranks.world
-        )
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per forward. Raises ConfigError where the config gives no batch size."""
-        return micro_batch_of(self.config)
-
-    def get_batch_info(self) -> tuple[int, int, int]:
-        """(samples per optimizer step, samples per forward, forwards per optimizer step).
-
-        Raises ConfigError where the config gives no batch size.
-        """
-        return self.train_batch_size(), self.train_micro_batch_size_per_gpu(), self.gradient_accumulation_steps()
+    # Sizes ----------------------------------------------------------------------------------------------------------
 
     @property
-    def global_samples(self) -> int:
-        """Samples of all optimizer steps so far, over all ranks. Raises ConfigError where the config gives no batch
-        size."""
-        micro_batch_of(self.config)
-        return self._samples
+    def micro_batch(self) -> int:
+        """Samples per forward. Raises ConfigError where the config gives no batch size."""
+        return _given(self._micro_batch)
 
-    def set_train_batch_size(self, train_batch_size: int) -> None:
+    @property
+    def train_batch(self) -> int:
+        """Samples per optimizer step over all ranks. Raises ConfigError where the config gives no batch size."""
+        return self._train_batch or self.micro_batch * self.steps * self.world
+
+    def set_train_batch(self, samples: int) -> None:
         """Changes the samples per optimizer step by changing the number of micro-batches; their size stays.
 
         Raises ConfigError for a number that is no multiple of the samples of one forward over all ranks, and in the
         middle of a window, whose gradients are divided by the number of before.
         """
-        unit = self.train_micro_batch_size_per_gpu() * self.ranks.world
-        _check_size("train_batch_size", train_batch_size)
-        if train_batch_size % unit:
+        unit = self.micro_batch * self.world
+        _check_size("train_batch_size", samples)
+        if samples % unit:
             raise ConfigError(
-                f"train_batch_size = {train_batch_size} is not a multiple of {unit}, the samples of one forward over "
-                f"{self.ranks.world} ranks",
+                f"train_batch_size = {samples} is not a multiple of {unit}, the samples of one forward over "
+                f"{self.world} ranks",
                 path="train_batch_size",
                 expected=f"a multiple of {unit}",
-                got=str(train_batch_size),
+                got=str(samples),
             )
-        self._resize(train_batch_size=train_batch_size, gradient_accumulation_steps=train_batch_size // unit)
+        self._check_between_windows()
+        self._train_batch, self.steps = samples, samples // unit
+        self._begin_windows()
 
-    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
-        """Changes the samples per forward; the number of forwards per optimizer step stays. Raises ConfigError.
+    def set_micro_batch(self, samples: int) -> None:
+        """Changes the samples per forward; the number of forwards per optimizer step stays. Raises ConfigError."""
+        _check_size("train_micro_batch_size_per_gpu", samples)
+        self._check_between_windows()
+        self._micro_batch, self._train_batch = samples, samples * self.steps * self.world
+        self._begin_windows()
 
-        The engine's own data loader goes on with the size that it was made with.
-        """
-        _check_size("train_micro_batch_size_per_gpu", micro_batch_size)
-        steps = self.gradient_accumulation_steps()
-        self._resize(
-            train_micro_batch_size_per_gpu=micro_batch_size,
-            train_batch_size=micro_batch_size * steps * self.ranks.world,
-        )
-
-    def _resize(self, **changed: Any) -> None:
-        if self._inside_window():
+    def _check_between_windows(self) -> None:
+        if self.inside_window():
             raise ConfigError(
-                f"batch sizes cannot change after {self._inside_window()} of {self.gradient_accumulation_steps()} "
+                f"batch sizes cannot change after {self.inside_window()} of {self.steps} "
                 "micro-batches: change them after the step that updates the weights",
                 path="train_batch_size",
             )
-        self.config = dataclasses.replace(self.config, batch=dataclasses.replace(self.config.batch, **changed))
-        self._window_start = self.micro_steps
-        self._divide_gradients()
 
-    def scale(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss times the loss scale, for `engine.scale(loss).backward()`; without fp16 the loss itself.
+    def _begin_windows(self) -> None:
+        self._window_start = self.counters.micro_steps
+        self.divide_gradients()
 
-        As with any `backward` of torch's own, gradients are those of the loss divided by the accumulation steps.
-        """
-        if self.gradient_accumulation_steps() == 1 or not loss.requires_grad:
-            return self._scaler.apply(loss)
+    # Boundaries -----------------------------------------------------------------------------------------------------
+
+    def inside_window(self) -> int:
+        """Micro-batches since the last optimizer step, 0 where the caller owns the boundary."""
+        if self.boundary is not None or not self._managed:
+            return 0
+        return (self.counters.micro_steps - self._window_start) % self.steps
+
+    def is_boundary(self) -> bool:
+        """Whether the next `step` updates the weights; without managed accumulation, whether a `step` is under way,
+        since each is a boundary and nothing else is."""
+        if self.boundary is not None:
+            return self.boundary
+        if not self._managed:
+            return self.stepping
+        return self.inside_window() + 1 == self.steps
+
+    def count_backward(self) -> None:
+        """Adds one call of `backward`."""
+        self._backwards += 1
+
+    def count_step(self) -> None:
+        """Adds one optimizer step and its samples."""
+        forwards = self.steps if self._managed else self._backwards
+        self.counters.global_steps += 1
+        self.counters.samples += (self._micro_batch or 1) * forwards * self.world
+        self._backwards = 0
+
+    def resume(self, saved: Counters) -> None:
+        """Goes on from `saved`. A checkpoint is between two steps, whatever their number of micro-batches is now."""
+        self.counters.__dict__.update(saved.__dict__)
+        self._window_start = saved.micro_steps
+
+    # Division -------------------------------------------------------------------------------------------------------
+
+    def divide_gradients(self) -> None:
+        """From now on gradients are those of a loss that nobody divided by the accumulation steps."""
+        self._gradients.divisor = self.steps
+
+    def take_as_divided(self) -> None:
+        """From now on gradients are those of a loss that was divided, or is not to be."""
+        self._gradients.divisor = 1
+
+    def scale(self, loss: torch.Tensor, scaler: LossScaler) -> torch.Tensor:
+        """The loss over the accumulation steps, times the loss scale, whose backward leaves gradients undivided."""
+        if self.steps == 1 or not loss.requires_grad:
+            return scaler.apply(loss)
         # Before the scale and forward's low dtype, so that the bits are those of `engine.backward`.
-        scaled = self._scaler.apply(loss / self.gradient_accumulation_steps())
+        scaled = scaler.apply(loss / self.steps)
         scaled.register_hook(self._note_divided)  # type: ignore[no-untyped-call]
         return scaled
 
     def _note_divided(self, grad: torch.Tensor) -> None:
-        self._hooks.reducer.divisor = 1
-        Variable._execution_engine.queue_callback(self._divide_gradients)
-
-    def _divide_gradients(self) -> None:
-        """From now on gradients are those of a loss that nobody divided by the accumulation steps."""
-        self._hooks.reducer.divisor = self.gradient_accumulation_steps()
-
-    def _inside_window(self) -> int:
-        """Micro-batches since the last optimizer step, 0 where the caller owns the boundary."""
-        if self._boundary is not None or not self.config.batch.managed_gradient_accumulation:
-            return 0
-        return (self.micro_steps - self._window_start) % self.gradient_accumulation_steps()
-
-    def is_gradient_accumulation_boundary(self) -> bool:
-        """Whether the next `step` updates the weights; with `managed_gradient_accumulation` false, whether a `step` is
-        under way, since each is a boundary and nothing else is."""
-        if self._boundary is not None:
-            return self._boundary
-        if not self.config.batch.managed_gradient_accumulation:
-            return self._stepping
-        return self._inside_window() + 1 == self.gradient_accumulation_steps()
-
-    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decides from outside whether `step` updates the weights; None goes back to what the config says.
-
-        That is counting, or with `managed_gradient_accumulation` false an update at every `step`.
-        """
-        self._boundary = is_boundary
-
-    def _count_step(self) -> None:
-        """Adds the samples of one optimizer step."""
-        forwards = self.gradient_accumulation_steps()
-        if not self.config.batch.managed_gradient_accumulation:
-            forwards = self._backwards
-        self._samples += (self.config.batch.train_micro_batch_size_per_gpu or 1) * forwards * self.ranks.world
-        self._backwards = 0
+        self.take_as_divided()
+        Variable._execution_engine.queue_callback(self.divide_gradients)
 
 
 def _check_size(name: str, value: object) -> None:
@@ -175,12 +174,16 @@ def _check_size(name: str, value: object) -> None:
         raise ConfigError(f"{name}: expected an integer of at least 1, got {value!r}", path=name, got=repr(value))
 
 
-def micro_batch_of(config: Config) -> int:
-    """Samples per forward. Raises ConfigError where the config gives no batch size."""
-    if config.batch.train_micro_batch_size_per_gpu is None:
+def _given(micro_batch: int | None) -> int:
+    if micro_batch is None:
         raise ConfigError(
             "no batch size: the config has neither train_micro_batch_size_per_gpu nor train_batch_size; give one of "
             'them, for example config={"train_micro_batch_size_per_gpu": 1}',
             path="train_micro_batch_size_per_gpu",
         )
-    return config.batch.train_micro_batch_size_per_gpu
+    return micro_batch
+
+
+def micro_batch_of(config: Config) -> int:
+    """Samples per forward. Raises ConfigError where the config gives no batch size."""
+    return _given(config.batch.train_micro_batch_size_per_gpu)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import weakref
 
 from zeroxide import _core
+from zeroxide.errors import BudgetError
 
-__all__ = ["Peak"]
+__all__ = ["Peak", "check_budget"]
 
 _live: weakref.WeakSet[Peak] = weakref.WeakSet()
 
@@ -62,3 +63,19 @@ class Peak:
         else:
             self._before = _core.resident()["peak"]
         self._seen = _core.resident()["rss"]
+
+
+def check_budget(peak: Peak, limit: int | None, step: int) -> None:
+    """Raises BudgetError when more than `limit` bytes were resident since the last check that failed."""
+    if limit is None:
+        return
+    most = peak.since_start_over()
+    if most > limit:
+        # The next step is measured by itself, so that a smaller batch helps.
+        peak.start_over()
+        raise BudgetError(
+            f"resident memory reached {most / 2**20:.0f} MiB, the budget is {limit / 2**20:.0f} MiB: after step "
+            f"{step} everything is intact; raise host_memory, or lower the batch or sequence length",
+            need=most,
+            limit=limit,
+        )

@@ -13,8 +13,10 @@ tensor of size 0 without a word. Shapes, dtypes, gradients and hooks are then an
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -173,11 +175,12 @@ class ParameterTable(dict[str, Any]):
         """Whether reads do not bring weights that a parameter shows without having them, as it may in backward."""
 
     def __getitem__(self, name: str) -> Any:
-        found = super().__getitem__(name)
-        if (self.moves or isinstance(found, _Empty)) and hasattr(found, "_handle"):
-            context = found._handle.context
-            if context.in_pass():
-                context.use([found])
+        # Every look of a module at one of its parameters comes by here.
+        found = dict.__getitem__(self, name)
+        if self.moves or isinstance(found, _Empty):
+            handle = getattr(found, "_handle", None)
+            if handle is not None:
+                handle.touch(found)
         return found
 
     def items(self) -> Any:
@@ -217,14 +220,21 @@ class ParameterTable(dict[str, Any]):
 
 
 _CLASSES: dict[type, type] = {}
+"""By the class that a parameter has while it shows values, the one that it has while it is empty."""
+_FULL: dict[type, type] = {}
+"""The other way round."""
 
 
 def _class_of(kind: type) -> type:
-    """The class that a parameter of class `kind` has while it is empty."""
-    made = _CLASSES.get(kind)
+    """The class that a parameter of class `kind`, which may be that already, has while it is empty."""
+    made = kind if issubclass(kind, _Empty) else _CLASSES.get(kind)
     if made is None:
         made = _CLASSES[kind] = type(kind.__name__, (_Empty, kind), {"full": kind, "__module__": kind.__module__})
+        _FULL[made] = kind
     return made
+
+
+_CLASS = repeat("__class__")
 
 
 def full_class(param: torch.Tensor) -> type:
@@ -238,17 +248,16 @@ def reveal(param: nn.Parameter, data: torch.Tensor) -> None:
     reveal_all((param,), (data,))
 
 
-def reveal_all(params: Iterable[nn.Parameter], shown: Iterable[torch.Tensor]) -> None:
+def reveal_all(params: Sequence[nn.Parameter], shown: Sequence[torch.Tensor]) -> None:
     """Lets each parameter show its tensor of `shown`.
 
     A parameter without values has its asking class at every moment, so another thread that reads it then is refused.
     """
+    # Every parameter in every pass: no step of a loop is Python's own.
     with torch._C.DisableTorchFunctionSubclass():
-        for param, data in zip(params, shown, strict=True):
-            _set_data(param, data)
-            kind = type(param)
-            if issubclass(kind, _Empty):
-                param.__class__ = kind.full
+        deque(map(_set_data, params, shown), 0)
+        kinds = [*map(type, params)]
+        deque(map(setattr, params, _CLASS, map(_FULL.get, kinds, kinds)), 0)
 
 
 def conceal(param: nn.Parameter, empty: torch.Tensor) -> None:
@@ -256,11 +265,10 @@ def conceal(param: nn.Parameter, empty: torch.Tensor) -> None:
     conceal_all((param,), (empty,))
 
 
-def conceal_all(params: Iterable[nn.Parameter], empties: Iterable[torch.Tensor]) -> None:
+def conceal_all(params: Sequence[nn.Parameter], empties: Sequence[torch.Tensor]) -> None:
     """Makes managed parameters ones without values, as `conceal` does for one."""
     with torch._C.DisableTorchFunctionSubclass():
-        for param, empty in zip(params, empties, strict=True):
-            kind = type(param)
-            if not issubclass(kind, _Empty):
-                param.__class__ = _CLASSES.get(kind) or _class_of(kind)
-                _set_data(param, empty)
+        # A class that is no key is that of an empty parameter, or is met for the first time.
+        kinds = [_CLASSES.get(kind) or _class_of(kind) for kind in map(type, params)]
+        deque(map(setattr, params, _CLASS, kinds), 0)
+        deque(map(_set_data, params, empties), 0)

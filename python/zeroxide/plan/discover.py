@@ -15,7 +15,10 @@ from torch import nn
 
 from zeroxide.plan.parameters import ParameterPlan
 
-__all__ = ["UnitPlan", "find_units", "is_leaf"]
+__all__ = ["LEAF", "UnitPlan", "find_units", "is_leaf"]
+
+LEAF = "_z3_leaf"
+"""The attribute of a module that is to be gathered whole, as DeepSpeed calls it."""
 
 MANY = 128
 """Up to so many blocks are units of their own, however small they are."""
@@ -49,7 +52,7 @@ class UnitPlan:
 
 def is_leaf(module: nn.Module) -> bool:
     """Whether the module is marked to be gathered whole."""
-    return bool(module.__dict__.get("_z3_leaf"))
+    return bool(module.__dict__.get(LEAF))
 
 
 def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -6,7 +6,7 @@ version counters and addresses before a step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 
 import torch
 from torch import nn
@@ -41,7 +41,11 @@ class ModelGuard:
             for name, param, trainable in zip(unit.names, unit.params, unit.trainable, strict=True)
             if not trainable
         ]
-        self.parts = list(_parts(module))
+        self.tables: list[dict[str, object]] = []
+        """Every table of parameters and of modules in the model."""
+        self.held: list[int] = []
+        """The identities of what they hold, one after the other."""
+        self._note_parts()
 
     def before_training(self) -> None:
         """Raises ModelError when parameters are trainable that the engine does not train, or were cast."""
@@ -88,11 +92,9 @@ class ModelGuard:
         Also for a model that has other parameters than before. Not earlier: torch.func.functional_call puts others in
         their place for a while.
         """
-        for table, parts in self.parts:
-            if [*map(id, dict.values(table))] != parts:
-                self.check_parameters()
-                self.parts = list(_parts(self.module))
-                break
+        if self._present() != self.held:
+            self.check_parameters()
+            self._note_parts()
         for unit in self.context.units:
             if unit.lent:
                 name = unit.names[next(iter(unit.lent))]
@@ -103,6 +105,14 @@ class ModelGuard:
                 )
             if self.context.params_always_full:
                 self._look_at(unit)
+
+    def _note_parts(self) -> None:
+        self.tables = [table for each in self.module.modules() for table in (each._parameters, each._modules)]  # type: ignore[misc]
+        self.held = self._present()
+
+    def _present(self) -> list[int]:
+        # Not as somebody who is about to use what the tables list.
+        return [*map(id, chain.from_iterable(map(dict.values, self.tables)))]
 
     def _look_at(self, unit: Unit) -> None:
         if replaced := unit.replaced():
@@ -125,11 +135,3 @@ class ModelGuard:
             "change it inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
             name=name,
         )
-
-
-def _parts(module: nn.Module) -> Iterator[tuple[dict[str, object], list[int]]]:
-    """Every table of parameters and of modules in the model, and the identities of what it holds."""
-    for each in module.modules():
-        for table in (each._parameters, each._modules):
-            # Not as somebody who is about to use what the table lists.
-            yield table, [*map(id, dict.values(table))]  # type: ignore[misc]

@@ -14,6 +14,7 @@ from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.errors import ModelError
+from zeroxide.plan.discover import LEAF
 from zeroxide.plan.plan import is_leaf
 from zeroxide.zero.param import sharded_param_of
 
@@ -153,7 +154,7 @@ def _mark(modules: list[tuple[str, nn.Module]], flag: bool) -> None:
                 name=path,
             )
     for _, module in modules:
-        module._z3_leaf = flag  # type: ignore[assignment]
+        setattr(module, LEAF, flag)
         for param in module.parameters():
             if flag:
                 param.ds_z3_leaf_module = module  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import ModelError
@@ -21,7 +20,9 @@ from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.unit import Unit
 
 if TYPE_CHECKING:
+    from zeroxide.zero.gather.gatherer import Gatherer
     from zeroxide.zero.hooks import Hooks
+    from zeroxide.zero.live_core import LiveCore
 
 __all__ = ["ParameterContext", "ShardedParam", "shard_all", "sharded_param_of"]
 
@@ -31,8 +32,8 @@ class ParameterContext:
 
     def __init__(
         self,
-        core: Callable[[], _core.Offload],
-        before_change: Callable[[], None],
+        core: LiveCore,
+        gatherer: Gatherer,
         units: list[Unit],
         ranks: Ranks,
         watch: Watch,
@@ -44,7 +45,7 @@ class ParameterContext:
         self.on_disk = on_disk
         """Whether weights are at home on disk, which does not see what is written into memory."""
         self.core = core
-        self.before_change = before_change
+        self.gatherer = gatherer
         self.units = units
         self.ranks = ranks
         self.watch = watch
@@ -58,6 +59,8 @@ class ParameterContext:
         """Whether what is written through `.data` would be lost, or be one rank's alone."""
         self.changes = 0
         """How often values of parameters have changed since the start."""
+        self.waits: list[Callable[[], None]] = []
+        """Called before values change: a save in the background waits here until it has what it needs."""
 
     @property
     def alone(self) -> bool:
@@ -85,6 +88,10 @@ class ParameterContext:
             )
         self.hooks.use(list({sharded.unit.index: sharded.unit for sharded in used}.values()))
 
+    def lacks(self, unit: Unit) -> bool:
+        """Whether a pass is under way on this thread to which the unit has not been brought."""
+        return self.hooks is not None and self.hooks.lacks(unit)
+
     def apart(self) -> AbstractContextManager[None]:
         """What an operation outside of a pass is done in, from `use` to `end_use`."""
         return nullcontext() if self.hooks is None else self.hooks.apart()
@@ -98,7 +105,7 @@ class ParameterContext:
         """The parameter, empty, may be used in the pass by what gathers it later."""
         sharded = sharded_param_of(param)
         if sharded is not None and sharded.trainable and self.hooks is not None and torch.is_grad_enabled():
-            self.hooks.accumulators.append(sharded.unit.accumulator(sharded.position))
+            self.hooks.uses.accumulators.append(sharded.unit.accumulator(sharded.position))
 
     def own_copy(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor, or a copy of it where its memory is that of weights."""
@@ -135,6 +142,14 @@ class ParameterContext:
             return []
         sharded_params = [sharded for sharded in self.handed_out if sharded.unit is unit and not sharded.holds]
         return [sharded.position for sharded in sharded_params if sharded.changed_by_hand(sharded.param)]
+
+    def before_change(self) -> None:
+        """Waits until values may change: no weights are on their way, and nobody reads what is there for himself."""
+        self.changes += 1
+        self.forget_by_hand()
+        self.gatherer.drain()
+        for wait in self.waits:
+            wait()
 
     def forget_by_hand(self) -> None:
         """Values change by the engine's own hand."""
@@ -197,6 +212,11 @@ class ShardedParam:
     def available(self) -> bool:
         """Whether the parameter shows its values now."""
         return self.holds > 0 or self.unit.state is UnitState.GATHERED
+
+    def touch(self, param: nn.Parameter) -> None:
+        """A module looks at the parameter: in a pass, it is about to use it."""
+        if self.context.lacks(self.unit):
+            self.context.use([param])
 
     # Who has what ---------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The states that units and passes can be in."""
+"""The states that units, gradients and passes can be in."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import Enum, auto
 
 import torch
 
-__all__ = ["UnitState", "in_backward"]
+__all__ = ["GradientState", "PassState", "UnitState", "UsesState", "in_backward"]
 
 
 class UnitState(Enum):
@@ -18,6 +18,50 @@ class UnitState(Enum):
 
     RELEASED = auto()
     GATHERED = auto()
+
+
+class GradientState(Enum):
+    """Whether gradients of a unit may arrive.
+
+    IDLE: none is expected. To OPEN when a backward begins, at the latest with the first gradient of any unit.
+    OPEN: they are accumulated as they come. To SENT when the unit's part of a backward is complete, on several ranks;
+    else to IDLE when the backward ends.
+    SENT: they are on their way to the ranks that update with them, and none may come. To IDLE when all ranks have
+    reduced every unit of the backward.
+    """
+
+    IDLE = auto()
+    OPEN = auto()
+    SENT = auto()
+
+
+class PassState(Enum):
+    """What the model does.
+
+    IDLE: no pass of the whole model is under way, though parts of it may run by themselves.
+    FORWARD: from the model's first call to its return. From IDLE.
+    BACKWARD: from the first gradient that is known, or `engine.backward`, to the end of autograd's pass. From IDLE, or
+    from FORWARD where that asks for gradients itself; recomputation is part of it.
+
+    A pass that ends is followed by a new one that is IDLE.
+    """
+
+    IDLE = auto()
+    FORWARD = auto()
+    BACKWARD = auto()
+
+
+class UsesState(Enum):
+    """Whether a backward is still to come for the forwards that `Uses` has seen.
+
+    NONE: there was no forward with gradients. To PENDING with the first one.
+    PENDING: the backward is still to come, or to end. To ENDED when it does.
+    ENDED: what is known holds for another backward through the same graph. The next forward begins anew.
+    """
+
+    NONE = auto()
+    PENDING = auto()
+    ENDED = auto()
 
 
 def in_backward() -> bool:

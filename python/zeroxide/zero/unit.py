@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from operator import attrgetter, gt, methodcaller
 from typing import Any
 
 import torch
@@ -14,9 +16,14 @@ from zeroxide.params.empty import conceal, conceal_all, reveal, reveal_all
 from zeroxide.params.handle import unmanage
 from zeroxide.plan.plan import UnitPlan
 from zeroxide.precision.bits import bytes_of, copy_of, tensor_of
-from zeroxide.zero.passes import UnitState
+from zeroxide.zero.passes import GradientState, UnitState
 
 __all__ = ["Unit"]
+
+# Asked of every parameter in every pass.
+_VERSION: Callable[[torch.Tensor], int] = attrgetter("_version")
+_ADDRESS: Callable[[torch.Tensor], int] = methodcaller("data_ptr")
+_USES: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class Unit:
@@ -48,11 +55,13 @@ class Unit:
             self.views.append(tensor_of(raw, kind, shape))
         self.addresses = [view.data_ptr() for view in self.views]
         self.storages = [view.untyped_storage() for view in self.views]
-        self.own_uses = [_uses(storage) for storage in self.storages]
+        self.storage_addresses = [storage._cdata for storage in self.storages]
+        self.own_uses = [*map(_USES, self.storage_addresses)]
         self.first_address = flat.data_ptr()
         self.end_address = flat.data_ptr() + flat.nbytes
         self.empties = [torch.empty(0, dtype=kind) for kind in self.dtypes]
         self.state = UnitState.RELEASED
+        self.gradients = GradientState.IDLE
         self.lent: dict[int, torch.Tensor] = {}
         """Positions whose parameters show a copy of their values, whatever becomes of the unit."""
         self.versions = [0] * len(self.params)
@@ -104,6 +113,7 @@ class Unit:
             param.data = copy_of(param.data)
             unmanage(param)
         self.state = UnitState.RELEASED
+        self.gradients = GradientState.IDLE
         self.lent.clear()
 
     def lend(self, position: int, copy: torch.Tensor) -> None:
@@ -124,11 +134,11 @@ class Unit:
 
     def note_versions(self) -> None:
         """Takes the parameters as they are for unchanged."""
-        self.versions = [param._version for param in self.params]
+        self.versions = [*map(_VERSION, self.params)]
 
     def edits(self) -> list[int]:
         """Positions of parameters that were changed in place since they were shown, other than while lent."""
-        if [param._version for param in self.params] == self.versions:
+        if [*map(_VERSION, self.params)] == self.versions:
             return []
         found = [
             position
@@ -144,7 +154,7 @@ class Unit:
 
     def replaced(self) -> list[int]:
         """Positions of shown parameters whose `.data` somebody has replaced, other than by `lend`."""
-        if [param.data_ptr() for param in self.params] == self.addresses:
+        if [*map(_ADDRESS, self.params)] == self.addresses:
             return []
         found = [
             position
@@ -188,7 +198,7 @@ class Unit:
 
     def has_readers(self) -> bool:
         """Whether somebody beside this unit has views of its weights while it is released."""
-        return any(_uses(storage) > own for storage, own in zip(self.storages, self.own_uses, strict=True))
+        return any(map(gt, map(_USES, self.storage_addresses), self.own_uses))
 
     def contains(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is the unit's. Tensors of other kinds have no memory that could be."""
@@ -201,11 +211,6 @@ class Unit:
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():
             reveal(self.params[position], copy)
-
-
-def _uses(storage: torch.UntypedStorage) -> int:
-    found: int = torch._C._storage_Use_Count(storage._cdata)
-    return found
 
 
 def _described(tensor: torch.Tensor) -> str:

@@ -18,12 +18,14 @@ from zeroxide.errors import ModelError, StorageError
 from zeroxide.precision.bits import bytes_of, why_not_bytes
 
 if TYPE_CHECKING:
-    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.training_state import TrainingState
 
 __all__ = ["save_model"]
 
 
-def save_model(engine: Engine, save_dir: Path, save_filename: str | None, *, include_frozen: bool = True) -> Path:
+def save_model(
+    training: TrainingState, save_dir: Path, save_filename: str | None, *, include_frozen: bool = True
+) -> Path:
     """Writes weights and persistent buffers with the dtypes they are computed with; returns the file to load.
 
     Every rank must call it with the same arguments. That file is `save_filename` (default "model.safetensors") or,
@@ -32,12 +34,12 @@ def save_model(engine: Engine, save_dir: Path, save_filename: str | None, *, inc
     Raises ConfigError for a name that does not end in .safetensors, ModelError for a buffer of a dtype that the
     format lacks, StorageError when the files cannot be written: all ranks raise what one does.
     """
-    team = Team(engine.ranks)
+    team = Team(training.ranks)
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 
     def plan() -> dict[str, object]:
-        made.append(_Export(engine, check_name(name), save_dir, team, include_frozen))
+        made.append(_Export(training, check_name(name), save_dir, team, include_frozen))
         return {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
 
     team.same(team.together(plan, save_dir), "export different models", save_dir)
@@ -47,13 +49,13 @@ def save_model(engine: Engine, save_dir: Path, save_filename: str | None, *, inc
 class _Export:
     """What will be written where."""
 
-    def __init__(self, engine: Engine, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
+    def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
         self.team = team
-        self.live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
+        self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}
-        for run in own_pieces(engine):
+        for run in own_pieces(training):
             self.runs.setdefault(run.held.name, []).append(run)
-        self.buffers = persistent_buffers(engine.module)
+        self.buffers = persistent_buffers(training.module)
         for name, buffer in self.buffers.items():
             problem = why_not_bytes(buffer)
             if problem is not None:
@@ -62,8 +64,8 @@ class _Export:
                     name=name,
                 )
         tensors = [
-            Tensor(held.name, engine._plan.compute if held.trainable else held.dtype, held.shape)
-            for held in param_records(engine)
+            Tensor(held.name, training.compute if held.trainable else held.dtype, held.shape)
+            for held in param_records(training)
             if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]

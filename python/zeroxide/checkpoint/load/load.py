@@ -35,12 +35,11 @@ from zeroxide.checkpoint.load.spill_file import SpillFile
 from zeroxide.device.placement import spec
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import assign
-from zeroxide.plan.home import Home
 from zeroxide.precision.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import set_buffer
 
 if TYPE_CHECKING:
-    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.training_state import TrainingState
 
 __all__ = ["load_checkpoint"]
 
@@ -51,7 +50,7 @@ SCHEDULED = ("lr", "initial_lr")
 
 
 def load_checkpoint(
-    engine: Engine, load_dir: Path, tag: str | None, *, strict: bool, optimizer: bool, scheduler: bool
+    training: TrainingState, load_dir: Path, tag: str | None, *, strict: bool, optimizer: bool, scheduler: bool
 ) -> tuple[Path | None, dict[str, Any] | None]:
     """Loads weights and buffers and, as asked, optimizer state and schedule. Returns (path, client_state).
 
@@ -66,7 +65,7 @@ def load_checkpoint(
     Raises CheckpointError on all ranks, before any engine has changed, for a checkpoint that is missing, damaged or
     of another model; an error after that says that the engines hold a mixture.
     """
-    team = Team(engine.ranks)
+    team = Team(training.ranks)
     asked = {"load_optimizer_states": optimizer, "load_lr_scheduler_states": scheduler, "load_module_strict": strict}
 
     def look() -> dict[str, Any]:
@@ -89,7 +88,7 @@ def load_checkpoint(
         return {"tag": looked[team.rank]["name"] or path.name, "manifest": manifests[0].checksum(), **asked}
 
     team.same(team.together(read, path), "load different checkpoints", path)
-    load = _Load(engine, path, manifests[0], team, strict=strict, optimizer=optimizer, scheduler=scheduler)
+    load = _Load(training, path, manifests[0], team, strict=strict, optimizer=optimizer, scheduler=scheduler)
     load.apply()
     return path, load.client_state
 
@@ -113,7 +112,7 @@ class _Load:
 
     def __init__(
         self,
-        engine: Engine,
+        training: TrainingState,
         path: Path,
         manifest: Manifest,
         team: Team,
@@ -122,12 +121,12 @@ class _Load:
         optimizer: bool,
         scheduler: bool,
     ) -> None:
-        self.engine = engine
-        self.core = engine._alive()
+        self.training = training
+        self.core = training.core
         self.path = path
         self.manifest = manifest
         self.team = team
-        self.held = param_records(engine)
+        self.held = param_records(training)
         self.resume = optimizer or scheduler
         self.optimizer = optimizer
         self.staging = Staging()
@@ -146,12 +145,12 @@ class _Load:
         self.sources = Sources(path, manifest.files, needed, self.staging, team)
 
     def _compare(self, strict: bool, scheduler: bool) -> None:
-        engine, manifest, path = self.engine, self.manifest, self.path
+        training, manifest, path = self.training, self.manifest, self.path
         self.saved = match_parameters(self.held, manifest, path, strict=strict)
-        self.buffers = match_buffers(persistent_buffers(engine.module), manifest, path, strict=strict)
+        self.buffers = match_buffers(persistent_buffers(training.module), manifest, path, strict=strict)
         self.scheduler = scheduler and self._has_scheduler(strict)
         if self.resume:
-            match_groups(self.held, self.saved, len(engine.optimizer.param_groups), manifest, path)
+            match_groups(self.held, self.saved, len(training.optimizer.param_groups), manifest, path)
         states = manifest.generators
         self.generators = states[self.team.rank] if self.resume and self.team.rank < len(states) else None
         try:
@@ -168,7 +167,7 @@ class _Load:
             raise CheckpointError(f"the manifest of {path} is not well-formed: {error}", path=path) from None
 
     def _has_scheduler(self, strict: bool) -> bool:
-        here, there = self.engine.lr_scheduler, self.manifest.scheduler
+        here, there = self.training.lr_scheduler, self.manifest.scheduler
         if here is not None and there is not None:
             kind = type(here).__name__
             if kind != there.kind:
@@ -191,7 +190,7 @@ class _Load:
         units = list(dict.fromkeys(held.unit for held in self.held))
         mine: dict[tuple[int, str], list[ElementRange]] = {}
         for part in parts:
-            for run in pieces_to_fill(self.engine, part):
+            for run in pieces_to_fill(self.training, part):
                 mine.setdefault((run.held.unit, part), []).append(run)
         for unit in units:
             for part in parts:
@@ -225,7 +224,7 @@ class _Load:
 
     def apply(self) -> None:
         """Changes the engine. Raises CheckpointError that says whether it is as before or a mixture."""
-        live = LiveState(self.core, self.engine._plan.tile_elements, self.staging, self.engine._plan.compute.itemsize)
+        live = LiveState(self.training, self.staging)
         with self._make_room(live) as spill:
             undo = self._resume_schedule()
             try:
@@ -251,7 +250,9 @@ class _Load:
 
         def make() -> None:
             try:
-                made.append(SpillFile(max(room.values(), default=0), self._scratch(), live, self.staging))
+                made.append(
+                    SpillFile(max(room.values(), default=0), self.training.scratch_directory, live, self.staging)
+                )
             except OSError as error:
                 raise CheckpointError(
                     f"{self.path} was not loaded: no room for the values that stay: {error.strerror}", path=self.path
@@ -267,7 +268,7 @@ class _Load:
 
     def _change(self, spill: SpillFile) -> None:
         """Fills everything. A failure leaves nothing half begun, and the other ranks none to wait for."""
-        self.engine._gatherer.release_all()
+        self.training.release_all()
         self.core.clear_gradients()
         left = list(reversed(self.fills))
         unit = None
@@ -285,14 +286,6 @@ class _Load:
                 self.core.fill_begin(fill.unit, fill.part)
                 self.core.fill_commit(fill.unit)
             raise
-
-    def _scratch(self) -> Path | None:
-        config = self.engine.config
-        homes = (
-            (self.engine._plan.weights, config.zero.offload_param),
-            (self.engine._plan.state, config.zero.offload_optimizer),
-        )
-        return next((offload.path for home, offload in homes if home is Home.DISK), None)
 
     def _keep_unit(self, unit: int, spill: SpillFile) -> None:
         spill.start_unit()
@@ -342,13 +335,13 @@ class _Load:
             found = values if values.dtype == buffer.dtype else values.to(buffer.dtype)
             at = start * buffer.itemsize
             raw[at : at + found.numel() * buffer.itemsize].copy_(bytes_of(found))
-        set_buffer(self.engine.module, buffer, tensor_of(raw, buffer.dtype, buffer.shape))
+        set_buffer(self.training.module, buffer, tensor_of(raw, buffer.dtype, buffer.shape))
 
     def _resume_schedule(self) -> Callable[[], None]:
         """Restores schedule and hyperparameters. Returns what undoes it; undone already if it raises."""
-        groups = self.engine.optimizer.param_groups
+        groups = self.training.optimizer.param_groups
         before = [copy.deepcopy({name: value for name, value in group.items() if name != "params"}) for group in groups]
-        scheduler = self.engine.lr_scheduler if self.scheduler else None
+        scheduler = self.training.lr_scheduler if self.scheduler else None
         position = copy.deepcopy(scheduler.state_dict()) if scheduler is not None else None
 
         def undo() -> None:
@@ -360,7 +353,7 @@ class _Load:
                 for name, value in values.items():
                     assign(group, name, value)
 
-        keep = SCHEDULED if self.engine.lr_scheduler is not None and not self.scheduler else ()
+        keep = SCHEDULED if self.training.lr_scheduler is not None and not self.scheduler else ()
 
         def resume() -> None:
             try:
@@ -385,20 +378,21 @@ class _Load:
         return undo
 
     def _resume_counters(self) -> None:
-        engine, saved = self.engine, self.manifest.counters
+        training, saved = self.training, self.manifest.counters
         if self.optimizer:
             for held in self.held:
                 was = self.saved[held.name]
                 if was is not None:
                     self.core.set_updates(held.unit, held.position, was.updates)
             if self.manifest.loss_scale is not None:
-                engine._scaler.load_state_dict(self.manifest.loss_scale.model_dump())
+                training.loss_scaler.load_state_dict(self.manifest.loss_scale.model_dump())
         if not self.resume:
             return
-        engine.global_steps = saved.global_steps
-        engine._samples = saved.global_samples
-        engine.skipped_steps = saved.skipped_steps
-        # A checkpoint is always between two steps, whatever their number of micro-batches is now.
-        engine.micro_steps = engine._window_start = saved.micro_steps
+        training.resume(
+            global_steps=saved.global_steps,
+            skipped_steps=saved.skipped_steps,
+            micro_steps=saved.micro_steps,
+            samples=saved.global_samples,
+        )
         if self.generators is not None:
             generators.restore(self.generators)

@@ -32,7 +32,7 @@ from zeroxide.checkpoint.save.snapshot import Slab, Slabs, SlabStaging, Snapshot
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.training_state import TrainingState
 
 __all__ = ["Saver"]
 
@@ -48,9 +48,10 @@ PATIENCE_SECONDS = 15.0
 class Saver:
     """All saves of one engine on this rank, at most one of them under way, and what they took."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, training: TrainingState) -> None:
+        self._training = training
         self._under_way: _Background | None = None
+        training.on_change(self.before_update)
         self._stats = {"saves": 0, "bytes": 0, "seconds_stopped": 0.0, "seconds_writing": 0.0, "memory_peak": 0}
 
     def save(
@@ -60,14 +61,14 @@ class Saver:
         start = time.perf_counter()
         try:
             self.conclude()
-            asked = (self._engine, save_dir, tag, client_state, save_latest, include_frozen)
-            if not self._engine.config.checkpoint.background:
+            asked = (self._training, save_dir, tag, client_state, save_latest, include_frozen)
+            if not self._training.in_background:
                 path, size = save_checkpoint(*asked)
                 self._stats["bytes"] += size
                 self._stats["seconds_writing"] += time.perf_counter() - start
             else:
                 save = Save(*asked, frozen_in_time=True)
-                self._under_way = _Background(self._engine, save, self._memory(save))
+                self._under_way = _Background(self._training, save, self._memory(save))
                 path = save.target
             self._stats["saves"] += 1
             return path
@@ -75,13 +76,9 @@ class Saver:
             self._stats["seconds_stopped"] += time.perf_counter() - start
 
     def _memory(self, save: Save) -> int:
-        config = self._engine.config
-        room = config.checkpoint.memory
-        if config.zeroxide.host_memory is not None:
-            left = max(0, config.zeroxide.host_memory - self._engine._peak.since_start_over())
-            room = left if room is None else min(room, left)
+        room = self._training.staging_memory
         if room is None:
-            room = available_memory() // 2 // self._engine.ranks.local_world
+            room = available_memory() // 2 // self._training.ranks.local_world
         return min(room, save.description.bytes)
 
     def before_update(self) -> None:
@@ -123,9 +120,9 @@ class Saver:
 class _Background:
     """One save under way."""
 
-    def __init__(self, engine: Engine, save: Save, memory: int) -> None:
-        # The engine is kept, since its end would end the core that is read here.
-        self._engine = engine
+    def __init__(self, training: TrainingState, save: Save, memory: int) -> None:
+        # Kept, since the core that is read here ends with whoever holds it last.
+        self._training = training
         self._save = save
         self.slabs = Slabs(memory, CHUNK_BYTES)
         self.captured = threading.Event()
@@ -150,9 +147,7 @@ class _Background:
     def _capture(self) -> None:
         staging = SlabStaging(self.slabs)
         try:
-            live = LiveState(
-                self._engine._alive(), self._engine._plan.tile_elements, staging, self._engine._plan.compute.itemsize
-            )
+            live = LiveState(self._training, staging)
             for values in self._save.description.values(live):
                 self._chunks.put((values, staging.last()))
         except SnapshotEnded:

@@ -29,7 +29,7 @@ from zeroxide.optim.groups import plain
 from zeroxide.precision.bits import bytes_of, copy_of, why_not_bytes
 
 if TYPE_CHECKING:
-    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.training_state import TrainingState
 
 __all__ = ["BUFFERS", "Description"]
 
@@ -46,7 +46,7 @@ class Description:
 
     def __init__(
         self,
-        engine: Engine,
+        training: TrainingState,
         client_state: dict[str, Any],
         include_frozen: bool,
         rank: int,
@@ -54,20 +54,19 @@ class Description:
         *,
         frozen_in_time: bool,
     ) -> None:
-        core = engine._alive()
         self._leads = rank == 0
-        self._held = param_records(engine)
+        self._held = param_records(training)
         self._by_name = {held.name: held for held in self._held}
-        self._buffers = self._checked_buffers(engine, frozen_in_time)
+        self._buffers = self._checked_buffers(training, frozen_in_time)
         self.generators = generators.read()
         if self._leads:
             # What only rank 0 writes, only rank 0 need be able to write.
-            self._frame = _frame(engine, client_state)
-            self._updates = [core.updates(held.unit, held.position) for held in self._held]
+            self._frame = _frame(training, client_state)
+            self._updates = [training.core.updates(held.unit, held.position) for held in self._held]
         mark = f"rank{rank:05}-" if world > 1 else ""
         self.files = [
             (f"{family}-{mark}{number:05}.safetensors", cuts)
-            for family, wanted in self._families(engine, include_frozen)
+            for family, wanted in self._families(training, include_frozen)
             for number, cuts in enumerate(cut_into_files(wanted, cutting.FILE_BYTES, pieces=True), 1)
         ]
         self.payload = sum(cut.entry.bytes for _, cuts in self.files for cut in cuts)
@@ -76,8 +75,8 @@ class Description:
         """Room that this rank's part takes, rounded up."""
 
     @staticmethod
-    def _checked_buffers(engine: Engine, frozen_in_time: bool) -> dict[str, torch.Tensor]:
-        buffers = persistent_buffers(engine.module)
+    def _checked_buffers(training: TrainingState, frozen_in_time: bool) -> dict[str, torch.Tensor]:
+        buffers = persistent_buffers(training.module)
         for name, buffer in buffers.items():
             problem = why_not_bytes(buffer)
             if problem is not None:
@@ -86,8 +85,8 @@ class Description:
                 )
         return {name: copy_of(buffer) for name, buffer in buffers.items()} if frozen_in_time else buffers
 
-    def _families(self, engine: Engine, include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
-        own = own_pieces(engine)
+    def _families(self, training: TrainingState, include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
+        own = own_pieces(training)
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
             held.name: Tensor(held.name, held.dtype, held.shape)
@@ -160,27 +159,27 @@ class Description:
         return manifest
 
 
-def _frame(engine: Engine, client_state: dict[str, Any]) -> dict[str, Any]:
+def _frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:
     """Everything of the manifest that does not speak of tensors."""
     if not isinstance(client_state, dict):
         raise CheckpointError(f"client_state must be a dict, got {type(client_state).__name__}")
-    scale = engine._scaler.state_dict()
+    counters, scale = training.counters, training.loss_scaler.state_dict()
     return {
         "zeroxide": _core.__version__,
-        "precision": engine.config.precision.dtype,
-        "state_format": engine._plan.format,
+        "precision": training.precision,
+        "state_format": training.format,
         "counters": Counters(
-            global_steps=engine.global_steps,
-            global_samples=engine._samples,
-            micro_steps=engine.micro_steps,
-            skipped_steps=engine.skipped_steps,
+            global_steps=counters.global_steps,
+            global_samples=counters.samples,
+            micro_steps=counters.micro_steps,
+            skipped_steps=counters.skipped_steps,
         ),
         "client_state": encode(client_state, "client_state"),
-        "scheduler": _scheduler(engine.lr_scheduler),
+        "scheduler": _scheduler(training.lr_scheduler),
         "loss_scale": None if scale is None else SavedLossScale(**scale),
         "groups": [
             Group(hyperparameters=encode(group, f"optimizer group {number}"))
-            for number, group in enumerate(engine.optimizer.hyperparameters())
+            for number, group in enumerate(training.optimizer.hyperparameters())
         ],
     }
 

@@ -19,7 +19,7 @@ from zeroxide.checkpoint.save.description import Description
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from zeroxide.engine.engine import Engine
+    from zeroxide.engine.training_state import TrainingState
 
 __all__ = ["Save", "save_checkpoint"]
 
@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 
 def save_checkpoint(
-    engine: Engine,
+    training: TrainingState,
     save_dir: Path,
     tag: str | None,
     client_state: dict[str, Any],
@@ -43,8 +43,8 @@ def save_checkpoint(
     with every earlier checkpoint as it was, when gradients are being accumulated, when something is not JSON, when
     the ranks disagree, or when the files of any rank cannot be written.
     """
-    save = Save(engine, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
-    live = LiveState(engine._alive(), engine._plan.tile_elements, Staging(), engine._plan.compute.itemsize)
+    save = Save(training, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
+    live = LiveState(training, Staging())
     try:
         reports = save.team.together(lambda: save.write(save.description.values(live)), save.target)
         save.team.together(lambda: save.commit(reports), save.target)
@@ -62,7 +62,7 @@ class Save:
 
     def __init__(
         self,
-        engine: Engine,
+        training: TrainingState,
         save_dir: Path,
         tag: str | None,
         client_state: dict[str, Any],
@@ -71,8 +71,8 @@ class Save:
         *,
         frozen_in_time: bool,
     ) -> None:
-        self.team = Team(engine.ranks)
-        self.tag = f"global_step{engine.global_steps}" if tag is None else str(tag)
+        self.team = Team(training.ranks)
+        self.tag = f"global_step{training.counters.global_steps}" if tag is None else str(tag)
         self.save_dir = save_dir
         self.target = save_dir / self.tag
         self._save_latest = save_latest
@@ -80,11 +80,15 @@ class Save:
 
         def describe() -> dict[str, Any]:
             commit.check_tag(self.tag, save_dir)
-            _check_boundary(engine)
+            _check_boundary(training)
             self.description = Description(
-                engine, client_state, include_frozen, self.team.rank, self.team.world, frozen_in_time=frozen_in_time
+                training, client_state, include_frozen, self.team.rank, self.team.world, frozen_in_time=frozen_in_time
             )
-            asked = {"tag": self.tag, "exclude_frozen_parameters": not include_frozen, "step": engine.global_steps}
+            asked = {
+                "tag": self.tag,
+                "exclude_frozen_parameters": not include_frozen,
+                "step": training.counters.global_steps,
+            }
             return {"bytes": self.description.bytes, "asked": asked}
 
         found = self.team.together(describe, self.target)
@@ -167,10 +171,8 @@ class Save:
         return f"checkpoint {self.tag} was not saved to {self.save_dir}: {reason}; checkpoints saved before are intact"
 
 
-def _check_boundary(engine: Engine) -> None:
-    steps = engine.gradient_accumulation_steps()
-    _, _, accumulated = engine._alive().grad_norm()
-    inside = engine._inside_window()
+def _check_boundary(training: TrainingState) -> None:
+    steps, inside, accumulated = training.accumulation_steps, training.inside_window(), training.landed_gradients()
     if not accumulated and not inside:
         return
     where = (

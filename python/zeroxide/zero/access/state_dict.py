@@ -30,48 +30,12 @@ from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
 from zeroxide.zero.param import ParameterContext, ShardedParam, sharded_param_of
 
-__all__ = ["FullState", "StateDicts", "full_state_dict", "load_full_state_dict", "refuse_loading"]
+__all__ = ["StateDicts", "full_state_dict", "load_full_state_dict", "load_given_state_dict", "refuse_loading"]
 
 logger = logging.getLogger("zeroxide")
 
 SAVE = "_save_to_state_dict"
 """The method of every module that writes its own part of a state dict."""
-
-
-class FullState:
-    """The engine's methods for state dicts."""
-
-    module: nn.Module
-    _context: ParameterContext
-
-    def module_state_dict(
-        self, destination: dict[str, Any] | None = None, prefix: str = "", exclude_frozen_parameters: bool = False
-    ) -> dict[str, torch.Tensor]:
-        """Live weights and buffers with all their values, on rank 0; an empty dict elsewhere. Every rank calls it.
-
-        A parameter at a time is gathered, but rank 0 must hold the model; `save_16bit_model` does not need to.
-        """
-        found = full_state_dict(self.module, self._context, include_frozen=not exclude_frozen_parameters)
-        destination = {} if destination is None else destination
-        destination.update({prefix + name: value for name, value in found.items()})
-        return destination
-
-    def load_module_state_dict(
-        self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, fetch_z3_params: bool = False
-    ) -> None:
-        """Makes rank 0's `checkpoint`, a state dict or {"module": one}, the weights and buffers. Every rank calls it.
-
-        Weights are taken as exact as they are given; optimizer state stays. `fetch_z3_params` has no effect: values are
-        always brought where they belong. Raises ModelError when names or shapes do not fit, before anything changes.
-        """
-        if custom_load_fn is not None:
-            raise ConfigError(
-                "load_module_state_dict: custom_load_fn is not supported: call it inside "
-                "zeroxide.zero.GatheredParameters(module.parameters(), modifier_rank=0)",
-                path="custom_load_fn",
-            )
-        given = checkpoint["module"] if isinstance(checkpoint.get("module"), dict) else checkpoint
-        load_full_state_dict(self.module, self._context, given, strict=strict)
 
 
 class StateDicts:
@@ -200,6 +164,20 @@ def full_state_dict(
 
 def _copied(buffer: torch.Tensor) -> torch.Tensor:
     return copy_of(buffer) if why_not_bytes(buffer) is None else buffer.detach().clone()
+
+
+def load_given_state_dict(
+    module: nn.Module, context: ParameterContext, given: dict[str, Any], *, strict: bool, custom_load_fn: Any
+) -> None:
+    """As `load_full_state_dict`, also from {"module": a state dict}. Raises ConfigError for a function that loads."""
+    if custom_load_fn is not None:
+        raise ConfigError(
+            "load_module_state_dict: custom_load_fn is not supported: call it inside "
+            "zeroxide.zero.GatheredParameters(module.parameters(), modifier_rank=0)",
+            path="custom_load_fn",
+        )
+    found = given["module"] if isinstance(given.get("module"), dict) else given
+    load_full_state_dict(module, context, found, strict=strict)
 
 
 def load_full_state_dict(

@@ -8,7 +8,7 @@ from itertools import islice
 from zeroxide import _core
 from zeroxide.errors import ModelError
 from zeroxide.plan.home import Home
-from zeroxide.zero.exchange import Exchange
+from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 
@@ -70,7 +70,7 @@ class Gatherer:
     def __init__(
         self,
         core: _core.Offload,
-        exchange: Exchange,
+        weights: WeightGather,
         units: Sequence[Unit],
         prefetch: int,
         *,
@@ -79,7 +79,7 @@ class Gatherer:
         world: int,
     ) -> None:
         self.core = core
-        self.exchange = exchange
+        self.weights = weights
         self.units = units
         self.params_always_full = params_always_full
         self.home = home
@@ -120,11 +120,11 @@ class Gatherer:
             self._make_room([*beside, unit])
         elif self.home is Home.DISK:
             self._choose_who_gives_way(unit)
-        self.exchange.gather(unit)
+        self.weights.gather(unit)
         unit.show()
         for index in wanted:
             if index not in self.ahead:
-                if not self.exchange.gather_ahead(self.units[index]):
+                if not self.weights.gather_ahead(self.units[index]):
                     break
                 self.ahead.append(index)
         for index in order.ahead(self.reading) if self.reading else ():
@@ -152,7 +152,7 @@ class Gatherer:
     def _drop(self, indices: list[int]) -> None:
         for index in list(indices):
             self.ahead.remove(index)
-            self.exchange.release(self.units[index])
+            self.weights.release(self.units[index])
 
     def use(self, units: Sequence[Unit]) -> None:
         """Makes the parameters of units usable that no hook has announced, all at once, as guests."""
@@ -177,7 +177,7 @@ class Gatherer:
             pass
         self.used.pop(unit.index, None)
         self.used[unit.index] = unit
-        self.exchange.gather(unit)
+        self.weights.gather(unit)
         if unit not in self.guests:
             self.guests.append(unit)
 
@@ -214,7 +214,7 @@ class Gatherer:
         if self.before_release is not None and oldest.state is UnitState.GATHERED:
             self.before_release(oldest)
         del self.used[oldest.index]
-        self.exchange.release(oldest)
+        self.weights.release(oldest)
         return True
 
     def release(self, unit: Unit) -> None:
@@ -229,7 +229,7 @@ class Gatherer:
         self.used.pop(unit.index, None)
         if not self.stays and not self.in_backward:
             unit.hide()
-        self.exchange.release(unit)
+        self.weights.release(unit)
 
     def release_guests(self) -> None:
         """Ends the use of what no hook will."""
@@ -242,9 +242,9 @@ class Gatherer:
         if self.guests:
             self.release_all()
         self._drop(self.ahead)
-        self.exchange.drain()
+        self.weights.drain()
         for unit in () if self.stays or self.params_always_full else self.units:
-            self.exchange.cover(unit)
+            self.weights.cover(unit)
 
     def show_all(self) -> None:
         """Lets parameters that always show their values show their values for the first time."""
@@ -278,6 +278,6 @@ class Gatherer:
             if not self.params_always_full and (hide or not self.stays):
                 unit.hide()
         for unit in self.units:
-            self.exchange.release(unit)
+            self.weights.release(unit)
         if failed is not None:
             raise failed

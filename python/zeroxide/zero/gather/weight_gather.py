@@ -1,22 +1,90 @@
-"""Weights that no rank has all of: each unit's shards come together under its window for as long as it is used."""
+"""Weights from where they are at home to under their windows, for as long as they are used.
+
+With one rank the core has all of a unit. With several, each unit's shards come together from the ranks of one group,
+that of the `Messages` which a gather is given: on one host, weights at home in host memory are one copy for all ranks
+(`SharedWeights`), so gathering them moves nothing; everything else is an all-gather (`CollectiveWeights`).
+"""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import view_of
+from zeroxide.plan.home import Home
+from zeroxide.plan.plan import Plan
 from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 
-__all__ = ["MovingWeights"]
+__all__ = ["CollectiveWeights", "SharedWeights", "SingleRankWeights", "WeightGather", "make_weight_gather"]
 
 
-class MovingWeights:
-    """Gathers and releases units, and knows which of them are on their way.
+class WeightGather(Protocol):
+    """What a unit's life needs of the ranks that have parts of its weights."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of weights that left this rank for others."""
+
+    def gather(self, unit: Unit) -> None:
+        """Makes the unit's weights readable, the other ranks' parts included, and holds them. Idempotent."""
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Begins to gather the unit and holds it, unless what is held leaves no room. The same on all ranks."""
+
+    def release(self, unit: Unit) -> None:
+        """Ends the use of the unit's weights. Idempotent."""
+
+    def drain(self) -> None:
+        """Weights are about to change: what is gathered must not be taken for the new ones."""
+
+    def cover(self, unit: Unit) -> None:
+        """The unit's weights are about to change: nobody may see that half done."""
+
+    def after_step(self) -> None:
+        """The optimizer step has begun on every rank. Afterwards weights that are always full are the new ones."""
+
+
+class SingleRankWeights:
+    """One rank: the core has all weights."""
+
+    sent_bytes = 0
+
+    def __init__(self, core: _core.Offload, *, params_always_full: bool) -> None:
+        self.core = core
+        self.params_always_full = params_always_full
+
+    def gather(self, unit: Unit) -> None:
+        """The core has all of it."""
+        self.core.gather(unit.index)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """There is nothing to wait for but the disk, which the core reads ahead."""
+        return False
+
+    def release(self, unit: Unit) -> None:
+        """The core's memory may go to another unit."""
+        self.core.release(unit.index)
+
+    def drain(self) -> None:
+        """The core knows what it has."""
+
+    def cover(self, unit: Unit) -> None:
+        """Whoever may read it makes the step end before it returns."""
+
+    def after_step(self) -> None:
+        """No other rank has a part of the weights."""
+        if self.params_always_full:
+            self.core.finish()
+
+
+class GatheredWeights:
+    """Weights of which no rank has all: what all-gathers have in common. It knows which units are on their way.
 
     Every rank gathers the same units, ahead or not, in the same order; a unit's own part is there from the moment it is
     held. The other ranks' parts are received right under its window where nobody looks. Where somebody may, they are
@@ -114,3 +182,75 @@ class MovingWeights:
     def _has_readers(self, unit: Unit) -> bool:
         """Whether somebody may read the unit while its parts arrive: by its parameters, or by views from before."""
         return not self._stays and (unit.state is UnitState.GATHERED or unit.has_readers())
+
+
+class SharedWeights(GatheredWeights):
+    """Between ranks of one host, through shared memory. Moves only weights that are at home on disk.
+
+    shown: units whose weights are visible at all times.
+    """
+
+    def __init__(self, core: _core.Offload, messages: Messages, stays: bool, shown: Iterable[Unit]) -> None:
+        super().__init__(core, messages, stays)
+        self._shown = list(shown)
+
+    def gather(self, unit: Unit) -> None:
+        """Waits until every rank has updated its part."""
+        with self.messages.watch.waiting("weights", unit.name):
+            super().gather(unit)
+
+    def after_step(self) -> None:
+        """Ends the step here: a rank that does something else next, or nothing, must not keep the others waiting."""
+        self.core.finish()
+        # The one copy has every rank's part when all have updated theirs.
+        for unit in self._shown:
+            self.gather(unit)
+            self.release(unit)
+
+
+class CollectiveWeights(GatheredWeights):
+    """Between any ranks, by messages over torch.distributed.
+
+    refreshed: units that every rank keeps (stages 1 and 2), brought up to date right after a step. visible: whether
+    weights are there at all times.
+    """
+
+    def __init__(
+        self,
+        core: _core.Offload,
+        messages: Messages,
+        stays: bool,
+        refreshed: Iterable[Unit],
+        *,
+        params_always_full: bool,
+    ) -> None:
+        super().__init__(core, messages, stays)
+        self._refreshed = list(refreshed)
+        self._visible = params_always_full
+
+    def after_step(self) -> None:
+        """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones.
+
+        With state on disk each unit's parts travel while the next one is updated.
+        """
+        before = None
+        for unit in self._refreshed:
+            self.gather_ahead(unit)
+            if before is not None:
+                self.release(before)
+            before = unit
+        if before is not None:
+            self.release(before)
+        if self._visible:
+            self.core.finish()
+
+
+def make_weight_gather(core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages) -> WeightGather:
+    """What brings the weights of `units` together from the ranks that `messages` go between."""
+    if plan.world == 1:
+        return SingleRankWeights(core, params_always_full=plan.params_always_full)
+    stays = plan.weights is Home.HOST
+    if plan.transport == "shared":
+        return SharedWeights(core, messages, stays, units if plan.params_always_full else ())
+    refreshed = units if plan.params_always_full and not plan.replicated else ()
+    return CollectiveWeights(core, messages, stays, refreshed, params_always_full=plan.params_always_full)

@@ -32,7 +32,7 @@ from zeroxide.errors import ModelError
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter
 from zeroxide.params.operations import parameters_in
-from zeroxide.zero.passes import in_backward
+from zeroxide.zero.passes import GradientState, in_backward
 from zeroxide.zero.unit import Unit
 
 if TYPE_CHECKING:
@@ -242,24 +242,20 @@ class LargeWeight:
 
     def accumulate_part(self, start: int, part: torch.Tensor) -> None:
         """Takes a block of rows, whose first element is number `start` of the weight."""
-        self._check_open()
         reducer = self.shared.reducer
-        reducer.begin()
+        if self.unit.gradients is not GradientState.OPEN:
+            reducer.check_open(self.unit)
         reducer.core.accumulate(self.unit.index, self.position, start, spec(reducer.share(part)), True)
         if start + part.numel() == self.unit.shapes[self.position].numel():
             self._arrived()
 
     def accumulate_rows(self, count: int, rows: torch.Tensor, values: torch.Tensor) -> None:
         """Takes `values`, one row for each of `rows` (int64), of a weight of `count` rows."""
-        self._check_open()
         reducer = self.shared.reducer
-        reducer.begin()
+        if self.unit.gradients is not GradientState.OPEN:
+            reducer.check_open(self.unit)
         reducer.core.accumulate_rows(self.unit.index, self.position, count, spec(rows), spec(reducer.share(values)))
         self._arrived()
-
-    def _check_open(self) -> None:
-        if self.unit.index in self.shared.reducer.closed:
-            raise_closed(self.unit)
 
     def _arrived(self) -> None:
         self.accumulated += 1

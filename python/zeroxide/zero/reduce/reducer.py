@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from operator import attrgetter
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -11,10 +12,14 @@ from zeroxide import _core
 from zeroxide.device.placement import spec
 from zeroxide.errors import ModelError
 from zeroxide.zero.hook_handle import Hook
+from zeroxide.zero.passes import GradientState
 from zeroxide.zero.reduce.large_weights import LargeWeights, accumulate_rows, raise_closed
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Reducer"]
+
+_STRIDED = torch.strided
+_HOOKS = attrgetter("_post_accumulate_grad_hooks")
 
 
 class Reducer:
@@ -30,24 +35,27 @@ class Reducer:
         complete: Callable[[Unit], None],
         note_repeated: Callable[[Unit], None],
         is_training: Callable[[], bool],
-        closed: set[int],
         grad_dtype: torch.dtype,
     ) -> None:
         self.core = core
         self.begin = begin
         self.complete = complete
-        self.closed = closed
         self.divisor = 1
         """What gradients are divided by as they are accumulated: the accumulation steps, where no loss was divided by
         them."""
+        self.wanted: list[frozenset[int]] = []
+        """Of each unit, the positions that take a gradient."""
         self.missing: list[set[int]] = []
+        """Those of them whose gradients are outstanding in the backward under way."""
         self.handles: list[RemovableHandle] = []
         self.hooked: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
         for unit in units:
-            wanted = {position for position, trainable in enumerate(unit.trainable) if trainable}
-            self.missing.append(set(wanted))
-            for position in wanted:
-                hook = Hook(self._arrived, unit, position)
+            wanted = frozenset(position for position, trainable in enumerate(unit.trainable) if trainable)
+            missing = set(wanted)
+            self.wanted.append(wanted)
+            self.missing.append(missing)
+            for position in sorted(wanted):
+                hook = Hook(self._arrived, unit, position, missing)
                 self.hooked.append((unit.params[position], hook))
                 self.handles.append(_put(*self.hooked[-1]))
         self.params = [param for param, _ in self.hooked]
@@ -57,6 +65,8 @@ class Reducer:
 
     def stay_last(self) -> None:
         """Hooks of users that came later must find a gradient: takes it after them."""
+        if max(map(len, map(_HOOKS, self.params)), default=0) <= 1:
+            return
         for number, (param, hook) in enumerate(self.hooked):
             hooks = param._post_accumulate_grad_hooks
             if len(hooks) > 1 and next(reversed(hooks)) != self.handles[number].id:
@@ -65,27 +75,41 @@ class Reducer:
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
-        for unit, missing in zip(self.units, self.missing, strict=True):
-            missing.update(position for position, trainable in enumerate(unit.trainable) if trainable)
+        for unit, wanted, missing in zip(self.units, self.wanted, self.missing, strict=True):
+            missing |= wanted
+            if unit.gradients is GradientState.IDLE:
+                unit.gradients = GradientState.OPEN
+
+    def end_backward(self) -> None:
+        """No gradient is expected until the next backward begins."""
+        for unit in self.units:
+            if unit.gradients is GradientState.OPEN:
+                unit.gradients = GradientState.IDLE
+        self.large.end_backward()
 
     def is_complete(self, unit: Unit) -> bool:
         """Whether every gradient of the unit has been accumulated, and nothing in it is frozen: backward is done with
         it."""
         return not unit.has_frozen and not self.missing[unit.index]
 
-    def _arrived(self, unit: Unit, position: int, param: torch.Tensor) -> None:
+    def check_open(self, unit: Unit) -> None:
+        """Begins a backward unless one is under way. Raises ModelError when the unit's gradients have gone out."""
+        self.begin()
+        if unit.gradients is GradientState.SENT:
+            raise_closed(unit)
+
+    def _arrived(self, unit: Unit, position: int, missing: set[int], param: torch.Tensor) -> None:
         grad = param.grad
         if grad is None:
             return
-        self.begin()
-        if unit.index in self.closed:
-            raise_closed(unit)
+        # Called for every parameter in every backward.
+        if unit.gradients is not GradientState.OPEN:
+            self.check_open(unit)
         param.grad = None
         if self.divisor != 1:
             grad = self.share(grad)
-        if grad.layout is torch.strided:
-            whole = grad if grad.is_contiguous() else grad.contiguous()
-            self.core.accumulate(unit.index, position, 0, spec(whole), True)
+        if grad.layout is _STRIDED:
+            self.core.accumulate(unit.index, position, 0, spec(grad.contiguous()), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
             accumulate_rows(self.core, unit, position, grad)
         else:
@@ -93,7 +117,10 @@ class Reducer:
                 f"the gradient of {unit.names[position]} has layout {grad.layout}: expected dense, or rows of a matrix",
                 name=unit.names[position],
             )
-        self.arrived(unit, position)
+        if position in missing:
+            missing.discard(position)
+            if not missing:
+                self.complete(unit)
 
     def share(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient divided by `divisor`: the same bits as of a divided loss where that is a power of two."""
@@ -106,7 +133,7 @@ class Reducer:
         return grad / self.divisor
 
     def arrived(self, unit: Unit, position: int) -> None:
-        """Notes that a parameter's gradient has been accumulated."""
+        """Notes that a parameter's gradient has been accumulated, which came in parts."""
         missing = self.missing[unit.index]
         if position in missing:
             missing.discard(position)

@@ -1,0 +1,391 @@
+"""From a model and a config to an engine, step by step. A step that fails leaves nothing of those before it behind.
+
+Every step registers at once, on one ExitStack, how what it made is closed or undone: sockets, threads, memory and
+scratch files of the core, hooks, and what the model was. Weights move late: until then a model over any number of ranks
+becomes again what it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from zeroxide import _core
+from zeroxide.config import Config, load
+from zeroxide.config.facts import config_facts
+from zeroxide.distributed import Ranks, Watch, agree, model_facts, start, version_facts
+from zeroxide.engine.accumulation import Accumulation, Counters
+from zeroxide.engine.data import check_schedule, loader_for, schedule_for
+from zeroxide.engine.engine import Engine
+from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.optimizer import EngineOptimizer
+from zeroxide.engine.parts import Parts
+from zeroxide.engine.peak import Peak
+from zeroxide.engine.report import Timers
+from zeroxide.engine.update import Updater
+from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for
+from zeroxide.params.empty import ParameterTable
+from zeroxide.plan.home import Home
+from zeroxide.plan.plan import Plan, make_plan
+from zeroxide.precision.loss_scale import LossScaler
+from zeroxide.precision.policy import cast_buffers, check_batch_norms, check_shapes, own_dtype, torch_dtype
+from zeroxide.zero.access.state_dict import StateDicts, refuse_loading
+from zeroxide.zero.buffers import check_buffers
+from zeroxide.zero.connect import connect
+from zeroxide.zero.core import open_core
+from zeroxide.zero.gather.gatherer import Gatherer
+from zeroxide.zero.gather.weight_gather import WeightGather, make_weight_gather
+from zeroxide.zero.guard import ModelGuard
+from zeroxide.zero.hook_handle import PlainCopies
+from zeroxide.zero.hooks import Hooks
+from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
+from zeroxide.zero.leaf import mark_leaf_modules
+from zeroxide.zero.live_core import LiveCore
+from zeroxide.zero.messages import Messages
+from zeroxide.zero.param import ParameterContext, shard_all
+from zeroxide.zero.reduce.gradient_reduction import GradientReduction, make_reduction
+from zeroxide.zero.undo import Undo
+from zeroxide.zero.unit import Unit
+from zeroxide.zero.untraced import leave_untraced
+
+__all__ = ["STEPS", "Request", "build"]
+
+logger = logging.getLogger("zeroxide")
+
+LARGE_BLOCK = 16 << 20
+"""Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What `initialize` was asked for, under its names."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None
+    model_parameters: Any = None
+    training_data: Any = None
+    lr_scheduler: Any = None
+    distributed_port: int = 29500
+    collate_fn: Callable[..., Any] | None = None
+    config: dict[str, Any] | str | Path | None = None
+    weights: WeightSource | None = None
+    shortcuts: dict[str, Any] = field(default_factory=dict)
+
+
+class Build:
+    """An engine that is being made: each step adds what the ones after it need."""
+
+    ranks: Ranks
+    config: Config
+    loader: DataLoader[Any] | None
+    set_aside: list[str]
+    peak: Peak
+    undo: Undo
+    watch: Watch
+    groups: list[dict[str, Any]]
+    plan: Plan
+    messages: Messages
+    core: LiveCore
+    new: dict[int, nn.Parameter]
+    """What has taken the place of parameters on the meta device, by the ids of those."""
+    units: list[Unit]
+    weights: WeightGather
+    reduction: GradientReduction
+    scaler: LossScaler
+    counters: Counters
+    timers: Timers
+    updater: Updater
+    optimizer: EngineOptimizer | None
+    lr_scheduler: Any
+    gatherer: Gatherer
+    hooks: Hooks
+    context: ParameterContext
+    tables: list[nn.Module]
+    guard: ModelGuard
+    loading: list[Any]
+    state_dicts: StateDicts
+    copies: PlainCopies
+
+    def __init__(self, asked: Request, made: ExitStack) -> None:
+        self.asked = asked
+        self.module = asked.model
+        self.made = made
+
+    # Before anything is changed -------------------------------------------------------------------------------------
+
+    def meet(self) -> None:
+        """Finds the other ranks."""
+        self.ranks = start(port=self.asked.distributed_port)
+        self.made.callback(self.ranks.close)
+
+    def read_config(self) -> None:
+        """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
+        asked = self.asked
+        self.config = load(
+            asked.config,
+            world_size=self.ranks.world,
+            own_dtype=partial(own_dtype, self.module),
+            **asked.shortcuts,
+        )
+        given = {"sampler.training_data": "none" if asked.training_data is None else "given"}
+        # The model before the config, in which its dtype may be.
+        agree(self.ranks, {**version_facts(), **model_facts(self.module), **config_facts(self.config), **given})
+        check_schedule(asked.lr_scheduler, asked.optimizer)
+        check_batch_norms(self.module, self.config)
+
+    def make_loader(self) -> None:
+        """Makes the data loader."""
+        self.loader = loader_for(self.config, self.asked.training_data, self.asked.collate_fn, self.ranks)
+
+    # What becomes of the model is undone from here on ---------------------------------------------------------------
+
+    def set_gradients_aside(self) -> None:
+        """Without an optimizer nothing is trained: no memory is kept for gradients and state."""
+        only_looks = self.asked.optimizer is None and self.config.optimizer is None
+        self.set_aside = []
+        self.made.callback(lambda: thaw(self.module, self.set_aside))
+        if only_looks:
+            self.set_aside += freeze(self.module)
+
+    def measure(self) -> None:
+        """Begins to measure memory."""
+        self.peak = Peak()
+        for path, reason in self.config.no_effect:
+            logger.warning("config key %s has no effect: %s", path, reason)
+
+    def remember_model(self) -> None:
+        """Remembers the model and the caller's optimizer as they are."""
+        self.undo = Undo(self.module, self.asked.optimizer)
+        self.made.callback(self.undo.restore)
+
+    def watch_ranks(self) -> None:
+        """Begins to watch the other ranks."""
+        self.watch = Watch(self.ranks, timeout=self.config.zeroxide.rank_timeout)
+        self.made.callback(self.watch.close)
+
+    def group_parameters(self) -> None:
+        """Finds what is trained with which hyperparameters."""
+        asked, config = self.asked, self.config
+        trained = any(param.requires_grad for param in self.module.parameters())
+        only_looks = asked.optimizer is None and config.optimizer is None and not trained
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
+        if self.groups and config.gradients.clipping_is_default and self.ranks.rank == 0:
+            logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
+        check_groups(self.groups)
+
+    def make_plan(self) -> None:
+        """Decides what is where."""
+        config = self.config
+        mark_leaf_modules(self.module, config)
+        check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
+        self.plan = make_plan(
+            self.module,
+            config,
+            threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
+            resident=resident_without(self.module),
+            ranks=self.ranks,
+        )
+        trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
+        check_all_grouped(self.groups, trainable)
+
+    def open_core(self) -> None:
+        """Reserves all memory and disk space."""
+        self.messages = Messages(self.ranks, self.watch)
+        core = open_core(self.plan, self.config)
+        # Restoring the model closes it, after what it has of the weights was read.
+        self.undo.moves(core, self.plan)
+        self.made.callback(self.messages.close)
+        self.core = LiveCore(core, self.messages)
+        self.watch.on_failure(core.cancel)
+        if self.config.zeroxide.trim_libraries:
+            # Now, so that importing does not add to the peak of what follows, and again when that is done.
+            _core.drop_clean_text()
+
+    def make_units(self) -> None:
+        """Gives the parameters their units; those on the meta device become empty ones in host memory."""
+        self.new = replace_meta_parameters(self.module)
+        # Units remember shapes before the parameters lose them.
+        core = self.core()
+        self.units = [Unit(index, unit, core, self.plan.compute) for index, unit in enumerate(self.plan.units)]
+        for unit in self.units:
+            unit.params = [self._present(param) for param in unit.params]
+        for group in self.groups:
+            group["params"] = [self._present(param) for param in group["params"]]
+
+    def _present(self, param: nn.Parameter) -> nn.Parameter:
+        return self.new.get(id(param), param)
+
+    def connect(self) -> None:
+        """Connects the ranks: their memory, what brings weights together, and what reduces gradients."""
+        core, plan, units, messages = self.core(), self.plan, self.units, self.messages
+        self.weights = make_weight_gather(core, plan, units, messages)
+        self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
+        connect(core, plan, self.ranks)
+
+    def make_optimizer(self) -> None:
+        """Makes the optimizer and the schedule over it."""
+        core = self.core()
+        place = {id(param): (unit, at) for unit in self.units for at, param in enumerate(unit.params)}
+        for number, group in enumerate(self.groups):
+            for param in group["params"]:
+                unit, at = place[id(param)]
+                core.set_group(unit.index, at, number)
+        self.scaler, self.counters, self.timers = LossScaler(self.config.precision.loss_scale), Counters(), Timers()
+        self.updater = Updater(self.config, self.core, self.ranks, self.watch, self.scaler, self.counters, self.timers)
+        self.optimizer = EngineOptimizer(self.groups, core, self.updater.apply, self.scaler) if self.groups else None
+        self.lr_scheduler = schedule_for(self.config, self.asked.lr_scheduler, self.optimizer)
+
+    # Weights move ---------------------------------------------------------------------------------------------------
+
+    def move_weights(self) -> None:
+        """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
+        fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks)
+        for unit in self.units:
+            for param, empty in zip(unit.params, unit.empties, strict=True):
+                param.data = empty
+                param.grad = None
+        cast_buffers(self.module, self.config)
+
+    def hook_modules(self) -> None:
+        """Sees to it that weights come where they are used, and gradients go where they belong."""
+        config, plan = self.config, self.plan
+        self.gatherer = Gatherer(
+            self.core(),
+            self.weights,
+            self.units,
+            config.zeroxide.prefetch,
+            params_always_full=plan.params_always_full,
+            home=plan.weights,
+            world=plan.world,
+        )
+        arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
+        self.hooks = Hooks(self.module, self.gatherer, self.reduction, self.units, arriving)
+        self.made.callback(self.hooks.close)
+
+    def keep_parameters(self) -> None:
+        """Makes the engine answer for the parameters while they are empty."""
+        plan = self.plan
+        self.context = ParameterContext(
+            self.core,
+            self.gatherer,
+            self.units,
+            self.ranks,
+            self.watch,
+            replicated=plan.replicated,
+            params_always_full=plan.params_always_full,
+            on_disk=plan.weights is Home.DISK,
+        )
+        shard_all(self.context)
+        large = self.hooks.reducer.large
+        for unit in self.units:
+            unit.take_over(large.kinds(unit))
+        large.attach()
+        self.tables = [] if plan.params_always_full else ParameterTable.put(self.module, not self.gatherer.stays)
+        self.context.hooks = self.hooks
+        self.gatherer.before_release = None if plan.params_always_full else self.context.take_over_edits
+        if self.optimizer is not None:
+            self.updater.attach(self.optimizer, self.weights, self.hooks, self.context)
+
+    def guard_model(self) -> None:
+        """Notices what scripts do to the model, and answers for its state dicts and copies."""
+        plan, module = self.plan, self.module
+        shared = plan.world > 1 and plan.transport == "shared"
+        self.guard = ModelGuard(module, self.context, self.hooks.reducer, keeps_edits=plan.keeps_edits, shared=shared)
+        self.hooks.before_training = self.guard.before_training
+        self.loading = refuse_loading(module)
+        self.state_dicts = StateDicts(module, self.context, self.config.zeroxide.rank_timeout)
+        self.copies = PlainCopies(module)
+        leave_untraced()
+
+    def show_weights(self) -> None:
+        """Lets parameters that always show their values show their values."""
+        on_disk = Home.DISK in (self.plan.weights, self.plan.state)
+        _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
+        if self.config.zeroxide.trim_libraries:
+            _core.drop_clean_text()
+        self.gatherer.show_all()
+        limit = self.config.zeroxide.host_memory
+        if limit is not None and self.peak.at_start > limit:
+            # What the caller held when it began, the model's weights among it, has moved out.
+            self.peak.start_over()
+
+    def engine(self) -> Engine:
+        """The engine. Nothing is left that could fail."""
+        config = self.asked.config
+        return Engine(
+            Parts(
+                module=self.module,
+                given=config if isinstance(config, dict) else dict(self.config.source),
+                config=self.config,
+                ranks=self.ranks,
+                watch=self.watch,
+                plan=self.plan,
+                core=self.core,
+                units=self.units,
+                weights=self.weights,
+                reduction=self.reduction,
+                gatherer=self.gatherer,
+                hooks=self.hooks,
+                context=self.context,
+                guard=self.guard,
+                state_dicts=self.state_dicts,
+                copies=self.copies,
+                tables=self.tables,
+                loading=self.loading,
+                set_aside=self.set_aside,
+                counters=self.counters,
+                accumulation=Accumulation(self.config, self.ranks.world, self.counters, self.hooks.reducer),
+                scaler=self.scaler,
+                timers=self.timers,
+                peak=self.peak,
+                updater=self.updater,
+                optimizer=self.optimizer,
+                lr_scheduler=self.lr_scheduler,
+                dataloader=self.loader,
+            )
+        )
+
+
+STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
+    ("ranks", Build.meet),
+    ("config", Build.read_config),
+    ("loader", Build.make_loader),
+    ("evaluation", Build.set_gradients_aside),
+    ("peak", Build.measure),
+    ("undo", Build.remember_model),
+    ("watch", Build.watch_ranks),
+    ("groups", Build.group_parameters),
+    ("plan", Build.make_plan),
+    ("core", Build.open_core),
+    ("units", Build.make_units),
+    ("connection", Build.connect),
+    ("optimizer", Build.make_optimizer),
+    ("weights", Build.move_weights),
+    ("hooks", Build.hook_modules),
+    ("parameters", Build.keep_parameters),
+    ("guard", Build.guard_model),
+    ("show", Build.show_weights),
+)
+"""All that happens between a request and an engine, in order."""
+
+
+def build(asked: Request) -> Engine:
+    """Makes the engine, or raises and leaves everything as it was."""
+    check_shapes(asked.model)
+    with ExitStack() as made:
+        under_way = Build(asked, made)
+        for _, act in STEPS:
+            act(under_way)
+        engine = under_way.engine()
+        made.pop_all()
+    return engine

@@ -1,0 +1,88 @@
+"""One optimizer step over all ranks: the norm of what has been accumulated, clipping, the update, or that it is left
+out."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import torch
+
+from zeroxide.config import Config
+from zeroxide.distributed import Ranks, Watch
+from zeroxide.engine.accumulation import Counters
+from zeroxide.engine.optimizer import EngineOptimizer
+from zeroxide.engine.report import Timers
+from zeroxide.precision.loss_scale import LossScaler
+from zeroxide.zero.gather.weight_gather import WeightGather
+from zeroxide.zero.hooks import Hooks
+from zeroxide.zero.live_core import LiveCore
+from zeroxide.zero.param import ParameterContext
+from zeroxide.zero.reduce.norm import agree_on_norm
+
+__all__ = ["Updater"]
+
+CLIP_EPSILON = 1e-6
+"""Added to the norm before dividing, as torch.nn.utils.clip_grad_norm_ does."""
+
+
+class Updater:
+    """Makes the optimizer steps of one engine, for the optimizer that `attach` names."""
+
+    def __init__(
+        self,
+        config: Config,
+        core: LiveCore,
+        ranks: Ranks,
+        watch: Watch,
+        scaler: LossScaler,
+        counters: Counters,
+        timers: Timers,
+    ) -> None:
+        self.norm: float | None = None
+        """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
+        self.applied = False
+        """Whether the last step changed the weights."""
+        self._config = config
+        self._core = core
+        self._ranks = ranks
+        self._watch = watch
+        self._scaler = scaler
+        self._counters = counters
+        self._timers = timers
+
+    def attach(
+        self, optimizer: EngineOptimizer, weights: WeightGather, hooks: Hooks, context: ParameterContext
+    ) -> None:
+        """Says whose steps these are, and who must know when weights change."""
+        self._optimizer, self._weights, self._hooks, self._context = optimizer, weights, hooks, context
+
+    def apply(self) -> None:
+        """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
+        together."""
+        core, optimizer, config = self._core(), self._optimizer, self._config
+        start = time.perf_counter()
+        sum_squares, nonfinite, accumulated = agree_on_norm(core, self._ranks, self._watch)
+        if accumulated:
+            self._scaler.check_used()
+        loss_scale = self._scaler.scale
+        self.norm = math.sqrt(sum_squares) / loss_scale if not nonfinite else math.nan
+        finite = math.isfinite(self.norm)
+        optimizer.overflow = config.precision.check_overflow and not finite
+        if optimizer.overflow:
+            self.norm = math.inf
+            self._counters.skipped_steps += 1
+            core.clear_gradients()
+        elif accumulated:
+            clip = config.gradients.clipping
+            factor = min(1.0, clip / (self.norm + CLIP_EPSILON)) if clip and finite else 1.0
+            self._context.before_change()
+            core.step(optimizer.core_groups(), factor / loss_scale)
+            self._weights.after_step()
+            self._hooks.after_step()
+            # An autocast that the caller opened around several steps would go on with casts of the old weights.
+            torch.clear_autocast_cache()
+            self.applied = True
+        if accumulated:
+            self._scaler.update(optimizer.overflow)
+        self._timers.add("step", start)

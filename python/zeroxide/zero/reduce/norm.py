@@ -1,0 +1,45 @@
+"""What all ranks must know of all gradients before a step: their norm, whether one is not finite, which there are."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable
+
+import torch
+
+from zeroxide import _core
+from zeroxide.distributed import Ranks, Watch
+
+__all__ = ["Totals", "agree_on_norm"]
+
+Totals = tuple[float, bool, int]
+"""Sum of squares of all gradients, whether one is not finite, parameters that have one."""
+
+_HEAD = struct.Struct("<d?")
+
+
+def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
+    """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
+
+    The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
+    """
+    total, nonfinite, accumulated = core.grad_norm()
+    if ranks.world == 1:
+        return total, nonfinite, accumulated
+    # What another rank waits for must not wait for this exchange.
+    core.finish()
+    payload = bytearray(_HEAD.pack(total, nonfinite) + core.accumulated())
+    with watch.waiting("the gradient norm"):
+        rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
+    heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
+    everywhere = rows[:, _HEAD.size :].amax(0)
+    core.set_accumulated(bytes(everywhere.tolist()))
+    return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
+
+
+def _sum(values: Iterable[float]) -> float:
+    # Not the builtin: from Python 3.12 on that one compensates for rounding, and bits would depend on the version.
+    total = 0.0
+    for value in values:
+        total += value
+    return total
