@@ -6,24 +6,76 @@ __all__ = [
     "DEFAULT_STAGING_BYTES",
     "DEFAULT_TILE_ELEMENTS",
     "FRAME",
+    "SGD",
+    "Adagrad",
+    "Adam",
     "Bringer",
+    "Lion",
     "Offload",
     "Plan",
+    "Rule",
     "TensorSpec",
     "Window",
     "__version__",
-    "check_groups",
     "checksum",
     "drop_clean_text",
     "keep_freed_memory",
     "reset_peak",
     "resident",
+    "state_tensors",
 ]
 
 __version__: str
 DEFAULT_STAGING_BYTES: int
 DEFAULT_TILE_ELEMENTS: int
 FRAME: int
+
+class Rule:
+    """The base of all optimizer rules, which cannot be made."""
+
+@final
+class Adam(Rule):
+    """Adam and `AdamW`."""
+
+    def __new__(
+        cls,
+        *,
+        lr: float,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        decoupled: bool,
+        bias_correction: bool,
+    ) -> Adam: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+
+@final
+class Lion(Rule):
+    """Lion."""
+
+    def __new__(cls, *, lr: float, beta1: float, beta2: float, weight_decay: float) -> Lion: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+
+@final
+class Adagrad(Rule):
+    """Adagrad."""
+
+    def __new__(
+        cls, *, lr: float, lr_decay: float, weight_decay: float, initial_accumulator_value: float, eps: float
+    ) -> Adagrad: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+
+@final
+class SGD(Rule):
+    """SGD with momentum."""
+
+    def __new__(cls, *, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> SGD: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
 
 @final
 class TensorSpec:
@@ -47,11 +99,10 @@ class Offload:
     def __new__(
         cls,
         *,
-        units: list[tuple[str, list[tuple[int, bool]], str, str, bool]],
+        units: list[tuple[str, list[tuple[int, bool]], str, str, bool, Rule, str]],
         limit: int | None,
         threads: int,
         compute: str,
-        format: str,
         grad: str,
         tile_elements: int,
         staging_bytes: int,
@@ -110,7 +161,7 @@ class Offload:
     def grad_norm(self) -> tuple[float, bool, int]: ...
     def clear_gradients(self) -> None: ...
     def lend(self, unit: int, weight: TensorSpec, grad: TensorSpec) -> None: ...
-    def step(self, groups: list[tuple[float, float, float, float, float, bool, bool]], grad_scale: float) -> None: ...
+    def step(self, groups: list[Rule], grad_scale: float) -> None: ...
     def finish(self) -> None: ...
     def usage(self) -> dict[str, tuple[int, int]]: ...
     def io(self) -> dict[str, Any] | None: ...
@@ -123,7 +174,7 @@ class Plan:
     def __new__(
         cls,
         *,
-        units: list[tuple[str, list[tuple[int, bool]], bool, str, int]],
+        units: list[tuple[str, list[tuple[int, bool]], bool, Rule, str, int]],
         rank: int,
         shards: int,
         replicas: int,
@@ -171,8 +222,8 @@ class Bringer:
     def close(self) -> None: ...
 
 def checksum(bytes: TensorSpec, /) -> int: ...
-def check_groups(groups: list[tuple[float, float, float, float, float, bool, bool]]) -> None: ...
 def drop_clean_text() -> int: ...
 def keep_freed_memory(largest: int | None = None) -> bool: ...
 def reset_peak() -> bool: ...
 def resident() -> dict[str, int]: ...
+def state_tensors(optimizer: Rule, format: str, compute: str) -> list[tuple[str, str, int, float]]: ...

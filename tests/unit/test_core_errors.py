@@ -15,16 +15,20 @@ from zeroxide.device.placement import spec
 from zeroxide.errors import BudgetError, CoreError, InvalidValueError, StorageError
 
 ELEMENTS = 8192
-GROUP = (1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)
+ADAM = {
+    "lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.0, "decoupled": True,
+    "bias_correction": True,
+}  # fmt: skip
 
 
 def core(directory, **more):
     settings = {
-        "limit": None, "threads": 1, "compute": "f32", "format": "fp32", "grad": "f32", "tile_elements": 2048,
+        "limit": None, "threads": 1, "compute": "f32", "grad": "f32", "tile_elements": 2048,
         "staging_bytes": 1 << 20, "gathered_bytes": 4 << 20, "engine": "threads", "queue_depth": 4,
         "directories": [directory], "job": "job", **more,
     }  # fmt: skip
-    return _core.Offload(units=[("layer", [(ELEMENTS, True)], "disk", "disk", False)], **settings)
+    unit = ("layer", [(ELEMENTS, True)], "disk", "disk", False, _core.Adam(**ADAM), "fp32")
+    return _core.Offload(units=[unit], **settings)
 
 
 def filled(directory, **more):
@@ -95,14 +99,14 @@ def test_a_disk_that_takes_no_more(tmp_path):
 def test_a_tile_that_is_not_what_was_written(tmp_path):
     made = filled(tmp_path)
     made.accumulate(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
-    made.step([GROUP], 1.0)
+    made.step([_core.Adam(**ADAM)], 1.0)
     made.finish()
     (file,) = tmp_path.glob("*/blocks.bin")
     noise = os.urandom(file.stat().st_size)
     with file.open("r+b") as handle:
         handle.write(noise)
     made.accumulate(0, 0, 0, spec(torch.ones(ELEMENTS)), True)
-    made.step([GROUP], 1.0)
+    made.step([_core.Adam(**ADAM)], 1.0)
     with pytest.raises(StorageError) as caught:
         made.finish()
     error = caught.value
@@ -134,9 +138,9 @@ def test_calls_that_the_state_does_not_allow(tmp_path):
 
 def test_values_out_of_their_range():
     with pytest.raises(InvalidValueError) as caught:
-        _core.check_groups([GROUP, (-1.0, *GROUP[1:])])
+        _core.Adam(**{**ADAM, "lr": -1.0})
     assert (caught.value.name, caught.value.value) == ("lr", -1.0)
-    assert str(caught.value).startswith("group 1: lr is -1.0")
+    assert str(caught.value).startswith("lr is -1.0")
     assert isinstance(caught.value, ValueError)
     with pytest.raises(InvalidValueError) as caught:
         _core.TensorSpec(None, 0, 0, "int4")

@@ -247,9 +247,12 @@ def test_slots_between_ranks_are_within_the_budget():
     """They are reserved last: one byte less than everything takes is refused for them, with the user's exception."""
 
     def core(limit):
+        adam = _core.Adam(
+            lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True
+        )
         return _core.Offload(
-            units=[("only", [(1000, True)], "host", "host", False)], limit=limit, threads=1, compute="f32",
-            format="fp32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0, engine="auto",
+            units=[("only", [(1000, True)], "host", "host", False, adam, "fp32")], limit=limit, threads=1,
+            compute="f32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0, engine="auto",
             queue_depth=16, directories=[], job="slots", world=2, transport="shared",
         )  # fmt: skip
 

@@ -18,12 +18,13 @@ from zeroxide import _core
 from zeroxide.device.placement import spec
 
 ELEMENTS = 8 << 20
+ADAM = _core.Adam(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True)
 
 
 @pytest.fixture
 def core(tmp_path):
     made = _core.Offload(
-        units=[("big", [(ELEMENTS, True)], "disk", "disk", False)], limit=None, threads=1, compute="f32", format="fp32",
+        units=[("big", [(ELEMENTS, True)], "disk", "disk", False, ADAM, "fp32")], limit=None, threads=1, compute="f32",
         grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20, gathered_bytes=ELEMENTS * 4, engine="auto",
         queue_depth=16, directories=[tmp_path], job="gil",
     )  # fmt: skip
@@ -61,7 +62,7 @@ def others_ran_during(call) -> bool:
 def test_long_calls_let_other_threads_run(core):
     """A call that keeps the GIL lets nobody run, however often it is tried; a busy machine may need several tries."""
     given = spec(torch.randn(ELEMENTS))
-    group = [(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)]
+    group = [ADAM]
     calls = {
         "fill_param": lambda: core.fill_param(0, 0, 0, given),
         "fill_commit": lambda: core.fill_commit(0),
@@ -83,8 +84,8 @@ def test_long_calls_let_other_threads_run(core):
 
 def test_a_gather_from_disk_lets_other_threads_run(tmp_path):
     with_two = _core.Offload(
-        units=[(name, [(ELEMENTS, True)], "disk", "host", False) for name in ("a", "b")], limit=None, threads=1,
-        compute="f32", format="fp32", grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20,
+        units=[(name, [(ELEMENTS, True)], "disk", "host", False, ADAM, "fp32") for name in ("a", "b")],
+        limit=None, threads=1, compute="f32", grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20,
         gathered_bytes=ELEMENTS * 4, engine="auto", queue_depth=16, directories=[tmp_path], job="gil",
     )  # fmt: skip
     for unit in (0, 1):
@@ -108,8 +109,8 @@ def test_two_calls_of_two_cores_overlap(tmp_path):
     cores = []
     for job in "ab":
         made = _core.Offload(
-            units=[("big", [(ELEMENTS, True)], "host", "host", False)],
-            limit=None, threads=1, compute="f32", format="fp32",
+            units=[("big", [(ELEMENTS, True)], "host", "host", False, ADAM, "fp32")],
+            limit=None, threads=1, compute="f32",
             grad="f32", tile_elements=512 << 10, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
             directories=[], job=job,
         )  # fmt: skip
@@ -123,7 +124,7 @@ def test_two_calls_of_two_cores_overlap(tmp_path):
     def work(name, made):
         barrier.wait()
         events.append(f"begin {name}")
-        made.step([(1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)], 1.0)
+        made.step([ADAM], 1.0)
         events.append(f"end {name}")
 
     before = sys.getswitchinterval()

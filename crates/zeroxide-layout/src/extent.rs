@@ -3,20 +3,20 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::{Component, LayoutError, PAGE, checked_align_up};
+use crate::{LayoutError, PAGE, StateKey, checked_align_up};
 
-/// One component of one unit's shard.
+/// One state tensor of one unit's shard.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Hash)]
 pub struct BlockId {
     /// Index of the unit.
     pub unit: u32,
-    /// Which part of the state.
-    pub component: Component,
+    /// Which tensor of the state.
+    pub key: StateKey,
 }
 
 impl fmt::Display for BlockId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "unit {} {}", self.unit, self.component)
+        write!(f, "unit {} {}", self.unit, self.key)
     }
 }
 

@@ -12,6 +12,7 @@ mod dtype;
 mod error;
 mod extent;
 mod format;
+mod state;
 mod tiling;
 mod unit;
 
@@ -19,6 +20,7 @@ pub use align::{FRAME, PAGE, align_up, checked_align_up, checked_align_up_usize}
 pub use dtype::Dtype;
 pub use error::LayoutError;
 pub use extent::{BlockId, Extent, ExtentMap};
-pub use format::{Component, Format, StateLayout};
+pub use format::Format;
+pub use state::{Moment, Role, StateDtype, StateKey, StateLayout, StateTensor};
 pub use tiling::{TILE_QUANTUM, Tiling};
 pub use unit::{Location, PARAM_ALIGN, ParamPiece, ParamShape, SHARD_ALIGN, UnitLayout};

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
-use zeroxide_layout::{BlockId, Component, Dtype, StateLayout, Tiling};
+use zeroxide_layout::{BlockId, Dtype, StateKey, StateLayout, Tiling};
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME, FramePool, Window};
 use zeroxide_optim::Pool;
 use zeroxide_plan::{PlacedUnit, Placement};
@@ -12,7 +12,7 @@ use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, o
 
 use crate::error::{OffloadError, Result, misuse};
 use crate::gradients::transport::GradientTransport;
-use crate::homes::{GradArena, ShardArena, StateArena};
+use crate::homes::{GradArena, ShardArena, StateArena, state_layouts};
 use crate::settings::{MeshPosition, Settings, StateHome, UnitSpec, WeightHome};
 use crate::state::fill::Fill;
 use crate::state::read::CachedTile;
@@ -36,7 +36,6 @@ pub(crate) struct Core {
     pub(crate) comm_dtype: Dtype,
     pub(crate) reduce_scale: f32,
     pub(crate) units: Vec<Unit>,
-    pub(crate) state_layout: StateLayout,
     pub(crate) compute: Dtype,
     pub(crate) grad: Dtype,
     pub(crate) pool: Pool,
@@ -63,12 +62,12 @@ pub(crate) struct Core {
 
 impl Core {
     pub(crate) fn new(settings: &Settings, specs: &[UnitSpec]) -> Result<Self> {
-        let state_layout = StateLayout::new(settings.compute, settings.format)?;
+        let tensors = state_layouts(settings.compute, specs)?;
         let budget = Budget::new(settings.limit);
         let pool = Pool::new(settings.threads)?;
-        let placement = settings.place_units(specs, state_layout)?;
+        let placement = settings.place_units(specs, &tensors)?;
         let grads = GradArena::new(&budget, &placement)?;
-        let states = StateArena::new(&budget, state_layout, &placement)?;
+        let states = StateArena::new(&budget, &placement)?;
         let homes = ShardArena::new(&budget, &placement)?;
         let frames = frame_pool(&budget, &placement, settings.gathered_bytes)?;
         let mut blocks = Vec::new();
@@ -79,18 +78,16 @@ impl Core {
             let weights = make_weights(&budget, settings, placed, &homes)?;
             let state = match spec.state {
                 _ if trainable == 0 => StateBlocks::None,
-                StateHome::Disk => StateBlocks::Disk {
-                    moments_are_zero: true,
-                },
+                StateHome::Disk => StateBlocks::Disk { pristine: true },
                 StateHome::Host => StateBlocks::Host {
-                    blocks: states.blocks(trainable)?,
+                    blocks: states.blocks(&tensors[index], trainable)?,
                 },
             };
             let id = u32::try_from(index).map_err(|_| OffloadError::Misuse {
                 call: "new",
                 what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
             })?;
-            blocks.extend(disk_blocks(state_layout, id, placed));
+            blocks.extend(disk_blocks(&tensors[index], id, placed));
             let grad = match spec.weights {
                 WeightHome::Borrowed => None,
                 _ if trainable == 0 => None,
@@ -102,6 +99,8 @@ impl Core {
                 weight_tiles: Tiling::new(local.own, placed.tile)?,
                 state_tiles: Tiling::new(trainable, placed.tile)?,
                 layout: placed.layout.clone(),
+                rule: specs[index].optimizer.name(),
+                tensors: tensors[index].clone(),
                 weights,
                 state,
                 grad,
@@ -122,7 +121,6 @@ impl Core {
             comm_dtype: settings.comm_dtype,
             reduce_scale: settings.reduce_scale,
             units,
-            state_layout,
             compute: settings.compute,
             grad: settings.grad,
             pool,
@@ -181,16 +179,6 @@ impl Core {
             .as_ref()
             .expect("a block at home on disk implies a store")
     }
-
-    /// Bytes of one element of a component.
-    pub(crate) fn element_bytes(&self, component: Component) -> usize {
-        element_bytes(self.state_layout, component)
-    }
-}
-
-/// Bytes of one element of `component` in `layout`.
-pub(crate) fn element_bytes(layout: StateLayout, component: Component) -> usize {
-    layout.element_bytes(component).unwrap_or(0)
 }
 
 /// Receives one completion, adding the time spent waiting to `waited`.
@@ -221,20 +209,20 @@ pub(crate) fn to_usize(value: u64) -> usize {
 }
 
 /// What the unit keeps on disk.
-fn disk_blocks(layout: StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<BlockSpec> {
+fn disk_blocks(tensors: &StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<BlockSpec> {
     let mut blocks = Vec::new();
-    for (component, element) in layout.components() {
-        let size = *element as u64;
-        let elements = match component {
-            Component::Weight if placed.shape.weights == WeightHome::Disk => placed.local.own,
-            Component::Weight => continue,
+    for tensor in tensors.tensors() {
+        let size = tensor.size() as u64;
+        let elements = match tensor.key {
+            StateKey::WEIGHT if placed.shape.weights == WeightHome::Disk => placed.local.own,
+            StateKey::WEIGHT => continue,
             _ if placed.state_on_disk() => placed.local.kept,
             _ => continue,
         };
         blocks.push(BlockSpec {
             id: BlockId {
                 unit,
-                component: *component,
+                key: tensor.key,
             },
             bytes: elements * size,
             tile_bytes: placed.tile * size,

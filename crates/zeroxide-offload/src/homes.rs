@@ -1,12 +1,12 @@
 //! Host memory for the part of each unit that this rank keeps.
 
-use zeroxide_layout::{Component, Dtype, StateLayout};
+use zeroxide_layout::{Dtype, StateKey, StateLayout, StateTensor};
 use zeroxide_memory::{Arena, Bucket, Budget, Lease};
 use zeroxide_plan::{PlacedUnit, Placement};
 
 use crate::core::to_usize;
 use crate::error::Result;
-use crate::settings::WeightHome;
+use crate::settings::{UnitSpec, WeightHome};
 
 /// One mapping of `bytes`; none for no bytes.
 fn arena(budget: &Budget, bucket: Bucket, bytes: u64) -> Result<Option<Arena>> {
@@ -64,37 +64,52 @@ impl GradArena {
     }
 }
 
-/// One mapping for all optimizer state at home in host memory.
-pub(crate) struct StateArena {
-    arena: Option<Arena>,
-    layout: StateLayout,
+/// The state tensors of each unit.
+pub(crate) fn state_layouts(compute: Dtype, specs: &[UnitSpec]) -> Result<Vec<StateLayout>> {
+    specs
+        .iter()
+        .map(|spec| {
+            let moments = spec.optimizer.moments();
+            Ok(StateLayout::new(compute, spec.format, &moments)?)
+        })
+        .collect()
 }
 
+/// One mapping for all optimizer state at home in host memory.
+pub(crate) struct StateArena(Option<Arena>);
+
 impl StateArena {
-    pub(crate) fn new(budget: &Budget, layout: StateLayout, placement: &Placement) -> Result<Self> {
-        Ok(Self {
-            arena: arena(budget, Bucket::Optimizer, placement.optimizer_bytes())?,
-            layout,
-        })
+    pub(crate) fn new(budget: &Budget, placement: &Placement) -> Result<Self> {
+        let bytes = placement.optimizer_bytes();
+        Ok(Self(arena(budget, Bucket::Optimizer, bytes)?))
     }
 
-    fn state_components(layout: StateLayout) -> impl Iterator<Item = (Component, usize)> {
-        layout
-            .components()
-            .iter()
-            .copied()
-            .filter(|(component, _)| *component != Component::Weight)
+    /// The blocks of one unit, each with its initial values.
+    pub(crate) fn blocks(
+        &self,
+        tensors: &StateLayout,
+        elements: u64,
+    ) -> Result<Vec<(StateKey, Lease)>> {
+        let mut blocks = Vec::new();
+        for tensor in tensors.state() {
+            let arena = self.0.as_ref().expect("sized from the same units");
+            let bytes = to_usize(elements) * tensor.size();
+            let mut lease = arena.lease(bytes, zeroxide_layout::PAGE)?;
+            // Fresh memory reads as zero, and takes pages only when it is written.
+            if tensor.initial != 0.0 {
+                fill_initial(tensor, &mut lease);
+            }
+            blocks.push((tensor.key, lease));
+        }
+        Ok(blocks)
     }
+}
 
-    pub(crate) fn blocks(&self, elements: u64) -> Result<Vec<(Component, Lease)>> {
-        let arena = self.arena.as_ref().expect("sized from the same units");
-        Self::state_components(self.layout)
-            .map(|(component, bytes)| {
-                Ok((
-                    component,
-                    arena.lease(to_usize(elements) * bytes, zeroxide_layout::PAGE)?,
-                ))
-            })
-            .collect()
+/// Sets every element of a state tensor to its initial value.
+pub(crate) fn fill_initial(tensor: &StateTensor, bytes: &mut [u8]) {
+    if tensor.initial == 0.0 {
+        bytes.fill(0);
+    } else {
+        bytemuck::cast_slice_mut(bytes).fill(tensor.initial);
     }
 }

@@ -22,7 +22,6 @@ pub use facts::{Concern, Fact, Facts, Named};
 pub use gradients::accumulate::GradNorm;
 pub use io_report::IoReport;
 pub use settings::{MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
-pub use state::fill::StateKey;
 pub use weights::bringer::Bringer;
 pub use weights::residence::Lent;
 pub use zeroxide_exchange::{CancelToken, ExchangeError, SegmentHandle};

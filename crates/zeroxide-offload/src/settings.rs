@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
+use zeroxide_optim::Optimizer;
 use zeroxide_plan::{Dtypes, Mesh, Placement, StateBytes, UnitShape};
 pub use zeroxide_plan::{StateHome, Transport, WeightHome};
 use zeroxide_storage::EngineKind;
@@ -20,6 +21,10 @@ pub struct UnitSpec {
     pub weights: WeightHome,
     /// Home of the optimizer state.
     pub state: StateHome,
+    /// The rule that updates it, with the hyperparameters that its state starts from.
+    pub optimizer: Optimizer,
+    /// How its optimizer state is stored.
+    pub format: Format,
 }
 
 /// This process's place among those that train one model.
@@ -78,8 +83,6 @@ pub struct Settings {
     pub threads: usize,
     /// Dtype of the live weights.
     pub compute: Dtype,
-    /// Format of the optimizer state.
-    pub format: Format,
     /// Dtype in which gradients are kept and accumulated.
     pub grad: Dtype,
     /// Elements in a tile, a multiple of 2048.
@@ -103,15 +106,15 @@ impl Settings {
     pub(crate) fn place_units(
         &self,
         specs: &[UnitSpec],
-        state: StateLayout,
+        tensors: &[StateLayout],
     ) -> zeroxide_plan::Result<Placement> {
-        let shapes = specs.iter().map(|spec| UnitShape {
+        let shapes = specs.iter().zip(tensors).map(|(spec, tensors)| UnitShape {
             name: spec.name.clone(),
             params: spec.params.clone(),
             held_through_backward: spec.held_through_backward,
             weights: spec.weights,
             state: spec.state,
-            state_bytes: StateBytes::of(state),
+            state_bytes: StateBytes::of(tensors),
         });
         let dtypes = Dtypes {
             compute: self.compute,

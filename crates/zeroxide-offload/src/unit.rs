@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::{Component, ParamShape, Tiling, UnitLayout};
+use zeroxide_layout::{ParamShape, Role, StateKey, StateLayout, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::Accumulate;
 
+use crate::error::{Result, misuse};
 use crate::weights::residence::Weights;
 
 /// What the optimizer knows of one parameter.
@@ -36,21 +37,25 @@ pub(crate) struct ParamState {
 pub(crate) enum StateBlocks {
     /// Every parameter is frozen: there is none.
     None,
-    /// In host memory: one lease a component other than the weight.
+    /// In host memory.
     Host {
-        /// (component, its bytes), in the order of [`StateLayout::components`](zeroxide_layout::StateLayout).
-        blocks: Vec<(Component, Lease)>,
+        /// (state tensor, its bytes), in the order of [`StateLayout::state`].
+        blocks: Vec<(StateKey, Lease)>,
     },
     /// On disk.
     Disk {
-        /// The moments have never been written: they are zero and need not be read.
-        moments_are_zero: bool,
+        /// The moments have never been written: they have their initial values and need not be read.
+        pristine: bool,
     },
 }
 
 pub(crate) struct Unit {
     pub(crate) name: String,
     pub(crate) layout: UnitLayout,
+    /// The optimizer rule that updates its trainable parameters.
+    pub(crate) rule: &'static str,
+    /// The state tensors that rule and format give each of them.
+    pub(crate) tensors: StateLayout,
     /// Where in the layout this rank's weights, gradients and state start. Tiles and blocks count from there.
     pub(crate) base: u64,
     /// Tiles of this rank's weights.
@@ -70,7 +75,53 @@ pub(crate) struct Unit {
     pub(crate) params: Vec<ParamState>,
 }
 
+impl StateBlocks {
+    /// Whether the moments are what they were at the beginning, and nowhere written.
+    pub(crate) fn is_pristine(&self) -> bool {
+        matches!(self, Self::Disk { pristine: true })
+    }
+}
+
 impl Unit {
+    /// Bytes of one element of a state tensor that the unit has.
+    pub(crate) fn element_bytes(&self, key: StateKey) -> usize {
+        self.tensors.element_bytes(key).unwrap_or(0)
+    }
+
+    /// Tiles of the block of a state tensor.
+    pub(crate) fn tiles_of(&self, key: StateKey) -> Tiling {
+        if key == StateKey::WEIGHT {
+            self.weight_tiles
+        } else {
+            self.state_tiles
+        }
+    }
+
+    /// The state tensor called `name`.
+    pub(crate) fn state_key(&self, call: &'static str, name: &str) -> Result<StateKey> {
+        match self.tensors.find(name) {
+            Some(tensor) if tensor.role != Role::Exact => Ok(tensor.key),
+            _ => {
+                let known: Vec<&str> = self
+                    .tensors
+                    .tensors()
+                    .iter()
+                    .filter(|tensor| tensor.role != Role::Exact)
+                    .map(|tensor| tensor.key.name())
+                    .collect();
+                misuse(
+                    call,
+                    format!(
+                        "unit {} has no state {name:?}: its optimizer is {}, which has {}",
+                        self.name,
+                        self.rule,
+                        known.join(", ")
+                    ),
+                )
+            }
+        }
+    }
+
     /// The range of the layout that `range` of this rank's shard is.
     pub(crate) fn flat(&self, range: &Range<u64>) -> Range<u64> {
         self.base + range.start..self.base + range.end

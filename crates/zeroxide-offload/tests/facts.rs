@@ -6,7 +6,7 @@ use std::io;
 use std::path::PathBuf;
 
 use zeroxide_exchange::ExchangeError;
-use zeroxide_layout::{BlockId, Component, Dtype, Format, LayoutError};
+use zeroxide_layout::{BlockId, Dtype, Format, LayoutError, StateKey};
 use zeroxide_memory::{Bucket, MemoryError, WindowState};
 use zeroxide_offload::{Concern, Fact, Facts, OffloadError};
 use zeroxide_optim::OptimError;
@@ -76,7 +76,7 @@ fn check<E: Facts + Debug>(samples: &[E], source: &str) {
 
 const BLOCK: BlockId = BlockId {
     unit: 3,
-    component: Component::ExpAvg,
+    key: StateKey::new("exp_avg"),
 };
 
 fn path() -> PathBuf {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    MeshPosition, Offload, Settings, StateHome, StateKey, Transport, UnitSpec, WeightHome,
+    MeshPosition, Offload, Settings, StateHome, Transport, UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -26,6 +26,8 @@ fn open(directory: &std::path::Path) -> Offload {
             }],
             weights: WeightHome::Shard,
             state: StateHome::Disk,
+            optimizer: AdamParams::default().into(),
+            format: Format::Split,
         })
         .collect();
     let slow = SimOptions {
@@ -44,7 +46,6 @@ fn open(directory: &std::path::Path) -> Offload {
         limit: None,
         threads: 1,
         compute: Dtype::Bf16,
-        format: Format::Split,
         grad: Dtype::F32,
         tile_elements: 2048,
         staging_bytes: 1 << 20,
@@ -56,7 +57,7 @@ fn open(directory: &std::path::Path) -> Offload {
     };
     let offload = Offload::new(&settings, &units).expect("nothing in the way");
     for unit in 0..units.len() {
-        offload.fill_begin(unit, StateKey::Weights).expect("empty");
+        offload.fill_begin(unit, "weight").expect("empty");
         let values = vec![1.0; usize::try_from(NUMEL).expect("small")];
         offload.fill_param(unit, 0, 0, &values).expect("fits");
         offload.fill_commit(unit).expect("filled");
@@ -85,7 +86,9 @@ fn the_unit_used_longest_ago_gives_way_though_its_update_is_under_way() {
     offload.receive_from(TRAINED).expect("sent and received");
     assert!(!gather(FROZEN));
     offload.release(FROZEN).expect("gathered");
-    offload.step(&[AdamParams::default()], 1.0).expect("works");
+    offload
+        .step(&[AdamParams::default().into()], 1.0)
+        .expect("works");
     let before = offload.io().expect("usable").expect("a disk").tiles;
     assert!(!gather(NEXT));
     let after = offload.io().expect("usable").expect("a disk").tiles;

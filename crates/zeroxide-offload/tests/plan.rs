@@ -1,4 +1,5 @@
-//! What a plan says that each bucket takes is what the core reserves, over random units, worlds, homes and formats.
+//! What a plan says that each bucket takes is what the core reserves, over random units, worlds, homes, rules and
+//! formats.
 
 use std::sync::Arc;
 
@@ -6,14 +7,16 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{MeshPosition, Offload, Settings, StateKey, Transport, UnitSpec};
+use zeroxide_offload::{MeshPosition, Offload, Settings, Transport, UnitSpec};
+use zeroxide_optim::Optimizer;
 use zeroxide_plan::{Buckets, Dtypes, Mesh, Plan, PlanRequest, StateBytes, UnitRequest};
 use zeroxide_storage::{EngineKind, SimOptions};
 
 #[derive(Clone, Debug)]
 struct Job {
     request: PlanRequest,
-    format: Format,
+    /// Rule and format of each unit.
+    rules: Vec<(Optimizer, Format)>,
 }
 
 impl Job {
@@ -27,12 +30,15 @@ impl Job {
             .placement
             .units
             .iter()
-            .map(|unit| UnitSpec {
+            .zip(&self.rules)
+            .map(|(unit, (optimizer, format))| UnitSpec {
                 name: unit.shape.name.clone(),
                 held_through_backward: unit.shape.held_through_backward,
                 params: unit.shape.params.clone(),
                 weights: plan.weights,
                 state: plan.state,
+                optimizer: *optimizer,
+                format: *format,
             })
             .collect();
         let Dtypes {
@@ -53,7 +59,6 @@ impl Job {
             limit: Some(limit),
             threads: 1,
             compute,
-            format: self.format,
             grad,
             tile_elements: plan.tile_elements,
             staging_bytes: plan.staging_bytes,
@@ -94,12 +99,22 @@ fn units() -> impl Strategy<Value = Vec<(bool, Vec<(u64, bool)>)>> {
 prop_compose! {
     fn job()(
         world in 1..5_u32, stage in 0..4_u8, collective: bool, dtypes in (dtype(), dtype(), dtype()),
-        on_disk in any::<(bool, bool)>(), split: bool, units in units(), prefetch in 0..3_usize,
+        on_disk in any::<(bool, bool)>(), units in units(), prefetch in 0..3_usize,
+        kinds in prop::collection::vec((0..4_usize, any::<bool>()), 6),
         tile in 0..5_u64, odd_ring: bool,
     ) -> Job {
         let (compute, grad, comm) = dtypes;
-        let format = if split && compute == Dtype::Bf16 { Format::Split } else { Format::Fp32 };
-        let state = StateLayout::new(compute, format).expect("a pair that exists");
+        let rules: Vec<(Optimizer, Format)> = kinds
+            .into_iter()
+            .map(|(kind, split)| {
+                let split = split && compute == Dtype::Bf16;
+                (Optimizer::every()[kind], if split { Format::Split } else { Format::Fp32 })
+            })
+            .collect();
+        let layout = |index: usize| {
+            let (optimizer, format) = &rules[index];
+            StateLayout::new(compute, *format, &optimizer.moments()).expect("a pair that exists")
+        };
         let units = units.into_iter().enumerate().map(|(index, (held, params))| UnitRequest {
             name: format!("unit {index}"),
             params: params
@@ -111,7 +126,7 @@ prop_compose! {
                 })
                 .collect(),
             held_through_backward: held,
-            state_bytes: StateBytes::of(state),
+            state_bytes: StateBytes::of(&layout(index)),
             turn: u32::try_from(index).expect("few"),
         });
         let (shards, replicas) = if stage == 0 { (1, world) } else { (world, 1) };
@@ -128,7 +143,7 @@ prop_compose! {
             limit: None,
             resident: 0,
         };
-        Job { request, format }
+        Job { request, rules }
     }
 }
 
@@ -157,18 +172,21 @@ proptest! {
         }
         // Initial values and then those of a checkpoint: filling takes what the plan says.
         for core in &cores {
-            let fill = |key| {
-                for unit in 0..plan.placement.units.len() {
-                    core.fill_begin(unit, key).expect("the plan counts what filling takes");
-                    core.fill_commit(unit).expect("the simulated disk takes it");
-                }
+            let fill = |unit: usize, name: &str| {
+                core.fill_begin(unit, name).expect("the plan counts what filling takes");
+                core.fill_commit(unit).expect("the simulated disk takes it");
             };
-            fill(StateKey::Weights);
+            for unit in 0..plan.placement.units.len() {
+                fill(unit, "weight");
+            }
             prop_assert_eq!(reserved(core), plan.buckets);
             prop_assert_eq!(core.usage(Bucket::Staging).peak, made.staging);
             prop_assert_eq!(core.total_usage().peak, made.total());
-            fill(StateKey::ExpAvg);
-            fill(StateKey::ExpAvgSq);
+            for unit in 0..plan.placement.units.len() {
+                for moment in job.rules[unit].0.moments() {
+                    fill(unit, moment.key.name());
+                }
+            }
             prop_assert_eq!(reserved(core), plan.buckets);
             prop_assert_eq!(core.usage(Bucket::Staging).peak, loaded.staging);
             prop_assert_eq!(core.total_usage().peak, loaded.total());

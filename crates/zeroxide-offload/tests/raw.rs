@@ -3,7 +3,7 @@
 mod harness;
 
 use harness::{Case, UNITS, step};
-use zeroxide_offload::{OffloadError, StateHome, StateKey, WeightHome};
+use zeroxide_offload::{OffloadError, StateHome, WeightHome};
 
 /// Every pattern of 16 bits, over and over, from another start in each parameter.
 fn pattern(unit: usize, param: usize, words: u64, seed: u64) -> Vec<u8> {
@@ -45,7 +45,7 @@ fn bytes_come_back_as_they_were_given_whatever_is_trained_beside_them() {
     for case in cases() {
         let offload = case.try_open().expect("room");
         for (unit, params) in UNITS.iter().enumerate() {
-            offload.fill_begin(unit, StateKey::Weights).expect("fill");
+            offload.fill_begin(unit, "weight").expect("fill");
             for (param, (words, trainable)) in params.iter().enumerate() {
                 if *trainable {
                     continue;

@@ -13,9 +13,10 @@
 use std::hint::black_box;
 use std::time::Instant;
 
+use bytemuck::cast_slice_mut;
+use zeroxide_layout::{Dtype, Format, StateLayout};
 use zeroxide_optim::{
-    AdamParams, AdamStep, Grad, Isa, LowOut, Pool, bf16_half_up, isa, split, step_fp32_with,
-    step_split_with,
+    AdamParams, Grad, Isa, Optimizer, Pool, Step, bf16_half_up, isa, split, update_with,
 };
 
 /// Elements per task, as the streaming step cuts them.
@@ -165,7 +166,13 @@ enum Run {
     StepSplit,
 }
 
-fn run(kind: Run, pool: &Pool, isa: Isa, step: &AdamStep, state: &mut State) -> f64 {
+fn run(kind: Run, pool: &Pool, isa: Isa, step: &Step, state: &mut State) -> f64 {
+    let format = match kind {
+        Run::FloorFp32 | Run::StepFp32 => Format::Fp32,
+        Run::FloorSplit | Run::StepSplit => Format::Split,
+    };
+    let moments = Optimizer::from(AdamParams::default()).moments();
+    let layout = StateLayout::new(Dtype::Bf16, format, &moments).expect("they go together");
     let start = Instant::now();
     let moments = state
         .exp_avg
@@ -180,7 +187,13 @@ fn run(kind: Run, pool: &Pool, isa: Isa, step: &AdamStep, state: &mut State) -> 
                 .zip(state.out.chunks_mut(TILE));
             pool.run_each(shared.zip(low).collect(), |_, (((m, v), g), (p, o))| {
                 if kind == Run::StepFp32 {
-                    step_fp32_with(isa, step, p, m, v, Grad::Bf16(g), LowOut::Bf16(o));
+                    let tensors = [
+                        cast_slice_mut(o),
+                        cast_slice_mut(p),
+                        cast_slice_mut(m),
+                        cast_slice_mut(v),
+                    ];
+                    update_with(isa, step, &layout, tensors, Grad::Bf16(g));
                 } else {
                     floor::fp32(isa, p, m, v, g, o);
                 }
@@ -190,7 +203,13 @@ fn run(kind: Run, pool: &Pool, isa: Isa, step: &AdamStep, state: &mut State) -> 
             let halves = state.high.chunks_mut(TILE).zip(state.low.chunks_mut(TILE));
             pool.run_each(shared.zip(halves).collect(), |_, (((m, v), g), (h, l))| {
                 if kind == Run::StepSplit {
-                    step_split_with(isa, step, h, l, m, v, Grad::Bf16(g));
+                    let tensors = [
+                        cast_slice_mut(h),
+                        cast_slice_mut(l),
+                        cast_slice_mut(m),
+                        cast_slice_mut(v),
+                    ];
+                    update_with(isa, step, &layout, tensors, Grad::Bf16(g));
                 } else {
                     floor::split(isa, h, l, m, v, g);
                 }
@@ -230,7 +249,7 @@ fn main() {
             .expect("baseline, avx2 or avx512")
     });
     let pool = Pool::new(threads).expect("threads");
-    let step = AdamStep::new(&AdamParams::default(), 10, 0.5);
+    let step = Optimizer::from(AdamParams::default()).prepare(10, 0.5);
     let mut state = State::new(params);
 
     if let Some(format) = option("--once") {

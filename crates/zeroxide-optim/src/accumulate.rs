@@ -1,8 +1,8 @@
 //! Gradient accumulation: a gradient arrives in its home buffer, stored or added to what is there, and its
 //! squared norm and the non-finite check are taken from the same pass over memory.
 
-use crate::adam::Grad;
 use crate::convert::{Bf16, Element, F16, F32};
+use crate::grad::Grad;
 use crate::isa::{Isa, isa, per_isa};
 
 /// Elements whose squares are summed together before the running sum is touched.

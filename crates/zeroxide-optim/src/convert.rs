@@ -1,9 +1,23 @@
 //! Conversions between fp32 and the 16-bit formats, free of branches so that loops over them vectorise.
 
+/// The canonical quiet NaN, whose upper half is the canonical bf16 one.
+pub(crate) const NAN_BITS: u32 = 0x7fc0_0000;
+
 /// The bf16 that every NaN becomes.
 pub(crate) const BF16_NAN: u16 = 0x7fc0;
 /// The fp16 that every NaN becomes.
 pub(crate) const F16_NAN: u16 = 0x7e00;
+
+/// `x`, with every NaN made the canonical quiet one: which payload and sign survive an operation on two
+/// NaNs is up to the compiler.
+#[inline(always)]
+pub(crate) fn canonical(x: f32) -> f32 {
+    if x.is_nan() {
+        f32::from_bits(NAN_BITS)
+    } else {
+        x
+    }
+}
 
 /// bf16 bits to fp32, exactly.
 #[inline(always)]

@@ -6,7 +6,7 @@ pub enum OptimError {
     /// A hyperparameter lies outside the range where the update is defined.
     #[error("{name} is {value:?}, expected {expected}")]
     Hyperparameter {
-        /// Name of the field of [`AdamParams`](crate::AdamParams).
+        /// Name of the hyperparameter.
         name: &'static str,
         /// The value that was given.
         value: f64,

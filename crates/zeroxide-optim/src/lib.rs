@@ -1,12 +1,13 @@
 //! CPU optimizer kernels: one pass over a tile of optimizer state.
 //!
 //! What lives here:
-//! - [`step_fp32`] and [`step_split`]: Adam and `AdamW` over the two exact state formats. Both run the
-//!   same per-element arithmetic and give the same bits.
+//! - [`update`]: one step of a rule ([`Optimizer`]: Adam, Lion, Adagrad, SGD) over the state tensors of a tile, in any
+//!   storage format. All formats run the same per-element arithmetic and give the same bits.
 //! - [`accumulate`]: a gradient arriving in its home buffer, stored or accumulated, with its squared norm and
 //!   the non-finite check taken in the same pass.
 //! - [`sum_scaled`]: the sum of several ranks' gradients, in their order.
-//! - [`split`] and [`join`]: an fp32 master weight as a live bf16 weight and a 16-bit residual.
+//! - [`split`] and [`join`]: an fp32 master weight as a live bf16 weight and a 16-bit residual; [`encode_live`] and its
+//!   neighbours: whole values in and out of any format.
 //! - [`Pool`]: worker threads with a fixed map from task to thread.
 //!
 //! What this crate never does: allocate on the hot path, read the environment, or let the result depend
@@ -15,21 +16,26 @@
 //! bits are the same for every instruction set, thread count, slice boundary and alignment.
 
 mod accumulate;
-mod adam;
+mod codec;
 mod convert;
 mod error;
-mod formula;
+mod grad;
 mod isa;
+mod kernel;
 mod pool;
-mod split;
+mod rules;
+mod slot;
 mod sum;
 
 pub use accumulate::{Accumulate, AccumulateStats, GradMut, accumulate, accumulate_with};
-pub use adam::{AdamParams, AdamStep, Grad, LowOut};
-pub use adam::{step_fp32, step_fp32_with, step_split, step_split_with};
+pub use codec::exact_suffices;
+pub use codec::split::{join, split, with_bf16, with_f16};
+pub use codec::values::{carry_exact, encode_exact, encode_live, join_live, widen};
 pub use convert::{bf16_half_up, bf16_nearest_even, bf16_to_f32, f16_nearest_even, f16_to_f32};
 pub use error::OptimError;
+pub use grad::Grad;
 pub use isa::{Isa, isa};
+pub use kernel::{update, update_with};
 pub use pool::Pool;
-pub use split::{join, join_slice, split, split_slice, with_bf16, with_f16};
+pub use rules::{AdagradParams, AdamParams, LionParams, Optimizer, SgdParams, Step};
 pub use sum::{sum_scaled, sum_scaled_with};

@@ -1,7 +1,7 @@
 //! Sums of gradients over ranks, in fp32 and in the order of the ranks.
 
-use crate::adam::Grad;
 use crate::convert::{Bf16, Element, F16, F32};
+use crate::grad::Grad;
 use crate::isa::{Isa, isa, per_isa};
 
 /// `dst[i] = (sources[0][i] + sources[1][i] + ...) * scale` in fp32, added from left to right.

@@ -5,15 +5,31 @@
     reason = "test data is cut on purpose"
 )]
 
+mod kernels;
 mod random;
 
+use bytemuck::{cast_slice, cast_slice_mut};
 use half::{bf16, f16};
+use kernels::layout;
 use proptest::prelude::*;
 use random::Random;
+use zeroxide_layout::{Dtype, Format};
 use zeroxide_optim::{
-    bf16_half_up, bf16_nearest_even, bf16_to_f32, f16_nearest_even, f16_to_f32, join, join_slice,
-    split, split_slice, with_bf16, with_f16,
+    bf16_half_up, bf16_nearest_even, bf16_to_f32, carry_exact, encode_exact, encode_live,
+    f16_nearest_even, f16_to_f32, join, join_live, split, with_bf16, with_f16,
 };
+
+fn split_slice(master: &[f32], high: &mut [u16], low: &mut [u16]) {
+    let layout = layout(Dtype::Bf16, Format::Split);
+    encode_live(&layout, master, cast_slice_mut(high));
+    encode_exact(&layout, master, cast_slice_mut(low));
+}
+
+fn join_slice(high: &[u16], low: &[u16], master: &mut [f32]) {
+    let layout = layout(Dtype::Bf16, Format::Split);
+    carry_exact(&layout, cast_slice(low), master);
+    join_live(&layout, cast_slice(high), master);
+}
 
 #[test]
 fn every_16_bit_value_is_read_exactly() {

@@ -6,12 +6,13 @@
     reason = "test data is rounded on purpose"
 )]
 
+mod kernels;
 mod random;
 
+use kernels::{AdamStep, LowOut, step_fp32_with, step_split_with};
 use random::Random;
 use zeroxide_optim::{
-    AdamParams, AdamStep, Grad, Isa, LowOut, Pool, bf16_half_up, f16_nearest_even, f16_to_f32,
-    join, split, step_fp32_with, step_split_with,
+    AdamParams, Grad, Isa, Pool, bf16_half_up, f16_nearest_even, f16_to_f32, join, split,
 };
 
 const LEN: usize = 3001;

@@ -11,10 +11,12 @@
 #![allow(clippy::float_cmp, reason = "some results are exact")]
 #![allow(clippy::print_stderr, reason = "the worst error is worth seeing")]
 
+mod kernels;
 mod random;
 
+use kernels::{AdamStep, LowOut, step_fp32};
 use random::Random;
-use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, f16_nearest_even, f16_to_f32, step_fp32};
+use zeroxide_optim::{AdamParams, Grad, Optimizer, f16_nearest_even, f16_to_f32};
 
 /// Ulps by which a weight may differ from the oracle.
 const WEIGHT_BOUND: f64 = 2.0;
@@ -350,18 +352,21 @@ fn a_lower_precision_gradient_is_its_fp32_value() {
 
 #[test]
 fn hyperparameters_outside_their_range_are_named() {
-    assert!(AdamParams::default().validate().is_ok());
+    assert!(Optimizer::from(AdamParams::default()).validate().is_ok());
     let wrong = AdamParams {
         beta2: 1.0,
         ..AdamParams::default()
     };
-    let message = wrong.validate().expect_err("beta2 = 1").to_string();
+    let message = Optimizer::from(wrong)
+        .validate()
+        .expect_err("beta2 = 1")
+        .to_string();
     assert_eq!(message, "beta2 is 1.0, expected a number in [0, 1)");
     let nan = AdamParams {
         lr: f64::NAN,
         ..AdamParams::default()
     };
-    assert!(nan.validate().is_err());
+    assert!(Optimizer::from(nan).validate().is_err());
     for (eps, fits) in [
         (0.0, true),
         (1e-30, true),
@@ -373,7 +378,11 @@ fn hyperparameters_outside_their_range_are_named() {
             eps,
             ..AdamParams::default()
         };
-        assert_eq!(params.validate().is_ok(), fits, "eps {eps}");
+        assert_eq!(
+            Optimizer::from(params).validate().is_ok(),
+            fits,
+            "eps {eps}"
+        );
     }
 }
 

@@ -199,7 +199,7 @@ impl Placement {
         self.sum(|unit| match unit.shape.state {
             StateHome::Host => {
                 let state = unit.shape.state_bytes;
-                unit.local.kept * (state.total - state.master)
+                unit.local.kept * (state.total - state.written)
             }
             StateHome::Disk => 0,
         })

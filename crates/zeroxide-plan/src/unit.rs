@@ -1,6 +1,6 @@
 //! One unit: its shape as the caller knows it, and the part of it that this rank keeps.
 
-use zeroxide_layout::{Component, Dtype, FRAME, ParamShape, StateLayout, UnitLayout};
+use zeroxide_layout::{Dtype, FRAME, ParamShape, Role, StateLayout, UnitLayout};
 
 use crate::error::{PlanError, Result};
 use crate::home::{StateHome, WeightHome};
@@ -18,24 +18,24 @@ pub struct StateBytes {
     pub master: u64,
     /// Of the largest tensor, where each of those that are filled with the weight counts with the others of them.
     pub largest: u64,
+    /// Of those that are written before the first update: with the weight, or since they do not start at zero.
+    pub written: u64,
 }
 
 impl StateBytes {
     /// The bytes of a state layout.
-    pub fn of(layout: StateLayout) -> Self {
+    pub fn of(layout: &StateLayout) -> Self {
         let mut found = Self::default();
-        for (component, bytes) in layout.components() {
-            let bytes = *bytes as u64;
-            match component {
-                Component::Weight => {}
-                Component::Residual | Component::Master => {
-                    found.total += bytes;
-                    found.master += bytes;
-                }
-                Component::ExpAvg | Component::ExpAvgSq => {
-                    found.total += bytes;
-                    found.largest = found.largest.max(bytes);
-                }
+        for tensor in layout.state() {
+            let bytes = tensor.size() as u64;
+            found.total += bytes;
+            if tensor.role == Role::Exact {
+                found.master += bytes;
+            } else {
+                found.largest = found.largest.max(bytes);
+            }
+            if tensor.role == Role::Exact || tensor.initial != 0.0 {
+                found.written += bytes;
             }
         }
         found.largest = found.largest.max(found.master);

@@ -1,7 +1,7 @@
 //! Buckets against sums written out here by hand, over random units, meshes, homes and dtypes.
 
 use proptest::prelude::*;
-use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
+use zeroxide_layout::{Dtype, Format, Moment, ParamShape, StateKey, StateLayout};
 use zeroxide_plan::{
     Buckets, Dtypes, Mesh, Plan, PlanError, PlanRequest, StateBytes, Transport, UnitRequest,
 };
@@ -130,7 +130,11 @@ fn state_of(compute: Dtype, split: bool) -> StateBytes {
     } else {
         Format::Fp32
     };
-    StateBytes::of(StateLayout::new(compute, format).expect("a pair that exists"))
+    let moments = ["exp_avg", "exp_avg_sq"].map(|name| Moment {
+        key: StateKey::new(name),
+        initial: 0.0,
+    });
+    StateBytes::of(&StateLayout::new(compute, format, &moments).expect("a pair that exists"))
 }
 
 fn dtype() -> impl Strategy<Value = Dtype> {

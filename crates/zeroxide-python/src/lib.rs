@@ -2,8 +2,8 @@
 
 mod bringer;
 mod errors;
-mod groups;
 mod offload;
+mod optimizer;
 mod plan;
 mod process;
 mod spec;
@@ -18,9 +18,9 @@ mod _core {
     #[pymodule_export]
     use crate::bringer::PyBringer;
     #[pymodule_export]
-    use crate::groups::check_groups;
-    #[pymodule_export]
     use crate::offload::PyOffload;
+    #[pymodule_export]
+    use crate::optimizer::{Adagrad, Adam, Lion, Rule, Sgd, state_tensors};
     #[pymodule_export]
     use crate::plan::PyPlan;
     #[pymodule_export]

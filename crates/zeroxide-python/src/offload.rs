@@ -8,15 +8,15 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_memory::Bucket;
 use zeroxide_offload::{Lent, MeshPosition, Offload, SegmentHandle, Settings};
+use zeroxide_optim::Optimizer;
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
-use crate::groups::{self, GroupTuple};
+use crate::optimizer::AnyRule;
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
 use crate::words::{
-    GRADIENT, UnitTuple, parse_dtype, parse_engine, parse_format, parse_part, parse_transport,
-    unit_spec,
+    GRADIENT, UnitTuple, parse_dtype, parse_engine, parse_transport, state_name, unit_spec,
 };
 
 /// Units of parameters, their tiers, and the optimizer over them.
@@ -28,7 +28,7 @@ pub(crate) struct PyOffload {
 #[pymethods]
 impl PyOffload {
     #[new]
-    #[pyo3(signature = (*, units, limit, threads, compute, format, grad, tile_elements, staging_bytes, gathered_bytes,
+    #[pyo3(signature = (*, units, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes,
                         engine, queue_depth, directories, job, rank = 0, world = 1, replicated = false,
                         transport = "collective", comm_dtype = None, reduce_scale = 1.0))]
     #[expect(
@@ -37,11 +37,10 @@ impl PyOffload {
     )]
     fn new(
         py: Python<'_>,
-        units: Vec<UnitTuple>,
+        units: Vec<UnitTuple<'_>>,
         limit: Option<u64>,
         threads: usize,
         compute: &str,
-        format: &str,
         grad: &str,
         tile_elements: u64,
         staging_bytes: u64,
@@ -69,7 +68,6 @@ impl PyOffload {
             limit,
             threads,
             compute: parse_dtype(compute)?,
-            format: parse_format(format)?,
             grad: parse_dtype(grad)?,
             tile_elements,
             staging_bytes,
@@ -105,10 +103,10 @@ impl PyOffload {
         map(py, self.inner.set_group(unit, param, group))
     }
 
-    /// Starts to fill "weights", "`exp_avg`" or "`exp_avg_sq`" of a unit; what is not filled becomes zero.
+    /// Starts to fill "weights" (all their bits) or a state tensor of the unit's rule; what is not filled becomes zero.
     fn fill_begin(&self, py: Python<'_>, unit: usize, part: &str) -> PyResult<()> {
-        let part = parse_part(part)?;
-        let done = py.detach(|| self.inner.fill_begin(unit, part));
+        let name = state_name(part);
+        let done = py.detach(|| self.inner.fill_begin(unit, name));
         map(py, done)
     }
 
@@ -174,7 +172,7 @@ impl PyOffload {
         map(py, done)
     }
 
-    /// Writes elements `start..` of one parameter's "weights", "`exp_avg`", "`exp_avg_sq`" or "grad", as fp32, where
+    /// Writes elements `start..` of one parameter's "weights", "grad" or a state tensor of its rule, as fp32, where
     /// this
     /// rank keeps them; all else stays.
     fn write_param(
@@ -190,8 +188,8 @@ impl PyOffload {
         let done = if part == GRADIENT {
             py.detach(|| self.inner.write_grad(unit, param, start, values))
         } else {
-            let part = parse_part(part)?;
-            py.detach(|| self.inner.write_param(unit, param, part, start, values))
+            let name = state_name(part);
+            py.detach(|| self.inner.write_param(unit, param, name, start, values))
         };
         map(py, done)
     }
@@ -210,8 +208,8 @@ impl PyOffload {
         let done = if part == GRADIENT {
             py.detach(|| self.inner.read_grad(unit, param, start, out))
         } else {
-            let part = parse_part(part)?;
-            py.detach(|| self.inner.read_param(unit, param, part, start, out))
+            let name = state_name(part);
+            py.detach(|| self.inner.read_param(unit, param, name, start, out))
         };
         map(py, done)
     }
@@ -436,8 +434,9 @@ impl PyOffload {
     /// One update of every parameter whose gradient has been accumulated. With state on disk it goes on after the
     /// call, and each
     /// later use of a unit waits until that unit is done.
-    fn step(&self, py: Python<'_>, groups: Vec<GroupTuple>, grad_scale: f64) -> PyResult<()> {
-        let groups = groups::params(py, groups)?;
+    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
+    fn step(&self, py: Python<'_>, groups: Vec<AnyRule<'_>>, grad_scale: f64) -> PyResult<()> {
+        let groups: Vec<Optimizer> = groups.iter().map(AnyRule::optimizer).collect();
         let done = py.detach(|| self.inner.step(&groups, grad_scale));
         map(py, done)
     }

@@ -9,14 +9,16 @@ use zeroxide_plan::{
 };
 
 use crate::errors::plan_to_python;
+use crate::optimizer::AnyRule;
 use crate::words::{parse_dtype, parse_format, parse_transport};
 
-/// (name, [(elements, trainable)], held through backward, format of the optimizer state, turn)
-type UnitTuple = (String, Vec<(u64, bool)>, bool, String, u32);
+/// (name, [(elements, trainable)], held through backward, optimizer rule, format of the optimizer state, turn)
+type UnitTuple<'py> = (String, Vec<(u64, bool)>, bool, AnyRule<'py>, String, u32);
 
-fn unit_request(compute: Dtype, unit: UnitTuple) -> PyResult<UnitRequest> {
-    let (name, params, held_through_backward, format, turn) = unit;
-    let layout = StateLayout::new(compute, parse_format(&format)?)
+fn unit_request(compute: Dtype, unit: UnitTuple<'_>) -> PyResult<UnitRequest> {
+    let (name, params, held_through_backward, optimizer, format, turn) = unit;
+    let moments = optimizer.optimizer().moments();
+    let layout = StateLayout::new(compute, parse_format(&format)?, &moments)
         .map_err(|error| PyValueError::new_err(error.to_string()))?;
     Ok(UnitRequest {
         name,
@@ -25,7 +27,7 @@ fn unit_request(compute: Dtype, unit: UnitTuple) -> PyResult<UnitRequest> {
             .map(|(numel, trainable)| ParamShape { numel, trainable })
             .collect(),
         held_through_backward,
-        state_bytes: StateBytes::of(layout),
+        state_bytes: StateBytes::of(&layout),
         turn,
     })
 }
@@ -47,7 +49,7 @@ impl PyPlan {
     )]
     fn new(
         py: Python<'_>,
-        units: Vec<UnitTuple>,
+        units: Vec<UnitTuple<'_>>,
         rank: u32,
         shards: u32,
         replicas: u32,

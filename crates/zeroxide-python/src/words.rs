@@ -2,16 +2,26 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use zeroxide_layout::{Dtype, Format, ParamShape};
-use zeroxide_offload::{StateHome, StateKey, Transport, UnitSpec, WeightHome};
+use zeroxide_layout::{Dtype, Format, ParamShape, StateKey};
+use zeroxide_offload::{StateHome, Transport, UnitSpec, WeightHome};
 use zeroxide_storage::EngineKind;
 
+use crate::optimizer::AnyRule;
+
 /// (name, [(elements, trainable)], home of the weights, home of the optimizer state, gradients come all through
-/// backward)
-pub(crate) type UnitTuple = (String, Vec<(u64, bool)>, String, String, bool);
+/// backward, optimizer rule, format of the optimizer state)
+pub(crate) type UnitTuple<'py> = (
+    String,
+    Vec<(u64, bool)>,
+    String,
+    String,
+    bool,
+    AnyRule<'py>,
+    String,
+);
 
 pub(crate) fn unit_spec(
-    (name, params, weights, state, held_through_backward): UnitTuple,
+    (name, params, weights, state, held_through_backward, optimizer, format): UnitTuple<'_>,
 ) -> PyResult<UnitSpec> {
     Ok(UnitSpec {
         name,
@@ -44,6 +54,8 @@ pub(crate) fn unit_spec(
                 ));
             }
         },
+        optimizer: optimizer.optimizer(),
+        format: parse_format(&format)?,
     })
 }
 
@@ -54,16 +66,15 @@ pub(crate) fn parse_dtype(name: &str) -> PyResult<Dtype> {
 /// The part of a parameter that is read and written, but never filled.
 pub(crate) const GRADIENT: &str = "grad";
 
-pub(crate) fn parse_part(name: &str) -> PyResult<StateKey> {
-    match name {
-        "weights" => Ok(StateKey::Weights),
-        "exp_avg" => Ok(StateKey::ExpAvg),
-        "exp_avg_sq" => Ok(StateKey::ExpAvgSq),
-        other => Err(unknown(
-            "part",
-            other,
-            "weights, exp_avg, exp_avg_sq or, where it is not filled, grad",
-        )),
+/// A weight with all its bits, of which the live weight is only a part.
+const WEIGHTS: &str = "weights";
+
+/// The state tensor that the core fills, reads and writes for a part of a parameter.
+pub(crate) fn state_name(part: &str) -> &str {
+    if part == WEIGHTS {
+        StateKey::WEIGHT.name()
+    } else {
+        part
     }
 }
 
@@ -80,11 +91,7 @@ pub(crate) fn parse_transport(name: &str) -> PyResult<Transport> {
 }
 
 pub(crate) fn parse_format(name: &str) -> PyResult<Format> {
-    match name {
-        "fp32" => Ok(Format::Fp32),
-        "split" => Ok(Format::Split),
-        other => Err(unknown("format", other, "fp32 or split")),
-    }
+    Format::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))
 }
 
 pub(crate) fn parse_engine(name: &str) -> PyResult<EngineKind> {

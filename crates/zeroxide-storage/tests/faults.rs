@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use harness::{Client, arena, fill, lease, pattern};
-use zeroxide_layout::{BlockId, Component};
+use zeroxide_layout::{BlockId, StateKey};
 use zeroxide_storage::{
     BlockSpec, BlockStore, Completion, DiskFile, EngineKind, Fault, FaultRule, OpKind, Queue,
     SimBacking, SimOptions, StorageError, StoreOptions, Trigger, open_queue,
@@ -282,7 +282,7 @@ fn written_store(faults: Vec<FaultRule>) -> (tempfile::TempDir, BlockStore, Vec<
 
 const BLOCK: BlockId = BlockId {
     unit: 2,
-    component: Component::ExpAvg,
+    key: StateKey::new("exp_avg"),
 };
 
 /// Reads and verifies every tile; the indices of those that fail.

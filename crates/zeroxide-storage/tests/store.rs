@@ -12,7 +12,7 @@ use std::sync::mpsc::channel;
 
 use harness::stores::{MOMENT, PAGE, WEIGHT, create, options};
 use harness::{PATIENCE, arena, fill, lease, pattern};
-use zeroxide_layout::{BlockId, Component};
+use zeroxide_layout::{BlockId, StateKey};
 use zeroxide_memory::{Arena, Lease};
 use zeroxide_storage::{BlockStore, Completion, StorageError, checksum};
 
@@ -170,7 +170,7 @@ fn wrong_tiles_and_lengths_come_back_with_the_buffer() {
     let (reply, _completions) = channel();
     let absent = BlockId {
         unit: 7,
-        component: Component::Weight,
+        key: StateKey::WEIGHT,
     };
     assert_eq!(store.tiles(absent), 0);
     for (block, tile, tiles) in [(WEIGHT, 5, 5), (absent, 0, 0)] {

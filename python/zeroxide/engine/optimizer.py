@@ -102,7 +102,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         """Forgets every gradient that has been accumulated and not been used."""
         self._core.clear_gradients()
 
-    def core_groups(self) -> list[tuple[float, float, float, float, float, bool, bool]]:
+    def core_groups(self) -> list[_core.Rule]:
         """The hyperparameters as they are now, as the core takes them."""
         return core_groups(self.param_groups)
 

@@ -128,16 +128,17 @@ class AdamW(torch.optim.Optimizer):
     def _make_core(self, dtype: torch.dtype, members: list[tuple[int, torch.Tensor]]) -> None:
         """One core for parameters of one dtype: one unit a parameter, whose weight is lent for each step."""
         state = "disk" if self._directories else "host"
+        rules = core_groups(self.param_groups)
+        format = self._format if dtype is torch.bfloat16 else "fp32"
         used = sum(core.usage()["total"][0] for core in self._cores)
         core = _core.Offload(
             units=[
-                (f"parameter {at}", [(param.numel(), True)], "borrowed", state, False)
-                for at, (_, param) in enumerate(members)
+                (f"parameter {at}", [(param.numel(), True)], "borrowed", state, False, rules[group], format)
+                for at, (group, param) in enumerate(members)
             ],
             limit=None if self._limit is None else max(0, self._limit - used),
             threads=self._threads,
             compute=DTYPE_NAMES[dtype],
-            format=self._format if dtype is torch.bfloat16 else "fp32",
             grad=DTYPE_NAMES[dtype],
             tile_elements=_core.DEFAULT_TILE_ELEMENTS,
             staging_bytes=_core.DEFAULT_STAGING_BYTES if self._directories else 0,

@@ -23,8 +23,6 @@ __all__ = [
     "refuse_options",
 ]
 
-CoreGroup = tuple[float, float, float, float, float, bool, bool]
-
 
 def defaults_from(config: Config) -> dict[str, Any]:
     """Adam's hyperparameters, as torch names them, from the config."""
@@ -156,37 +154,35 @@ def _kind(given: Any) -> str:
     return f"a {type(given).__name__}"
 
 
-def core_groups(groups: Iterable[Mapping[str, Any]]) -> list[CoreGroup]:
-    """The groups as the core takes them: (lr, beta1, beta2, eps, weight_decay, decoupled, bias_correction).
+def core_groups(groups: Iterable[Mapping[str, Any]]) -> list[_core.Rule]:
+    """The groups as the core takes them.
 
     Any number may be a tensor with one element. Raises ConfigError for a value that a step cannot take.
     """
-    found = [_core_group(number, group) for number, group in enumerate(groups)]
-    try:
-        _core.check_groups(found)
-    except ValueError as error:
-        raise ConfigError(f"optimizer {error}", path="optimizer") from None
-    return found
+    return [_core_group(number, group) for number, group in enumerate(groups)]
 
 
-def _core_group(number: int, group: Mapping[str, Any]) -> CoreGroup:
+def _core_group(number: int, group: Mapping[str, Any]) -> _core.Rule:
     try:
         beta1, beta2 = group["betas"]
-        return (
-            float(group["lr"]),
-            float(beta1),
-            float(beta2),
-            float(group["eps"]),
-            float(group["weight_decay"]),
-            bool(group["decoupled"]),
-            bool(group["bias_correction"]),
-        )
+        numbers = {
+            "lr": float(group["lr"]),
+            "beta1": float(beta1),
+            "beta2": float(beta2),
+            "eps": float(group["eps"]),
+            "weight_decay": float(group["weight_decay"]),
+        }
+        decoupled, bias_correction = bool(group["decoupled"]), bool(group["bias_correction"])
     except KeyError as error:
         raise ConfigError(
             f"optimizer group {number} has no {error.args[0]}", path=f"optimizer.{error.args[0]}"
         ) from None
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"optimizer group {number} has a hyperparameter that is no number: {error}") from None
+    try:
+        return _core.Adam(**numbers, decoupled=decoupled, bias_correction=bias_correction)
+    except ValueError as error:
+        raise ConfigError(f"optimizer group {number}: {error}", path="optimizer") from None
 
 
 def assign(group: dict[str, Any], name: str, value: Any) -> None:

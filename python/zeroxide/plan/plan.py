@@ -19,9 +19,13 @@ from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, parameters_of
 from zeroxide.plan.report import describe
 from zeroxide.precision.policy import torch_dtype
 
-__all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
+__all__ = ["ADAM", "EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
 
 DEFAULT_UNIT_BYTES = 512 << 20
+ADAM: _core.Rule = _core.Adam(
+    lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True
+)
+"""The rule whose state every unit has."""
 
 
 @dataclass(frozen=True)
@@ -172,15 +176,21 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     )
 
 
-def _units(units: list[UnitPlan], config: Config) -> list[tuple[str, list[tuple[int, bool]], bool, str, int]]:
+UnitRow = tuple[str, list[tuple[int, bool]], bool, _core.Rule, str, int]
+"""A unit as the core's planner takes it."""
+
+
+def _units(
+    units: list[UnitPlan], config: Config
+) -> list[tuple[str, list[tuple[int, bool]], bool, _core.Rule, str, int]]:
     """The units as the core's planner takes them; units of the same modules have one turn."""
-    rows: list[tuple[str, list[tuple[int, bool]], bool, str, int]] = []
+    rows: list[UnitRow] = []
     turn = 0
     for index, unit in enumerate(units):
         if index and list(map(id, unit.modules)) != list(map(id, units[index - 1].modules)):
             turn = index
         params = [(entry.words, entry.trainable) for entry in unit.params]
-        rows.append((unit.name, params, unit.held_through_backward, config.precision.format, turn))
+        rows.append((unit.name, params, unit.held_through_backward, ADAM, config.precision.format, turn))
     return rows
 
 

@@ -9,7 +9,7 @@ from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.plan.home import Home
-from zeroxide.plan.plan import Plan
+from zeroxide.plan.plan import ADAM, Plan
 
 __all__ = ["open_core"]
 
@@ -26,6 +26,8 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
             plan.numbers.weights,
             plan.numbers.state,
             unit.held_through_backward,
+            ADAM,
+            plan.format,
         )
         for unit in plan.units
     ]
@@ -40,7 +42,6 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         limit=payload_limit,
         threads=plan.threads,
         compute=DTYPE_NAMES[plan.compute],
-        format=plan.format,
         grad=DTYPE_NAMES[plan.grad],
         tile_elements=plan.tile_elements,
         staging_bytes=plan.numbers.staging_bytes,

@@ -7,14 +7,13 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use zeroxide_exchange::{CancelToken, SegmentHandle};
 use zeroxide_memory::{Bucket, Budget, FaultNet, ForkGuard, Usage};
-use zeroxide_optim::{AdamParams, Grad};
+use zeroxide_optim::{Grad, Optimizer};
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::gradients::accumulate::{GradCopy, GradNorm, address_of};
 use crate::io_report::IoReport;
 use crate::settings::{Settings, UnitSpec};
-use crate::state::fill::StateKey;
 use crate::weights::bringer::Bringer;
 use crate::weights::residence::{Lent, Weights};
 use crate::weights::stray;
@@ -99,9 +98,11 @@ impl Offload {
         })
     }
 
-    /// See [`StateKey`]: starts to fill one part of a unit.
-    pub fn fill_begin(&self, unit: usize, part: StateKey) -> Result<()> {
-        self.with("fill_begin", |core| core.fill_begin(unit, part))
+    /// Starts to fill the state tensor `name` of a unit: "weight", which stands for the weight with all its bits, or
+    /// one
+    /// of its rule's own.
+    pub fn fill_begin(&self, unit: usize, name: &str) -> Result<()> {
+        self.with("fill_begin", |core| core.fill_begin(unit, name))
     }
 
     /// Gives elements `start..` of one parameter of the unit being filled.
@@ -143,12 +144,12 @@ impl Offload {
         &self,
         unit: usize,
         param: usize,
-        part: StateKey,
+        name: &str,
         start: u64,
         out: &mut [f32],
     ) -> Result<()> {
         self.with("read_param", |core| {
-            core.read_param(unit, param, part, start, out)
+            core.read_param(unit, param, name, start, out)
         })
     }
 
@@ -159,12 +160,12 @@ impl Offload {
         &self,
         unit: usize,
         param: usize,
-        part: StateKey,
+        name: &str,
         start: u64,
         values: &[f32],
     ) -> Result<()> {
         self.with("write_param", |core| {
-            core.write_param(unit, param, part, start, values)
+            core.write_param(unit, param, name, start, values)
         })
     }
 
@@ -360,7 +361,7 @@ impl Offload {
     ///
     /// With state at home on disk this returns while the step is under way; each later use of a unit waits until that
     /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
-    pub fn step(&self, groups: &[AdamParams], grad_scale: f64) -> Result<()> {
+    pub fn step(&self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
         self.with("step", |core| {
             let borrows = core
                 .units

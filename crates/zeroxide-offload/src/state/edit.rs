@@ -5,13 +5,13 @@
 use std::ops::Range;
 use std::sync::mpsc::channel;
 
-use zeroxide_layout::Component;
-use zeroxide_optim::{Accumulate, Grad, accumulate, bf16_to_f32, f16_to_f32, split};
+use zeroxide_layout::StateKey;
+use zeroxide_optim::{Accumulate, Grad, accumulate, bf16_to_f32, encode_live, f16_to_f32};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{as_grad, grad_mut, measure};
-use crate::state::fill::{StateKey, store_master, store_weight};
+use crate::state::fill::{store_state, stored_beside};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, Weights};
@@ -27,12 +27,13 @@ impl Core {
         &mut self,
         unit: usize,
         param: usize,
-        part: StateKey,
+        name: &str,
         start: u64,
         values: &[f32],
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("write_param", unit, param)?;
+        let key = self.units[unit].state_key("write_param", name)?;
         if self.fill.is_some() {
             return misuse("write_param", "a unit is being filled");
         }
@@ -51,26 +52,20 @@ impl Core {
         let at = this.layout.offset(param) + start;
         let range = at..at + values.len() as u64;
         let trainable = this.params[param].trainable;
-        if part == StateKey::Weights {
-            let (compute, element) = (self.compute, self.compute.size());
+        let tensors = this.tensors.clone();
+        if key == StateKey::WEIGHT {
+            let element = self.compute.size();
             self.write_live(
                 unit,
                 &range,
                 values.len() as u64 == numel,
                 |first, bytes| {
                     let from = to_usize(first - range.start);
-                    store_weight(compute, &values[from..from + bytes.len() / element], bytes);
+                    encode_live(&tensors, &values[from..from + bytes.len() / element], bytes);
                 },
             )?;
-        } else if matches!(
-            this.state,
-            StateBlocks::Disk {
-                moments_are_zero: true
-            }
-        ) && trainable
-        {
-            self.write_zero_moments(unit, StateKey::ExpAvg)?;
-            self.write_zero_moments(unit, StateKey::ExpAvgSq)?;
+        } else if this.state.is_pristine() && trainable {
+            self.write_initial_moments(unit, None)?;
         }
         let kept = self.units[unit].kept();
         let Some(both) = common(&range, &kept).filter(|_| trainable) else {
@@ -78,25 +73,14 @@ impl Core {
         };
         let values = &values[to_usize(both.start - range.start)..];
         let local = both.start - kept.start..both.end - kept.start;
-        for (component, _) in self.side_components(part) {
-            self.edit_state(unit, component, &local, |first, bytes| {
-                if component == Component::Residual {
-                    let low: &mut [u16] = bytemuck::cast_slice_mut(bytes);
-                    for (low, value) in low.iter_mut().zip(&values[first..]) {
-                        *low = split(*value).1;
-                    }
-                } else {
-                    let target: &mut [f32] = bytemuck::cast_slice_mut(bytes);
-                    let values = &values[first..first + target.len()];
-                    if component == Component::Master {
-                        store_master(values, target);
-                    } else {
-                        target.copy_from_slice(values);
-                    }
-                }
-            })?;
-        }
-        Ok(())
+        let Some(stored) = stored_beside(&tensors, key) else {
+            return Ok(());
+        };
+        let size = self.units[unit].element_bytes(stored);
+        self.edit_state(unit, stored, &local, |first, bytes| {
+            let values = &values[first..first + bytes.len() / size];
+            store_state(&tensors, stored, values, bytes);
+        })
     }
 
     /// The live weights, under the window, at home beside it and on disk. `store(first, bytes)` writes elements of the
@@ -153,7 +137,7 @@ impl Core {
         }
         if let (true, Some(both)) = (on_disk, common(range, &own)) {
             let local = both.start - own.start..both.end - own.start;
-            self.edit_tiles(unit, Component::Weight, &local, |first, bytes| {
+            self.edit_tiles(unit, StateKey::WEIGHT, &local, |first, bytes| {
                 store(both.start + first as u64, bytes);
             })?;
         }
@@ -164,38 +148,34 @@ impl Core {
     fn edit_state(
         &mut self,
         unit: usize,
-        component: Component,
+        key: StateKey,
         local: &Range<u64>,
         mut edit: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let size = self.element_bytes(component);
+        let size = self.units[unit].element_bytes(key);
         if let StateBlocks::Host { blocks } = &mut self.units[unit].state {
             let (_, lease) = blocks
                 .iter_mut()
-                .find(|(found, _)| *found == component)
-                .expect("the format has this component");
+                .find(|(found, _)| *found == key)
+                .expect("the unit has this tensor");
             edit(0, &mut lease[byte_range(local, size)]);
             return Ok(());
         }
-        self.edit_tiles(unit, component, local, edit)
+        self.edit_tiles(unit, key, local, edit)
     }
 
     /// Reads, changes and writes back the tiles that hold `local`, one at a time.
     fn edit_tiles(
         &mut self,
         unit: usize,
-        component: Component,
+        key: StateKey,
         local: &Range<u64>,
         mut edit: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let size = self.element_bytes(component);
+        let size = self.units[unit].element_bytes(key);
         let this = &self.units[unit];
-        let tiles = if component == Component::Weight {
-            this.weight_tiles
-        } else {
-            this.state_tiles
-        };
-        let id = block(unit, component);
+        let tiles = this.tiles_of(key);
+        let id = block(unit, key);
         let mut at = local.start;
         while at < local.end {
             let tile = tiles.tile_of(at);

@@ -3,52 +3,29 @@
 use std::ops::Range;
 use std::sync::mpsc::channel;
 
-use zeroxide_layout::{Component, Dtype};
+use zeroxide_layout::{Role, StateKey, StateLayout};
 use zeroxide_memory::{Arena, Bucket, Lease};
-use zeroxide_optim::{bf16_half_up, f16_nearest_even, split};
+use zeroxide_optim::{encode_exact, encode_live};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
+use crate::homes::fill_initial;
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, Weights};
 
-/// What a value belongs to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum StateKey {
-    /// The weight with all its bits: the master weight.
-    Weights,
-    /// First moment.
-    ExpAvg,
-    /// Second moment.
-    ExpAvgSq,
-}
-
 /// A unit being filled: nothing of it reaches the disk before the commit.
 pub(crate) struct Fill {
     unit: usize,
-    part: StateKey,
+    /// The state tensor whose values come; the weight stands for all that makes it exact.
+    key: StateKey,
     /// Blocks at home on disk that are collected in memory, with the memory they are in.
-    collected: Vec<(Component, Lease)>,
+    collected: Vec<(StateKey, Lease)>,
     /// Keeps the memory of `collected` counted in the budget.
     _arena: Option<Arena>,
 }
 
 impl Core {
-    /// Components other than the live weight that `part` is made of.
-    pub(crate) fn side_components(&self, part: StateKey) -> Vec<(Component, usize)> {
-        self.state_layout
-            .components()
-            .iter()
-            .copied()
-            .filter(|(component, _)| match part {
-                StateKey::Weights => matches!(component, Component::Residual | Component::Master),
-                StateKey::ExpAvg => *component == Component::ExpAvg,
-                StateKey::ExpAvgSq => *component == Component::ExpAvgSq,
-            })
-            .collect()
-    }
-
     /// The elements under the unit's window that a fill of its weights writes: this rank's, or all where every rank has
     /// its own copy of them.
     pub(crate) fn filled_window(&self, unit: usize) -> Range<u64> {
@@ -60,10 +37,12 @@ impl Core {
         }
     }
 
-    /// Starts to fill `part` of a unit. Everything not filled before the commit is zero.
-    pub(crate) fn fill_begin(&mut self, unit: usize, part: StateKey) -> Result<()> {
+    /// Starts to fill the state tensor `name` of a unit: the weight with all its bits, or one of the rule's own.
+    /// Everything not filled before the commit is zero.
+    pub(crate) fn fill_begin(&mut self, unit: usize, name: &str) -> Result<()> {
         self.check_usable()?;
         self.check_unit("fill_begin", unit)?;
+        let key = self.units[unit].state_key("fill_begin", name)?;
         if self.fill.is_some() {
             return misuse("fill_begin", "another fill has not been committed");
         }
@@ -71,7 +50,7 @@ impl Core {
         self.finish_step()?;
         self.wait_reads()?;
         let alone = self.mesh.world == 1;
-        if part == StateKey::Weights {
+        if key == StateKey::WEIGHT {
             let own = self.units[unit].own();
             if let Weights::Moving {
                 home: Some(home),
@@ -118,21 +97,19 @@ impl Core {
         let mut collected = Vec::new();
         let mut arena = None;
         if matches!(self.units[unit].state, StateBlocks::Disk { .. }) {
-            let components = self.side_components(part);
-            let bytes: usize = components.iter().map(|(_, size)| trainable * size).sum();
-            if bytes > 0 {
+            let stored = stored_beside(&self.units[unit].tensors, key);
+            if let Some(stored) = stored.filter(|_| trainable > 0) {
+                let bytes = trainable * self.units[unit].element_bytes(stored);
                 let memory = Arena::new(&self.budget, Bucket::Staging, bytes)?;
-                for (component, size) in components {
-                    let mut lease = memory.lease(trainable * size, zeroxide_layout::PAGE)?;
-                    lease.fill(0);
-                    collected.push((component, lease));
-                }
+                let mut lease = memory.lease(bytes, zeroxide_layout::PAGE)?;
+                lease.fill(0);
+                collected.push((stored, lease));
                 arena = Some(memory);
             }
         }
         self.fill = Some(Fill {
             unit,
-            part,
+            key,
             collected,
             _arena: arena,
         });
@@ -189,12 +166,12 @@ impl Core {
                 (both, &values[from..from + count])
             })
         };
-        if fill.part == StateKey::Weights {
+        if fill.key == StateKey::WEIGHT {
             if let (Some(window), Some((both, values))) =
                 (this.weights.window(), part_of(&window_range))
             {
                 let mut lease = window.lease(byte_range(&both, element))?;
-                store_weight(self.compute, values, &mut lease);
+                encode_live(&this.tensors, values, &mut lease);
             }
             if let (
                 Weights::Moving {
@@ -204,42 +181,39 @@ impl Core {
             ) = (&mut this.weights, part_of(&own))
             {
                 let local = both.start - own.start..both.end - own.start;
-                store_weight(self.compute, values, &mut home[byte_range(&local, element)]);
+                encode_live(
+                    &this.tensors,
+                    values,
+                    &mut home[byte_range(&local, element)],
+                );
             }
         }
         let Some((both, values)) = part_of(&kept).filter(|_| this.params[param].trainable) else {
             return Ok(());
         };
-        let local = to_usize(both.start - kept.start)..to_usize(both.end - kept.start);
+        let local = both.start - kept.start..both.end - kept.start;
+        let Some(stored) = stored_beside(&this.tensors, fill.key) else {
+            return Ok(());
+        };
+        let size = this.element_bytes(stored);
         let blocks = match &mut this.state {
             StateBlocks::Host { blocks } => blocks,
             _ => &mut fill.collected,
         };
-        for (component, lease) in blocks {
-            match (fill.part, component) {
-                (StateKey::Weights, Component::Residual) => {
-                    let low: &mut [u16] = bytemuck::cast_slice_mut(lease);
-                    for (low, value) in low[local.clone()].iter_mut().zip(values) {
-                        *low = split(*value).1;
-                    }
-                }
-                (StateKey::Weights, Component::Master) => {
-                    store_master(values, &mut bytemuck::cast_slice_mut(lease)[local.clone()]);
-                }
-                (StateKey::ExpAvg, Component::ExpAvg)
-                | (StateKey::ExpAvgSq, Component::ExpAvgSq) => {
-                    let target: &mut [f32] = bytemuck::cast_slice_mut(lease);
-                    target[local.clone()].copy_from_slice(values);
-                }
-                _ => {}
-            }
+        if let Some((_, lease)) = blocks.iter_mut().find(|(key, _)| *key == stored) {
+            store_state(
+                &this.tensors,
+                stored,
+                values,
+                &mut lease[byte_range(&local, size)],
+            );
         }
         Ok(())
     }
 
-    /// The unit and the part that are being filled.
+    /// The unit and the state tensor that are being filled.
     pub(crate) fn filling(&self) -> Option<(usize, StateKey)> {
-        self.fill.as_ref().map(|fill| (fill.unit, fill.part))
+        self.fill.as_ref().map(|fill| (fill.unit, fill.key))
     }
 
     /// Writes what was filled to where it is at home. The unit's weights stay in memory until others need the room.
@@ -258,7 +232,7 @@ impl Core {
         let mut outcome: Result<()> = Ok(());
         let this = &self.units[unit];
         let element = self.compute.size();
-        if fill.part == StateKey::Weights && this.weights.on_disk() {
+        if fill.key == StateKey::WEIGHT && this.weights.on_disk() {
             let window = this
                 .weights
                 .window()
@@ -269,7 +243,7 @@ impl Core {
                 self.disk()
                     .store
                     .start_write(
-                        block(unit, Component::Weight),
+                        block(unit, StateKey::WEIGHT),
                         tile,
                         buffer,
                         u64::from(tile),
@@ -279,17 +253,11 @@ impl Core {
                 in_flight += 1;
             }
         }
-        let zero_moments = matches!(
-            this.state,
-            StateBlocks::Disk {
-                moments_are_zero: true
-            }
-        );
-        if zero_moments && fill.part != StateKey::Weights {
-            self.write_zero_moments(unit, fill.part)?;
+        if this.state.is_pristine() && fill.key != StateKey::WEIGHT {
+            self.write_initial_moments(unit, Some(fill.key))?;
         }
-        for (component, mut rest) in fill.collected {
-            let size = self.element_bytes(component);
+        for (key, mut rest) in fill.collected {
+            let size = self.units[unit].element_bytes(key);
             let tiles = self.units[unit].state_tiles;
             for tile in 0..tiles.count() {
                 let range = tiles.range(tile);
@@ -297,13 +265,7 @@ impl Core {
                 let buffer = std::mem::replace(&mut rest, tail);
                 self.disk()
                     .store
-                    .start_write(
-                        block(unit, component),
-                        tile,
-                        buffer,
-                        u64::from(tile),
-                        &sender,
-                    )
+                    .start_write(block(unit, key), tile, buffer, u64::from(tile), &sender)
                     .map_err(|(error, _)| error)?;
                 in_flight += 1;
             }
@@ -317,11 +279,11 @@ impl Core {
         }
         self.release(unit)?;
         if let (
-            StateKey::Weights,
+            StateKey::WEIGHT,
             Weights::Host {
                 all_shards_valid, ..
             },
-        ) = (fill.part, &mut self.units[unit].weights)
+        ) = (fill.key, &mut self.units[unit].weights)
         {
             // Filled by every rank.
             *all_shards_valid = true;
@@ -329,60 +291,53 @@ impl Core {
         outcome
     }
 
-    /// The other moment must exist on disk once one of them does.
-    pub(crate) fn write_zero_moments(&mut self, unit: usize, filled: StateKey) -> Result<()> {
-        if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
-            *moments_are_zero = false;
+    /// All moments of a unit must exist on disk once one of them does: writes those that nobody has, `filled` left out.
+    pub(crate) fn write_initial_moments(
+        &mut self,
+        unit: usize,
+        filled: Option<StateKey>,
+    ) -> Result<()> {
+        if let StateBlocks::Disk { pristine } = &mut self.units[unit].state {
+            *pristine = false;
         }
-        let other = if filled == StateKey::ExpAvg {
-            Component::ExpAvgSq
-        } else {
-            Component::ExpAvg
-        };
-        let size = self.element_bytes(other);
-        let tiles = self.units[unit].state_tiles;
-        for tile in 0..tiles.count() {
-            let range = tiles.range(tile);
-            let bytes = to_usize(range.end - range.start) * size;
-            let disk = self.disk();
-            let mut buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
-            buffer.fill(0);
-            let (sender, receiver) = channel();
-            disk.store
-                .start_write(block(unit, other), tile, buffer, u64::from(tile), &sender)
-                .map_err(|(error, _)| error)?;
-            let completion = receive(&receiver, &mut self.waited)?;
-            completion.result?;
+        let this = &self.units[unit];
+        let tiles = this.state_tiles;
+        for tensor in this
+            .tensors
+            .moments()
+            .filter(|each| Some(each.key) != filled)
+        {
+            for tile in 0..tiles.count() {
+                let range = tiles.range(tile);
+                let bytes = to_usize(range.end - range.start) * tensor.size();
+                let disk = self.disk();
+                let mut buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
+                fill_initial(tensor, &mut buffer);
+                let (sender, receiver) = channel();
+                let id = block(unit, tensor.key);
+                disk.store
+                    .start_write(id, tile, buffer, u64::from(tile), &sender)
+                    .map_err(|(error, _)| error)?;
+                receive(&receiver, &mut self.waited)?.result?;
+            }
         }
         Ok(())
     }
 }
 
-/// Master weights as every format keeps them: all bits, and one NaN for all.
-pub(crate) fn store_master(values: &[f32], target: &mut [f32]) {
-    for (target, value) in target.iter_mut().zip(values) {
-        *target = if value.is_nan() { f32::NAN } else { *value };
+/// The state tensor that values of `key` go to beside the live weight: what makes a weight exact, or the moment itself.
+pub(crate) fn stored_beside(tensors: &StateLayout, key: StateKey) -> Option<StateKey> {
+    if key == StateKey::WEIGHT {
+        tensors.exact().map(|tensor| tensor.key)
+    } else {
+        Some(key)
     }
 }
 
-pub(crate) fn store_weight(dtype: Dtype, values: &[f32], bytes: &mut [u8]) {
-    match dtype {
-        Dtype::F32 => bytemuck::cast_slice_mut(bytes).copy_from_slice(values),
-        Dtype::Bf16 => {
-            for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes)
-                .iter_mut()
-                .zip(values)
-            {
-                *target = bf16_half_up(*value);
-            }
-        }
-        Dtype::F16 => {
-            for (target, value) in bytemuck::cast_slice_mut::<u8, u16>(bytes)
-                .iter_mut()
-                .zip(values)
-            {
-                *target = f16_nearest_even(*value);
-            }
-        }
+/// Stores values in elements of a state tensor other than the live weight.
+pub(crate) fn store_state(tensors: &StateLayout, key: StateKey, values: &[f32], bytes: &mut [u8]) {
+    match tensors.find(key.name()).map(|tensor| tensor.role) {
+        Some(Role::Exact) => encode_exact(tensors, values, bytes),
+        _ => bytemuck::cast_slice_mut(bytes).copy_from_slice(values),
     }
 }

@@ -6,11 +6,10 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::Component;
+use zeroxide_layout::StateKey;
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::state::fill::StateKey;
 use crate::weights::residence::Weights;
 
 impl Core {
@@ -23,7 +22,7 @@ impl Core {
         bytes: &[u8],
     ) -> Result<()> {
         let given = self.byte_span("fill_bytes", unit, param, start, bytes.len())?;
-        if self.filling() != Some((unit, StateKey::Weights)) {
+        if self.filling() != Some((unit, StateKey::WEIGHT)) {
             return misuse(
                 "fill_bytes",
                 format!("the weights of {} are not filled", self.units[unit].name),
@@ -81,7 +80,7 @@ impl Core {
             );
         }
         let size = self.compute.size();
-        self.read_elements(unit, Component::Weight, words.clone(), |offset, stored| {
+        self.read_elements(unit, StateKey::WEIGHT, words.clone(), |offset, stored| {
             let at = words.start * element + (offset * size) as u64;
             let here = at..at + stored.len() as u64;
             if let Some((both, from)) = overlap(&here, &wanted) {

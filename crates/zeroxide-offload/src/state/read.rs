@@ -3,13 +3,12 @@
 use std::ops::Range;
 use std::sync::mpsc::channel;
 
-use zeroxide_layout::{Component, Dtype};
+use zeroxide_layout::StateKey;
 use zeroxide_memory::Lease;
-use zeroxide_optim::{bf16_to_f32, f16_to_f32, join, with_bf16, with_f16};
+use zeroxide_optim::{carry_exact, exact_suffices, join_live, widen};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
-use crate::state::fill::StateKey;
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::Weights;
@@ -17,7 +16,7 @@ use crate::weights::residence::Weights;
 /// A tile read for inspection; small reads beside one another hit it.
 pub(crate) struct CachedTile {
     unit: usize,
-    component: Component,
+    key: StateKey,
     tile: u32,
     bytes: Lease,
 }
@@ -30,12 +29,13 @@ impl Core {
         &mut self,
         unit: usize,
         param: usize,
-        part: StateKey,
+        name: &str,
         start: u64,
         out: &mut [f32],
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("read_param", unit, param)?;
+        let key = self.units[unit].state_key("read_param", name)?;
         if out.is_empty() {
             return Ok(());
         }
@@ -58,58 +58,46 @@ impl Core {
             );
         }
         let trainable = this.params[param].trainable;
-        if part != StateKey::Weights {
-            let component = if part == StateKey::ExpAvg {
-                Component::ExpAvg
-            } else {
-                Component::ExpAvgSq
-            };
-            let zero = matches!(
-                this.state,
-                StateBlocks::Disk {
-                    moments_are_zero: true
-                }
-            );
-            if zero || !trainable {
-                out.fill(0.0);
+        if key != StateKey::WEIGHT {
+            let initial = this.tensors.find(key.name()).map(|tensor| tensor.initial);
+            if this.state.is_pristine() || !trainable {
+                out.fill(if trainable {
+                    initial.unwrap_or(0.0)
+                } else {
+                    0.0
+                });
                 return Ok(());
             }
-            return self.read_elements(unit, component, range, |offset, bytes| {
+            return self.read_elements(unit, key, range, |offset, bytes| {
                 let values: &[f32] = bytemuck::cast_slice(bytes);
                 out[offset..offset + values.len()].copy_from_slice(values);
             });
         }
-        let master = self.element_bytes(Component::Master) > 0 && trainable;
-        let compute = self.compute;
-        let component = if master {
-            Component::Master
-        } else {
-            Component::Weight
+        let exact = this
+            .tensors
+            .exact()
+            .filter(|_| trainable)
+            .map(|tensor| tensor.key);
+        let Some(exact) = exact else {
+            let compute = self.compute;
+            return self.read_elements(unit, key, range, |offset, bytes| {
+                let count = bytes.len() / compute.size();
+                widen(compute, bytes, &mut out[offset..offset + count]);
+            });
         };
-        self.read_elements(unit, component, range.clone(), |offset, bytes| {
-            let dtype = if master { Dtype::F32 } else { compute };
-            let count = bytes.len() / dtype.size();
-            load_weight(dtype, bytes, &mut out[offset..offset + count]);
+        let tensors = this.tensors.clone();
+        let live = !exact_suffices(&tensors) || self.may_be_edited(unit);
+        let size = self.units[unit].element_bytes(exact);
+        self.read_elements(unit, exact, range.clone(), |offset, bytes| {
+            let count = bytes.len() / size;
+            carry_exact(&tensors, bytes, &mut out[offset..offset + count]);
         })?;
-        if trainable && self.element_bytes(Component::Residual) > 0 {
-            self.read_elements(unit, Component::Residual, range, |offset, bytes| {
-                let low: &[u16] = bytemuck::cast_slice(bytes);
-                for (value, low) in out[offset..offset + low.len()].iter_mut().zip(low) {
-                    // The high half was widened above: its bits are the upper half of the value's.
-                    let high = (value.to_bits() >> 16) as u16;
-                    *value = join(high, *low);
-                }
-            })?;
-        } else if master && self.may_be_edited(unit) {
+        if live {
             // What the next update would take for the master, whichever format holds it.
-            self.read_elements(unit, Component::Weight, range, |offset, bytes| {
-                let live: &[u16] = bytemuck::cast_slice(bytes);
-                for (value, live) in out[offset..offset + live.len()].iter_mut().zip(live) {
-                    *value = match compute {
-                        Dtype::F16 => with_f16(*value, *live),
-                        _ => with_bf16(*value, *live),
-                    };
-                }
+            let size = self.compute.size();
+            self.read_elements(unit, StateKey::WEIGHT, range, |offset, bytes| {
+                let count = bytes.len() / size;
+                join_live(&tensors, bytes, &mut out[offset..offset + count]);
             })?;
         }
         Ok(())
@@ -128,14 +116,14 @@ impl Core {
     pub(crate) fn read_elements(
         &mut self,
         unit: usize,
-        component: Component,
+        key: StateKey,
         range: Range<u64>,
         mut visit: impl FnMut(usize, &[u8]),
     ) -> Result<()> {
-        let size = self.element_bytes(component);
         let this = &self.units[unit];
+        let size = this.element_bytes(key);
         let local = range.start - this.base..range.end - this.base;
-        if component == Component::Weight && this.weights.in_memory() {
+        if key == StateKey::WEIGHT && this.weights.in_memory() {
             return match &this.weights {
                 Weights::Borrowed { lent } => {
                     let lent = lent.as_ref().expect("in memory");
@@ -155,38 +143,30 @@ impl Core {
                 }
             };
         }
-        if component == Component::Weight && matches!(this.weights, Weights::Borrowed { .. }) {
+        if key == StateKey::WEIGHT && matches!(this.weights, Weights::Borrowed { .. }) {
             return misuse(
                 "read_param",
                 "the weight is the caller's own and was not lent",
             );
         }
-        if component != Component::Weight
+        if key != StateKey::WEIGHT
             && let StateBlocks::Host { blocks } = &this.state
         {
             let (_, lease) = blocks
                 .iter()
-                .find(|(found, _)| *found == component)
-                .expect("the format has this component");
+                .find(|(found, _)| *found == key)
+                .expect("the unit has this tensor");
             visit(0, &lease[byte_range(&local, size)]);
             return Ok(());
         }
-        let tiles = if component == Component::Weight {
-            this.weight_tiles
-        } else {
-            this.state_tiles
-        };
+        let tiles = this.tiles_of(key);
         let mut at = local.start;
         while at < local.end {
             let tile = tiles.tile_of(at);
             let whole = tiles.range(tile);
             let end = whole.end.min(local.end);
-            let lease = self.cached_tile(
-                unit,
-                component,
-                tile,
-                to_usize(whole.end - whole.start) * size,
-            )?;
+            let lease =
+                self.cached_tile(unit, key, tile, to_usize(whole.end - whole.start) * size)?;
             visit(
                 to_usize(at - local.start),
                 &lease[byte_range(&(at - whole.start..end - whole.start), size)],
@@ -199,13 +179,14 @@ impl Core {
     fn cached_tile(
         &mut self,
         unit: usize,
-        component: Component,
+        key: StateKey,
         tile: u32,
         bytes: usize,
     ) -> Result<&Lease> {
-        let hit = self.cache.iter().position(|cached| {
-            cached.unit == unit && cached.component == component && cached.tile == tile
-        });
+        let hit = self
+            .cache
+            .iter()
+            .position(|cached| cached.unit == unit && cached.key == key && cached.tile == tile);
         let index = if let Some(index) = hit {
             index
         } else {
@@ -216,21 +197,15 @@ impl Core {
             let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
             let (sender, receiver) = channel();
             disk.store
-                .start_read(
-                    block(unit, component),
-                    tile,
-                    buffer,
-                    u64::from(tile),
-                    &sender,
-                )
+                .start_read(block(unit, key), tile, buffer, u64::from(tile), &sender)
                 .map_err(|(error, _)| error)?;
             let completion = receive(&receiver, &mut self.waited)?;
             completion.result?;
             disk.store
-                .verify(block(unit, component), tile, &completion.buffer)?;
+                .verify(block(unit, key), tile, &completion.buffer)?;
             self.cache.push(CachedTile {
                 unit,
-                component,
+                key,
                 tile,
                 bytes: completion.buffer,
             });
@@ -250,21 +225,5 @@ impl Core {
         self.check_param("set_updates", unit, param)?;
         self.units[unit].params[param].updates = updates;
         Ok(())
-    }
-}
-
-fn load_weight(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        Dtype::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
-        Dtype::Bf16 => {
-            for (value, source) in out.iter_mut().zip(bytemuck::cast_slice::<u8, u16>(bytes)) {
-                *value = bf16_to_f32(*source);
-            }
-        }
-        Dtype::F16 => {
-            for (value, source) in out.iter_mut().zip(bytemuck::cast_slice::<u8, u16>(bytes)) {
-                *value = f16_to_f32(*source);
-            }
-        }
     }
 }

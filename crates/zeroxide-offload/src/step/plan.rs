@@ -9,18 +9,18 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use zeroxide_optim::{AdamParams, AdamStep};
+use zeroxide_optim::{Optimizer, Step};
 
 use crate::core::Core;
 use crate::error::{Result, misuse};
 use crate::step::stream::{ActiveStep, Progress};
-use crate::unit::{StateBlocks, Unit};
+use crate::unit::Unit;
 
 /// Elements that share every constant of the update.
 #[derive(Clone, Debug)]
 pub(crate) struct Segment {
     pub(crate) range: Range<u64>,
-    pub(crate) step: AdamStep,
+    pub(crate) step: Step,
 }
 
 impl Core {
@@ -28,7 +28,7 @@ impl Core {
     ///
     /// Where nothing is at home on disk, the step is done when this returns. After an error the state is mixed and
     /// every further call says so.
-    pub(crate) fn step_begin(&mut self, groups: &[AdamParams], grad_scale: f64) -> Result<()> {
+    pub(crate) fn step_begin(&mut self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
         self.check_usable()?;
         if self.fill.is_some() {
             return misuse("step", "a fill has not been committed");
@@ -42,12 +42,7 @@ impl Core {
         for (index, unit) in self.units.iter().enumerate() {
             let plan = segments(unit, groups, grad_scale)?;
             // Moments that are not on disk yet must all be written, also where there is no gradient.
-            let all = matches!(
-                unit.state,
-                StateBlocks::Disk {
-                    moments_are_zero: true
-                }
-            ) && !plan.is_empty();
+            let all = unit.state.is_pristine() && !plan.is_empty();
             let count = unit.state_tiles.count();
             let tiles: Vec<u32> = (0..count)
                 .filter(|tile| all || overlaps(&plan, &unit.flat(&unit.state_tiles.range(*tile))))
@@ -202,7 +197,7 @@ impl Core {
 /// The runs of equal constants among the parameters whose gradient has been accumulated, in layout order.
 ///
 /// Padding between two of them joins the run: its gradient, weight and moments are zero and stay zero.
-fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<Segment>> {
+fn segments(unit: &Unit, groups: &[Optimizer], grad_scale: f64) -> Result<Vec<Segment>> {
     let mut order: Vec<usize> = (0..unit.params.len())
         .filter(|param| unit.params[*param].accumulated)
         .collect();
@@ -210,17 +205,7 @@ fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<S
     let mut found: Vec<(usize, u64, Range<u64>)> = Vec::new();
     for param in order {
         let state = &unit.params[param];
-        if state.group >= groups.len() {
-            return misuse(
-                "step",
-                format!(
-                    "{} is in group {} of {}",
-                    unit.name,
-                    state.group,
-                    groups.len()
-                ),
-            );
-        }
+        check_group(unit, state.group, groups)?;
         let start = unit.layout.offset(param);
         let range = start..start + unit.layout.numel(param);
         match found.last_mut() {
@@ -238,9 +223,28 @@ fn segments(unit: &Unit, groups: &[AdamParams], grad_scale: f64) -> Result<Vec<S
         .into_iter()
         .map(|(group, updates, range)| Segment {
             range,
-            step: AdamStep::new(&groups[group], updates + 1, grad_scale),
+            step: groups[group].prepare(updates + 1, grad_scale),
         })
         .collect())
+}
+
+fn check_group(unit: &Unit, group: usize, groups: &[Optimizer]) -> Result<()> {
+    match groups.get(group) {
+        None => misuse(
+            "step",
+            format!("{} is in group {group} of {}", unit.name, groups.len()),
+        ),
+        Some(optimizer) if optimizer.name() != unit.rule => misuse(
+            "step",
+            format!(
+                "group {group} is now {}, and the state of {} is that of {}: a group keeps its optimizer",
+                optimizer.name(),
+                unit.name,
+                unit.rule
+            ),
+        ),
+        Some(_) => Ok(()),
+    }
 }
 
 fn overlaps(plan: &[Segment], range: &Range<u64>) -> bool {

@@ -5,29 +5,33 @@ use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Duration;
 
-use zeroxide_layout::{Component, PAGE};
+use zeroxide_layout::{PAGE, Role};
 use zeroxide_memory::Lease;
 use zeroxide_storage::{Completion, StorageError};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
+use crate::homes::fill_initial;
 use crate::step::plan::Segment;
 use crate::step::update::{Update, update_tile};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, Weights};
 
-/// Marks the tag of a write, whose low bits are the unit. Tags of reads: a tile job's number, and its component from
-/// `COMPONENT_SHIFT` on.
+/// Marks the tag of a write, whose low bits are the unit. Tags of reads: a tile job's number, and from `TENSOR_SHIFT`
+/// on
+/// the number of the state tensor in the unit's layout.
 const WRITE: u64 = 1 << 63;
-const COMPONENT_SHIFT: u32 = 56;
+const TENSOR_SHIFT: u32 = 56;
 
 /// One tile on its way through memory.
 struct TileJob {
     unit: usize,
     tile: u32,
-    /// Components that come from and go back to the disk: in the staging ring, or in the unit's window.
-    buffers: Vec<(Component, Lease)>,
+    /// State tensors, by their number in the unit's layout, that come from and go back to the disk: in the staging
+    /// ring,
+    /// or in the unit's window.
+    buffers: Vec<(usize, Lease)>,
     pending: usize,
     failed: Option<StorageError>,
 }
@@ -104,7 +108,6 @@ impl Core {
         step.base += 1;
         let update = Update {
             pool: &self.pool,
-            layout: self.state_layout,
             store: self.disk.as_ref().map(|disk| &disk.store),
             grad: self.grad,
             unit: job.unit,
@@ -125,8 +128,8 @@ impl Core {
 
     /// The last tile of a unit has its new value.
     fn unit_updated(&mut self, unit: usize) -> Result<()> {
-        if let StateBlocks::Disk { moments_are_zero } = &mut self.units[unit].state {
-            *moments_are_zero = false;
+        if let StateBlocks::Disk { pristine } = &mut self.units[unit].state {
+            *pristine = false;
             // Used up, and not needed before backward accumulates the next ones: room for the activations in between.
             if let Some(grad) = &mut self.units[unit].grad {
                 grad.discard()?;
@@ -154,39 +157,34 @@ impl Core {
         let this = &self.units[unit];
         let mut buffers = Vec::new();
         let mut to_read = Vec::new();
-        let zero = matches!(
-            this.state,
-            StateBlocks::Disk {
-                moments_are_zero: true
-            }
-        );
-        for (component, size) in self.state_layout.components() {
-            let elements = match component {
-                Component::Weight if !this.weights.on_disk() || this.weights.in_memory() => {
+        let pristine = this.state.is_pristine();
+        for (index, tensor) in this.tensors.tensors().iter().enumerate() {
+            match tensor.role {
+                Role::Live if !this.weights.on_disk() || this.weights.in_memory() => continue,
+                Role::Exact | Role::Moment if matches!(this.state, StateBlocks::Host { .. }) => {
                     continue;
                 }
-                Component::Weight => this.weight_tiles.range(tile),
-                _ if matches!(this.state, StateBlocks::Host { .. }) => continue,
-                _ => this.state_tiles.range(tile),
-            };
-            let bytes = byte_range(&elements, *size);
-            let lease = match (component, self.residence(unit)) {
-                (Component::Weight, Some(Residence::Updating)) => this
+                _ => {}
+            }
+            let elements = this.tiles_of(tensor.key).range(tile);
+            let bytes = byte_range(&elements, tensor.size());
+            let lease = match (tensor.role, self.residence(unit)) {
+                (Role::Live, Some(Residence::Updating)) => this
                     .weights
                     .window()
                     .expect("weights on disk have a window")
-                    .lease(byte_range(&this.flat(&elements), *size))?,
+                    .lease(byte_range(&this.flat(&elements), tensor.size()))?,
                 _ => match self.disk().ring.lease(bytes.len(), PAGE) {
                     Ok(lease) => lease,
                     Err(_) => return Ok(false),
                 },
             };
-            if zero && matches!(component, Component::ExpAvg | Component::ExpAvgSq) {
+            if pristine && tensor.role == Role::Moment {
                 let mut lease = lease;
-                lease.fill(0);
-                buffers.push((*component, lease));
+                fill_initial(tensor, &mut lease);
+                buffers.push((index, lease));
             } else {
-                to_read.push((*component, lease));
+                to_read.push((index, tensor.key, lease));
             }
         }
         let step = self
@@ -202,15 +200,15 @@ impl Core {
             failed: None,
         });
         let at = step.jobs.len() - 1;
-        for (component, lease) in to_read {
-            let tag = number | ((component as u64) << COMPONENT_SHIFT);
+        for (index, key, lease) in to_read {
+            let tag = number | ((index as u64) << TENSOR_SHIFT);
             let store = &self
                 .disk
                 .as_ref()
                 .expect("a block at home on disk implies a store")
                 .store;
             store
-                .start_read(block(unit, component), tile, lease, tag, &step.replies.0)
+                .start_read(block(unit, key), tile, lease, tag, &step.replies.0)
                 .map_err(|(error, _)| error)?;
             step.jobs[at].pending += 1;
         }
@@ -235,7 +233,7 @@ impl Core {
         Ok(())
     }
 
-    fn start_writes(&mut self, job: TileJob, checksums: &[(Component, u64)]) -> Result<()> {
+    fn start_writes(&mut self, job: TileJob, checksums: &[(usize, u64)]) -> Result<()> {
         let this = &self.units[job.unit];
         let mut outgoing = job.buffers;
         if let Weights::Moving {
@@ -245,17 +243,18 @@ impl Core {
         {
             let flat = this.flat(&this.weight_tiles.range(job.tile));
             let bytes = byte_range(&flat, self.compute.size());
-            outgoing.push((Component::Weight, window.lease(bytes)?));
+            outgoing.push((0, window.lease(bytes)?));
         }
         let step = self
             .step
             .as_mut()
             .expect("driven only while there is a step");
-        for (component, lease) in outgoing {
+        for (tensor, lease) in outgoing {
             let (_, checksum) = checksums
                 .iter()
-                .find(|(found, _)| *found == component)
+                .find(|(found, _)| *found == tensor)
                 .expect("taken of everything that goes to disk");
+            let key = this.tensors.tensors()[tensor].key;
             let tag = WRITE | job.unit as u64;
             let store = &self
                 .disk
@@ -264,7 +263,7 @@ impl Core {
                 .store;
             store
                 .start_write_with_crc(
-                    block(job.unit, component),
+                    block(job.unit, key),
                     job.tile,
                     lease,
                     *checksum,
@@ -329,7 +328,7 @@ impl ActiveStep {
             self.units[to_usize(completion.tag & !WRITE)].writes -= 1;
             return completion.result.map_err(Into::into);
         }
-        let number = completion.tag & ((1 << COMPONENT_SHIFT) - 1);
+        let number = completion.tag & ((1 << TENSOR_SHIFT) - 1);
         let index = number.checked_sub(self.base).map_or(usize::MAX, to_usize);
         let Some(job) = self.jobs.get_mut(index) else {
             return misuse(
@@ -341,7 +340,7 @@ impl ActiveStep {
         match completion.result {
             Ok(()) => job
                 .buffers
-                .push((component_of(completion.tag), completion.buffer)),
+                .push((tensor_of(completion.tag), completion.buffer)),
             Err(error) => {
                 job.failed.get_or_insert(error);
             }
@@ -350,10 +349,6 @@ impl ActiveStep {
     }
 }
 
-fn component_of(tag: u64) -> Component {
-    let number = (tag & !WRITE) >> COMPONENT_SHIFT;
-    Component::ALL
-        .into_iter()
-        .find(|component| *component as u64 == number)
-        .expect("tags are made from components")
+fn tensor_of(tag: u64) -> usize {
+    to_usize((tag & !WRITE) >> TENSOR_SHIFT)
 }

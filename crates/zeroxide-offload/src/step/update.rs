@@ -3,12 +3,12 @@
 use std::ops::Range;
 use std::sync::Mutex;
 
-use zeroxide_layout::{Component, Dtype, StateLayout};
+use zeroxide_layout::{Dtype, Role, StateLayout};
 use zeroxide_memory::Lease;
-use zeroxide_optim::{Grad, LowOut, Pool, step_fp32, step_split};
+use zeroxide_optim::{Grad, Pool};
 use zeroxide_storage::{BlockStore, CHECKSUM_PIECE, checksum, join_checksums};
 
-use crate::core::{byte_range, element_bytes, to_usize};
+use crate::core::{byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::step::plan::Segment;
 use crate::unit::{StateBlocks, Unit};
@@ -22,16 +22,38 @@ const PIECE: usize = CHECKSUM_PIECE / 2;
 /// What the update of a tile needs beside the unit.
 pub(crate) struct Update<'a> {
     pub(crate) pool: &'a Pool,
-    pub(crate) layout: StateLayout,
     pub(crate) store: Option<&'a BlockStore>,
     pub(crate) grad: Dtype,
     pub(crate) unit: usize,
     pub(crate) tile: u32,
 }
 
-/// One component's bytes of one part.
+/// Number of the live weight in every layout.
+const LIVE: usize = 0;
+
+/// A state tensor of a tile.
+struct Source<'a> {
+    tensor: usize,
+    bytes: &'a mut [u8],
+    check: bool,
+    write: bool,
+}
+
+impl<'a> Source<'a> {
+    fn new(tensor: usize, bytes: &'a mut [u8], check: bool, write: bool) -> Self {
+        Self {
+            tensor,
+            bytes,
+            check,
+            write,
+        }
+    }
+}
+
+/// The bytes that one part has of one state tensor.
 struct Slice<'a> {
-    component: Component,
+    /// Number of the tensor in the unit's layout.
+    tensor: usize,
     element: usize,
     bytes: &'a mut [u8],
     /// The bytes came from disk: their checksum is to be compared.
@@ -53,27 +75,24 @@ struct ThreadChunk<'a> {
     grad: &'a [u8],
 }
 
-/// Updates a tile in place; returns the new checksums of what goes to disk.
+/// Updates a tile in place. `buffers` are state tensors of it by their number in the unit's layout; returns the new
+/// checksums of what goes to disk, by the same numbers.
 pub(crate) fn update_tile(
     update: &Update<'_>,
     unit: &mut Unit,
-    buffers: &mut [(Component, Lease)],
+    buffers: &mut [(usize, Lease)],
     segments: &[Segment],
-) -> Result<Vec<(Component, u64)>> {
+) -> Result<Vec<(usize, u64)>> {
     let range = unit.state_tiles.range(update.tile);
     let weight_range = unit.weight_tiles.range(update.tile);
-    let weight_element = element_bytes(update.layout, Component::Weight);
+    let tensors = &unit.tensors;
+    let weight_element = tensors.compute().size();
     let base = unit.base;
     let on_disk = unit.weights.on_disk();
-    let zero = matches!(
-        unit.state,
-        StateBlocks::Disk {
-            moments_are_zero: true
-        }
-    );
+    let pristine = unit.state.is_pristine();
     let (lent_weight, lent_grad);
     let mut shard;
-    let mut sources: Vec<(Component, &mut [u8], bool, bool)> = Vec::new();
+    let mut sources: Vec<Source<'_>> = Vec::new();
     let (grad, grad_dtype): (&[u8], Dtype) = match &mut unit.weights {
         Weights::Borrowed { lent } => {
             let Some(lent) = lent.as_mut() else {
@@ -83,7 +102,7 @@ pub(crate) fn update_tile(
             let numel = unit.layout.numel(0);
             let real = range.start..range.end.min(numel);
             let bytes = byte_range(&real, weight_element);
-            sources.push((Component::Weight, &mut lent_weight[bytes], false, false));
+            sources.push(Source::new(LIVE, &mut lent_weight[bytes], false, false));
             (
                 &lent_grad[byte_range(&real, lent.grad_dtype.size())],
                 lent.grad_dtype,
@@ -92,7 +111,7 @@ pub(crate) fn update_tile(
         weights => {
             shard = weights.shard_bytes(base, &weight_range, weight_element)?;
             if let Some(bytes) = shard.as_deref_mut() {
-                sources.push((Component::Weight, bytes, false, on_disk));
+                sources.push(Source::new(LIVE, bytes, false, on_disk));
             }
             let grad = unit
                 .grad
@@ -102,18 +121,22 @@ pub(crate) fn update_tile(
         }
     };
     if let StateBlocks::Host { blocks } = &mut unit.state {
-        for (component, lease) in blocks {
-            let bytes = byte_range(&range, element_bytes(update.layout, *component));
-            sources.push((*component, &mut lease[bytes], false, false));
+        for (index, (_, lease)) in blocks.iter_mut().enumerate() {
+            let tensor = LIVE + 1 + index;
+            let bytes = byte_range(&range, tensors.tensors()[tensor].size());
+            sources.push(Source::new(tensor, &mut lease[bytes], false, false));
         }
     }
-    for (component, lease) in buffers {
-        let fresh = zero && matches!(component, Component::ExpAvg | Component::ExpAvgSq);
-        sources.push((*component, lease, !fresh, true));
+    for (tensor, lease) in buffers {
+        let fresh = pristine && tensors.tensors()[*tensor].role == Role::Moment;
+        sources.push(Source::new(*tensor, lease, !fresh, true));
     }
+    // The kernels take tensors in the order of the layout; from disk they come in any.
+    sources.sort_by_key(|source| source.tensor);
     let len = to_usize(range.end - range.start);
     let parts = divide(
-        update,
+        update.pool.threads(),
+        tensors,
         sources,
         base + range.start,
         len,
@@ -123,24 +146,24 @@ pub(crate) fn update_tile(
     let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
     update.pool.run(parts.len(), |index| {
         let mut part = parts[index].lock().expect("each task has its own part");
-        part.run(update.layout, segments, grad_dtype);
+        part.run(tensors, segments, grad_dtype);
     });
     let parts: Vec<_> = parts
         .into_iter()
         .map(|part| part.into_inner().expect("the pool has returned"))
         .collect();
-    checksums(update, &parts)
+    checksums(update, tensors, &parts)
 }
 
 fn divide<'a>(
-    update: &Update<'_>,
-    sources: Vec<(Component, &'a mut [u8], bool, bool)>,
+    threads: usize,
+    tensors: &StateLayout,
+    sources: Vec<Source<'a>>,
     start: u64,
     len: usize,
     grad: &'a [u8],
     grad_element: usize,
 ) -> Vec<ThreadChunk<'a>> {
-    let threads = update.pool.threads();
     let share = len.div_ceil(threads).next_multiple_of(PIECE);
     let count = len.div_ceil(share).max(1);
     let mut parts: Vec<ThreadChunk<'a>> = (0..count)
@@ -155,8 +178,9 @@ fn divide<'a>(
             ),
         })
         .collect();
-    for (component, mut rest, check, write) in sources {
-        let element = element_bytes(update.layout, component);
+    for source in sources {
+        let element = tensors.tensors()[source.tensor].size();
+        let mut rest = source.bytes;
         for (index, part) in parts.iter_mut().enumerate() {
             // The last part takes all that is left: where frozen weights follow, they belong to the same tile.
             let take = if index + 1 == count {
@@ -167,11 +191,11 @@ fn divide<'a>(
             let (bytes, tail) = std::mem::take(&mut rest).split_at_mut(take);
             rest = tail;
             part.slices.push(Slice {
-                component,
+                tensor: source.tensor,
                 element,
                 bytes,
-                check,
-                write,
+                check: source.check,
+                write: source.write,
                 before: Vec::new(),
                 after: Vec::new(),
             });
@@ -185,7 +209,7 @@ fn clipped(bytes: &[u8], start: usize, end: usize) -> &[u8] {
 }
 
 impl ThreadChunk<'_> {
-    fn run(&mut self, layout: StateLayout, segments: &[Segment], grad_dtype: Dtype) {
+    fn run(&mut self, tensors: &StateLayout, segments: &[Segment], grad_dtype: Dtype) {
         let mut at = 0;
         self.digest_longer(false);
         while at < self.len {
@@ -197,7 +221,7 @@ impl ThreadChunk<'_> {
                 let stop = segment.range.end.min(piece.end);
                 if start < stop {
                     let local = to_usize(start - self.start)..to_usize(stop - self.start);
-                    self.apply(layout, segment, local, grad_dtype);
+                    self.apply(tensors, segment, local, grad_dtype);
                 }
             }
             self.digest(at, end, true);
@@ -230,61 +254,22 @@ impl ThreadChunk<'_> {
 
     fn apply(
         &mut self,
-        layout: StateLayout,
+        tensors: &StateLayout,
         segment: &Segment,
         local: Range<usize>,
         grad_dtype: Dtype,
     ) {
-        let mut weight: Option<&mut [u8]> = None;
-        let mut residual: Option<&mut [u16]> = None;
-        let mut master: Option<&mut [f32]> = None;
-        let mut exp_avg: Option<&mut [f32]> = None;
-        let mut exp_avg_sq: Option<&mut [f32]> = None;
-        for slice in &mut self.slices {
-            let bytes = &mut slice.bytes[local.start * slice.element..local.end * slice.element];
-            match slice.component {
-                Component::Weight => weight = Some(bytes),
-                Component::Residual => residual = Some(bytemuck::cast_slice_mut(bytes)),
-                Component::Master => master = Some(bytemuck::cast_slice_mut(bytes)),
-                Component::ExpAvg => exp_avg = Some(bytemuck::cast_slice_mut(bytes)),
-                Component::ExpAvgSq => exp_avg_sq = Some(bytemuck::cast_slice_mut(bytes)),
-            }
-        }
-        let (Some(weight), Some(exp_avg), Some(exp_avg_sq)) = (weight, exp_avg, exp_avg_sq) else {
-            unreachable!("every format has a weight and two moments");
-        };
         let bytes = &self.grad[local.start * grad_dtype.size()..local.end * grad_dtype.size()];
         let grad = match grad_dtype {
             Dtype::F32 => Grad::F32(bytemuck::cast_slice(bytes)),
             Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
             Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
         };
-        if let Some(residual) = residual {
-            step_split(
-                &segment.step,
-                bytemuck::cast_slice_mut(weight),
-                residual,
-                exp_avg,
-                exp_avg_sq,
-                grad,
-            );
-        } else if let Some(master) = master {
-            let out = match layout.compute() {
-                Dtype::Bf16 => LowOut::Bf16(bytemuck::cast_slice_mut(weight)),
-                Dtype::F16 => LowOut::F16(bytemuck::cast_slice_mut(weight)),
-                Dtype::F32 => unreachable!("fp32 weights are their own master"),
-            };
-            step_fp32(&segment.step, master, exp_avg, exp_avg_sq, grad, out);
-        } else {
-            step_fp32(
-                &segment.step,
-                bytemuck::cast_slice_mut(weight),
-                exp_avg,
-                exp_avg_sq,
-                grad,
-                LowOut::None,
-            );
-        }
+        let slices = self
+            .slices
+            .iter_mut()
+            .map(|slice| &mut slice.bytes[local.start * slice.element..local.end * slice.element]);
+        zeroxide_optim::update(&segment.step, tensors, slices, grad);
     }
 }
 
@@ -300,7 +285,11 @@ impl Slice<'_> {
 }
 
 /// Compares what was read with what is known of it and returns the checksums of what is to be written.
-fn checksums(update: &Update<'_>, parts: &[ThreadChunk<'_>]) -> Result<Vec<(Component, u64)>> {
+fn checksums(
+    update: &Update<'_>,
+    tensors: &StateLayout,
+    parts: &[ThreadChunk<'_>],
+) -> Result<Vec<(usize, u64)>> {
     let mut written = Vec::new();
     for index in 0..parts[0].slices.len() {
         let first = &parts[0].slices[index];
@@ -316,13 +305,13 @@ fn checksums(update: &Update<'_>, parts: &[ThreadChunk<'_>]) -> Result<Vec<(Comp
             && let Some(store) = update.store
         {
             store.verify_checksum(
-                block(update.unit, first.component),
+                block(update.unit, tensors.tensors()[first.tensor].key),
                 update.tile,
                 join_checksums(pieces(false)),
             )?;
         }
         if first.write {
-            written.push((first.component, join_checksums(pieces(true))));
+            written.push((first.tensor, join_checksums(pieces(true))));
         }
     }
     Ok(written)

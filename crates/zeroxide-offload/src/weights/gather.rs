@@ -5,7 +5,7 @@
 
 use std::sync::Mutex;
 
-use zeroxide_layout::{BlockId, Component};
+use zeroxide_layout::{BlockId, StateKey};
 use zeroxide_memory::{FRAME, Frame, Lease};
 use zeroxide_storage::Completion;
 
@@ -471,12 +471,12 @@ impl Core {
 }
 
 pub(crate) fn weight_block(unit: usize) -> BlockId {
-    block(unit, Component::Weight)
+    block(unit, StateKey::WEIGHT)
 }
 
-pub(crate) fn block(unit: usize, component: Component) -> BlockId {
+pub(crate) fn block(unit: usize, key: StateKey) -> BlockId {
     BlockId {
         unit: u32::try_from(unit).expect("counted at creation"),
-        component,
+        key,
     }
 }

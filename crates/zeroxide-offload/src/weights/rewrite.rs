@@ -2,7 +2,7 @@
 
 use std::sync::mpsc::channel;
 
-use zeroxide_layout::Component;
+use zeroxide_layout::StateKey;
 
 use crate::core::{Core, byte_range, receive};
 use crate::error::{Result, misuse};
@@ -39,7 +39,7 @@ impl Core {
         for tile in 0..this.weight_tiles.count() {
             let flat = this.flat(&this.weight_tiles.range(tile));
             let buffer = window.lease(byte_range(&flat, self.compute.size()))?;
-            let id = block(unit, Component::Weight);
+            let id = block(unit, StateKey::WEIGHT);
             match disk
                 .store
                 .start_write(id, tile, buffer, u64::from(tile), &sender)

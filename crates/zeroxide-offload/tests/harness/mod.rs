@@ -1,13 +1,13 @@
 //! A small model of three units, gradients by formula, and what one plain pass of the kernel makes of it.
 #![allow(dead_code, reason = "each test file uses a part of the harness")]
 
+use bytemuck::cast_slice_mut;
 use tempfile::TempDir;
-use zeroxide_layout::{Dtype, Format, ParamShape};
+use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_offload::{
-    MeshPosition, Offload, OffloadError, Result, Settings, StateHome, StateKey, UnitSpec,
-    WeightHome,
+    MeshPosition, Offload, OffloadError, Result, Settings, StateHome, UnitSpec, WeightHome,
 };
-use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, step_fp32};
+use zeroxide_optim::{AdamParams, Grad, Optimizer, update};
 use zeroxide_storage::{EngineKind, SimOptions};
 
 pub(crate) const REFERENCE_STEPS: u64 = 4;
@@ -17,12 +17,14 @@ pub(crate) const UNITS: [&[(u64, bool)]; 3] = [
     &[(9000, true), (1, true), (64, true), (700, true)],
     &[(123, false), (20_000, true)],
 ];
-const SCALE: f64 = 0.5;
+pub(crate) const SCALE: f64 = 0.5;
 
 pub(crate) struct Case {
     pub(crate) weights: WeightHome,
     pub(crate) state: StateHome,
     pub(crate) format: Format,
+    /// Rule and format of each unit, where not all have Adam and `format`.
+    pub(crate) rules: Option<[(Optimizer, Format); 3]>,
     pub(crate) threads: usize,
     pub(crate) tile_elements: u64,
     pub(crate) staging_bytes: u64,
@@ -38,6 +40,7 @@ impl Default for Case {
             weights: WeightHome::Disk,
             state: StateHome::Disk,
             format: Format::Split,
+            rules: None,
             threads: 2,
             tile_elements: 2048,
             staging_bytes: 2 << 20,
@@ -50,6 +53,14 @@ impl Default for Case {
 }
 
 impl Case {
+    /// Rule and format of a unit.
+    pub(crate) fn rule(&self, unit: usize) -> (Optimizer, Format) {
+        match &self.rules {
+            Some(rules) => rules[unit],
+            None => (hyperparameters(), self.format),
+        }
+    }
+
     pub(crate) fn try_open(&self) -> Result<Offload> {
         let units: Vec<UnitSpec> = UNITS
             .iter()
@@ -66,6 +77,8 @@ impl Case {
                     .collect(),
                 weights: self.weights,
                 state: self.state,
+                optimizer: self.rule(index).0,
+                format: self.rule(index).1,
             })
             .collect();
         let settings = Settings {
@@ -75,7 +88,6 @@ impl Case {
             limit: self.limit,
             threads: self.threads,
             compute: Dtype::Bf16,
-            format: self.format,
             grad: Dtype::F32,
             tile_elements: self.tile_elements,
             staging_bytes: self.staging_bytes,
@@ -91,7 +103,7 @@ impl Case {
     pub(crate) fn open_filled(&self) -> Result<Offload> {
         let offload = self.try_open()?;
         for (unit, params) in UNITS.iter().enumerate() {
-            offload.fill_begin(unit, StateKey::Weights)?;
+            offload.fill_begin(unit, "weight")?;
             for (param, (numel, _)) in params.iter().enumerate() {
                 offload.fill_param(unit, param, 0, &initial(unit, param, *numel))?;
             }
@@ -122,6 +134,12 @@ pub(crate) fn run(case: &Case, steps: u64) -> Result<Offload> {
 
 /// One training step as an engine makes it: forward over the units, backward in the other order, update.
 pub(crate) fn step(offload: &Offload, step: u64) -> Result<()> {
+    backward(offload, step)?;
+    offload.step(&[hyperparameters()], SCALE)
+}
+
+/// All of a training step but the update.
+pub(crate) fn backward(offload: &Offload, step: u64) -> Result<()> {
     for unit in 0..UNITS.len() {
         offload.gather(unit, false)?;
         offload.prefetch((unit + 1) % UNITS.len())?;
@@ -142,7 +160,7 @@ pub(crate) fn step(offload: &Offload, step: u64) -> Result<()> {
         }
         offload.release(unit)?;
     }
-    offload.step(&[hyperparameters()], SCALE)
+    Ok(())
 }
 
 /// Master weights of every parameter, in order.
@@ -155,7 +173,7 @@ pub(crate) fn try_master(offload: &Offload) -> std::result::Result<Vec<u32>, Off
     for (unit, params) in UNITS.iter().enumerate() {
         for (param, (numel, _)) in params.iter().enumerate() {
             let mut values = vec![0.0_f32; usize::try_from(*numel).expect("small")];
-            offload.read_param(unit, param, StateKey::Weights, 0, &mut values)?;
+            offload.read_param(unit, param, "weight", 0, &mut values)?;
             all.extend(values.iter().map(|value| value.to_bits()));
         }
     }
@@ -167,42 +185,50 @@ pub(crate) fn reference() -> Vec<u32> {
     let mut all = Vec::new();
     for (unit, params) in UNITS.iter().enumerate() {
         for (param, (numel, trainable)) in params.iter().enumerate() {
-            let mut weight = initial(unit, param, *numel);
-            if *trainable {
-                let (mut first, mut second) = (vec![0.0; weight.len()], vec![0.0; weight.len()]);
-                let mut updates = 0;
-                for step in (0..REFERENCE_STEPS).filter(|step| !is_unused(*step, unit, param)) {
-                    updates += 1;
-                    let constants = AdamStep::new(&hyperparameters(), updates, SCALE);
-                    let grad = gradient(step, unit, param, *numel);
-                    step_fp32(
-                        &constants,
-                        &mut weight,
-                        &mut first,
-                        &mut second,
-                        Grad::F32(&grad),
-                        LowOut::None,
-                    );
-                }
+            let weight = if *trainable {
+                plain(&hyperparameters(), unit, param, *numel).swap_remove(0)
             } else {
                 // Frozen weights are kept in the compute dtype.
-                for value in &mut weight {
-                    *value = zeroxide_optim::bf16_to_f32(zeroxide_optim::bf16_half_up(*value));
-                }
-            }
+                let live =
+                    |value: &f32| zeroxide_optim::bf16_to_f32(zeroxide_optim::bf16_half_up(*value));
+                initial(unit, param, *numel).iter().map(live).collect()
+            };
             all.extend(weight.iter().map(|value| value.to_bits()));
         }
     }
     all
 }
 
+/// Weight and moments of one parameter after [`REFERENCE_STEPS`] steps, by one kernel call a step over fp32 values.
+pub(crate) fn plain(optimizer: &Optimizer, unit: usize, param: usize, numel: u64) -> Vec<Vec<f32>> {
+    let moments = optimizer.moments();
+    let layout = StateLayout::new(Dtype::F32, Format::Fp32, &moments).expect("they go together");
+    let mut values = vec![initial(unit, param, numel)];
+    for moment in &moments {
+        values.push(vec![moment.initial; values[0].len()]);
+    }
+    let mut updates = 0;
+    for step in (0..REFERENCE_STEPS).filter(|step| !is_unused(*step, unit, param)) {
+        updates += 1;
+        let grad = gradient(step, unit, param, numel);
+        let tensors = values.iter_mut().map(|tensor| cast_slice_mut(tensor));
+        update(
+            &optimizer.prepare(updates, SCALE),
+            &layout,
+            tensors,
+            Grad::F32(&grad),
+        );
+    }
+    values
+}
+
 /// One parameter has no gradient in every other step.
-fn is_unused(step: u64, unit: usize, param: usize) -> bool {
+pub(crate) fn is_unused(step: u64, unit: usize, param: usize) -> bool {
     (unit, param) == (1, 2) && step % 2 == 1
 }
 
-fn hyperparameters() -> AdamParams {
-    AdamParams {
+fn hyperparameters() -> Optimizer {
+    Optimizer::from(AdamParams {
         lr: 1e-2,
         beta1: 0.9,
         beta2: 0.99,
@@ -210,14 +236,14 @@ fn hyperparameters() -> AdamParams {
         weight_decay: 0.1,
         decoupled: true,
         bias_correction: true,
-    }
+    })
 }
 
-fn initial(unit: usize, param: usize, numel: u64) -> Vec<f32> {
+pub(crate) fn initial(unit: usize, param: usize, numel: u64) -> Vec<f32> {
     noise(unit as u64 * 31 + param as u64 + 1000, numel)
 }
 
-fn gradient(step: u64, unit: usize, param: usize, numel: u64) -> Vec<f32> {
+pub(crate) fn gradient(step: u64, unit: usize, param: usize, numel: u64) -> Vec<f32> {
     noise(step * 1009 + unit as u64 * 31 + param as u64, numel)
 }
 

@@ -14,8 +14,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    MeshPosition, Offload, SegmentHandle, Settings, StateHome, StateKey, Transport, UnitSpec,
-    WeightHome,
+    MeshPosition, Offload, SegmentHandle, Settings, StateHome, Transport, UnitSpec, WeightHome,
 };
 use zeroxide_optim::Grad;
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -29,7 +28,7 @@ const MICRO: u64 = 2;
 const SCALE: f64 = 0.5;
 /// After this, a rank that still waits counts as hung.
 const PATIENCE: Duration = Duration::from_secs(20);
-const PARTS: [StateKey; 3] = [StateKey::Weights, StateKey::ExpAvg, StateKey::ExpAvgSq];
+const PARTS: [&str; 3] = ["weight", "exp_avg", "exp_avg_sq"];
 
 /// Elements of each parameter of each unit; the third unit is frozen. The sizes let shards end inside parameters, hold
 /// several tiles, and be nothing but padding on the last ranks. Unit 0 takes gradients all through backward.
@@ -79,6 +78,8 @@ impl Case {
                     .collect(),
                 weights: self.weights,
                 state: self.state,
+                optimizer: hyperparameters(),
+                format: self.format,
             })
             .collect();
         #[expect(clippy::cast_precision_loss, reason = "a few ranks")]
@@ -95,7 +96,6 @@ impl Case {
             limit: None,
             threads: self.threads,
             compute: Dtype::Bf16,
-            format: self.format,
             grad: Dtype::F32,
             tile_elements: self.tile_elements,
             staging_bytes: 4 << 20,
@@ -261,7 +261,7 @@ impl Runner<'_> {
             self.core.join(&handles).expect("all are of this process");
         }
         for (unit, params) in UNITS.iter().enumerate() {
-            self.core.fill_begin(unit, StateKey::Weights).expect("idle");
+            self.core.fill_begin(unit, "weight").expect("idle");
             for (param, numel) in params.iter().enumerate() {
                 // In two parts, since a checkpoint comes in parts.
                 let values = initial(unit, param, *numel);

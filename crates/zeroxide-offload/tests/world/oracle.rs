@@ -2,7 +2,9 @@
 
 use std::collections::HashMap;
 
-use zeroxide_optim::{AdamParams, AdamStep, Grad, LowOut, bf16_half_up, bf16_to_f32, step_fp32};
+use bytemuck::cast_slice_mut;
+use zeroxide_layout::{Dtype, Format, StateLayout};
+use zeroxide_optim::{AdamParams, Grad, Optimizer, bf16_half_up, bf16_to_f32, update};
 
 use super::{FROZEN, MICRO, SCALE, STEPS, UNITS, Values};
 
@@ -18,8 +20,8 @@ pub(super) fn has_gradient(rank: usize, step: u64, micro: u64, unit: usize, para
     }
 }
 
-pub(super) fn hyperparameters() -> AdamParams {
-    AdamParams {
+pub(super) fn hyperparameters() -> Optimizer {
+    Optimizer::from(AdamParams {
         lr: 1e-2,
         beta1: 0.9,
         beta2: 0.99,
@@ -27,7 +29,7 @@ pub(super) fn hyperparameters() -> AdamParams {
         weight_decay: 0.1,
         decoupled: true,
         bias_correction: true,
-    }
+    })
 }
 
 pub(super) fn initial(unit: usize, param: usize, numel: u64) -> Vec<f32> {
@@ -96,14 +98,16 @@ pub(crate) fn reference(world: usize) -> (Values, Vec<f64>) {
             for value in &grad {
                 norms[usize::try_from(step).expect("few")] += f64::from(*value) * f64::from(*value);
             }
-            let constants = AdamStep::new(&hyperparameters(), updates, SCALE);
-            step_fp32(
-                &constants,
-                weight,
-                first,
-                second,
+            let optimizer = hyperparameters();
+            let layout = StateLayout::new(Dtype::F32, Format::Fp32, &optimizer.moments())
+                .expect("they go together");
+            let tensors =
+                [&mut *weight, &mut *first, &mut *second].map(|each| cast_slice_mut(each));
+            update(
+                &optimizer.prepare(updates, SCALE),
+                &layout,
+                tensors,
                 Grad::F32(&grad),
-                LowOut::None,
             );
         }
     }

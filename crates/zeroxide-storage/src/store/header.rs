@@ -51,7 +51,7 @@ impl From<&BlockSpec> for Entry {
     fn from(spec: &BlockSpec) -> Self {
         Self {
             unit: spec.id.unit,
-            component: spec.id.component.name().into(),
+            component: spec.id.key.name().into(),
             bytes: spec.bytes,
             tile_bytes: spec.tile_bytes,
         }

@@ -144,7 +144,7 @@ fn refuse(spec: &BlockSpec, reason: impl Into<String>) -> StorageError {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
-    use zeroxide_layout::Component;
+    use zeroxide_layout::StateKey;
 
     use super::*;
 
@@ -152,7 +152,7 @@ mod tests {
         BlockSpec {
             id: BlockId {
                 unit,
-                component: Component::ExpAvg,
+                key: StateKey::new("exp_avg"),
             },
             bytes: pages * PAGE as u64,
             tile_bytes: tile_pages * PAGE as u64,

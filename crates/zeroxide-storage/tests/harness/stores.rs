@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use zeroxide_layout::{BlockId, Component};
+use zeroxide_layout::{BlockId, StateKey};
 use zeroxide_storage::{
     BlockSpec, BlockStore, EngineKind, Queue, StorageError, StoreOptions, open_queue,
 };
@@ -13,12 +13,12 @@ pub(crate) const PAGE: usize = 4096;
 /// The block of several tiles.
 pub(crate) const WEIGHT: BlockId = BlockId {
     unit: 0,
-    component: Component::Weight,
+    key: StateKey::WEIGHT,
 };
 /// The block of one tile.
 pub(crate) const MOMENT: BlockId = BlockId {
     unit: 1,
-    component: Component::ExpAvgSq,
+    key: StateKey::new("exp_avg_sq"),
 };
 
 /// The queue a user would get.

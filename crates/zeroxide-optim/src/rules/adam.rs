@@ -1,4 +1,4 @@
-//! The Adam arithmetic of one element.
+//! Adam and `AdamW`.
 //!
 //! The formula is that of `torch.optim.Adam` and `torch.optim.AdamW` (Kingma and Ba 2015, algorithm 1;
 //! Loshchilov and Hutter 2019, algorithm 2). With gradient `g`, weight `p`, moments `m` and `v`:
@@ -20,17 +20,162 @@
 //! multiply-add (Dekker's product), sums from Knuth's two-sum, the root from its residual `v - s^2`, the
 //! quotient from its remainder `m - q d`. Two roundings of the new weight are left, half an ulp each.
 
-use crate::adam::Constants;
+use zeroxide_layout::Moment;
 
-/// The canonical quiet NaN, whose upper half is the canonical bf16 one.
-const NAN_BITS: u32 = 0x7fc0_0000;
+use super::{Hyperparameters, Prepared, Range, Rule, check, zeros};
+use crate::convert::{NAN_BITS, canonical};
+use crate::error::OptimError;
+use crate::kernel::Task;
 
-/// One element of state: weight, first moment, second moment.
-#[derive(Clone, Copy)]
-pub(crate) struct State {
-    pub(crate) weight: f32,
-    pub(crate) exp_avg: f32,
-    pub(crate) exp_avg_sq: f32,
+/// Hyperparameters of Adam and `AdamW`, named as in `torch.optim`.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct AdamParams {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment, in `[0, 1)`.
+    pub beta1: f64,
+    /// Decay of the second moment, in `[0, 1)`.
+    pub beta2: f64,
+    /// Added to the root of the second moment.
+    pub eps: f64,
+    /// Weight decay coefficient.
+    pub weight_decay: f64,
+    /// `true`: the weight shrinks by `lr * weight_decay` (`AdamW`); `false`: `weight_decay * weight` is added
+    /// to the gradient (Adam).
+    pub decoupled: bool,
+    /// Whether the moments are divided by `1 - beta^step`, as torch always does.
+    pub bias_correction: bool,
+}
+
+impl Default for AdamParams {
+    /// The defaults of `torch.optim.AdamW`.
+    fn default() -> Self {
+        Self {
+            lr: 1e-3,
+            beta1: 0.9,
+            beta2: 0.999,
+            eps: 1e-8,
+            weight_decay: 1e-2,
+            decoupled: true,
+            bias_correction: true,
+        }
+    }
+}
+
+impl Hyperparameters for AdamParams {
+    const NAME: &'static str = "adam";
+    type Step = AdamStep;
+
+    fn moments(&self) -> Vec<Moment> {
+        zeros(&["exp_avg", "exp_avg_sq"])
+    }
+
+    /// The ranges that torch accepts, but for values that fp32 cannot hold.
+    fn validate(&self) -> Result<(), OptimError> {
+        check(&[
+            ("lr", self.lr, Range::NonNegative),
+            ("beta1", self.beta1, Range::BelowOne),
+            ("beta2", self.beta2, Range::BelowOne),
+            ("eps", self.eps, Range::Epsilon),
+            ("weight_decay", self.weight_decay, Range::NonNegative),
+        ])
+    }
+
+    fn prepare(&self, step: u64, grad_scale: f64) -> AdamStep {
+        let coupled = !self.decoupled && self.weight_decay != 0.0;
+        #[expect(clippy::cast_precision_loss, reason = "exact below 2^53 steps")]
+        let t = step as f64;
+        let (correction1, correction2) = if self.bias_correction {
+            (1.0 - self.beta1.powf(t), 1.0 - self.beta2.powf(t))
+        } else {
+            (1.0, 1.0)
+        };
+        let shrink = if self.decoupled {
+            self.lr * self.weight_decay
+        } else {
+            0.0
+        };
+        let merged_scale = if coupled { 1.0 } else { grad_scale };
+        let constants = Constants {
+            mean_keep: pair(self.beta1),
+            mean_new: pair((1.0 - self.beta1) * merged_scale),
+            square_keep: pair(self.beta2),
+            root_new: pair((1.0 - self.beta2).sqrt() * merged_scale),
+            eps: pair(self.eps * correction2.sqrt()),
+            minus_step: pair(-self.lr * correction2.sqrt() / correction1),
+            shrink: pair(-shrink).0,
+            weight_decay: pair(self.weight_decay),
+            grad_scale: pair(grad_scale),
+        };
+        AdamStep { constants, coupled }
+    }
+}
+
+/// The constants of one step, computed in double precision and held as fp32 `(head, tail)` pairs whose sum
+/// is the constant to about 48 bits.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct Constants {
+    /// `beta1`.
+    pub(crate) mean_keep: (f32, f32),
+    /// `1 - beta1`, times the gradient scale unless coupled.
+    pub(crate) mean_new: (f32, f32),
+    /// `beta2`.
+    pub(crate) square_keep: (f32, f32),
+    /// `sqrt(1 - beta2)`, times the gradient scale unless coupled.
+    pub(crate) root_new: (f32, f32),
+    /// `eps sqrt(1 - beta2^t)`.
+    pub(crate) eps: (f32, f32),
+    /// `-lr sqrt(1 - beta2^t) / (1 - beta1^t)`.
+    pub(crate) minus_step: (f32, f32),
+    /// `-lr weight_decay`; zero if coupled.
+    pub(crate) shrink: f32,
+    /// `weight_decay`, for the coupled form.
+    pub(crate) weight_decay: (f32, f32),
+    /// What the gradient is multiplied by, for the coupled form.
+    pub(crate) grad_scale: (f32, f32),
+}
+
+/// One step's worth of constants.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct AdamStep {
+    constants: Constants,
+    coupled: bool,
+}
+
+impl Prepared for AdamStep {
+    fn run(&self, task: &mut Task<'_, '_, '_>) {
+        if self.coupled {
+            task.apply::<Adam<true>>(&self.constants);
+        } else {
+            task.apply::<Adam<false>>(&self.constants);
+        }
+    }
+}
+
+/// A constant as an fp32 value and what that leaves out.
+#[expect(clippy::cast_possible_truncation, reason = "rounding is the purpose")]
+fn pair(constant: f64) -> (f32, f32) {
+    let head = constant as f32;
+    (head, (constant - f64::from(head)) as f32)
+}
+
+/// `COUPLED` adds the weight decay to the gradient (Adam) instead of shrinking the weight (`AdamW`).
+struct Adam<const COUPLED: bool>;
+
+impl<const COUPLED: bool> Rule for Adam<COUPLED> {
+    type Constants = Constants;
+    type First = f32;
+    type Second = f32;
+
+    #[inline(always)]
+    fn update(
+        constants: &Constants,
+        weight: f32,
+        state: (f32, f32),
+        gradient: f32,
+    ) -> (f32, (f32, f32)) {
+        update::<COUPLED>(constants, weight, state, gradient)
+    }
 }
 
 /// An unevaluated sum; `tail` is much smaller than `head`.
@@ -72,17 +217,6 @@ fn scaled(constant: (f32, f32), x: f32) -> Pair {
     }
 }
 
-/// `x`, with every NaN made the canonical quiet one: which payload and sign survive an operation on two
-/// NaNs is up to the compiler.
-#[inline(always)]
-pub(crate) fn canonical(x: f32) -> f32 {
-    if x.is_nan() {
-        f32::from_bits(NAN_BITS)
-    } else {
-        x
-    }
-}
-
 /// [`canonical`] of a value that is not negative, in one integer operation: among the bit patterns that
 /// arithmetic can yield, the canonical NaN is the smallest that lies above infinity.
 #[inline(always)]
@@ -98,17 +232,14 @@ fn half_reciprocal(x: f32) -> f32 {
     f32::from_bits(0x7e73_11c7_u32.wrapping_sub(x.to_bits()))
 }
 
-/// One step of one element. A weight that is NaN has any payload: whoever stores it makes that canonical, in fp32 by
-/// [`canonical`] and in halves by the rounding. `COUPLED` adds the weight decay to the gradient (Adam) instead of shrinking
-/// the weight (`AdamW`).
+/// One step of one element: the new weight, whose NaN has any payload, and the new moments.
 #[inline(always)]
-pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient: f32) -> State {
-    let State {
-        weight,
-        exp_avg,
-        exp_avg_sq,
-    } = state;
-
+fn update<const COUPLED: bool>(
+    c: &Constants,
+    weight: f32,
+    (exp_avg, exp_avg_sq): (f32, f32),
+    gradient: f32,
+) -> (f32, (f32, f32)) {
     // The gradient's share in both moments. Without coupling its scale is part of the constants.
     let (mean_term, root_term) = if COUPLED {
         let raw = scaled(c.grad_scale, gradient);
@@ -170,9 +301,11 @@ pub(crate) fn update<const COUPLED: bool>(c: &Constants, state: State, gradient:
     // p = p - lr weight_decay p - step q, small terms first
     let small = c.minus_step.0.mul_add(quotient.tail, c.shrink * weight);
     let small = c.minus_step.1.mul_add(quotient.head, small);
-    State {
-        weight: c.minus_step.0.mul_add(quotient.head, weight) + small,
-        exp_avg: canonical(mean.head + mean.tail),
-        exp_avg_sq: canonical_unsigned(square.head + square.tail),
-    }
+    (
+        c.minus_step.0.mul_add(quotient.head, weight) + small,
+        (
+            canonical(mean.head + mean.tail),
+            canonical_unsigned(square.head + square.tail),
+        ),
+    )
 }

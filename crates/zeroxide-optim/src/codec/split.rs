@@ -8,8 +8,8 @@
 //! master it gives rounds to the high half, whatever the low half is. Where the sum would be a NaN (below
 //! either zero, above either infinity), which no pair from [`split`] comes to, the low half is left out.
 
+use super::Codec;
 use crate::convert::{BF16_NAN, bf16_half_up, f16_nearest_even, f16_to_f32};
-use crate::isa::{isa, per_isa};
 
 /// Splits a master weight into its bf16 half and its residual. NaN becomes `(0x7fc0, 0)`.
 #[inline(always)]
@@ -53,43 +53,32 @@ pub fn with_f16(master: f32, live: u16) -> f32 {
     }
 }
 
-/// [`split`] over slices.
-///
-/// # Panics
-/// If the slices differ in length.
-pub fn split_slice(master: &[f32], high: &mut [u16], low: &mut [u16]) {
-    split_kernel(isa(), master, high, low);
-}
+/// The halves of an fp32 weight, the upper one live.
+pub(crate) struct Split;
 
-/// [`join`] over slices.
-///
-/// # Panics
-/// If the slices differ in length.
-pub fn join_slice(high: &[u16], low: &[u16], master: &mut [f32]) {
-    join_kernel(isa(), high, low, master);
-}
+impl Codec for Split {
+    type Live = u16;
+    type Exact = u16;
+    const EXACT_SUFFICES: bool = false;
 
-per_isa! {
-    fn split_kernel[][](master: &[f32], high: &mut [u16], low: &mut [u16]) = split_loop(master, high, low);
-}
-per_isa! {
-    fn join_kernel[][](high: &[u16], low: &[u16], master: &mut [f32]) = join_loop(high, low, master);
-}
-
-#[inline(always)]
-fn split_loop(master: &[f32], high: &mut [u16], low: &mut [u16]) {
-    assert_eq!(master.len(), high.len(), "master and high differ in length");
-    assert_eq!(master.len(), low.len(), "master and low differ in length");
-    for ((master, high), low) in master.iter().zip(high).zip(low) {
-        (*high, *low) = split(*master);
+    #[inline(always)]
+    fn decode(live: u16, low: u16) -> f32 {
+        join(live, low)
     }
-}
 
-#[inline(always)]
-fn join_loop(high: &[u16], low: &[u16], master: &mut [f32]) {
-    assert_eq!(master.len(), high.len(), "master and high differ in length");
-    assert_eq!(master.len(), low.len(), "master and low differ in length");
-    for ((high, low), master) in high.iter().zip(low).zip(master) {
-        *master = join(*high, *low);
+    #[inline(always)]
+    fn encode(weight: f32) -> (u16, u16) {
+        split(weight)
+    }
+
+    #[inline(always)]
+    fn carry(low: u16) -> f32 {
+        f32::from_bits(u32::from(low))
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "it was widened")]
+    fn carried(value: f32) -> u16 {
+        value.to_bits() as u16
     }
 }

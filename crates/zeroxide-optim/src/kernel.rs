@@ -1,0 +1,113 @@
+//! The update of a tile: every rule with every codec and every gradient dtype, compiled for each instruction set.
+
+use zeroxide_layout::StateLayout;
+
+use crate::codec::{Codec, with_codec};
+use crate::convert::{Bf16, Element, F16, F32};
+use crate::grad::Grad;
+use crate::isa::{Isa, isa, per_isa};
+use crate::rules::{Rule, Step};
+use crate::slot::Slot;
+
+/// Updates a tile in place, on the widest instruction set at hand.
+///
+/// `tensors` are the bytes of the state tensors of `layout`, in its order, and `grad` the gradients; all have one element
+/// per parameter. `layout` has the moments of the rule that `step` was prepared from. A live weight that is not what its
+/// exact tensor says was changed by somebody, and counts. A NaN in any result is the canonical quiet NaN.
+///
+/// # Panics
+/// If the tensors differ in length, or are not those that the layout lists.
+pub fn update<'a>(
+    step: &Step,
+    layout: &StateLayout,
+    tensors: impl IntoIterator<Item = &'a mut [u8]>,
+    grad: Grad<'_>,
+) {
+    update_with(isa(), step, layout, tensors, grad);
+}
+
+/// [`update`] on a given instruction set, with the same bits.
+///
+/// # Panics
+/// As there, or if the processor has no such instructions.
+pub fn update_with<'a>(
+    isa: Isa,
+    step: &Step,
+    layout: &StateLayout,
+    tensors: impl IntoIterator<Item = &'a mut [u8]>,
+    grad: Grad<'_>,
+) {
+    let mut tensors = tensors.into_iter();
+    let mut task = Task {
+        isa,
+        layout,
+        tensors: &mut tensors,
+        grad,
+    };
+    step.run(&mut task);
+    assert!(
+        tensors.next().is_none(),
+        "more tensors than the rule and the format have"
+    );
+}
+
+/// What a step is to be applied to.
+pub(crate) struct Task<'t, 'a, 'g> {
+    isa: Isa,
+    layout: &'t StateLayout,
+    tensors: &'t mut dyn Iterator<Item = &'a mut [u8]>,
+    grad: Grad<'g>,
+}
+
+impl Task<'_, '_, '_> {
+    /// Applies a rule with these constants.
+    pub(crate) fn apply<R: Rule>(&mut self, constants: &R::Constants) {
+        with_codec!(self.layout, C => self.apply_to::<R, C>(constants));
+    }
+
+    fn apply_to<R: Rule, C: Codec>(&mut self, constants: &R::Constants) {
+        let len = self.grad.len();
+        let live = C::Live::take(self.tensors, len);
+        let exact = C::Exact::take(self.tensors, len);
+        let first = R::First::take(self.tensors, len);
+        let second = R::Second::take(self.tensors, len);
+        let isa = self.isa;
+        match self.grad {
+            Grad::F32(grad) => {
+                kernel::<R, C, F32>(isa, constants, live, exact, first, second, grad);
+            }
+            Grad::Bf16(grad) => {
+                kernel::<R, C, Bf16>(isa, constants, live, exact, first, second, grad);
+            }
+            Grad::F16(grad) => {
+                kernel::<R, C, F16>(isa, constants, live, exact, first, second, grad);
+            }
+        }
+    }
+}
+
+per_isa! {
+    fn kernel[R: Rule, C: Codec, G: Element][R, C, G](
+        constants: &R::Constants, live: &mut [C::Live], exact: &mut [C::Exact], first: &mut [R::First],
+        second: &mut [R::Second], grad: &[G::Bits],
+    ) = update_loop::<R, C, G>(constants, live, exact, first, second, grad);
+}
+
+#[inline(always)]
+fn update_loop<R: Rule, C: Codec, G: Element>(
+    constants: &R::Constants,
+    live: &mut [C::Live],
+    exact: &mut [C::Exact],
+    first: &mut [R::First],
+    second: &mut [R::Second],
+    grad: &[G::Bits],
+) {
+    for ((((live, exact), first), second), grad) in
+        live.iter_mut().zip(exact).zip(first).zip(second).zip(grad)
+    {
+        let weight = C::decode(*live, *exact);
+        let (weight, state) = R::update(constants, weight, (*first, *second), G::load(*grad));
+        (*live, *exact) = C::encode(weight);
+        (*first, *second) = state;
+    }
+}
