@@ -16,21 +16,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use zeroxide_layout::{PAGE, checked_align_up_usize};
 use zeroxide_memory::{Bucket, Budget, FRAME, Lease, Reservation, SharedSegment};
 
 use crate::cancel::CancelToken;
 use crate::error::{ExchangeError, Result};
-use crate::futex;
+use crate::peers::{PLACE_BITS, PeerWait, Peers, Until, words};
 
-/// Longest sleep before looking again whether waiting was cancelled.
-const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Looks before the first sleep: an answer is often a few microseconds away.
-const SPINS: u32 = 200;
-/// Of a `sent` word: this many low bits say where the bytes are, the others which round it was.
-const PLACE_BITS: u32 = 16;
 /// Place: nothing was sent, the rank has no gradient of this unit.
 const NOTHING: u64 = 0;
 /// Place: the unit's own stretch. Places from 2 on are slots.
@@ -118,11 +111,10 @@ pub struct SharedMemoryReducer {
     world: usize,
     plan: ReducerPlan,
     places: Places,
-    segments: Vec<Arc<SharedSegment>>,
+    peers: Arc<Peers>,
     outgoing: Vec<Outgoing>,
     /// Number of the round that each unit is in, from 1.
     rounds: Vec<u64>,
-    cancel_token: Arc<CancelToken>,
     budget: Budget,
     _slots: Option<Reservation>,
     /// What each unit's own stretch takes, while it is used.
@@ -150,7 +142,7 @@ impl SharedMemoryReducer {
             None => None,
             Some(last) => Some(budget.reserve(Bucket::Gradients, last.end as u64)?),
         };
-        let words = words(&plan);
+        let words = words(plan.units.len());
         let payload = places.gradients + if rank == 0 { plan.weights } else { 0 };
         let segment = Arc::new(SharedSegment::create(words, payload.max(PAGE))?);
         let units = plan.units.len();
@@ -158,11 +150,15 @@ impl SharedMemoryReducer {
             rank,
             world,
             places,
-            segments: vec![segment],
+            peers: Arc::new(Peers {
+                rank,
+                units,
+                segments: vec![segment],
+                cancel_token,
+            }),
             outgoing: (0..units).map(|_| Outgoing::Idle).collect(),
             rounds: vec![1; units],
             plan,
-            cancel_token,
             budget: budget.clone(),
             _slots: counted,
             stretches: (0..units).map(|_| None).collect(),
@@ -173,7 +169,7 @@ impl SharedMemoryReducer {
     pub fn segment_handle(&self) -> SegmentHandle {
         SegmentHandle {
             pid: std::process::id(),
-            descriptor: self.segments[0].descriptor(),
+            descriptor: self.peers.own().descriptor(),
         }
     }
 
@@ -182,17 +178,17 @@ impl SharedMemoryReducer {
     /// # Errors
     /// [`ExchangeError::Memory`] when one cannot be reached, [`ExchangeError::Misuse`] for another number of handles.
     pub fn join(&mut self, handles: &[SegmentHandle]) -> Result<()> {
-        if handles.len() != self.world || self.segments.len() != 1 {
+        if handles.len() != self.world || self.peers.segments.len() != 1 {
             return Err(ExchangeError::Misuse {
                 call: "join",
                 what: format!("{} handles for a world of {}", handles.len(), self.world),
             });
         }
-        let own = self.segments.remove(0);
-        let words = words(&self.plan);
+        let words = words(self.plan.units.len());
+        let mut segments = Vec::with_capacity(self.world);
         for (rank, segment_handle) in handles.iter().enumerate() {
             if rank == self.rank {
-                self.segments.push(Arc::clone(&own));
+                segments.push(Arc::clone(&self.peers.segments[0]));
                 continue;
             }
             let payload = self.places.gradients + if rank == 0 { self.plan.weights } else { 0 };
@@ -202,14 +198,20 @@ impl SharedMemoryReducer {
                 words,
                 payload.max(PAGE),
             )?;
-            self.segments.push(Arc::new(opened));
+            segments.push(Arc::new(opened));
         }
+        self.peers = Arc::new(Peers {
+            rank: self.rank,
+            units: self.plan.units.len(),
+            segments,
+            cancel_token: Arc::clone(&self.peers.cancel_token),
+        });
         Ok(())
     }
 
     /// The segment that holds the weights, and the offset at which they start.
     pub fn weights(&self) -> (&SharedSegment, usize) {
-        (&self.segments[0], self.places.gradients)
+        (&self.peers.segments[0], self.places.gradients)
     }
 
     /// Which round the unit is in.
@@ -217,19 +219,40 @@ impl SharedMemoryReducer {
         self.rounds[unit]
     }
 
-    /// Room for the unit's gradients of this round, bytes undefined. Waits until all ranks have read those of the last
-    /// round.
+    /// What [`room`](Self::room) and [`send`](Self::send) of the unit need first: that all ranks have read what this one
+    /// sent of it in the last round. `None` where they have.
+    pub fn before_filling(&self, unit: usize) -> Option<PeerWait> {
+        if !matches!(self.outgoing[unit], Outgoing::Sent { .. }) || self.is_sent(unit) {
+            return None;
+        }
+        let round = self.rounds[unit] - 1;
+        PeerWait::unless_over(&self.peers, Until::Taken { unit, round })
+    }
+
+    /// What [`take`](Self::take) of the unit needs first: that every rank has sent it. `None` where all have.
+    pub fn before_taking(&self, unit: usize) -> Option<PeerWait> {
+        let round = self.rounds[unit];
+        PeerWait::unless_over(&self.peers, Until::Sent { unit, round })
+    }
+
+    /// What a reader of the unit's shared weights needs first: that every rank's part is at least that of step `version`.
+    /// `None` where it is.
+    pub fn before_reading(&self, unit: usize, version: u64) -> Option<PeerWait> {
+        PeerWait::unless_over(&self.peers, Until::Version { unit, version })
+    }
+
+    /// Room for the unit's gradients of this round, bytes undefined.
     ///
     /// # Errors
-    /// [`ExchangeError::Misuse`] when the unit's room is already given out or sent, [`ExchangeError::Stopped`],
-    /// [`ExchangeError::Memory`] when no slot is free and the budget has nothing left for the unit's own stretch.
+    /// [`ExchangeError::Misuse`] when the unit's room is already given out or sent, or while other ranks still read the
+    /// last round (see [`before_filling`](Self::before_filling)); [`ExchangeError::Memory`] when no slot is free and the budget has nothing left for the unit's own stretch.
     pub fn room(&mut self, unit: usize) -> Result<Lease> {
-        self.await_last_round(unit)?;
+        self.reclaim()?;
         if !matches!(self.outgoing[unit], Outgoing::Idle) {
             return Err(ExchangeError::Misuse {
                 call: "room",
                 what: format!(
-                    "unit {unit} is being filled or was sent in round {}",
+                    "unit {unit} is being filled, was sent in round {}, or is read by ranks in the one before",
                     self.rounds[unit]
                 ),
             });
@@ -258,15 +281,16 @@ impl SharedMemoryReducer {
         // SAFETY: a place is given out again only after every rank has said that it has read what was there
         // (`reclaim`),
         // and no rank writes another's segment.
-        Ok(unsafe { self.segments[self.rank].lease(range) })
+        Ok(unsafe { self.peers.own().lease(range) })
     }
 
-    /// Sends what was filled into the unit's room, or word that there is nothing. Waits as [`room`](Self::room) does.
+    /// Sends what was filled into the unit's room, or word that there is nothing.
     ///
     /// # Errors
-    /// [`ExchangeError::Misuse`] when this round was already sent, [`ExchangeError::Stopped`].
+    /// [`ExchangeError::Misuse`] when this round was already sent, or while other ranks still read the last one (see
+    /// [`before_filling`](Self::before_filling)).
     pub fn send(&mut self, unit: usize, bytes: Option<Lease>) -> Result<()> {
-        self.await_last_round(unit)?;
+        self.reclaim()?;
         let place = match (&self.outgoing[unit], &bytes) {
             (Outgoing::Filling { place }, Some(_)) => *place,
             (Outgoing::Idle, None) => NOTHING,
@@ -274,7 +298,7 @@ impl SharedMemoryReducer {
                 return Err(ExchangeError::Misuse {
                     call: "send",
                     what: format!(
-                        "unit {unit} was already sent in round {}",
+                        "unit {unit} was already sent in round {}, or is read by ranks in the one before",
                         self.rounds[unit]
                     ),
                 });
@@ -283,27 +307,28 @@ impl SharedMemoryReducer {
         let word = (self.rounds[unit] << PLACE_BITS) | place;
         self.outgoing[unit] = Outgoing::Sent { place, bytes };
         // Release: whoever sees the word sees the bytes.
-        self.segments[self.rank]
-            .word(self.sent(unit))
+        self.peers
+            .own()
+            .word(self.peers.sent(unit))
             .store(word, Ordering::Release);
-        self.ring_others();
+        self.peers.wake_others();
         Ok(())
     }
 
     /// Whether this rank has sent the unit in its present round.
     pub fn is_sent(&self, unit: usize) -> bool {
         // A round ends for this rank with `taken`; a lease kept for the others is of the round before.
-        let word = self.segments[self.rank]
-            .word(self.sent(unit))
+        let word = self
+            .peers
+            .own()
+            .word(self.peers.sent(unit))
             .load(Ordering::Relaxed);
         word >> PLACE_BITS == self.rounds[unit]
     }
 
     /// Whether every rank has sent the unit's present round.
     pub fn is_ready(&self, unit: usize) -> bool {
-        self.segments.iter().all(|segment| {
-            segment.word(self.sent(unit)).load(Ordering::Acquire) >> PLACE_BITS == self.rounds[unit]
-        })
+        self.peers.have_sent(unit, self.rounds[unit])
     }
 
     /// Calls `read` with `range` (bytes of the unit) of what every rank has sent, in rank order, `None` for nothing;
@@ -339,11 +364,12 @@ impl SharedMemoryReducer {
         let outcome = read(&bytes)?;
         drop(bytes);
         drop(leases);
-        self.segments[self.rank]
-            .word(self.taken(unit))
+        self.peers
+            .own()
+            .word(self.peers.taken(unit))
             .store(self.rounds[unit], Ordering::Release);
         self.rounds[unit] += 1;
-        self.ring_others();
+        self.peers.wake_others();
         self.reclaim()?;
         Ok(outcome)
     }
@@ -353,8 +379,9 @@ impl SharedMemoryReducer {
         if rank == self.rank {
             return None;
         }
-        let segment = &self.segments[rank];
-        let place = segment.word(self.sent(unit)).load(Ordering::Acquire) & ((1 << PLACE_BITS) - 1);
+        let segment = &self.peers.segments[rank];
+        let place =
+            segment.word(self.peers.sent(unit)).load(Ordering::Acquire) & ((1 << PLACE_BITS) - 1);
         if place == NOTHING {
             return None;
         }
@@ -364,39 +391,25 @@ impl SharedMemoryReducer {
         Some(unsafe { segment.lease(whole.start + range.start..whole.start + range.end) })
     }
 
-    /// A rank that is ahead waits here for those that still read what it sent of the unit.
-    fn await_last_round(&mut self, unit: usize) -> Result<()> {
-        if matches!(self.outgoing[unit], Outgoing::Sent { .. }) && !self.is_sent(unit) {
-            let round = self.rounds[unit] - 1;
-            self.wait(|reducer| reducer.is_taken(unit, round))?;
-        }
-        self.reclaim()
-    }
-
-    /// Whether all ranks have read the unit's round `round`.
-    fn is_taken(&self, unit: usize, round: u64) -> bool {
-        self.segments
-            .iter()
-            .all(|segment| segment.word(self.taken(unit)).load(Ordering::Acquire) >= round)
-    }
-
     /// Takes back the room of everything that all ranks have read.
     fn reclaim(&mut self) -> Result<()> {
         for unit in 0..self.outgoing.len() {
             let Outgoing::Sent { place, .. } = self.outgoing[unit] else {
                 continue;
             };
-            let sent = self.segments[self.rank]
-                .word(self.sent(unit))
+            let sent = self
+                .peers
+                .own()
+                .word(self.peers.sent(unit))
                 .load(Ordering::Relaxed)
                 >> PLACE_BITS;
-            if !self.is_taken(unit, sent) {
+            if !self.peers.have_taken(unit, sent) {
                 continue;
             }
             self.outgoing[unit] = Outgoing::Idle;
             if place == OWN_STRETCH {
                 // SAFETY: every rank has read it, and the lease went with the line above.
-                unsafe { self.segments[self.rank].discard(self.range(unit, place)) }?;
+                unsafe { self.peers.own().discard(self.range(unit, place)) }?;
                 self.stretches[unit] = None;
             }
         }
@@ -405,47 +418,11 @@ impl SharedMemoryReducer {
 
     /// Says that this rank's part of the unit's weights is that of step `version`.
     pub fn set_version(&self, unit: usize, version: u64) {
-        self.segments[self.rank]
-            .word(Self::version(unit))
+        self.peers
+            .own()
+            .word(Peers::version(unit))
             .store(version, Ordering::Release);
-        self.ring_others();
-    }
-
-    /// Whether every rank's part of the unit's weights is at least that of step `version`.
-    pub fn has_version(&self, unit: usize, version: u64) -> bool {
-        self.segments
-            .iter()
-            .all(|segment| segment.word(Self::version(unit)).load(Ordering::Acquire) >= version)
-    }
-
-    /// Sleeps until `ready` says so. Others ring whenever they have said something.
-    ///
-    /// # Errors
-    /// [`ExchangeError::Stopped`].
-    pub fn wait(&self, ready: impl Fn(&Self) -> bool) -> Result<()> {
-        let word = self.segments[self.rank].futex(0);
-        let mut looks = 0;
-        loop {
-            let seen = word.load(Ordering::Acquire);
-            if ready(self) {
-                return Ok(());
-            }
-            if looks < SPINS {
-                looks += 1;
-                std::hint::spin_loop();
-                continue;
-            }
-            self.cancel_token.check()?;
-            futex::wait(word, seen, LOOK_AGAIN);
-        }
-    }
-
-    fn ring_others(&self) {
-        for (rank, segment) in self.segments.iter().enumerate() {
-            if rank != self.rank {
-                futex::wake(segment.futex(0));
-            }
-        }
+        self.peers.wake_others();
     }
 
     fn range(&self, unit: usize, place: u64) -> Range<usize> {
@@ -459,21 +436,4 @@ impl SharedMemoryReducer {
         };
         start..start + bytes
     }
-
-    fn version(unit: usize) -> usize {
-        1 + unit
-    }
-
-    fn sent(&self, unit: usize) -> usize {
-        1 + self.plan.units.len() + unit
-    }
-
-    fn taken(&self, unit: usize) -> usize {
-        1 + 2 * self.plan.units.len() + unit
-    }
-}
-
-/// Words of a segment: the futex, then for each unit its version, what was sent, and what was read.
-fn words(plan: &ReducerPlan) -> usize {
-    1 + 3 * plan.units.len()
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use zeroxide_exchange::{
-    CancelToken, ExchangeError, ReducerPlan, SegmentHandle, SharedMemoryReducer,
+    CancelToken, ExchangeError, PeerWait, ReducerPlan, SegmentHandle, SharedMemoryReducer,
 };
 use zeroxide_memory::{Bucket, Budget, MemoryError};
 
@@ -123,6 +123,11 @@ fn byte(rank: usize, unit: usize, round: u64, at: usize) -> u8 {
     low
 }
 
+/// Waits, if there is something to wait for.
+fn done(wait: Option<PeerWait>) -> Result<(), ExchangeError> {
+    wait.map_or(Ok(()), |wait| wait.wait())
+}
+
 /// Small numbers that look random, a stream for each seed.
 struct Dice(u64);
 
@@ -193,6 +198,7 @@ fn rounds_of(
         for unit in order {
             assert_eq!(reducer.round(unit), round);
             assert!(!reducer.is_sent(unit));
+            done(reducer.before_filling(unit)).expect("not cancelled");
             let lease = has_gradients(seed, rank, unit, round).then(|| {
                 let mut lease = reducer.room(unit).expect("not cancelled");
                 for (at, target) in lease.iter_mut().enumerate() {
@@ -216,9 +222,7 @@ fn rounds_of(
         }
         while !waiting.is_empty() {
             let unit = waiting.swap_remove(dice.below(waiting.len()));
-            reducer
-                .wait(|reducer| reducer.is_ready(unit))
-                .expect("not cancelled");
+            done(reducer.before_taking(unit)).expect("not cancelled");
             check_round(reducer, seed, (rank, world), unit, units[unit], round);
         }
     }
@@ -259,9 +263,7 @@ fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
         let mut lease = reducer.room(0).expect("free");
         lease.fill(u8::try_from(rank).expect("small"));
         reducer.send(0, Some(lease)).expect("filled");
-        reducer
-            .wait(|reducer| reducer.is_ready(0))
-            .expect("not cancelled");
+        done(reducer.before_taking(0)).expect("not cancelled");
         if rank == 1 {
             thread::sleep(Duration::from_millis(80));
             read.store(true, Ordering::Release);
@@ -273,7 +275,8 @@ fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
             })
             .expect("ready");
         if rank == 0 {
-            let mut next = reducer.room(0).expect("not cancelled");
+            done(reducer.before_filling(0)).expect("not cancelled");
+            let mut next = reducer.room(0).expect("free again");
             assert!(
                 read.load(Ordering::Acquire),
                 "rank 1 had not read what lay there"
@@ -301,10 +304,9 @@ fn calling_off_ends_every_wait_with_its_line() {
     });
     // Rank 1 has not read the round that rank 0 wants to follow up.
     let ended = [
-        reducer.room(0).map(drop),
-        reducer.send(0, None),
-        reducer.wait(|reducer| reducer.is_ready(1)),
-        reducer.wait(|reducer| reducer.has_version(0, 1)),
+        done(reducer.before_filling(0)),
+        done(reducer.before_taking(1)),
+        done(reducer.before_reading(0, 1)),
     ];
     caller.join().expect("does not panic");
     for outcome in ended {
@@ -313,8 +315,11 @@ fn calling_off_ends_every_wait_with_its_line() {
             other => panic!("expected the wait to end, got {other:?}"),
         }
     }
-    // What need not be waited for still works.
-    reducer.wait(|_| true).expect("ready at once");
+    // What need not be waited for is none, and nothing of rank 1's is touched before it is.
+    assert!(reducer.before_filling(1).is_none());
+    for outcome in [reducer.room(0).map(drop), reducer.send(0, None)] {
+        assert!(matches!(outcome, Err(ExchangeError::Misuse { .. })));
+    }
 }
 
 /// Catches: calls out of turn that corrupt what others read instead of being refused.
@@ -349,7 +354,7 @@ fn weights_are_one_copy_and_new_when_every_rank_says_so() {
     plan.weights = 8192;
     let reducers = joined(3, &plan);
     each_rank(reducers, |rank, reducer| {
-        assert!(reducer.has_version(0, 0));
+        assert!(reducer.before_reading(0, 0).is_none());
         let (segment, start) = reducer.weights();
         assert_eq!(
             start % (2 << 20),
@@ -359,12 +364,13 @@ fn weights_are_one_copy_and_new_when_every_rank_says_so() {
         assert!(segment.payload() >= start + 8192);
         for version in 1..20_u64 {
             reducer.set_version(0, version);
-            reducer
-                .wait(|reducer| reducer.has_version(0, version))
-                .expect("not cancelled");
-            assert!(reducer.has_version(0, version - 1));
+            done(reducer.before_reading(0, version)).expect("not cancelled");
+            assert!(reducer.before_reading(0, version - 1).is_none());
             // Only this rank can say it, so nobody can be there.
-            assert!(!reducer.has_version(0, version + 2), "rank {rank}");
+            assert!(
+                reducer.before_reading(0, version + 2).is_some(),
+                "rank {rank}"
+            );
         }
     });
 }

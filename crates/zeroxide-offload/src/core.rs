@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use zeroxide_layout::{BlockId, Dtype, StateKey, StateLayout, Tiling};
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME, FramePool, Window};
@@ -13,6 +13,7 @@ use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, o
 use crate::error::{OffloadError, Result, misuse};
 use crate::gradients::transport::GradientTransport;
 use crate::homes::{GradArena, ShardArena, StateArena, state_layouts};
+use crate::io_report::{Stopwatch, Tally, Traffic};
 use crate::settings::{MeshPosition, Settings, StateHome, UnitSpec, WeightHome};
 use crate::state::fill::Fill;
 use crate::state::read::CachedTile;
@@ -53,11 +54,11 @@ pub(crate) struct Core {
     pub(crate) cache: Vec<CachedTile>,
     /// The step under way.
     pub(crate) step: Option<ActiveStep>,
-    pub(crate) tiles_updated: u64,
+    pub(crate) tiles_updated: Tally,
     /// Time in which compute stood still for the disk.
-    pub(crate) waited: Duration,
+    pub(crate) waited: Stopwatch,
     /// Time that calls spent on steps, waiting included.
-    pub(crate) updating: Duration,
+    pub(crate) updating: Stopwatch,
 }
 
 impl Core {
@@ -135,10 +136,20 @@ impl Core {
             fill: None,
             cache: Vec::new(),
             step: None,
-            tiles_updated: 0,
-            waited: Duration::ZERO,
-            updating: Duration::ZERO,
+            tiles_updated: Tally::default(),
+            waited: Stopwatch::default(),
+            updating: Stopwatch::default(),
         })
+    }
+
+    /// Where what the disk does is counted.
+    pub(crate) fn traffic(&self) -> Traffic {
+        Traffic {
+            queue: self.disk.as_ref().map(|disk| Arc::clone(&disk.queue)),
+            waited: self.waited.clone(),
+            updating: self.updating.clone(),
+            tiles: self.tiles_updated.clone(),
+        }
     }
 
     pub(crate) fn check_usable(&self) -> Result<()> {
@@ -184,7 +195,7 @@ impl Core {
 /// Receives one completion, adding the time spent waiting to `waited`.
 pub(crate) fn receive(
     receiver: &Receiver<Completion>,
-    waited: &mut Duration,
+    waited: &mut Stopwatch,
 ) -> Result<Completion> {
     if let Ok(completion) = receiver.try_recv() {
         return Ok(completion);

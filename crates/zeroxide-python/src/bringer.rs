@@ -25,18 +25,18 @@ impl PyBringer {
     }
 
     /// Takes up the errand: the unit that is wanted, or `None` where the reader has given up.
-    fn take(&self) -> Option<usize> {
-        self.inner.take()
+    fn take(&self, py: Python<'_>) -> Option<usize> {
+        py.detach(|| self.inner.take())
     }
 
     /// Ends an errand that was taken up: the unit can be read, or `problem` says why it cannot.
     #[pyo3(signature = (problem = None))]
-    fn answer(&self, problem: Option<String>) {
-        self.inner.answer(problem.map_or(Ok(()), Err));
+    fn answer(&self, py: Python<'_>, problem: Option<String>) {
+        py.detach(|| self.inner.answer(problem.map_or(Ok(()), Err)));
     }
 
     /// Ends `listen`.
-    fn close(&self) {
-        self.inner.close();
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.inner.close());
     }
 }

@@ -89,18 +89,18 @@ impl PyOffload {
 
     /// The unit's flat weights as a buffer; `None` where the weights are the caller's.
     fn window(&self, py: Python<'_>, unit: usize) -> PyResult<Option<PyWindow>> {
-        let found = map(py, self.inner.window(unit))?;
+        let found = map(py, py.detach(|| self.inner.window(unit)))?;
         Ok(found.map(PyWindow::from))
     }
 
     /// Offset of a parameter in its unit's flat weights, in elements.
     fn param_offset(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<u64> {
-        map(py, self.inner.param_offset(unit, param))
+        map(py, py.detach(|| self.inner.param_offset(unit, param)))
     }
 
     /// Puts a parameter into one of the groups given to `step`.
     fn set_group(&self, py: Python<'_>, unit: usize, param: usize, group: usize) -> PyResult<()> {
-        map(py, self.inner.set_group(unit, param, group))
+        map(py, py.detach(|| self.inner.set_group(unit, param, group)))
     }
 
     /// Starts to fill "weights" (all their bits) or a state tensor of the unit's rule; what is not filled becomes zero.
@@ -235,12 +235,15 @@ impl PyOffload {
 
     /// Updates made so far to one parameter.
     fn updates(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<u64> {
-        map(py, self.inner.updates(unit, param))
+        map(py, py.detach(|| self.inner.updates(unit, param)))
     }
 
     /// Sets the number of updates made so far to one parameter.
     fn set_updates(&self, py: Python<'_>, unit: usize, param: usize, updates: u64) -> PyResult<()> {
-        map(py, self.inner.set_updates(unit, param, updates))
+        map(
+            py,
+            py.detach(|| self.inner.set_updates(unit, param, updates)),
+        )
     }
 
     /// Makes this rank's part of the unit's weights readable and holds it; returns whether the other ranks' parts are
@@ -428,7 +431,7 @@ impl PyOffload {
             grad: grad.lease(py),
             grad_dtype: grad.float()?,
         };
-        map(py, self.inner.lend(unit, lent))
+        map(py, py.detach(|| self.inner.lend(unit, lent)))
     }
 
     /// One update of every parameter whose gradient has been accumulated. With state on disk it goes on after the

@@ -1,21 +1,41 @@
-//! The public face of the crate: one lock around the state, and nothing else.
+//! The public face of the crate: one lock around the state, and who may wait for what.
+//!
+//! No call waits for another rank while it holds the lock: what other ranks have yet to do is waited for without it, and
+//! looked at again with it ([`with_peers`](Offload::with_peers)). Under the lock calls wait for the disk and for worker
+//! threads, which never take it. The caller holds no lock of the interpreter in any of them.
+//!
+//! | call | takes the lock | waits for other ranks | waits for the disk |
+//! |---|---|---|---|
+//! | `usage`, `total_usage`, `io`, `cancel`, `bringer` | no | no | no |
+//! | `gather`, `gather_ahead` | yes | until every rank has updated weights that are one copy for all | until the unit is read, or frames are free |
+//! | `accumulate`, `accumulate_rows` | yes | until all have read what the unit sent in the last backward | for the step's tiles of the unit |
+//! | `send` | yes | as `accumulate` | no |
+//! | `receive` | yes | with `wait`, until all have sent the unit | for the step under way |
+//! | `step`, `finish` | yes | no | for the step under way |
+//! | `prefetch`, `release`, `cover`, `beside`, `set_all_shards_valid`, `has_room` | yes | no | where pages move of which writes are in flight |
+//! | `rewrite_weights`, `fill_*`, `read_*`, `write_*`, `receive_from` | yes | no | for the step under way and their own tiles |
+//! | `watch_readers`, `set_group`, `lend`, `join`, `close` and what tells of parameters, windows and gradients | yes | no | `close` for what is in flight |
+//!
+//! `watch_readers` and `close` also take the lock of the fault net, whose thread takes the other one; `Bringer` has one of
+//! its own, held for no longer than it takes to look at it.
 
+mod gradients;
+mod state;
+mod step;
 mod weights;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use zeroxide_exchange::{CancelToken, SegmentHandle};
+use zeroxide_exchange::{CancelToken, PeerWait, SegmentHandle};
 use zeroxide_memory::{Bucket, Budget, FaultNet, ForkGuard, Usage};
-use zeroxide_optim::{Grad, Optimizer};
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
-use crate::gradients::accumulate::{GradCopy, GradNorm, address_of};
-use crate::io_report::IoReport;
+use crate::io_report::{IoReport, Traffic};
 use crate::settings::{Settings, UnitSpec};
 use crate::weights::bringer::Bringer;
-use crate::weights::residence::{Lent, Weights};
 use crate::weights::stray;
 
 /// Units of parameters, their tiers, and the optimizer over them.
@@ -23,6 +43,8 @@ pub struct Offload {
     pub(crate) guard: ForkGuard,
     core: Arc<Mutex<Option<Core>>>,
     budget: Budget,
+    /// What is counted of the disk; gone once closed. Its lock is never held while anything is waited for.
+    traffic: Mutex<Option<Traffic>>,
     cancel_token: Option<Arc<CancelToken>>,
     /// Whoever brings weights from other ranks to readers that nothing announced.
     pub(crate) bringer: Arc<Bringer>,
@@ -37,6 +59,7 @@ impl Offload {
     pub fn new(settings: &Settings, units: &[UnitSpec]) -> Result<Self> {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
+        let traffic = core.traffic();
         let cancel_token = core.transport.cancel_token().cloned();
         let moving = core
             .stray_ranges()
@@ -54,6 +77,7 @@ impl Offload {
             cancel_token,
             core,
             budget,
+            traffic: Mutex::new(Some(traffic)),
             bringer,
             net: Mutex::new(net),
             moving,
@@ -74,6 +98,59 @@ impl Offload {
         }
     }
 
+    /// As [`with`](Self::with), for a call that other ranks may have to make possible: `before` tells what they have yet
+    /// to do. That is waited for without the lock, and asked for again with it; `work` runs in the same hold of the lock
+    /// in which `before` has found nothing left.
+    pub(crate) fn with_peers<T>(
+        &self,
+        call: &'static str,
+        mut before: impl FnMut(&mut Core) -> Result<Option<PeerWait>>,
+        work: impl FnOnce(&mut Core) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            self.guard.check_process()?;
+            let mut guard = self.lock();
+            let Some(core) = guard.as_mut() else {
+                return misuse(call, "already closed");
+            };
+            let Some(wait) = before(core)? else {
+                return work(core);
+            };
+            drop(guard);
+            wait.wait()?;
+        }
+    }
+
+    /// Whether the address is one of weights that come and go. Reading or writing there may need a call of another thread
+    /// and must not be done under the lock.
+    pub(crate) fn is_moving(&self, address: usize) -> bool {
+        self.moving.iter().any(|range| range.contains(&address))
+    }
+
+    /// The values, copied if they lie among weights that come and go.
+    pub(crate) fn outside<'a, T: Copy>(&self, values: &'a [T]) -> Cow<'a, [T]> {
+        if self.is_moving(values.as_ptr() as usize) {
+            Cow::Owned(values.to_vec())
+        } else {
+            Cow::Borrowed(values)
+        }
+    }
+
+    /// Has `read` fill `out`, or a copy of it if it lies among weights that come and go.
+    pub(crate) fn fill_outside<T: Copy>(
+        &self,
+        out: &mut [T],
+        read: impl FnOnce(&mut [T]) -> Result<()>,
+    ) -> Result<()> {
+        if !self.is_moving(out.as_ptr() as usize) {
+            return read(out);
+        }
+        let mut copy = out.to_vec();
+        read(&mut copy)?;
+        out.copy_from_slice(&copy);
+        Ok(())
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Core>> {
         // A panic under the lock is a bug; the state may be half changed, so it is not used again.
         self.core
@@ -87,108 +164,6 @@ impl Offload {
             core.check_param("param_offset", unit, param)?;
             Ok(core.units[unit].layout.offset(param))
         })
-    }
-
-    /// Puts a parameter into one of the groups that [`step`](Self::step) is given.
-    pub fn set_group(&self, unit: usize, param: usize, group: usize) -> Result<()> {
-        self.with("set_group", |core| {
-            core.check_param("set_group", unit, param)?;
-            core.units[unit].params[param].group = group;
-            Ok(())
-        })
-    }
-
-    /// Starts to fill the state tensor `name` of a unit: "weight", which stands for the weight with all its bits, or
-    /// one
-    /// of its rule's own.
-    pub fn fill_begin(&self, unit: usize, name: &str) -> Result<()> {
-        self.with("fill_begin", |core| core.fill_begin(unit, name))
-    }
-
-    /// Gives elements `start..` of one parameter of the unit being filled.
-    pub fn fill_param(&self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
-        self.with("fill_param", |core| {
-            core.fill_param(unit, param, start, values)
-        })
-    }
-
-    /// Gives bytes `start..` of one frozen parameter of the unit being filled, as they are.
-    pub fn fill_bytes(&self, unit: usize, param: usize, start: u64, bytes: &[u8]) -> Result<()> {
-        self.with("fill_bytes", |core| {
-            core.fill_bytes(unit, param, start, bytes)
-        })
-    }
-
-    /// Reads bytes `start..` of one frozen parameter, as they are.
-    pub fn read_bytes(&self, unit: usize, param: usize, start: u64, out: &mut [u8]) -> Result<()> {
-        self.with("read_bytes", |core| {
-            core.read_bytes(unit, param, start, out)
-        })
-    }
-
-    /// Replaces bytes `start..` of one frozen parameter where this rank keeps them; called as
-    /// [`write_param`](Self::write_param) is.
-    pub fn write_bytes(&self, unit: usize, param: usize, start: u64, bytes: &[u8]) -> Result<()> {
-        self.with("write_bytes", |core| {
-            core.write_bytes(unit, param, start, bytes)
-        })
-    }
-
-    /// Writes what was filled to where it is at home.
-    pub fn fill_commit(&self, unit: usize) -> Result<()> {
-        self.with("fill_commit", |core| core.fill_commit(unit))
-    }
-
-    /// Reads elements `start..` of one parameter as fp32.
-    pub fn read_param(
-        &self,
-        unit: usize,
-        param: usize,
-        name: &str,
-        start: u64,
-        out: &mut [f32],
-    ) -> Result<()> {
-        self.with("read_param", |core| {
-            core.read_param(unit, param, name, start, out)
-        })
-    }
-
-    /// Writes elements `start..` of one parameter, given as fp32, where this rank keeps them; all else stays. Every
-    /// rank
-    /// calls it, with the whole parameter or with its own part.
-    pub fn write_param(
-        &self,
-        unit: usize,
-        param: usize,
-        name: &str,
-        start: u64,
-        values: &[f32],
-    ) -> Result<()> {
-        self.with("write_param", |core| {
-            core.write_param(unit, param, name, start, values)
-        })
-    }
-
-    /// Reads elements `start..` of one parameter's accumulated gradient as fp32; zero if there is none.
-    pub fn read_grad(&self, unit: usize, param: usize, start: u64, out: &mut [f32]) -> Result<()> {
-        self.with("read_grad", |core| core.read_grad(unit, param, start, out))
-    }
-
-    /// Replaces elements `start..` of one parameter's gradient, which it has afterwards.
-    pub fn write_grad(&self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
-        self.with("write_grad", |core| {
-            core.write_grad(unit, param, start, values)
-        })
-    }
-
-    /// Updates made so far to one parameter.
-    pub fn updates(&self, unit: usize, param: usize) -> Result<u64> {
-        self.with("updates", |core| core.updates(unit, param))
-    }
-
-    /// Sets the number of updates made so far to one parameter.
-    pub fn set_updates(&self, unit: usize, param: usize, updates: u64) -> Result<()> {
-        self.with("set_updates", |core| core.set_updates(unit, param, updates))
     }
 
     /// Where the other ranks of this host find this one; `None` where nothing is shared.
@@ -206,51 +181,6 @@ impl Offload {
         if let Some(cancel_token) = &self.cancel_token {
             cancel_token.cancel(line);
         }
-    }
-
-    /// Ends the unit's part of this backward: its gradients go out to the ranks that keep them.
-    pub fn send(&self, unit: usize) -> Result<()> {
-        self.with("send", |core| core.send(unit))
-    }
-
-    /// Whether this rank has sent the unit and not yet summed what all have sent.
-    pub fn is_sent(&self, unit: usize) -> Result<bool> {
-        self.with("is_sent", |core| {
-            core.check_unit("is_sent", unit)?;
-            Ok(core.is_sent(unit))
-        })
-    }
-
-    /// Sums a unit's gradients once every rank has sent them; with `wait`, waits for that. Returns whether it did.
-    pub fn receive(&self, unit: usize, wait: bool) -> Result<bool> {
-        self.with("receive", |core| core.receive(unit, wait))
-    }
-
-    /// (address, bytes) of what a unit sends, where the caller carries it; valid until
-    /// [`receive_from`](Self::receive_from).
-    pub fn outgoing(&self, unit: usize) -> Result<(usize, usize)> {
-        self.with("outgoing", |core| core.outgoing(unit))
-    }
-
-    /// (address, bytes) of where the other ranks' gradients of what this rank keeps of a unit have to come, rank after
-    /// rank; valid until [`receive_from`](Self::receive_from). One unit at a time.
-    pub fn incoming(&self, unit: usize) -> Result<(usize, usize)> {
-        self.with("incoming", |core| core.incoming(unit))
-    }
-
-    /// Sums what has come in with this rank's own, in rank order.
-    pub fn receive_from(&self, unit: usize) -> Result<()> {
-        self.with("receive_from", |core| core.receive_from(unit))
-    }
-
-    /// Which trainable parameters have had a gradient since the last step.
-    pub fn accumulated(&self) -> Result<Vec<bool>> {
-        self.with("accumulated", |core| Ok(core.accumulated()))
-    }
-
-    /// Sets that to what holds over all ranks.
-    pub fn set_accumulated(&self, accumulated: &[bool]) -> Result<()> {
-        self.with("set_accumulated", |core| core.set_accumulated(accumulated))
     }
 
     /// The elements of a unit's layout that this rank saves, over all ranks each once.
@@ -277,114 +207,6 @@ impl Offload {
         })
     }
 
-    /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
-    /// gradient comes whole or in parts, in order.
-    pub fn accumulate(
-        &self,
-        unit: usize,
-        param: usize,
-        start: u64,
-        source: Grad<'_>,
-        norm: bool,
-    ) -> Result<()> {
-        let copy = self.copy_of_weights(&source);
-        let source = copy.as_ref().map_or(source, |copy| copy.grad());
-        self.with("accumulate", |core| {
-            core.accumulate(unit, param, start, source, norm)
-        })
-    }
-
-    /// A copy of a gradient that lies in a window, made outside of the lock: reading there may need a call.
-    fn copy_of_weights(&self, source: &Grad<'_>) -> Option<GradCopy> {
-        let address = address_of(source);
-        let inside = self.moving.iter().any(|range| range.contains(&address));
-        inside.then(|| GradCopy::of(source))
-    }
-
-    /// Adds to rows of one parameter's gradient, of `count` rows in all.
-    pub fn accumulate_rows(
-        &self,
-        unit: usize,
-        param: usize,
-        count: u64,
-        rows: &[i64],
-        source: Grad<'_>,
-    ) -> Result<()> {
-        let copy = self.copy_of_weights(&source);
-        let source = copy.as_ref().map_or(source, |copy| copy.grad());
-        self.with("accumulate_rows", |core| {
-            core.accumulate_rows(unit, param, count, rows, source)
-        })
-    }
-
-    /// The norm of all gradients that have been accumulated.
-    pub fn grad_norm(&self) -> Result<GradNorm> {
-        self.with("grad_norm", |core| Ok(core.grad_norm()))
-    }
-
-    /// Forgets all gradients that have been accumulated.
-    pub fn clear_gradients(&self) -> Result<()> {
-        self.with("clear_gradients", |core| {
-            core.clear_gradients();
-            Ok(())
-        })
-    }
-
-    /// Lends weight and gradient of the only parameter of a unit until the next step ends.
-    pub fn lend(&self, unit: usize, lent: Lent) -> Result<()> {
-        self.with("lend", |core| {
-            core.check_unit("lend", unit)?;
-            let this = &mut core.units[unit];
-            let numel = crate::core::to_usize(this.layout.numel(0));
-            let (weight, grad) = (numel * core.compute.size(), numel * lent.grad_dtype.size());
-            if this.params.len() != 1 || lent.weight.len() != weight || lent.grad.len() != grad {
-                return misuse(
-                    "lend",
-                    format!(
-                        "{}: expected one parameter of {weight} bytes and {grad} of gradient, got {} and {}",
-                        this.name,
-                        lent.weight.len(),
-                        lent.grad.len()
-                    ),
-                );
-            }
-            let Weights::Borrowed { lent: place } = &mut this.weights else {
-                return misuse("lend", format!("{} keeps its own weights", this.name));
-            };
-            *place = Some(lent);
-            this.params[0].accumulated = true;
-            Ok(())
-        })
-    }
-
-    /// One update of every parameter whose gradient has been accumulated; `grad_scale` multiplies the gradients.
-    ///
-    /// With state at home on disk this returns while the step is under way; each later use of a unit waits until that
-    /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
-    pub fn step(&self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
-        self.with("step", |core| {
-            let borrows = core
-                .units
-                .iter()
-                .any(|unit| matches!(unit.weights, Weights::Borrowed { lent: Some(_) }));
-            let mut outcome = core.step_begin(groups, grad_scale);
-            if borrows && outcome.is_ok() {
-                outcome = core.finish_step();
-            }
-            for unit in &mut core.units {
-                if let Weights::Borrowed { lent } = &mut unit.weights {
-                    *lent = None;
-                }
-            }
-            outcome
-        })
-    }
-
-    /// Ends the step under way, if there is one.
-    pub fn finish(&self) -> Result<()> {
-        self.with("finish", Core::finish_step)
-    }
-
     /// Payload bytes of a bucket. Never blocks on a running call.
     pub fn usage(&self, bucket: Bucket) -> Usage {
         self.budget.usage(bucket)
@@ -395,17 +217,17 @@ impl Offload {
         self.budget.total()
     }
 
-    /// Traffic so far; `None` where nothing is at home on disk.
+    /// Traffic so far; `None` where nothing is at home on disk. Never blocks on a running call.
     pub fn io(&self) -> Result<Option<IoReport>> {
-        self.with("io", |core| {
-            Ok(core.disk.as_ref().map(|disk| IoReport {
-                counters: disk.queue.counters(),
-                waited: core.waited,
-                updating: core.updating,
-                tiles: core.tiles_updated,
-                engine: disk.queue.describe(),
-            }))
-        })
+        let traffic = self
+            .traffic
+            .lock()
+            .expect("no call panics under it")
+            .clone();
+        match traffic {
+            Some(traffic) => Ok(traffic.report()),
+            None => misuse("io", "already closed"),
+        }
     }
 
     /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent. Does nothing in a
@@ -418,10 +240,12 @@ impl Offload {
         }
         // First: its thread may be inside a call, or wait for somebody who would make one.
         self.bringer.close();
+        self.cancel("the engine was closed while this call waited for other ranks".into());
         drop(self.net.lock().expect("no call panics under it").take());
         let Some(mut core) = self.lock().take() else {
             return Ok(());
         };
+        drop(self.traffic.lock().expect("no call panics under it").take());
         // Reads in flight write into windows: they end before the windows go.
         core.abandon_step();
         let reads = core.wait_reads();
@@ -446,6 +270,9 @@ impl Drop for Offload {
         if self.guard.is_forked() {
             // The parts would wait for threads that are not there. The exit of the child gives their memory back.
             std::mem::forget(Arc::clone(&self.core));
+        } else {
+            // The net's thread, which is waited for next, may itself wait for a listener that needs what the caller holds.
+            self.bringer.close();
         }
     }
 }

@@ -50,7 +50,11 @@ impl Offload {
     /// missing parts go
     /// [beside](Self::beside) its window.
     pub fn gather(&self, unit: usize, covered: bool) -> Result<bool> {
-        self.with("gather", |core| core.gather(unit, covered))
+        self.with_peers(
+            "gather",
+            |core| core.before_gathering(unit),
+            |core| core.gather(unit, covered),
+        )
     }
 
     /// Where the parts that a gathered unit lacks are to be put while nobody may see them, as [`window`](Self::window)
@@ -82,7 +86,11 @@ impl Offload {
 
     /// As [`gather`](Self::gather), ahead of use; `None` where units that are held leave no room, alike on all ranks.
     pub fn gather_ahead(&self, unit: usize, covered: bool) -> Result<Option<bool>> {
-        self.with("gather_ahead", |core| core.gather_ahead(unit, covered))
+        self.with_peers(
+            "gather_ahead",
+            |core| core.before_gathering_ahead(unit),
+            |core| core.gather_ahead(unit, covered),
+        )
     }
 
     /// Whether a unit's weights have room beside those of all units that are held.

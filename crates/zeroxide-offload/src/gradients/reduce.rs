@@ -21,8 +21,7 @@ const PIECE: u64 = 256 << 10;
 /// Elements summed before they are accumulated, small enough to stay in the first-level cache.
 const BLOCK: usize = 4096;
 impl Core {
-    /// Ends the unit's part of this backward: its gradients go out, zero where none has arrived. Idempotent through
-    /// [`is_sent`](Self::is_sent).
+    /// Ends the unit's part of this backward: its gradients go out, zero where none has arrived.
     ///
     /// Where the caller carries them, he finds them through [`outgoing`](Self::outgoing).
     pub(crate) fn send(&mut self, unit: usize) -> Result<()> {
@@ -52,28 +51,15 @@ impl Core {
         Ok(())
     }
 
-    /// Whether this rank has sent the unit and not yet summed it.
-    pub(crate) fn is_sent(&self, unit: usize) -> bool {
-        match &self.transport {
-            GradientTransport::Shared { reducer, .. } => reducer.is_sent(unit),
-            _ => false,
-        }
-    }
-
-    /// Sums the unit's gradients if every rank has sent them; with `wait`, waits until all have. Returns whether it
-    /// did.
-    pub(crate) fn receive(&mut self, unit: usize, wait: bool) -> Result<bool> {
+    /// Sums the unit's gradients if every rank has sent them. Returns whether it did.
+    pub(crate) fn receive(&mut self, unit: usize) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("receive", unit)?;
         let GradientTransport::Shared { reducer, .. } = &self.transport else {
             return misuse("receive", "nothing is shared with other ranks");
         };
         if !reducer.is_ready(unit) {
-            if !wait {
-                return Ok(false);
-            }
-            // Another rank may wait for weights that this one has yet to update.
-            self.finish_step()?;
+            return Ok(false);
         }
         self.finish_unit(unit)?;
         let (comm_dtype, grad, scale) = (self.comm_dtype, self.grad, self.reduce_scale);
@@ -81,7 +67,6 @@ impl Core {
         let GradientTransport::Shared { reducer, .. } = &mut self.transport else {
             return Ok(false);
         };
-        reducer.wait(|reducer| reducer.is_ready(unit))?;
         let (this, pool) = (&mut self.units[unit], &self.pool);
         let range = byte_range(&this.kept(), comm_dtype.size());
         reducer.take(unit, range, |sources| {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use zeroxide_exchange::{CancelToken, ReducerPlan, SegmentHandle, SharedMemoryReducer};
+use zeroxide_exchange::{CancelToken, PeerWait, ReducerPlan, SegmentHandle, SharedMemoryReducer};
 use zeroxide_layout::PAGE;
 use zeroxide_memory::{Arena, Bucket, Budget, FRAME};
 use zeroxide_plan::{PlacedUnit, Placement};
@@ -189,25 +189,87 @@ impl Core {
         Ok((lease.as_ptr().expose_provenance(), lease.len()))
     }
 
-    /// Before this rank reads weights that others update: waits until they have, for the last step that this rank made.
-    pub(crate) fn await_versions(&mut self, unit: usize) -> Result<()> {
-        if !self.shares_weights() || !matches!(self.units[unit].weights, Weights::Host { .. }) {
-            return Ok(());
+    /// What other ranks have yet to do before a gradient of the unit can arrive: read what this one sent in the last
+    /// backward. Calls that cannot be made at all are left to the call itself to refuse.
+    pub(crate) fn before_accumulating(&self, unit: usize, param: usize) -> Option<PeerWait> {
+        let this = self.units.get(unit)?;
+        if this.outgoing.is_some() || !this.params.get(param)?.trainable {
+            return None;
         }
-        let version = self.steps;
-        let GradientTransport::Shared { reducer, .. } = &self.transport else {
-            return Ok(());
+        self.before_sending(unit)
+    }
+
+    /// The same, before the unit is sent.
+    pub(crate) fn before_sending(&self, unit: usize) -> Option<PeerWait> {
+        match &self.transport {
+            GradientTransport::Shared { reducer, .. } if unit < self.units.len() => {
+                reducer.before_filling(unit)
+            }
+            _ => None,
+        }
+    }
+
+    /// What other ranks have yet to do before this one may read the unit's weights: update their parts of those that are
+    /// one copy for all, for the last step that this rank made.
+    pub(crate) fn before_gathering(&mut self, unit: usize) -> Result<Option<PeerWait>> {
+        let awaited = |core: &Self| match (&core.transport, &core.units.get(unit)?.weights) {
+            (GradientTransport::Shared { reducer, .. }, Weights::Host { .. })
+                if core.shares_weights() =>
+            {
+                reducer.before_reading(unit, core.steps)
+            }
+            _ => None,
         };
-        if reducer.has_version(unit, version) {
-            return Ok(());
+        if awaited(self).is_none() {
+            return Ok(None);
         }
         // Another rank may wait for this one.
         self.finish_step()?;
-        let GradientTransport::Shared { reducer, .. } = &self.transport else {
-            return Ok(());
+        Ok(awaited(self))
+    }
+
+    /// As [`before_gathering`](Self::before_gathering), for a unit that is gathered only where it has room.
+    pub(crate) fn before_gathering_ahead(&mut self, unit: usize) -> Result<Option<PeerWait>> {
+        if self.has_room(unit)? {
+            self.before_gathering(unit)
+        } else {
+            Ok(None)
+        }
+    }
+
+    /// What other ranks have yet to do before the unit can be summed, where the caller waits for it: send it. `round` is
+    /// the round of the first look: a unit that another thread has summed meanwhile is refused, since its next round may
+    /// never come.
+    pub(crate) fn before_receiving(
+        &mut self,
+        unit: usize,
+        wait: bool,
+        round: &mut Option<u64>,
+    ) -> Result<Option<PeerWait>> {
+        let awaited = |core: &Self| match &core.transport {
+            GradientTransport::Shared { reducer, .. } if wait && unit < core.units.len() => {
+                Some((reducer.round(unit), reducer.before_taking(unit)))
+            }
+            _ => None,
         };
-        reducer.wait(|reducer| reducer.has_version(unit, version))?;
-        Ok(())
+        let Some((present, unsent)) = awaited(self) else {
+            return Ok(None);
+        };
+        if *round.get_or_insert(present) != present {
+            return misuse(
+                "receive",
+                format!(
+                    "another call has summed unit {} while this one waited for it",
+                    self.units[unit].name
+                ),
+            );
+        }
+        if unsent.is_none() {
+            return Ok(None);
+        }
+        // Another rank may wait for weights that this one has yet to update.
+        self.finish_step()?;
+        Ok(awaited(self).and_then(|(_, unsent)| unsent))
     }
 
     /// This rank's part of the unit's weights is that of the present step; the other ranks have to get it.

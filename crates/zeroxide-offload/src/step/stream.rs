@@ -3,7 +3,6 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::time::Duration;
 
 use zeroxide_layout::{PAGE, Role};
 use zeroxide_memory::Lease;
@@ -12,6 +11,7 @@ use zeroxide_storage::{Completion, StorageError};
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
 use crate::homes::fill_initial;
+use crate::io_report::Stopwatch;
 use crate::step::plan::Segment;
 use crate::step::update::{Update, update_tile};
 use crate::unit::StateBlocks;
@@ -317,7 +317,7 @@ impl ActiveStep {
         self.writes > 0 || self.jobs.iter().any(|job| job.pending > 0)
     }
 
-    fn receive(&mut self, waited: &mut Duration) -> Result<()> {
+    fn receive(&mut self, waited: &mut Stopwatch) -> Result<()> {
         let completion = receive(&self.replies.1, waited)?;
         self.note(completion)
     }

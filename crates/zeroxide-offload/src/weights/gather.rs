@@ -21,7 +21,8 @@ impl Core {
     ///
     /// Returns whether the other ranks' parts are there, too. Where they are not, the caller brings them, and says so
     /// with
-    /// [`set_all_shards_valid`](Self::set_all_shards_valid). With `covered` nothing is readable before that.
+    /// [`set_all_shards_valid`](Self::set_all_shards_valid). With `covered` nothing is readable before that. What
+    /// [`before_gathering`](Self::before_gathering) tells of has happened.
     pub(crate) fn gather(&mut self, unit: usize, covered: bool) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("gather", unit)?;
@@ -42,7 +43,6 @@ impl Core {
             *pinned = true;
             *used = clock;
         }
-        self.await_versions(unit)?;
         self.prepare_for_parts(unit, covered)?;
         self.refresh_shard(unit)?;
         Ok(match &self.units[unit].weights {

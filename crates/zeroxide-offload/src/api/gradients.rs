@@ -1,0 +1,127 @@
+//! The public face, where it is about gradients: from autograd, between ranks, and their norm.
+
+use zeroxide_optim::Grad;
+
+use crate::api::Offload;
+use crate::error::Result;
+use crate::gradients::accumulate::{GradCopy, GradNorm, address_of};
+
+impl Offload {
+    /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
+    /// gradient comes whole or in parts, in order.
+    pub fn accumulate(
+        &self,
+        unit: usize,
+        param: usize,
+        start: u64,
+        source: Grad<'_>,
+        norm: bool,
+    ) -> Result<()> {
+        let copy = self.gradient_outside(&source);
+        let source = copy.as_ref().map_or(source, |copy| copy.grad());
+        self.with_peers(
+            "accumulate",
+            |core| Ok(core.before_accumulating(unit, param)),
+            |core| core.accumulate(unit, param, start, source, norm),
+        )
+    }
+
+    /// Adds to rows of one parameter's gradient, of `count` rows in all.
+    pub fn accumulate_rows(
+        &self,
+        unit: usize,
+        param: usize,
+        count: u64,
+        rows: &[i64],
+        source: Grad<'_>,
+    ) -> Result<()> {
+        let copy = self.gradient_outside(&source);
+        let source = copy.as_ref().map_or(source, |copy| copy.grad());
+        let rows = &*self.outside(rows);
+        self.with_peers(
+            "accumulate_rows",
+            |core| Ok(core.before_accumulating(unit, param)),
+            |core| core.accumulate_rows(unit, param, count, rows, source),
+        )
+    }
+
+    /// Reads elements `start..` of one parameter's accumulated gradient as fp32; zero if there is none.
+    pub fn read_grad(&self, unit: usize, param: usize, start: u64, out: &mut [f32]) -> Result<()> {
+        self.fill_outside(out, |out| {
+            self.with("read_grad", |core| core.read_grad(unit, param, start, out))
+        })
+    }
+
+    /// Replaces elements `start..` of one parameter's gradient, which it has afterwards.
+    pub fn write_grad(&self, unit: usize, param: usize, start: u64, values: &[f32]) -> Result<()> {
+        let values = &*self.outside(values);
+        self.with("write_grad", |core| {
+            core.write_grad(unit, param, start, values)
+        })
+    }
+
+    /// Ends the unit's part of this backward: its gradients go out to the ranks that keep them.
+    pub fn send(&self, unit: usize) -> Result<()> {
+        self.with_peers(
+            "send",
+            |core| Ok(core.before_sending(unit)),
+            |core| core.send(unit),
+        )
+    }
+
+    /// Sums a unit's gradients once every rank has sent them; with `wait`, waits for that. Returns whether it did.
+    pub fn receive(&self, unit: usize, wait: bool) -> Result<bool> {
+        let mut round = None;
+        self.with_peers(
+            "receive",
+            |core| core.before_receiving(unit, wait, &mut round),
+            |core| core.receive(unit),
+        )
+    }
+
+    /// (address, bytes) of what a unit sends, where the caller carries it; valid until
+    /// [`receive_from`](Self::receive_from).
+    pub fn outgoing(&self, unit: usize) -> Result<(usize, usize)> {
+        self.with("outgoing", |core| core.outgoing(unit))
+    }
+
+    /// (address, bytes) of where the other ranks' gradients of what this rank keeps of a unit have to come, rank after
+    /// rank; valid until [`receive_from`](Self::receive_from). One unit at a time.
+    pub fn incoming(&self, unit: usize) -> Result<(usize, usize)> {
+        self.with("incoming", |core| core.incoming(unit))
+    }
+
+    /// Sums what has come in with this rank's own, in rank order.
+    pub fn receive_from(&self, unit: usize) -> Result<()> {
+        self.with("receive_from", |core| core.receive_from(unit))
+    }
+
+    /// Which trainable parameters have had a gradient since the last step.
+    pub fn accumulated(&self) -> Result<Vec<bool>> {
+        self.with("accumulated", |core| Ok(core.accumulated()))
+    }
+
+    /// Sets that to what holds over all ranks.
+    pub fn set_accumulated(&self, accumulated: &[bool]) -> Result<()> {
+        self.with("set_accumulated", |core| core.set_accumulated(accumulated))
+    }
+
+    /// The norm of all gradients that have been accumulated.
+    pub fn grad_norm(&self) -> Result<GradNorm> {
+        self.with("grad_norm", |core| Ok(core.grad_norm()))
+    }
+
+    /// Forgets all gradients that have been accumulated.
+    pub fn clear_gradients(&self) -> Result<()> {
+        self.with("clear_gradients", |core| {
+            core.clear_gradients();
+            Ok(())
+        })
+    }
+
+    /// A copy of a gradient that lies in a window, made outside of the lock: reading there may need a call.
+    fn gradient_outside(&self, source: &Grad<'_>) -> Option<GradCopy> {
+        self.is_moving(address_of(source))
+            .then(|| GradCopy::of(source))
+    }
+}

@@ -1,0 +1,37 @@
+//! The public face, where it is about the optimizer step.
+
+use zeroxide_optim::Optimizer;
+
+use crate::api::Offload;
+use crate::core::Core;
+use crate::error::Result;
+use crate::weights::residence::Lent;
+
+impl Offload {
+    /// Puts a parameter into one of the groups that [`step`](Self::step) is given.
+    pub fn set_group(&self, unit: usize, param: usize, group: usize) -> Result<()> {
+        self.with("set_group", |core| {
+            core.check_param("set_group", unit, param)?;
+            core.units[unit].params[param].group = group;
+            Ok(())
+        })
+    }
+
+    /// Lends weight and gradient of the only parameter of a unit until the next step ends.
+    pub fn lend(&self, unit: usize, lent: Lent) -> Result<()> {
+        self.with("lend", |core| core.lend(unit, lent))
+    }
+
+    /// One update of every parameter whose gradient has been accumulated; `grad_scale` multiplies the gradients.
+    ///
+    /// With state at home on disk this returns while the step is under way; each later use of a unit waits until that
+    /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
+    pub fn step(&self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
+        self.with("step", |core| core.step(groups, grad_scale))
+    }
+
+    /// Ends the step under way, if there is one.
+    pub fn finish(&self) -> Result<()> {
+        self.with("finish", Core::finish_step)
+    }
+}
