@@ -4,7 +4,7 @@ use std::io;
 
 use thiserror::Error;
 
-use crate::{Bucket, WindowState};
+use crate::{Bucket, Forked, WindowState};
 
 /// A request for memory that was refused.
 #[derive(Debug, Error)]
@@ -127,4 +127,10 @@ pub enum MemoryError {
         /// The operating system's reason.
         source: io::Error,
     },
+}
+
+impl From<Forked> for MemoryError {
+    fn from(Forked { created, current }: Forked) -> Self {
+        Self::Forked { created, current }
+    }
 }

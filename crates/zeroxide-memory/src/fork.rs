@@ -1,6 +1,6 @@
 //! Noticing that the process was forked.
 
-use crate::MemoryError;
+use thiserror::Error;
 
 /// Remembers the process an object was made in.
 ///
@@ -22,13 +22,13 @@ impl ForkGuard {
     /// Accepts the process that made the guard. Takes no lock and allocates nothing.
     ///
     /// # Errors
-    /// [`MemoryError::Forked`] in any other process.
-    pub fn check_process(&self) -> Result<(), MemoryError> {
+    /// [`Forked`] in any other process.
+    pub fn check_process(&self) -> Result<(), Forked> {
         let current = std::process::id();
         if current == self.created {
             Ok(())
         } else {
-            Err(MemoryError::Forked {
+            Err(Forked {
                 created: self.created,
                 current,
             })
@@ -39,6 +39,16 @@ impl ForkGuard {
     pub fn is_forked(&self) -> bool {
         std::process::id() != self.created
     }
+}
+
+/// An object was used in another process than the one that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Error)]
+#[error("made in process {created} but used in its forked child {current}")]
+pub struct Forked {
+    /// Process that made the object.
+    pub created: u32,
+    /// Process that used it.
+    pub current: u32,
 }
 
 impl Default for ForkGuard {

@@ -103,7 +103,7 @@ impl FramePool {
     /// # Errors
     /// [`MemoryError::Forked`] in any other process.
     pub fn check_process(&self) -> Result<(), MemoryError> {
-        self.slots.guard.check_process()
+        Ok(self.slots.guard.check_process()?)
     }
 }
 

@@ -35,7 +35,7 @@ pub use arena::{Arena, ArenaOptions};
 pub use budget::{Bucket, Budget, Reservation, Usage};
 pub use error::MemoryError;
 pub use fault::FaultNet;
-pub use fork::ForkGuard;
+pub use fork::{ForkGuard, Forked};
 pub use frames::{FRAME, Frame, FramePool};
 pub use lease::{Lease, Pod};
 pub use resident::{Resident, drop_clean_text, reset_peak, resident_bytes};

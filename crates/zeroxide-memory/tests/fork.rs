@@ -71,7 +71,7 @@ fn a_forked_child_gets_an_error_from_everything() {
 
     let end = in_child(|| {
         let refused = [
-            forked(guard.check_process(), parent),
+            forked(guard.check_process().map_err(MemoryError::from), parent),
             forked(pool.check_process(), parent),
             forked(arena.lease(1, 1), parent),
             forked(arena.free(), parent),

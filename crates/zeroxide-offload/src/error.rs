@@ -3,7 +3,7 @@
 use thiserror::Error;
 use zeroxide_exchange::ExchangeError;
 use zeroxide_layout::LayoutError;
-use zeroxide_memory::MemoryError;
+use zeroxide_memory::{Forked, MemoryError};
 use zeroxide_optim::OptimError;
 use zeroxide_plan::PlanError;
 use zeroxide_storage::StorageError;
@@ -76,6 +76,12 @@ pub enum OffloadError {
         /// Why.
         what: String,
     },
+}
+
+impl From<Forked> for OffloadError {
+    fn from(error: Forked) -> Self {
+        Self::Memory(error.into())
+    }
 }
 
 /// Short form of every result here.

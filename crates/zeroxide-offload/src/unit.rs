@@ -4,33 +4,35 @@ use std::ops::Range;
 
 use zeroxide_layout::{ParamShape, Role, StateKey, StateLayout, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
-use zeroxide_optim::Accumulate;
+use zeroxide_optim::{Accumulate, AccumulateStats};
 
 use crate::error::{Result, misuse};
 use crate::weights::residence::Weights;
 
+/// Where the gradient of one parameter is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Gradient {
+    /// None has arrived since the last step.
+    Missing,
+    /// In the unit's outgoing buffer: other ranks have not got it yet. Beside it may lie what was kept before.
+    Outgoing,
+    /// In the gradients kept, or on its way there.
+    Kept,
+}
+
 /// What the optimizer knows of one parameter.
 #[derive(Clone, Debug)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "facts that do not exclude one another"
-)]
 pub(crate) struct ParamState {
     pub(crate) trainable: bool,
     /// Index into the groups that a step is given.
     pub(crate) group: usize,
     /// Updates made so far; the exponent of the bias correction.
     pub(crate) updates: u64,
-    /// A gradient has arrived since the last step.
-    pub(crate) accumulated: bool,
-    /// A gradient lies in the unit's outgoing buffer.
-    pub(crate) sent: bool,
+    pub(crate) gradient: Gradient,
     /// A gradient is arriving in parts: the next element expected, and what accumulation does with each part.
     pub(crate) arriving: Option<(u64, Accumulate)>,
-    /// Sum of squares of the gradient kept, as of its last arrival with `norm`.
-    pub(crate) sum_squares: f64,
-    /// The gradient kept holds an infinity or a NaN.
-    pub(crate) nonfinite: bool,
+    /// Sum of squares of the gradient kept, as of its last arrival with `norm`, and whether it holds an infinity or a NaN.
+    pub(crate) norm: AccumulateStats,
 }
 
 /// Optimizer state blocks.
@@ -144,20 +146,51 @@ impl Unit {
                 trainable: shape.trainable,
                 group: 0,
                 updates: 0,
-                accumulated: false,
-                sent: false,
+                gradient: Gradient::Missing,
                 arriving: None,
-                sum_squares: 0.0,
-                nonfinite: false,
+                norm: AccumulateStats::default(),
             })
             .collect()
     }
 }
 
 impl ParamState {
-    /// Whether a gradient lies where the next one arrives: in the unit's outgoing buffer if `away`, else in the one
-    /// kept.
+    /// Whether the parameter has had a gradient since the last step.
+    pub(crate) fn has_gradient(&self) -> bool {
+        self.gradient != Gradient::Missing
+    }
+
+    /// Whether a gradient lies where the next one arrives: in the unit's outgoing buffer if `away`, else in the one kept.
     pub(crate) fn has_arrived(&self, away: bool) -> bool {
-        if away { self.sent } else { self.accumulated }
+        if away {
+            self.gradient == Gradient::Outgoing
+        } else {
+            self.has_gradient()
+        }
+    }
+
+    /// A gradient has arrived whole.
+    pub(crate) fn arrived(&mut self, away: bool) {
+        self.arriving = None;
+        self.gradient = if away {
+            Gradient::Outgoing
+        } else {
+            Gradient::Kept
+        };
+    }
+
+    /// What was in the outgoing buffer has left for the ranks that keep it.
+    pub(crate) fn left(&mut self) {
+        self.arriving = None;
+        if self.gradient == Gradient::Outgoing {
+            self.gradient = Gradient::Kept;
+        }
+    }
+
+    /// There is no gradient any more.
+    pub(crate) fn forget_gradient(&mut self) {
+        self.arriving = None;
+        self.gradient = Gradient::Missing;
+        self.norm = AccumulateStats::default();
     }
 }

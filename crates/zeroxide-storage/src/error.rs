@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use zeroxide_layout::BlockId;
+use zeroxide_memory::Forked;
 
 use crate::queue::OpKind;
 
@@ -238,6 +239,12 @@ pub enum StorageError {
         /// What the operating system said.
         source: io::Error,
     },
+}
+
+impl From<Forked> for StorageError {
+    fn from(Forked { created, current }: Forked) -> Self {
+        Self::Forked { created, current }
+    }
 }
 
 /// Who holds the lock of a scratch directory.

@@ -26,7 +26,6 @@
 mod error;
 mod file;
 mod private;
-mod process;
 mod queue;
 mod store;
 #[expect(

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use zeroxide_memory::Anchor;
 
 use crate::api::Offload;
-use crate::core::to_usize;
 use crate::error::Result;
 use crate::weights::bringer::Bringer;
 
@@ -27,12 +26,7 @@ impl Offload {
     pub fn window(&self, unit: usize) -> Result<Option<(usize, usize, Anchor)>> {
         self.with("window", |core| {
             core.check_unit("window", unit)?;
-            let this = &core.units[unit];
-            let bytes = to_usize(this.layout.len()) * core.compute.size();
-            Ok(this
-                .weights
-                .window()
-                .map(|window| (window.base() as usize, bytes, window.anchor())))
+            Ok(core.addresses(unit, |window| (window.base(), window.anchor())))
         })
     }
 
@@ -47,8 +41,7 @@ impl Offload {
     /// there, too. Idempotent.
     ///
     /// With `covered` nothing of the unit can be read before [`set_all_shards_valid`](Self::set_all_shards_valid), and
-    /// missing parts go
-    /// [beside](Self::beside) its window.
+    /// missing parts go [beside](Self::beside) its window.
     pub fn gather(&self, unit: usize, covered: bool) -> Result<bool> {
         self.with_peers(
             "gather",
@@ -64,17 +57,12 @@ impl Offload {
             if !core.receives_beside(unit)? {
                 return Ok(None);
             }
-            let this = &core.units[unit];
-            let bytes = to_usize(this.layout.len()) * core.compute.size();
-            Ok(this
-                .weights
-                .window()
-                .map(|window| (window.beside() as usize, bytes, window.anchor_beside())))
+            Ok(core.addresses(unit, |window| (window.beside(), window.anchor_beside())))
         })
     }
 
-    /// The unit's weights are about to change while somebody may read them unannounced: such a reader faults from here
-    /// on.
+    /// The unit's weights are about to change while somebody may read them unannounced: such a reader faults from
+    /// here on.
     pub fn cover(&self, unit: usize) -> Result<()> {
         self.with("cover", |core| core.cover(unit))
     }

@@ -2,10 +2,9 @@
 
 use std::collections::HashMap;
 use std::ops::Not;
-use std::sync::Mutex;
 
 use zeroxide_layout::Dtype;
-use zeroxide_optim::{Accumulate, AccumulateStats, Grad, GradMut, accumulate};
+use zeroxide_optim::{Accumulate, AccumulateStats, Grad, GradMut, Pool, accumulate};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
@@ -14,7 +13,7 @@ use crate::error::{Result, misuse};
 const PIECE: usize = 256 << 10;
 
 /// The global gradient norm, in parts.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct GradNorm {
     /// Sum of squares over all gradients kept, summed in unit and parameter order.
     pub sum_squares: f64,
@@ -22,6 +21,20 @@ pub struct GradNorm {
     pub nonfinite: bool,
     /// Parameters with a gradient.
     pub accumulated: usize,
+}
+
+impl GradNorm {
+    /// Counts one parameter's part.
+    pub(crate) fn add(&mut self, part: AccumulateStats) {
+        self.sum_squares += part.sum_squares;
+        self.nonfinite |= part.nonfinite;
+    }
+}
+
+/// Adds one part's to the sum of a parameter.
+pub(crate) fn add(total: &mut AccumulateStats, part: AccumulateStats) {
+    total.sum_squares += part.sum_squares;
+    total.nonfinite |= part.nonfinite;
 }
 
 impl Core {
@@ -38,12 +51,7 @@ impl Core {
         source: Grad<'_>,
         norm: bool,
     ) -> Result<()> {
-        self.check_strays()?;
-        self.check_param("accumulate", unit, param)?;
-        self.finish_unit(unit)?;
-        self.retire_step()?;
-        let away = self.arrives_away(unit, param)?;
-        let dtype = if away { self.comm_dtype } else { self.grad };
+        let (away, dtype) = self.open_arrival("accumulate", unit, param)?;
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param) + start;
         let numel = this.layout.numel(param);
@@ -68,39 +76,28 @@ impl Core {
             this.outgoing.as_mut()
         } else {
             this.grad.as_mut()
-        };
-        let Some(buffer) = buffer.filter(|_| state.trainable) else {
-            return misuse(
-                "accumulate",
-                format!("{} parameter {param} is frozen or lent", this.name),
-            );
-        };
+        }
+        .expect("an arrival was opened");
         let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
         let accumulated = accumulate_pieces(&self.pool, dtype, bytes, source, mode, norm && !away);
         if !away {
             if start == 0 {
-                state.sum_squares = 0.0;
-                state.nonfinite = false;
+                state.norm = AccumulateStats::default();
             }
-            state.sum_squares += accumulated.sum_squares;
-            state.nonfinite |= accumulated.nonfinite;
+            add(&mut state.norm, accumulated);
         }
-        let complete = start + len == numel;
-        state.arriving = if complete {
-            None
+        if start + len == numel {
+            state.arrived(away);
         } else {
-            Some((start + len, mode))
-        };
-        state.accumulated |= complete;
-        state.sent |= away && complete;
+            state.arriving = Some((start + len, mode));
+        }
         Ok(())
     }
 
     /// Adds to some rows of one parameter's gradient; all others are as they were, or zero if none has been
     /// accumulated.
     ///
-    /// `source` holds one row of `numel / count` elements for each of `rows`, where `count` is the number of rows of
-    /// the
+    /// `source` holds one row of `numel / count` elements for each of `rows`, where `count` is the number of rows of the
     /// parameter. Rows named more than once are summed first, in their order, in the dtype of the gradient: the bits of
     /// torch's dense embedding gradient.
     pub(crate) fn accumulate_rows(
@@ -111,12 +108,7 @@ impl Core {
         rows: &[i64],
         source: Grad<'_>,
     ) -> Result<()> {
-        self.check_strays()?;
-        self.check_param("accumulate_rows", unit, param)?;
-        self.finish_unit(unit)?;
-        self.retire_step()?;
-        let away = self.arrives_away(unit, param)?;
-        let dtype = if away { self.comm_dtype } else { self.grad };
+        let (away, dtype) = self.open_arrival("accumulate_rows", unit, param)?;
         let this = &mut self.units[unit];
         let offset = this.layout.offset(param);
         let numel = this.layout.numel(param);
@@ -138,13 +130,8 @@ impl Core {
             this.outgoing.as_mut()
         } else {
             this.grad.as_mut()
-        };
-        let Some(buffer) = buffer.filter(|_| state.trainable) else {
-            return misuse(
-                "accumulate_rows",
-                format!("{} parameter {param} is frozen or lent", this.name),
-            );
-        };
+        }
+        .expect("an arrival was opened");
         let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
         let bad = rows
             .iter()
@@ -164,23 +151,39 @@ impl Core {
             let target = grad_mut(dtype, &mut bytes[at..at + stride]);
             accumulate(target, as_grad(dtype, &sum), Accumulate::Add, false);
         }
-        state.accumulated = true;
-        state.sent = away;
+        state.arrived(away);
         if !away {
-            let measured = measure(&self.pool, dtype, bytes);
-            state.sum_squares = measured.sum_squares;
-            state.nonfinite = measured.nonfinite;
+            state.norm = measure(&self.pool, dtype, bytes);
         }
         Ok(())
     }
 
-    /// Whether a gradient from autograd goes into the room for other ranks, which is then there.
-    fn arrives_away(&mut self, unit: usize, param: usize) -> Result<bool> {
+    /// What every arrival from autograd begins with: the parameter takes part, the step is done with the unit, and there
+    /// is memory for the gradient. Returns whether that is the room for other ranks, and the dtype in it.
+    fn open_arrival(
+        &mut self,
+        call: &'static str,
+        unit: usize,
+        param: usize,
+    ) -> Result<(bool, Dtype)> {
+        self.check_strays()?;
+        self.check_param(call, unit, param)?;
+        self.finish_unit(unit)?;
+        self.retire_step()?;
         let away = self.mesh.world > 1;
-        if away && self.units[unit].params[param].trainable {
+        let trainable = self.units[unit].params[param].trainable;
+        if away && trainable {
             self.make_room(unit)?;
         }
-        Ok(away)
+        let this = &self.units[unit];
+        let buffer = if away { &this.outgoing } else { &this.grad };
+        if !trainable || buffer.is_none() {
+            return misuse(
+                call,
+                format!("{} parameter {param} is frozen or lent", this.name),
+            );
+        }
+        Ok((away, if away { self.comm_dtype } else { self.grad }))
     }
 
     /// The norm of all gradients that have been accumulated; complete only if each was last accumulated with `norm`.
@@ -190,19 +193,11 @@ impl Core {
         if self.mesh.world > 1 {
             return self.shard_norm();
         }
-        let mut total = GradNorm {
-            sum_squares: 0.0,
-            nonfinite: false,
-            accumulated: 0,
-        };
-        for param in self
-            .units
-            .iter()
-            .flat_map(|unit| &unit.params)
-            .filter(|param| param.accumulated)
-        {
-            total.sum_squares += param.sum_squares;
-            total.nonfinite |= param.nonfinite;
+        let params = self.units.iter().flat_map(|unit| &unit.params);
+        let found = params.filter(|param| param.has_gradient());
+        let mut total = GradNorm::default();
+        for param in found {
+            total.add(param.norm);
             total.accumulated += 1;
         }
         total
@@ -212,11 +207,7 @@ impl Core {
     pub(crate) fn clear_gradients(&mut self) {
         self.forget_strays();
         for param in self.units.iter_mut().flat_map(|unit| &mut unit.params) {
-            param.accumulated = false;
-            param.sent = false;
-            param.arriving = None;
-            param.sum_squares = 0.0;
-            param.nonfinite = false;
+            param.forget_gradient();
         }
         for unit in &mut self.units {
             unit.fresh = true;
@@ -316,7 +307,7 @@ pub(crate) fn grad_mut(dtype: Dtype, bytes: &mut [u8]) -> GradMut<'_> {
 }
 
 fn accumulate_pieces(
-    pool: &zeroxide_optim::Pool,
+    pool: &Pool,
     dtype: Dtype,
     bytes: &mut [u8],
     source: Grad<'_>,
@@ -327,52 +318,36 @@ fn accumulate_pieces(
     if len <= PIECE {
         return accumulate(grad_mut(dtype, bytes), source, mode, norm);
     }
-    let pieces: Vec<_> = bytes
-        .chunks_mut(PIECE * dtype.size())
-        .map(|piece| Mutex::new((piece, AccumulateStats::default())))
-        .collect();
-    pool.run(pieces.len(), |index| {
-        let mut guard = pieces[index].lock().expect("each task has its own piece");
+    in_pieces(pool, dtype, bytes, |index, piece| {
         let start = index * PIECE;
         let part = grad_slice(&source, start..len.min(start + PIECE));
-        let (piece, stats) = &mut *guard;
-        *stats = accumulate(grad_mut(dtype, piece), part, mode, norm);
-    });
-    let mut total = AccumulateStats::default();
-    for piece in pieces {
-        let (_, stats) = piece.into_inner().expect("the pool has returned");
-        total.sum_squares += stats.sum_squares;
-        total.nonfinite |= stats.nonfinite;
-    }
-    total
+        accumulate(grad_mut(dtype, piece), part, mode, norm)
+    })
 }
 
 /// The norm of what lies in a gradient buffer, with the bits that accumulating it whole would give.
-pub(crate) fn measure(
-    pool: &zeroxide_optim::Pool,
+pub(crate) fn measure(pool: &Pool, dtype: Dtype, bytes: &mut [u8]) -> AccumulateStats {
+    in_pieces(pool, dtype, bytes, |_, piece| {
+        let copy = piece.to_vec();
+        let source = as_grad(dtype, &copy);
+        accumulate(grad_mut(dtype, piece), source, Accumulate::Store, true)
+    })
+}
+
+/// Works on `bytes` piece by piece on all threads, and sums what each piece gives in their order.
+fn in_pieces(
+    pool: &Pool,
     dtype: Dtype,
     bytes: &mut [u8],
+    work: impl Fn(usize, &mut [u8]) -> AccumulateStats + Sync,
 ) -> AccumulateStats {
-    let pieces: Vec<_> = bytes
-        .chunks_mut(PIECE * dtype.size())
-        .map(|piece| Mutex::new((piece, AccumulateStats::default())))
-        .collect();
-    pool.run(pieces.len(), |index| {
-        let mut guard = pieces[index].lock().expect("each task has its own piece");
-        let (piece, stats) = &mut *guard;
-        let copy = piece.to_vec();
-        *stats = accumulate(
-            grad_mut(dtype, piece),
-            as_grad(dtype, &copy),
-            Accumulate::Store,
-            true,
-        );
-    });
+    let pieces = bytes.chunks_mut(PIECE * dtype.size());
+    let mut found = vec![AccumulateStats::default(); pieces.len()];
+    let tasks = pieces.zip(&mut found).collect();
+    pool.run_each(tasks, |index, (piece, stats)| *stats = work(index, piece));
     let mut total = AccumulateStats::default();
-    for piece in pieces {
-        let (_, stats) = piece.into_inner().expect("the pool has returned");
-        total.sum_squares += stats.sum_squares;
-        total.nonfinite |= stats.nonfinite;
+    for stats in found {
+        add(&mut total, stats);
     }
     total
 }

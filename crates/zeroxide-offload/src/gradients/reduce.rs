@@ -4,7 +4,6 @@
 //! this rank's part of the global norm taken in the same pass. Whatever carried the bytes, the bits are the same.
 
 use std::ops::Range;
-use std::sync::Mutex;
 
 use zeroxide_layout::{Dtype, UnitLayout};
 use zeroxide_memory::Lease;
@@ -12,14 +11,15 @@ use zeroxide_optim::{Accumulate, AccumulateStats, Pool, accumulate, sum_scaled};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
-use crate::gradients::accumulate::{GradNorm, as_grad, grad_mut};
+use crate::gradients::accumulate::{GradNorm, add, as_grad, grad_mut};
 use crate::gradients::transport::GradientTransport;
-use crate::unit::Unit;
+use crate::unit::{Gradient, ParamState, Unit};
 
 /// Elements that one task sums: fixed, so that the order of the norm's sums does not depend on the number of threads.
 const PIECE: u64 = 256 << 10;
 /// Elements summed before they are accumulated, small enough to stay in the first-level cache.
 const BLOCK: usize = 4096;
+
 impl Core {
     /// Ends the unit's part of this backward: its gradients go out, zero where none has arrived.
     ///
@@ -37,13 +37,12 @@ impl Core {
         let element = self.comm_dtype.size();
         let this = &mut self.units[unit];
         for (param, state) in this.params.iter_mut().enumerate() {
-            if let (false, Some(outgoing)) = (state.sent, this.outgoing.as_mut()) {
+            if let (false, Some(outgoing)) = (state.has_arrived(true), this.outgoing.as_mut()) {
                 let start = this.layout.offset(param);
                 let range = start..start + this.layout.numel(param);
                 outgoing[byte_range(&range, element)].fill(0);
             }
-            state.sent = false;
-            state.arriving = None;
+            state.left();
         }
         if let GradientTransport::Shared { reducer, .. } = &mut self.transport {
             reducer.send(unit, this.outgoing.take())?;
@@ -127,7 +126,7 @@ impl Core {
         let params = self.units.iter().flat_map(|unit| &unit.params);
         params
             .filter(|param| param.trainable)
-            .map(|param| param.accumulated)
+            .map(ParamState::has_gradient)
             .collect()
     }
 
@@ -146,23 +145,26 @@ impl Core {
             );
         }
         for (param, accumulated) in trainable.into_iter().zip(accumulated) {
-            param.accumulated = *accumulated;
+            match (*accumulated, param.gradient) {
+                (false, _) => param.gradient = Gradient::Missing,
+                (true, Gradient::Missing) => param.gradient = Gradient::Kept,
+                (true, _) => {}
+            }
         }
         Ok(())
     }
 
     /// This rank's part of the global norm: that of its shard of what was reduced.
     pub(crate) fn shard_norm(&self) -> GradNorm {
-        let mut total = GradNorm {
-            sum_squares: 0.0,
-            nonfinite: false,
-            accumulated: 0,
-        };
+        let mut total = GradNorm::default();
         for unit in &self.units {
-            total.accumulated += unit.params.iter().filter(|param| param.accumulated).count();
+            total.accumulated += unit
+                .params
+                .iter()
+                .filter(|param| param.has_gradient())
+                .count();
             for param in unit.params.iter().filter(|_| !unit.fresh) {
-                total.sum_squares += param.sum_squares;
-                total.nonfinite |= param.nonfinite;
+                total.add(param.norm);
             }
         }
         total
@@ -209,23 +211,19 @@ fn reduce_into(
     let Some(grad) = unit.grad.as_mut() else {
         return misuse("receive", format!("unit {} keeps no gradients", unit.name));
     };
-    let tasks: Vec<_> = divide(&unit.layout, &shards, kept.start, dtype, grad)
-        .into_iter()
-        .map(Mutex::new)
-        .collect();
-    pool.run(tasks.len(), |index| {
-        let mut task = tasks[index].lock().expect("each task has its own stretch");
+    let mut tasks = divide(&unit.layout, &shards, kept.start, dtype, grad);
+    pool.run_each(tasks.iter_mut().collect(), |_, task: &mut Task<'_>| {
         task.run(sources, kept.start, (comm_dtype, dtype), mode, scale);
     });
+    let found: Vec<_> = tasks
+        .into_iter()
+        .map(|task| (task.param, task.stats))
+        .collect();
     for param in &mut unit.params {
-        param.sum_squares = 0.0;
-        param.nonfinite = false;
+        param.norm = AccumulateStats::default();
     }
-    for task in tasks {
-        let task = task.into_inner().expect("the pool has returned");
-        let param = &mut unit.params[task.param];
-        param.sum_squares += task.stats.sum_squares;
-        param.nonfinite |= task.stats.nonfinite;
+    for (param, stats) in found {
+        add(&mut unit.params[param].norm, stats);
     }
     unit.fresh = false;
     Ok(())
@@ -288,8 +286,7 @@ impl Task<'_> {
             let target = &mut self.target[at * dtype.size()..(at + count) * dtype.size()];
             let summed = zeroxide_optim::Grad::F32(&sum[..count]);
             let stats = accumulate(grad_mut(dtype, target), summed, mode, self.normed);
-            self.stats.sum_squares += stats.sum_squares;
-            self.stats.nonfinite |= stats.nonfinite;
+            add(&mut self.stats, stats);
             at += count;
         }
     }

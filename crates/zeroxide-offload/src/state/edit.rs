@@ -6,13 +6,15 @@ use std::ops::Range;
 use std::sync::mpsc::channel;
 
 use zeroxide_layout::StateKey;
-use zeroxide_optim::{Accumulate, Grad, accumulate, bf16_to_f32, encode_live, f16_to_f32};
+use zeroxide_optim::{
+    Accumulate, AccumulateStats, Grad, accumulate, bf16_to_f32, encode_live, f16_to_f32,
+};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{as_grad, grad_mut, measure};
 use crate::state::fill::{store_state, stored_beside};
-use crate::unit::StateBlocks;
+use crate::unit::{Gradient, StateBlocks};
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, Weights};
 
@@ -220,7 +222,7 @@ impl Core {
         let local = self.kept_range("read_grad", unit, param, start, out.len())?;
         let this = &self.units[unit];
         let arrived = if self.mesh.world == 1 {
-            this.params[param].accumulated
+            this.params[param].has_gradient()
         } else {
             !this.fresh
         };
@@ -270,7 +272,7 @@ impl Core {
         if place.world > 1 && this.fresh {
             grad.fill(0);
             this.fresh = false;
-        } else if place.world == 1 && !this.params[param].accumulated {
+        } else if place.world == 1 && !this.params[param].has_gradient() {
             grad[byte_range(&present, element)].fill(0);
         }
         accumulate(
@@ -280,14 +282,13 @@ impl Core {
             false,
         );
         let state = &mut this.params[param];
-        state.accumulated = true;
-        state.sum_squares = 0.0;
-        state.nonfinite = false;
+        if !state.has_gradient() {
+            state.gradient = Gradient::Kept;
+        }
+        state.norm = AccumulateStats::default();
         if counted.start < counted.end {
             let counted = counted.start - kept.start..counted.end - kept.start;
-            let found = measure(&self.pool, dtype, &mut grad[byte_range(&counted, element)]);
-            state.sum_squares = found.sum_squares;
-            state.nonfinite = found.nonfinite;
+            state.norm = measure(&self.pool, dtype, &mut grad[byte_range(&counted, element)]);
         }
         Ok(())
     }

@@ -28,7 +28,7 @@ impl Core {
             return misuse("lend", format!("{} keeps its own weights", this.name));
         };
         *place = Some(lent);
-        this.params[0].accumulated = true;
+        this.params[0].arrived(false);
         Ok(())
     }
 

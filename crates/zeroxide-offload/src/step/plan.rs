@@ -14,7 +14,7 @@ use zeroxide_optim::{Optimizer, Step};
 use crate::core::Core;
 use crate::error::{Result, misuse};
 use crate::step::stream::{ActiveStep, Progress};
-use crate::unit::Unit;
+use crate::unit::{ParamState, Unit};
 
 /// Elements that share every constant of the update.
 #[derive(Clone, Debug)]
@@ -67,7 +67,7 @@ impl Core {
             .units
             .iter_mut()
             .flat_map(|unit| &mut unit.params)
-            .filter(|param| param.accumulated)
+            .filter(|param| param.has_gradient())
         {
             param.updates += 1;
         }
@@ -92,7 +92,7 @@ impl Core {
         if self.mesh.world == 1 {
             return Ok(());
         }
-        let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(|param| param.accumulated);
+        let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(ParamState::has_gradient);
         match self.units.iter().find(missed) {
             Some(unit) => misuse(
                 "step",
@@ -199,7 +199,7 @@ impl Core {
 /// Padding between two of them joins the run: its gradient, weight and moments are zero and stay zero.
 fn segments(unit: &Unit, groups: &[Optimizer], grad_scale: f64) -> Result<Vec<Segment>> {
     let mut order: Vec<usize> = (0..unit.params.len())
-        .filter(|param| unit.params[*param].accumulated)
+        .filter(|param| unit.params[*param].has_gradient())
         .collect();
     order.sort_by_key(|param| unit.layout.offset(*param));
     let mut found: Vec<(usize, u64, Range<u64>)> = Vec::new();

@@ -7,9 +7,9 @@
 //! go
 //! where they belong at once.
 
-use zeroxide_memory::WindowState;
+use zeroxide_memory::{Anchor, Window, WindowState};
 
-use crate::core::Core;
+use crate::core::{Core, to_usize};
 use crate::error::Result;
 use crate::weights::residence::{Residence, Weights};
 
@@ -108,6 +108,20 @@ impl Core {
             }
         }
         Ok(())
+    }
+
+    /// Address, bytes and what keeps the range reserved, on the side of the unit's window that `side` picks.
+    pub(crate) fn addresses(
+        &self,
+        unit: usize,
+        side: impl Fn(&Window) -> (*mut u8, Anchor),
+    ) -> Option<(usize, usize, Anchor)> {
+        let this = &self.units[unit];
+        let bytes = to_usize(this.layout.len()) * self.compute.size();
+        this.weights.window().map(|window| {
+            let (address, anchor) = side(window);
+            (address as usize, bytes, anchor)
+        })
     }
 
     fn set_covered(&mut self, unit: usize, value: bool) {

@@ -3,11 +3,9 @@
 //! A released unit keeps its frames until another unit needs them. Training scans the units forth and back, so the
 //! unit used longest ago is the one needed last: reclaiming the oldest keeps exactly those that come next.
 
-use std::sync::Mutex;
-
 use zeroxide_layout::{BlockId, StateKey};
-use zeroxide_memory::{FRAME, Frame, Lease};
-use zeroxide_storage::Completion;
+use zeroxide_memory::{FRAME, Frame};
+use zeroxide_storage::{Completion, StorageError};
 
 use crate::core::{Core, byte_range, receive, to_usize};
 use crate::error::{OffloadError, Result, misuse};
@@ -437,21 +435,17 @@ impl Core {
         let mut tiles = Vec::new();
         for tile in 0..this.weight_tiles.count() {
             let flat = this.flat(&this.weight_tiles.range(tile));
-            let lease = window.lease(byte_range(&flat, element))?;
-            tiles.push(Mutex::new((lease, Ok(()))));
+            tiles.push((tile, window.lease(byte_range(&flat, element))?));
         }
         let store = &self.disk().store;
-        self.pool.run(tiles.len(), |index| {
-            let mut guard = tiles[index].lock().expect("each task has its own tile");
-            let (lease, outcome): &mut (Lease, std::result::Result<(), _>) = &mut guard;
-            *outcome = store.verify(
-                weight_block(unit),
-                u32::try_from(index).expect("counted as u32"),
-                lease,
-            );
+        let mut outcomes: Vec<std::result::Result<(), StorageError>> = Vec::new();
+        outcomes.resize_with(tiles.len(), || Ok(()));
+        let tasks = tiles.into_iter().zip(&mut outcomes).collect();
+        self.pool.run_each(tasks, |_, ((tile, lease), outcome)| {
+            *outcome = store.verify(weight_block(unit), tile, &lease);
         });
-        for tile in tiles {
-            tile.into_inner().expect("the pool has returned").1?;
+        for outcome in outcomes {
+            outcome?;
         }
         Ok(())
     }

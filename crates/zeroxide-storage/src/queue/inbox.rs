@@ -7,12 +7,13 @@ use std::time::Duration;
 use super::counters::{IoCounters, Meter};
 use super::operation::Operation;
 use super::transfer::Transfer;
+use zeroxide_memory::ForkGuard;
+
 use crate::error::StorageError;
-use crate::process::Origin;
 
 /// Shared by the handle of a queue and its engine threads.
 pub(super) struct Inbox {
-    origin: Origin,
+    guard: ForkGuard,
     meter: Arc<Meter>,
     state: Mutex<State>,
     /// Signalled when a transfer arrives and when the inbox closes.
@@ -48,7 +49,7 @@ pub(super) enum Waited {
 impl Inbox {
     pub(super) fn new() -> Arc<Self> {
         Arc::new(Self {
-            origin: Origin::here(),
+            guard: ForkGuard::new(),
             meter: Arc::new(Meter::default()),
             state: Mutex::new(State::Open(VecDeque::new())),
             changed: Condvar::new(),
@@ -61,7 +62,8 @@ impl Inbox {
         reason = "the operation moves back to its owner"
     )]
     pub(super) fn push(&self, operation: Operation) -> Result<Arrival, (StorageError, Operation)> {
-        if let Err(error) = self.origin.check().and_then(|()| operation.check()) {
+        let here = self.guard.check_process().map_err(StorageError::from);
+        if let Err(error) = here.and_then(|()| operation.check()) {
             return Err((error, operation));
         }
         match &mut *self.lock() {
@@ -129,16 +131,16 @@ impl Inbox {
         drop(before);
     }
 
-    pub(super) fn origin(&self) -> Origin {
-        self.origin
+    pub(super) fn guard(&self) -> ForkGuard {
+        self.guard
     }
 
     /// The totals; zero in a forked child, where the lock may be held by a thread that is not there.
     pub(super) fn counters(&self) -> IoCounters {
-        if self.origin.is_here() {
-            self.meter.read()
-        } else {
+        if self.guard.is_forked() {
             IoCounters::default()
+        } else {
+            self.meter.read()
         }
     }
 

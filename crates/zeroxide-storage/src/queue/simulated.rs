@@ -146,7 +146,7 @@ impl Queue for SimulatedQueue {
     }
 
     fn close(&self) {
-        if !self.inbox.origin().is_here() {
+        if self.inbox.guard().is_forked() {
             return;
         }
         self.inbox.close();
@@ -164,15 +164,15 @@ impl Queue for SimulatedQueue {
 
 impl Drop for SimulatedQueue {
     fn drop(&mut self) {
-        if self.inbox.origin().is_here() {
-            self.close();
-        } else {
+        if self.inbox.guard().is_forked() {
             // The thread stayed behind in the parent: neither joining nor detaching means anything.
             let thread = self
                 .thread
                 .get_mut()
                 .unwrap_or_else(PoisonError::into_inner);
             std::mem::forget(thread.take());
+        } else {
+            self.close();
         }
     }
 }

@@ -86,7 +86,7 @@ impl Queue for ThreadQueue {
     }
 
     fn close(&self) {
-        if !self.inbox.origin().is_here() {
+        if self.inbox.guard().is_forked() {
             return;
         }
         self.inbox.close();
@@ -101,15 +101,15 @@ impl Queue for ThreadQueue {
 
 impl Drop for ThreadQueue {
     fn drop(&mut self) {
-        if self.inbox.origin().is_here() {
-            self.close();
-        } else {
+        if self.inbox.guard().is_forked() {
             // The threads stayed behind in the parent: neither joining nor detaching means anything.
             let threads = self
                 .threads
                 .get_mut()
                 .unwrap_or_else(PoisonError::into_inner);
             std::mem::forget(std::mem::take(threads));
+        } else {
+            self.close();
         }
     }
 }

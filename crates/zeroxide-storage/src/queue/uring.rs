@@ -139,7 +139,7 @@ impl Queue for UringQueue {
     }
 
     fn close(&self) {
-        if !self.inbox.origin().is_here() {
+        if self.inbox.guard().is_forked() {
             return;
         }
         self.inbox.close();
@@ -158,15 +158,15 @@ impl Queue for UringQueue {
 
 impl Drop for UringQueue {
     fn drop(&mut self) {
-        if self.inbox.origin().is_here() {
-            self.close();
-        } else {
+        if self.inbox.guard().is_forked() {
             // The thread stayed behind in the parent: neither joining nor detaching means anything.
             let thread = self
                 .thread
                 .get_mut()
                 .unwrap_or_else(PoisonError::into_inner);
             std::mem::forget(thread.take());
+        } else {
+            self.close();
         }
     }
 }

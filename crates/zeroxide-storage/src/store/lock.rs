@@ -9,10 +9,11 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use zeroxide_memory::ForkGuard;
+
 use crate::error::{Holder, StorageError};
 use crate::file::refusal;
 use crate::private;
-use crate::process::Origin;
 
 /// Name of the lock file in its directory.
 pub(super) const LOCK: &str = "LOCK";
@@ -27,14 +28,14 @@ const ATTEMPTS: usize = 100;
 #[derive(Debug)]
 pub(super) struct DirectoryLock {
     file: File,
-    origin: Origin,
+    guard: ForkGuard,
 }
 
 impl Drop for DirectoryLock {
     fn drop(&mut self) {
         // Forked children share the lock and keep it when the file is merely closed here; unlocking
         // releases it for all of them, which is why a child must not do it.
-        if self.origin.is_here() {
+        if !self.guard.is_forked() {
             let _ = self.file.unlock();
         }
     }
@@ -124,7 +125,7 @@ fn take(mut file: File, path: &Path) -> Result<Taken, StorageError> {
     match file.try_lock() {
         Ok(()) if is_at(&file, path) => Ok(Taken::Ours(DirectoryLock {
             file,
-            origin: Origin::here(),
+            guard: ForkGuard::new(),
         })),
         Ok(()) => Ok(Taken::Stale),
         Err(TryLockError::WouldBlock) => Ok(Taken::Held(holder(&mut file))),

@@ -22,11 +22,10 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use zeroxide_layout::BlockId;
-use zeroxide_memory::Lease;
+use zeroxide_memory::{ForkGuard, Lease};
 
 use crate::error::StorageError;
 use crate::file::DiskFile;
-use crate::process::Origin;
 use crate::queue::{Completion, OpKind, Operation, Queue};
 
 pub use checksums::{CHECKSUM_PIECE, checksum, join_checksums};
@@ -71,7 +70,7 @@ pub struct BlockStore {
     advancing: Mutex<()>,
     scratch: Vec<Scratch>,
     release: Release,
-    origin: Origin,
+    guard: ForkGuard,
 }
 
 /// What is still to be done with the scratch directories.
@@ -119,7 +118,7 @@ impl BlockStore {
             scratch: Vec::with_capacity(directories.len()),
             // Until the store is complete, dropping it must leave nothing behind.
             release: Release::Remove,
-            origin: Origin::here(),
+            guard: ForkGuard::new(),
         };
         let mut seen = Vec::with_capacity(directories.len());
         for root in &directories {
@@ -232,7 +231,7 @@ impl BlockStore {
     ///
     /// As [`verify`](Self::verify).
     pub fn verify_checksum(&self, block: BlockId, tile: u32, got: u64) -> Result<(), StorageError> {
-        self.origin.check()?;
+        self.guard.check_process()?;
         let (index, home) = self.placement.find(block, tile)?;
         let Some(expected) = self.checksums.get(index) else {
             return Err(self.never_written(block, tile, home));
@@ -316,7 +315,7 @@ impl BlockStore {
     /// [`StorageError::Forked`], or the error of the first header that could not be replaced; the
     /// generation is then as it was.
     pub fn advance(&self) -> Result<u64, StorageError> {
-        self.origin.check()?;
+        self.guard.check_process()?;
         let _advancing = self
             .advancing
             .lock()
@@ -340,7 +339,7 @@ impl BlockStore {
     fn release(&mut self) -> Result<(), StorageError> {
         // A forked child holds the parent's lock without owning it.
         let release = std::mem::replace(&mut self.release, Release::Keep);
-        if release == Release::Keep || !self.origin.is_here() {
+        if release == Release::Keep || self.guard.is_forked() {
             return Ok(());
         }
         let outcomes: Vec<_> = self.scratch.iter().map(Scratch::remove).collect();
@@ -367,7 +366,7 @@ impl BlockStore {
         length: usize,
     ) -> Result<(usize, Home), StorageError> {
         // Before the lock of the checksums, which another thread may have held at the fork.
-        self.origin.check()?;
+        self.guard.check_process()?;
         let (index, home) = self.placement.find(block, tile)?;
         if length == home.length {
             Ok((index, home))
