@@ -25,14 +25,14 @@ from zeroxide.device.placement import spec
 from zeroxide.errors import CoreError, RanksError
 
 ELEMENTS = 8192
-GROUP = (1e-3, 0.9, 0.999, 1e-8, 0.0, True, True)
+ADAM = _core.Adam(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True)
 waiting_in, end = sys.argv[1:]
 
 
 def made(rank):
     return _core.Offload(
-        units=[("layer", [(ELEMENTS, True)], "host", "host", False)], limit=None, threads=1, compute="f32",
-        format="fp32", grad="f32", tile_elements=2048, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
+        units=[("layer", [(ELEMENTS, True)], "host", "host", False, ADAM, "fp32")], limit=None, threads=1,
+        compute="f32", grad="f32", tile_elements=2048, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
         directories=[], job="", rank=rank, world=2, transport="shared", comm_dtype="f32", reduce_scale=0.5,
     )
 
@@ -44,7 +44,7 @@ handles = [each.segment_handle() for each in cores]
 for each in cores:
     each.join(handles)
 for each in cores:
-    each.fill_begin(0, "weights")
+    each.fill_begin(0, "weight")
     each.fill_param(0, 0, 0, spec(ones))
     each.fill_commit(0)
 
@@ -72,7 +72,7 @@ if waiting_in == "receive":
 elif waiting_in == "gather":
     exchange()
     silent.receive(0, True)
-    core.step([GROUP], 1.0)
+    core.step([ADAM], 1.0)
 else:
     exchange()
 
@@ -102,7 +102,7 @@ calls = {
     "pieces": lambda: core.pieces(0),
     "prefetch": lambda: core.prefetch(0),
     "read_bytes": lambda: core.read_bytes(0, 0, 0, spec(raw)),
-    "read_param": lambda: core.read_param(0, 0, "weights", 0, spec(out[: ELEMENTS // 2])),
+    "read_param": lambda: core.read_param(0, 0, "weight", 0, spec(out[: ELEMENTS // 2])),
     "receive": lambda: core.receive(0, False),
     "receive_from": lambda: core.receive_from(0),
     "release": lambda: core.release(0),
@@ -115,13 +115,13 @@ calls = {
     "set_group": lambda: core.set_group(0, 0, 0),
     "set_updates": lambda: core.set_updates(0, 0, 0),
     "shard": lambda: core.shard(0),
-    "step": lambda: core.step([GROUP], 1.0),
+    "step": lambda: core.step([ADAM], 1.0),
     "updates": lambda: core.updates(0, 0),
     "usage": lambda: core.usage(),
     "watch_readers": lambda: core.watch_readers(),
     "window": lambda: core.window(0),
     "write_bytes": lambda: core.write_bytes(0, 0, 0, spec(raw)),
-    "write_param": lambda: core.write_param(0, 0, "weights", 0, spec(ones)),
+    "write_param": lambda: core.write_param(0, 0, "weight", 0, spec(ones)),
 }
 ends = {"cancel": lambda: core.cancel("rank 1 is gone"), "close": lambda: core.close()}
 every = {name for name in dir(core) if not name.startswith("_")}

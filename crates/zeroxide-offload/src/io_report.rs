@@ -1,6 +1,5 @@
 //! What disk traffic a run has had, and what it has cost: counted while calls run, read without waiting for any of them.
 
-use std::ops::AddAssign;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -30,10 +29,8 @@ impl Tally {
     fn get(&self) -> u64 {
         self.0.load(Ordering::Relaxed)
     }
-}
 
-impl AddAssign<u64> for Tally {
-    fn add_assign(&mut self, more: u64) {
+    pub(crate) fn add(&self, more: u64) {
         self.0.fetch_add(more, Ordering::Relaxed);
     }
 }
@@ -42,30 +39,30 @@ impl AddAssign<u64> for Tally {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Stopwatch(Tally);
 
-impl AddAssign<Duration> for Stopwatch {
-    fn add_assign(&mut self, more: Duration) {
-        self.0 += u64::try_from(more.as_nanos()).unwrap_or(u64::MAX);
+impl Stopwatch {
+    pub(crate) fn add(&self, more: Duration) {
+        self.0
+            .add(u64::try_from(more.as_nanos()).unwrap_or(u64::MAX));
     }
 }
 
 /// Where the parts of a report are counted.
 #[derive(Clone)]
 pub(crate) struct Traffic {
-    pub(crate) queue: Option<Arc<dyn Queue>>,
+    pub(crate) queue: Arc<dyn Queue>,
     pub(crate) waited: Stopwatch,
     pub(crate) updating: Stopwatch,
     pub(crate) tiles: Tally,
 }
 
 impl Traffic {
-    /// `None` where nothing is at home on disk.
-    pub(crate) fn report(&self) -> Option<IoReport> {
-        self.queue.as_ref().map(|queue| IoReport {
-            counters: queue.counters(),
+    pub(crate) fn report(&self) -> IoReport {
+        IoReport {
+            counters: self.queue.counters(),
             waited: Duration::from_nanos(self.waited.0.get()),
             updating: Duration::from_nanos(self.updating.0.get()),
             tiles: self.tiles.get(),
-            engine: queue.describe(),
-        })
+            engine: self.queue.describe(),
+        }
     }
 }

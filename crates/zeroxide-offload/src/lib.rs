@@ -4,7 +4,9 @@
 //! [`Offload`] is the only entry. Its calls may come from any thread; each holds the state for as long as it runs.
 
 mod api;
+mod build;
 mod core;
+mod disk;
 mod error;
 mod facts;
 mod gradients;
@@ -13,6 +15,7 @@ mod io_report;
 mod settings;
 mod state;
 mod step;
+mod tile_io;
 mod unit;
 mod weights;
 

@@ -26,6 +26,7 @@ mod weights;
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use zeroxide_exchange::{CancelToken, PeerWait, SegmentHandle};
@@ -45,6 +46,7 @@ pub struct Offload {
     budget: Budget,
     /// What is counted of the disk; gone once closed. Its lock is never held while anything is waited for.
     traffic: Mutex<Option<Traffic>>,
+    closed: AtomicBool,
     cancel_token: Option<Arc<CancelToken>>,
     /// Whoever brings weights from other ranks to readers that nothing announced.
     pub(crate) bringer: Arc<Bringer>,
@@ -60,7 +62,7 @@ impl Offload {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
         let traffic = core.traffic();
-        let cancel_token = core.transport.cancel_token().cloned();
+        let cancel_token = core.gradients.transport.cancel_token().cloned();
         let moving = core
             .stray_ranges()
             .into_iter()
@@ -77,7 +79,8 @@ impl Offload {
             cancel_token,
             core,
             budget,
-            traffic: Mutex::new(Some(traffic)),
+            traffic: Mutex::new(traffic),
+            closed: AtomicBool::new(false),
             bringer,
             net: Mutex::new(net),
             moving,
@@ -219,15 +222,15 @@ impl Offload {
 
     /// Traffic so far; `None` where nothing is at home on disk. Never blocks on a running call.
     pub fn io(&self) -> Result<Option<IoReport>> {
-        let traffic = self
-            .traffic
-            .lock()
-            .expect("no call panics under it")
-            .clone();
-        match traffic {
-            Some(traffic) => Ok(traffic.report()),
-            None => misuse("io", "already closed"),
+        if self.closed.load(Ordering::Acquire) {
+            return misuse("io", "already closed");
         }
+        let traffic = self.traffic().clone();
+        Ok(traffic.as_ref().map(Traffic::report))
+    }
+
+    fn traffic(&self) -> MutexGuard<'_, Option<Traffic>> {
+        self.traffic.lock().expect("no call panics under it")
     }
 
     /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent. Does nothing in a
@@ -245,17 +248,17 @@ impl Offload {
         let Some(mut core) = self.lock().take() else {
             return Ok(());
         };
-        drop(self.traffic.lock().expect("no call panics under it").take());
+        self.closed.store(true, Ordering::Release);
+        self.traffic().take();
         // Reads in flight write into windows: they end before the windows go.
         core.abandon_step();
         let reads = core.wait_reads();
         for unit in readers {
             core.leave_to_readers(*unit)?;
         }
-        core.cache.clear();
+        core.state.cache.clear();
         if let Some(disk) = core.disk.take() {
-            disk.queue.close();
-            disk.store.close()?;
+            disk.close()?;
         }
         match reads {
             // Weights that will never be read again do not matter at the end.

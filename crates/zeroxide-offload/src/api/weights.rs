@@ -16,7 +16,7 @@ impl Offload {
         self.guard.check_process()?;
         if let Some(net) = self.net.lock().expect("no call panics under it").as_ref() {
             net.keep()?;
-            return self.with("watch_readers", |core| core.check_strays());
+            return self.with("watch_readers", |core| core.weights.check_strays());
         }
         Ok(())
     }

@@ -166,7 +166,7 @@ impl Core {
         unit: usize,
         param: usize,
     ) -> Result<(bool, Dtype)> {
-        self.check_strays()?;
+        self.weights.check_strays()?;
         self.check_param(call, unit, param)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
@@ -183,7 +183,14 @@ impl Core {
                 format!("{} parameter {param} is frozen or lent", this.name),
             );
         }
-        Ok((away, if away { self.comm_dtype } else { self.grad }))
+        Ok((
+            away,
+            if away {
+                self.gradients.comm_dtype
+            } else {
+                self.gradients.dtype
+            },
+        ))
     }
 
     /// The norm of all gradients that have been accumulated; complete only if each was last accumulated with `norm`.

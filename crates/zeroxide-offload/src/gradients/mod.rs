@@ -3,3 +3,18 @@
 pub(crate) mod accumulate;
 mod reduce;
 pub(crate) mod transport;
+
+use zeroxide_layout::Dtype;
+
+use crate::gradients::transport::GradientTransport;
+
+/// What all units' gradients share: how they reach the ranks that keep them, and in which dtypes.
+pub(crate) struct Gradients {
+    pub(crate) transport: GradientTransport,
+    /// In which they travel.
+    pub(crate) comm_dtype: Dtype,
+    /// What the sum over ranks is multiplied with.
+    pub(crate) reduce_scale: f32,
+    /// In which they are kept and accumulated.
+    pub(crate) dtype: Dtype,
+}

@@ -27,14 +27,17 @@ impl Core {
     pub(crate) fn send(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_unit("send", unit)?;
-        let collective = matches!(self.transport, GradientTransport::Collective { .. });
+        let collective = matches!(
+            self.gradients.transport,
+            GradientTransport::Collective { .. }
+        );
         if self.units[unit].layout.trainable_len() == 0 {
             return misuse("send", format!("unit {} is frozen", self.units[unit].name));
         }
         if collective {
             self.make_room(unit)?;
         }
-        let element = self.comm_dtype.size();
+        let element = self.gradients.comm_dtype.size();
         let this = &mut self.units[unit];
         for (param, state) in this.params.iter_mut().enumerate() {
             if let (false, Some(outgoing)) = (state.has_arrived(true), this.outgoing.as_mut()) {
@@ -44,7 +47,7 @@ impl Core {
             }
             state.left();
         }
-        if let GradientTransport::Shared { reducer, .. } = &mut self.transport {
+        if let GradientTransport::Shared { reducer, .. } = &mut self.gradients.transport {
             reducer.send(unit, this.outgoing.take())?;
         }
         Ok(())
@@ -54,16 +57,20 @@ impl Core {
     pub(crate) fn receive(&mut self, unit: usize) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("receive", unit)?;
-        let GradientTransport::Shared { reducer, .. } = &self.transport else {
+        let GradientTransport::Shared { reducer, .. } = &self.gradients.transport else {
             return misuse("receive", "nothing is shared with other ranks");
         };
         if !reducer.is_ready(unit) {
             return Ok(false);
         }
         self.finish_unit(unit)?;
-        let (comm_dtype, grad, scale) = (self.comm_dtype, self.grad, self.reduce_scale);
+        let (comm_dtype, grad, scale) = (
+            self.gradients.comm_dtype,
+            self.gradients.dtype,
+            self.gradients.reduce_scale,
+        );
         let (rank, replicated) = (self.mesh.rank, self.mesh.replicated);
-        let GradientTransport::Shared { reducer, .. } = &mut self.transport else {
+        let GradientTransport::Shared { reducer, .. } = &mut self.gradients.transport else {
             return Ok(false);
         };
         let (this, pool) = (&mut self.units[unit], &self.pool);
@@ -98,7 +105,11 @@ impl Core {
         self.check_usable()?;
         self.check_unit("receive_from", unit)?;
         self.finish_unit(unit)?;
-        let (comm_dtype, grad, scale) = (self.comm_dtype, self.grad, self.reduce_scale);
+        let (comm_dtype, grad, scale) = (
+            self.gradients.comm_dtype,
+            self.gradients.dtype,
+            self.gradients.reduce_scale,
+        );
         let place = self.mesh;
         let this = &mut self.units[unit];
         let own = byte_range(&this.kept(), comm_dtype.size());

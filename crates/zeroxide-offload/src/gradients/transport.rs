@@ -10,7 +10,7 @@ use zeroxide_plan::{PlacedUnit, Placement};
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
 use crate::settings::{Settings, Transport, WeightHome};
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 /// How gradients leave this rank.
 pub(crate) enum GradientTransport {
@@ -101,7 +101,7 @@ impl GradientTransport {
 impl Core {
     /// Where the other ranks find this one; `None` where nothing is shared.
     pub(crate) fn segment_handle(&self) -> Option<SegmentHandle> {
-        match &self.transport {
+        match &self.gradients.transport {
             GradientTransport::Shared { reducer, .. } => Some(reducer.segment_handle()),
             _ => None,
         }
@@ -111,14 +111,14 @@ impl Core {
     pub(crate) fn join(&mut self, handles: &[SegmentHandle]) -> Result<()> {
         let GradientTransport::Shared {
             reducer, weights, ..
-        } = &mut self.transport
+        } = &mut self.gradients.transport
         else {
             return misuse("join", "nothing is shared with other ranks");
         };
         reducer.join(handles)?;
         let (segment, start) = reducer.weights();
         for (unit, offset) in self.units.iter_mut().zip(weights) {
-            if let (Weights::Host { window, .. }, Some(offset)) = (&mut unit.weights, offset) {
+            if let (UnitWeights::Host { window, .. }, Some(offset)) = (&mut unit.weights, offset) {
                 window.make_shared_home(&self.budget, Bucket::Weights, segment, start + *offset)?;
             }
         }
@@ -127,7 +127,8 @@ impl Core {
 
     /// Whether the unit's weights at home in host memory are one copy for all ranks.
     pub(crate) fn shares_weights(&self) -> bool {
-        matches!(self.transport, GradientTransport::Shared { .. }) && self.mesh.shares_weights()
+        matches!(self.gradients.transport, GradientTransport::Shared { .. })
+            && self.mesh.shares_weights()
     }
 
     /// Gives the unit room for gradients on their way out, if it has none.
@@ -135,8 +136,9 @@ impl Core {
         if self.units[unit].outgoing.is_some() {
             return Ok(());
         }
-        let bytes = to_usize(self.units[unit].layout.trainable_len()) * self.comm_dtype.size();
-        let room = match &mut self.transport {
+        let bytes =
+            to_usize(self.units[unit].layout.trainable_len()) * self.gradients.comm_dtype.size();
+        let room = match &mut self.gradients.transport {
             GradientTransport::SingleRank => return misuse("accumulate", "there is no other rank"),
             GradientTransport::Shared { reducer, .. } => {
                 if reducer.is_sent(unit) {
@@ -175,11 +177,11 @@ impl Core {
         if self.units[unit].incoming.is_none() {
             let kept = self.units[unit].state_tiles.len();
             let mesh = self.mesh.groups();
-            let bytes = to_usize(mesh.incoming_bytes(kept, self.comm_dtype));
+            let bytes = to_usize(mesh.incoming_bytes(kept, self.gradients.comm_dtype));
             let GradientTransport::Collective {
                 incoming: Some(arena),
                 ..
-            } = &self.transport
+            } = &self.gradients.transport
             else {
                 return misuse("incoming", "nothing comes in by way of the caller");
             };
@@ -201,7 +203,7 @@ impl Core {
 
     /// The same, before the unit is sent.
     pub(crate) fn before_sending(&self, unit: usize) -> Option<PeerWait> {
-        match &self.transport {
+        match &self.gradients.transport {
             GradientTransport::Shared { reducer, .. } if unit < self.units.len() => {
                 reducer.before_filling(unit)
             }
@@ -212,14 +214,15 @@ impl Core {
     /// What other ranks have yet to do before this one may read the unit's weights: update their parts of those that are
     /// one copy for all, for the last step that this rank made.
     pub(crate) fn before_gathering(&mut self, unit: usize) -> Result<Option<PeerWait>> {
-        let awaited = |core: &Self| match (&core.transport, &core.units.get(unit)?.weights) {
-            (GradientTransport::Shared { reducer, .. }, Weights::Host { .. })
-                if core.shares_weights() =>
-            {
-                reducer.before_reading(unit, core.steps)
-            }
-            _ => None,
-        };
+        let awaited =
+            |core: &Self| match (&core.gradients.transport, &core.units.get(unit)?.weights) {
+                (GradientTransport::Shared { reducer, .. }, UnitWeights::Host { .. })
+                    if core.shares_weights() =>
+                {
+                    reducer.before_reading(unit, core.step.count)
+                }
+                _ => None,
+            };
         if awaited(self).is_none() {
             return Ok(None);
         }
@@ -246,7 +249,7 @@ impl Core {
         wait: bool,
         round: &mut Option<u64>,
     ) -> Result<Option<PeerWait>> {
-        let awaited = |core: &Self| match &core.transport {
+        let awaited = |core: &Self| match &core.gradients.transport {
             GradientTransport::Shared { reducer, .. } if wait && unit < core.units.len() => {
                 Some((reducer.round(unit), reducer.before_taking(unit)))
             }
@@ -277,15 +280,15 @@ impl Core {
         if self.mesh.world == 1 || self.mesh.replicated {
             return;
         }
-        if self.shares_weights() && matches!(self.units[unit].weights, Weights::Host { .. }) {
+        if self.shares_weights() && matches!(self.units[unit].weights, UnitWeights::Host { .. }) {
             self.weights_kept(unit);
             return;
         }
         match &mut self.units[unit].weights {
-            Weights::Host {
+            UnitWeights::Host {
                 all_shards_valid, ..
             }
-            | Weights::Moving {
+            | UnitWeights::Moving {
                 residence:
                     Residence::Here {
                         all_shards_valid, ..
@@ -298,8 +301,8 @@ impl Core {
 
     /// The step leaves this rank's part of the unit as it is.
     pub(crate) fn weights_kept(&mut self, unit: usize) {
-        if let GradientTransport::Shared { reducer, .. } = &self.transport {
-            reducer.set_version(unit, self.steps);
+        if let GradientTransport::Shared { reducer, .. } = &self.gradients.transport {
+            reducer.set_version(unit, self.step.count);
         }
     }
 }

@@ -3,20 +3,19 @@
 //! A fill replaces a unit as a whole; here everything beside the elements written stays as it is.
 
 use std::ops::Range;
-use std::sync::mpsc::channel;
 
 use zeroxide_layout::StateKey;
 use zeroxide_optim::{
     Accumulate, AccumulateStats, Grad, accumulate, bf16_to_f32, encode_live, f16_to_f32,
 };
 
-use crate::core::{Core, byte_range, receive, to_usize};
+use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{as_grad, grad_mut, measure};
 use crate::state::fill::{store_state, stored_beside};
 use crate::unit::{Gradient, StateBlocks};
 use crate::weights::gather::block;
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 impl Core {
     /// Writes elements `start..` of one parameter, given as fp32, wherever this rank keeps them; elements of other
@@ -36,10 +35,10 @@ impl Core {
         self.check_usable()?;
         self.check_param("write_param", unit, param)?;
         let key = self.units[unit].state_key("write_param", name)?;
-        if self.fill.is_some() {
+        if self.state.fill.is_some() {
             return misuse("write_param", "a unit is being filled");
         }
-        self.cache.clear();
+        self.state.cache.clear();
         self.finish_step()?;
         self.wait_reads()?;
         let this = &self.units[unit];
@@ -102,10 +101,10 @@ impl Core {
         let own = this.own();
         let mut on_disk = false;
         match &mut this.weights {
-            Weights::Borrowed { .. } => {
+            UnitWeights::Borrowed { .. } => {
                 return misuse("write_param", "the weight is the caller's own");
             }
-            Weights::Host {
+            UnitWeights::Host {
                 window,
                 all_shards_valid,
             } => {
@@ -114,7 +113,7 @@ impl Core {
                 }
                 *all_shards_valid &= alone || shared || all;
             }
-            Weights::Moving {
+            UnitWeights::Moving {
                 window,
                 residence,
                 home,
@@ -172,40 +171,12 @@ impl Core {
         unit: usize,
         key: StateKey,
         local: &Range<u64>,
-        mut edit: impl FnMut(usize, &mut [u8]),
+        edit: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let size = self.units[unit].element_bytes(key);
         let this = &self.units[unit];
-        let tiles = this.tiles_of(key);
-        let id = block(unit, key);
-        let mut at = local.start;
-        while at < local.end {
-            let tile = tiles.tile_of(at);
-            let whole = tiles.range(tile);
-            let end = whole.end.min(local.end);
-            let disk = self.disk.as_ref().expect("the block is on disk");
-            let bytes = to_usize(whole.end - whole.start) * size;
-            let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
-            let (sender, receiver) = channel();
-            disk.store
-                .start_read(id, tile, buffer, u64::from(tile), &sender)
-                .map_err(|(error, _)| error)?;
-            let read = receive(&receiver, &mut self.waited)?;
-            read.result?;
-            let mut buffer = read.buffer;
-            disk.store.verify(id, tile, &buffer)?;
-            let inside = at - whole.start..end - whole.start;
-            edit(
-                to_usize(at - local.start),
-                &mut buffer[byte_range(&inside, size)],
-            );
-            disk.store
-                .start_write(id, tile, buffer, u64::from(tile), &sender)
-                .map_err(|(error, _)| error)?;
-            receive(&receiver, &mut self.waited)?.result?;
-            at = end;
-        }
-        Ok(())
+        let (tiles, element) = (this.tiles_of(key), this.element_bytes(key));
+        self.disk()
+            .edit_block(block(unit, key), tiles, element, local, edit)
     }
 
     /// Reads elements `start..` of one parameter's gradient as it has been accumulated, as fp32; zero if there is none.
@@ -228,7 +199,10 @@ impl Core {
         };
         match this.grad.as_ref().filter(|_| arrived) {
             None => out.fill(0.0),
-            Some(lease) => match as_grad(self.grad, &lease[byte_range(&local, self.grad.size())]) {
+            Some(lease) => match as_grad(
+                self.gradients.dtype,
+                &lease[byte_range(&local, self.gradients.dtype.size())],
+            ) {
                 Grad::F32(values) => out.copy_from_slice(values),
                 Grad::Bf16(values) => widen(out, values, bf16_to_f32),
                 Grad::F16(values) => widen(out, values, f16_to_f32),
@@ -251,7 +225,8 @@ impl Core {
         self.check_param("write_grad", unit, param)?;
         self.finish_unit(unit)?;
         let local = self.kept_range("write_grad", unit, param, start, values.len())?;
-        let (dtype, element, place) = (self.grad, self.grad.size(), self.mesh);
+        let (dtype, element, place) =
+            (self.gradients.dtype, self.gradients.dtype.size(), self.mesh);
         let this = &mut self.units[unit];
         let kept = this.kept();
         let first = this.layout.offset(param);

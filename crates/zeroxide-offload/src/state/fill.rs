@@ -1,18 +1,18 @@
 //! Whole values in: initial weights and checkpoints. Always as fp32, whatever the format keeps.
 
 use std::ops::Range;
-use std::sync::mpsc::channel;
 
 use zeroxide_layout::{Role, StateKey, StateLayout};
 use zeroxide_memory::{Arena, Bucket, Lease};
 use zeroxide_optim::{encode_exact, encode_live};
 
-use crate::core::{Core, byte_range, receive, to_usize};
+use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::homes::fill_initial;
+use crate::tile_io::cut_tiles;
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 /// A unit being filled: nothing of it reaches the disk before the commit.
 pub(crate) struct Fill {
@@ -31,8 +31,8 @@ impl Core {
     pub(crate) fn filled_window(&self, unit: usize) -> Range<u64> {
         let this = &self.units[unit];
         match &this.weights {
-            Weights::Borrowed { .. } | Weights::Moving { home: Some(_), .. } => 0..0,
-            Weights::Host { .. } if !self.shares_weights() => 0..this.layout.len(),
+            UnitWeights::Borrowed { .. } | UnitWeights::Moving { home: Some(_), .. } => 0..0,
+            UnitWeights::Host { .. } if !self.shares_weights() => 0..this.layout.len(),
             _ => this.own(),
         }
     }
@@ -43,16 +43,16 @@ impl Core {
         self.check_usable()?;
         self.check_unit("fill_begin", unit)?;
         let key = self.units[unit].state_key("fill_begin", name)?;
-        if self.fill.is_some() {
+        if self.state.fill.is_some() {
             return misuse("fill_begin", "another fill has not been committed");
         }
-        self.cache.clear();
+        self.state.cache.clear();
         self.finish_step()?;
         self.wait_reads()?;
         let alone = self.mesh.world == 1;
         if key == StateKey::WEIGHT {
             let own = self.units[unit].own();
-            if let Weights::Moving {
+            if let UnitWeights::Moving {
                 home: Some(home),
                 residence,
                 ..
@@ -76,7 +76,7 @@ impl Core {
             let filled = self.filled_window(unit);
             let this = &mut self.units[unit];
             if this.weights.on_disk()
-                && let Weights::Moving { residence, .. } = &mut this.weights
+                && let UnitWeights::Moving { residence, .. } = &mut this.weights
             {
                 *residence = Residence::Here {
                     all_shards_valid: alone,
@@ -107,7 +107,7 @@ impl Core {
                 arena = Some(memory);
             }
         }
-        self.fill = Some(Fill {
+        self.state.fill = Some(Fill {
             unit,
             key,
             collected,
@@ -125,11 +125,11 @@ impl Core {
         values: &[f32],
     ) -> Result<()> {
         self.check_param("fill_param", unit, param)?;
-        let Some(mut fill) = self.fill.take() else {
+        let Some(mut fill) = self.state.fill.take() else {
             return misuse("fill_param", "no fill has begun");
         };
         let outcome = self.fill_into(&mut fill, unit, param, start, values);
-        self.fill = Some(fill);
+        self.state.fill = Some(fill);
         outcome
     }
 
@@ -174,7 +174,7 @@ impl Core {
                 encode_live(&this.tensors, values, &mut lease);
             }
             if let (
-                Weights::Moving {
+                UnitWeights::Moving {
                     home: Some(home), ..
                 },
                 Some((both, values)),
@@ -213,12 +213,12 @@ impl Core {
 
     /// The unit and the state tensor that are being filled.
     pub(crate) fn filling(&self) -> Option<(usize, StateKey)> {
-        self.fill.as_ref().map(|fill| (fill.unit, fill.key))
+        self.state.fill.as_ref().map(|fill| (fill.unit, fill.key))
     }
 
     /// Writes what was filled to where it is at home. The unit's weights stay in memory until others need the room.
     pub(crate) fn fill_commit(&mut self, unit: usize) -> Result<()> {
-        let Some(fill) = self.fill.take() else {
+        let Some(fill) = self.state.fill.take() else {
             return misuse("fill_commit", "no fill has begun");
         };
         if fill.unit != unit {
@@ -227,60 +227,26 @@ impl Core {
                 format!("unit {unit}, but unit {} is being filled", fill.unit),
             );
         }
-        let (sender, receiver) = channel();
-        let mut in_flight = 0_usize;
-        let mut outcome: Result<()> = Ok(());
-        let this = &self.units[unit];
-        let element = self.compute.size();
-        if fill.key == StateKey::WEIGHT && this.weights.on_disk() {
-            let window = this
-                .weights
-                .window()
-                .expect("weights on disk have a window");
-            for tile in 0..this.weight_tiles.count() {
-                let flat = this.flat(&this.weight_tiles.range(tile));
-                let buffer = window.lease(byte_range(&flat, element))?;
-                self.disk()
-                    .store
-                    .start_write(
-                        block(unit, StateKey::WEIGHT),
-                        tile,
-                        buffer,
-                        u64::from(tile),
-                        &sender,
-                    )
-                    .map_err(|(error, _)| error)?;
-                in_flight += 1;
-            }
-        }
-        if this.state.is_pristine() && fill.key != StateKey::WEIGHT {
+        if self.units[unit].state.is_pristine() && fill.key != StateKey::WEIGHT {
             self.write_initial_moments(unit, Some(fill.key))?;
         }
-        for (key, mut rest) in fill.collected {
-            let size = self.units[unit].element_bytes(key);
-            let tiles = self.units[unit].state_tiles;
-            for tile in 0..tiles.count() {
-                let range = tiles.range(tile);
-                let tail = rest.split_off(to_usize(range.end - range.start) * size);
-                let buffer = std::mem::replace(&mut rest, tail);
-                self.disk()
-                    .store
-                    .start_write(block(unit, key), tile, buffer, u64::from(tile), &sender)
-                    .map_err(|(error, _)| error)?;
-                in_flight += 1;
+        let outcome = match &self.disk {
+            None => Ok(()),
+            Some(disk) => {
+                let this = &self.units[unit];
+                let live = fill.key == StateKey::WEIGHT && this.weights.on_disk();
+                let weights = live.then(|| this.weight_buffers(block(unit, StateKey::WEIGHT)));
+                let state = fill.collected.into_iter().flat_map(|(key, bytes)| {
+                    let element = this.element_bytes(key);
+                    cut_tiles(block(unit, key), this.state_tiles, element, bytes).map(Ok)
+                });
+                disk.write_tiles(weights.into_iter().flatten().chain(state))
             }
-        }
-        while in_flight > 0 {
-            let completion = receive(&receiver, &mut self.waited)?;
-            in_flight -= 1;
-            if let Err(error) = completion.result {
-                outcome = outcome.and(Err(error.into()));
-            }
-        }
+        };
         self.release(unit)?;
         if let (
             StateKey::WEIGHT,
-            Weights::Host {
+            UnitWeights::Host {
                 all_shards_valid, ..
             },
         ) = (fill.key, &mut self.units[unit].weights)
@@ -307,19 +273,10 @@ impl Core {
             .moments()
             .filter(|each| Some(each.key) != filled)
         {
-            for tile in 0..tiles.count() {
-                let range = tiles.range(tile);
-                let bytes = to_usize(range.end - range.start) * tensor.size();
-                let disk = self.disk();
-                let mut buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
-                fill_initial(tensor, &mut buffer);
-                let (sender, receiver) = channel();
-                let id = block(unit, tensor.key);
-                disk.store
-                    .start_write(id, tile, buffer, u64::from(tile), &sender)
-                    .map_err(|(error, _)| error)?;
-                receive(&receiver, &mut self.waited)?.result?;
-            }
+            let id = block(unit, tensor.key);
+            self.disk().write_block(id, tiles, tensor.size(), |bytes| {
+                fill_initial(tensor, bytes);
+            })?;
         }
         Ok(())
     }

@@ -10,7 +10,7 @@ use zeroxide_layout::StateKey;
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::weights::residence::Weights;
+use crate::weights::residence::UnitWeights;
 
 impl Core {
     /// Gives bytes `start..` of one frozen parameter of the unit being filled.
@@ -40,7 +40,7 @@ impl Core {
             lease.copy_from_slice(&bytes[from]);
         }
         if let (
-            Weights::Moving {
+            UnitWeights::Moving {
                 home: Some(home), ..
             },
             Some((both, from)),
@@ -104,7 +104,7 @@ impl Core {
         if self.filling().is_some() {
             return misuse("write_bytes", "a unit is being filled");
         }
-        self.cache.clear();
+        self.state.cache.clear();
         self.finish_step()?;
         self.wait_reads()?;
         let element = self.compute.size() as u64;

@@ -1,17 +1,16 @@
 //! Whole values out: checkpoints and inspection. Always as fp32, whatever the format keeps.
 
 use std::ops::Range;
-use std::sync::mpsc::channel;
 
 use zeroxide_layout::StateKey;
 use zeroxide_memory::Lease;
 use zeroxide_optim::{carry_exact, exact_suffices, join_live, widen};
 
-use crate::core::{Core, byte_range, receive, to_usize};
+use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
-use crate::weights::residence::Weights;
+use crate::weights::residence::UnitWeights;
 
 /// A tile read for inspection; small reads beside one another hit it.
 pub(crate) struct CachedTile {
@@ -108,7 +107,7 @@ impl Core {
         let weights = &self.units[unit].weights;
         matches!(
             weights,
-            Weights::Host { .. } | Weights::Borrowed { lent: Some(_) }
+            UnitWeights::Host { .. } | UnitWeights::Borrowed { lent: Some(_) }
         )
     }
 
@@ -125,12 +124,12 @@ impl Core {
         let local = range.start - this.base..range.end - this.base;
         if key == StateKey::WEIGHT && this.weights.in_memory() {
             return match &this.weights {
-                Weights::Borrowed { lent } => {
+                UnitWeights::Borrowed { lent } => {
                     let lent = lent.as_ref().expect("in memory");
                     visit(0, &lent.weight[byte_range(&range, size)]);
                     Ok(())
                 }
-                Weights::Moving {
+                UnitWeights::Moving {
                     home: Some(home), ..
                 } => {
                     visit(0, &home[byte_range(&local, size)]);
@@ -143,7 +142,7 @@ impl Core {
                 }
             };
         }
-        if key == StateKey::WEIGHT && matches!(this.weights, Weights::Borrowed { .. }) {
+        if key == StateKey::WEIGHT && matches!(this.weights, UnitWeights::Borrowed { .. }) {
             return misuse(
                 "read_param",
                 "the weight is the caller's own and was not lent",
@@ -184,34 +183,26 @@ impl Core {
         bytes: usize,
     ) -> Result<&Lease> {
         let hit = self
+            .state
             .cache
             .iter()
             .position(|cached| cached.unit == unit && cached.key == key && cached.tile == tile);
         let index = if let Some(index) = hit {
             index
         } else {
-            if self.cache.len() == CACHED_TILES {
-                self.cache.remove(0);
+            if self.state.cache.len() == CACHED_TILES {
+                self.state.cache.remove(0);
             }
-            let disk = self.disk.as_ref().expect("the block is on disk");
-            let buffer = disk.ring.lease(bytes, zeroxide_layout::PAGE)?;
-            let (sender, receiver) = channel();
-            disk.store
-                .start_read(block(unit, key), tile, buffer, u64::from(tile), &sender)
-                .map_err(|(error, _)| error)?;
-            let completion = receive(&receiver, &mut self.waited)?;
-            completion.result?;
-            disk.store
-                .verify(block(unit, key), tile, &completion.buffer)?;
-            self.cache.push(CachedTile {
+            let bytes = self.disk().read_tile(block(unit, key), tile, bytes)?;
+            self.state.cache.push(CachedTile {
                 unit,
                 key,
                 tile,
-                bytes: completion.buffer,
+                bytes,
             });
-            self.cache.len() - 1
+            self.state.cache.len() - 1
         };
-        Ok(&self.cache[index].bytes)
+        Ok(&self.state.cache[index].bytes)
     }
 
     /// Updates made so far to one parameter.

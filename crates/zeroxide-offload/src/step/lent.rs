@@ -4,7 +4,7 @@ use zeroxide_optim::Optimizer;
 
 use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
-use crate::weights::residence::{Lent, Weights};
+use crate::weights::residence::{Lent, UnitWeights};
 
 impl Core {
     /// Takes weight and gradient of the only parameter of a unit until the next step ends.
@@ -24,7 +24,7 @@ impl Core {
                 ),
             );
         }
-        let Weights::Borrowed { lent: place } = &mut this.weights else {
+        let UnitWeights::Borrowed { lent: place } = &mut this.weights else {
             return misuse("lend", format!("{} keeps its own weights", this.name));
         };
         *place = Some(lent);
@@ -37,13 +37,13 @@ impl Core {
         let borrows = self
             .units
             .iter()
-            .any(|unit| matches!(unit.weights, Weights::Borrowed { lent: Some(_) }));
+            .any(|unit| matches!(unit.weights, UnitWeights::Borrowed { lent: Some(_) }));
         let mut outcome = self.step_begin(groups, grad_scale);
         if borrows && outcome.is_ok() {
             outcome = self.finish_step();
         }
         for unit in &mut self.units {
-            if let Weights::Borrowed { lent } = &mut unit.weights {
+            if let UnitWeights::Borrowed { lent } = &mut unit.weights {
                 *lent = None;
             }
         }

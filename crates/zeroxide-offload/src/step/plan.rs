@@ -30,12 +30,12 @@ impl Core {
     /// every further call says so.
     pub(crate) fn step_begin(&mut self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
         self.check_usable()?;
-        if self.fill.is_some() {
+        if self.state.fill.is_some() {
             return misuse("step", "a fill has not been committed");
         }
         self.finish_step()?;
         self.check_exchanged()?;
-        self.cache.clear();
+        self.state.cache.clear();
         self.wait_reads()?;
         let mut step = ActiveStep::default();
         let (mut untouched, mut others) = (Vec::new(), Vec::new());
@@ -62,7 +62,7 @@ impl Core {
                 whole,
             });
         }
-        self.steps += 1;
+        self.step.count += 1;
         for param in self
             .units
             .iter_mut()
@@ -78,7 +78,7 @@ impl Core {
         for unit in others {
             self.weights_renewed(unit);
         }
-        self.step = Some(step);
+        self.step.active = Some(step);
         if self.disk.is_none() {
             return self.finish_step();
         }
@@ -116,7 +116,7 @@ impl Core {
     /// its
     /// memory back: backward, which needs the most of it, does not use the ring.
     pub(crate) fn retire_step(&mut self) -> Result<()> {
-        let Some(step) = self.step.as_mut().filter(|step| step.is_updated()) else {
+        let Some(step) = self.step.active.as_mut().filter(|step| step.is_updated()) else {
             return Ok(());
         };
         let mut outcome = Ok(());
@@ -128,8 +128,13 @@ impl Core {
             outcome = step.note(completion);
         }
         self.record_outcome(outcome)?;
-        if self.step.as_ref().is_some_and(|step| step.writes == 0) {
-            self.step = None;
+        if self
+            .step
+            .active
+            .as_ref()
+            .is_some_and(|step| step.writes == 0)
+        {
+            self.step.active = None;
             if let Some(disk) = &self.disk {
                 disk.ring.discard_if_free()?;
             }
@@ -151,20 +156,21 @@ impl Core {
     /// Whether the step still has something to do for the unit.
     pub(crate) fn is_stepping(&self, unit: usize) -> bool {
         self.step
+            .active
             .as_ref()
             .is_some_and(|step| step.units[unit].tiles > 0 || step.units[unit].writes > 0)
     }
 
     /// Drops what is left of the step: waits for what is in flight and forgets the rest.
     pub(crate) fn abandon_step(&mut self) {
-        while self.step.as_ref().is_some_and(ActiveStep::in_flight) {
+        while self.step.active.as_ref().is_some_and(ActiveStep::in_flight) {
             if self.step_receive().is_err()
-                && !self.step.as_ref().is_some_and(ActiveStep::in_flight)
+                && !self.step.active.as_ref().is_some_and(ActiveStep::in_flight)
             {
                 break;
             }
         }
-        self.step = None;
+        self.step.active = None;
     }
 
     /// Repeats `act` until `done` says so, or until there is no step. An error ends the step for good.
@@ -176,18 +182,20 @@ impl Core {
         self.check_usable()?;
         let start = Instant::now();
         let mut outcome = Ok(());
-        while outcome.is_ok() && self.step.as_ref().is_some_and(|step| !done(step)) {
+        while outcome.is_ok() && self.step.active.as_ref().is_some_and(|step| !done(step)) {
             let acted = act(self);
             outcome = self.record_outcome(acted);
         }
-        self.updating += start.elapsed();
+        self.step.updating.add(start.elapsed());
         outcome
     }
 
     /// After an error the state is mixed: the step ends, and no buffer is given up before the disk is done with it.
     fn record_outcome(&mut self, outcome: Result<()>) -> Result<()> {
         if let Err(error) = &outcome {
-            self.poisoned.get_or_insert((self.steps, error.to_string()));
+            self.step
+                .poisoned
+                .get_or_insert((self.step.count, error.to_string()));
             self.abandon_step();
         }
         outcome

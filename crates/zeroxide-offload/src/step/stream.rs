@@ -8,15 +8,15 @@ use zeroxide_layout::{PAGE, Role};
 use zeroxide_memory::Lease;
 use zeroxide_storage::{Completion, StorageError};
 
-use crate::core::{Core, byte_range, receive, to_usize};
+use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::homes::fill_initial;
-use crate::io_report::Stopwatch;
 use crate::step::plan::Segment;
 use crate::step::update::{Update, update_tile};
+use crate::tile_io::TileBuffer;
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 /// Marks the tag of a write, whose low bits are the unit. Tags of reads: a tile job's number, and from `TENSOR_SHIFT`
 /// on
@@ -100,6 +100,7 @@ impl Core {
         }
         let step = self
             .step
+            .active
             .as_mut()
             .expect("driven only while there is a step");
         let Some(mut job) = step.jobs.pop_front() else {
@@ -108,15 +109,15 @@ impl Core {
         step.base += 1;
         let update = Update {
             pool: &self.pool,
-            store: self.disk.as_ref().map(|disk| &disk.store),
-            grad: self.grad,
+            disk: self.disk.as_ref(),
+            grad: self.gradients.dtype,
             unit: job.unit,
             tile: job.tile,
         };
         let unit = job.unit;
         let plan = &step.units[unit].plan;
         let checksums = update_tile(&update, &mut self.units[unit], &mut job.buffers, plan)?;
-        self.tiles_updated += 1;
+        self.step.tiles.add(1);
         self.start_writes(job, &checksums)?;
         let progress = &mut self.active_mut().units[unit];
         progress.tiles -= 1;
@@ -135,8 +136,7 @@ impl Core {
                 grad.discard()?;
             }
         }
-        self.clock += 1;
-        let used = self.clock;
+        let used = self.weights.tick();
         let alone = self.mesh.world == 1;
         if let Some(residence) = self.residence_mut(unit)
             && matches!(residence, Residence::Updating)
@@ -189,6 +189,7 @@ impl Core {
         }
         let step = self
             .step
+            .active
             .as_mut()
             .expect("driven only while there is a step");
         let number = step.base + step.jobs.len() as u64;
@@ -202,14 +203,13 @@ impl Core {
         let at = step.jobs.len() - 1;
         for (index, key, lease) in to_read {
             let tag = number | ((index as u64) << TENSOR_SHIFT);
-            let store = &self
-                .disk
-                .as_ref()
-                .expect("a block at home on disk implies a store")
-                .store;
-            store
-                .start_read(block(unit, key), tile, lease, tag, &step.replies.0)
-                .map_err(|(error, _)| error)?;
+            let disk = self.disk.as_ref().expect("something is read from it");
+            let buffer = TileBuffer {
+                id: block(unit, key),
+                tile,
+                bytes: lease,
+            };
+            disk.start_read(buffer, tag, &step.replies.0)?;
             step.jobs[at].pending += 1;
         }
         Ok(true)
@@ -236,7 +236,7 @@ impl Core {
     fn start_writes(&mut self, job: TileJob, checksums: &[(usize, u64)]) -> Result<()> {
         let this = &self.units[job.unit];
         let mut outgoing = job.buffers;
-        if let Weights::Moving {
+        if let UnitWeights::Moving {
             window, home: None, ..
         } = &this.weights
             && this.weights.in_memory()
@@ -247,6 +247,7 @@ impl Core {
         }
         let step = self
             .step
+            .active
             .as_mut()
             .expect("driven only while there is a step");
         for (tensor, lease) in outgoing {
@@ -256,21 +257,13 @@ impl Core {
                 .expect("taken of everything that goes to disk");
             let key = this.tensors.tensors()[tensor].key;
             let tag = WRITE | job.unit as u64;
-            let store = &self
-                .disk
-                .as_ref()
-                .expect("a block at home on disk implies a store")
-                .store;
-            store
-                .start_write_with_crc(
-                    block(job.unit, key),
-                    job.tile,
-                    lease,
-                    *checksum,
-                    tag,
-                    &step.replies.0,
-                )
-                .map_err(|(error, _)| error)?;
+            let disk = self.disk.as_ref().expect("something goes to it");
+            let buffer = TileBuffer {
+                id: block(job.unit, key),
+                tile: job.tile,
+                bytes: lease,
+            };
+            disk.start_write(buffer, Some(*checksum), tag, &step.replies.0)?;
             step.writes += 1;
             step.units[job.unit].writes += 1;
         }
@@ -279,25 +272,23 @@ impl Core {
 
     /// Takes one completion: a buffer goes back to its tile, or to where it came from after a write.
     pub(crate) fn step_receive(&mut self) -> Result<()> {
-        let Self {
-            step: Some(step),
-            waited,
-            ..
-        } = self
-        else {
+        let (Some(step), Some(disk)) = (self.step.active.as_mut(), self.disk.as_ref()) else {
             return Ok(());
         };
-        step.receive(waited)
+        let completion = disk.receive(&step.replies.1)?;
+        step.note(completion)
     }
 
     fn active(&self) -> &ActiveStep {
         self.step
+            .active
             .as_ref()
             .expect("driven only while there is a step")
     }
 
     fn active_mut(&mut self) -> &mut ActiveStep {
         self.step
+            .active
             .as_mut()
             .expect("driven only while there is a step")
     }
@@ -315,11 +306,6 @@ impl ActiveStep {
 
     pub(crate) fn in_flight(&self) -> bool {
         self.writes > 0 || self.jobs.iter().any(|job| job.pending > 0)
-    }
-
-    fn receive(&mut self, waited: &mut Stopwatch) -> Result<()> {
-        let completion = receive(&self.replies.1, waited)?;
-        self.note(completion)
     }
 
     pub(crate) fn note(&mut self, completion: Completion) -> Result<()> {

@@ -6,14 +6,15 @@ use std::sync::Mutex;
 use zeroxide_layout::{Dtype, Role, StateLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::{Grad, Pool};
-use zeroxide_storage::{BlockStore, CHECKSUM_PIECE, checksum, join_checksums};
+use zeroxide_storage::{CHECKSUM_PIECE, checksum, join_checksums};
 
 use crate::core::{byte_range, to_usize};
+use crate::disk::Disk;
 use crate::error::{Result, misuse};
 use crate::step::plan::Segment;
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::gather::block;
-use crate::weights::residence::Weights;
+use crate::weights::residence::UnitWeights;
 
 /// Elements a thread checks, updates and checks again before it goes on: all their bytes fit in its second-level cache.
 /// Also the alignment of the parts that threads take. A whole number of checksum pieces for every element size.
@@ -22,7 +23,7 @@ const PIECE: usize = CHECKSUM_PIECE / 2;
 /// What the update of a tile needs beside the unit.
 pub(crate) struct Update<'a> {
     pub(crate) pool: &'a Pool,
-    pub(crate) store: Option<&'a BlockStore>,
+    pub(crate) disk: Option<&'a Disk>,
     pub(crate) grad: Dtype,
     pub(crate) unit: usize,
     pub(crate) tile: u32,
@@ -94,7 +95,7 @@ pub(crate) fn update_tile(
     let mut shard;
     let mut sources: Vec<Source<'_>> = Vec::new();
     let (grad, grad_dtype): (&[u8], Dtype) = match &mut unit.weights {
-        Weights::Borrowed { lent } => {
+        UnitWeights::Borrowed { lent } => {
             let Some(lent) = lent.as_mut() else {
                 return misuse("step", format!("the weight of {} was not lent", unit.name));
             };
@@ -302,9 +303,9 @@ fn checksums(
             })
         };
         if first.check
-            && let Some(store) = update.store
+            && let Some(disk) = update.disk
         {
-            store.verify_checksum(
+            disk.verify_checksum(
                 block(update.unit, tensors.tensors()[first.tensor].key),
                 update.tile,
                 join_checksums(pieces(false)),

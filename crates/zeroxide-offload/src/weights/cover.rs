@@ -11,7 +11,7 @@ use zeroxide_memory::{Anchor, Window, WindowState};
 
 use crate::core::{Core, to_usize};
 use crate::error::Result;
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 /// Where frames lie while they are filled.
 #[derive(Clone, Copy)]
@@ -39,7 +39,7 @@ impl Core {
     /// Where frames of the unit are to lie while they are filled.
     pub(crate) fn under(&self, unit: usize) -> Under {
         match &self.units[unit].weights {
-            Weights::Moving { covered: true, .. } => Under::Nothing,
+            UnitWeights::Moving { covered: true, .. } => Under::Nothing,
             _ => Under::Window,
         }
     }
@@ -70,7 +70,7 @@ impl Core {
     pub(crate) fn receives_beside(&self, unit: usize) -> Result<bool> {
         self.check_unit("receives_beside", unit)?;
         Ok(match &self.units[unit].weights {
-            Weights::Moving { window, .. } => window.state()? == WindowState::Loading,
+            UnitWeights::Moving { window, .. } => window.state()? == WindowState::Loading,
             _ => false,
         })
     }
@@ -91,7 +91,7 @@ impl Core {
     /// Moves the unit's pages to the other side of its window, if they are on that one.
     fn move_pages(&mut self, unit: usize, from: WindowState) -> Result<()> {
         let state = |core: &Self| match &core.units[unit].weights {
-            Weights::Moving { window, .. } => window.state().map(Some),
+            UnitWeights::Moving { window, .. } => window.state().map(Some),
             _ => Ok(None),
         };
         if state(self)? != Some(from) {
@@ -101,7 +101,7 @@ impl Core {
             // They read from these pages.
             self.finish_writes(unit)?;
         }
-        if let Weights::Moving { window, .. } = &mut self.units[unit].weights {
+        if let UnitWeights::Moving { window, .. } = &mut self.units[unit].weights {
             match from {
                 WindowState::Loading => window.publish()?,
                 _ => window.withdraw()?,
@@ -125,7 +125,7 @@ impl Core {
     }
 
     fn set_covered(&mut self, unit: usize, value: bool) {
-        if let Weights::Moving { covered, .. } = &mut self.units[unit].weights {
+        if let UnitWeights::Moving { covered, .. } = &mut self.units[unit].weights {
             *covered = value;
         }
     }

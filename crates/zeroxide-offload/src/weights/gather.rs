@@ -5,12 +5,12 @@
 
 use zeroxide_layout::{BlockId, StateKey};
 use zeroxide_memory::{FRAME, Frame};
-use zeroxide_storage::{Completion, StorageError};
+use zeroxide_storage::Completion;
 
-use crate::core::{Core, byte_range, receive, to_usize};
+use crate::core::{Core, byte_range, to_usize};
 use crate::error::{OffloadError, Result, misuse};
 use crate::weights::cover::Under;
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 const TILE_BITS: u32 = 32;
 
@@ -35,8 +35,7 @@ impl Core {
         if matches!(self.residence(unit), Some(Residence::Arriving { .. })) {
             self.await_arrival(unit)?;
         }
-        self.clock += 1;
-        let clock = self.clock;
+        let clock = self.weights.tick();
         if let Some(Residence::Here { pinned, used, .. }) = self.residence_mut(unit) {
             *pinned = true;
             *used = clock;
@@ -44,10 +43,10 @@ impl Core {
         self.prepare_for_parts(unit, covered)?;
         self.refresh_shard(unit)?;
         Ok(match &self.units[unit].weights {
-            Weights::Host {
+            UnitWeights::Host {
                 all_shards_valid, ..
             } => *all_shards_valid,
-            Weights::Moving { residence, .. } => {
+            UnitWeights::Moving { residence, .. } => {
                 matches!(
                     residence,
                     Residence::Here {
@@ -56,7 +55,7 @@ impl Core {
                     }
                 )
             }
-            Weights::Borrowed { .. } => true,
+            UnitWeights::Borrowed { .. } => true,
         })
     }
 
@@ -76,7 +75,7 @@ impl Core {
     /// Whether the unit's weights would fit under its window beside those of all units that are held.
     pub(crate) fn has_room(&self, unit: usize) -> Result<bool> {
         self.check_unit("has_room", unit)?;
-        let Some(pool) = &self.frames else {
+        let Some(pool) = &self.weights.frames else {
             return Ok(true);
         };
         let held = |other: &usize| {
@@ -89,7 +88,7 @@ impl Core {
         let frames: usize = (0..self.units.len())
             .filter(held)
             .filter_map(|other| match &self.units[other].weights {
-                Weights::Moving { window, .. } => Some(window.frames()),
+                UnitWeights::Moving { window, .. } => Some(window.frames()),
                 _ => None,
             })
             .sum();
@@ -101,20 +100,20 @@ impl Core {
         self.check_unit("set_all_shards_valid", unit)?;
         self.publish(unit)?;
         match &mut self.units[unit].weights {
-            Weights::Host {
+            UnitWeights::Host {
                 all_shards_valid, ..
             }
-            | Weights::Moving {
+            | UnitWeights::Moving {
                 residence:
                     Residence::Here {
                         all_shards_valid, ..
                     },
                 ..
             } => *all_shards_valid = true,
-            Weights::Moving { .. } => {
+            UnitWeights::Moving { .. } => {
                 return misuse("set_all_shards_valid", "the unit is not gathered");
             }
-            Weights::Borrowed { .. } => {}
+            UnitWeights::Borrowed { .. } => {}
         }
         Ok(())
     }
@@ -124,7 +123,7 @@ impl Core {
         let element = self.compute.size();
         let this = &self.units[unit];
         let own = this.own();
-        if let Weights::Moving {
+        if let UnitWeights::Moving {
             window,
             residence:
                 Residence::Here {
@@ -164,8 +163,7 @@ impl Core {
     /// Lets the unit's frames be taken by another unit. Idempotent.
     pub(crate) fn release(&mut self, unit: usize) -> Result<()> {
         self.check_unit("release", unit)?;
-        self.clock += 1;
-        let clock = self.clock;
+        let clock = self.weights.tick();
         // How long frames stay depends on when disk requests end, which differs between ranks. Whether a unit's other
         // parts have to be brought again must not, or collectives would not meet.
         let forget = self.mesh.world > 1 && self.units[unit].weights.on_disk();
@@ -196,14 +194,14 @@ impl Core {
 
     pub(crate) fn residence(&self, unit: usize) -> Option<&Residence> {
         match &self.units[unit].weights {
-            Weights::Moving { residence, .. } => Some(residence),
+            UnitWeights::Moving { residence, .. } => Some(residence),
             _ => None,
         }
     }
 
     pub(crate) fn residence_mut(&mut self, unit: usize) -> Option<&mut Residence> {
         match &mut self.units[unit].weights {
-            Weights::Moving { residence, .. } => Some(residence),
+            UnitWeights::Moving { residence, .. } => Some(residence),
             _ => None,
         }
     }
@@ -214,7 +212,7 @@ impl Core {
         let Some(frames) = self.take_frames(bytes.div_ceil(FRAME), unit, forced)? else {
             return Ok(false);
         };
-        let Weights::Moving { window, .. } = &mut self.units[unit].weights else {
+        let UnitWeights::Moving { window, .. } = &mut self.units[unit].weights else {
             return Ok(true);
         };
         match under {
@@ -229,14 +227,12 @@ impl Core {
         if !self.map_frames(unit, forced, Under::Nothing)? {
             return Ok(false);
         }
-        let element = self.compute.size();
-        let id = weight_block(unit);
         let mut pending = 0;
         let mut failed = None;
         let this = &self.units[unit];
         if !this.weights.on_disk() {
-            self.clock += 1;
-            let used = self.clock;
+            self.weights.clock += 1;
+            let used = self.weights.clock;
             if let Some(residence) = self.residence_mut(unit) {
                 *residence = Residence::Here {
                     all_shards_valid: false,
@@ -246,18 +242,13 @@ impl Core {
             }
             return Ok(true);
         }
-        let window = this.weights.window().expect("mapped above");
         let disk = self.disk();
-        for tile in 0..this.weight_tiles.count() {
-            let flat = this.flat(&this.weight_tiles.range(tile));
-            let buffer = window.lease(byte_range(&flat, element))?;
-            let tag = ((unit as u64) << TILE_BITS) | u64::from(tile);
-            match disk
-                .store
-                .start_read(id, tile, buffer, tag, &disk.arrivals.0)
-            {
+        for buffer in this.weight_buffers(weight_block(unit)) {
+            let buffer = buffer?;
+            let tag = ((unit as u64) << TILE_BITS) | u64::from(buffer.tile);
+            match disk.start_read(buffer, tag, &disk.arrivals.0) {
                 Ok(()) => pending += 1,
-                Err((error, _)) => {
+                Err(error) => {
                     failed = Some(error);
                     break;
                 }
@@ -277,6 +268,7 @@ impl Core {
     ) -> Result<Option<Vec<Frame>>> {
         loop {
             let pool = self
+                .weights
                 .frames
                 .as_ref()
                 .expect("a unit whose weights move implies frames");
@@ -324,7 +316,7 @@ impl Core {
                     pinned: false,
                     used,
                     ..
-                }) if !(self.is_updating(unit) && self.units[unit].weights.on_disk()) => {
+                }) if !(self.step.is_updating(unit) && self.units[unit].weights.on_disk()) => {
                     Some((*used, unit))
                 }
                 _ => None,
@@ -339,15 +331,8 @@ impl Core {
                 self.residence(*unit),
                 Some(Residence::Updating | Residence::Here { pinned: false, .. })
             );
-            *unit != except && mapped && self.is_updating(*unit)
+            *unit != except && mapped && self.step.is_updating(*unit)
         })
-    }
-
-    /// Whether tiles of the unit still wait for their update.
-    fn is_updating(&self, unit: usize) -> bool {
-        self.step
-            .as_ref()
-            .is_some_and(|step| step.is_updating(unit))
     }
 
     fn any_arriving(&self, except: usize) -> Option<usize> {
@@ -362,7 +347,7 @@ impl Core {
         if self.units[unit].weights.on_disk() {
             self.finish_writes(unit)?;
         }
-        if let Weights::Moving {
+        if let UnitWeights::Moving {
             window, residence, ..
         } = &mut self.units[unit].weights
         {
@@ -396,8 +381,8 @@ impl Core {
     fn await_arrival(&mut self, unit: usize) -> Result<()> {
         while matches!(self.residence(unit), Some(Residence::Arriving { pending, .. }) if *pending > 0)
         {
-            let disk = self.disk.as_ref().expect("reads are in flight");
-            let completion = receive(&disk.arrivals.1, &mut self.waited)?;
+            let disk = self.disk();
+            let completion = disk.receive(&disk.arrivals.1)?;
             self.note_arrival(completion);
         }
         let failed = match self.residence_mut(unit) {
@@ -412,8 +397,7 @@ impl Core {
             Ok(()) if self.mesh.world == 1 => self.publish(unit),
             other => other,
         };
-        self.clock += 1;
-        let used = self.clock;
+        let used = self.weights.tick();
         let all_shards_valid = self.mesh.world == 1;
         if let Some(residence) = self.residence_mut(unit) {
             *residence = Residence::Here {
@@ -429,29 +413,15 @@ impl Core {
     }
 
     fn verify_window(&self, unit: usize) -> Result<()> {
-        let this = &self.units[unit];
-        let window = this.weights.window().expect("only windows receive reads");
-        let element = self.compute.size();
-        let mut tiles = Vec::new();
-        for tile in 0..this.weight_tiles.count() {
-            let flat = this.flat(&this.weight_tiles.range(tile));
-            tiles.push((tile, window.lease(byte_range(&flat, element))?));
-        }
-        let store = &self.disk().store;
-        let mut outcomes: Vec<std::result::Result<(), StorageError>> = Vec::new();
-        outcomes.resize_with(tiles.len(), || Ok(()));
-        let tasks = tiles.into_iter().zip(&mut outcomes).collect();
-        self.pool.run_each(tasks, |_, ((tile, lease), outcome)| {
-            *outcome = store.verify(weight_block(unit), tile, &lease);
-        });
-        for outcome in outcomes {
-            outcome?;
-        }
-        Ok(())
+        let id = weight_block(unit);
+        let tiles = self.units[unit].weight_buffers(id);
+        let tiles = tiles.collect::<Result<Vec<_>>>()?;
+        self.disk().verify_tiles(&self.pool, tiles)
     }
 
     fn no_frames(&self, unit: usize) -> OffloadError {
         let pool = self
+            .weights
             .frames
             .as_ref()
             .expect("a unit whose weights move implies frames");

@@ -44,7 +44,7 @@ pub(crate) enum Residence {
 }
 
 /// The live weights of a unit.
-pub(crate) enum Weights {
+pub(crate) enum UnitWeights {
     /// At home in host memory, under the window for good.
     Host {
         /// The range they lie in.
@@ -70,27 +70,27 @@ pub(crate) enum Weights {
     },
 }
 
-impl Weights {
+impl UnitWeights {
     /// The window, where there is one.
     pub(crate) fn window(&self) -> Option<&Window> {
         match self {
-            Weights::Host { window, .. } | Weights::Moving { window, .. } => Some(window),
-            Weights::Borrowed { .. } => None,
+            UnitWeights::Host { window, .. } | UnitWeights::Moving { window, .. } => Some(window),
+            UnitWeights::Borrowed { .. } => None,
         }
     }
 
     /// Whether this rank's bytes can be read and written in memory now.
     pub(crate) fn in_memory(&self) -> bool {
         match self {
-            Weights::Host { .. } | Weights::Moving { home: Some(_), .. } => true,
-            Weights::Moving { residence, .. } => matches!(residence, Residence::Here { .. }),
-            Weights::Borrowed { lent } => lent.is_some(),
+            UnitWeights::Host { .. } | UnitWeights::Moving { home: Some(_), .. } => true,
+            UnitWeights::Moving { residence, .. } => matches!(residence, Residence::Here { .. }),
+            UnitWeights::Borrowed { lent } => lent.is_some(),
         }
     }
 
     /// Whether a new value must also be written to disk.
     pub(crate) fn on_disk(&self) -> bool {
-        matches!(self, Weights::Moving { home: None, .. })
+        matches!(self, UnitWeights::Moving { home: None, .. })
     }
 
     /// Elements `range` of this rank's shard, `base` being where the shard starts in the unit, leased or borrowed for
@@ -106,11 +106,11 @@ impl Weights {
             return Ok(None);
         }
         Ok(match self {
-            Weights::Borrowed { .. } => None,
-            Weights::Moving {
+            UnitWeights::Borrowed { .. } => None,
+            UnitWeights::Moving {
                 home: Some(lease), ..
             } => Some(ShardBytes::Home(&mut lease[byte_range(range, element)])),
-            Weights::Host { window, .. } | Weights::Moving { window, .. } => {
+            UnitWeights::Host { window, .. } | UnitWeights::Moving { window, .. } => {
                 let flat = base + range.start..base + range.end;
                 Some(ShardBytes::Window(
                     window.lease(byte_range(&flat, element))?,

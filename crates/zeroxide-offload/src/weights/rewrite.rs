@@ -1,12 +1,8 @@
 //! Weights that somebody has written into, under their window: brought home as they are.
 
-use std::sync::mpsc::channel;
-
-use zeroxide_layout::StateKey;
-
-use crate::core::{Core, byte_range, receive};
+use crate::core::Core;
 use crate::error::{Result, misuse};
-use crate::weights::gather::block;
+use crate::weights::gather::weight_block;
 use crate::weights::residence::Residence;
 
 impl Core {
@@ -26,37 +22,8 @@ impl Core {
             );
         }
         self.finish_writes(unit)?;
-        self.cache.clear();
-        let this = &self.units[unit];
-        let window = this
-            .weights
-            .window()
-            .expect("weights on disk have a window");
-        let disk = self.disk();
-        let (sender, receiver) = channel();
-        let mut in_flight = 0_u32;
-        let mut outcome = Ok(());
-        for tile in 0..this.weight_tiles.count() {
-            let flat = this.flat(&this.weight_tiles.range(tile));
-            let buffer = window.lease(byte_range(&flat, self.compute.size()))?;
-            let id = block(unit, StateKey::WEIGHT);
-            match disk
-                .store
-                .start_write(id, tile, buffer, u64::from(tile), &sender)
-            {
-                Ok(()) => in_flight += 1,
-                Err((error, _)) => {
-                    outcome = Err(error.into());
-                    break;
-                }
-            }
-        }
-        for _ in 0..in_flight {
-            let written = receive(&receiver, &mut self.waited)?.result;
-            if outcome.is_ok() {
-                outcome = written.map_err(Into::into);
-            }
-        }
-        outcome
+        self.state.cache.clear();
+        let id = weight_block(unit);
+        self.disk().write_tiles(self.units[unit].weight_buffers(id))
     }
 }

@@ -8,7 +8,7 @@ use zeroxide_memory::FaultNet;
 use crate::core::Core;
 use crate::error::{OffloadError, Result};
 use crate::weights::bringer::Bringer;
-use crate::weights::residence::{Residence, Weights};
+use crate::weights::residence::{Residence, UnitWeights};
 
 impl Core {
     /// Addresses of the weights that come and go, each with its unit.
@@ -16,7 +16,7 @@ impl Core {
         let moving = self.units.iter().enumerate();
         moving
             .filter_map(|(index, unit)| match &unit.weights {
-                Weights::Moving { window, .. } => {
+                UnitWeights::Moving { window, .. } => {
                     let base = window.base() as usize;
                     Some((index, base..base + window.len()))
                 }
@@ -37,9 +37,11 @@ impl Core {
     }
 
     fn refuse_reader(&mut self, unit: usize, cause: &OffloadError) {
-        self.strayed.get_or_insert_with(|| cause.to_string());
+        self.weights
+            .strayed
+            .get_or_insert_with(|| cause.to_string());
         self.show_zeros(unit);
-        self.blanked.push(unit);
+        self.weights.blanked.push(unit);
     }
 
     /// The error of a reader that got no weights.
@@ -51,7 +53,7 @@ impl Core {
     }
 
     fn show_zeros(&self, unit: usize) {
-        if let Weights::Moving { window, .. } = &self.units[unit].weights {
+        if let UnitWeights::Moving { window, .. } = &self.units[unit].weights {
             // Refused only where there is memory already.
             let _ = window.blank();
         }
@@ -81,7 +83,7 @@ impl Core {
                 ..
             })
         );
-        if let Weights::Moving { window, .. } = &mut self.units[unit].weights {
+        if let UnitWeights::Moving { window, .. } = &mut self.units[unit].weights {
             if all_shards_valid && window.is_mapped() {
                 return Ok(());
             }
@@ -91,19 +93,11 @@ impl Core {
         Ok(())
     }
 
-    /// Refuses everything after a read that got zeros.
-    pub(crate) fn check_strays(&self) -> Result<()> {
-        match &self.strayed {
-            Some(line) => Err(OffloadError::Strayed { line: line.clone() }),
-            None => Ok(()),
-        }
-    }
-
     /// The results of the pass in which it happened are given up.
     pub(crate) fn forget_strays(&mut self) {
-        self.strayed = None;
-        for unit in std::mem::take(&mut self.blanked) {
-            if let Weights::Moving { window, .. } = &self.units[unit].weights {
+        self.weights.strayed = None;
+        for unit in std::mem::take(&mut self.weights.blanked) {
+            if let UnitWeights::Moving { window, .. } = &self.units[unit].weights {
                 // A window that cannot be closed again shows zeros to whoever reads it next, and is filled before use.
                 let _ = window.unblank();
             }
@@ -151,8 +145,11 @@ pub(crate) fn spread(
 
 /// Whether a reader got no weights, so that the pass is given up and others need not wait for theirs.
 fn has_strayed(core: &Mutex<Option<Core>>) -> bool {
-    core.lock()
-        .is_ok_and(|guard| guard.as_ref().is_none_or(|core| core.strayed.is_some()))
+    core.lock().is_ok_and(|guard| {
+        guard
+            .as_ref()
+            .is_none_or(|core| core.weights.strayed.is_some())
+    })
 }
 
 /// Does `work` for a reader of `unit`.

@@ -1,0 +1,120 @@
+//! Units as they begin: their memory leased, their windows reserved, their blocks listed.
+
+use zeroxide_layout::{BlockId, StateKey, StateLayout, Tiling};
+use zeroxide_memory::{Bucket, Budget, Window};
+use zeroxide_plan::{PlacedUnit, Placement};
+use zeroxide_storage::BlockSpec;
+
+use crate::core::to_usize;
+use crate::error::{OffloadError, Result};
+use crate::homes::{GradArena, ShardArena, StateArena};
+use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
+use crate::unit::{StateBlocks, Unit};
+use crate::weights::residence::{Residence, UnitWeights};
+
+/// The units, and what they keep on disk. `tensors`: the state of each.
+pub(crate) fn units(
+    budget: &Budget,
+    settings: &Settings,
+    specs: &[UnitSpec],
+    tensors: &[StateLayout],
+    placement: &Placement,
+) -> Result<(Vec<Unit>, Vec<BlockSpec>)> {
+    let grads = GradArena::new(budget, placement)?;
+    let states = StateArena::new(budget, placement)?;
+    let homes = ShardArena::new(budget, placement)?;
+    let mut blocks = Vec::new();
+    let mut units = Vec::with_capacity(specs.len());
+    for (index, placed) in placement.units.iter().enumerate() {
+        let (spec, local) = (&placed.shape, placed.local);
+        let trainable = local.kept;
+        let weights = make_weights(budget, settings, placed, &homes)?;
+        let state = match spec.state {
+            _ if trainable == 0 => StateBlocks::None,
+            StateHome::Disk => StateBlocks::Disk { pristine: true },
+            StateHome::Host => StateBlocks::Host {
+                blocks: states.blocks(&tensors[index], trainable)?,
+            },
+        };
+        let id = u32::try_from(index).map_err(|_| OffloadError::Misuse {
+            call: "new",
+            what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
+        })?;
+        blocks.extend(disk_blocks(&tensors[index], id, placed));
+        let grad = match spec.weights {
+            WeightHome::Borrowed => None,
+            _ if trainable == 0 => None,
+            _ => Some(grads.lease(trainable)?),
+        };
+        units.push(Unit {
+            name: spec.name.clone(),
+            base: local.base,
+            weight_tiles: Tiling::new(local.own, placed.tile)?,
+            state_tiles: Tiling::new(trainable, placed.tile)?,
+            layout: placed.layout.clone(),
+            rule: specs[index].optimizer.name(),
+            tensors: tensors[index].clone(),
+            weights,
+            state,
+            grad,
+            outgoing: None,
+            incoming: None,
+            fresh: true,
+            params: Unit::param_states(&spec.params),
+        });
+    }
+    Ok((units, blocks))
+}
+
+/// What the unit keeps on disk.
+fn disk_blocks(tensors: &StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<BlockSpec> {
+    let mut blocks = Vec::new();
+    for tensor in tensors.tensors() {
+        let size = tensor.size() as u64;
+        let elements = match tensor.key {
+            StateKey::WEIGHT if placed.shape.weights == WeightHome::Disk => placed.local.own,
+            StateKey::WEIGHT => continue,
+            _ if placed.state_on_disk() => placed.local.kept,
+            _ => continue,
+        };
+        blocks.push(BlockSpec {
+            id: BlockId {
+                unit,
+                key: tensor.key,
+            },
+            bytes: elements * size,
+            tile_bytes: placed.tile * size,
+        });
+    }
+    blocks
+}
+
+/// The live weights of one unit, before anything is in them.
+fn make_weights(
+    budget: &Budget,
+    settings: &Settings,
+    placed: &PlacedUnit,
+    homes: &ShardArena,
+) -> Result<UnitWeights> {
+    let bytes = to_usize(placed.weight_bytes(settings.compute));
+    Ok(match placed.shape.weights {
+        WeightHome::Borrowed => UnitWeights::Borrowed { lent: None },
+        WeightHome::Disk | WeightHome::Shard => UnitWeights::Moving {
+            window: Window::reserve(bytes)?,
+            residence: Residence::Away,
+            covered: false,
+            home: homes.lease(placed)?,
+        },
+        WeightHome::Host => {
+            let mut window = Window::reserve(bytes)?;
+            // Memory that ranks share is put under the window when they have found one another.
+            if !settings.mesh.shares_weights() {
+                window.make_home(budget, Bucket::Weights)?;
+            }
+            UnitWeights::Host {
+                window,
+                all_shards_valid: true,
+            }
+        }
+    })
+}
