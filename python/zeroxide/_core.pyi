@@ -1,6 +1,6 @@
 """Rust core of zeroxide."""
 
-from typing import Any, final
+from typing import Any, ClassVar, final
 
 __all__ = [
     "DEFAULT_STAGING_BYTES",
@@ -10,11 +10,18 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Bringer",
+    "IoEngine",
     "Lion",
+    "MeshPosition",
     "Offload",
     "Plan",
     "Rule",
+    "Settings",
+    "StateHome",
     "TensorSpec",
+    "Transport",
+    "UnitSpec",
+    "WeightHome",
     "Window",
     "__version__",
     "checksum",
@@ -78,6 +85,98 @@ class SGD(Rule):
     def __ne__(self, value: object, /) -> bool: ...
 
 @final
+class WeightHome:
+    """Where the live weights of a unit are at home."""
+
+    HOST: ClassVar[WeightHome]
+    DISK: ClassVar[WeightHome]
+    SHARD: ClassVar[WeightHome]
+    BORROWED: ClassVar[WeightHome]
+    def __new__(cls, word: str, /) -> WeightHome: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class StateHome:
+    """Where the optimizer state of a unit is at home."""
+
+    HOST: ClassVar[StateHome]
+    DISK: ClassVar[StateHome]
+    def __new__(cls, word: str, /) -> StateHome: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class Transport:
+    """How gradients reach the ranks that keep them."""
+
+    SHARED: ClassVar[Transport]
+    COLLECTIVE: ClassVar[Transport]
+    def __new__(cls, word: str, /) -> Transport: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class IoEngine:
+    """What moves bytes between memory and disk."""
+
+    AUTO: ClassVar[IoEngine]
+    IO_URING: ClassVar[IoEngine]
+    THREADS: ClassVar[IoEngine]
+    def __new__(cls, word: str, /) -> IoEngine: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
+class UnitSpec:
+    """One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated."""
+
+    def __new__(
+        cls,
+        *,
+        name: str,
+        params: list[tuple[int, bool]],
+        weights: WeightHome,
+        state: StateHome,
+        optimizer: Rule,
+        format: str,
+        held_through_backward: bool = False,
+    ) -> UnitSpec: ...
+
+@final
+class MeshPosition:
+    """This process's place among those that train one model."""
+
+    def __new__(cls, *, rank: int, world: int, transport: Transport, replicated: bool = False) -> MeshPosition: ...
+
+@final
+class Settings:
+    """Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank."""
+
+    def __new__(
+        cls,
+        *,
+        limit: int | None,
+        threads: int,
+        compute: str,
+        grad: str,
+        tile_elements: int,
+        staging_bytes: int,
+        gathered_bytes: int,
+        engine: IoEngine,
+        queue_depth: int,
+        directories: list[Any],
+        job: str,
+        mesh: MeshPosition | None = None,
+        comm_dtype: str | None = None,
+        reduce_scale: float = 1.0,
+    ) -> Settings: ...
+
+@final
 class TensorSpec:
     """Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive."""
 
@@ -96,28 +195,7 @@ class Window:
 class Offload:
     """Units of parameters, their tiers, and the optimizer over them."""
 
-    def __new__(
-        cls,
-        *,
-        units: list[tuple[str, list[tuple[int, bool]], str, str, bool, Rule, str]],
-        limit: int | None,
-        threads: int,
-        compute: str,
-        grad: str,
-        tile_elements: int,
-        staging_bytes: int,
-        gathered_bytes: int,
-        engine: str,
-        queue_depth: int,
-        directories: list[Any],
-        job: str,
-        rank: int = 0,
-        world: int = 1,
-        replicated: bool = False,
-        transport: str = "collective",
-        comm_dtype: str | None = None,
-        reduce_scale: float = 1.0,
-    ) -> Offload: ...
+    def __new__(cls, settings: Settings, units: list[UnitSpec], /) -> Offload: ...
     def window(self, unit: int) -> Window | None: ...
     def param_offset(self, unit: int, param: int) -> int: ...
     def set_group(self, unit: int, param: int, group: int) -> None: ...

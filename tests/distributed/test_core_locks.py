@@ -30,11 +30,16 @@ waiting_in, end = sys.argv[1:]
 
 
 def made(rank):
-    return _core.Offload(
-        units=[("layer", [(ELEMENTS, True)], "host", "host", False, ADAM, "fp32")], limit=None, threads=1,
-        compute="f32", grad="f32", tile_elements=2048, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
-        directories=[], job="", rank=rank, world=2, transport="shared", comm_dtype="f32", reduce_scale=0.5,
+    unit = _core.UnitSpec(
+        name="layer", params=[(ELEMENTS, True)], weights=_core.WeightHome.HOST, state=_core.StateHome.HOST,
+        optimizer=ADAM, format="fp32",
     )
+    settings = _core.Settings(
+        limit=None, threads=1, compute="f32", grad="f32", tile_elements=2048, staging_bytes=0, gathered_bytes=0,
+        engine=_core.IoEngine.AUTO, queue_depth=1, directories=[], job="", comm_dtype="f32", reduce_scale=0.5,
+        mesh=_core.MeshPosition(rank=rank, world=2, transport=_core.Transport.SHARED),
+    )
+    return _core.Offload(settings, [unit])
 
 
 ones, out, raw = torch.ones(ELEMENTS), torch.empty(ELEMENTS), torch.zeros(16, dtype=torch.uint8)

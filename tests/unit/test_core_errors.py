@@ -24,11 +24,14 @@ ADAM = {
 def core(directory, **more):
     settings = {
         "limit": None, "threads": 1, "compute": "f32", "grad": "f32", "tile_elements": 2048,
-        "staging_bytes": 1 << 20, "gathered_bytes": 4 << 20, "engine": "threads", "queue_depth": 4,
+        "staging_bytes": 1 << 20, "gathered_bytes": 4 << 20, "engine": _core.IoEngine.THREADS, "queue_depth": 4,
         "directories": [directory], "job": "job", **more,
     }  # fmt: skip
-    unit = ("layer", [(ELEMENTS, True)], "disk", "disk", False, _core.Adam(**ADAM), "fp32")
-    return _core.Offload(units=[unit], **settings)
+    unit = _core.UnitSpec(
+        name="layer", params=[(ELEMENTS, True)], weights=_core.WeightHome.DISK, state=_core.StateHome.DISK,
+        optimizer=_core.Adam(**ADAM), format="fp32",
+    )  # fmt: skip
+    return _core.Offload(_core.Settings(**settings), [unit])
 
 
 def filled(directory, **more):
@@ -145,6 +148,18 @@ def test_values_out_of_their_range():
     with pytest.raises(InvalidValueError) as caught:
         _core.TensorSpec(None, 0, 0, "int4")
     assert caught.value.text == "int4"
+
+
+def test_settings_take_the_core_s_words_and_no_others():
+    """Catches: a word that stands for another home, one that is taken for a default, a tuple where a spec is meant."""
+    assert _core.WeightHome("shard") == _core.WeightHome.SHARD != _core.WeightHome.HOST
+    assert _core.IoEngine("io_uring") == _core.IoEngine.IO_URING
+    with pytest.raises(ValueError, match=r'^unknown transport "smoke": expected shared or collective$'):
+        _core.Transport("smoke")
+    with pytest.raises(TypeError):
+        _core.MeshPosition(rank=0, world=2, transport="shared")
+    with pytest.raises(TypeError):
+        _core.Offload(None, [])
 
 
 def test_every_value_of_the_core_has_a_place_in_python():

@@ -250,11 +250,16 @@ def test_slots_between_ranks_are_within_the_budget():
         adam = _core.Adam(
             lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True
         )
-        return _core.Offload(
-            units=[("only", [(1000, True)], "host", "host", False, adam, "fp32")], limit=limit, threads=1,
-            compute="f32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0, engine="auto",
-            queue_depth=16, directories=[], job="slots", world=2, transport="shared",
+        unit = _core.UnitSpec(
+            name="only", params=[(1000, True)], weights=_core.WeightHome.HOST, state=_core.StateHome.HOST,
+            optimizer=adam, format="fp32",
         )  # fmt: skip
+        settings = _core.Settings(
+            limit=limit, threads=1, compute="f32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0,
+            engine=_core.IoEngine.AUTO, queue_depth=16, directories=[], job="slots",
+            mesh=_core.MeshPosition(rank=0, world=2, transport=_core.Transport.SHARED),
+        )  # fmt: skip
+        return _core.Offload(settings, [unit])
 
     whole = core(None)
     total = whole.usage()["total"][0]

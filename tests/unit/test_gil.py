@@ -19,15 +19,29 @@ from zeroxide.device.placement import spec
 
 ELEMENTS = 8 << 20
 ADAM = _core.Adam(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True)
+DISK, HOST = "disk", "host"
+
+
+def opened(names, weights, state, directory=None, job="gil"):
+    """A core with one unit of `ELEMENTS` for each name, and room for one of them."""
+    units = [
+        _core.UnitSpec(
+            name=name, params=[(ELEMENTS, True)], weights=_core.WeightHome(weights), state=_core.StateHome(state),
+            optimizer=ADAM, format="fp32",
+        )
+        for name in names
+    ]  # fmt: skip
+    settings = _core.Settings(
+        limit=None, threads=1, compute="f32", grad="f32", tile_elements=512 << 10,
+        staging_bytes=48 << 20 if directory else 0, gathered_bytes=ELEMENTS * 4 if directory else 0,
+        engine=_core.IoEngine.AUTO, queue_depth=16, directories=[directory] if directory else [], job=job,
+    )  # fmt: skip
+    return _core.Offload(settings, units)
 
 
 @pytest.fixture
 def core(tmp_path):
-    made = _core.Offload(
-        units=[("big", [(ELEMENTS, True)], "disk", "disk", False, ADAM, "fp32")], limit=None, threads=1, compute="f32",
-        grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20, gathered_bytes=ELEMENTS * 4, engine="auto",
-        queue_depth=16, directories=[tmp_path], job="gil",
-    )  # fmt: skip
+    made = opened(["big"], DISK, DISK, tmp_path)
     yield made
     made.close()
 
@@ -83,11 +97,7 @@ def test_long_calls_let_other_threads_run(core):
 
 
 def test_a_gather_from_disk_lets_other_threads_run(tmp_path):
-    with_two = _core.Offload(
-        units=[(name, [(ELEMENTS, True)], "disk", "host", False, ADAM, "fp32") for name in ("a", "b")],
-        limit=None, threads=1, compute="f32", grad="f32", tile_elements=512 << 10, staging_bytes=48 << 20,
-        gathered_bytes=ELEMENTS * 4, engine="auto", queue_depth=16, directories=[tmp_path], job="gil",
-    )  # fmt: skip
+    with_two = opened(["a", "b"], DISK, HOST, tmp_path)
     for unit in (0, 1):
         with_two.fill_begin(unit, "weights")
         with_two.fill_commit(unit)
@@ -108,12 +118,7 @@ def test_two_calls_of_two_cores_overlap(tmp_path):
     """Windows of two threads inside the core overlap: each begins before the other ends."""
     cores = []
     for job in "ab":
-        made = _core.Offload(
-            units=[("big", [(ELEMENTS, True)], "host", "host", False, ADAM, "fp32")],
-            limit=None, threads=1, compute="f32",
-            grad="f32", tile_elements=512 << 10, staging_bytes=0, gathered_bytes=0, engine="auto", queue_depth=1,
-            directories=[], job=job,
-        )  # fmt: skip
+        made = opened(["big"], HOST, HOST, job=job)
         made.fill_begin(0, "weights")
         made.fill_commit(0)
         made.accumulate(0, 0, 0, spec(torch.ones(ELEMENTS)), True)

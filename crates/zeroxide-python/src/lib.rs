@@ -6,6 +6,7 @@ mod offload;
 mod optimizer;
 mod plan;
 mod process;
+mod settings;
 mod spec;
 mod window;
 mod words;
@@ -25,6 +26,10 @@ mod _core {
     use crate::plan::PyPlan;
     #[pymodule_export]
     use crate::process::{drop_clean_text, keep_freed_memory, reset_peak, resident};
+    #[pymodule_export]
+    use crate::settings::{
+        PyIoEngine, PyMeshPosition, PySettings, PyStateHome, PyTransport, PyUnitSpec, PyWeightHome,
+    };
     #[pymodule_export]
     use crate::spec::{TensorSpec, checksum};
     #[pymodule_export]

@@ -1,23 +1,21 @@
 //! `Offload` for Python. The GIL is released around every call that can take long.
 
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{Lent, MeshPosition, Offload, SegmentHandle, Settings};
+use zeroxide_offload::{Lent, Offload, SegmentHandle, UnitSpec};
 use zeroxide_optim::Optimizer;
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
 use crate::optimizer::AnyRule;
+use crate::settings::{PySettings, PyUnitSpec};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
-use crate::words::{
-    GRADIENT, UnitTuple, parse_dtype, parse_engine, parse_transport, state_name, unit_spec,
-};
+use crate::words::{GRADIENT, state_name};
 
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
@@ -27,61 +25,18 @@ pub(crate) struct PyOffload {
 
 #[pymethods]
 impl PyOffload {
+    /// Reserves all memory and disk space. Raises `BudgetError`, `StorageError`, `InvalidValueError`.
     #[new]
-    #[pyo3(signature = (*, units, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes,
-                        engine, queue_depth, directories, job, rank = 0, world = 1, replicated = false,
-                        transport = "collective", comm_dtype = None, reduce_scale = 1.0))]
-    #[expect(
-        clippy::too_many_arguments,
-        reason = "keyword arguments of a Python constructor"
-    )]
+    #[pyo3(signature = (settings, units, /))]
+    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
     fn new(
         py: Python<'_>,
-        units: Vec<UnitTuple<'_>>,
-        limit: Option<u64>,
-        threads: usize,
-        compute: &str,
-        grad: &str,
-        tile_elements: u64,
-        staging_bytes: u64,
-        gathered_bytes: u64,
-        engine: &str,
-        queue_depth: usize,
-        directories: Vec<PathBuf>,
-        job: String,
-        rank: u32,
-        world: u32,
-        replicated: bool,
-        transport: &str,
-        comm_dtype: Option<&str>,
-        reduce_scale: f32,
+        settings: PyRef<'_, PySettings>,
+        units: Vec<PyRef<'_, PyUnitSpec>>,
     ) -> PyResult<Self> {
-        let settings = Settings {
-            mesh: MeshPosition {
-                rank,
-                world,
-                replicated,
-                transport: parse_transport(transport)?,
-            },
-            comm_dtype: parse_dtype(comm_dtype.unwrap_or(compute))?,
-            reduce_scale,
-            limit,
-            threads,
-            compute: parse_dtype(compute)?,
-            grad: parse_dtype(grad)?,
-            tile_elements,
-            staging_bytes,
-            gathered_bytes,
-            engine: parse_engine(engine)?,
-            queue_depth,
-            directories,
-            job,
-        };
-        let specs = units
-            .into_iter()
-            .map(unit_spec)
-            .collect::<PyResult<Vec<_>>>()?;
-        let made = py.detach(|| Offload::new(&settings, &specs));
+        let settings = &settings.inner;
+        let specs: Vec<UnitSpec> = units.iter().map(|unit| unit.inner.clone()).collect();
+        let made = py.detach(|| Offload::new(settings, &specs));
         Ok(Self {
             inner: Arc::new(map(py, made)?),
         })

@@ -127,15 +127,22 @@ class AdamW(torch.optim.Optimizer):
 
     def _make_core(self, dtype: torch.dtype, members: list[tuple[int, torch.Tensor]]) -> None:
         """One core for parameters of one dtype: one unit a parameter, whose weight is lent for each step."""
-        state = "disk" if self._directories else "host"
+        state = _core.StateHome.DISK if self._directories else _core.StateHome.HOST
         rules = core_groups(self.param_groups)
         format = self._format if dtype is torch.bfloat16 else "fp32"
         used = sum(core.usage()["total"][0] for core in self._cores)
-        core = _core.Offload(
-            units=[
-                (f"parameter {at}", [(param.numel(), True)], "borrowed", state, False, rules[group], format)
-                for at, (group, param) in enumerate(members)
-            ],
+        units = [
+            _core.UnitSpec(
+                name=f"parameter {at}",
+                params=[(param.numel(), True)],
+                weights=_core.WeightHome.BORROWED,
+                state=state,
+                optimizer=rules[group],
+                format=format,
+            )
+            for at, (group, param) in enumerate(members)
+        ]
+        settings = _core.Settings(
             limit=None if self._limit is None else max(0, self._limit - used),
             threads=self._threads,
             compute=DTYPE_NAMES[dtype],
@@ -143,11 +150,12 @@ class AdamW(torch.optim.Optimizer):
             tile_elements=_core.DEFAULT_TILE_ELEMENTS,
             staging_bytes=_core.DEFAULT_STAGING_BYTES if self._directories else 0,
             gathered_bytes=0,
-            engine="auto",
+            engine=_core.IoEngine.AUTO,
             queue_depth=32,
             directories=self._directories,
             job=f"adamw-{os.getpid()}-{secrets.token_hex(4)}",
         )
+        core = _core.Offload(settings, units)
         self._cores.append(core)
         # Also at the end of the process, which may come without `close`: scratch files are large.
         weakref.finalize(self, core.close)

@@ -20,14 +20,14 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
     Raises BudgetError and StorageError.
     """
     units = [
-        (
-            unit.name,
-            [(entry.words, entry.trainable) for entry in unit.params],
-            plan.numbers.weights,
-            plan.numbers.state,
-            unit.held_through_backward,
-            ADAM,
-            plan.format,
+        _core.UnitSpec(
+            name=unit.name,
+            params=[(entry.words, entry.trainable) for entry in unit.params],
+            weights=_core.WeightHome(plan.numbers.weights),
+            state=_core.StateHome(plan.numbers.state),
+            optimizer=ADAM,
+            format=plan.format,
+            held_through_backward=unit.held_through_backward,
         )
         for unit in plan.units
     ]
@@ -37,8 +37,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         if home is Home.DISK and offload.path is not None
     ]
     payload_limit = None if plan.limit is None else plan.limit - plan.resident_before
-    return _core.Offload(
-        units=units,
+    settings = _core.Settings(
         limit=payload_limit,
         threads=plan.threads,
         compute=DTYPE_NAMES[plan.compute],
@@ -46,14 +45,17 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         tile_elements=plan.tile_elements,
         staging_bytes=plan.numbers.staging_bytes,
         gathered_bytes=plan.numbers.gathered_bytes,
-        engine=config.zeroxide.io_engine,
+        engine=_core.IoEngine(config.zeroxide.io_engine),
         queue_depth=config.aio.queue_depth,
         directories=list(dict.fromkeys(directories)),
         job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
-        rank=plan.rank,
-        world=plan.world,
-        replicated=plan.replicated,
-        transport=plan.transport,
+        mesh=_core.MeshPosition(
+            rank=plan.rank,
+            world=plan.world,
+            transport=_core.Transport(plan.transport),
+            replicated=plan.replicated,
+        ),
         comm_dtype=DTYPE_NAMES[plan.comm],
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
     )
+    return _core.Offload(settings, units)

@@ -1,0 +1,171 @@
+//! What the caller decides before the first byte is placed, one class for each noun of the core's settings.
+
+use std::path::PathBuf;
+
+use pyo3::prelude::*;
+use zeroxide_layout::ParamShape;
+use zeroxide_offload::{MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
+use zeroxide_storage::EngineKind;
+
+use crate::optimizer::AnyRule;
+use crate::words::{parse_dtype, parse_format, unknown};
+
+/// Defines enums that can also be made from their word, as configs and plans have it.
+macro_rules! enums {
+    ($($(#[$meta:meta])* $class:ident as $name:literal: $core:ty, $what:literal { $($variant:ident = $word:literal),* })*) => {
+        $(
+            $(#[$meta])*
+            #[pyclass(frozen, eq, hash, skip_from_py_object, module = "zeroxide._core", name = $name,
+                      rename_all = "SCREAMING_SNAKE_CASE")]
+            #[derive(Clone, Copy, PartialEq, Eq, Hash)]
+            pub(crate) enum $class { $($variant),* }
+
+            #[pymethods]
+            impl $class {
+                #[new]
+                #[pyo3(signature = (word, /))]
+                fn new(word: &str) -> PyResult<Self> {
+                    match word {
+                        $($word => Ok(Self::$variant),)*
+                        other => Err(unknown($what, other, &[$($word),*])),
+                    }
+                }
+            }
+
+            impl From<$class> for $core {
+                fn from(value: $class) -> Self {
+                    match value {
+                        $($class::$variant => Self::$variant),*
+                    }
+                }
+            }
+        )*
+    };
+}
+
+enums! {
+    /// Where the live weights of a unit are at home.
+    PyWeightHome as "WeightHome": WeightHome, "home of weights" {
+        Host = "host", Disk = "disk", Shard = "shard", Borrowed = "borrowed"
+    }
+    /// Where the optimizer state of a unit is at home.
+    PyStateHome as "StateHome": StateHome, "home of the optimizer state" { Host = "host", Disk = "disk" }
+    /// How gradients reach the ranks that keep them.
+    PyTransport as "Transport": Transport, "transport" { Shared = "shared", Collective = "collective" }
+    /// What moves bytes between memory and disk.
+    PyIoEngine as "IoEngine": EngineKind, "engine" { Auto = "auto", IoUring = "io_uring", Threads = "threads" }
+}
+
+/// One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated.
+#[pyclass(frozen, module = "zeroxide._core", name = "UnitSpec")]
+pub(crate) struct PyUnitSpec {
+    pub(crate) inner: UnitSpec,
+}
+
+#[pymethods]
+impl PyUnitSpec {
+    #[new]
+    #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false))]
+    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
+    fn new(
+        name: String,
+        params: Vec<(u64, bool)>,
+        weights: PyRef<'_, PyWeightHome>,
+        state: PyRef<'_, PyStateHome>,
+        optimizer: AnyRule<'_>,
+        format: &str,
+        held_through_backward: bool,
+    ) -> PyResult<Self> {
+        let params = params
+            .into_iter()
+            .map(|(numel, trainable)| ParamShape { numel, trainable })
+            .collect();
+        Ok(Self {
+            inner: UnitSpec {
+                name,
+                held_through_backward,
+                params,
+                weights: (*weights).into(),
+                state: (*state).into(),
+                optimizer: optimizer.optimizer(),
+                format: parse_format(format)?,
+            },
+        })
+    }
+}
+
+/// This process's place among those that train one model.
+#[pyclass(frozen, module = "zeroxide._core", name = "MeshPosition")]
+pub(crate) struct PyMeshPosition {
+    inner: MeshPosition,
+}
+
+#[pymethods]
+impl PyMeshPosition {
+    #[new]
+    #[pyo3(signature = (*, rank, world, transport, replicated = false))]
+    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
+    fn new(rank: u32, world: u32, transport: PyRef<'_, PyTransport>, replicated: bool) -> Self {
+        Self {
+            inner: MeshPosition {
+                rank,
+                world,
+                replicated,
+                transport: (*transport).into(),
+            },
+        }
+    }
+}
+
+/// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank.
+#[pyclass(frozen, module = "zeroxide._core", name = "Settings")]
+pub(crate) struct PySettings {
+    pub(crate) inner: Settings,
+}
+
+#[pymethods]
+impl PySettings {
+    #[new]
+    #[pyo3(signature = (*, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes, engine,
+                        queue_depth, directories, job, mesh = None, comm_dtype = None, reduce_scale = 1.0))]
+    #[expect(
+        clippy::too_many_arguments,
+        clippy::needless_pass_by_value,
+        reason = "keyword arguments of a Python constructor"
+    )]
+    fn new(
+        limit: Option<u64>,
+        threads: usize,
+        compute: &str,
+        grad: &str,
+        tile_elements: u64,
+        staging_bytes: u64,
+        gathered_bytes: u64,
+        engine: PyRef<'_, PyIoEngine>,
+        queue_depth: usize,
+        directories: Vec<PathBuf>,
+        job: String,
+        mesh: Option<PyRef<'_, PyMeshPosition>>,
+        comm_dtype: Option<&str>,
+        reduce_scale: f32,
+    ) -> PyResult<Self> {
+        Ok(Self {
+            inner: Settings {
+                mesh: mesh.map_or(MeshPosition::ALONE, |mesh| mesh.inner),
+                comm_dtype: parse_dtype(comm_dtype.unwrap_or(compute))?,
+                reduce_scale,
+                limit,
+                threads,
+                compute: parse_dtype(compute)?,
+                grad: parse_dtype(grad)?,
+                tile_elements,
+                staging_bytes,
+                gathered_bytes,
+                engine: (*engine).into(),
+                queue_depth,
+                directories,
+                job,
+            },
+        })
+    }
+}
