@@ -272,19 +272,13 @@ class CoreError(RuntimeError):
     end: int | None = None
     """One past its last byte."""
     len: int | None = None
-    """Bytes of a window or a lease."""
+    """Bytes of a window."""
     bytes: int | None = None
     """Bytes concerned."""
     operation: str | None = None
     """What was to be done with a window."""
     state: str | None = None
     """State of the window."""
-    element: str | None = None
-    """Element type of a view."""
-    size: int | None = None
-    """Bytes of one element."""
-    address: int | None = None
-    """Where in memory."""
     created: int | None = None
     """Process that made what a forked child used."""
     current: int | None = None

@@ -8,16 +8,6 @@ use crate::map::{HUGE_PAGE, Mapping};
 use crate::region::{Backing, Region};
 use crate::{Bucket, Budget, Lease, MemoryError};
 
-/// How an arena's memory behaves.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct ArenaOptions {
-    /// Keep the memory out of forked children (`MADV_DONTFORK`). For memory that the kernel or a device
-    /// writes to: a fork would otherwise make its pages copy-on-write in the middle of a transfer.
-    pub dontfork: bool,
-    /// Allocate every page at creation, so that no later access faults.
-    pub populate: bool,
-}
-
 /// One anonymous mapping, 2 MiB aligned with huge pages advised, leased first fit.
 ///
 /// Its bytes, rounded up to 4 KiB and to nothing more, are counted in the budget from creation until
@@ -29,24 +19,11 @@ pub struct Arena {
 }
 
 impl Arena {
-    /// An arena of `bytes`, with default options.
+    /// An arena of `bytes`.
     ///
     /// # Errors
     /// [`MemoryError::OverBudget`], [`MemoryError::InvalidRequest`] for 0 bytes, or [`MemoryError::Os`].
     pub fn new(budget: &Budget, bucket: Bucket, bytes: usize) -> Result<Self, MemoryError> {
-        Self::with_options(budget, bucket, bytes, ArenaOptions::default())
-    }
-
-    /// An arena of `bytes`.
-    ///
-    /// # Errors
-    /// As [`Arena::new`].
-    pub fn with_options(
-        budget: &Budget,
-        bucket: Bucket,
-        bytes: usize,
-        options: ArenaOptions,
-    ) -> Result<Self, MemoryError> {
         let capacity = checked_align_up_usize(bytes, PAGE)
             .filter(|&capacity| capacity > 0)
             .ok_or(MemoryError::InvalidRequest {
@@ -56,12 +33,6 @@ impl Arena {
             })?;
         let reservation = budget.reserve(bucket, capacity as u64)?;
         let mapping = Mapping::zeroed(capacity)?;
-        if options.dontfork {
-            mapping.keep_from_children()?;
-        }
-        if options.populate {
-            mapping.populate()?;
-        }
         Ok(Self {
             region: Region::new(mapping, capacity, Backing::Owned(reservation)),
             capacity,

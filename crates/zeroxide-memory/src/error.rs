@@ -93,20 +93,6 @@ pub enum MemoryError {
         /// Frames given.
         got: usize,
     },
-    /// A typed view does not fit the lease.
-    #[error(
-        "cannot view {len} bytes at address {address:#x} as {element}: length and address must be multiples of {size}"
-    )]
-    Misaligned {
-        /// The element type.
-        element: &'static str,
-        /// Bytes of one element.
-        size: usize,
-        /// Address of the lease.
-        address: usize,
-        /// Bytes of the lease.
-        len: usize,
-    },
     /// The object belongs to another process.
     #[error(
         "memory was created in process {created} and used in its forked child {current}; create it after the fork"

@@ -126,46 +126,12 @@ impl Lease {
         Ok(())
     }
 
-    /// The bytes as elements of `T`.
-    ///
-    /// # Errors
-    /// [`MemoryError::Misaligned`] when address or length is not a multiple of the element's size.
-    pub fn as_slice_of<T: Pod>(&self) -> Result<&[T], MemoryError> {
-        let elements = self.elements_of::<T>()?;
-        // SAFETY: as in `deref`; address and length were checked, and every bit pattern is a T.
-        Ok(unsafe { std::slice::from_raw_parts(self.address().cast::<T>(), elements) })
-    }
-
-    /// The bytes as mutable elements of `T`.
-    ///
-    /// # Errors
-    /// [`MemoryError::Misaligned`] when address or length is not a multiple of the element's size.
-    pub fn as_mut_slice_of<T: Pod>(&mut self) -> Result<&mut [T], MemoryError> {
-        let elements = self.elements_of::<T>()?;
-        // SAFETY: as in `deref_mut`; address and length were checked, and every bit pattern is a T.
-        Ok(unsafe { std::slice::from_raw_parts_mut(self.address().cast::<T>(), elements) })
-    }
-
     fn address(&self) -> *mut u8 {
         let base = match &self.owner {
             Owner::Region(region) => region.base().as_ptr(),
             Owner::Foreign { base, .. } => std::ptr::with_exposed_provenance_mut(*base),
         };
         base.wrapping_add(self.range.start)
-    }
-
-    fn elements_of<T: Pod>(&self) -> Result<usize, MemoryError> {
-        let size = size_of::<T>();
-        let (address, len) = (self.address().addr(), self.len());
-        if address.is_multiple_of(size) && len.is_multiple_of(size) {
-            return Ok(len / size);
-        }
-        Err(MemoryError::Misaligned {
-            element: std::any::type_name::<T>(),
-            size,
-            address,
-            len,
-        })
     }
 }
 

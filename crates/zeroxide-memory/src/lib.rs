@@ -31,7 +31,7 @@ mod shared;
 mod window;
 
 pub use allocator::keep_freed_memory;
-pub use arena::{Arena, ArenaOptions};
+pub use arena::Arena;
 pub use budget::{Bucket, Budget, Reservation, Usage};
 pub use error::MemoryError;
 pub use fault::FaultNet;

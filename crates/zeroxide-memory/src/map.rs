@@ -180,11 +180,6 @@ impl Mapping {
         Ok(())
     }
 
-    /// Keeps the range out of forked children: no copy-on-write of memory that the kernel writes to.
-    pub(crate) fn keep_from_children(&self) -> Result<(), MemoryError> {
-        self.advise(libc::MADV_DONTFORK, "madvise (keep from forked children)")
-    }
-
     /// Gives the pages wholly inside the range back; its bytes read as zero, here or as they were at the edges.
     ///
     /// # Safety
@@ -208,11 +203,6 @@ impl Mapping {
         } else {
             Err(os_error("madvise", end - start))
         }
-    }
-
-    /// Allocates every page of the range now.
-    pub(crate) fn populate(&self) -> Result<(), MemoryError> {
-        self.advise(libc::MADV_POPULATE_WRITE, "madvise (populate)")
     }
 
     /// Moves the pages under `len` bytes at `offset` to `target_offset` of `target`, protection and

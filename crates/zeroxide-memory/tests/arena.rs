@@ -4,7 +4,7 @@ use std::thread;
 
 use proptest::prelude::*;
 use zeroxide_layout::PAGE;
-use zeroxide_memory::{Arena, ArenaOptions, Bucket, Budget, Lease, MemoryError};
+use zeroxide_memory::{Arena, Bucket, Budget, Lease, MemoryError};
 
 const CAPACITY: usize = 2 * PAGE;
 
@@ -129,44 +129,6 @@ fn the_budget_counts_whole_pages_and_no_more() {
 }
 
 #[test]
-fn typed_views_need_aligned_whole_elements() {
-    let arena = Arena::new(&Budget::new(None), Bucket::Staging, PAGE).unwrap();
-    let mut lease = arena.lease(16, 4).unwrap();
-    lease.as_mut_slice_of::<f32>().unwrap().fill(1.5);
-    assert_eq!(lease.as_slice_of::<u32>().unwrap(), [1.5_f32.to_bits(); 4]);
-    assert_eq!(&lease[..4], 1.5_f32.to_ne_bytes());
-    let mut odd = lease.split_off(2);
-    assert!(matches!(
-        odd.as_slice_of::<f32>(),
-        Err(MemoryError::Misaligned {
-            size: 4,
-            len: 14,
-            ..
-        })
-    ));
-    assert!(matches!(
-        odd.as_mut_slice_of::<u64>(),
-        Err(MemoryError::Misaligned { .. })
-    ));
-    assert_eq!(odd.as_slice_of::<u16>().unwrap().len(), 7);
-    assert!(matches!(
-        lease.as_slice_of::<u32>(),
-        Err(MemoryError::Misaligned { len: 2, .. })
-    ));
-    let tail = odd.split_off(12);
-    let shifted = odd.as_slice_of::<f32>();
-    assert!(matches!(
-        shifted,
-        Err(MemoryError::Misaligned {
-            size: 4,
-            len: 12,
-            ..
-        })
-    ));
-    assert_eq!(tail.as_slice_of::<u16>().unwrap().len(), 1);
-}
-
-#[test]
 fn requests_that_make_no_sense_are_refused() {
     let budget = Budget::new(None);
     for bytes in [0, usize::MAX, usize::MAX - PAGE] {
@@ -184,25 +146,6 @@ fn requests_that_make_no_sense_are_refused() {
         );
     }
     assert_eq!(budget.total().current, PAGE as u64);
-}
-
-#[test]
-fn populated_memory_is_resident_and_zero() {
-    let budget = Budget::new(None);
-    let bytes = 16 << 20;
-    let options = ArenaOptions {
-        populate: true,
-        dontfork: true,
-    };
-    let before = zeroxide_memory::resident_bytes().unwrap().anon;
-    let arena = Arena::with_options(&budget, Bucket::Staging, bytes, options).unwrap();
-    let grown = zeroxide_memory::resident_bytes()
-        .unwrap()
-        .anon
-        .saturating_sub(before);
-    // Half of it, since the kernel's counter lags by some pages per thread.
-    assert!(grown > bytes as u64 / 2, "{grown} bytes");
-    assert!(arena.lease(bytes, 1).unwrap().iter().all(|&byte| byte == 0));
 }
 
 #[test]

@@ -3,9 +3,7 @@
 //! The children below allocate nothing and take no lock: the test harness has other threads.
 
 use zeroxide_layout::PAGE;
-use zeroxide_memory::{
-    Arena, ArenaOptions, Bucket, Budget, FRAME, ForkGuard, FramePool, MemoryError, Window,
-};
+use zeroxide_memory::{Arena, Bucket, Budget, FRAME, ForkGuard, FramePool, MemoryError, Window};
 
 /// How a forked child ended.
 #[derive(Debug, PartialEq, Eq)]
@@ -113,26 +111,6 @@ fn dropping_in_a_forked_child_unmaps_nothing() {
     });
     // The closure was moved into the child's copy of this frame; the parent's window is dropped here.
     assert_eq!(end, End::Exit(6));
-}
-
-#[test]
-fn memory_kept_from_children_is_absent_there() {
-    let budget = Budget::new(None);
-    for (dontfork, expected) in [(false, End::Exit(5)), (true, End::Signal(libc::SIGSEGV))] {
-        let options = ArenaOptions {
-            dontfork,
-            populate: false,
-        };
-        let arena = Arena::with_options(&budget, Bucket::Staging, PAGE, options).unwrap();
-        let mut lease = arena.lease(PAGE, PAGE).unwrap();
-        lease.fill(5);
-        let address = lease.as_ptr();
-        assert_eq!(
-            in_child(|| i32::from(read(address))),
-            expected,
-            "dontfork: {dontfork}"
-        );
-    }
 }
 
 #[test]

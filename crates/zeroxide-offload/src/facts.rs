@@ -255,7 +255,6 @@ impl Facts for MemoryError {
             | Self::LeasesAlive { .. }
             | Self::WrongState { .. }
             | Self::FrameCount { .. }
-            | Self::Misaligned { .. }
             | Self::Forked { .. }
             | Self::Os { .. } => Concern::Core,
         }
@@ -271,7 +270,6 @@ impl Facts for MemoryError {
             LeasesAlive { operation: text, bytes: number }
             WrongState { operation: text, state: text, expected: text }
             FrameCount { need: number, got: number }
-            Misaligned { element: text, size: number, address: number, len: number }
             Forked { created: number, current: number }
             Os { call: text, bytes: number, source: system })
     }

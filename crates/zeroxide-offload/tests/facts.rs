@@ -155,7 +155,6 @@ fn memory_errors() {
         MemoryError::LeasesAlive { operation: "unmap", bytes: 1 },
         MemoryError::WrongState { operation: "map", state: WindowState::Home, expected: "an empty one" },
         MemoryError::FrameCount { need: 1, got: 2 },
-        MemoryError::Misaligned { element: "f32", size: 4, address: 3, len: 5 },
         MemoryError::Forked { created: 1, current: 2 },
         MemoryError::Os { call: "mmap", bytes: 1, source: refused() },
     ];

@@ -1,8 +1,6 @@
 //! Worker threads with a fixed map from task to thread.
 
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
 
 use crate::error::OptimError;
 
@@ -14,7 +12,6 @@ use crate::error::OptimError;
 #[derive(Debug)]
 pub struct Pool {
     workers: rayon::ThreadPool,
-    busy_ns: AtomicU64,
 }
 
 impl Pool {
@@ -26,10 +23,7 @@ impl Pool {
             .thread_name(|index| format!("zx-optim-{index}"))
             .build()
             .map_err(|source| OptimError::Threads { threads, source })?;
-        Ok(Self {
-            workers,
-            busy_ns: AtomicU64::new(0),
-        })
+        Ok(Self { workers })
     }
 
     /// Number of worker threads.
@@ -47,12 +41,9 @@ impl Pool {
         }
         let threads = self.threads();
         self.workers.broadcast(|thread| {
-            let start = Instant::now();
             for index in (thread.index()..num_tasks).step_by(threads) {
                 task(index);
             }
-            let spent = u64::try_from(start.elapsed().as_nanos()).unwrap_or(u64::MAX);
-            self.busy_ns.fetch_add(spent, Ordering::Relaxed);
         });
     }
 
@@ -71,10 +62,5 @@ impl Pool {
             let item = slots[index].lock().ok().and_then(|mut slot| slot.take());
             task(index, item.expect("each index runs once"));
         });
-    }
-
-    /// Time the workers have spent in tasks since the pool was made, summed over threads.
-    pub fn busy(&self) -> Duration {
-        Duration::from_nanos(self.busy_ns.load(Ordering::Relaxed))
     }
 }
