@@ -151,6 +151,37 @@ def test_files_are_named_after_what_they_hold():
     assert [str(path) for path in paths if banned & {part.removesuffix(path.suffix) for part in path.parts}] == []
 
 
+# What only somebody writes who knows where compute memory is, or takes addresses.
+PLACES = {
+    "*.py": re.compile(
+        r"data_ptr\(|torch\.frombuffer|from_address|from_buffer\(|\.cpu\(\)|\bis_(cuda|cpu)\b|\.is_pinned\(|\.pin_memory\("
+        r"|device\.type\b|torch\.device\((?!\"meta\")|device=\"cpu\"|map_location=|autocast\(\"|\.to\(\"cpu\""
+        r"|torch\.cuda|torch\.accelerator|DeviceMesh\.from_group\(|init_device_mesh\(|_device_types"
+    ),
+    "*.rs": re.compile(r"\b(cudarc|cuMem\w+|cuda\w*|CUdeviceptr|hipMem\w+)\b"),
+}
+PLACED = {
+    "python/zeroxide/device/placement.py": "is the place",
+    "python/zeroxide/distributed/collectives.py": "turns JSON into bytes for a group that carries host memory",
+    "python/zeroxide/distributed/process_group.py": "finds or makes a group that carries host memory",
+    "python/zeroxide/params/operations.py": "names attributes of torch that look at no value",
+    "python/zeroxide/checkpoint/convert/deepspeed.py": "reads a file, with no model and no device at hand",
+    "python/zeroxide/cli/training/sample.py": "is a user of the engine: takes logits to the host to draw from them",
+    "python/zeroxide/cli/training/models.py": "is a user of the engine: makes buffers of the model that it gives to it",
+}
+"""Files that may know it, and why."""
+
+
+def test_one_place_knows_where_compute_memory_is():
+    found = set()
+    for pattern, words in PLACES.items():
+        for path in sources(pattern, "python" if pattern == "*.py" else "crates"):
+            lines = path.read_text().splitlines()
+            if any(words.search(line) and not line.lstrip().startswith(("#", "//")) for line in lines):
+                found.add(str(path.relative_to(ROOT)))
+    assert found == PLACED.keys()
+
+
 def test_every_field_of_the_config_is_read():
     """A field that nothing reads is an option that does nothing: it stands somewhere as `section.field`."""
     read = set()

@@ -1,11 +1,15 @@
-"""Between torch tensors and the core: the only place where addresses are taken.
+"""Where tensors are: the only place that knows what compute memory is and takes addresses.
 
-A spec made here promises what the core relies on: contiguous CPU memory of the given dtype, alive while the spec is.
+Compute memory is where forward and backward run, with the weights under their windows; in this version it is host
+memory, so that what is on the compute device can be given to the core by its address. Another device changes this file.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -13,14 +17,38 @@ import torch
 from zeroxide import _core
 from zeroxide.errors import ModelError
 
-__all__ = ["DTYPE_NAMES", "memory_at", "spec", "view_of"]
+__all__ = [
+    "COMPUTE",
+    "DTYPE_NAMES",
+    "address",
+    "addresses",
+    "autocast",
+    "autocast_dtype",
+    "device_kind",
+    "has_values",
+    "in_compute_memory",
+    "lies_within",
+    "memory_at",
+    "of_buffer",
+    "spec",
+    "storage_address",
+    "to_host",
+    "view_of",
+]
+
+COMPUTE = torch.device("cpu")
+"""Where the model computes, and where its parameters are when they come."""
+
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 _NAMES = DTYPE_NAMES | {torch.int64: "int64", torch.uint8: "uint8"}
 
 
+_ADDRESS = methodcaller("data_ptr")
+
+
 def spec(tensor: torch.Tensor) -> _core.TensorSpec:
-    """The memory of `tensor`, any shape, for one call into the core.
+    """The memory of `tensor`, any shape, for one call into the core, which relies on it while the spec is alive.
 
     Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or
     uint8.
@@ -47,3 +75,58 @@ def view_of(window: Any, dtype: torch.dtype, start: int = 0, numel: int = -1) ->
     saves tensors by their storage takes these elements alone.
     """
     return torch.frombuffer(window, dtype=dtype, offset=start, count=numel)
+
+
+def of_buffer(memory: Any, dtype: torch.dtype, start: int = 0, numel: int = -1) -> torch.Tensor:
+    """`numel` elements (-1: all) of host memory that is no tensor's, from byte `start` on, as a flat tensor over it."""
+    return torch.frombuffer(memory, dtype=dtype, offset=start, count=numel)
+
+
+def in_compute_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is where the model computes; a meta tensor is nowhere."""
+    return tensor.device.type == COMPUTE.type
+
+
+def device_kind(tensor: torch.Tensor) -> str:
+    """The kind of device that the tensor is on, in torch's words: "cpu", "cuda", "meta"."""
+    return tensor.device.type
+
+
+def has_values(tensor: torch.Tensor) -> bool:
+    """Whether the tensor has memory at all, which one on the meta device has not."""
+    return tensor.device.type != "meta"
+
+
+def to_host(values: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
+    """fp32 values in host memory, flat and contiguous, for the core to read; with `copy`, never the tensor's own."""
+    return values.detach().to(device="cpu", dtype=torch.float32, copy=copy).contiguous().view(-1)
+
+
+def address(tensor: torch.Tensor) -> int:
+    """Where the tensor's first element is, to compare with another; 0 for one that has no element."""
+    return tensor.data_ptr()
+
+
+def addresses(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """`address` of each."""
+    return [*map(_ADDRESS, tensors)]
+
+
+def storage_address(tensor: torch.Tensor) -> int:
+    """Where the memory begins that the tensor is a view of."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def lies_within(tensor: torch.Tensor, first: int, end: int) -> bool:
+    """Whether the tensor is in compute memory and begins at an address from `first` on and before `end`."""
+    return tensor.device.type == COMPUTE.type and first <= tensor.data_ptr() < end
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """torch.autocast where the model computes, without its cache: weights change between passes."""
+    return torch.autocast(COMPUTE.type, dtype, cache_enabled=False)
+
+
+def autocast_dtype() -> torch.dtype | None:
+    """What autocast computes in where the model computes; None outside of it."""
+    return torch.get_autocast_dtype(COMPUTE.type) if torch.is_autocast_enabled(COMPUTE.type) else None

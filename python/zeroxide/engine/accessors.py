@@ -8,6 +8,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import Config
+from zeroxide.device.placement import COMPUTE
 from zeroxide.engine.parts import Parts
 from zeroxide.plan.plan import Plan
 
@@ -112,7 +113,7 @@ class Accessors:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return torch.device("cpu")
+        return COMPUTE
 
     def plan(self) -> Plan:
         """Units, homes and expected bytes."""

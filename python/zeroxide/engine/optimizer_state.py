@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from zeroxide.device.placement import to_host
 from zeroxide.errors import ModelError
 from zeroxide.optim.saved_state import MOMENTS, SavedEntry, check_saved, take_hyperparameters
 from zeroxide.optim.state_view import ParameterState, StateView
@@ -69,9 +70,9 @@ def _load(sharded: ShardedParam, entry: SavedEntry | None) -> None:
         if entry is None:
             sharded.write_own(part, torch.zeros(count))
             continue
-        full = entry.values[part].detach().to(device="cpu", dtype=torch.float32).reshape(-1)
+        full = to_host(entry.values[part])
         sharded.write_own(part, full[start : start + count].contiguous())
     if entry is not None and "master" in entry.parts:
-        full = entry.values["master"].detach().to(device="cpu", dtype=torch.float32).reshape(-1)
-        sharded.write("weights", full.contiguous())
+        full = to_host(entry.values["master"])
+        sharded.write("weights", full)
     sharded.context.core().set_updates(sharded.unit.index, sharded.position, 0 if entry is None else entry.step)

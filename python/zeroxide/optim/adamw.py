@@ -13,7 +13,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import load, parse_bytes
-from zeroxide.device.placement import DTYPE_NAMES, spec
+from zeroxide.device.placement import DTYPE_NAMES, in_compute_memory, spec, to_host
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.optim.groups import core_groups
 from zeroxide.optim.saved_state import (
@@ -122,7 +122,7 @@ class AdamW(torch.optim.Optimizer):
     def _check(self, group: int, at: int, param: torch.Tensor) -> None:
         if param.dtype not in (torch.float32, torch.bfloat16):
             raise ModelError(f"{self._name(group, at)} is {param.dtype}: expected fp32 or bf16")
-        if param.device.type != "cpu" or not param.is_contiguous():
+        if not in_compute_memory(param) or not param.is_contiguous():
             raise ModelError(f"{self._name(group, at)} is not contiguous in host memory ({param.device})")
 
     def _make_core(self, dtype: torch.dtype, members: list[tuple[int, torch.Tensor]]) -> None:
@@ -209,7 +209,7 @@ class AdamW(torch.optim.Optimizer):
                 "Embedding(sparse=False)"
             )
         if grad is not None and (
-            grad.shape != param.shape or grad.dtype not in DTYPE_NAMES or grad.device.type != "cpu"
+            grad.shape != param.shape or grad.dtype not in DTYPE_NAMES or not in_compute_memory(grad)
         ):
             raise ModelError(
                 f"the gradient of {self._name(group, at)} is {grad.dtype} {tuple(grad.shape)} on {grad.device}: "
@@ -311,13 +311,13 @@ class AdamW(torch.optim.Optimizer):
         core.set_updates(unit, 0, 0 if entry is None else entry.step)
         exact = entry is not None and "master" in entry.parts and place.dtype is torch.bfloat16
         for part in (*MOMENTS, *(("master",) if exact else ())):
-            values = torch.zeros(place.shape) if entry is None else entry.values[part].detach().to("cpu", torch.float32)
+            values = torch.zeros(place.shape) if entry is None else to_host(entry.values[part])
             target = "weights" if part == "master" else part
             core.fill_begin(unit, target)
-            core.fill_param(unit, 0, 0, spec(values.contiguous().view(-1)))
+            core.fill_param(unit, 0, 0, spec(values.view(-1)))
             core.fill_commit(unit)
             if part == "master":
-                round_into(values.contiguous().view(-1), param.data)
+                round_into(values.view(-1), param.data)
 
     def close(self) -> None:
         """Removes the scratch files and gives the memory of the state back. Idempotent."""

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from zeroxide.device.placement import storage_address
 from zeroxide.errors import ModelError
 
 __all__ = ["ParameterState", "StateCopy", "StateView"]
@@ -39,7 +40,7 @@ class StateCopy(torch.Tensor):
                 isinstance(found, torch.Tensor)
                 and bool(args)
                 and isinstance(args[0], StateCopy)
-                and found.untyped_storage().data_ptr() == args[0].untyped_storage().data_ptr()
+                and storage_address(found) == storage_address(args[0])
             )
             return found.as_subclass(StateCopy) if shares else found
 

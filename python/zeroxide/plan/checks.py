@@ -7,6 +7,7 @@ from collections import Counter
 from torch import nn
 
 from zeroxide.config import Config
+from zeroxide.device.placement import device_kind, has_values, in_compute_memory
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
@@ -25,10 +26,10 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
             f"every parameter of {type(module).__name__} is frozen: nothing to train; without an optimizer "
             "in the config it can be used for evaluation"
         )
-    devices = Counter(entry.param.device.type for entry in entries)
+    devices = Counter(device_kind(entry.param) for entry in entries)
     if len(devices) > 1:
         (first, _), (other, _) = devices.most_common(2)
-        odd = next(entry for entry in entries if entry.param.device.type == other)
+        odd = next(entry for entry in entries if device_kind(entry.param) == other)
         raise ModelError(
             f"parameters are on two devices: {odd.name} is on {odd.param.device}, most others on {first}; "
             "move the model to one device first",
@@ -52,7 +53,7 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
                 "cast it, or freeze it with requires_grad_(False): frozen parameters keep any dtype",
                 name=entry.name,
             )
-        if entry.param.device.type not in ("cpu", "meta"):
+        if has_values(entry.param) and not in_compute_memory(entry.param):
             raise ModelError(
                 f"{entry.name} is on {entry.param.device}: this version computes in host memory; "
                 "build the model on the CPU",

@@ -9,6 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
+from zeroxide.device.placement import address, in_compute_memory
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter, shape_of
@@ -89,8 +90,8 @@ def check_sharing(entries: Sequence[ParameterPlan]) -> None:
     spans = []
     for entry in entries:
         param = entry.param
-        if param.device.type == "cpu" and param.layout is torch.strided and param.numel() and param.is_contiguous():
-            start = param.data_ptr()
+        if in_compute_memory(param) and param.layout is torch.strided and param.numel() and param.is_contiguous():
+            start = address(param)
             spans.append((start, start + param.numel() * param.element_size(), entry))
     spans.sort(key=lambda span: span[:2])
     for (_, end, before), (start, _, after) in pairwise(spans):

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroxide import _core
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import address, spec
 
 __all__ = [
     "FLOATS",
@@ -115,7 +115,7 @@ def round_into(values: torch.Tensor, out: torch.Tensor) -> None:
     if out.dtype is torch.bfloat16:
         if values.numel():
             _core.Offload.round_bf16(spec(values), spec(out))
-    elif out.data_ptr() != values.data_ptr():
+    elif address(out) != address(values):
         out.copy_(values)
 
 

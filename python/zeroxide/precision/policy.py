@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 from zeroxide.config import Config, Dtype
+from zeroxide.device.placement import autocast
 from zeroxide.errors import ModelError
 
 __all__ = [
@@ -114,7 +115,7 @@ def forward_context(config: Config) -> AbstractContextManager[Any]:
     """
     if config.precision.autocast is None:
         return nullcontext()
-    return torch.autocast("cpu", torch_dtype(config.precision.autocast), cache_enabled=False)
+    return autocast(torch_dtype(config.precision.autocast))
 
 
 def cast_inputs(config: Config, tree: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from zeroxide.device.placement import address, has_values
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.precision.bits import bytes_of, same_width, tensor_of, why_not_bytes
@@ -25,7 +26,7 @@ def check_buffers(module: nn.Module, ranks: Ranks, *, made: bool) -> None:
                 f"buffer {name} {problem}: it cannot be given to all ranks; keep it as a plain attribute of its module",
                 name=name,
             )
-        if buffer.device.type == "meta" and not made:
+        if not has_values(buffer) and not made:
             raise ModelError(
                 f"buffer {name} is on the meta device and has no values: build it in host memory, or the whole model "
                 "on the meta device with weights=, a WeightSource",
@@ -39,7 +40,7 @@ def share_buffers(module: nn.Module, ranks: Ranks) -> None:
         return
     for buffer in list(module.buffers()):
         raw = ranks.broadcast_tensor(bytes_of(buffer))
-        if raw.data_ptr() != buffer.data_ptr() and ranks.rank:
+        if address(raw) != address(buffer) and ranks.rank:
             set_buffer(module, buffer, tensor_of(raw, buffer.dtype, buffer.shape))
 
 

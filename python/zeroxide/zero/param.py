@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import in_compute_memory, spec
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal
@@ -392,7 +392,7 @@ class ShardedParam:
 
     def _take_changes(self, param: nn.Parameter, source: int) -> str | None:
         """Makes what rank `source` shows the parameter's values; returns what is wrong with that, if anything."""
-        fits = (param.shape, param.dtype, param.device.type) == (self.shape, self.dtype, "cpu")
+        fits = (param.shape, param.dtype) == (self.shape, self.dtype) and in_compute_memory(param)
         fits = fits and why_not_bytes(param) is None
         problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
         if problem is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import address, has_values, spec
 from zeroxide.errors import ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.plan import ParameterPlan, Plan
@@ -178,8 +178,8 @@ def _read(place: _Place | None, shape: torch.Size, dtype: torch.dtype) -> torch.
 
 
 def _address(param: torch.Tensor) -> int:
-    plain = param.device.type != "meta" and param.layout is torch.strided and type(param.data) is torch.Tensor
-    return param.data_ptr() if plain else 0
+    plain = has_values(param) and param.layout is torch.strided and type(param.data) is torch.Tensor
+    return address(param) if plain else 0
 
 
 def _is_table(name: str, value: Any) -> bool:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter, gt, methodcaller
+from operator import attrgetter, gt
 from typing import Any
 
 import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import view_of
+from zeroxide.device.placement import address, addresses, in_compute_memory, lies_within, view_of
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal, conceal_all, reveal, reveal_all
 from zeroxide.params.handle import unmanage
@@ -22,7 +22,6 @@ __all__ = ["Unit"]
 
 # Asked of every parameter in every pass.
 _VERSION: Callable[[torch.Tensor], int] = attrgetter("_version")
-_ADDRESS: Callable[[torch.Tensor], int] = methodcaller("data_ptr")
 _USES: Callable[[int], int] = torch._C._storage_Use_Count
 
 
@@ -53,12 +52,12 @@ class Unit:
             nbytes = shape.numel() * kind.itemsize
             raw = view_of(window, torch.uint8, start, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
             self.views.append(tensor_of(raw, kind, shape))
-        self.addresses = [view.data_ptr() for view in self.views]
+        self.addresses = addresses(self.views)
         self.storages = [view.untyped_storage() for view in self.views]
         self.storage_addresses = [storage._cdata for storage in self.storages]
         self.own_uses = [*map(_USES, self.storage_addresses)]
-        self.first_address = flat.data_ptr()
-        self.end_address = flat.data_ptr() + flat.nbytes
+        self.first_address = address(flat)
+        self.end_address = self.first_address + flat.nbytes
         self.empties = [torch.empty(0, dtype=kind) for kind in self.dtypes]
         self.state = UnitState.RELEASED
         self.gradients = GradientState.IDLE
@@ -154,13 +153,11 @@ class Unit:
 
     def replaced(self) -> list[int]:
         """Positions of shown parameters whose `.data` somebody has replaced, other than by `lend`."""
-        if [*map(_ADDRESS, self.params)] == self.addresses:
+        shown = addresses(self.params)
+        if shown == self.addresses:
             return []
-        found = [
-            position
-            for position, (param, address) in enumerate(zip(self.params, self.addresses, strict=True))
-            if param.data_ptr() != address
-        ]
+        pairs = enumerate(zip(shown, self.addresses, strict=True))
+        found = [position for position, (now, own) in pairs if now != own]
         return [position for position in found if position not in self.lent]
 
     def undo_cast(self, position: int) -> bool:
@@ -170,7 +167,7 @@ class Unit:
         param, view = self.params[position], self.views[position]
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             shown = param.detach()
-            same = shown.dtype is not view.dtype and shown.shape == view.shape and shown.is_cpu
+            same = shown.dtype is not view.dtype and shown.shape == view.shape and in_compute_memory(shown)
             if not same or not torch.equal(shown.to(view.dtype), view):
                 return False
         reveal(param, view)
@@ -204,9 +201,7 @@ class Unit:
         """Whether the tensor's memory is the unit's. Tensors of other kinds have no memory that could be."""
         if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return False
-        if tensor.device.type != "cpu":
-            return False
-        return self.first_address <= tensor.data_ptr() < self.end_address
+        return lies_within(tensor, self.first_address, self.end_address)
 
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():

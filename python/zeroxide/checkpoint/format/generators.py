@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from zeroxide.device.placement import of_buffer
+
 __all__ = ["check", "read", "restore"]
 
 NUMPY_KIND = "MT19937"
@@ -46,7 +48,7 @@ def check(states: dict[str, Any]) -> None:
 def restore(states: dict[str, Any]) -> None:
     """Goes back to `states`; raises ValueError, TypeError, KeyError or RuntimeError if `read` never gives them."""
     version, words, gauss = states["python"]
-    torch.set_rng_state(torch.frombuffer(bytearray(base64.b64decode(states["torch"])), dtype=torch.uint8))
+    torch.set_rng_state(of_buffer(bytearray(base64.b64decode(states["torch"])), torch.uint8))
     random.setstate((version, tuple(_words(words).tolist()), gauss))
     if states["numpy"] is not None:
         keys, position, has_gauss, cached = states["numpy"]

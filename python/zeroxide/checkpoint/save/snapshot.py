@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from zeroxide.checkpoint.contents import Staging
+from zeroxide.device.placement import of_buffer
 
 __all__ = ["Slab", "SlabStaging", "Slabs", "SnapshotEnded", "available_memory"]
 
@@ -30,7 +31,7 @@ class Slab:
     def __init__(self, size: int) -> None:
         mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         mapping.madvise(mmap.MADV_HUGEPAGE)
-        self.memory = torch.frombuffer(mapping, dtype=torch.uint8)
+        self.memory = of_buffer(mapping, torch.uint8)
         self.taken = 0
         self.waiting = 0
 

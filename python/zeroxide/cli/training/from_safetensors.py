@@ -16,6 +16,7 @@ import torch
 
 from zeroxide.checkpoint.format.header import StoredTensor, read_header
 from zeroxide.checkpoint.format.stream import DTYPES, read_into
+from zeroxide.device.placement import of_buffer
 from zeroxide.errors import ModelError, StorageError
 
 if TYPE_CHECKING:
@@ -184,6 +185,6 @@ def _read_into(entry: _Entry, tensor: torch.Tensor) -> None:
                 read = read_into(file.fileno(), view, position)
                 if read < len(view):
                     raise StorageError(f"{entry.path} ends at byte {position + read}", path=entry.path)
-                flat[first : first + count].copy_(torch.frombuffer(buffer, dtype=dtype, count=count))
+                flat[first : first + count].copy_(of_buffer(buffer, dtype, 0, count))
     except OSError as error:
         raise StorageError(f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno) from None

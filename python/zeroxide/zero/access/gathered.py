@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeroxide.device.placement import address
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import ParamHandle, handle_of
 from zeroxide.zero.init.context import cut_all
@@ -67,7 +68,7 @@ class GatheredParameters:
         try:
             handle.open(param)
             if not before:
-                handle.stamp = (param._version, param.data_ptr())
+                handle.stamp = (param._version, address(param))
         except BaseException:
             if handle.holds > before:
                 handle.close(param, None)
@@ -100,14 +101,14 @@ class GatheredParameters:
         failed: BaseException | None = None
         for param, handle in reversed(opened):
             handle.writers -= self.modifier_rank is not None
-            changed = handle.changed_by_hand(param) or handle.stamp != (param._version, param.data_ptr())
+            changed = handle.changed_by_hand(param) or handle.stamp != (param._version, address(param))
             if not handle.writers and self.modifier_rank is None and changed:
                 lost.append(getattr(handle, "name", "a parameter"))
             counts = source is not None and (failed is None or isinstance(failed, ModelError))
             try:
                 handle.close(param, source if counts else None)
                 if counts:
-                    handle.stamp = (param._version, param.data_ptr())
+                    handle.stamp = (param._version, address(param))
             except BaseException as found:
                 failed = failed or found
         if failed is not None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from zeroxide.device.placement import to_host
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.bits import ORDINARY
 from zeroxide.zero.param import ShardedParam, sharded_param_of
@@ -151,7 +152,7 @@ def _trainable(param: torch.Tensor) -> ShardedParam:
 
 def _set_full(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
     _check(sharded, value, sharded.shape.numel())
-    full = value.detach().to(device="cpu", dtype=torch.float32, copy=True).contiguous().view(-1)
+    full = to_host(value, copy=True)
     if sharded.context.ranks.world > 1:
         sharded.context.broadcast(full, 0, sharded.name)
     sharded.write(part, full)
@@ -159,7 +160,7 @@ def _set_full(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
 
 def _set_local(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
     _check(sharded, value, sharded.own()[1])
-    sharded.write_own(part, value.detach().to(device="cpu", dtype=torch.float32).contiguous().view(-1))
+    sharded.write_own(part, to_host(value))
 
 
 def _check(sharded: ShardedParam, value: torch.Tensor, numel: int) -> None:

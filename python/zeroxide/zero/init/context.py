@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from zeroxide import _core
 from zeroxide.config import Config, load
+from zeroxide.device.placement import in_compute_memory
 from zeroxide.distributed import Ranks, Watch, agree, first_line, init_distributed, start
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.params.empty import full_class
@@ -96,7 +97,7 @@ class Construction:
 
     def add(self, name: str, param: nn.Parameter) -> None:
         """Notes a parameter that shows its values."""
-        if param.device.type == "cpu" and why_not_bytes(param) is None and not is_lazy(param):
+        if in_compute_memory(param) and why_not_bytes(param) is None and not is_lazy(param):
             self.full.pop(id(param), None)
             self.full[id(param)] = (name, param)
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import has_values, in_compute_memory, spec, storage_address
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, UnitPlan
@@ -39,9 +39,9 @@ class WeightSource(Protocol):
 def resident_without(module: nn.Module) -> int:
     """Resident bytes of the process less those of the model's parameters, which move into the core's buckets."""
     storages = {
-        param.untyped_storage().data_ptr(): param.untyped_storage().nbytes()
+        storage_address(param): param.untyped_storage().nbytes()
         for param in module.parameters()
-        if param.device.type == "cpu" and param.numel() and why_not_bytes(param) is None
+        if in_compute_memory(param) and param.numel() and why_not_bytes(param) is None
     }
     slices = (slice_of(param) for param in module.parameters())
     storages.update({-1 - at: each.nbytes for at, each in enumerate(slices) if each is not None})
@@ -56,7 +56,7 @@ def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
     new: dict[int, nn.Parameter] = {}
     for owner in module.modules():
         for name, param in owner._parameters.items():
-            if param is None or param.device.type != "meta":
+            if param is None or has_values(param):
                 continue
             if id(param) not in new:
                 # The old parameter stays alive in the plan, so its id is not given to another object meanwhile.
@@ -164,11 +164,11 @@ def _make(
 
 
 def _meta_buffers(owner: nn.Module) -> bool:
-    return any(buffer is not None and buffer.device.type == "meta" for buffer in owner._buffers.values())
+    return any(buffer is not None and not has_values(buffer) for buffer in owner._buffers.values())
 
 
 def _make_buffers(owner: nn.Module) -> None:
     for name, buffer in owner._buffers.items():
-        if buffer is not None and buffer.device.type == "meta":
+        if buffer is not None and not has_values(buffer):
             raw = torch.zeros(buffer.numel() * buffer.itemsize, dtype=torch.uint8)
             owner._buffers[name] = tensor_of(raw, buffer.dtype, buffer.shape)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeroxide.device.placement import of_buffer
 from zeroxide.distributed import Ranks, all_gather_single
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.params.empty import conceal, reveal
@@ -83,7 +84,7 @@ class Slice:
         if self.mapped is None:
             self.values = torch.empty(self.each, dtype=dtype)
         else:
-            self.values = torch.frombuffer(self.mapped[0], dtype=dtype, count=self.each, offset=self.mapped[1])
+            self.values = of_buffer(self.mapped[0], dtype, self.mapped[1], self.each)
         manage(param, self)
 
     @property

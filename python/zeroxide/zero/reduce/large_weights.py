@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from zeroxide import _core
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import autocast_dtype, spec
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter
@@ -85,10 +85,10 @@ def _is_plain() -> bool:
 def _linear(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) -> torch.Tensor | None:
     if not isinstance(weight, LargeParameter) or not weight.requires_grad:
         return None
-    dtype = weight.dtype
-    if torch.is_autocast_enabled("cpu"):
+    dtype, lower = weight.dtype, autocast_dtype()
+    if lower is not None:
         # What autocast does to the arguments of a linear layer; autograd casts their gradients back.
-        dtype = torch.get_autocast_dtype("cpu")
+        dtype = lower
         input, bias = input.to(dtype), None if bias is None else bias.to(dtype)
     if not weight._large.use(lean=input.dtype is dtype and _is_plain()):
         return None

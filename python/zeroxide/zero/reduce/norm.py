@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 
 from zeroxide import _core
+from zeroxide.device.placement import of_buffer
 from zeroxide.distributed import Ranks, Watch
 
 __all__ = ["Totals", "agree_on_norm"]
@@ -30,7 +31,7 @@ def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
     core.finish()
     payload = bytearray(_HEAD.pack(total, nonfinite) + core.accumulated())
     with watch.waiting("the gradient norm"):
-        rows = ranks.gather_rows(torch.frombuffer(payload, dtype=torch.uint8))
+        rows = ranks.gather_rows(of_buffer(payload, torch.uint8))
     heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_accumulated(bytes(everywhere.tolist()))
