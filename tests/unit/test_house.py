@@ -34,7 +34,7 @@ ALLOWED = {
 ALLOWED["zeroxide-offload"] = set(ALLOWED)
 ALLOWED["zeroxide-python"] = set(ALLOWED)
 
-WITHOUT_UNSAFE = ("zeroxide-layout", "zeroxide-plan", "zeroxide-offload")
+WITHOUT_UNSAFE = ("zeroxide-layout", "zeroxide-device", "zeroxide-offload")
 
 
 def sources(pattern: str, *folders: str) -> list[Path]:

@@ -15,7 +15,7 @@ use crate::errors::to_python;
 
 /// Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive.
 ///
-/// Invariant, kept by the one Python function that makes specs (`zeroxide.zero.tensors.spec`): `data_ptr` is the
+/// Invariant, kept by the one Python function that makes specs (`zeroxide.device.placement.spec`): `data_ptr` is the
 /// start of `numel` elements of `dtype` in host memory that `owner` keeps alive, and nobody else touches them during
 /// the call that the spec is passed to.
 #[pyclass(frozen, module = "zeroxide._core")]
