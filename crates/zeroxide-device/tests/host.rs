@@ -1,8 +1,5 @@
 //! The host keeps to what every device does, and shows its memory to those who compute there.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test fails on what it did not expect"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails on what it did not expect")]
 
 mod conformance;
 

@@ -2,10 +2,7 @@
 //!
 //! It stands for devices that run beside the caller: a copy sees the bytes that are there when it runs, and the memory
 //! that a download fills holds others until then.
-#![expect(
-    clippy::unwrap_used,
-    reason = "a test fails on what it did not expect"
-)]
+#![expect(clippy::unwrap_used, reason = "a test fails on what it did not expect")]
 
 mod conformance;
 

@@ -38,7 +38,11 @@ impl Bench {
 }
 
 fn pattern(seed: u8, bytes: usize) -> Vec<u8> {
-    (0..bytes).map(|at| (at * 31 % 251) as u8 ^ seed).collect()
+    (0..251u8)
+        .cycle()
+        .take(bytes)
+        .map(|byte| byte ^ seed)
+        .collect()
 }
 
 /// Bytes come back as they were sent, to where they were sent, and nothing beside them changes.
