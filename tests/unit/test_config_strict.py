@@ -44,8 +44,22 @@ from zeroxide.errors import BudgetError, ConfigError, StorageError, ZeroxideErro
             {"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}},
             'unknown key "scheduler.params.total_num_steps"',
         ),
-        ({"optimizer": {"type": "Lion"}}, 'optimizer.type: "Lion": not built yet; Adam and AdamW are'),
-        ({"optimizer": {"type": "AdemW"}}, 'expected Adam or AdamW, got "AdemW"; the nearest known name is "AdamW"'),
+        (
+            {"optimizer": {"type": "Lamb"}},
+            'optimizer.type: "Lamb": not built yet; Adam, AdamW, Lion, Adagrad and SGD are',
+        ),
+        (
+            {"optimizer": {"type": "AdemW"}},
+            'expected Adam, AdamW, Lion, Adagrad or SGD, got "AdemW"; the nearest known name is "AdamW"',
+        ),
+        (
+            {"optimizer": {"type": "Lion", "params": {"eps": 1e-8}}},
+            'unknown key "optimizer.params.eps"',
+        ),
+        (
+            {"optimizer": {"type": "SGD", "params": {"nesterov": True}}},
+            "optimizer.params.nesterov = true needs optimizer.params.momentum above 0",
+        ),
         ({"optimizer": {}}, "optimizer.type: required, and not given"),
         ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type: "OneCycle": not built yet'),
         ({"scheduler": {"type": "WarmupLr"}}, 'got "WarmupLr"; the nearest known name is "WarmupLR"'),

@@ -10,6 +10,7 @@ from torch import nn
 import zeroxide
 from zeroxide.config import load
 from zeroxide.errors import ConfigError
+from zeroxide.optim import DeepSpeedCPULion
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
 
@@ -114,11 +115,27 @@ def test_not_built():
         "cpu_checkpointing": {"activation_checkpointing": {"cpu_checkpointing": True}},
         "flops_profiler": {"flops_profiler": {"enabled": True}},
         "csv_monitor": {"csv_monitor": {"enabled": True}},
-        "optimizer.type": {"optimizer": {"type": "SGD"}},
+        "optimizer.type": {"optimizer": {"type": "Lamb"}},
     }.items():
         line = refused(config)
         assert key in line
         assert "not built yet" in line
+
+
+def test_lion_betas():
+    assert load({"optimizer": {"type": "Lion"}}).optimizer.betas == (0.9, 0.99)
+    assert DeepSpeedCPULion([nn.Parameter(torch.ones(1))]).param_groups[0]["betas"] == (0.9, 0.999)
+
+
+def test_adagrad_state():
+    config = {"optimizer": {"type": "Adagrad", "params": {"lr": 0.01}}, "gradient_clipping": 0}
+    with started(nn.Linear(4, 2), config=config) as engine:
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        engine.step()
+        weight = engine.module.weight
+        assert (zeroxide.safe_get_full_optimizer_state(weight, "sum") == 1).all()
+        with pytest.raises(ConfigError, match='expected "sum"'):
+            zeroxide.safe_get_full_optimizer_state(weight, "exp_avg_sq")
 
 
 def test_removed():

@@ -347,7 +347,7 @@ def test_other_optimizers_are_refused(tmp_path):
     config = config_of(MODES[0], tmp_path)
     del config["optimizer"]
     for optimizer, match in [
-        (lambda p: torch.optim.SGD(p, lr=1.0), "SGD cannot be offloaded"),
+        (lambda p: torch.optim.RMSprop(p, lr=1.0), "RMSprop cannot be offloaded"),
         (lambda p: torch.optim.AdamW(p, amsgrad=True), "amsgrad"),
     ]:
         with pytest.raises(ConfigError, match=match), started(build("gpt"), config=config, optimizer=optimizer):

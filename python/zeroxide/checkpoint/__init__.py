@@ -5,7 +5,7 @@ formats or processes, and loads at any world size. A checkpoint in `save_dir` is
 
     latest                       the tag of the newest checkpoint, one line
     <tag>/manifest.json          everything but tensors, and what each file must contain
-    <tag>/weights-00001.safetensors, exp_avg-..., exp_avg_sq-..., buffers-...
+    <tag>/weights-00001.safetensors, one file for each state tensor (exp_avg-..., ...), buffers-...
                                  with several ranks weights-rank00000-00001.safetensors and so on, each by its rank
 
 Names that start with a dot in `save_dir` belong to saves in progress or to ones that were killed; see `commit`.

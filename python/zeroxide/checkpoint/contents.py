@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zeroxide.engine.training_state import TrainingState
 
 __all__ = [
-    "PARTS",
+    "WEIGHTS",
     "ElementRange",
     "LiveState",
     "ParamRecord",
@@ -26,11 +26,12 @@ __all__ = [
     "param_records",
     "persistent_buffers",
     "pieces_to_fill",
+    "state_names",
     "value_dtype",
 ]
 
-PARTS = ("weights", "exp_avg", "exp_avg_sq")
-"""The parts of a parameter's state, as the core names them: fp32 weight, first and second moment."""
+WEIGHTS = "weights"
+"""The part of a parameter's state that every one has: the fp32 weight. The others are its optimizer's, by name."""
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -52,11 +53,17 @@ class ParamRecord:
     opaque: bool
     group: int | None
     """Number of its optimizer group; None if it is frozen."""
+    states: Mapping[str, float]
+    """The state tensors that its optimizer keeps, with what they start from; none if it is frozen."""
 
     @property
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    def has(self, part: str) -> bool:
+        """Whether the parameter has that part: the weights, or a state tensor of its optimizer."""
+        return part == WEIGHTS or part in self.states
 
 
 def value_dtype(held: ParamRecord, part: str) -> torch.dtype:
@@ -87,10 +94,16 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             dtype=torch.float32 if unit.trainable[position] else unit.dtypes[position],
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
+            states=unit.states if unit.trainable[position] else {},
         )
         for unit in training.units
         for position, param in enumerate(unit.params)
     ]
+
+
+def state_names(held: Iterable[ParamRecord]) -> list[str]:
+    """The names of all state tensors that optimizers keep of these parameters, each once, in their order."""
+    return list(dict.fromkeys(name for one in held for name in one.states))
 
 
 @dataclass(frozen=True)

@@ -20,19 +20,23 @@ from zeroxide.errors import ConfigError
 
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
-    from zeroxide.config.sections.optimizer import Optimizer
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
+    from zeroxide.config.sections.rules import SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.scheduler import Scheduler
     from zeroxide.config.sections.zero import Offload
 
 __all__ = [
+    "SGD",
+    "Adagrad",
     "Config",
     "Dtype",
+    "Lion",
     "LossScale",
     "LowDtype",
     "Offload",
     "Optimizer",
     "Precision",
+    "Rule",
     "Scheduler",
     "format_bytes",
     "load",
@@ -40,13 +44,17 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Adagrad": "sections.rules",
     "Config": "resolved",
     "Dtype": "sections.precision",
+    "Lion": "sections.rules",
     "LossScale": "sections.precision",
     "LowDtype": "sections.precision",
     "Offload": "sections.zero",
-    "Optimizer": "sections.optimizer",
+    "Optimizer": "sections.rules",
     "Precision": "sections.precision",
+    "Rule": "sections.rules",
+    "SGD": "sections.rules",
     "Scheduler": "sections.scheduler",
 }
 

@@ -38,6 +38,7 @@ __all__ = [
     "NoEffect",
     "NonNegative",
     "NotBuilt",
+    "Number",
     "PrintInterval",
     "Rates",
     "Removed",
@@ -211,6 +212,7 @@ WholeNumber = Annotated[
     int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(whole), expecting(f"an integer from 0 to {LARGEST_COUNT}")
 ]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), expecting("a finite number, 0 or more")]
+Number = Annotated[float, Field(allow_inf_nan=False), expecting("a finite number")]
 Seconds = Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False), expecting("a number of seconds from 1 to 86400")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), expecting("a number from 0 to 1")]
 ByteSize = Annotated[

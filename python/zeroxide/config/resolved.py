@@ -11,9 +11,9 @@ from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
 from zeroxide.config.sections.gradients import Gradients
-from zeroxide.config.sections.optimizer import Optimizer
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
+from zeroxide.config.sections.rules import Rule
 from zeroxide.config.sections.scheduler import Scheduler
 from zeroxide.config.sections.zero import Zero
 from zeroxide.config.sections.zeroxide import Zeroxide
@@ -30,7 +30,7 @@ class Config:
     batch: Batch = field(default_factory=Batch)
     precision: Precision = field(default_factory=Precision)
     gradients: Gradients = field(default_factory=Gradients)
-    optimizer: Optimizer | None = None
+    optimizer: Rule | None = None
     """`None` when neither the config nor a shortcut asks for one."""
     scheduler: Scheduler | None = None
     zero: Zero = field(default_factory=Zero)

@@ -33,7 +33,7 @@ from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak
 from zeroxide.engine.report import Timers
 from zeroxide.engine.update import Updater
-from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for
+from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan, make_plan
@@ -182,6 +182,7 @@ class Build:
         if self.groups and config.gradients.clipping_is_default and self.ranks.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
+        agree(self.ranks, state_facts(self.groups, config))
 
     def make_plan(self) -> None:
         """Decides what is where."""
@@ -194,6 +195,7 @@ class Build:
             threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
             resident=resident_without(self.module),
             ranks=self.ranks,
+            states=state_plans(self.groups, config),
         )
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)

@@ -12,7 +12,8 @@ import torch
 from zeroxide import _core
 from zeroxide.engine.optimizer_state import load_engine_state, numbered_state, shown_state
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.optim.groups import core_groups, plain
+from zeroxide.optim.groups import plain
+from zeroxide.optim.rules import FIXED, core_groups
 from zeroxide.optim.saved_state import hooked_load, hooked_save
 from zeroxide.optim.state_view import StateView
 from zeroxide.precision.loss_scale import LossScaler
@@ -21,7 +22,7 @@ __all__ = ["EngineOptimizer", "check_schedule_call"]
 
 
 class EngineOptimizer(torch.optim.Optimizer):
-    """AdamW or Adam over state that the core holds. Made by `zeroxide.initialize`.
+    """The rules of its groups over state that the core holds. Made by `zeroxide.initialize`.
 
     `step` updates every parameter whose gradient has been accumulated since the last one. `state` and `state_dict()`
     are views
@@ -40,12 +41,13 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._apply = apply
         self._scaler = scaler
         self._placed = [list(group["params"]) for group in self.param_groups]
+        self._fixed = [{key: group.get(key) for key in FIXED} for group in self.param_groups]
         self.overflow = False
         """Whether the last step was left out because a gradient was not finite."""
 
     @property  # type: ignore[override]
     def state(self) -> StateView:
-        """Each parameter's state, as torch has it: "step", "exp_avg", "exp_avg_sq", "master" in low precision."""
+        """Each parameter's state, as torch has it: "step", what its rule keeps, "master" in low precision."""
         if self._view is None:
             self._view = shown_state(self.param_groups)
         return self._view
@@ -86,6 +88,14 @@ class EngineOptimizer(torch.optim.Optimizer):
                 "state was placed: put them back, or make a new engine",
                 path="optimizer",
             )
+        for number, (group, fixed) in enumerate(zip(self.param_groups, self._fixed, strict=True)):
+            for key, was in fixed.items():
+                if group.get(key) != was:
+                    raise ConfigError(
+                        f"optimizer group {number}: {key} is now {group.get(key)!r} and was {was!r} at initialize, "
+                        "where its state was placed: put it back, or make a new engine",
+                        path=key,
+                    )
         self.core_groups()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -130,7 +140,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         return found if scale is None else {**found, "loss_scale": scale}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from what `state_dict`, or that of torch's Adam or AdamW, gave, from any number of ranks.
+        """Goes on from what `state_dict`, or that of torch's optimizer of the same rule, gave, at any world size.
 
         Every rank calls it with the same dict. "master", where there is one, becomes the exact weight. Raises
         ConfigError, in one line, for whatever does not fit, before anything has changed.

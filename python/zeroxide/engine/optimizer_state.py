@@ -13,7 +13,7 @@ import torch
 
 from zeroxide.device.placement import to_host
 from zeroxide.errors import ModelError
-from zeroxide.optim.saved_state import MOMENTS, SavedEntry, check_saved, take_hyperparameters
+from zeroxide.optim.saved_state import SavedEntry, check_saved, take_hyperparameters
 from zeroxide.optim.state_view import ParameterState, StateView
 from zeroxide.zero.param import ShardedParam, sharded_param_of
 
@@ -32,7 +32,7 @@ def numbered_state(groups: Sequence[Mapping[str, Any]]) -> StateView:
 
 
 def load_engine_state(given: Any, groups: list[dict[str, Any]]) -> None:
-    """Takes hyperparameters and state from what an engine's optimizer, or torch's Adam or AdamW, gave.
+    """Takes hyperparameters and state from what an engine's optimizer, or torch's of the same rule, gave.
 
     Every rank calls it with the same `given`. A parameter that it has no state for starts anew. Weights are taken only
     where they come as "master", which weights in low precision have. Raises ConfigError before anything has changed.
@@ -61,14 +61,14 @@ def _state(sharded: ShardedParam, *, shown: bool) -> ParameterState:
         return sharded.read("weights" if part == "master" else part).view(sharded.shape)
 
     exact = () if sharded.dtype is torch.float32 else ("master",)
-    return ParameterState(("step", *MOMENTS, *exact), read, shown=shown)
+    return ParameterState(("step", *sharded.states, *exact), read, shown=shown)
 
 
 def _load(sharded: ShardedParam, entry: SavedEntry | None) -> None:
     start, count = sharded.own()
-    for part in MOMENTS:
+    for part, initial in sharded.states.items():
         if entry is None:
-            sharded.write_own(part, torch.zeros(count))
+            sharded.write_own(part, torch.full((count,), initial))
             continue
         full = to_host(entry.values[part])
         sharded.write_own(part, full[start : start + count].contiguous())

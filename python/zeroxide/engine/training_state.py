@@ -78,8 +78,8 @@ class TrainingState:
 
     @property
     def format(self) -> str:
-        """How the optimizer keeps exact weights."""
-        return self._parts.plan.format
+        """How the optimizer keeps exact weights, in each format that there is."""
+        return ", ".join(self._parts.plan.formats)
 
     @property
     def optimizer(self) -> Any:

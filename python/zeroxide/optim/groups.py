@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.optim.rules import FORMAT, RULE, core_groups, rule_of, taken_over
+from zeroxide.plan.state import StatePlan
+from zeroxide.precision.policy import torch_dtype
 
 __all__ = [
     "assign",
     "check_all_grouped",
     "check_groups",
-    "core_groups",
     "defaults_from",
     "groups_for",
     "plain",
     "refuse_options",
+    "state_facts",
+    "state_plans",
 ]
 
 
 def defaults_from(config: Config) -> dict[str, Any]:
-    """Adam's hyperparameters, as torch names them, from the config."""
+    """The rule that the config names and its hyperparameters, as torch names them."""
     chosen = config.optimizer
     if chosen is None:
         raise ConfigError(
@@ -33,35 +37,31 @@ def defaults_from(config: Config) -> dict[str, Any]:
             "as lr=..., or as an object",
             path="optimizer",
         )
-    return {
-        "lr": chosen.lr,
-        "betas": chosen.betas,
-        "eps": chosen.eps,
-        "weight_decay": chosen.weight_decay,
-        "decoupled": chosen.decoupled,
-        "bias_correction": chosen.bias_correction,
-    }
+    return {RULE: chosen.name, **{each.name: getattr(chosen, each.name) for each in dataclasses.fields(chosen)}}
+
+
+def _with_defaults(group: Mapping[str, Any], number: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The group with every hyperparameter: the config's, or those of the rule that it names itself."""
+    rule = rule_of({**defaults, **group}, number)
+    own = defaults if rule.name == defaults[RULE] else rule.hyperparameters
+    return {**own, **group, RULE: rule.name}
 
 
 def _from_torch(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The optimizer's own groups: a schedule made over it goes on driving them."""
-    kind = type(optimizer)
-    if kind not in (torch.optim.AdamW, torch.optim.Adam):
-        raise ConfigError(
-            f"optimizer {kind.__module__}.{kind.__name__} cannot be offloaded: use torch.optim.AdamW or "
-            "torch.optim.Adam",
-            path="optimizer",
-            got=kind.__name__,
-        )
+    rule, kind = taken_over(optimizer), type(optimizer)
     for group in optimizer.param_groups:
         refuse_options(group)
-    if any(optimizer.state.values()):
+    # Adagrad has its sums from the beginning; what is left in them is not looked at again.
+    if any(state.get("step", 1) for state in optimizer.state.values() if state):
         raise ConfigError("the optimizer has already stepped: pass it before its first step", path="optimizer")
     groups = []
     for group in optimizer.param_groups:
         # Hyperparameters stay what they are: one that is a tensor may be filled in place, and is read at every step.
-        group["decoupled"] = bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW))
-        group["bias_correction"] = True
+        if rule.name == "adam":
+            group["decoupled"] = bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW))
+            group["bias_correction"] = True
+        group[RULE] = rule.name
         groups.append(group)
     optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedules need not warn: the engine steps
     return groups
@@ -75,20 +75,24 @@ def refuse_options(group: Mapping[str, Any]) -> None:
     for option in ("amsgrad", "maximize", "differentiable"):
         if group.get(option):
             raise ConfigError(f"optimizer option {option}=True is not supported", path=f"optimizer.{option}")
+    if not group.get("fp32_optimizer_states", True):
+        option = "fp32_optimizer_states"
+        raise ConfigError(f"optimizer option {option}=False is not supported", path=f"optimizer.{option}")
 
 
 def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: Any) -> list[dict[str, Any]]:
     """The parameter groups of one training run, each with every hyperparameter.
 
-    `optimizer` is None, a torch Adam or AdamW, or a callable that makes one from parameters; `parameters` is None,
-    an iterable of parameters or of (name, parameter), or of group dicts. Raises ConfigError or ModelError.
+    `optimizer` is None, one of torch's (see `taken_over`), or a callable that makes one from parameters; `parameters`
+    is None, an iterable of parameters or of (name, parameter), or of group dicts, which may name their own "optimizer"
+    and "state_format". Raises ConfigError or ModelError.
     """
     listed = _listed(module.parameters() if parameters is None else parameters, "model_parameters")
     if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
         optimizer = optimizer(listed)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise ConfigError(
-                f"optimizer: the callable returned a {type(optimizer).__name__}, expected a torch.optim.AdamW or Adam",
+                f"optimizer: the callable returned a {type(optimizer).__name__}, expected a torch.optim optimizer",
                 path="optimizer",
             )
     if optimizer is not None:
@@ -96,7 +100,7 @@ def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: An
     else:
         defaults = defaults_from(config)
         if listed and isinstance(listed[0], Mapping):
-            groups = [{**defaults, **_group(each, number)} for number, each in enumerate(listed)]
+            groups = [_with_defaults(_group(each, number), number, defaults) for number, each in enumerate(listed)]
         else:
             groups = [{**defaults, **_named(listed, "model_parameters")}]
     known = {id(param) for param in module.parameters()}
@@ -114,6 +118,43 @@ def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: An
     groups = [group for group in groups if group["params"]]
     core_groups(groups)
     return groups
+
+
+def state_plans(groups: Iterable[Mapping[str, Any]], config: Config) -> dict[int, StatePlan]:
+    """How each parameter of the groups is updated and its state stored, by the parameter's id.
+
+    A group without "state_format" has that of the config. Raises ConfigError for a format that does not exist, or that
+    does not go with the precision.
+    """
+    compute = torch_dtype(config.precision.dtype)
+    found = {}
+    for number, (group, optimizer) in enumerate(zip(groups, core_groups(groups), strict=True)):
+        format = group.get(FORMAT, config.precision.format)
+        if format not in ("split", "fp32"):
+            raise ConfigError(
+                f'optimizer group {number}: {FORMAT} is {format!r}, expected "split" or "fp32"',
+                path=FORMAT,
+                got=str(format),
+            )
+        if format == "split" and config.precision.dtype != "bf16":
+            raise ConfigError(
+                f'optimizer group {number}: {FORMAT} "split" keeps a weight as two bf16 halves and needs bf16.enabled, '
+                f'got {config.precision.dtype} training; use "fp32"',
+                path=FORMAT,
+                expected='"fp32"',
+                got='"split"',
+            )
+        plan = StatePlan.of(optimizer, rule_of(group, number).name, format, compute)
+        found.update({id(param): plan for param in group["params"]})
+    return found
+
+
+def state_facts(groups: Iterable[Mapping[str, Any]], config: Config) -> dict[str, str | int | float | None]:
+    """What all ranks must have alike for the state of the groups to be one state: the rule and format of each."""
+    return {
+        f"optimizer group {number}": f"{rule_of(group, number).name}, {group.get(FORMAT, config.precision.format)}"
+        for number, group in enumerate(groups)
+    }
 
 
 def _listed(given: Any, where: str) -> list[Any]:
@@ -152,37 +193,6 @@ def _named(given: list[Any], where: str) -> dict[str, Any]:
 
 def _kind(given: Any) -> str:
     return f"a {type(given).__name__}"
-
-
-def core_groups(groups: Iterable[Mapping[str, Any]]) -> list[_core.Rule]:
-    """The groups as the core takes them.
-
-    Any number may be a tensor with one element. Raises ConfigError for a value that a step cannot take.
-    """
-    return [_core_group(number, group) for number, group in enumerate(groups)]
-
-
-def _core_group(number: int, group: Mapping[str, Any]) -> _core.Rule:
-    try:
-        beta1, beta2 = group["betas"]
-        numbers = {
-            "lr": float(group["lr"]),
-            "beta1": float(beta1),
-            "beta2": float(beta2),
-            "eps": float(group["eps"]),
-            "weight_decay": float(group["weight_decay"]),
-        }
-        decoupled, bias_correction = bool(group["decoupled"]), bool(group["bias_correction"])
-    except KeyError as error:
-        raise ConfigError(
-            f"optimizer group {number} has no {error.args[0]}", path=f"optimizer.{error.args[0]}"
-        ) from None
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(f"optimizer group {number} has a hyperparameter that is no number: {error}") from None
-    try:
-        return _core.Adam(**numbers, decoupled=decoupled, bias_correction=bias_correction)
-    except ValueError as error:
-        raise ConfigError(f"optimizer group {number}: {error}", path="optimizer") from None
 
 
 def assign(group: dict[str, Any], name: str, value: Any) -> None:

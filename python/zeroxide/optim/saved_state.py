@@ -9,14 +9,12 @@ from typing import Any
 import torch
 
 from zeroxide.errors import ConfigError
-from zeroxide.optim.groups import assign, core_groups, refuse_options
+from zeroxide.optim.groups import assign, refuse_options
+from zeroxide.optim.rules import FIXED, RULE, Rule, core_groups, rule_of
 
-__all__ = ["MOMENTS", "SavedEntry", "check_saved", "hooked_load", "hooked_save", "name_of", "take_hyperparameters"]
+__all__ = ["SavedEntry", "check_saved", "hooked_load", "hooked_save", "name_of", "take_hyperparameters"]
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-_PARTS = ("step", *MOMENTS, "master")
-_NUMBERS = ("lr", "betas", "eps", "weight_decay")
-_OWN = ("params", "param_names", "decoupled", "decoupled_weight_decay")
+_OWN = ("params", "param_names", "decoupled", "decoupled_weight_decay", *FIXED)
 
 
 @dataclass(frozen=True)
@@ -36,8 +34,8 @@ def check_saved(
 ) -> list[list[SavedEntry | None]]:
     """The entries of `given` for the parameters of `groups`, whose shapes are `shapes`; None where it has none.
 
-    Takes what zeroxide's optimizers and torch's Adam and AdamW give. `exact`: a "master" is wanted where there is one.
-    Raises ConfigError, in one line, for anything that does not fit.
+    Takes what zeroxide's optimizers and torch's of the same rule give. `exact`: a "master" is wanted where there is
+    one. Raises ConfigError, in one line, for anything that does not fit.
     """
     if not isinstance(given, Mapping) or not all(key in given for key in ("state", "param_groups")):
         _refuse("expected a dict with state and param_groups, as optimizer.state_dict() gives")
@@ -59,10 +57,10 @@ def check_saved(
         _refuse(f"state has an entry {unknown[0]!r} that no group has")
     return [
         [
-            _entry(state.get(key), group, at, shape, exact=exact)
+            _entry(state.get(key), group, at, shape, rule_of(group, number), exact=exact)
             for at, (key, shape) in enumerate(zip(other["params"], of, strict=True))
         ]
-        for group, other, of in zip(groups, saved, shapes, strict=True)
+        for number, (group, other, of) in enumerate(zip(groups, saved, shapes, strict=True))
     ]
 
 
@@ -105,29 +103,39 @@ def name_of(group: Mapping[str, Any], at: int) -> str:
 
 
 def _check_group(number: int, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
-    missing = [name for name in _NUMBERS if name not in other]
+    rule = rule_of(mine, number)
+    if rule_of({RULE: rule.name, **other}, number) is not rule:
+        _refuse(f"group {number} was saved by {other[RULE]}, and is one of {rule.people} here: make it the same")
+    missing = [name for name in rule.numbers if name not in other]
     if missing:
-        _refuse(f"group {number} has no {missing[0]}: expected that of Adam or AdamW")
+        _refuse(f"group {number} has no {missing[0]}: expected that of {rule.people}")
     refuse_options(other)
-    decoupled = other.get("decoupled", other.get("decoupled_weight_decay", mine["decoupled"]))
-    if bool(decoupled) != mine["decoupled"] and float(other["weight_decay"]) != 0:
-        was, now = ("AdamW", "Adam") if decoupled else ("Adam", "AdamW")
-        _refuse(f"group {number} was saved by {was}, whose weight decay is another than that of this {now}")
-    core_groups([{**mine, **{name: other[name] for name in _NUMBERS}}])
+    if "decoupled" in mine:
+        decoupled = other.get("decoupled", other.get("decoupled_weight_decay", mine["decoupled"]))
+        if bool(decoupled) != mine["decoupled"] and float(other["weight_decay"]) != 0:
+            was, now = ("AdamW", "Adam") if decoupled else ("Adam", "AdamW")
+            _refuse(f"group {number} was saved by {was}, whose weight decay is another than that of this {now}")
+    core_groups([{**mine, **{name: other[name] for name in rule.numbers}}])
 
 
-def _entry(found: Any, group: Mapping[str, Any], at: int, shape: torch.Size, *, exact: bool) -> SavedEntry | None:
+def _entry(
+    found: Any, group: Mapping[str, Any], at: int, shape: torch.Size, rule: Rule, *, exact: bool
+) -> SavedEntry | None:
+    if isinstance(found, Mapping) and rule.name == "sgd":
+        found = _of_sgd(found)
     if found is None:
         return None
     name = name_of(group, at)
     if not isinstance(found, Mapping):
         _refuse(f"the entry of {name} is a {type(found).__name__}, expected a dict")
-    unknown = [key for key in found if key not in _PARTS]
-    missing = [part for part in ("step", *MOMENTS) if part not in found]
+    unknown = [key for key in found if key not in ("step", *rule.states, "master")]
+    missing = [part for part in ("step", *rule.states) if part not in found]
     if unknown or missing:
         wrong = f"has {unknown[0]!r}" if unknown else f"has no {missing[0]!r}"
-        _refuse(f"the entry of {name} {wrong}: expected step, exp_avg and exp_avg_sq, as Adam and AdamW have")
-    parts = (*MOMENTS, *(("master",) if exact and "master" in found else ()))
+        expected = " and ".join(", ".join(("step", *rule.states)).rsplit(", ", 1))
+        verb = "have" if " " in rule.people else "has"
+        _refuse(f"the entry of {name} {wrong}: expected {expected}, as {rule.people.replace(' or ', ' and ')} {verb}")
+    parts = (*rule.states, *(("master",) if exact and "master" in found else ()))
     for part in parts:
         value = found[part]
         if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
@@ -140,6 +148,15 @@ def _entry(found: Any, group: Mapping[str, Any], at: int, shape: torch.Size, *, 
     if not (step >= 0 and step.is_integer()):
         _refuse(f"step of {name} is {found['step']!r}: expected a whole number, not negative")
     return SavedEntry(int(step), parts, found)
+
+
+def _of_sgd(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What torch's SGD has for a parameter, as an entry: it counts no steps, and has no buffer before the first."""
+    if "step" in found:
+        return found
+    if found.get("momentum_buffer") is None:
+        return None
+    return {"step": 1.0, **found}
 
 
 def _refuse(problem: str) -> Any:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from zeroxide.plan.parameters import ParameterPlan
+from zeroxide.plan.state import UNDECIDED, StatePlan
 
 __all__ = ["LEAF", "UnitPlan", "find_units", "is_leaf"]
 
@@ -33,6 +34,8 @@ class UnitPlan:
     modules: list[nn.Module]
     params: list[ParameterPlan]
     held_through_backward: bool = False
+    state: StatePlan = UNDECIDED
+    """How its trainable parameters are updated, and what state that takes."""
 
     @property
     def numel(self) -> int:

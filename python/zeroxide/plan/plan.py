@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -17,15 +17,12 @@ from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, parameters_of
 from zeroxide.plan.report import describe
+from zeroxide.plan.state import StatePlan, by_state
 from zeroxide.precision.policy import torch_dtype
 
-__all__ = ["ADAM", "EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
+__all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
 
 DEFAULT_UNIT_BYTES = 512 << 20
-ADAM: _core.Rule = _core.Adam(
-    lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True
-)
-"""The rule whose state every unit has."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,6 @@ class Plan:
     numbers: _core.Plan
     """Homes and bytes, counted as the core counts them."""
     compute: torch.dtype
-    format: str
     grad: torch.dtype
     comm: torch.dtype
     """In which gradients travel between ranks."""
@@ -115,14 +111,29 @@ class Plan:
         """
         return self.numbers.expected_process(made["peak"], passed["peak"], passed["rss"], loaded)
 
+    @property
+    def formats(self) -> list[str]:
+        """The formats that optimizer state is stored in."""
+        trained = [unit.state.format for unit in self.units if unit.trainable]
+        return list(dict.fromkeys(trained or [unit.state.format for unit in self.units]))
+
     def describe(self) -> list[str]:
         """The plan in lines for people."""
         return describe(self)
 
 
-def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int, ranks: Ranks | None = None) -> Plan:
+def make_plan(
+    module: nn.Module,
+    config: Config,
+    *,
+    threads: int,
+    resident: int,
+    ranks: Ranks | None = None,
+    states: Mapping[int, StatePlan] | None = None,
+) -> Plan:
     """Finds the units of `module` and places them.
 
+    `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
     `resident` is the resident memory of the process in bytes without the model's own parameters. Raises ModelError
     for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the payload.
     """
@@ -134,6 +145,8 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     ranks = ranks or Ranks()
     if ranks.world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
+    default = StatePlan.default(config.precision.format, compute)
+    units = [part for unit in units for part in by_state(unit, states or {}, default)]
     check_transport(config, ranks)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
@@ -142,7 +155,7 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     shards, replicas = (1, ranks.world) if config.zero.stage == 0 else (ranks.world, 1)
     numbers = _core.Plan(
-        units=_units(units, config),
+        units=_units(units),
         rank=ranks.rank,
         shards=shards,
         replicas=replicas,
@@ -163,7 +176,6 @@ def make_plan(module: nn.Module, config: Config, *, threads: int, resident: int,
         units=units,
         numbers=numbers,
         compute=compute,
-        format=config.precision.format,
         grad=grad,
         comm=comm,
         threads=threads,
@@ -180,9 +192,7 @@ UnitRow = tuple[str, list[tuple[int, bool]], bool, _core.Rule, str, int]
 """A unit as the core's planner takes it."""
 
 
-def _units(
-    units: list[UnitPlan], config: Config
-) -> list[tuple[str, list[tuple[int, bool]], bool, _core.Rule, str, int]]:
+def _units(units: list[UnitPlan]) -> list[UnitRow]:
     """The units as the core's planner takes them; units of the same modules have one turn."""
     rows: list[UnitRow] = []
     turn = 0
@@ -190,7 +200,7 @@ def _units(
         if index and list(map(id, unit.modules)) != list(map(id, units[index - 1].modules)):
             turn = index
         params = [(entry.words, entry.trainable) for entry in unit.params]
-        rows.append((unit.name, params, unit.held_through_backward, ADAM, config.precision.format, turn))
+        rows.append((unit.name, params, unit.held_through_backward, unit.state.optimizer, unit.state.format, turn))
     return rows
 
 
@@ -202,4 +212,4 @@ def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
     ]
     if not all(params for _, params in parts):
         return [unit]
-    return [UnitPlan(name, unit.modules, params, unit.held_through_backward) for name, params in parts]
+    return [replace(unit, name=name, params=params) for name, params in parts]

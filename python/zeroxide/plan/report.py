@@ -27,10 +27,11 @@ def describe(plan: Plan) -> list[str]:
         Home.SHARD: "in host memory, a shard on each rank",
         Home.DISK: "on disk",
     }[plan.weights]
+    place = "host memory" if plan.state is Home.HOST else "files"
     lines = [
         f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(plan.units)} units; "
         f"{_dtype(plan.compute)} weights at home {home}",
-        f"optimizer state in {'host memory' if plan.state is Home.HOST else 'files'}, format {plan.format}; "
+        f"optimizer state in {place}, format {', '.join(plan.formats)}; "
         f"gradients {_dtype(plan.grad)} in host memory; {plan.threads} optimizer threads",
     ]
     if plan.world > 1:

@@ -9,7 +9,7 @@ from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.plan.home import Home
-from zeroxide.plan.plan import ADAM, Plan
+from zeroxide.plan.plan import Plan
 
 __all__ = ["open_core"]
 
@@ -25,8 +25,8 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
             params=[(entry.words, entry.trainable) for entry in unit.params],
             weights=_core.WeightHome(plan.numbers.weights),
             state=_core.StateHome(plan.numbers.state),
-            optimizer=ADAM,
-            format=plan.format,
+            optimizer=unit.state.optimizer,
+            format=unit.state.format,
             held_through_backward=unit.held_through_backward,
         )
         for unit in plan.units

@@ -168,7 +168,7 @@ class ParameterContext:
 
 
 class ShardedParam:
-    """Keeps one parameter of an engine. `part` is "weights", "exp_avg", "exp_avg_sq" or "grad"; values are fp32.
+    """Keeps one parameter of an engine. `part` is "weights", "grad" or one of `states`; values are fp32.
 
     A frozen parameter is bytes to the core: its values are taken and given in its own dtype, as `live` ones.
     """
@@ -184,6 +184,8 @@ class ShardedParam:
         self.dtype = unit.dtypes[position]
         """Of the live weight."""
         self.trainable = unit.trainable[position]
+        self.states = unit.states if self.trainable else {}
+        """The state tensors that the optimizer keeps of it, with what they start from."""
         self.opaque = unit.opaque[position]
         self.holds = 0
         self.stamp = (0, 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from zeroxide import _core
-from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, PARTS
+from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, WEIGHTS
 from zeroxide.checkpoint.convert.deepspeed import is_deepspeed, read_deepspeed
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.convert.portable import Portable, PortableParameter, read_own
@@ -104,7 +104,7 @@ def _write_files(found: Portable, directory: Path, include_frozen: bool) -> tupl
             for each in kept
             if (each.name, part) in found.segments
         ]
-        for part in PARTS
+        for part in (WEIGHTS, *_states(found))
     }
     families["buffers"] = [Tensor(name, each.dtype, tuple(each.shape)) for name, each in found.buffers.items()]
     files, pieces = [], Pieces()
@@ -123,6 +123,11 @@ def _write_files(found: Portable, directory: Path, include_frozen: bool) -> tupl
                     Piece(file=name, key=cut.entry.key, start=cut.start, count=cut.count, dtype=dtype)
                 )
     return files, pieces
+
+
+def _states(found: Portable) -> list[str]:
+    """The names of the state tensors that any parameter has, in their order."""
+    return list(dict.fromkeys(part for _, part in found.segments if part != WEIGHTS))
 
 
 def _range(found: Portable, family: str, cut: Cut) -> Iterator[torch.Tensor]:
@@ -169,6 +174,7 @@ class _Frame:
 
     def manifest(self, files: list[SavedFile], pieces: Pieces) -> Manifest:
         """The whole of it."""
+        states = _states(self._found)
         return Manifest(
             **self._frame,
             parameters=[
@@ -179,7 +185,8 @@ class _Frame:
                     opaque=each.opaque,
                     updates=each.updates,
                     group=each.group,
-                    **{part: pieces.get((part, each.name), []) for part in PARTS},
+                    weights=pieces.get((WEIGHTS, each.name), []),
+                    state={name: own for name in states if (own := pieces.get((name, each.name)))},
                 )
                 for each in self._found.parameters
             ],

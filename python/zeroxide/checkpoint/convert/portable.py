@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import PARTS, Staging
+from zeroxide.checkpoint.contents import WEIGHTS, Staging
 from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import read_manifest
 from zeroxide.checkpoint.format.stream import SAVED
@@ -90,12 +90,11 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
     Raises CheckpointError.
     """
     manifest = read_manifest(directory)
-    parts = PARTS if moments else PARTS[:1]
     lists = {
         (plain_name(saved.name), part): saved.part(part)
         for saved in manifest.parameters
-        for part in parts
-        if saved.part(part)
+        for part in saved.parts()
+        if moments or part == WEIGHTS
     }
     needed = [piece for pieces in lists.values() for piece in pieces]
     needed += [piece for saved in manifest.buffers for piece in saved.pieces]

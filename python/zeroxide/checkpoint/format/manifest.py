@@ -36,8 +36,9 @@ __all__ = [
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
 VERSION = 3
-"""1 held the random generators of one process; everything else reads as it is. 2 had no dtypes beyond `_SECOND`, and
-frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where there are none."""
+"""3 has a parameter's optimizer state by name. 2 had the moments of Adam beside its weights, no dtypes beyond
+`_SECOND`, and frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where that says all. 1
+held the random generators of one process; everything else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -45,6 +46,8 @@ _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x
 
 
 _FLOATS = frozenset({"F32", "BF16", "F16"})
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+"""The state that versions before 3 could hold, each in a key of its own."""
 _SECOND = _FLOATS | {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "F64", "I64", "U64"}
 
 
@@ -80,7 +83,7 @@ class Piece(_Section):
 
 
 class SavedParameter(_Section):
-    """One parameter. A part without pieces was not saved; frozen parameters have no moments."""
+    """One parameter. A part without pieces was not saved; frozen parameters have no optimizer state."""
 
     names: Annotated[list[str], Field(min_length=1)]
     shape: list[Size]
@@ -88,8 +91,8 @@ class SavedParameter(_Section):
     updates: Size
     group: Size | None
     weights: list[Piece]
-    exp_avg: list[Piece]
-    exp_avg_sq: list[Piece]
+    state: dict[str, list[Piece]]
+    """The optimizer's state tensors, by name."""
     opaque: bool = False
     """Frozen, and its elements are not numbers of their dtype but whatever its class makes of them."""
 
@@ -99,9 +102,12 @@ class SavedParameter(_Section):
         return self.names[0]
 
     def part(self, part: str) -> list[Piece]:
-        """The pieces of "weights", "exp_avg" or "exp_avg_sq"."""
-        pieces: list[Piece] = getattr(self, part)
-        return pieces
+        """The pieces of "weights" or of a state tensor; none where that was not saved."""
+        return self.weights if part == "weights" else self.state.get(part, [])
+
+    def parts(self) -> list[str]:
+        """The parts that were saved."""
+        return [part for part in ("weights", *self.state) if self.part(part)]
 
 
 class SavedBuffer(_Section):
@@ -182,12 +188,17 @@ class Manifest(_Section):
                 del param["opaque"]
         if not self._needs_third():
             body["version"] = 2
+            for param in body["parameters"]:
+                state = param.pop("state")
+                param.update({name: state.get(name, []) for name in _MOMENTS})
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
 
     def _needs_third(self) -> bool:
         frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}
         buffers = {piece.dtype for buffer in self.buffers for piece in buffer.pieces}
-        return not (frozen <= _FLOATS and buffers <= _SECOND and not any(param.opaque for param in self.parameters))
+        states = {name for param in self.parameters for name in param.state}
+        plain = frozen <= _FLOATS and buffers <= _SECOND and states <= set(_MOMENTS)
+        return not plain or any(param.opaque for param in self.parameters)
 
     def checksum(self) -> str:
         """The digest of what this says, whichever version it was read from."""
@@ -202,8 +213,7 @@ class Manifest(_Section):
         lists = [
             (f"{part} of {param.name}", param.shape, param.part(part))
             for param in self.parameters
-            for part in ("weights", "exp_avg", "exp_avg_sq")
-            if param.part(part)
+            for part in param.parts()
         ]
         lists += [(buffer.name, buffer.shape, buffer.pieces) for buffer in self.buffers]
         for what, shape, pieces in lists:
@@ -236,6 +246,20 @@ def _digest_of(body: dict[str, Any]) -> str:
 def _from_version_1(body: dict[str, Any]) -> dict[str, Any]:
     found = body.get("generators")
     return {**body, "version": 2, "generators": [found] if isinstance(found, dict) else found}
+
+
+def _with_named_state(body: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with every parameter's state by name, whichever version it is of."""
+    parameters = body.get("parameters")
+    if not isinstance(parameters, list) or not all(isinstance(each, dict) for each in parameters):
+        return body
+    named = []
+    for each in parameters:
+        moments = {name: each[name] for name in _MOMENTS if name in each}
+        rest = {key: value for key, value in each.items() if key not in moments}
+        state = {name: pieces for name, pieces in moments.items() if pieces}
+        named.append({**rest, "state": state} if moments else each)
+    return {**body, "parameters": named}
 
 
 def looks_pickled(start: bytes) -> bool:
@@ -278,6 +302,7 @@ def read_manifest(directory: Path) -> Manifest:
             raise ValueError(f"its checksum should be {expected} and is {_digest_of(body)}")
         if version == 1:
             body = _from_version_1(body)
+        body = _with_named_state(body)
         manifest = Manifest.model_validate(body)
         manifest.check()
     except ValidationError as error:

@@ -16,25 +16,27 @@ import torch
 
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import (
-    PARTS,
+    WEIGHTS,
     ElementRange,
     LiveState,
     Staging,
     param_records,
     persistent_buffers,
     pieces_to_fill,
+    state_names,
     value_dtype,
 )
 from zeroxide.checkpoint.format import generators
 from zeroxide.checkpoint.format.commit import find, holds_nothing
 from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import Manifest, Piece, SavedBuffer, SavedParameter, read_manifest
-from zeroxide.checkpoint.load.match import match_buffers, match_groups, match_parameters
+from zeroxide.checkpoint.load.match import match_buffers, match_groups, match_parameters, match_rules
 from zeroxide.checkpoint.load.source import Sources
 from zeroxide.checkpoint.load.spill_file import SpillFile
 from zeroxide.device.placement import spec
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import assign
+from zeroxide.optim.rules import FIXED
 from zeroxide.precision.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import set_buffer
 
@@ -59,8 +61,8 @@ def load_checkpoint(
     Every rank must call it with the same arguments. With `optimizer` or `scheduler`, training goes on where it was:
     counters, loss scale and the states of torch's, Python's and numpy's global random number generators are restored
     as well, those of each rank; a rank that the saved run did not have keeps its generators as they are. A parameter
-    that was frozen when it was saved and is trainable now starts with zero moments; one that was left out of the
-    checkpoint keeps its values.
+    that was frozen when it was saved and is trainable now starts with fresh optimizer state; one that was left out of
+    the checkpoint keeps its values.
 
     Raises CheckpointError on all ranks, before any engine has changed, for a checkpoint that is missing, damaged or
     of another model; an error after that says that the engines hold a mixture.
@@ -100,7 +102,7 @@ class _Fill:
     unit: int
     part: str
     sources: list[tuple[ElementRange, list[Piece] | None]]
-    """Pieces to read from; an empty list means zeros, None the values that are there now."""
+    """Pieces to read from; an empty list means initial values, None the values that are there now."""
 
     @property
     def kept(self) -> list[ElementRange]:
@@ -131,14 +133,14 @@ class _Load:
         self.optimizer = optimizer
         self.staging = Staging()
         team.together(lambda: self._compare(strict, scheduler), path)
-        parts = PARTS if optimizer else PARTS[:1]
+        parts = [WEIGHTS, *(state_names(self.held) if optimizer else ())]
         self.fills = list(self._plan(parts))
         needed = [
             piece
             for held in self.held
             if (saved := self.saved[held.name]) is not None
             for part in parts
-            if held.trainable or part == "weights"
+            if held.has(part)
             for piece in saved.part(part)
         ]
         needed += [piece for _, saved in self.buffers for piece in saved.pieces]
@@ -151,6 +153,8 @@ class _Load:
         self.scheduler = scheduler and self._has_scheduler(strict)
         if self.resume:
             match_groups(self.held, self.saved, len(training.optimizer.param_groups), manifest, path)
+            if self.optimizer:
+                match_rules(training.optimizer.hyperparameters(), manifest, path)
         states = manifest.generators
         self.generators = states[self.team.rank] if self.resume and self.team.rank < len(states) else None
         try:
@@ -185,7 +189,7 @@ class _Load:
             )
         return False
 
-    def _plan(self, parts: tuple[str, ...]) -> Iterator[_Fill]:
+    def _plan(self, parts: list[str]) -> Iterator[_Fill]:
         # A unit is filled on all ranks or on none, also where a rank holds nothing of it.
         units = list(dict.fromkeys(held.unit for held in self.held))
         mine: dict[tuple[int, str], list[ElementRange]] = {}
@@ -202,7 +206,7 @@ class _Load:
                     [
                         (run, self._source(self.saved[run.held.name], part))
                         for run in mine.get((unit, part), ())
-                        if run.count and (run.held.trainable or part == "weights")
+                        if run.count and run.held.has(part)
                     ],
                 )
 
@@ -211,7 +215,7 @@ class _Load:
         return any(
             self._source(self.saved[held.name], part) is not None
             for held in self.held
-            if held.unit == unit and (held.trainable or part == "weights")
+            if held.unit == unit and held.has(part)
         )
 
     @staticmethod
@@ -219,8 +223,8 @@ class _Load:
         if saved is None:
             return None
         pieces = saved.part(part)
-        # Weights that were left out stay; moments that never were are zero.
-        return pieces if pieces or part != "weights" else None
+        # Weights that were left out stay; state that never was is what it starts from.
+        return pieces if pieces or part != WEIGHTS else None
 
     def apply(self) -> None:
         """Changes the engine. Raises CheckpointError that says whether it is as before or a mixture."""
@@ -315,9 +319,9 @@ class _Load:
         if pieces is None:
             yield from spill.chunks(run, part)
         elif not pieces:
-            zeros = self.staging.values[: min(run.count, self.staging.elements)].zero_()
+            initial = self.staging.values[: min(run.count, self.staging.elements)].fill_(run.held.states[part])
             for start in range(0, run.count, self.staging.elements):
-                yield run.start + start, zeros[: run.count - start]
+                yield run.start + start, initial[: run.count - start]
         else:
             for start, stored in self.sources.chunks(pieces, run.start, run.count):
                 dtype = value_dtype(run.held, part)
@@ -362,7 +366,7 @@ class _Load:
                 for group, values in zip(groups, self.groups, strict=False):
                     names = values if self.optimizer else (SCHEDULED if self.scheduler else ())
                     for name in names:
-                        if name in values and name not in keep:
+                        if name in values and name not in (*keep, *FIXED):
                             assign(group, name, values[name])
             except Exception as error:
                 raise CheckpointError(

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from zeroxide.checkpoint.contents import ParamRecord
+from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import Manifest, SavedBuffer, SavedParameter
 from zeroxide.checkpoint.format.stream import SAVED
 from zeroxide.errors import CheckpointError
+from zeroxide.optim.rules import RULE
 from zeroxide.precision.bits import FLOATS, converts
 from zeroxide.zero.names import plain_name
 
-__all__ = ["match_buffers", "match_groups", "match_parameters"]
+__all__ = ["match_buffers", "match_groups", "match_parameters", "match_rules"]
 
 SHOWN = 3
 
@@ -142,3 +145,19 @@ def match_groups(
             "load_optimizer_states=False and load_lr_scheduler_states=False",
             path=path,
         )
+
+
+def match_rules(groups: Sequence[Mapping[str, Any]], manifest: Manifest, path: Path) -> None:
+    """Raises CheckpointError unless every optimizer group has the rule whose state was saved.
+
+    Checkpoints that name none were saved by Adam or AdamW.
+    """
+    for number, (mine, saved) in enumerate(zip(groups, manifest.groups, strict=True)):
+        theirs = decode(saved.hyperparameters)
+        was = theirs.get(RULE, "adam") if isinstance(theirs, dict) else "adam"
+        if was != mine[RULE]:
+            raise CheckpointError(
+                f"{path} was saved with the optimizer {was} in group {number}, this engine has {mine[RULE]}: use the "
+                "same, or pass load_optimizer_states=False to start its state anew",
+                path=path,
+            )

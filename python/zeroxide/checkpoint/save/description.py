@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from zeroxide import _core
-from zeroxide.checkpoint.contents import PARTS, LiveState, own_pieces, param_records, persistent_buffers
+from zeroxide.checkpoint.contents import (
+    WEIGHTS,
+    LiveState,
+    own_pieces,
+    param_records,
+    persistent_buffers,
+    state_names,
+)
 from zeroxide.checkpoint.format import cutting, generators
 from zeroxide.checkpoint.format.cutting import Cut, Tensor, cut_into_files, whole
 from zeroxide.checkpoint.format.json_codec import encode
@@ -57,6 +64,7 @@ class Description:
         self._leads = rank == 0
         self._held = param_records(training)
         self._by_name = {held.name: held for held in self._held}
+        self._states = state_names(self._held)
         self._buffers = self._checked_buffers(training, frozen_in_time)
         self.generators = generators.read()
         if self._leads:
@@ -93,8 +101,11 @@ class Description:
             for held in self._held
             if held.trainable or include_frozen
         }
-        moments = {held.name: Tensor(held.name, torch.float32, held.shape) for held in self._held if held.trainable}
-        for family, tensors in (("weights", weights), ("exp_avg", moments), ("exp_avg_sq", moments)):
+        families = [(WEIGHTS, weights)]
+        for state in self._states:
+            having = [held for held in self._held if state in held.states]
+            families.append((state, {held.name: Tensor(held.name, torch.float32, held.shape) for held in having}))
+        for family, tensors in families:
             yield (
                 family,
                 [Cut(tensors[run.held.name], run.start, run.count) for run in own if run.held.name in tensors],
@@ -107,7 +118,7 @@ class Description:
         for name, cuts in self.files:
             family = name.partition("-")[0]
             for cut in cuts:
-                if family in PARTS:
+                if family != BUFFERS:
                     held = self._by_name[cut.tensor.name]
                     yield from live.chunks(held, family, cut.start, cut.count, cut.tensor.dtype)
                 else:
@@ -142,9 +153,8 @@ class Description:
                     opaque=held.opaque,
                     updates=updates,
                     group=held.group,
-                    weights=pieces.get(("weights", held.name), []),
-                    exp_avg=pieces.get(("exp_avg", held.name), []),
-                    exp_avg_sq=pieces.get(("exp_avg_sq", held.name), []),
+                    weights=pieces.get((WEIGHTS, held.name), []),
+                    state={name: pieces[name, held.name] for name in held.states if (name, held.name) in pieces},
                 )
                 for held, updates in zip(self._held, self._updates, strict=True)
             ],

@@ -1,43 +1,45 @@
-"""`optimizer`: Adam and AdamW."""
+"""`optimizer`: which rule updates the parameters, and its hyperparameters."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+import dataclasses
+from typing import Annotated, Any, cast
 
 from pydantic import Field
 
-from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import Betas, Flag, NoEffect, NonNegative, NotBuilt, Section, expecting
+from zeroxide.config.fields import NoEffect, Section, expecting
 from zeroxide.config.given import Given, agree
+from zeroxide.config.sections.rules import (
+    SGD,
+    Adagrad,
+    AdagradParams,
+    Lion,
+    LionParams,
+    Optimizer,
+    OptimizerParams,
+    Rule,
+    SGDParams,
+)
 from zeroxide.errors import ConfigError
 
-__all__ = ["Optimizer", "OptimizerParams", "OptimizerSection", "resolve"]
+__all__ = ["Optimizer", "OptimizerSection", "resolve"]
+
+_BUILT: dict[str, tuple[type[Section], type[Rule]]] = {
+    "Adam": (OptimizerParams, Optimizer),
+    "AdamW": (OptimizerParams, Optimizer),
+    "Lion": (LionParams, Lion),
+    "Adagrad": (AdagradParams, Adagrad),
+    "SGD": (SGDParams, SGD),
+}
+"""By the names that DeepSpeed has for them: the keys, and what they come to."""
 
 # DeepSpeed's own optimizers and torch's, which DeepSpeed takes by name.
 _TO_COME = (
-    *("adagrad", "lamb", "lion", "muon", "musgd", "muadam", "muadamw", "onebitadam", "onebitlamb", "zerooneadam"),
-    *("sgd", "rmsprop", "adadelta", "adamax", "nadam", "radam", "asgd", "rprop", "lbfgs", "sparseadam", "adafactor"),
+    *("lamb", "muon", "musgd", "muadam", "muadamw", "onebitadam", "onebitlamb", "zerooneadam"),
+    *("rmsprop", "adadelta", "adamax", "nadam", "radam", "asgd", "rprop", "lbfgs", "sparseadam", "adafactor"),
 )
 
-
-class OptimizerParams(Section):
-    """`optimizer.params` for Adam and AdamW."""
-
-    lr: NonNegative | None = None
-    betas: Betas | None = None
-    eps: NonNegative | None = None
-    weight_decay: NonNegative | None = None
-    bias_correction: Flag | None = None
-    adam_w_mode: Flag | None = None
-    amsgrad: Annotated[Flag | None, NotBuilt("AMSGrad")] = None
-    fp32_optimizer_states: Annotated[Flag | None, NotBuilt("optimizer states below fp32", neutral=(True,))] = None
-    torch_adam: Flag | None = None
-    fused: Annotated[Any, NoEffect("the update is always one fused pass")] = None
-    foreach: Annotated[Any, NoEffect("the update is always one fused pass")] = None
-    capturable: Annotated[Any, NoEffect("the update is not part of a CUDA graph")] = None
-    differentiable: Annotated[Any, NotBuilt("differentiating through the optimizer")] = None
-    maximize: Annotated[Flag | None, NotBuilt("maximising the loss")] = None
+_SHORTCUTS = ("lr", "betas", "eps", "weight_decay")
 
 
 class OptimizerSection(Section):
@@ -48,59 +50,64 @@ class OptimizerSection(Section):
     legacy_fusion: Annotated[Any, NoEffect("the update is always one fused pass")] = None
 
 
-@dataclass(frozen=True, slots=True)
-class Optimizer(Resolved):
-    """Adam with decoupled weight decay (AdamW) or, when `decoupled` is false, with L2 regularisation (Adam)."""
-
-    key: ClassVar[str] = "optimizer"
-
-    lr: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    decoupled: bool = True
-    bias_correction: bool = True
-
-
-def resolve(section: OptimizerSection | None, given: Given) -> Optimizer | None:
-    """The optimizer that is asked for, None where nothing asks for one.
+def resolve(section: OptimizerSection | None, given: Given) -> Rule | None:
+    """The optimizer that is asked for, None where nothing asks for one; shortcuts alone ask for AdamW.
 
     As in DeepSpeed, "Adam" is AdamW unless `adam_w_mode` is false. Raises ConfigError for another type, for a key that
-    does not fit, and where a shortcut contradicts the document.
+    does not fit, and where a shortcut contradicts the document or is no hyperparameter of the optimizer.
     """
     base = "optimizer.params"
-    params = OptimizerParams()
-    shortcuts = given.shortcuts
-    decoupled = True
-    fallback = Optimizer()
+    kind, rule = "AdamW", cast(type[Rule], Optimizer)
+    params: dict[str, Any] = {}
     if section is not None:
-        kind = section.type.lower()
-        if kind not in ("adam", "adamw"):
-            raise given.unknown_type("optimizer.type", section.type, ("Adam", "AdamW"), _TO_COME)
+        kind = next((name for name in _BUILT if name.lower() == section.type.lower()), "")
+        if not kind:
+            raise given.unknown_type("optimizer.type", section.type, tuple(_BUILT), _TO_COME)
         if "max_grad_norm" in section.params:
             raise ConfigError(f'{given.origin}: unknown key "{base}.max_grad_norm": set "gradient_clipping" instead')
-        params = given.params(OptimizerParams, "optimizer", section.params)
-        decoupled = params.adam_w_mode is not False
-        if params.torch_adam and decoupled and params.weight_decay is None:
-            # The default of torch.optim.AdamW, which torch_adam asks for; that of torch.optim.Adam is 0.
-            fallback = Optimizer(weight_decay=0.01)
-        if kind == "adamw" and not decoupled:
+        model, rule = _BUILT[kind]
+        keys = given.params(model, "optimizer", section.params)
+        params = {name: value for name in model.model_fields if (value := getattr(keys, name)) is not None}
+        if rule is Optimizer:
+            params = _adam(params, section.type, given.origin)
+    asked = section is not None
+    for name in _SHORTCUTS:
+        shortcut = getattr(given.shortcuts, name)
+        if shortcut is None:
+            continue
+        asked = True
+        if name not in {field.name for field in dataclasses.fields(rule)}:
             raise ConfigError(
-                f'{given.origin}: {base}.adam_w_mode = false contradicts optimizer.type = "{section.type}"; '
-                'use "Adam" for L2 regularisation',
-                path=f"{base}.adam_w_mode",
+                f"{name}={shortcut!r} is no hyperparameter of {kind}, which optimizer.type names; leave it out",
+                path=f"{base}.{name}",
             )
-    lr = agree("lr", shortcuts.lr, f"{base}.lr", params.lr)
-    betas = agree("betas", shortcuts.betas, f"{base}.betas", params.betas)
-    eps = agree("eps", shortcuts.eps, f"{base}.eps", params.eps)
-    weight_decay = agree("weight_decay", shortcuts.weight_decay, f"{base}.weight_decay", params.weight_decay)
-    if section is None and lr is None and betas is None and eps is None and weight_decay is None:
-        return None
-    return Optimizer(
-        lr=fallback.lr if lr is None else lr,
-        betas=fallback.betas if betas is None else betas,
-        eps=fallback.eps if eps is None else eps,
-        weight_decay=fallback.weight_decay if weight_decay is None else weight_decay,
-        decoupled=decoupled,
-        bias_correction=params.bias_correction is not False,
-    )
+        params[name] = agree(name, shortcut, f"{base}.{name}", params.get(name))
+    if params.get("torch_adam") and params["decoupled"]:
+        # The default of torch.optim.AdamW, which torch_adam asks for; that of torch.optim.Adam is 0.
+        params.setdefault("weight_decay", 0.01)
+    known = {field.name for field in dataclasses.fields(rule)}
+    found = rule(**{name: value for name, value in params.items() if name in known})
+    if isinstance(found, SGD):
+        _check_nesterov(found, base)
+    return found if asked else None
+
+
+def _adam(params: dict[str, Any], kind: str, origin: str) -> dict[str, Any]:
+    """`params` of Adam or AdamW with "decoupled". Raises ConfigError where AdamW is not to be decoupled."""
+    decoupled = params.get("adam_w_mode", True)
+    if kind.lower() == "adamw" and not decoupled:
+        raise ConfigError(
+            f'{origin}: optimizer.params.adam_w_mode = false contradicts optimizer.type = "{kind}"; '
+            'use "Adam" for L2 regularisation',
+            path="optimizer.params.adam_w_mode",
+        )
+    return {**params, "decoupled": decoupled}
+
+
+def _check_nesterov(found: SGD, base: str) -> None:
+    if found.nesterov and (found.momentum == 0 or found.dampening != 0):
+        raise ConfigError(
+            f"{base}.nesterov = true needs {base}.momentum above 0 and {base}.dampening = 0, got momentum "
+            f"{found.momentum:g} and dampening {found.dampening:g}",
+            path=f"{base}.nesterov",
+        )

@@ -42,12 +42,15 @@ def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
 
 
 def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
-    """A moment, in the parameter's shape; None for a frozen parameter and for one of no engine.
+    """A state tensor of the optimizer, in the parameter's shape; None for a frozen parameter and for one of no engine.
 
-    optim_state_key: "exp_avg" or "exp_avg_sq"; anything else raises ConfigError.
+    optim_state_key: what the parameter's optimizer calls it: "exp_avg" and "exp_avg_sq" for Adam, "exp_avg" for Lion,
+    "sum" for Adagrad, "momentum_buffer" for SGD; anything else raises ConfigError.
     """
-    sharded, key = sharded_param_of(param), _key(optim_state_key)
-    return None if sharded is None or not sharded.trainable else sharded.read(key).view(sharded.shape)
+    sharded = sharded_param_of(param)
+    if sharded is None or not sharded.trainable:
+        return None
+    return sharded.read(_key(sharded, optim_state_key)).view(sharded.shape)
 
 
 def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
@@ -66,8 +69,10 @@ def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
-    """Makes rank 0's `value` the moment `optim_state_key`. Raises ModelError, also for a frozen one."""
-    _set_full(_trainable(param), _key(optim_state_key), value)
+    """Makes rank 0's `value` the state tensor `optim_state_key`. Raises ModelError, also for a frozen one, and
+    ConfigError for a key that the parameter's optimizer does not have."""
+    sharded = _trainable(param)
+    _set_full(sharded, _key(sharded, optim_state_key), value)
 
 
 def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -82,9 +87,9 @@ def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
 
 
 def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
-    """This rank's part of a moment; None for a frozen parameter and for one of no engine."""
-    sharded, key = sharded_param_of(param), _key(optim_state_key)
-    return None if sharded is None or not sharded.trainable else sharded.read_own(key)
+    """This rank's part of a state tensor; None for a frozen parameter and for one of no engine."""
+    sharded = sharded_param_of(param)
+    return None if sharded is None or not sharded.trainable else sharded.read_own(_key(sharded, optim_state_key))
 
 
 def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
@@ -102,8 +107,9 @@ def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
 
 
 def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
-    """Replaces this rank's part of a moment. Every rank calls it."""
-    _set_local(_trainable(param), _key(optim_state_key), value)
+    """Replaces this rank's part of a state tensor. Every rank calls it."""
+    sharded = _trainable(param)
+    _set_local(sharded, _key(sharded, optim_state_key), value)
 
 
 def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -111,10 +117,14 @@ def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     _set_local(_trainable(param), "grad", value)
 
 
-def _key(name: str) -> str:
-    if name not in ("exp_avg", "exp_avg_sq"):
+def _key(sharded: ShardedParam, name: str) -> str:
+    if name not in sharded.states:
+        expected = " or ".join(f'"{each}"' for each in sharded.states)
         raise ConfigError(
-            f'optim_state_key: expected "exp_avg" or "exp_avg_sq", got {name!r}', path="optim_state_key", got=str(name)
+            f"optim_state_key: expected {expected}, which the optimizer of {sharded.name} has, got {name!r}",
+            path="optim_state_key",
+            expected=expected,
+            got=str(name),
         )
     return name
 

@@ -1,0 +1,93 @@
+"""How the parameters of a unit are updated and their state stored: one rule and one format a unit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from zeroxide import _core
+from zeroxide.device.placement import DTYPE_NAMES
+
+if TYPE_CHECKING:
+    from zeroxide.plan.discover import UnitPlan
+    from zeroxide.plan.parameters import ParameterPlan
+
+__all__ = ["UNDECIDED", "StatePlan", "by_state"]
+
+
+@dataclass(frozen=True)
+class StatePlan:
+    """An optimizer rule with a storage format, and the state tensors that they come to."""
+
+    optimizer: _core.Rule
+    rule: str
+    """What parameter groups call the rule."""
+    format: str
+    tensors: tuple[tuple[str, str, int, float], ...]
+    """Name, dtype, bytes of an element and initial value of each, the live weight not among them."""
+
+    @classmethod
+    def of(cls, optimizer: _core.Rule, rule: str, format: str, compute: torch.dtype) -> StatePlan:
+        """For weights of dtype `compute`. Raises ValueError for a format that does not go with it."""
+        tensors = _core.state_tensors(optimizer, format, DTYPE_NAMES[compute])
+        return cls(optimizer, rule, format, tuple(tensors[1:]))
+
+    @property
+    def bytes(self) -> int:
+        """Of the state of one element."""
+        return sum(size for _, _, size, _ in self.tensors)
+
+    @property
+    def initial(self) -> dict[str, float]:
+        """The rule's own tensors, with what they start from."""
+        # Beside fp32 weights there is nothing that makes a weight exact.
+        own = _core.state_tensors(self.optimizer, "fp32", "f32")[1:]
+        return {name: initial for name, _, _, initial in own}
+
+    @classmethod
+    def default(cls, format: str, compute: torch.dtype) -> StatePlan:
+        """Adam's: what parameters count as that no optimizer updates."""
+        adam = _core.Adam(
+            lr=0.0, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, decoupled=True, bias_correction=True
+        )
+        return cls.of(adam, "adam", format, compute)
+
+    def fits(self, other: StatePlan) -> bool:
+        """Whether one unit can hold parameters of both: their hyperparameters may differ."""
+        return (self.rule, self.format, self.tensors) == (other.rule, other.format, other.tensors)
+
+
+UNDECIDED = StatePlan.default("fp32", torch.float32)
+"""Of units whose parameters have not been looked at yet."""
+
+
+def by_state(unit: UnitPlan, states: Mapping[int, StatePlan], default: StatePlan) -> list[UnitPlan]:
+    """The unit's parameters as units of the same modules, one for each way in which they are updated.
+
+    Frozen parameters are with the first part. states: by the parameters' ids; `default` for trainable parameters that
+    it lacks, and where there are none.
+    """
+    parts: list[tuple[StatePlan, list[ParameterPlan]]] = []
+    homes: list[int | None] = []
+    for entry in unit.params:
+        if not entry.trainable:
+            homes.append(None)
+            continue
+        state = states.get(id(entry.param), default)
+        at = next((number for number, (known, _) in enumerate(parts) if known.fits(state)), len(parts))
+        if at == len(parts):
+            parts.append((state, []))
+        homes.append(at)
+    if not parts:
+        parts.append((default, []))
+    for entry, home in zip(unit.params, homes, strict=True):
+        parts[home or 0][1].append(entry)
+    names = [unit.name, *(f"{unit.name} ({state.rule}, {state.format})" for state, _ in parts[1:])]
+    return [
+        dataclasses.replace(unit, name=name, params=params, state=state)
+        for name, (state, params) in zip(names, parts, strict=True)
+    ]
