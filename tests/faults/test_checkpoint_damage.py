@@ -281,17 +281,19 @@ def test_an_error_while_filling_is_said_and_loading_again_heals(make, tmp_path, 
     expected = state(saver)
     (tmp_path / "scratch").mkdir()
     engine = make(offload if offload == "none" else f"nvme:{tmp_path / 'scratch'}", seed=7)
-    preadv = os.preadv
+    from zeroxide.checkpoint.load import source
+
+    read_into = source.read_into
     for fail_at in (0, 1, 5, 12):
         left = iter(range(fail_at))
 
         def failing(*args, left=left):
             if next(left, None) is None:
                 raise OSError(errno.EIO, "Input/output error")
-            return preadv(*args)
+            return read_into(*args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(os, "preadv", failing)
+            patched.setattr(source, "read_into", failing)
             with pytest.raises(CheckpointError, match=r"stopped in the middle .*Input/output error.* a mixture"):
                 engine.load_checkpoint(tmp_path / "out")
         engine.load_checkpoint(tmp_path / "out")
@@ -299,13 +301,15 @@ def test_an_error_while_filling_is_said_and_loading_again_heals(make, tmp_path, 
 
 
 def test_an_interrupt_while_filling_says_so(make, tmp_path, saved, monkeypatch):
+    from zeroxide.checkpoint.load import source
+
     engine = make(seed=7)
 
     def interrupted(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "preadv", interrupted)
+        patched.setattr(source, "read_into", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             engine.load_checkpoint(tmp_path / "out")
     assert "holds a mixture" in caught.value.__notes__[0]
