@@ -16,8 +16,11 @@ class FakePlan:
     def expected_peaks(self, *, loaded: bool) -> dict[str, int]:
         return {"weights": 1 << 20}
 
-    def expected_process(self, made: dict[str, Any], passed: dict[str, Any], *, loaded: bool) -> int:
-        return int(passed["peak"])
+    def expected_process(self, made: Any, forward: Any, backward: Any, *, loaded: bool) -> int:
+        return int(backward["peak"])
+
+    def expected_traffic(self) -> tuple[int, int]:
+        return 3, 2
 
     def describe(self) -> list[str]:
         return ["everything in memory"]

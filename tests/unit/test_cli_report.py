@@ -91,6 +91,12 @@ def test_memory_lines_compare_plan_and_outcome():
     assert describe_memory({"weights": 2 << 20}, memory) == ["weights    expected 2 MiB, peak 3 MiB"]
 
 
+def test_the_process_is_compared_where_something_was_expected_of_it():
+    memory = {"weights": {"peak": 0}, "process": {"peak": 3 << 30}, "limit": None}
+    assert describe_memory({"process": 2 << 30}, memory) == ["process    expected 2 GiB, peak 3 GiB"]
+    assert describe_memory({}, memory) == []
+
+
 def test_the_plot_takes_the_last_word_on_a_step(tmp_path):
     log = tmp_path / "log.jsonl"
     lines = [

@@ -8,6 +8,21 @@ const MAX_MAPPINGS: i32 = 65536;
 #[cfg(target_env = "gnu")]
 const DEFAULT_LARGEST: i32 = 32 << 20;
 
+/// Bytes of memory that the allocator has taken from the system for its heaps, in use or free; 0 with another C library.
+/// Blocks with mappings of their own are not counted. With [`keep_freed_memory`] it never shrinks.
+pub fn heap_bytes() -> u64 {
+    #[cfg(target_env = "gnu")]
+    {
+        // SAFETY: mallinfo2 takes the allocator's own locks and has no arguments.
+        let found = unsafe { libc::mallinfo2() };
+        found.arena as u64
+    }
+    #[cfg(not(target_env = "gnu"))]
+    {
+        0
+    }
+}
+
 /// Tells glibc to keep freed memory in the process, and to serve large requests from the heap instead of
 /// from mappings of their own, so that activations of one step reuse the pages of the last one instead
 /// of faulting them in again. Returns whether it applied: false with another C library.

@@ -30,7 +30,7 @@ mod resident;
 mod shared;
 mod window;
 
-pub use allocator::keep_freed_memory;
+pub use allocator::{heap_bytes, keep_freed_memory};
 pub use arena::Arena;
 pub use budget::{Bucket, Budget, Reservation, Usage};
 pub use error::MemoryError;

@@ -27,7 +27,7 @@ pub use mesh::Mesh;
 pub use placement::{
     DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, MIN_TILES_IN_RING, Placement,
 };
-pub use plan::{Plan, PlanRequest, UnitRequest};
+pub use plan::{FRAGMENTS, Passed, Plan, PlanRequest, UnitRequest};
 pub use schedule::{Collective, CollectiveKind, Phase, Schedule};
 pub use transit::{SLOTS, Transit};
 pub use unit::{LocalShard, PlacedUnit, StateBytes, UnitShape};

@@ -72,7 +72,7 @@ impl Placement {
     /// Bytes of the shards of weights that are at home in host memory while the whole comes and goes.
     pub fn shard_bytes(&self) -> u64 {
         self.sum(|unit| match unit.shape.weights {
-            WeightHome::Shard => unit.local.own * self.dtypes.compute.size() as u64,
+            WeightHome::Shard => unit.own_bytes(self.dtypes.compute),
             _ => 0,
         })
     }
@@ -194,15 +194,40 @@ impl Placement {
         )
     }
 
-    /// Bytes of optimizer state at home in host memory that nothing writes before the first update.
-    pub(crate) fn untouched_state_bytes(&self) -> u64 {
-        self.sum(|unit| match unit.shape.state {
-            StateHome::Host => {
-                let state = unit.shape.state_bytes;
-                unit.local.kept * (state.total - state.written)
+    /// Bytes (read, written) on disk by one update of everything that is trained, weights that are read left out.
+    pub(crate) fn update_traffic(&self) -> (u64, u64) {
+        let state = |unit: &PlacedUnit| match unit.shape.state {
+            StateHome::Disk => unit.local.kept * unit.shape.state_bytes.total,
+            StateHome::Host => 0,
+        };
+        let weights = |unit: &PlacedUnit| match unit.shape.weights {
+            WeightHome::Disk if unit.local.kept > 0 => {
+                unit.local.kept * self.dtypes.compute.size() as u64
             }
-            StateHome::Disk => 0,
-        })
+            _ => 0,
+        };
+        let state = self.sum(state);
+        (state, state + self.sum(weights))
+    }
+
+    /// Bytes of optimizer state at home in host memory that nothing writes before the first update, and that share no huge
+    /// page with what is written: units follow one another in one arena, each what is written first.
+    pub(crate) fn untouched_state_bytes(&self) -> u64 {
+        let (mut at, mut touched) = (0, 0);
+        let mut untouched = 0;
+        for unit in &self.units {
+            if unit.shape.state == StateHome::Disk {
+                continue;
+            }
+            let state = unit.shape.state_bytes;
+            let written = unit.local.kept * state.written;
+            if written > 0 {
+                untouched += (at / FRAME as u64 * FRAME as u64).saturating_sub(touched);
+                touched = (at + written).next_multiple_of(FRAME as u64);
+            }
+            at += unit.local.kept * state.total;
+        }
+        untouched + at.saturating_sub(touched)
     }
 
     fn moving(&self) -> impl Iterator<Item = &PlacedUnit> {

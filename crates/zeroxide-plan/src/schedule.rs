@@ -1,4 +1,4 @@
-//! What a training step exchanges with the other ranks, found from the plan alone: nothing is allocated or sent.
+//! What a training step exchanges with the other ranks and with the disk, found from the plan alone: nothing is allocated or sent.
 //!
 //! So a job of a thousand ranks can be looked at on one machine before it is started. The rules are those of the gatherer
 //! and of the core: the order of the last pass says what is gathered ahead, and of the units in memory that nobody uses
@@ -12,6 +12,7 @@ use std::collections::VecDeque;
 
 use crate::home::{Transport, WeightHome};
 use crate::plan::Plan;
+use crate::unit::PlacedUnit;
 
 use frames::Frames;
 use order::GatherOrder;
@@ -85,34 +86,37 @@ pub struct Schedule {
     pub collectives: Vec<Collective>,
     /// Bytes of gradients that leave a rank through shared memory.
     pub shared_bytes: u64,
+    /// Bytes read from disk: the state for its update, and weights that are not in memory when they are needed. What the
+    /// next forward needs is read once, for its update.
+    pub read_bytes: u64,
+    /// Bytes written to disk.
+    pub written_bytes: u64,
 }
 
 impl Schedule {
     /// Plays the third step of training.
     pub fn new(plan: &Plan) -> Self {
-        if plan.placement.mesh.world() == 1 {
-            return Self::default();
-        }
         let mut rank = Rank::new(plan);
         // What the steps before leave in memory, and their order, are part of the answer.
         for _ in 0..STEPS_UNTIL_STEADY {
             rank.step();
         }
         rank.step();
-        let units = &plan.placement.units;
-        let comm = plan.placement.dtypes.comm;
-        let shared_bytes = match plan.placement.transport {
-            Transport::Collective => 0,
-            Transport::Shared => units
-                .iter()
-                .map(|unit| unit.outgoing_bytes(comm))
-                .sum::<u64>(),
+        let placement = &plan.placement;
+        let alone = placement.mesh.world() == 1;
+        let world = u64::from(placement.mesh.world());
+        let outgoing = |unit: &PlacedUnit| match placement.transport {
+            Transport::Shared if !alone => unit.outgoing_bytes(placement.dtypes.comm),
+            _ => 0,
         };
-        let world = u64::from(plan.placement.mesh.world());
+        let shared_bytes = placement.units.iter().map(outgoing).sum::<u64>();
+        let (state_read, written_bytes) = placement.update_traffic();
         Self {
-            collectives: rank.begun,
+            collectives: if alone { Vec::new() } else { rank.begun },
             // A rank reads its own part where it lies.
             shared_bytes: shared_bytes / world * (world - 1),
+            read_bytes: state_read + rank.frames.read_bytes(),
+            written_bytes,
         }
     }
 
@@ -151,7 +155,8 @@ impl<'a> Rank<'a> {
             order: GatherOrder::default(),
             ahead: VecDeque::new(),
             used: Vec::new(),
-            early: if plan.weights.moves() {
+            // With one rank, what comes next is read ahead and not held.
+            early: if plan.weights.moves() && plan.placement.mesh.world() > 1 {
                 plan.prefetch
             } else {
                 0
@@ -163,6 +168,7 @@ impl<'a> Rank<'a> {
 
     fn step(&mut self) {
         self.begun.clear();
+        self.frames.start_step();
         let moves = self.plan.weights != WeightHome::Host;
         if moves {
             self.forward();

@@ -154,6 +154,11 @@ impl PlacedUnit {
         mesh.incoming_bytes(self.local.kept, comm)
     }
 
+    /// Bytes of this rank's part of its weights.
+    pub(crate) fn own_bytes(&self, compute: Dtype) -> u64 {
+        self.local.own * compute.size() as u64
+    }
+
     /// Bytes of gradients that this rank keeps for the step.
     pub(crate) fn gradient_bytes(&self, grad: Dtype) -> u64 {
         match self.shape.weights {
@@ -173,7 +178,7 @@ impl PlacedUnit {
     /// Bytes of its blocks at home on disk.
     pub(crate) fn disk_bytes(&self, compute: Dtype) -> u64 {
         let weights = match self.shape.weights {
-            WeightHome::Disk => self.local.own * compute.size() as u64,
+            WeightHome::Disk => self.own_bytes(compute),
             _ => 0,
         };
         let state = match self.shape.state {

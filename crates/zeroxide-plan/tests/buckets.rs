@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use zeroxide_layout::{Dtype, Format, Moment, ParamShape, StateKey, StateLayout};
 use zeroxide_plan::{
-    Buckets, Dtypes, Mesh, Plan, PlanError, PlanRequest, StateBytes, Transport, UnitRequest,
+    Buckets, Dtypes, Mesh, Passed, Plan, PlanError, PlanRequest, StateBytes, Transport, UnitRequest,
 };
 
 const FRAME: u64 = 2 << 20;
@@ -286,58 +286,66 @@ fn refusals_name_numbers_and_help() {
 
 #[test]
 fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
-    let request = |on_disk| PlanRequest {
-        mesh: Mesh::ALONE,
-        stage: 0,
-        transport: Transport::Shared,
-        dtypes: Dtypes {
-            compute: Dtype::Bf16,
-            grad: Dtype::Bf16,
-            comm: Dtype::Bf16,
-        },
-        weights_on_disk: on_disk,
-        state_on_disk: on_disk,
-        units: vec![UnitRequest {
-            name: "only".into(),
+    let made = |on_disk, numel| {
+        let unit = UnitRequest {
+            name: "one of two".into(),
             params: vec![ParamShape {
-                numel: 1 << 20,
+                numel,
                 trainable: true,
             }],
             held_through_backward: true,
             state_bytes: state_of(Dtype::Bf16, true),
             turn: 0,
-        }],
-        prefetch: 1,
-        tile_bytes: None,
-        staging_bytes: None,
-        limit: None,
-        resident: 0,
+        };
+        Plan::new(PlanRequest {
+            mesh: Mesh::ALONE,
+            stage: 0,
+            transport: Transport::Shared,
+            dtypes: Dtypes {
+                compute: Dtype::Bf16,
+                grad: Dtype::Bf16,
+                comm: Dtype::Bf16,
+            },
+            weights_on_disk: on_disk,
+            state_on_disk: on_disk,
+            units: vec![unit.clone(), unit],
+            prefetch: 1,
+            tile_bytes: None,
+            staging_bytes: None,
+            limit: None,
+            resident: 0,
+        })
+        .expect("nothing is limited")
     };
-    let (host, disk) = (
-        Plan::new(request(false)).expect("no limit"),
-        Plan::new(request(true)).expect("no limit"),
-    );
+    let (host, disk) = (made(false, 1 << 20), made(true, 1 << 20));
     let mib = |n: u64| n << 20;
-    // Two moments of 4 MiB each; the residual was filled in.
+    let took = |peak, resident, heap_growth| Passed {
+        peak: mib(peak),
+        resident: mib(resident),
+        heap_growth: mib(heap_growth),
+    };
+    let expected =
+        |plan: &Plan, made, passed, loaded| plan.expected_process(mib(made), passed, loaded);
+    let with_fragments = |n: u64| mib(n) + mib(n) / 40;
+    // Two moments of 4 MiB each, twice; the residuals were filled in.
+    let passed = took(500, 400, 0);
+    assert_eq!(expected(&host, 100, passed, false), with_fragments(516));
+    assert_eq!(expected(&host, 100, passed, true), with_fragments(500));
+    // Residuals of 3 MiB at 0 and at 15 MiB lie in huge pages from 0 to 4 and from 14 to 18 of 30 MiB.
+    let odd = made(false, 3 << 19);
     assert_eq!(
-        host.expected_process(mib(100), mib(500), mib(400), false),
-        mib(508)
+        expected(&odd, 100, passed, false),
+        with_fragments(500 + 10 + 12)
     );
+    assert_eq!(expected(&disk, 100, passed, false), with_fragments(532));
     assert_eq!(
-        host.expected_process(mib(100), mib(500), mib(400), true),
-        mib(500)
-    );
-    assert_eq!(
-        disk.expected_process(mib(100), mib(500), mib(400), false),
-        mib(532)
+        expected(&disk, 100, took(500, 400, 20), false),
+        with_fragments(552)
     );
     // Making the state took more than the backward, of which only what is there now is known.
+    assert_eq!(expected(&disk, 500, took(500, 400, 20), false), mib(500));
     assert_eq!(
-        disk.expected_process(mib(500), mib(500), mib(400), false),
-        mib(500)
-    );
-    assert_eq!(
-        disk.expected_process(mib(500), mib(500), mib(490), false),
-        mib(522)
+        expected(&disk, 500, took(500, 490, 20), false),
+        with_fragments(522)
     );
 }

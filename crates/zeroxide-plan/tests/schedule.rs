@@ -129,11 +129,31 @@ proptest! {
     }
 
     #[test]
+    fn one_rank_reads_state_once_and_weights_that_did_not_stay_twice(
+        count in 1..12_usize, frames in 1..4_u64, prefetch in 0..4_usize,
+    ) {
+        // Whole frames of bf16 weights in each block.
+        let numel = frames << 20;
+        let plan = planned(1, 3, Transport::Shared, &vec![numel; count], prefetch, true);
+        let found = Schedule::new(&plan);
+        prop_assert_eq!(found.sent_bytes(), 0);
+        // The root stays, and beside it as many blocks as there are frames for: at the turn from forward to backward, and
+        // from a step to the next.
+        let stay = (plan.gathered_bytes - (2 << 20)) / (2 * numel);
+        let read = 2 * (count as u64).saturating_sub(stay) * 2 * numel;
+        prop_assert_eq!(found.read_bytes, read);
+        // There is no state here, but all weights are written.
+        prop_assert_eq!(found.written_bytes, 2 * (count as u64 * numel + 2048));
+    }
+
+    #[test]
     fn memory_for_all_saves_the_gathers_of_backward(world in 2..9_u32, count in 1..8_usize) {
         let blocks = vec![2_000_000; count];
         let roomy = plan(world, 3, Transport::Collective, &blocks, count);
         let found = steps(&roomy);
         prop_assert_eq!(units_of(&found, CollectiveKind::AllGather, Phase::Backward), Vec::<usize>::new());
+        let disk = Schedule::new(&roomy);
+        prop_assert_eq!((disk.read_bytes, disk.written_bytes), (0, 0));
         // With room for a single block, all but the last one of forward are gathered again.
         let tight = plan(world, 3, Transport::Collective, &blocks, 0);
         let again = units_of(&steps(&tight), CollectiveKind::AllGather, Phase::Backward);

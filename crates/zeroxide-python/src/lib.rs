@@ -25,7 +25,7 @@ mod _core {
     #[pymodule_export]
     use crate::plan::PyPlan;
     #[pymodule_export]
-    use crate::process::{drop_clean_text, keep_freed_memory, reset_peak, resident};
+    use crate::process::{drop_clean_text, heap_bytes, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]
     use crate::settings::{
         PyIoEngine, PyMeshPosition, PySettings, PyStateHome, PyTransport, PyUnitSpec, PyWeightHome,

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_layout::{Dtype, ParamShape, StateLayout};
 use zeroxide_plan::{
-    Buckets, Collective, Dtypes, Mesh, Plan, PlanRequest, Schedule, StateBytes, UnitRequest,
+    Buckets, Collective, Dtypes, Mesh, Passed, Plan, PlanRequest, Schedule, StateBytes, UnitRequest,
 };
 
 use crate::errors::plan_to_python;
@@ -153,9 +153,27 @@ impl PyPlan {
     }
 
     /// Most resident bytes of the process in all steps, told after a first backward: `made` is the peak when training
-    /// began, `peak` and `resident` are those of the process now.
-    fn expected_process(&self, made: u64, peak: u64, resident: u64, loaded: bool) -> u64 {
-        self.inner.expected_process(made, peak, resident, loaded)
+    /// began, `peak` and `resident` are those of the process now, `heap_growth` is what heaps grew by since forward ended.
+    fn expected_process(
+        &self,
+        made: u64,
+        peak: u64,
+        resident: u64,
+        heap_growth: u64,
+        loaded: bool,
+    ) -> u64 {
+        let passed = Passed {
+            peak,
+            resident,
+            heap_growth,
+        };
+        self.inner.expected_process(made, passed, loaded)
+    }
+
+    /// (read, written) bytes on disk in a step of one micro-batch, when every module of the model runs once in forward.
+    fn disk_traffic(&self) -> (u64, u64) {
+        let found = Schedule::new(&self.inner);
+        (found.read_bytes, found.written_bytes)
     }
 
     /// (trainable, all) elements of each unit's flat layout, padding included.

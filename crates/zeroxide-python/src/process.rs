@@ -30,6 +30,12 @@ pub(crate) fn reset_peak() -> bool {
     zeroxide_memory::reset_peak().is_ok()
 }
 
+/// Bytes that the C allocator has taken for its heaps, in use or free; 0 where it cannot be asked.
+#[pyfunction]
+pub(crate) fn heap_bytes() -> u64 {
+    zeroxide_memory::heap_bytes()
+}
+
 /// Tells the C allocator to keep freed memory in the process, but for blocks of `largest` bytes and more; whether it
 /// could be told.
 #[pyfunction]

@@ -124,12 +124,14 @@ class Accessors:
 
         The process's "peak" is the most that was resident since `initialize`, which resets the kernel's peak (so that
         `ru_maxrss` and `VmHWM` begin anew, too). Where the system does not allow that, a peak below that of before is
-        known from samples only: at every step with a budget, and here; "exact" tells.
+        known from samples only: at every step with a budget, and here; "exact" tells. "heap" is what the C allocator
+        has taken for its heaps.
         """
         usage: dict[str, Any] = {
             name: {"current": current, "peak": peak} for name, (current, peak) in self.parts.core().usage().items()
         }
         usage["process"] = {**_core.resident(), "peak": self.parts.peak.most(), "exact": self.parts.peak.exact}
+        usage["process"]["heap"] = _core.heap_bytes()
         usage["limit"] = self.parts.config.zeroxide.host_memory
         return usage
 

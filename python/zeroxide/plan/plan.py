@@ -103,13 +103,26 @@ class Plan:
         peaks = self.numbers.peak_buckets(loaded)
         return {**peaks, "total": sum(peaks.values())}
 
-    def expected_process(self, made: Mapping[str, int], passed: Mapping[str, int], *, loaded: bool = False) -> int:
+    def expected_process(
+        self,
+        made: Mapping[str, int],
+        forward: Mapping[str, int],
+        backward: Mapping[str, int],
+        *,
+        loaded: bool = False,
+    ) -> int:
         """Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated.
 
-        `made` and `passed` are `engine.memory()["process"]`, when training began and now. What a backward takes is
-        measured; what only an update writes, the staging ring and moments in host memory, is added.
+        `made`, `forward` and `backward` are `engine.memory()["process"]` when training began, after the first forward
+        and now. What the pass took is measured; what only an update writes, the staging ring and moments in host
+        memory, is added, and 2.5 % for fragments of the allocator.
         """
-        return self.numbers.expected_process(made["peak"], passed["peak"], passed["rss"], loaded)
+        grown = backward["heap"] - forward["heap"]
+        return self.numbers.expected_process(made["peak"], backward["peak"], backward["rss"], max(0, grown), loaded)
+
+    def expected_traffic(self) -> tuple[int, int]:
+        """Bytes read from and written to disk in a step of one micro-batch, once all state has been written once."""
+        return self.numbers.disk_traffic()
 
     @property
     def formats(self) -> list[str]:

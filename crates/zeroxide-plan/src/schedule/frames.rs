@@ -10,7 +10,10 @@ use crate::plan::Plan;
 pub(super) struct Frames {
     /// Bytes of each unit's frames.
     sizes: Vec<u64>,
+    /// Bytes of the part of each unit that this rank has on disk.
+    own: Vec<u64>,
     trainable: Vec<bool>,
+    read: u64,
     capacity: u64,
     on_disk: bool,
     /// Units in memory, the one used longest ago first.
@@ -29,6 +32,8 @@ impl Frames {
                 .iter()
                 .map(|unit| unit.frames(compute) * FRAME as u64)
                 .collect(),
+            own: units.iter().map(|unit| unit.own_bytes(compute)).collect(),
+            read: 0,
             trainable: units
                 .iter()
                 .map(|unit| unit.layout.trainable_len() > 0)
@@ -39,6 +44,16 @@ impl Frames {
             held: vec![false; units.len()],
             whole: vec![false; units.len()],
         }
+    }
+
+    /// Begins to count what is read.
+    pub(super) fn start_step(&mut self) {
+        self.read = 0;
+    }
+
+    /// Bytes read from disk since the step began.
+    pub(super) fn read_bytes(&self) -> u64 {
+        if self.on_disk { self.read } else { 0 }
     }
 
     /// The other ranks' parts of what is trained have changed.
@@ -52,6 +67,7 @@ impl Frames {
     pub(super) fn hold(&mut self, unit: usize) -> bool {
         if !self.present.contains(&unit) {
             self.make_room(unit);
+            self.read += self.own[unit];
         }
         self.touch(unit);
         self.held[unit] = true;

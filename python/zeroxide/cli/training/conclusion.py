@@ -20,6 +20,8 @@ from zeroxide.errors import DataError, StorageError
 __all__ = ["conclude", "encode_prompt", "evaluate"]
 
 _PROMPT_TOKENS = 12
+_STEPS_UNTIL_STEADY = 2
+"""The first step finds no moments on disk, and ends within the second."""
 
 
 def conclude(this: Running) -> None:
@@ -38,6 +40,7 @@ def conclude(this: Running) -> None:
         expected["process"] = this.expected_process
     for number, line in enumerate(describe_memory(expected, memory)):
         reporter.say(f"  {'memory' if number == 0 else '':<9} {line}")
+    _say_traffic(this)
     peak, limit = int(memory["process"]["peak"]), memory.get("limit")
     reporter.say(f"peak resident memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))
     reporter.say(
@@ -45,6 +48,20 @@ def conclude(this: Running) -> None:
     )
     reached = {name: int(usage["peak"]) for name, usage in memory.items() if isinstance(usage, dict)}
     reporter.event("end", step=this.step, loss=loss, peak_rss=peak, limit=limit, expected=expected, reached=reached)
+
+
+def _say_traffic(this: Running) -> None:
+    """Report what a step moved to and from the disk, the median of those after the first, beside what was expected."""
+    steady = this.traffic[_STEPS_UNTIL_STEADY:]
+    read, written = this.engine.plan().expected_traffic()
+    if not steady or not (read or written) or this.options.accumulate > 1:
+        return
+    took_read, took_written = (sorted(each)[len(steady) // 2] for each in zip(*steady, strict=True))
+    this.reporter.say(
+        f"  disk      a step reads {format_bytes(took_read)} and writes {format_bytes(took_written)}, "
+        f"expected {format_bytes(read)} and {format_bytes(written)}"
+    )
+    this.reporter.event("traffic", step=this.step, expected=[read, written], took=[took_read, took_written])
 
 
 def _save_model(this: Running) -> None:

@@ -123,7 +123,7 @@ def _prepare(
     this = Running(options, folder, reporter, stop, choice, data, engine, model, count, batches, held_out)
     if resume:
         _load_checkpoint(this, record)
-    this.made = engine.memory()["process"]
+    this.seen.append(engine.memory()["process"])
     return this, notes
 
 
@@ -258,6 +258,8 @@ def _one_step(this: Running) -> StepFigures:
         loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
         value = float(loss.detach())
         forward += time.perf_counter() - start
+        if len(this.seen) == 1:
+            this.seen.append(engine.memory()["process"])
         if not math.isfinite(value):
             raise NumericsError(
                 f"the loss is {value} at step {this.step + 1}; {_last_checkpoint(this)}", step=this.step, value=value
@@ -280,6 +282,7 @@ def _one_step(this: Running) -> StepFigures:
             f"the gradient norm is {norm} at step {this.step + 1}; {_last_checkpoint(this)}", step=this.step, value=norm
         )
     seconds, after, memory = time.perf_counter() - begin, engine.io(), engine.memory()
+    this.traffic.append((after["read_bytes"] - before["read_bytes"], after["write_bytes"] - before["write_bytes"]))
     busy = sum(after[key] - before[key] for key in ("read_seconds", "write_seconds"))
     return StepFigures(
         step=this.step + 1,
@@ -304,7 +307,10 @@ def _one_step(this: Running) -> StepFigures:
 def _expect(this: Running) -> None:
     """Say what training will take at the most: weights, gradients and activations have now been resident together."""
     engine = this.engine
-    this.expected_process = engine.plan().expected_process(this.made, engine.memory()["process"], loaded=this.loaded)
+    made, forward = this.seen
+    this.expected_process = engine.plan().expected_process(
+        made, forward, engine.memory()["process"], loaded=this.loaded
+    )
     this.reporter.say(f"expected at most {format_bytes(this.expected_process)} resident, by what one backward took")
     this.reporter.event("expected", step=this.step, process=this.expected_process)
 

@@ -38,7 +38,9 @@ class Running:
     saved_step: int = -1
     loaded: bool = False
     """A checkpoint was loaded."""
-    made: dict[str, Any] = field(default_factory=dict)
-    """Resident memory of the process, as `engine.memory()` tells it, when training was about to begin."""
+    seen: list[dict[str, Any]] = field(default_factory=list)
+    """`engine.memory()` of the process: when training was about to begin, and after the first forward."""
+    traffic: list[tuple[int, int]] = field(default_factory=list)
+    """Bytes read and written in each step."""
     expected_process: int | None = None
     """Most resident bytes of the process that training should reach; known after the first backward."""
