@@ -1,4 +1,4 @@
-"""What each rank of the checkpoint tests runs: `save`, `resume` or `copy`, with a stage and an offload mode."""
+"""What each rank of the checkpoint tests runs: `save`, `resume` or `copy`, with a stage, an offload mode and more."""
 
 import hashlib
 import sys
@@ -30,13 +30,13 @@ class Model(nn.Module):
         return nn.functional.cross_entropy(self.head(h).float(), x.roll(1).flatten())
 
 
-def build(stage, offload, seed, background=False):
+def build(stage, offload, seed, background=False, groups=None):
     torch.manual_seed(seed)
     more = {} if offload == "none" else {"offload" if stage == 3 else "offload_optimizer": offload}
     config = {
         "zero_optimization": {"stage": stage},
         "data_types": {"buffer_dtype": "fp32"},
-        "zeroxide": {"threads": 1, "checkpoint_background": background},
+        "zeroxide": {"threads": 1, "checkpoint_background": background, "mesh": {"dp_shard": groups}},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 8, "warmup_max_lr": 1e-2}},
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": 1.0,
@@ -58,7 +58,8 @@ def train(engine, first, last):
 
 def main(act, folder, stage, offload, *more):
     torch.set_num_threads(1)
-    engine = build(int(stage), offload, seed=7 if act == "copy" else 0, background="background" in more)
+    how = {"background": "background" in more, "groups": 2 if "groups of 2" in more else None}
+    engine = build(int(stage), offload, seed=7 if act == "copy" else 0, **how)
     rank = engine.ranks.rank
     if act == "save":
         torch.manual_seed(100 + rank)
@@ -66,7 +67,7 @@ def main(act, folder, stage, offload, *more):
         engine.save_checkpoint(folder, client_state={"data": 2})
         losses = train(engine, 2, 4)
         engine.wait_for_checkpoint()
-        other = build(int(stage), offload, seed=7)
+        other = build(int(stage), offload, seed=7, groups=how["groups"])
         torch.manual_seed(5)
         train(other, 0, 1)
         _, state = other.load_checkpoint(folder)
@@ -76,6 +77,11 @@ def main(act, folder, stage, offload, *more):
             file = each.save_16bit_model(Path(folder) / name)
             print(rank, "model", hashlib.sha256(file.read_bytes()).hexdigest(), flush=True)
         other.destroy()
+    elif act == "resume":
+        engine.load_checkpoint(folder, "global_step2")
+        losses = train(engine, 2, 4)
+        file = engine.save_16bit_model(Path(folder) / f"resumed {' '.join(more)}")
+        print("END", rank, losses, hashlib.sha256(file.read_bytes()).hexdigest(), flush=True)
     else:
         # Loaded at another world size and saved again, nothing has changed.
         engine.load_checkpoint(folder, "global_step2")

@@ -37,7 +37,7 @@ def made(rank):
     settings = _core.Settings(
         limit=None, threads=1, compute="f32", grad="f32", tile_elements=2048, staging_bytes=0, gathered_bytes=0,
         engine=_core.IoEngine.AUTO, queue_depth=1, directories=[], job="", comm_dtype="f32", reduce_scale=0.5,
-        mesh=_core.MeshPosition(rank=rank, world=2, transport=_core.Transport.SHARED),
+        mesh=_core.MeshPosition(rank=rank, shards=2, replicas=1, transport=_core.Transport.SHARED),
     )
     return _core.Offload(settings, [unit])
 
@@ -105,6 +105,8 @@ calls = {
     "outgoing": lambda: core.outgoing(0),
     "param_offset": lambda: core.param_offset(0, 0),
     "pieces": lambda: core.pieces(0),
+    "kept_pieces": lambda: core.kept_pieces(0),
+    "kept_gradients": lambda: core.kept_gradients(0),
     "prefetch": lambda: core.prefetch(0),
     "read_bytes": lambda: core.read_bytes(0, 0, 0, spec(raw)),
     "read_param": lambda: core.read_param(0, 0, "weight", 0, spec(out[: ELEMENTS // 2])),

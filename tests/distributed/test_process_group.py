@@ -39,7 +39,7 @@ if ranks.group is not None:
 say(json.dumps({
     "rank": ranks.rank, "world": ranks.world, "local": [ranks.local_rank, ranks.local_world],
     "owned": ranks.owned, "same_host": ranks.same_host, "numbers": [n.hex() for row in numbers for n in row],
-    "mesh": None if ranks.mesh is None else [list(ranks.mesh.mesh_dim_names), ranks.mesh.size()],
+    "grouped": ranks.group is not None,
     "initialized": dist.is_initialized(),
 }))
 ranks.close()
@@ -62,7 +62,7 @@ def test_ranks_over_gloo(world):
             "owned": world > 1,
             "same_host": True,
             "numbers": numbers,
-            "mesh": None if world == 1 else [["dp"], world],
+            "grouped": world > 1,
             "initialized": world > 1,
         }
         assert last == "closed"
@@ -121,7 +121,7 @@ def test_a_single_rank_has_no_process_group(no_launcher):
     with Watch(ranks) as watch, watch.waiting("barrier"):
         ranks.barrier()
         assert threading.active_count() == before
-    assert (ranks.world, ranks.group, ranks.mesh) == (1, None, None)
+    assert (ranks.world, ranks.group) == (1, None)
     assert not dist.is_initialized()
     ranks.close()
 

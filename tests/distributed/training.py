@@ -30,6 +30,7 @@ from zeroxide.device.placement import spec
 from zeroxide.engine.engine import Engine
 
 PARTS = ("weights", "exp_avg", "exp_avg_sq")
+KINDS = ("reductions", "updates")
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Case:
         for `accumulation` micro-batches a rank, averaged.
     record, follow: a folder for the trace of the run, or with one; a run that follows begins every step where the
         trace did, so that steps can be compared one by one.
+    mesh, hpz: `zeroxide.mesh` and `zero_hpz_partition_size`.
     """
 
     name: str
@@ -59,6 +61,8 @@ class Case:
     extras: tuple[str, ...] = ()
     record: str | None = None
     follow: str | None = None
+    mesh: dict[str, int] = field(default_factory=dict)
+    hpz: int | None = None
 
     @property
     def micro_batches(self) -> int:
@@ -81,7 +85,11 @@ def config_of(case: Case, folder: Path) -> dict[str, Any]:
         zero["offload_optimizer"] = home(case.optimizer)
     if case.stage == 3:
         zero["offload_param"] = home(case.param)
-    own = {"transport": case.transport, "threads": 1, "tile_bytes": 16384, "staging_bytes": 1 << 20}
+    if case.hpz is not None:
+        zero["zero_hpz_partition_size"] = case.hpz
+    own: dict[str, Any] = {"transport": case.transport, "threads": 1, "tile_bytes": 16384, "staging_bytes": 1 << 20}
+    if case.mesh:
+        own["mesh"] = case.mesh
     return {
         "bf16": {"enabled": case.dtype == "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
@@ -165,6 +173,12 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
+def sent_by(engine: Engine) -> dict[str, list[int]]:
+    """Bytes of gradients that have left this rank, within its shard group and across, by what they are for."""
+    sent = engine.parts.reduction.sent
+    return {kind: [getattr(sent, kind).within, getattr(sent, kind).across] for kind in KINDS}
+
+
 def between_steps(engine: Engine, case: Case, step: int) -> list[float]:
     """Evaluation, and generation where the model can, in the middle of training. The same on every rank."""
     engine.eval()
@@ -192,6 +206,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     worst: dict[str, float] = {}
     try:
         for step in range(case.steps):
+            sent_before = sent_by(engine)
             if trace is not None and step > 0:
                 put_state(engine, trace.before(step), trace.updates(step))
             if made is not None:
@@ -209,6 +224,8 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
                     engine.backward(loss, scale_wrt_gas=case.total is None)
                 engine.step()
                 losses.append(loss.item())
+            sent_after = sent_by(engine)
+            sent = {kind: [sent_after[kind][at] - sent_before[kind][at] for at in (0, 1)] for kind in KINDS}
             norms.append(float(engine.get_global_grad_norm() or 0.0))
             if made is not None and sizes is not None:
                 made.end(sizes, mean=case.total is None, norm=norms[-1], updates=updates_of(engine))
@@ -230,6 +247,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             "buffers": digest({name: each for name, each in model.named_buffers() if each.is_floating_point()}),
             "skipped": engine.skipped_steps,
             "sent": engine.exchanged_bytes(),
+            "last_step": sent,
             "worst": worst,
         }
     finally:

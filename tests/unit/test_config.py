@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from given_configs import ADAM, BF16, COSINE, DECAY, FP16, GIB, WARMUP, complaint, merged, nested
 
-from zeroxide.config import LossScale, Offload, Optimizer, Scheduler, load
+from zeroxide.config import LossScale, Mesh, Offload, Optimizer, Scheduler, load
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
@@ -121,6 +121,9 @@ EFFECTS = [
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),
     ("checkpoint.writer.decoupled", True, {}, "checkpoint.background", True),
     ("zeroxide.rank_timeout", 2.5, {}, "zeroxide.rank_timeout", 2.5),
+    ("zeroxide.mesh.dp_shard", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zeroxide.mesh.dp_replicate", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zero_optimization.zero_hpz_partition_size", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
 ]
 
 
@@ -128,6 +131,8 @@ EFFECTS = [
 def test_a_key_with_an_effect_changes_the_config(key, value, beside, name, expected):
     # Of the model's own dtype, which a config may overrule.
     own = {"own_dtype": lambda: "bf16"} if key == "data_types.param_dtype" else {}
+    if name == "mesh":
+        own["world_size"] = 4
     after = load(merged(beside, nested(key, value)), **own)
     for step in name.split("."):
         after = getattr(after, step)
@@ -210,7 +215,6 @@ NOT_BUILT = [
     ("expert_parallel.ep_size", 2, "expert parallelism"),
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
     ("zero_optimization.zero_quantized_weights", True, "quantized"),
-    ("zero_optimization.zero_hpz_partition_size", 8, "secondary shards"),
     ("zero_optimization.offload_optimizer.ratio", 0.5, "splitting"),
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
     ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),
@@ -240,8 +244,8 @@ REMOVED = [
     ("eigenvalue.enabled", True, "eigenvalue", "remove"),
     ("curriculum_learning.enabled", True, "curriculum", "data loader"),
     ("progressive_layer_drop.enabled", True, "layer drop", "forward"),
-    ("zero_optimization.mics_shard_size", 2, "MiCS", "remove"),
-    ("zero_optimization.mics_hierarchical_params_gather", True, "MiCS", "remove"),
+    ("zero_optimization.mics_shard_size", 2, "MiCS", "zeroxide.mesh.dp_shard"),
+    ("zero_optimization.mics_hierarchical_params_gather", True, "MiCS", "zeroxide.mesh.dp_shard"),
     ("zero_optimization.zeropp_loco_param", {"err_beta": 0.8}, "LoCo", "remove"),
 ]
 """Sections that DeepSpeed 0.19.8 refuses: key, value, what the line names, what it says to do."""
@@ -276,7 +280,6 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
         ("sequence_parallel_size", 1),
         ("torch_autocast.lower_precision_safe_modules", []),
         ("zero_optimization.mics_shard_size", -1),
-        ("zero_optimization.zero_hpz_partition_size", 1),
         ("zero_optimization.offload_optimizer.ratio", 1.0),
         ("zero_optimization.zero_quantized_weights", False),
         ("activation_checkpointing.partition_activations", False),
@@ -289,7 +292,7 @@ def test_what_is_not_built_may_be_switched_off(key, value):
 
 @pytest.mark.parametrize("value", [True, False])
 def test_true_is_not_the_number_one(value):
-    assert "not built yet" in str(complaint({"zero_optimization": {"zero_hpz_partition_size": value}}))
+    assert "not built yet" in str(complaint({"zeroxide": {"mesh": {"tp": value}}}))
 
 
 def test_auto_and_null_mean_unset():

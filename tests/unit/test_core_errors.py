@@ -157,7 +157,7 @@ def test_settings_take_the_core_s_words_and_no_others():
     with pytest.raises(ValueError, match=r'^unknown transport "smoke": expected shared or collective$'):
         _core.Transport("smoke")
     with pytest.raises(TypeError):
-        _core.MeshPosition(rank=0, world=2, transport="shared")
+        _core.MeshPosition(rank=0, shards=2, replicas=1, transport="shared")
     with pytest.raises(TypeError):
         _core.Offload(None, [])
 

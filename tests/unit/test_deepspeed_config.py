@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from running import started
@@ -146,6 +148,17 @@ def test_removed():
         assert "not built" not in line
     assert "rows of an embedding" in refused({"sparse_gradients": True})
     assert "MiCS" in refused({"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
+
+
+def test_hpz():
+    """That training in groups has the bits of plain sharding is shown in tests/distributed/test_hybrid_sharding.py."""
+    found = load({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, world_size=4)
+    assert found == dataclasses.replace(
+        load({"zeroxide": {"mesh": {"dp_shard": 2}}, "zero_optimization": {"stage": 3}}, world_size=4),
+        source=found.source,
+    )
+    assert (found.mesh.dp_replicate, found.mesh.dp_shard) == (2, 2)
+    assert "needs zero_optimization.stage 3" in refused({"zero_optimization": {"zero_hpz_partition_size": 2}})
 
 
 def test_names():

@@ -257,7 +257,7 @@ def test_slots_between_ranks_are_within_the_budget():
         settings = _core.Settings(
             limit=limit, threads=1, compute="f32", grad="f32", tile_elements=4096, staging_bytes=0, gathered_bytes=0,
             engine=_core.IoEngine.AUTO, queue_depth=16, directories=[], job="slots",
-            mesh=_core.MeshPosition(rank=0, world=2, transport=_core.Transport.SHARED),
+            mesh=_core.MeshPosition(rank=0, shards=2, replicas=1, transport=_core.Transport.SHARED),
         )  # fmt: skip
         return _core.Offload(settings, [unit])
 

@@ -162,6 +162,7 @@ PLACED = {
     "python/zeroxide/device/placement.py": "is the place",
     "python/zeroxide/distributed/collectives.py": "turns JSON into bytes for a group that carries host memory",
     "python/zeroxide/distributed/process_group.py": "finds or makes a group that carries host memory",
+    "python/zeroxide/distributed/mesh.py": "tells torch of the groups of ranks that carry host memory",
     "python/zeroxide/params/operations.py": "names attributes of torch that look at no value",
     "python/zeroxide/checkpoint/convert/deepspeed.py": "reads a file, with no model and no device at hand",
     "python/zeroxide/cli/training/sample.py": "is a user of the engine: takes logits to the host to draw from them",

@@ -3,6 +3,7 @@
 //! A wait holds nothing but the segments: whoever waits has given up the reducer, and with it every lock that another
 //! thread of the process may need meanwhile.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -29,6 +30,8 @@ pub(crate) fn words(units: usize) -> usize {
 #[derive(Debug)]
 pub(crate) struct Peers {
     pub(crate) rank: usize,
+    /// Ranks in a row that are one shard group.
+    pub(crate) shards: usize,
     pub(crate) units: usize,
     /// In rank order; only this rank's own before all have joined.
     pub(crate) segments: Vec<Arc<SharedSegment>>,
@@ -74,11 +77,17 @@ impl Peers {
         })
     }
 
-    /// Whether every rank's part of the unit's weights is at least that of step `version`.
+    /// The ranks of this rank's shard group, which have one copy of the weights.
+    pub(crate) fn group(&self) -> Range<usize> {
+        let first = self.rank - self.rank % self.shards;
+        first..first + self.shards
+    }
+
+    /// Whether the part of the unit's weights of every rank of the shard group is at least that of step `version`.
     pub(crate) fn have_version(&self, unit: usize, version: u64) -> bool {
-        self.all(Self::version(unit), |word| {
-            word.load(Ordering::Acquire) >= version
-        })
+        self.segments[self.group()]
+            .iter()
+            .all(|segment| segment.word(Self::version(unit)).load(Ordering::Acquire) >= version)
     }
 
     fn all(&self, word: usize, holds: impl Fn(&AtomicU64) -> bool) -> bool {

@@ -39,8 +39,10 @@ pub struct ReducerPlan {
     pub slots: usize,
     /// Units with a slot of their own: those whose gradients come all through backward.
     pub held_through_backward: Vec<usize>,
-    /// Bytes of the weights that all ranks see, in rank 0's segment.
+    /// Bytes of the weights that all ranks of a shard group see, in the segment of the group's first rank.
     pub weights: usize,
+    /// Ranks in a row that are one shard group; divides the number of ranks.
+    pub shards: usize,
 }
 
 /// How another process finds a rank's segment.
@@ -90,6 +92,12 @@ impl Places {
             // Huge pages under the weights need an aligned start.
             gradients: end.next_multiple_of(FRAME),
         }
+    }
+
+    /// Bytes of a rank's segment.
+    fn payload(&self, plan: &ReducerPlan, rank: usize) -> usize {
+        let holds_weights = rank.is_multiple_of(plan.shards);
+        (self.gradients + if holds_weights { plan.weights } else { 0 }).max(PAGE)
     }
 }
 
@@ -143,8 +151,8 @@ impl SharedMemoryReducer {
             Some(last) => Some(budget.reserve(Bucket::Gradients, last.end as u64)?),
         };
         let words = words(plan.units.len());
-        let payload = places.gradients + if rank == 0 { plan.weights } else { 0 };
-        let segment = Arc::new(SharedSegment::create(words, payload.max(PAGE))?);
+        let payload = places.payload(&plan, rank);
+        let segment = Arc::new(SharedSegment::create(words, payload)?);
         let units = plan.units.len();
         Ok(Self {
             rank,
@@ -152,6 +160,7 @@ impl SharedMemoryReducer {
             places,
             peers: Arc::new(Peers {
                 rank,
+                shards: plan.shards,
                 units,
                 segments: vec![segment],
                 cancel_token,
@@ -191,17 +200,18 @@ impl SharedMemoryReducer {
                 segments.push(Arc::clone(&self.peers.segments[0]));
                 continue;
             }
-            let payload = self.places.gradients + if rank == 0 { self.plan.weights } else { 0 };
+            let payload = self.places.payload(&self.plan, rank);
             let opened = SharedSegment::open(
                 segment_handle.pid,
                 segment_handle.descriptor,
                 words,
-                payload.max(PAGE),
+                payload,
             )?;
             segments.push(Arc::new(opened));
         }
         self.peers = Arc::new(Peers {
             rank: self.rank,
+            shards: self.plan.shards,
             units: self.plan.units.len(),
             segments,
             cancel_token: Arc::clone(&self.peers.cancel_token),
@@ -209,9 +219,12 @@ impl SharedMemoryReducer {
         Ok(())
     }
 
-    /// The segment that holds the weights, and the offset at which they start.
+    /// The segment that holds the weights of this rank's shard group, and the offset at which they start.
     pub fn weights(&self) -> (&SharedSegment, usize) {
-        (&self.peers.segments[0], self.places.gradients)
+        (
+            &self.peers.segments[self.peers.group().start],
+            self.places.gradients,
+        )
     }
 
     /// Which round the unit is in.

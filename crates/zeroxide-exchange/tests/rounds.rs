@@ -20,6 +20,7 @@ fn plan(units: &[usize], slots: usize, held_through_backward: &[usize]) -> Reduc
         slots,
         held_through_backward: held_through_backward.to_vec(),
         weights: 0,
+        shards: 1,
     }
 }
 
@@ -352,6 +353,7 @@ fn calls_out_of_turn_are_refused_by_name() {
 fn weights_are_one_copy_and_new_when_every_rank_says_so() {
     let mut plan = plan(&[64], 1, &[]);
     plan.weights = 8192;
+    plan.shards = 3;
     let reducers = joined(3, &plan);
     each_rank(reducers, |rank, reducer| {
         assert!(reducer.before_reading(0, 0).is_none());
@@ -373,6 +375,36 @@ fn weights_are_one_copy_and_new_when_every_rank_says_so() {
             );
         }
     });
+}
+
+/// Catches: groups that share one copy of the weights, a group that waits for what another's ranks have updated.
+#[test]
+fn each_shard_group_has_its_own_copy_of_the_weights() {
+    use std::os::unix::fs::MetadataExt;
+    let mut plan = plan(&[64], 1, &[]);
+    plan.weights = 8192;
+    plan.shards = 2;
+    let reducers = joined(4, &plan);
+    let files: Vec<u64> = reducers
+        .iter()
+        .map(|(reducer, _)| {
+            let (segment, start) = reducer.weights();
+            assert!(segment.payload() >= start + 8192);
+            let path = format!("/proc/self/fd/{}", segment.descriptor());
+            std::fs::metadata(path).expect("open").ino()
+        })
+        .collect();
+    assert!(files[0] == files[1] && files[2] == files[3] && files[0] != files[2]);
+    let knows = |rank: usize| reducers[rank].0.before_reading(0, 1).is_none();
+    for (rank, known) in [
+        (0, [false; 4]),
+        (2, [false; 4]),
+        (1, [true, true, false, false]),
+        (3, [true; 4]),
+    ] {
+        reducers[rank].0.set_version(0, 1);
+        assert_eq!([0, 1, 2, 3].map(knows), known, "after rank {rank}");
+    }
 }
 
 /// Catches: stretches that stay in memory after they were read.

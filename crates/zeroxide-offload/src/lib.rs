@@ -24,7 +24,7 @@ pub use error::{OffloadError, Result};
 pub use facts::{Concern, Fact, Facts, Named};
 pub use gradients::accumulate::GradNorm;
 pub use io_report::IoReport;
-pub use settings::{MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
+pub use settings::{Mesh, MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
 pub use weights::bringer::Bringer;
 pub use weights::residence::Lent;
 pub use zeroxide_exchange::{CancelToken, ExchangeError, SegmentHandle};

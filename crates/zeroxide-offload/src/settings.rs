@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_optim::Optimizer;
-use zeroxide_plan::{Dtypes, Mesh, Placement, StateBytes, UnitShape};
+pub use zeroxide_plan::Mesh;
+use zeroxide_plan::{Dtypes, Placement, StateBytes, UnitShape};
 pub use zeroxide_plan::{StateHome, Transport, WeightHome};
 use zeroxide_storage::EngineKind;
 
@@ -27,15 +28,11 @@ pub struct UnitSpec {
     pub format: Format,
 }
 
-/// This process's place among those that train one model.
+/// This process's position in the groups that every unit has, and how it reaches the other ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MeshPosition {
-    /// Number of this process, below `world`.
-    pub rank: u32,
-    /// Number of processes.
-    pub world: u32,
-    /// Every rank keeps all gradients and optimizer state (stage 0) instead of its shard of them.
-    pub replicated: bool,
+    /// The shard group and the replicate group.
+    pub groups: Mesh,
     /// How gradients travel. Of no meaning with one rank.
     pub transport: Transport,
 }
@@ -43,29 +40,36 @@ pub struct MeshPosition {
 impl MeshPosition {
     /// The only process.
     pub const ALONE: Self = Self {
-        rank: 0,
-        world: 1,
-        replicated: false,
+        groups: Mesh::ALONE,
         transport: Transport::Collective,
     };
 
-    /// The groups of ranks that hold a unit.
-    pub(crate) fn groups(self) -> Mesh {
-        let (shards, replicas) = if self.replicated {
-            (1, self.world)
-        } else {
-            (self.world, 1)
-        };
-        Mesh {
-            rank: self.rank,
-            shards,
-            replicas,
-        }
+    /// Processes in all groups together: those whose gradients are summed.
+    pub(crate) const fn world(self) -> u32 {
+        self.groups.world()
     }
 
-    /// Whether weights at home in host memory are one copy for all ranks.
+    /// Whether this rank keeps every element at home: nobody has to bring it a part.
+    pub(crate) const fn has_all(self) -> bool {
+        self.groups.has_all()
+    }
+
+    /// Which slice of every unit this rank answers for.
+    pub(crate) const fn slice(self) -> u32 {
+        self.groups.slice()
+    }
+
+    /// Whether weights at home in host memory are one copy for the ranks of a shard group.
     pub(crate) fn shares_weights(self) -> bool {
-        self.world > 1 && self.transport == Transport::Shared && !self.replicated
+        !self.has_all() && self.transport == Transport::Shared
+    }
+
+    /// Whether this rank sums the gradients of its slice alone, and the caller brings those of the other replicas.
+    ///
+    /// Through shared memory, and where every rank keeps everything, each rank sums all that it keeps: there the bytes
+    /// of all ranks are at hand, or come at once.
+    pub(crate) fn sums_its_slice(self) -> bool {
+        !self.has_all() && self.transport == Transport::Collective
     }
 }
 
@@ -121,7 +125,7 @@ impl Settings {
             grad: self.grad,
             comm: self.comm_dtype,
         };
-        let (mesh, transport) = (self.mesh.groups(), self.mesh.transport);
+        let (mesh, transport) = (self.mesh.groups, self.mesh.transport);
         Placement::new(
             mesh,
             transport,

@@ -8,6 +8,7 @@ use zeroxide_optim::{Accumulate, AccumulateStats};
 
 use crate::core::byte_range;
 use crate::error::{Result, misuse};
+use crate::settings::MeshPosition;
 use crate::tile_io::TileBuffer;
 use crate::weights::residence::UnitWeights;
 
@@ -156,6 +157,15 @@ impl Unit {
     /// Those whose gradient and optimizer state this rank keeps.
     pub(crate) fn kept(&self) -> Range<u64> {
         self.flat(&(0..self.state_tiles.len()))
+    }
+
+    /// Those of which this rank sums what all ranks have sent.
+    pub(crate) fn summed(&self, mesh: MeshPosition) -> Range<u64> {
+        if mesh.sums_its_slice() {
+            self.layout.trainable_shard(mesh.slice())
+        } else {
+            self.kept()
+        }
     }
 
     pub(crate) fn param_states(shapes: &[ParamShape]) -> Vec<ParamState> {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    MeshPosition, Offload, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    Mesh, MeshPosition, Offload, Settings, StateHome, Transport, UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -36,9 +36,11 @@ fn open(directory: &std::path::Path) -> Offload {
     };
     let settings = Settings {
         mesh: MeshPosition {
-            rank: 0,
-            world: 2,
-            replicated: false,
+            groups: Mesh {
+                rank: 0,
+                shards: 2,
+                replicas: 1,
+            },
             transport: Transport::Collective,
         },
         comm_dtype: Dtype::F32,

@@ -49,9 +49,7 @@ impl Job {
         let mesh = plan.placement.mesh;
         let settings = Settings {
             mesh: MeshPosition {
-                rank,
-                world: mesh.world(),
-                replicated: mesh.replicated(),
+                groups: Mesh { rank, ..mesh },
                 transport: self.request.transport,
             },
             comm_dtype: comm,
@@ -129,7 +127,11 @@ prop_compose! {
             state_bytes: StateBytes::of(&layout(index)),
             turn: u32::try_from(index).expect("few"),
         });
-        let (shards, replicas) = if stage == 0 { (1, world) } else { (world, 1) };
+        let (shards, replicas) = match (stage, world) {
+            (0, _) => (1, world),
+            (_, 4) if odd_ring => (2, 2),
+            _ => (world, 1),
+        };
         let request = PlanRequest {
             mesh: Mesh { rank: 0, shards, replicas },
             stage, prefetch,

@@ -11,7 +11,7 @@ fn case(world: usize) -> Case {
     Case {
         world,
         transport: Transport::Shared,
-        replicated: false,
+        shards: world,
         weights: WeightHome::Host,
         state: StateHome::Host,
         format: Format::Split,
@@ -22,12 +22,12 @@ fn case(world: usize) -> Case {
 }
 
 /// Master weights, moments and every rank's live weights bit for bit, norms but for the order of their sums.
-fn check(case: &Case) {
+fn check(case: &Case) -> Outcome {
     let what = format!(
-        "{} ranks, {:?}, replicated {}, weights {:?}, state {:?}, {:?}, tiles of {}, {} threads",
+        "{} ranks, {:?}, shards of {}, weights {:?}, state {:?}, {:?}, tiles of {}, {} threads",
         case.world,
         case.transport,
-        case.replicated,
+        case.shards,
         case.weights,
         case.state,
         case.format,
@@ -58,6 +58,7 @@ fn check(case: &Case) {
             "{what}: {expected} {found}"
         );
     }
+    outcome
 }
 
 /// Catches: a sum in another order than that of the ranks, a shard that starts or ends elsewhere, a part that a rank
@@ -66,10 +67,10 @@ fn check(case: &Case) {
 fn every_transport_home_and_world_gives_the_bits_of_plain_loops() {
     for world in [1, 2, 3, 4] {
         for transport in [Transport::Shared, Transport::Collective] {
-            for replicated in [false, true] {
+            for shards in [1, world] {
                 check(&Case {
                     transport,
-                    replicated,
+                    shards,
                     ..case(world)
                 });
             }
@@ -91,6 +92,40 @@ fn every_transport_home_and_world_gives_the_bits_of_plain_loops() {
                     ..case(world)
                 });
             }
+        }
+    }
+}
+
+/// Ranks in groups give the bits of plain loops, and the norms those of plain sharding, which are sums over the same
+/// slices in the same order. Catches: sums of a group that are added to those of another, a norm over shards instead of
+/// slices, a replica whose sums do not come, weights of another group's copy.
+#[test]
+fn groups_of_ranks_give_the_bits_of_plain_sharding() {
+    for (world, shards) in [(4, 2), (6, 2), (6, 3)] {
+        for (transport, weights, state) in [
+            (Transport::Shared, WeightHome::Host, StateHome::Host),
+            (Transport::Shared, WeightHome::Host, StateHome::Disk),
+            (Transport::Shared, WeightHome::Disk, StateHome::Disk),
+            (Transport::Collective, WeightHome::Host, StateHome::Host),
+            (Transport::Collective, WeightHome::Shard, StateHome::Host),
+            (Transport::Collective, WeightHome::Shard, StateHome::Disk),
+            (Transport::Collective, WeightHome::Disk, StateHome::Disk),
+        ] {
+            let plain = Case {
+                transport,
+                weights,
+                state,
+                ..case(world)
+            };
+            let grouped = Case {
+                shards,
+                ..plain.clone()
+            };
+            let outcome = check(&grouped);
+            assert!(
+                outcome.norms == check(&plain).norms,
+                "{world} by {shards}, {transport:?}"
+            );
         }
     }
 }

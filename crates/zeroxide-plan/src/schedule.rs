@@ -11,6 +11,7 @@ mod order;
 use std::collections::VecDeque;
 
 use crate::home::{Transport, WeightHome};
+use crate::mesh::Mesh;
 use crate::plan::Plan;
 use crate::unit::PlacedUnit;
 
@@ -49,8 +50,10 @@ pub enum CollectiveKind {
     AllGather,
     /// Every rank gets all ranks' gradients of a unit.
     AllGatherGradients,
-    /// Every rank gets all ranks' gradients of its shard of a unit.
+    /// Every rank gets all ranks' gradients of what it sums of a unit.
     AllToAll,
+    /// Every rank gets from the other replicas of its shard what they have summed.
+    AllGatherSums,
 }
 
 impl CollectiveKind {
@@ -60,6 +63,7 @@ impl CollectiveKind {
             Self::AllGather => "all-gather",
             Self::AllGatherGradients => "all-gather of gradients",
             Self::AllToAll => "all-to-all",
+            Self::AllGatherSums => "all-gather of sums",
         }
     }
 }
@@ -75,6 +79,8 @@ pub struct Collective {
     pub unit: usize,
     /// Bytes that leave the rank for others.
     pub sent: u64,
+    /// Those of them that leave its shard group.
+    pub across: u64,
 }
 
 /// What a step of one micro-batch exchanges, when every module of the model runs once in forward. Activation
@@ -86,6 +92,8 @@ pub struct Schedule {
     pub collectives: Vec<Collective>,
     /// Bytes of gradients that leave a rank through shared memory.
     pub shared_bytes: u64,
+    /// Those of them that leave its shard group.
+    pub shared_across: u64,
     /// Bytes read from disk: the state for its update, and weights that are not in memory when they are needed. What the
     /// next forward needs is read once, for its update.
     pub read_bytes: u64,
@@ -104,17 +112,19 @@ impl Schedule {
         rank.step();
         let placement = &plan.placement;
         let alone = placement.mesh.world() == 1;
-        let world = u64::from(placement.mesh.world());
         let outgoing = |unit: &PlacedUnit| match placement.transport {
             Transport::Shared if !alone => unit.outgoing_bytes(placement.dtypes.comm),
             _ => 0,
         };
         let shared_bytes = placement.units.iter().map(outgoing).sum::<u64>();
         let (state_read, written_bytes) = placement.update_traffic();
+        let mesh = placement.mesh;
+        // Each other rank reads what it keeps.
+        let each = shared_bytes / u64::from(mesh.shards);
         Self {
             collectives: if alone { Vec::new() } else { rank.begun },
-            // A rank reads its own part where it lies.
-            shared_bytes: shared_bytes / world * (world - 1),
+            shared_bytes: each * u64::from(mesh.world() - 1),
+            shared_across: each * strangers(mesh),
             read_bytes: state_read + rank.frames.read_bytes(),
             written_bytes,
         }
@@ -123,6 +133,20 @@ impl Schedule {
     /// Bytes that leave a rank, whatever carries them.
     pub fn sent_bytes(&self) -> u64 {
         self.shared_bytes + self.collectives.iter().map(|each| each.sent).sum::<u64>()
+    }
+
+    /// Bytes that leave a rank's shard group, whatever carries them: none of weights, only of gradients.
+    pub fn across_bytes(&self) -> u64 {
+        self.shared_across + self.collectives.iter().map(|each| each.across).sum::<u64>()
+    }
+}
+
+/// Ranks outside of a rank's shard group; none where every rank keeps everything, and all are one group.
+fn strangers(mesh: Mesh) -> u64 {
+    if mesh.has_all() {
+        0
+    } else {
+        u64::from(mesh.world() - mesh.shards)
     }
 }
 
@@ -141,6 +165,8 @@ struct Rank<'a> {
     early: usize,
     phase: Phase,
     begun: Vec<Collective>,
+    /// The sums of the unit that was reduced last, where other replicas get them.
+    sums: Option<Collective>,
 }
 
 impl<'a> Rank<'a> {
@@ -163,6 +189,7 @@ impl<'a> Rank<'a> {
             },
             phase: Phase::Forward,
             begun: Vec::new(),
+            sums: None,
         }
     }
 
@@ -235,6 +262,7 @@ impl<'a> Rank<'a> {
                 self.reduce(index);
             }
         }
+        self.send_sums();
     }
 
     /// Uses a unit, and gathers the ones that come next.
@@ -333,13 +361,14 @@ impl<'a> Rank<'a> {
 
     fn all_gather(&mut self, unit: usize) {
         let placement = &self.plan.placement;
-        let world = u64::from(placement.mesh.world());
+        let shards = u64::from(placement.mesh.shards);
         let bytes = placement.units[unit].weight_bytes(placement.dtypes.compute);
         self.begun.push(Collective {
             phase: self.phase,
             kind: CollectiveKind::AllGather,
             unit,
-            sent: bytes / world * (world - 1),
+            sent: bytes / shards * (shards - 1),
+            across: 0,
         });
     }
 
@@ -348,18 +377,38 @@ impl<'a> Rank<'a> {
         if placement.transport == Transport::Shared {
             return;
         }
-        let kind = if placement.mesh.replicated() {
+        let mesh = placement.mesh;
+        let kind = if mesh.replicated() {
             CollectiveKind::AllGatherGradients
         } else {
             CollectiveKind::AllToAll
         };
         // As many bytes leave as arrive.
-        let sent = placement.units[unit].incoming_bytes(placement.mesh, placement.dtypes.comm);
+        let sent = placement.units[unit].incoming_bytes(mesh, placement.dtypes.comm);
+        let summed = mesh.summed(placement.units[unit].local.kept);
+        let grad = placement.dtypes.grad.size() as u64;
+        self.send_sums();
         self.begun.push(Collective {
             phase: self.phase,
             kind,
             unit,
             sent,
+            across: summed * placement.dtypes.comm.size() as u64 * strangers(mesh),
         });
+        if !mesh.has_all() && mesh.replicas > 1 {
+            let sent = summed * grad * u64::from(mesh.replicas - 1);
+            self.sums = Some(Collective {
+                phase: self.phase,
+                kind: CollectiveKind::AllGatherSums,
+                unit,
+                sent,
+                across: sent,
+            });
+        }
+    }
+
+    /// What was reduced before has been summed by now, and goes to the other replicas.
+    fn send_sums(&mut self) {
+        self.begun.extend(self.sums.take());
     }
 }

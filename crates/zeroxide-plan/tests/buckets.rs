@@ -67,7 +67,9 @@ fn by_hand(request: &PlanRequest, ring: u64) -> Buckets {
         transit += long(false).count().min(3) as u64 * largest.unwrap_or(0);
         if collective {
             let most = units.iter().map(|(_, size)| size.0).max().unwrap_or(0);
-            transit += most / shards * comm * (world - 1);
+            // Where every rank keeps everything it gets all of the others', else those of one slice.
+            let summed = if shards == 1 { most } else { most / world };
+            transit += summed * comm * (world - 1);
         }
     }
     let state = units

@@ -22,6 +22,24 @@ fn planned(
     prefetch: usize,
     weights_on_disk: bool,
 ) -> Plan {
+    let (shards, replicas) = if stage == 0 { (1, world) } else { (world, 1) };
+    let mesh = Mesh {
+        rank: 0,
+        shards,
+        replicas,
+    };
+    grouped(mesh, stage, transport, blocks, prefetch, weights_on_disk)
+}
+
+/// The same for ranks in groups.
+fn grouped(
+    mesh: Mesh,
+    stage: u8,
+    transport: Transport,
+    blocks: &[u64],
+    prefetch: usize,
+    weights_on_disk: bool,
+) -> Plan {
     let unit = |index: usize, numel: u64| UnitRequest {
         name: format!("unit {index}"),
         params: vec![ParamShape {
@@ -33,13 +51,8 @@ fn planned(
         turn: u32::try_from(index).expect("few"),
     };
     let root = std::iter::once(unit(0, 100));
-    let (shards, replicas) = if stage == 0 { (1, world) } else { (world, 1) };
     Plan::new(PlanRequest {
-        mesh: Mesh {
-            rank: 0,
-            shards,
-            replicas,
-        },
+        mesh,
         stage,
         transport,
         dtypes: Dtypes {
@@ -187,8 +200,85 @@ fn shared_memory_needs_no_collective() {
         let plan = plan(3, stage, Transport::Shared, &[5000, 7000], 1);
         let found = Schedule::new(&plan);
         assert_eq!(found.collectives, []);
+        // The others read what they keep: a third each, or at stage 0 everything.
+        let times = if stage == 0 { 3 } else { 1 };
         let gradients = others(100, 3, 4) + others(5000, 3, 4) + others(7000, 3, 4);
-        assert_eq!(found.sent_bytes(), gradients);
+        assert_eq!(found.sent_bytes(), gradients * times);
+        assert_eq!(found.across_bytes(), 0);
+    }
+}
+
+/// Catches: a gather over all ranks, sums of replicas that are left out or sent before they can have been taken.
+#[test]
+fn groups_keep_weights_to_themselves_and_exchange_gradients_and_sums() {
+    let numels = [100, 5000, 70_000];
+    for (shards, replicas) in [(2_u32, 2_u32), (4, 2), (2, 4)] {
+        let world = u64::from(shards * replicas);
+        let slice = |numel: u64| numel.div_ceil(2048 * world) * 2048;
+        let slices: u64 = numels.map(slice).iter().sum();
+        for transport in [Transport::Collective, Transport::Shared] {
+            let mesh = Mesh {
+                rank: 1,
+                shards,
+                replicas,
+            };
+            let plan = grouped(mesh, 3, transport, &numels[1..], 0, false);
+            let found = Schedule::new(&plan);
+            let far = world - u64::from(shards);
+            if transport == Transport::Shared {
+                // Each of the others reads its whole shard: as many slices as there are replicas.
+                let read = slices * u64::from(replicas) * 4;
+                assert_eq!(found.sent_bytes(), read * (world - 1));
+                assert_eq!(found.across_bytes(), read * far);
+                continue;
+            }
+            for each in &found.collectives {
+                let slice = slice(numels[each.unit]);
+                let (sent, across) = match each.kind {
+                    CollectiveKind::AllGather => {
+                        (slice * u64::from(replicas) * u64::from(shards - 1) * 2, 0)
+                    }
+                    CollectiveKind::AllToAll => (slice * (world - 1) * 4, slice * far * 4),
+                    CollectiveKind::AllGatherSums => {
+                        let sent = slice * u64::from(replicas - 1) * 4;
+                        (sent, sent)
+                    }
+                    CollectiveKind::AllGatherGradients => panic!("not at stage 3"),
+                };
+                assert_eq!((each.sent, each.across), (sent, across), "{each:?}");
+            }
+            let reduced = units_of(
+                &found.collectives,
+                CollectiveKind::AllToAll,
+                Phase::Backward,
+            );
+            let sums = units_of(
+                &found.collectives,
+                CollectiveKind::AllGatherSums,
+                Phase::Backward,
+            );
+            assert_eq!(reduced, [2, 1, 0]);
+            assert_eq!(sums, reduced);
+            // A unit's sums go out when the next unit is reduced.
+            let kinds: Vec<_> = found
+                .collectives
+                .iter()
+                .map(|each| (each.kind, each.unit))
+                .collect();
+            let at = |kind, unit| {
+                kinds
+                    .iter()
+                    .position(|each| *each == (kind, unit))
+                    .expect("begun")
+            };
+            for pair in reduced.windows(2) {
+                let (sums, next) = (
+                    at(CollectiveKind::AllGatherSums, pair[0]),
+                    at(CollectiveKind::AllToAll, pair[1]),
+                );
+                assert!(at(CollectiveKind::AllToAll, pair[0]) < sums && sums < next);
+            }
+        }
     }
 }
 

@@ -286,6 +286,11 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.receive_from(unit)))
     }
 
+    /// (address, bytes) of the gradients of a unit that this rank keeps, in the gradient dtype, a slice per replica.
+    fn kept_gradients(&self, py: Python<'_>, unit: usize) -> PyResult<(usize, usize)> {
+        map(py, py.detach(|| self.inner.kept_gradients(unit)))
+    }
+
     /// One byte for each trainable parameter: 1 if it has had a gradient since the last step.
     fn accumulated(&self, py: Python<'_>) -> PyResult<Vec<u8>> {
         let accumulated = map(py, py.detach(|| self.inner.accumulated()))?;
@@ -303,9 +308,14 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.shard(unit)))
     }
 
-    /// The parts of parameters that this rank keeps: (parameter, first element in it, elements).
+    /// The parts of parameters that this rank saves: (parameter, first element in it, elements).
     fn pieces(&self, py: Python<'_>, unit: usize) -> PyResult<Vec<(usize, u64, u64)>> {
         map(py, py.detach(|| self.inner.pieces(unit)))
+    }
+
+    /// The parts of parameters that this rank keeps at home: (parameter, first element in it, elements).
+    fn kept_pieces(&self, py: Python<'_>, unit: usize) -> PyResult<Vec<(usize, u64, u64)>> {
+        map(py, py.detach(|| self.inner.kept_pieces(unit)))
     }
 
     /// Starts reading a unit if there is room; whether it is here or on its way.

@@ -185,11 +185,13 @@ impl PyPlan {
             .collect()
     }
 
-    /// The collectives of a step of one micro-batch: (phase, kind, unit, bytes that leave the rank), in the order in
-    /// which
-    /// a rank begins them.
-    fn collectives(&self) -> Vec<(&'static str, &'static str, usize, u64)> {
-        let row = |each: Collective| (each.phase.name(), each.kind.name(), each.unit, each.sent);
+    /// The collectives of a step of one micro-batch: (phase, kind, unit, bytes that leave the rank, of them those that
+    /// leave its shard group), in the order in which a rank begins them.
+    fn collectives(&self) -> Vec<(&'static str, &'static str, usize, u64, u64)> {
+        let row = |each: Collective| {
+            let (phase, kind) = (each.phase.name(), each.kind.name());
+            (phase, kind, each.unit, each.sent, each.across)
+        };
         let found = Schedule::new(&self.inner).collectives;
         found.into_iter().map(row).collect()
     }
@@ -197,6 +199,11 @@ impl PyPlan {
     /// Bytes that leave this rank in such a step, whatever carries them.
     fn sent_bytes(&self) -> u64 {
         Schedule::new(&self.inner).sent_bytes()
+    }
+
+    /// Of these the bytes that leave its shard group.
+    fn across_bytes(&self) -> u64 {
+        Schedule::new(&self.inner).across_bytes()
     }
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use zeroxide_layout::ParamShape;
-use zeroxide_offload::{MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
+use zeroxide_offload::{Mesh, MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
 use zeroxide_storage::EngineKind;
 
 use crate::optimizer::AnyRule;
@@ -94,7 +94,7 @@ impl PyUnitSpec {
     }
 }
 
-/// This process's place among those that train one model.
+/// This process's position in the groups that every unit has: `shards` ranks in a row, and `replicas` such groups.
 #[pyclass(frozen, module = "zeroxide._core", name = "MeshPosition")]
 pub(crate) struct PyMeshPosition {
     inner: MeshPosition,
@@ -103,14 +103,16 @@ pub(crate) struct PyMeshPosition {
 #[pymethods]
 impl PyMeshPosition {
     #[new]
-    #[pyo3(signature = (*, rank, world, transport, replicated = false))]
+    #[pyo3(signature = (*, rank, shards, replicas, transport))]
     #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
-    fn new(rank: u32, world: u32, transport: PyRef<'_, PyTransport>, replicated: bool) -> Self {
+    fn new(rank: u32, shards: u32, replicas: u32, transport: PyRef<'_, PyTransport>) -> Self {
         Self {
             inner: MeshPosition {
-                rank,
-                world,
-                replicated,
+                groups: Mesh {
+                    rank,
+                    shards,
+                    replicas,
+                },
                 transport: (*transport).into(),
             },
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,12 +117,16 @@ class ElementRange:
 
 def own_pieces(training: TrainingState) -> list[ElementRange]:
     """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
-    core, word = training.core, training.compute.itemsize
+    return _runs(training, training.core.pieces)
+
+
+def _runs(training: TrainingState, pieces: Callable[[int], list[tuple[int, int, int]]]) -> list[ElementRange]:
+    word = training.compute.itemsize
     held = {(each.unit, each.position): each for each in param_records(training)}
     return [
         _run(held[unit.index, position], start, count, word)
         for unit in training.units
-        for position, start, count in core.pieces(unit.index)
+        for position, start, count in pieces(unit.index)
     ]
 
 
@@ -135,13 +139,14 @@ def _run(held: ParamRecord, start: int, count: int, word: int) -> ElementRange:
 
 
 def pieces_to_fill(training: TrainingState, part: str) -> list[ElementRange]:
-    """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its own.
+    """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its shard.
 
-    Every rank keeps the weights up to stage 2, and the moments at stage 0.
+    Every rank keeps the weights up to stage 2, and the moments at stage 0. A shard is what this rank saves and what the
+    other replicas of it save.
     """
     if training.keeps_whole(part):
         return [ElementRange(held, 0, held.numel) for held in param_records(training)]
-    return own_pieces(training)
+    return _runs(training, training.core.kept_pieces)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

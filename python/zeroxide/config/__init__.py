@@ -20,6 +20,7 @@ from zeroxide.errors import ConfigError
 
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
+    from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
     from zeroxide.config.sections.rules import SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.scheduler import Scheduler
@@ -33,6 +34,7 @@ __all__ = [
     "Lion",
     "LossScale",
     "LowDtype",
+    "Mesh",
     "Offload",
     "Optimizer",
     "Precision",
@@ -50,6 +52,7 @@ _HOMES = {
     "Lion": "sections.rules",
     "LossScale": "sections.precision",
     "LowDtype": "sections.precision",
+    "Mesh": "sections.mesh",
     "Offload": "sections.zero",
     "Optimizer": "sections.rules",
     "Precision": "sections.precision",

@@ -14,6 +14,7 @@ from zeroxide.config.sections import (
     batch,
     checkpoint,
     gradients,
+    mesh,
     optimizer,
     precision,
     report,
@@ -45,11 +46,13 @@ def resolve(
     given = Given(shortcuts, origin, Document, world_size, no_effect)
     own = document.zeroxide or zeroxide.ZeroxideSection()
     clipping = gradients.resolve(document, given)
+    sharding = zero.resolve(document.zero_optimization, clipping, given)
     return Config(
         precision=precision.resolve(document, own.format, own_dtype, given),
         batch=batch.resolve(document, given),
         gradients=clipping,
-        zero=zero.resolve(document.zero_optimization, clipping, given),
+        zero=sharding,
+        mesh=mesh.resolve(own.mesh, document.zero_optimization, sharding.stage, given),
         optimizer=optimizer.resolve(document.optimizer, given),
         scheduler=scheduler.resolve(document.scheduler, given),
         aio=aio.resolve(document.aio),

@@ -11,6 +11,7 @@ from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
 from zeroxide.config.sections.gradients import Gradients
+from zeroxide.config.sections.mesh import Mesh
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
 from zeroxide.config.sections.rules import Rule
@@ -34,6 +35,8 @@ class Config:
     """`None` when neither the config nor a shortcut asks for one."""
     scheduler: Scheduler | None = None
     zero: Zero = field(default_factory=Zero)
+    mesh: Mesh | None = None
+    """How the ranks are grouped; `None` is one shard group of all ranks, or at stage 0 all ranks as replicas."""
     aio: Aio = field(default_factory=Aio)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     zeroxide: Zeroxide = field(default_factory=Zeroxide)

@@ -6,14 +6,18 @@ from zeroxide.distributed.facts import model_facts, sampler_facts, version_facts
 from zeroxide.distributed.health.activity import IDLE
 from zeroxide.distributed.health.watch import EXIT_CODE, Watch
 from zeroxide.distributed.launch import LaunchInfo, read_environment
+from zeroxide.distributed.mesh import Group, ProcessMesh, UnitGroups
 from zeroxide.distributed.process_group import init_distributed, start
 
 __all__ = [
     "EXIT_CODE",
     "IDLE",
     "Fact",
+    "Group",
     "LaunchInfo",
+    "ProcessMesh",
     "Ranks",
+    "UnitGroups",
     "Watch",
     "agree",
     "all_gather_single",

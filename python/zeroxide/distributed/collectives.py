@@ -17,7 +17,6 @@ from zeroxide.errors import RanksError
 if TYPE_CHECKING:
     import torch
     from torch.distributed import ProcessGroup
-    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = ["Ranks", "all_gather_single"]
 
@@ -46,8 +45,6 @@ class Ranks:
     """Ranks on this host."""
     group: ProcessGroup | None = None
     """All ranks, for tensors in host memory; None for a single rank that needs no group."""
-    mesh: DeviceMesh | None = None
-    """One dimension, "dp". None exactly when `group` is."""
     owned: bool = False
     """Whether `close` destroys the default process group, because `start` made it."""
     backend: str | None = None
@@ -156,7 +153,7 @@ class Ranks:
                 dist.destroy_process_group(group)
             if owned and dist.is_initialized():
                 dist.destroy_process_group()
-            self.group = self.mesh = None
+            self.group = None
 
 
 def first_line(error: BaseException) -> str:

@@ -181,7 +181,6 @@ def _fresh_store(where: str, launch: LaunchInfo, timeout: timedelta) -> Any:
 
 def _over_default_group(owned: bool, launch: LaunchInfo | None) -> Ranks:
     import torch.distributed as dist
-    from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
     backend = str(dist.get_backend_config())
     if dist.get_backend() == "fake":
@@ -193,10 +192,8 @@ def _over_default_group(owned: bool, launch: LaunchInfo | None) -> Ranks:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         ranks.group, ranks.own_group = group, True
-        ranks.mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
     else:
-        ranks.mesh = init_device_mesh("cpu", (ranks.world,), mesh_dim_names=("dp",))
-        ranks.group = ranks.mesh.get_group("dp")
+        ranks.group = default
     hosts = ranks.gather_objects(host_identity())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     ranks.same_host = len(here) == ranks.world

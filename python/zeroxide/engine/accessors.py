@@ -151,7 +151,7 @@ class Accessors:
 
     def exchanged_bytes(self) -> int:
         """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
-        return self.parts.weights.sent_bytes + self.parts.reduction.sent_bytes
+        return self.parts.weights.sent_bytes + self.parts.reduction.sent.total
 
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""

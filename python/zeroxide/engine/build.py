@@ -218,7 +218,9 @@ class Build:
         self.new = replace_meta_parameters(self.module)
         # Units remember shapes before the parameters lose them.
         core = self.core()
-        self.units = [Unit(index, unit, core, self.plan.compute) for index, unit in enumerate(self.plan.units)]
+        self.units = [
+            Unit(index, unit, core, self.plan.compute, self.plan.groups) for index, unit in enumerate(self.plan.units)
+        ]
         for unit in self.units:
             unit.params = [self._present(param) for param in unit.params]
         for group in self.groups:
@@ -243,7 +245,9 @@ class Build:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
         self.scaler, self.counters, self.timers = LossScaler(self.config.precision.loss_scale), Counters(), Timers()
-        self.updater = Updater(self.config, self.core, self.ranks, self.watch, self.scaler, self.counters, self.timers)
+        self.updater = Updater(
+            self.config, self.core, self.ranks, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
+        )
         self.optimizer = EngineOptimizer(self.groups, core, self.updater.apply, self.scaler) if self.groups else None
         self.lr_scheduler = schedule_for(self.config, self.asked.lr_scheduler, self.optimizer)
 
@@ -283,7 +287,7 @@ class Build:
             self.units,
             self.ranks,
             self.watch,
-            replicated=plan.replicated,
+            groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
         )

@@ -9,7 +9,7 @@ import time
 import torch
 
 from zeroxide.config import Config
-from zeroxide.distributed import Ranks, Watch
+from zeroxide.distributed import Ranks, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.report import Timers
@@ -34,6 +34,7 @@ class Updater:
         config: Config,
         core: LiveCore,
         ranks: Ranks,
+        groups: UnitGroups,
         watch: Watch,
         scaler: LossScaler,
         counters: Counters,
@@ -46,6 +47,7 @@ class Updater:
         self._config = config
         self._core = core
         self._ranks = ranks
+        self._groups = groups
         self._watch = watch
         self._scaler = scaler
         self._counters = counters
@@ -62,7 +64,7 @@ class Updater:
         together."""
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = time.perf_counter()
-        sum_squares, nonfinite, accumulated = agree_on_norm(core, self._ranks, self._watch)
+        sum_squares, nonfinite, accumulated = agree_on_norm(core, self._ranks, self._groups, self._watch)
         if accumulated:
             self._scaler.check_used()
         loss_scale = self._scaler.scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
-from zeroxide.distributed import Ranks
+from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
 from zeroxide.plan.checks import check_model, check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
@@ -40,8 +40,7 @@ class Plan:
     limit: int | None
     resident_before: int
     """Bytes that the process uses without the state."""
-    world: int = 1
-    rank: int = 0
+    groups: UnitGroups = field(default_factory=UnitGroups)
     stage: int = 0
     transport: str = "collective"
     """"shared" or "collective": what carries gradients between ranks."""
@@ -57,9 +56,19 @@ class Plan:
         return Home(self.numbers.state)
 
     @property
+    def world(self) -> int:
+        """Ranks that train the model."""
+        return self.groups.world
+
+    @property
+    def rank(self) -> int:
+        """This rank among them."""
+        return self.groups.rank
+
+    @property
     def replicated(self) -> bool:
         """Whether every rank keeps all gradients and optimizer state."""
-        return self.world > 1 and self.stage == 0
+        return self.groups.replicated
 
     @property
     def params_always_full(self) -> bool:
@@ -166,12 +175,12 @@ def make_plan(
         refuse_max_norm(module)
     transport = "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
-    shards, replicas = (1, ranks.world) if config.zero.stage == 0 else (ranks.world, 1)
+    groups = ProcessMesh(ranks.rank, ranks.world, config.mesh).unit_groups(sharded=config.zero.stage > 0)
     numbers = _core.Plan(
         units=_units(units),
-        rank=ranks.rank,
-        shards=shards,
-        replicas=replicas,
+        rank=groups.rank,
+        shards=groups.shard.size,
+        replicas=groups.replicate.size,
         stage=config.zero.stage,
         transport=transport,
         compute=DTYPE_NAMES[compute],
@@ -194,8 +203,7 @@ def make_plan(
         threads=threads,
         limit=config.zeroxide.host_memory,
         resident_before=resident,
-        world=ranks.world,
-        rank=ranks.rank,
+        groups=groups,
         stage=config.zero.stage,
         transport=transport,
     )

@@ -22,8 +22,11 @@ def describe(plan: Plan) -> list[str]:
     trainable = sum(unit.trainable for unit in plan.units)
     share = 100.0 * trainable / total if total else 0.0
     shared = plan.world > 1 and plan.transport == "shared" and not plan.replicated
+    shards = plan.groups.shard.size
+    grouped = plan.stage > 0 and shards < plan.world
+    sharers = f"the {shards} ranks of a group" if grouped else "all ranks"
     home = {
-        Home.HOST: "in host memory" + (", one copy for all ranks" if shared else ""),
+        Home.HOST: "in host memory" + (f", one copy for {sharers}" if shared else ""),
         Home.SHARD: "in host memory, a shard on each rank",
         Home.DISK: "on disk",
     }[plan.weights]
@@ -36,7 +39,8 @@ def describe(plan: Plan) -> list[str]:
     ]
     if plan.world > 1:
         carrier = "shared memory" if plan.transport == "shared" else "collectives"
-        lines.append(f"rank {plan.rank} of {plan.world}, ZeRO stage {plan.stage}, gradients through {carrier}")
+        over = f" over groups of {shards} ranks, replicated across {plan.groups.replicate.size}" if grouped else ""
+        lines.append(f"rank {plan.rank} of {plan.world}, ZeRO stage {plan.stage}{over}, gradients through {carrier}")
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 
 from zeroxide.plan.plan import Plan
 
-__all__ = ["Collective", "collectives", "sent_bytes"]
+__all__ = ["Collective", "collectives", "sent_across_groups", "sent_bytes"]
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective of one rank. `sent` is the bytes that leave the rank for others."""
+    """One collective of one rank. `sent` is the bytes that leave the rank for others, `across` those of them that leave
+    its shard group."""
 
     phase: str
     kind: str
     unit: str
     sent: int
+    across: int
 
 
 def collectives(plan: Plan) -> list[Collective]:
@@ -29,9 +31,14 @@ def collectives(plan: Plan) -> list[Collective]:
     Between ranks of one host that share memory there are none but the gathers of weights at home on disk.
     """
     rows = plan.numbers.collectives()
-    return [Collective(phase, kind, plan.units[unit].name, sent) for phase, kind, unit, sent in rows]
+    return [Collective(phase, kind, plan.units[unit].name, *sent) for phase, kind, unit, *sent in rows]
 
 
 def sent_bytes(plan: Plan) -> int:
     """Bytes that leave a rank in such a step, what goes through shared memory included."""
     return plan.numbers.sent_bytes()
+
+
+def sent_across_groups(plan: Plan) -> int:
+    """Of `sent_bytes` those that leave the rank's shard group: none of weights, only of gradients."""
+    return plan.numbers.across_bytes()

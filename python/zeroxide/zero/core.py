@@ -51,9 +51,9 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
         mesh=_core.MeshPosition(
             rank=plan.rank,
-            world=plan.world,
+            shards=plan.groups.shard.size,
+            replicas=plan.groups.replicate.size,
             transport=_core.Transport(plan.transport),
-            replicated=plan.replicated,
         ),
         comm_dtype=DTYPE_NAMES[plan.comm],
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,

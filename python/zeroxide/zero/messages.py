@@ -28,7 +28,7 @@ sign of life. A network that brings less than that, of each of two works, in `ra
 LAST_WAIT = timedelta(seconds=10)
 """How long the end of the process waits for messages that are still on their way."""
 
-KINDS = ("all-gather", "all-to-all", "all-gather of gradients")
+KINDS = ("all-gather", "all-to-all", "all-gather of gradients", "all-gather of sums")
 # A tag is 31 bits: the highest sets ours apart from a user's; engine, unit and kind.
 _OURS, _ENGINE_SHIFT, _ENGINES, _UNITS = 1 << 30, 20, 1 << 10, 1 << 18
 
@@ -126,10 +126,6 @@ class Messages:
                 for piece in self._pieces(tensor):
                     work.leaving.append(dist.isend(piece, group=group, group_dst=rank, tag=work.tag))
             work.begun = True
-
-    def others(self) -> list[int]:
-        """The other ranks, beginning with the next: not all send to the same one first."""
-        return [(self.ranks.rank + step) % self.ranks.world for step in range(1, self.ranks.world)]
 
     def drain(self) -> None:
         """Waits for all messages, as long as the watch finds no rank lost. A rank that is behind may take its time."""

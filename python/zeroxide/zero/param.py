@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zeroxide.device.placement import in_compute_memory, spec
-from zeroxide.distributed import Ranks, Watch
+from zeroxide.distributed import Ranks, UnitGroups, Watch
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal
 from zeroxide.params.handle import handle_of, manage, new_id
@@ -38,7 +38,7 @@ class ParameterContext:
         ranks: Ranks,
         watch: Watch,
         *,
-        replicated: bool,
+        groups: UnitGroups,
         params_always_full: bool,
         on_disk: bool,
     ) -> None:
@@ -49,7 +49,7 @@ class ParameterContext:
         self.units = units
         self.ranks = ranks
         self.watch = watch
-        self.replicated = replicated
+        self.groups = groups
         self.params_always_full = params_always_full
         self.hooks: Hooks | None = None
         """What gathers; None once the engine has ended."""
@@ -65,7 +65,7 @@ class ParameterContext:
     @property
     def alone(self) -> bool:
         """Whether this rank has all values of everything."""
-        return self.ranks.world == 1 or self.replicated
+        return self.groups.shard.size == 1
 
     def in_pass(self) -> bool:
         """Whether a forward or backward is under way, in which parameters are used where they are."""
@@ -223,23 +223,23 @@ class ShardedParam:
     # Who has what ---------------------------------------------------------------------------------------------------
 
     def pieces(self) -> list[tuple[int, int, int]]:
-        """(rank, first element, elements) of the shards that hold the parameter."""
+        """(position in the shard group, first element, elements) of the shards that hold the parameter."""
         numel = self.shape.numel()
         if self.context.alone:
-            return [(self.context.ranks.rank, 0, numel)]
+            return [(0, 0, numel)]
         found = []
-        for rank in range(self.offset // self.shard, self.context.ranks.world):
-            first = max(self.offset, rank * self.shard)
-            end = min(self.offset + numel, (rank + 1) * self.shard)
+        for position in range(self.offset // self.shard, self.context.groups.shard.size):
+            first = max(self.offset, position * self.shard)
+            end = min(self.offset + numel, (position + 1) * self.shard)
             if first >= end:
                 break
-            found.append((rank, first - self.offset, end - first))
+            found.append((position, first - self.offset, end - first))
         return found
 
     def own(self) -> tuple[int, int]:
-        """(first element, elements) of this rank's piece; elements are 0 where it has none."""
-        for rank, start, count in self.pieces():
-            if rank == self.context.ranks.rank:
+        """(first element, elements) of the piece in this rank's shard; elements are 0 where it has none."""
+        for position, start, count in self.pieces():
+            if position == self.context.groups.shard.position:
                 return start, count
         return 0, 0
 
@@ -262,12 +262,14 @@ class ShardedParam:
 
     def _together(self, part: str, dtype: torch.dtype) -> torch.Tensor:
         full = torch.empty(self.shape.numel(), dtype=dtype)
-        for rank, start, count in self.pieces():
+        groups = self.context.groups
+        for position, start, count in self.pieces():
             piece = full[start : start + count]
-            if rank == self.context.ranks.rank:
+            if position == groups.shard.position:
                 self._fetch(part, start, piece)
             if not self.context.alone:
-                self.context.broadcast(piece, rank, self.name)
+                # Every replica has the same: the first one's is sent.
+                self.context.broadcast(piece, groups.everyone[position], self.name)
         return full
 
     def _fetch(self, part: str, start: int, out: torch.Tensor) -> torch.Tensor:

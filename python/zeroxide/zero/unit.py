@@ -11,6 +11,7 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.device.placement import address, addresses, in_compute_memory, lies_within, view_of
+from zeroxide.distributed import UnitGroups
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal, conceal_all, reveal, reveal_all
 from zeroxide.params.handle import unmanage
@@ -28,8 +29,9 @@ _USES: Callable[[int], int] = torch._C._storage_Use_Count
 class Unit:
     """Parameters gathered and released together. Their order is that of the plan and of the core."""
 
-    def __init__(self, index: int, plan: UnitPlan, core: _core.Offload, dtype: torch.dtype) -> None:
+    def __init__(self, index: int, plan: UnitPlan, core: _core.Offload, dtype: torch.dtype, groups: UnitGroups) -> None:
         self.index = index
+        self.groups = groups
         self.name = plan.name
         self.modules = plan.modules
         self.held_through_backward = plan.held_through_backward

@@ -96,6 +96,13 @@ impl Offload {
         self.with("receive_from", |core| core.receive_from(unit))
     }
 
+    /// (address, bytes) of the gradients of a unit that this rank keeps, in the dtype in which they are kept, one
+    /// slice for each replica. After [`receive_from`](Self::receive_from), where a rank sums its own slice alone, the
+    /// caller brings the other replicas' slices there.
+    pub fn kept_gradients(&self, unit: usize) -> Result<(usize, usize)> {
+        self.with("kept_gradients", |core| core.kept_gradients(unit))
+    }
+
     /// Which trainable parameters have had a gradient since the last step.
     pub fn accumulated(&self) -> Result<Vec<bool>> {
         self.with("accumulated", |core| Ok(core.accumulated()))

@@ -30,6 +30,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use zeroxide_exchange::{CancelToken, PeerWait, SegmentHandle};
+use zeroxide_layout::UnitLayout;
 use zeroxide_memory::{Bucket, Budget, FaultNet, ForkGuard, Usage};
 
 use crate::core::Core;
@@ -186,27 +187,31 @@ impl Offload {
         }
     }
 
-    /// The elements of a unit's layout that this rank saves, over all ranks each once.
+    /// The elements of a unit's layout that this rank keeps at home; the other replicas of its shard keep the same.
     pub fn shard(&self, unit: usize) -> Result<(u64, u64)> {
         self.with("shard", |core| {
             core.check_unit("shard", unit)?;
-            let shard = core.units[unit].layout.shard(core.mesh.rank);
-            Ok((shard.start, shard.end))
+            let own = core.units[unit].own();
+            Ok((own.start, own.end))
         })
     }
 
-    /// The parts of parameters in this rank's shard of a unit: (parameter, first element in it, elements).
+    /// The parts of parameters in the slice of a unit that this rank saves, over all ranks each element once:
+    /// (parameter, first element in it, elements).
     pub fn pieces(&self, unit: usize) -> Result<Vec<(usize, u64, u64)>> {
         self.with("pieces", |core| {
             core.check_unit("pieces", unit)?;
             let layout = &core.units[unit].layout;
-            let pieces = layout.params_in(layout.shard(core.mesh.rank));
-            Ok(pieces
-                .map(|piece| {
-                    let count = piece.range.end - piece.range.start;
-                    (piece.param, piece.offset_in_param, count)
-                })
-                .collect())
+            Ok(pieces_in(layout, layout.shard(core.mesh.slice())))
+        })
+    }
+
+    /// The parts of parameters in what this rank keeps of a unit at home, as [`pieces`](Self::pieces) lists them.
+    pub fn kept_pieces(&self, unit: usize) -> Result<Vec<(usize, u64, u64)>> {
+        self.with("kept_pieces", |core| {
+            core.check_unit("kept_pieces", unit)?;
+            let unit = &core.units[unit];
+            Ok(pieces_in(&unit.layout, unit.own()))
         })
     }
 
@@ -278,4 +283,15 @@ impl Drop for Offload {
             self.bringer.close();
         }
     }
+}
+
+/// (parameter, first element in it, elements) of each part of a parameter in `range` of a layout.
+fn pieces_in(layout: &UnitLayout, range: Range<u64>) -> Vec<(usize, u64, u64)> {
+    layout
+        .params_in(range)
+        .map(|piece| {
+            let count = piece.range.end - piece.range.start;
+            (piece.param, piece.offset_in_param, count)
+        })
+        .collect()
 }

@@ -170,7 +170,7 @@ impl Core {
         self.check_param(call, unit, param)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
-        let away = self.mesh.world > 1;
+        let away = self.mesh.world() > 1;
         let trainable = self.units[unit].params[param].trainable;
         if away && trainable {
             self.make_room(unit)?;
@@ -197,7 +197,7 @@ impl Core {
     /// With several ranks,
     /// this rank's part of it.
     pub(crate) fn grad_norm(&self) -> GradNorm {
-        if self.mesh.world > 1 {
+        if self.mesh.world() > 1 {
             return self.shard_norm();
         }
         let params = self.units.iter().flat_map(|unit| &unit.params);

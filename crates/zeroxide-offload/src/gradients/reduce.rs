@@ -13,6 +13,7 @@ use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{GradNorm, add, as_grad, grad_mut};
 use crate::gradients::transport::GradientTransport;
+use crate::settings::MeshPosition;
 use crate::unit::{Gradient, ParamState, Unit};
 
 /// Elements that one task sums: fixed, so that the order of the norm's sums does not depend on the number of threads.
@@ -69,23 +70,15 @@ impl Core {
             self.gradients.dtype,
             self.gradients.reduce_scale,
         );
-        let (rank, replicated) = (self.mesh.rank, self.mesh.replicated);
+        let mesh = self.mesh;
         let GradientTransport::Shared { reducer, .. } = &mut self.gradients.transport else {
             return Ok(false);
         };
         let (this, pool) = (&mut self.units[unit], &self.pool);
-        let range = byte_range(&this.kept(), comm_dtype.size());
+        let range = byte_range(&this.summed(mesh), comm_dtype.size());
         reducer.take(unit, range, |sources| {
             let present: Vec<&[u8]> = sources.iter().copied().flatten().collect();
-            reduce_into(
-                pool,
-                this,
-                &present,
-                comm_dtype,
-                grad,
-                scale,
-                (rank, replicated),
-            )
+            reduce_into(pool, this, &present, comm_dtype, grad, scale, mesh)
         })?;
         Ok(true)
     }
@@ -110,9 +103,9 @@ impl Core {
             self.gradients.dtype,
             self.gradients.reduce_scale,
         );
-        let place = self.mesh;
+        let mesh = self.mesh;
         let this = &mut self.units[unit];
-        let own = byte_range(&this.kept(), comm_dtype.size());
+        let own = byte_range(&this.summed(mesh), comm_dtype.size());
         let (Some(outgoing), Some(incoming)) = (this.outgoing.take(), this.incoming.take()) else {
             return misuse(
                 "receive_from",
@@ -120,16 +113,20 @@ impl Core {
             );
         };
         let mut sources: Vec<&[u8]> = incoming.chunks(own.len()).collect();
-        sources.insert(place.rank as usize, &outgoing[own]);
-        reduce_into(
-            &self.pool,
-            this,
-            &sources,
-            comm_dtype,
-            grad,
-            scale,
-            (place.rank, place.replicated),
-        )
+        sources.insert(mesh.groups.rank as usize, &outgoing[own]);
+        reduce_into(&self.pool, this, &sources, comm_dtype, grad, scale, mesh)
+    }
+
+    /// Address and bytes of the gradients that this rank keeps of the unit.
+    pub(crate) fn kept_gradients(&self, unit: usize) -> Result<(usize, usize)> {
+        self.check_unit("kept_gradients", unit)?;
+        match &self.units[unit].grad {
+            Some(lease) => Ok((lease.as_ptr().expose_provenance(), lease.len())),
+            None => misuse(
+                "kept_gradients",
+                format!("unit {} keeps none", self.units[unit].name),
+            ),
+        }
     }
 
     /// Which trainable parameters have had a gradient since the last step, in the order of units and parameters.
@@ -193,7 +190,8 @@ struct Task<'a> {
     stats: AccumulateStats,
 }
 
-/// Sums `sources`, each the bytes of the elements that this rank keeps, into its gradients.
+/// Sums `sources`, each the bytes of the elements that this rank sums, into its gradients. The norm is that of its
+/// slice.
 fn reduce_into(
     pool: &Pool,
     unit: &mut Unit,
@@ -201,7 +199,7 @@ fn reduce_into(
     comm_dtype: Dtype,
     dtype: Dtype,
     scale: f32,
-    (rank, replicated): (u32, bool),
+    mesh: MeshPosition,
 ) -> Result<()> {
     if sources.is_empty() {
         return Ok(());
@@ -211,20 +209,18 @@ fn reduce_into(
     } else {
         Accumulate::Add
     };
-    let kept = unit.kept();
-    let shards: Vec<(Range<u64>, bool)> = if replicated {
-        (0..unit.layout.world())
-            .map(|each| (unit.layout.trainable_shard(each), each == rank))
-            .collect()
-    } else {
-        vec![(kept.clone(), true)]
-    };
+    let (kept, summed) = (unit.kept(), unit.summed(mesh));
+    // Slice by slice, whoever sums them, so that the sums of a norm are over the same elements in the same order.
+    let slices: Vec<(Range<u64>, bool)> = (0..unit.layout.world())
+        .map(|each| (unit.layout.trainable_shard(each), each == mesh.slice()))
+        .filter(|(slice, _)| summed.start <= slice.start && slice.end <= summed.end)
+        .collect();
     let Some(grad) = unit.grad.as_mut() else {
         return misuse("receive", format!("unit {} keeps no gradients", unit.name));
     };
-    let mut tasks = divide(&unit.layout, &shards, kept.start, dtype, grad);
+    let mut tasks = divide(&unit.layout, &slices, kept.start, dtype, grad);
     pool.run_each(tasks.iter_mut().collect(), |_, task: &mut Task<'_>| {
-        task.run(sources, kept.start, (comm_dtype, dtype), mode, scale);
+        task.run(sources, summed.start, (comm_dtype, dtype), mode, scale);
     });
     let found: Vec<_> = tasks
         .into_iter()
@@ -242,7 +238,7 @@ fn reduce_into(
 
 fn divide<'a>(
     layout: &UnitLayout,
-    shards: &[(Range<u64>, bool)],
+    slices: &[(Range<u64>, bool)],
     base: u64,
     dtype: Dtype,
     grad: &'a mut Lease,
@@ -250,8 +246,8 @@ fn divide<'a>(
     let mut tasks = Vec::new();
     let mut rest: &mut [u8] = grad;
     let mut at = base;
-    for (shard, normed) in shards {
-        for piece in layout.params_in(shard.clone()) {
+    for (slice, normed) in slices {
+        for piece in layout.params_in(slice.clone()) {
             let mut start = piece.range.start;
             while start < piece.range.end {
                 let end = (start + PIECE).min(piece.range.end);

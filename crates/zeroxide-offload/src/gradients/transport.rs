@@ -36,7 +36,7 @@ pub(crate) enum GradientTransport {
 impl GradientTransport {
     pub(crate) fn new(budget: &Budget, settings: &Settings, placement: &Placement) -> Result<Self> {
         let mesh = settings.mesh;
-        if mesh.world == 1 {
+        if mesh.world() == 1 {
             return Ok(Self::SingleRank);
         }
         let cancel_token = Arc::new(CancelToken::default());
@@ -73,10 +73,11 @@ impl GradientTransport {
             slots: transit.slots,
             held_through_backward: transit.reserved.clone(),
             weights: end,
+            shards: mesh.groups.shards as usize,
         };
         let reducer = SharedMemoryReducer::new(
-            mesh.rank as usize,
-            mesh.world as usize,
+            mesh.groups.rank as usize,
+            mesh.world() as usize,
             plan,
             budget,
             Arc::clone(&cancel_token),
@@ -176,8 +177,8 @@ impl Core {
         self.check_unit("incoming", unit)?;
         if self.units[unit].incoming.is_none() {
             let kept = self.units[unit].state_tiles.len();
-            let mesh = self.mesh.groups();
-            let bytes = to_usize(mesh.incoming_bytes(kept, self.gradients.comm_dtype));
+            let groups = self.mesh.groups;
+            let bytes = to_usize(groups.incoming_bytes(kept, self.gradients.comm_dtype));
             let GradientTransport::Collective {
                 incoming: Some(arena),
                 ..
@@ -277,7 +278,7 @@ impl Core {
 
     /// This rank's part of the unit's weights is that of the present step; the other ranks have to get it.
     pub(crate) fn weights_renewed(&mut self, unit: usize) {
-        if self.mesh.world == 1 || self.mesh.replicated {
+        if self.mesh.has_all() {
             return;
         }
         if self.shares_weights() && matches!(self.units[unit].weights, UnitWeights::Host { .. }) {

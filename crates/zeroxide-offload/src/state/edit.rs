@@ -95,7 +95,7 @@ impl Core {
     ) -> Result<()> {
         let element = self.compute.size();
         let filled = self.filled_window(unit);
-        let alone = self.mesh.world == 1 || self.mesh.replicated;
+        let alone = self.mesh.has_all();
         let shared = self.shares_weights();
         let this = &mut self.units[unit];
         let own = this.own();
@@ -192,7 +192,7 @@ impl Core {
         self.finish_unit(unit)?;
         let local = self.kept_range("read_grad", unit, param, start, out.len())?;
         let this = &self.units[unit];
-        let arrived = if self.mesh.world == 1 {
+        let arrived = if self.mesh.world() == 1 {
             this.params[param].has_gradient()
         } else {
             !this.fresh
@@ -225,29 +225,24 @@ impl Core {
         self.check_param("write_grad", unit, param)?;
         self.finish_unit(unit)?;
         let local = self.kept_range("write_grad", unit, param, start, values.len())?;
-        let (dtype, element, place) =
-            (self.gradients.dtype, self.gradients.dtype.size(), self.mesh);
+        let (dtype, element, mesh) = (self.gradients.dtype, self.gradients.dtype.size(), self.mesh);
         let this = &mut self.units[unit];
         let kept = this.kept();
         let first = this.layout.offset(param);
         let whole = first..first + this.layout.numel(param);
         let present = whole.start.max(kept.start)..whole.end.min(kept.end);
-        let counted = if place.replicated {
-            let shard = this.layout.trainable_shard(place.rank);
-            present.start.max(shard.start)..present.end.min(shard.end)
-        } else {
-            present.clone()
-        };
+        let slice = this.layout.trainable_shard(mesh.slice());
+        let counted = present.start.max(slice.start)..present.end.min(slice.end);
         let (Some(grad), true) = (this.grad.as_mut(), this.params[param].trainable) else {
             return misuse(
                 "write_grad",
                 format!("a parameter of {} is frozen", this.name),
             );
         };
-        if place.world > 1 && this.fresh {
+        if mesh.world() > 1 && this.fresh {
             grad.fill(0);
             this.fresh = false;
-        } else if place.world == 1 && !this.params[param].has_gradient() {
+        } else if mesh.world() == 1 && !this.params[param].has_gradient() {
             grad[byte_range(&present, element)].fill(0);
         }
         accumulate(

@@ -49,7 +49,7 @@ impl Core {
         self.state.cache.clear();
         self.finish_step()?;
         self.wait_reads()?;
-        let alone = self.mesh.world == 1;
+        let alone = self.mesh.has_all();
         if key == StateKey::WEIGHT {
             let own = self.units[unit].own();
             if let UnitWeights::Moving {

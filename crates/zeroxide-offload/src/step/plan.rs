@@ -89,7 +89,7 @@ impl Core {
     /// With several ranks, what a step uses has been summed over them: otherwise it would use what an earlier step
     /// left.
     fn check_exchanged(&self) -> Result<()> {
-        if self.mesh.world == 1 {
+        if self.mesh.world() == 1 {
             return Ok(());
         }
         let missed = |unit: &&Unit| unit.fresh && unit.params.iter().any(ParamState::has_gradient);

@@ -137,7 +137,7 @@ impl Core {
             }
         }
         let used = self.weights.tick();
-        let alone = self.mesh.world == 1;
+        let alone = self.mesh.has_all();
         if let Some(residence) = self.residence_mut(unit)
             && matches!(residence, Residence::Updating)
         {

@@ -166,7 +166,7 @@ impl Core {
         let clock = self.weights.tick();
         // How long frames stay depends on when disk requests end, which differs between ranks. Whether a unit's other
         // parts have to be brought again must not, or collectives would not meet.
-        let forget = self.mesh.world > 1 && self.units[unit].weights.on_disk();
+        let forget = !self.mesh.has_all() && self.units[unit].weights.on_disk();
         // Only the end of a use is a use: releasing once more does not make the unit a late one.
         if let Some(Residence::Here {
             pinned,
@@ -293,7 +293,7 @@ impl Core {
 
     /// The unit in use that was gathered first, where reads bring a unit back on their own.
     fn oldest_held(&self, except: usize) -> Option<usize> {
-        if self.mesh.world > 1 {
+        if !self.mesh.has_all() {
             return None;
         }
         (0..self.units.len())
@@ -394,11 +394,11 @@ impl Core {
             None => self.verify_window(unit),
         };
         let outcome = match outcome {
-            Ok(()) if self.mesh.world == 1 => self.publish(unit),
+            Ok(()) if self.mesh.has_all() => self.publish(unit),
             other => other,
         };
         let used = self.weights.tick();
-        let all_shards_valid = self.mesh.world == 1;
+        let all_shards_valid = self.mesh.has_all();
         if let Some(residence) = self.residence_mut(unit) {
             *residence = Residence::Here {
                 all_shards_valid,

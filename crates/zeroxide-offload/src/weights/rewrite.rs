@@ -15,7 +15,7 @@ impl Core {
         if !self.units[unit].weights.on_disk() {
             return Ok(());
         }
-        if !matches!(self.residence(unit), Some(Residence::Here { .. })) || self.mesh.world > 1 {
+        if !matches!(self.residence(unit), Some(Residence::Here { .. })) || self.mesh.world() > 1 {
             return misuse(
                 "rewrite_weights",
                 "the unit is not gathered by its only rank",

@@ -117,7 +117,7 @@ pub(crate) fn spread(
     if found.is_empty() {
         return Ok(None);
     }
-    let alone = core.mesh.world == 1;
+    let alone = core.mesh.has_all();
     let (units, ranges): (Vec<usize>, Vec<Range<usize>>) = found.into_iter().unzip();
     let net = FaultNet::spread(&ranges, move |index| {
         let unit = units[index];

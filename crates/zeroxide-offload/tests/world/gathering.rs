@@ -19,7 +19,7 @@ impl Runner<'_> {
                 "unit {unit}: {all:?}"
             );
         }
-        if self.case.world > 1 && self.case.weights == WeightHome::Disk {
+        if self.case.shards > 1 && self.case.weights == WeightHome::Disk {
             assert!(
                 !whole,
                 "unit {unit} was released: what is left of it depends on when disk requests end"
@@ -66,7 +66,13 @@ impl Runner<'_> {
         let own = peek(address + byte(start), byte(end) - byte(start));
         let all = self.board.swap(self.rank, own);
         let mut at = address;
-        for (rank, part) in all.iter().enumerate() {
+        let first = self.rank - self.rank % self.case.shards;
+        let group = first..first + self.case.shards;
+        for (rank, part) in all
+            .iter()
+            .enumerate()
+            .filter(|(rank, _)| group.contains(rank))
+        {
             if rank != self.rank {
                 poke(at, part);
             }
@@ -74,5 +80,18 @@ impl Runner<'_> {
         }
         assert_eq!(at, address + bytes, "the shards are the whole");
         self.core.set_all_shards_valid(unit).expect("gathered");
+    }
+
+    /// Brings the sums that the other replicas of this rank's shard have taken.
+    pub(super) fn bring_sums(&self, unit: usize) {
+        let (address, bytes) = self.core.kept_gradients(unit).expect("trained");
+        let replicas = self.case.replicas();
+        let slice = bytes / replicas;
+        let place = |replica: usize| address + slice * replica;
+        let (own, shard) = (self.rank / self.case.shards, self.rank % self.case.shards);
+        let all = self.board.swap(self.rank, peek(place(own), slice));
+        for replica in (0..replicas).filter(|replica| *replica != own) {
+            poke(place(replica), &all[replica * self.case.shards + shard]);
+        }
     }
 }

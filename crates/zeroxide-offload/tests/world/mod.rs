@@ -14,7 +14,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    MeshPosition, Offload, SegmentHandle, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    Mesh, MeshPosition, Offload, SegmentHandle, Settings, StateHome, Transport, UnitSpec,
+    WeightHome,
 };
 use zeroxide_optim::Grad;
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -40,7 +41,8 @@ const FROZEN: usize = 2;
 pub(crate) struct Case {
     pub(crate) world: usize,
     pub(crate) transport: Transport,
-    pub(crate) replicated: bool,
+    /// Ranks in a shard group: `world` for plain sharding, 1 where every rank keeps everything.
+    pub(crate) shards: usize,
     pub(crate) weights: WeightHome,
     pub(crate) state: StateHome,
     pub(crate) format: Format,
@@ -86,9 +88,11 @@ impl Case {
         let reduce_scale = 1.0 / self.world as f32;
         let settings = Settings {
             mesh: MeshPosition {
-                rank: u32::try_from(rank).expect("few"),
-                world: u32::try_from(self.world).expect("few"),
-                replicated: self.replicated,
+                groups: Mesh {
+                    rank: u32::try_from(rank).expect("few"),
+                    shards: u32::try_from(self.shards).expect("few"),
+                    replicas: u32::try_from(self.replicas()).expect("few"),
+                },
                 transport: self.transport,
             },
             comm_dtype: Dtype::F32,
@@ -106,6 +110,16 @@ impl Case {
             job: format!("rank {rank}"),
         };
         Offload::new(&settings, &units).expect("nothing in the way")
+    }
+
+    pub(crate) fn replicas(&self) -> usize {
+        self.world / self.shards
+    }
+
+    /// The ranks that answer for the slices of a unit, in the order of the slices.
+    fn owners(&self) -> impl Iterator<Item = usize> {
+        let (shards, replicas) = (self.shards, self.replicas());
+        (0..self.world).map(move |slice| slice % replicas * shards + slice / replicas)
     }
 
     /// Each rank's simulated disk has its own times.
@@ -293,11 +307,9 @@ impl Runner<'_> {
 
     /// Whether gathering needs the caller's collectives, which all ranks call in one order.
     fn moves_weights(&self) -> bool {
-        self.case.world > 1
-            && !self.case.replicated
+        self.case.shards > 1
             && (self.case.transport == Transport::Collective
                 || self.case.weights != WeightHome::Host)
-            || self.case.replicated && self.case.weights != WeightHome::Host
     }
 
     /// Forward, backward and the update; returns the sum of squares over all ranks.
@@ -342,8 +354,8 @@ impl Runner<'_> {
         }
         self.core.step(&[hyperparameters()], SCALE).expect("works");
         let mut total = 0.0;
-        for row in all {
-            total += f64::from_ne_bytes(row[..8].try_into().expect("eight bytes"));
+        for rank in self.case.owners() {
+            total += f64::from_ne_bytes(all[rank][..8].try_into().expect("eight bytes"));
         }
         total
     }
@@ -398,12 +410,14 @@ impl Runner<'_> {
         let (address, bytes) = self.core.outgoing(unit).expect("sent");
         let sent = peek(address, bytes);
         let all = self.board.swap(self.rank, sent);
-        let own = if self.case.replicated {
+        let own = if self.case.shards == 1 {
             0..bytes
         } else {
             let (start, end) = self.core.shard(unit).expect("a unit");
             let byte = |element: u64| usize::try_from(element).expect("small") * size_of::<f32>();
-            byte(start)..byte(end)
+            let slice = byte(end - start) / self.case.replicas();
+            let first = byte(start) + slice * (self.rank / self.case.shards);
+            first..first + slice
         };
         let (mut at, room) = self.core.incoming(unit).expect("sent");
         let end = at + room;
@@ -417,6 +431,9 @@ impl Runner<'_> {
         }
         assert_eq!(at, end, "room for what comes in");
         self.core.receive_from(unit).expect("sent and received");
+        if self.case.shards > 1 && self.case.replicas() > 1 {
+            self.bring_sums(unit);
+        }
     }
 
     fn live(&self) -> Vec<u16> {

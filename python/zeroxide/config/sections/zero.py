@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from zeroxide.config.check import show
 from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.fields import (
+    Count,
     Directory,
     Flag,
     NoEffect,
@@ -46,6 +47,7 @@ _BUFFERS = "transfer buffers come from one ring; see zeroxide.staging_bytes"
 _BUCKETS = "a unit's gradients are reduced in one piece as they arrive"
 _UNITS = "memory for gathered weights is budgeted in bytes; see zeroxide.host_memory"
 _PINNED = "registration with a device follows from the device, in exact bytes"
+_SHARD_GROUPS = 'remove the key, and set "zeroxide.mesh.dp_shard" to the ranks in a group'
 _PIPELINE = "reading, computing and writing always overlap"
 
 
@@ -94,6 +96,7 @@ class ZeroSection(Section):
     offload_optimizer: OffloadOptimizer | None = None
     cpu_offload: Flag | None = None
     cpu_offload_param: Flag | None = None
+    zero_hpz_partition_size: Count | None = None
 
     cpu_offload_use_pin_memory: Annotated[Any, NoEffect(_PINNED)] = None
     overlap_comm: Annotated[Flag | None, NoEffect("when to communicate is not left to a switch")] = None
@@ -134,13 +137,12 @@ class ZeroSection(Section):
     save_muon_momentum_buffer_in_memory: Annotated[Any, NoEffect("Muon is not built yet")] = None
 
     zenflow: Annotated[Any, NotBuilt("ZenFlow")] = None
-    zero_hpz_partition_size: Annotated[Any, NotBuilt("secondary shards", neutral=(1,))] = None
     zero_quantized_weights: Annotated[Any, NotBuilt("quantized collectives")] = None
     zero_quantized_nontrainable_weights: Annotated[Any, NotBuilt("quantized collectives")] = None
     zero_quantized_gradients: Annotated[Any, NotBuilt("quantized collectives")] = None
     zeropp_loco_param: Annotated[Any, Removed("LoCo error feedback")] = None
-    mics_shard_size: Annotated[Any, Removed("MiCS sharding groups", neutral=(-1,))] = None
-    mics_hierarchical_params_gather: Annotated[Any, Removed("MiCS sharding groups")] = None
+    mics_shard_size: Annotated[Any, Removed("MiCS sharding groups", neutral=(-1,), instead=_SHARD_GROUPS)] = None
+    mics_hierarchical_params_gather: Annotated[Any, Removed("MiCS sharding groups", instead=_SHARD_GROUPS)] = None
 
 
 def stage_of_switch(value: Any) -> Any:

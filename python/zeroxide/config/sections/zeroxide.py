@@ -20,13 +20,14 @@ from zeroxide.config.fields import (
     expecting,
 )
 from zeroxide.config.given import Given, agree
+from zeroxide.config.sections.mesh import MeshSection
 from zeroxide.errors import ConfigError
 
 __all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
 
 
 class ZeroxideSection(Section):
-    """`zeroxide`. `format` is resolved with precision, and what begins with `checkpoint_` with `checkpoint`."""
+    """`zeroxide`. `format` is resolved with precision, what begins with `checkpoint_` with `checkpoint`."""
 
     host_memory: MemorySize | None = None
     format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
@@ -43,6 +44,7 @@ class ZeroxideSection(Section):
     checkpoint_background: Flag | None = None
     checkpoint_memory: MemorySize | None = None
     rank_timeout: Seconds | None = None
+    mesh: MeshSection | None = None
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Weights from where they are at home to under their windows, for as long as they are used.
 
-With one rank the core has all of a unit. With several, each unit's shards come together from the ranks of one group,
-that of the `Messages` which a gather is given: on one host, weights at home in host memory are one copy for all ranks
-(`SharedWeights`), so gathering them moves nothing; everything else is an all-gather (`CollectiveWeights`).
+With one rank the core has all of a unit. With several, each unit's shards come together from the ranks of its shard
+group, so that no weight crosses from one group to another: on one host, weights at home in host memory are one copy for
+the group (`SharedWeights`), so gathering them moves nothing; everything else is an all-gather (`CollectiveWeights`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class WeightGather(Protocol):
 
     @property
     def sent_bytes(self) -> int:
-        """Bytes of weights that left this rank for others."""
+        """Bytes of weights that left this rank for others of its shard group."""
 
     def gather(self, unit: Unit) -> None:
         """Makes the unit's weights readable, the other ranks' parts included, and holds them. Idempotent."""
@@ -150,15 +150,16 @@ class GatheredWeights:
 
     def _start(self, unit: Unit) -> None:
         messages, flat = self.messages, self._room(unit)
-        rank, others = messages.ranks.rank, messages.others()
-        size = unit.layout_numel // messages.ranks.world
-        own = flat[rank * size : (rank + 1) * size]
-        incoming = [(other, flat[other * size : (other + 1) * size]) for other in others]
+        group = unit.groups.shard
+        size = unit.layout_numel // group.size
+        own = flat[group.position * size : (group.position + 1) * size]
+        others = group.others()
+        incoming = [(rank, flat[position * size : (position + 1) * size]) for position, rank in others]
         # Known before its first message is on its way: a start that fails half-way keeps the unit held.
         work = messages.work("all-gather", unit)
         self._flights[unit.index] = work
         self._coming.add(unit.index)
-        messages.start(work, incoming, [(other, own) for other in others])
+        messages.start(work, incoming, [(rank, own) for _, rank in others])
         self.sent_bytes += own.nbytes * len(others)
 
     def _room(self, unit: Unit) -> torch.Tensor:

@@ -6,10 +6,11 @@ in rank order. Two ways give the same bits:
 - `SharedGradients`, between ranks of one host: gradients lie in shared memory, where every rank reads its shard.
 - `CollectiveGradients`, for everything else: one all-to-all a unit, straight out of the room in which its gradients
   accumulated, which is waited for and summed when the next unit is complete. Units are reduced in one fixed order, so
-  that
-  ranks whose modules ran in different orders still meet.
+  that ranks whose modules ran in different orders still meet.
 
-The group is that of the `Messages` which a reduction is given.
+Where several ranks keep the same shard (hybrid sharding), each sums one slice of it over all ranks, in the order of all
+ranks, and sends the others that sum: what a group adds up is never added to what another has. Through shared memory
+each sums all of its shard instead, since the bytes of all are at hand.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from zeroxide.errors import RanksError
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import GradientState
+from zeroxide.zero.reduce.sent import SentGradients
 from zeroxide.zero.unit import Unit
 
 __all__ = ["CollectiveGradients", "GradientReduction", "SharedGradients", "SingleRankGradients", "make_reduction"]
@@ -33,7 +35,7 @@ class GradientReduction(Protocol):
     """What a backward needs of the ranks that have gradients of the same weights."""
 
     @property
-    def sent_bytes(self) -> int:
+    def sent(self) -> SentGradients:
         """Bytes of gradients that left this rank for others."""
 
     def send(self, unit: Unit) -> None:
@@ -49,7 +51,7 @@ class GradientReduction(Protocol):
 class SingleRankGradients:
     """One rank: gradients are where they belong as soon as they have been accumulated."""
 
-    sent_bytes = 0
+    sent = SentGradients()
 
     def send(self, unit: Unit) -> None:
         """More may come: nobody waits for them."""
@@ -70,7 +72,7 @@ class _BetweenRanks:
         self.dtype = dtype
         """That in which gradients travel."""
         self.trainable = [unit for unit in units if unit.num_trainable]
-        self.sent_bytes = 0
+        self.sent = SentGradients()
         self._broken = False
 
     def abandon(self) -> None:
@@ -107,8 +109,12 @@ class SharedGradients(_BetweenRanks):
             self.core.send(unit.index)
         unit.gradients = GradientState.SENT
         self._waiting.append(unit)
-        world = self.messages.ranks.world
-        self.sent_bytes += unit.layout_numel * self.dtype.itemsize // world * (world - 1)
+        groups = unit.groups
+        # What a rank keeps, each other rank reads.
+        share = unit.layout_numel * self.dtype.itemsize // groups.shard.size
+        near = (groups.world if groups.replicated else groups.shard.size) - 1
+        self.sent.reductions.within += share * near
+        self.sent.reductions.across += share * (groups.world - 1 - near)
         self._waiting = [each for each in self._waiting if not self.core.receive(each.index, False)]
 
     def end_backward(self) -> None:
@@ -126,18 +132,19 @@ class SharedGradients(_BetweenRanks):
 class CollectiveGradients(_BetweenRanks):
     """Between any ranks, by messages over torch.distributed.
 
-    replicated: every rank keeps all gradients (stage 0).
+    kept: the dtype in which sums are kept.
     """
 
     def __init__(
-        self, core: _core.Offload, units: list[Unit], messages: Messages, dtype: torch.dtype, *, replicated: bool
+        self, core: _core.Offload, units: list[Unit], messages: Messages, dtype: torch.dtype, *, kept: torch.dtype
     ) -> None:
         super().__init__(core, units, messages, dtype)
-        self._replicated = replicated
+        self._kept = kept
         # Backward runs roughly from the last unit to the first; what is left at the root ends last.
         self._order = sorted(self.trainable, key=lambda unit: (unit.held_through_backward, -unit.index))
         self._next = 0
         self._reducing: tuple[Unit, Work] | None = None
+        self._updating: Work | None = None
 
     def send(self, unit: Unit) -> None:
         """Begins to reduce as many units as are complete and next in order, each when the one before is done."""
@@ -153,6 +160,7 @@ class CollectiveGradients(_BetweenRanks):
         for unit in self._order[self._next :]:
             self._begin_reduce(unit)
         self._end_reduce()
+        self._end_update()
         self._next = 0
         self._end()
 
@@ -161,20 +169,24 @@ class CollectiveGradients(_BetweenRanks):
         self.core.send(unit.index)
         outgoing = memory_at(*self.core.outgoing(unit.index), self.dtype)
         incoming = memory_at(*self.core.incoming(unit.index), self.dtype)
-        world, others = self.messages.ranks.world, self.messages.others()
-        size = incoming.numel() // (world - 1)
-        # Rank after rank, without this one.
-        place = {other: other - (other > self.messages.ranks.rank) for other in others}
-        arriving = [(other, incoming[place[other] * size : (place[other] + 1) * size]) for other in others]
-        if self._replicated:
-            leaving = [(other, outgoing) for other in others]
+        groups = unit.groups
+        own, owners = groups.everyone[groups.rank], groups.owners()
+        size = incoming.numel() // (groups.world - 1)
+        # Rank after rank, without this one; to each the slice that it sums, beginning with the next one's.
+        place = {rank: at for at, rank in enumerate(rank for rank in groups.everyone if rank != own)}
+        first = owners.index(own) + 1
+        turned = [(at % groups.world, owners[at % groups.world]) for at in range(first, first + groups.world - 1)]
+        arriving = [(rank, incoming[place[rank] * size : (place[rank] + 1) * size]) for _, rank in turned]
+        if groups.replicated:
+            leaving = [(rank, outgoing) for _, rank in turned]
         else:
-            leaving = [(other, outgoing[other * size : (other + 1) * size]) for other in others]
-        kind = "all-gather of gradients" if self._replicated else "all-to-all"
-        work = self.messages.work(kind, unit)
+            leaving = [(rank, outgoing[at * size : (at + 1) * size]) for at, rank in turned]
+        work = self.messages.work("all-gather of gradients" if groups.replicated else "all-to-all", unit)
         self._reducing = unit, work
         self.messages.start(work, arriving, leaving)
-        self.sent_bytes += size * self.dtype.itemsize * len(others)
+        near = len(place) if groups.replicated else groups.shard.size - 1
+        self.sent.reductions.within += size * self.dtype.itemsize * near
+        self.sent.reductions.across += size * self.dtype.itemsize * (len(place) - near)
 
     def _end_reduce(self) -> None:
         if self._reducing is not None:
@@ -183,6 +195,28 @@ class CollectiveGradients(_BetweenRanks):
             work.sent()
             self.core.receive_from(unit.index)
             self._reducing = None
+            if not unit.groups.replicated and unit.groups.replicate.size > 1:
+                self._end_update()
+                self._begin_update(unit)
+
+    def _begin_update(self, unit: Unit) -> None:
+        """Sends the sums of this rank's slice to the other replicas of its shard, and receives those of theirs."""
+        kept = memory_at(*self.core.kept_gradients(unit.index), self._kept)
+        replicas = unit.groups.replicate
+        size = kept.numel() // replicas.size
+        own = kept[replicas.position * size : (replicas.position + 1) * size]
+        others = replicas.others()
+        work = self.messages.work("all-gather of sums", unit)
+        self._updating = work
+        incoming = [(rank, kept[position * size : (position + 1) * size]) for position, rank in others]
+        self.messages.start(work, incoming, [(rank, own) for _, rank in others])
+        self.sent.updates.across += own.nbytes * len(others)
+
+    def _end_update(self) -> None:
+        if self._updating is not None:
+            self._updating.received()
+            self._updating.sent()
+            self._updating = None
 
 
 def make_reduction(
@@ -193,4 +227,4 @@ def make_reduction(
         return SingleRankGradients()
     if plan.transport == "shared":
         return SharedGradients(core, units, messages, dtype)
-    return CollectiveGradients(core, units, messages, dtype, replicated=plan.replicated)
+    return CollectiveGradients(core, units, messages, dtype, kept=plan.grad)

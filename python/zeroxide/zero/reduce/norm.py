@@ -9,7 +9,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import of_buffer
-from zeroxide.distributed import Ranks, Watch
+from zeroxide.distributed import Ranks, UnitGroups, Watch
 
 __all__ = ["Totals", "agree_on_norm"]
 
@@ -19,10 +19,11 @@ Totals = tuple[float, bool, int]
 _HEAD = struct.Struct("<d?")
 
 
-def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
+def agree_on_norm(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
-    The ranks' sums are added in double precision in rank order, so that every rank has the same bits.
+    The sums over the slices of units are added in double precision in the order of the slices, so that every rank has
+    the same bits, however ranks are grouped.
     """
     total, nonfinite, accumulated = core.grad_norm()
     if ranks.world == 1:
@@ -32,7 +33,7 @@ def agree_on_norm(core: _core.Offload, ranks: Ranks, watch: Watch) -> Totals:
     payload = bytearray(_HEAD.pack(total, nonfinite) + core.accumulated())
     with watch.waiting("the gradient norm"):
         rows = ranks.gather_rows(of_buffer(payload, torch.uint8))
-    heads = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
+    heads = [_HEAD.unpack(bytes(rows[rank][: _HEAD.size].tolist())) for rank in groups.owners()]
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())

@@ -1,0 +1,126 @@
+"""How ranks are grouped: `zeroxide.mesh` and `zero_optimization.zero_hpz_partition_size`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from zeroxide.config.facts import Resolved
+from zeroxide.config.fields import Count, NotBuilt, Section
+from zeroxide.config.given import Given
+from zeroxide.errors import ConfigError
+
+if TYPE_CHECKING:
+    from zeroxide.config.sections.zero import ZeroSection
+
+__all__ = ["Mesh", "MeshSection", "resolve"]
+
+_MESH = "zeroxide.mesh"
+_HPZ = "zero_optimization.zero_hpz_partition_size"
+
+
+class MeshSection(Section):
+    """`zeroxide.mesh`: sizes of the axes along which ranks are grouped. What is not named follows, or is 1."""
+
+    dp_replicate: Count | None = None
+    dp_shard: Count | None = None
+    pp: Annotated[Any, NotBuilt("pipeline parallelism", neutral=(1,))] = None
+    sp: Annotated[Any, NotBuilt("sequence parallelism", neutral=(1,))] = None
+    tp: Annotated[Any, NotBuilt("tensor parallelism", neutral=(1,))] = None
+    ep: Annotated[Any, NotBuilt("expert parallelism", neutral=(1,))] = None
+
+
+@dataclass(frozen=True)
+class Mesh(Resolved):
+    """Sizes of the axes of the process mesh, see `zeroxide.distributed.mesh`; all but `ep` multiply to the ranks."""
+
+    key: ClassVar[str] = "zeroxide.mesh"
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    sp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+
+def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, given: Given) -> Mesh | None:
+    """The axes that the two keys come to on the ranks; None for one shard group of all, or at stage 0 all as replicas.
+
+    Raises ConfigError when groups do not divide the ranks, when the axes do not multiply to them, and when a stage does
+    not shard what is to be sharded in groups.
+    """
+    world_size = given.world_size
+    hpz = None if zero is None else zero.zero_hpz_partition_size
+    replicate = None if section is None else section.dp_replicate
+    shard = None if section is None else section.dp_shard
+    if hpz is not None and hpz > 1:
+        if stage < 3:
+            raise ConfigError(
+                f"{_HPZ} = {hpz} needs zero_optimization.stage 3, got {stage}: below it every rank has all "
+                "weights anyway",
+                path=_HPZ,
+                expected="1",
+                got=str(hpz),
+            )
+        _check_divides(_HPZ, hpz, world_size)
+        if shard is not None and shard != hpz:
+            raise ConfigError(
+                f"{_HPZ} = {hpz} contradicts {_MESH}.dp_shard = {shard}: both are the ranks in a shard group",
+                path=_HPZ,
+            )
+        shard = hpz
+    if replicate is None and shard is None:
+        return None
+    if shard is not None and replicate is None:
+        _check_divides(f"{_MESH}.dp_shard", shard, world_size)
+        replicate = world_size // shard
+    if replicate is not None and shard is None:
+        _check_divides(f"{_MESH}.dp_replicate", replicate, world_size)
+        shard = world_size // replicate
+    assert shard is not None
+    assert replicate is not None
+    axes = Mesh(dp_replicate=replicate, dp_shard=shard)
+    product = math.prod(dataclasses.astuple(axes))
+    if product != world_size:
+        raise ConfigError(
+            f"{_MESH}: dp_replicate {replicate} * dp_shard {shard} = {product}, and there are {world_size} ranks: make "
+            f"their product {world_size}, or name one of the two",
+            path=_MESH,
+            expected=f"a product of {world_size}",
+            got=str(product),
+        )
+    _check_stage(axes, stage)
+    return axes if replicate > 1 and stage > 0 else None
+
+
+def _check_divides(path: str, size: int, world_size: int) -> None:
+    if world_size % size:
+        fitting = [str(each) for each in range(1, world_size + 1) if world_size % each == 0]
+        near = fitting if len(fitting) <= 8 else [*fitting[:7], "..."]
+        raise ConfigError(
+            f"{path} = {size} does not divide the {world_size} ranks: use {_alternatives(near)}",
+            path=path,
+            expected=f"a divisor of {world_size}",
+            got=str(size),
+        )
+
+
+def _alternatives(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
+
+
+def _check_stage(axes: Mesh, stage: int) -> None:
+    if stage == 0 and axes.dp_shard > 1:
+        raise ConfigError(
+            f"{_MESH}: dp_shard = {axes.dp_shard} needs zero_optimization.stage 1 to 3, got 0, which shards nothing",
+            path=f"{_MESH}.dp_shard",
+        )
+    if stage > 0 and axes.dp_shard == 1 and axes.dp_replicate > 1:
+        raise ConfigError(
+            f"{_MESH}: dp_shard = 1 keeps everything on each of {axes.dp_replicate} ranks: that is "
+            f"zero_optimization.stage 0, got stage {stage}",
+            path=f"{_MESH}.dp_shard",
+        )
