@@ -116,7 +116,7 @@ class TrainingState:
         """Micro-batches since the last optimizer step."""
         return self._parts.accumulation.inside_window()
 
-    def landed_gradients(self) -> int:
+    def unused_gradients(self) -> int:
         """Parameters with a gradient that no step has used."""
         return self.core.grad_norm()[2]
 

@@ -32,7 +32,7 @@ __all__ = ["CoreOptimizer"]
 
 
 @dataclass
-class _Place:
+class _ParamLocation:
     """Where one parameter's state is, and what the parameter was when it was placed."""
 
     core: _core.Offload
@@ -80,7 +80,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._limit = None if host_memory is None else parse_bytes(host_memory)
         self._directories: list[Any] = [home.path] if home.kind == "nvme" and home.path is not None else []
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, _ParamLocation] = {}
         self._cores: list[_core.Offload] = []
         self._closed = False
         self._made = False
@@ -178,7 +178,7 @@ class CoreOptimizer(torch.optim.Optimizer):
             core.fill_param(unit, 0, 0, spec(values))
             core.fill_commit(unit)
             core.set_group(unit, 0, group)
-            self._places[id(param)] = _Place(core, unit, group, dtype, param.shape)
+            self._places[id(param)] = _ParamLocation(core, unit, group, dtype, param.shape)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -207,7 +207,7 @@ class CoreOptimizer(torch.optim.Optimizer):
             core.step(groups, 1.0)
         return loss
 
-    def _checked(self, group: int, at: int, param: torch.Tensor) -> _Place:
+    def _checked(self, group: int, at: int, param: torch.Tensor) -> _ParamLocation:
         place = self._places[id(param)]
         if param.dtype is not place.dtype or param.shape != place.shape:
             raise ModelError(
@@ -322,7 +322,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         for (_, _, param), place in zip(members, places, strict=True):
             self._load_one(param, place, saved[id(param)])
 
-    def _load_one(self, param: torch.Tensor, place: _Place, entry: SavedEntry | None) -> None:
+    def _load_one(self, param: torch.Tensor, place: _ParamLocation, entry: SavedEntry | None) -> None:
         core, unit = place.core, place.unit
         core.set_updates(unit, 0, 0 if entry is None else entry.step)
         exact = entry is not None and "master" in entry.parts and place.dtype is torch.bfloat16

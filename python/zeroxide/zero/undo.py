@@ -41,13 +41,13 @@ class Undo:
         groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
         self._groups = [(group, dict(group)) for group in groups]
         self._core: _core.Offload | None = None
-        self._places: dict[int, _Place] = {}
+        self._places: dict[int, _ParamLocation] = {}
 
     def moves(self, core: _core.Offload, plan: Plan) -> None:
         """Says that the values of the parameters move into `core` from here on."""
         self._core = core
         self._places = {
-            id(entry.param): _Place(core, index, position, entry, plan.world)
+            id(entry.param): _ParamLocation(core, index, position, entry, plan.world)
             for index, unit in enumerate(plan.units)
             for position, entry in enumerate(unit.params)
         }
@@ -73,7 +73,7 @@ class Undo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _ParamLocation:
     """Where the core has one parameter."""
 
     core: _core.Offload
@@ -123,7 +123,7 @@ class _Param:
         self.address = _address(param)
         self.handle = handle_of(param)
 
-    def restore(self, place: _Place | None) -> bool:
+    def restore(self, place: _ParamLocation | None) -> bool:
         """Whether it has its values again."""
         param = self.param
         param.__class__ = self.kind
@@ -146,7 +146,7 @@ class _Param:
         param.grad = self.grad if whole else None
         return whole
 
-    def _restore_slice(self, handle: Slice, place: _Place | None) -> bool:
+    def _restore_slice(self, handle: Slice, place: _ParamLocation | None) -> bool:
         if handle.values.numel() == handle.each:
             if handle.full:
                 handle.empty(self.param)
@@ -159,7 +159,7 @@ class _Param:
         return True
 
 
-def _read(place: _Place | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+def _read(place: _ParamLocation | None, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
     """The values of one parameter, None where this rank's core has not all of them, or not all of their bits."""
     if place is None or place.world > 1:
         return None

@@ -48,7 +48,7 @@ impl Core {
                 .filter(|tile| all || overlaps(&plan, &unit.flat(&unit.state_tiles.range(*tile))))
                 .collect();
             step.work.extend(tiles.iter().map(|tile| (index, *tile)));
-            let whole = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
+            let takes_every_tile = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
             match (tiles.is_empty(), plan.is_empty()) {
                 (true, true) => untouched.push(index),
                 // This rank's shard may hold none of the parameters that are updated: padding, or others of the unit.
@@ -59,7 +59,7 @@ impl Core {
                 plan,
                 tiles: tiles.len(),
                 writes: 0,
-                whole,
+                takes_every_tile,
             });
         }
         self.step.count += 1;

@@ -45,7 +45,7 @@ pub(crate) struct Progress {
     /// Writes not yet completed.
     pub(crate) writes: usize,
     /// Every tile of the unit takes part, so its weights can be read straight into its window.
-    pub(crate) whole: bool,
+    pub(crate) takes_every_tile: bool,
 }
 
 /// A step that has begun.
@@ -219,7 +219,7 @@ impl Core {
     /// Its weights are then updated where the next forward wants them.
     fn try_window(&mut self, unit: usize, tile: u32) -> Result<()> {
         if tile > 0
-            || !self.active().units[unit].whole
+            || !self.active().units[unit].takes_every_tile
             || !self.units[unit].weights.on_disk()
             || !matches!(self.residence(unit), Some(Residence::Away))
         {

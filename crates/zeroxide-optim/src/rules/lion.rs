@@ -20,7 +20,7 @@ use crate::kernel::Task;
 pub struct LionParams {
     /// Learning rate.
     pub lr: f64,
-    /// Share of the momentum in the direction of the update, in `[0, 1)`.
+    /// How much of the momentum is in the direction of the update, in `[0, 1)`.
     pub beta1: f64,
     /// Decay of the momentum, in `[0, 1)`.
     pub beta2: f64,

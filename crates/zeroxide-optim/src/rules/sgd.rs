@@ -21,9 +21,9 @@ use crate::kernel::Task;
 pub struct SgdParams {
     /// Learning rate.
     pub lr: f64,
-    /// Share of the buffer that an update keeps.
+    /// How much of the buffer an update keeps.
     pub momentum: f64,
-    /// Share of the gradient that does not enter the buffer.
+    /// How much of the gradient does not enter the buffer.
     pub dampening: f64,
     /// `weight_decay * weight` is added to the gradient.
     pub weight_decay: f64,

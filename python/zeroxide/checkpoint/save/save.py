@@ -172,7 +172,7 @@ class Save:
 
 
 def _check_boundary(training: TrainingState) -> None:
-    steps, inside, accumulated = training.accumulation_steps, training.inside_window(), training.landed_gradients()
+    steps, inside, accumulated = training.accumulation_steps, training.inside_window(), training.unused_gradients()
     if not accumulated and not inside:
         return
     where = (

@@ -188,7 +188,7 @@ class GatheredWeights:
 class SharedWeights(GatheredWeights):
     """Between ranks of one host, through shared memory. Moves only weights that are at home on disk.
 
-    shown: units whose weights are visible at all times.
+    shown: units whose weights always show their values.
     """
 
     def __init__(self, core: _core.Offload, messages: Messages, stays: bool, shown: Iterable[Unit]) -> None:
@@ -212,8 +212,8 @@ class SharedWeights(GatheredWeights):
 class CollectiveWeights(GatheredWeights):
     """Between any ranks, by messages over torch.distributed.
 
-    refreshed: units that every rank keeps (stages 1 and 2), brought up to date right after a step. visible: whether
-    weights are there at all times.
+    refreshed: units that every rank keeps (stages 1 and 2), brought up to date right after a step.
+    params_always_full: whether weights are there at all times.
     """
 
     def __init__(
@@ -227,7 +227,7 @@ class CollectiveWeights(GatheredWeights):
     ) -> None:
         super().__init__(core, messages, stays)
         self._refreshed = list(refreshed)
-        self._visible = params_always_full
+        self._params_always_full = params_always_full
 
     def after_step(self) -> None:
         """Weights that every rank keeps are gathered here and not where they are used: ranks may use different ones.
@@ -242,7 +242,7 @@ class CollectiveWeights(GatheredWeights):
             before = unit
         if before is not None:
             self.release(before)
-        if self._visible:
+        if self._params_always_full:
             self.core.finish()
 
 
