@@ -36,6 +36,12 @@ pub fn bf16_half_up(value: f32) -> u16 {
     if value.is_nan() { BF16_NAN } else { rounded }
 }
 
+/// [`bf16_half_up`] of a value whose every NaN is the [`canonical`] one, which the rounding leaves as it is.
+#[inline(always)]
+pub(crate) fn half_up_of_canonical(value: f32) -> u16 {
+    (value.to_bits().wrapping_add(0x8000) >> 16) as u16
+}
+
 /// fp32 to bf16 bits, rounded to nearest, ties to even, as torch casts; NaN becomes `0x7fc0`.
 #[inline(always)]
 pub fn bf16_nearest_even(value: f32) -> u16 {

@@ -2,7 +2,7 @@
 
 use super::Codec;
 use super::split::{with_bf16, with_f16};
-use crate::convert::{bf16_half_up, canonical, f16_nearest_even};
+use crate::convert::{canonical, f16_nearest_even, half_up_of_canonical};
 
 /// fp32 weights, exact by themselves.
 pub(crate) struct Whole;
@@ -51,7 +51,8 @@ impl Codec for MasterBf16 {
 
     #[inline(always)]
     fn encode(weight: f32) -> (u16, f32) {
-        (bf16_half_up(weight), canonical(weight))
+        let master = canonical(weight);
+        (half_up_of_canonical(master), master)
     }
 
     #[inline(always)]

@@ -9,17 +9,17 @@
 //! either zero, above either infinity), which no pair from [`split`] comes to, the low half is left out.
 
 use super::Codec;
-use crate::convert::{BF16_NAN, bf16_half_up, f16_nearest_even, f16_to_f32};
+use crate::convert::{canonical, f16_nearest_even, f16_to_f32, half_up_of_canonical};
 
 /// Splits a master weight into its bf16 half and its residual. NaN becomes `(0x7fc0, 0)`.
 #[inline(always)]
 pub fn split(master: f32) -> (u16, u16) {
-    let low = (master.to_bits() & 0xffff) as u16;
-    if master.is_nan() {
-        (BF16_NAN, 0)
-    } else {
-        (bf16_half_up(master), low)
-    }
+    // The canonical NaN has an upper half that rounds to itself and an empty lower one: one blend serves both halves.
+    let master = canonical(master);
+    (
+        half_up_of_canonical(master),
+        (master.to_bits() & 0xffff) as u16,
+    )
 }
 
 /// The master weight that [`split`] took apart, or for any other pair one that rounds half up to `high`.
