@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from torch import nn
 import zeroxide
 from zeroxide.checkpoint.convert.convert import convert
 from zeroxide.checkpoint.format.commit import write_new
-from zeroxide.checkpoint.format.manifest import Manifest
+from zeroxide.checkpoint.format.manifest import Manifest, read_manifest
 from zeroxide.errors import ModelError
 from zeroxide.zero.names import plain_name
 
@@ -122,7 +121,7 @@ def test_names_with_the_prefix_load_too(config, tmp_path):
         train(engine)
         expected = {name: value.clone() for name, value in engine.module.state_dict().items()}
         path = engine.save_checkpoint(tmp_path / "c", tag="t")
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest = read_manifest(path).model_dump()
     for parameter in manifest["parameters"]:
         parameter["names"] = [f"_orig_mod.{name}" for name in parameter["names"]]
     for buffer in manifest["buffers"]:
@@ -143,5 +142,4 @@ def test_names_with_the_prefix_load_too(config, tmp_path):
 
 def write_manifest(path, manifest):
     path.unlink()
-    manifest.pop("digest")
     write_new(path, Manifest(**manifest).text())
