@@ -211,7 +211,7 @@ def test_training_goes_on_from_slices(mode, dtype, tmp_path):
     outcomes = []
     for each in (plain, model):
         with started(each, config=config_of(mode, tmp_path, dtype)) as engine:
-            assert each is plain or not any(keeper.nbytes for keeper in handles)
+            assert each is plain or not any(handle.nbytes for handle in handles)
             losses = []
             for _ in range(3):
                 losses.append(engine(ids))
