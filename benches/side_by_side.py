@@ -214,12 +214,12 @@ class Contestant:
         self._process.wait()
 
 
-def cargo_example(package: str, name: str) -> Path:
-    """Builds the example `name` of `package` in release mode and returns its path."""
+def cargo_example(package: str, name: str, tree: Path = REPOSITORY) -> Path:
+    """Builds the example `name` of `package` of the checkout `tree` in release mode and returns its path."""
     command = ["cargo", "build", "--quiet", "--release", "--locked", "--message-format=json"]
     built = subprocess.run(
         [*command, "--package", package, "--example", name],
-        cwd=REPOSITORY,
+        cwd=tree,
         stdout=subprocess.PIPE,
         text=True,
         check=True,

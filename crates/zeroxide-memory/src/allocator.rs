@@ -27,12 +27,10 @@ pub fn heap_bytes() -> u64 {
 /// from mappings of their own, so that activations of one step reuse the pages of the last one instead
 /// of faulting them in again. Returns whether it applied: false with another C library.
 ///
-/// Requests of all threads are served from one heap: those of 64 MiB and more do not fit the heaps glibc
-/// makes per thread, and would be mapped and unmapped each time. Threads that already have a heap of
-/// their own keep it, so call this early.
-///
-/// With `largest`, requests of that many bytes and more get mappings of their own all the same and leave the process
-/// when they are freed: for a process that has a budget, the few largest tensors cost more room than faults.
+/// With `largest`, memory counts for more than time, as in a process that has a budget: requests of that many bytes and
+/// more get mappings of their own all the same and leave the process when they are freed, and all threads share one
+/// heap, so that what one of them frees serves the others. Compute threads then wait for one another at its lock; without
+/// `largest` each has a heap of its own. Threads that already have one keep it, so call this early.
 ///
 /// The settings hold for the whole process and cannot be taken back.
 pub fn keep_freed_memory(largest: Option<i32>) -> bool {
@@ -47,7 +45,8 @@ pub fn keep_freed_memory(largest: Option<i32>) -> bool {
             (libc::M_MMAP_THRESHOLD, largest.unwrap_or(DEFAULT_LARGEST)),
             // -1, the highest threshold: the top of the heap is never returned.
             (libc::M_TRIM_THRESHOLD, -1),
-            (libc::M_ARENA_MAX, 1),
+            // 0 is the C library's own choice: as many as there are threads, up to 8 a core.
+            (libc::M_ARENA_MAX, i32::from(largest.is_some())),
         ];
         settings.into_iter().all(|(parameter, value)| {
             // SAFETY: mallopt takes the allocator's own lock and accepts any pair of integers.

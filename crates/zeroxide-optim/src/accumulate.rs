@@ -120,6 +120,13 @@ fn accumulate_loop<To: Element, From: Element, const ADD: bool, const NORM: bool
         src.len(),
         "gradient home and source differ in length"
     );
+    if !NORM {
+        // A loop of its own: within the one below nothing but the sums would be vectorised.
+        for (dst, src) in dst.iter_mut().zip(src) {
+            *dst = merged::<To, From, ADD>(*dst, *src);
+        }
+        return 0.0;
+    }
     let mut sum = 0.0;
     for (dst, src) in dst.chunks_mut(CHUNK).zip(src.chunks(CHUNK)) {
         let mut lanes = [0.0_f64; LANES];
@@ -127,7 +134,8 @@ fn accumulate_loop<To: Element, From: Element, const ADD: bool, const NORM: bool
         let mut src_rows = src.chunks_exact(LANES);
         for (dst, src) in dst_rows.by_ref().zip(src_rows.by_ref()) {
             for ((dst, src), lane) in dst.iter_mut().zip(src).zip(&mut lanes) {
-                accumulate_one::<To, From, ADD, NORM>(dst, *src, lane);
+                *dst = merged::<To, From, ADD>(*dst, *src);
+                add_square::<To>(lane, *dst);
             }
         }
         let rest = dst_rows
@@ -135,27 +143,28 @@ fn accumulate_loop<To: Element, From: Element, const ADD: bool, const NORM: bool
             .iter_mut()
             .zip(src_rows.remainder());
         for ((dst, src), lane) in rest.zip(&mut lanes) {
-            accumulate_one::<To, From, ADD, NORM>(dst, *src, lane);
+            *dst = merged::<To, From, ADD>(*dst, *src);
+            add_square::<To>(lane, *dst);
         }
-        if NORM {
-            sum += fold(lanes);
-        }
+        sum += fold(lanes);
     }
     sum
 }
 
+/// What lies at home afterwards.
 #[inline(always)]
-fn accumulate_one<To: Element, From: Element, const ADD: bool, const NORM: bool>(
-    dst: &mut To::Bits,
-    src: From::Bits,
-    lane: &mut f64,
-) {
-    let value = From::load(src);
-    *dst = To::store(if ADD { To::load(*dst) + value } else { value });
-    if NORM {
-        let stored = f64::from(To::load(*dst));
-        *lane += stored * stored;
-    }
+fn merged<To: Element, From: Element, const ADD: bool>(
+    home: To::Bits,
+    gradient: From::Bits,
+) -> To::Bits {
+    let value = From::load(gradient);
+    To::store(if ADD { To::load(home) + value } else { value })
+}
+
+#[inline(always)]
+fn add_square<To: Element>(lane: &mut f64, value: To::Bits) {
+    let value = f64::from(To::load(value));
+    *lane += value * value;
 }
 
 /// Adds the upper half to the lower half until one value is left.

@@ -22,6 +22,7 @@ mod error;
 mod grad;
 mod isa;
 mod kernel;
+mod openmp;
 mod pool;
 mod rules;
 mod slot;

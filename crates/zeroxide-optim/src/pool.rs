@@ -1,17 +1,23 @@
-//! Worker threads with a fixed map from task to thread.
+//! Worker threads for the kernels.
 
+use std::hint::black_box;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::error::OptimError;
+use crate::openmp::OpenMp;
 
 /// A private pool of worker threads for the kernels.
 ///
-/// Task `i` always runs on thread `i % threads`: memory that a task touches first stays on that thread's
-/// NUMA node, and a thread never waits for another one's work. Results do not depend on it, since tasks
-/// write disjoint data.
+/// What recurs for the same memory (an optimizer's step) goes by a fixed map from task to thread: [`Pool::run`]. What
+/// comes as it comes goes to whichever thread is free: [`Pool::run_each`]. Results depend on neither, since tasks write
+/// disjoint data.
 #[derive(Debug)]
 pub struct Pool {
     workers: rayon::ThreadPool,
+    /// Whether arithmetic on them takes denormal numbers for zero: threads inherit that from the one that starts them.
+    flushes: bool,
+    openmp: Option<OpenMp>,
 }
 
 impl Pool {
@@ -23,7 +29,19 @@ impl Pool {
             .thread_name(|index| format!("zx-optim-{index}"))
             .build()
             .map_err(|source| OptimError::Threads { threads, source })?;
-        Ok(Self { workers })
+        let flushes = workers.install(flushes_denormals);
+        Ok(Self {
+            workers,
+            flushes,
+            openmp: OpenMp::loaded(),
+        })
+    }
+
+    /// The pool as it is in a process with that runtime.
+    #[cfg(test)]
+    pub(crate) fn with_openmp(mut self, openmp: OpenMp) -> Self {
+        self.openmp = Some(openmp);
+        self
     }
 
     /// Number of worker threads.
@@ -32,6 +50,8 @@ impl Pool {
     }
 
     /// Runs `task(0)` to `task(num_tasks - 1)` and returns when all are done.
+    ///
+    /// Task `i` always runs on thread `i % threads`: memory that a task touches first stays on that thread's NUMA node.
     ///
     /// # Panics
     /// If a task panics, after the other threads have finished theirs.
@@ -47,20 +67,55 @@ impl Pool {
         });
     }
 
-    /// Runs `task(i, items[i])` for every item, each item moved to the thread that works on it: the way to
-    /// hand out exclusive slices.
+    /// Runs `task(i, items[i])` for every item on whichever thread is free, the calling one among them, and returns
+    /// when all are done: the way to hand out exclusive slices.
+    ///
+    /// Where the process has OpenMP threads, as many as this pool at least, they do it: between two operations of torch
+    /// they spin, and who is woken then waits for a core. Otherwise threads of the pool help the calling one. Which
+    /// thread runs an item must change nothing, so threads whose arithmetic flushes denormals where the pool's does not,
+    /// or the other way round, take no part.
     ///
     /// # Panics
     /// If a task panics, after the other threads have finished theirs.
     pub fn run_each<T: Send>(&self, items: Vec<T>, task: impl Fn(usize, T) + Sync) {
-        let slots: Vec<Mutex<Option<T>>> = items
-            .into_iter()
-            .map(|item| Mutex::new(Some(item)))
-            .collect();
-        self.run(slots.len(), |index| {
-            // The lock is released before the task runs, so that a panic in it poisons nothing.
-            let item = slots[index].lock().ok().and_then(|mut slot| slot.take());
-            task(index, item.expect("each index runs once"));
-        });
+        let helpers = self.threads().min(items.len()).saturating_sub(1);
+        let seats = AtomicUsize::new(helpers + 1);
+        let next = Mutex::new(items.into_iter().enumerate());
+        let work = || {
+            let take_seat = |left: usize| left.checked_sub(1);
+            if flushes_denormals() != self.flushes
+                || seats
+                    .fetch_update(Ordering::Relaxed, Ordering::Relaxed, take_seat)
+                    .is_err()
+            {
+                return;
+            }
+            loop {
+                // The lock is released before the task runs, so that a panic in it poisons nothing.
+                let Some((index, item)) = next.lock().expect("no task holds it").next() else {
+                    break;
+                };
+                task(index, item);
+            }
+        };
+        if flushes_denormals() != self.flushes {
+            self.workers.broadcast(|_| work());
+            return;
+        }
+        match self.openmp {
+            _ if helpers == 0 => work(),
+            Some(openmp) if openmp.max_threads() > helpers => openmp.run(&work),
+            _ => self.workers.in_place_scope(|scope| {
+                for _ in 0..helpers {
+                    scope.spawn(|_| work());
+                }
+                work();
+            }),
+        }
     }
+}
+
+/// Whether this thread's arithmetic takes denormal numbers for zero.
+fn flushes_denormals() -> bool {
+    black_box(f32::from_bits(1)) * black_box(1.0) == 0.0
 }

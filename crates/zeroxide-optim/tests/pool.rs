@@ -1,4 +1,4 @@
-//! The worker pool: every task once, each on its own thread, panics passed on.
+//! The worker pool: every task once, on its own thread or on a free one, panics passed on.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
@@ -70,4 +70,44 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
 fn zero_threads_means_one() {
     let pool = Pool::new(0).expect("threads");
     assert_eq!(pool.threads(), 1);
+}
+
+#[test]
+fn a_thread_that_works_on_an_item_does_not_keep_the_others_waiting() {
+    let pool = Pool::new(2).expect("threads");
+    let (first, rest) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    // Item 0 ends when all others have: nobody is bound to the thread that holds it.
+    pool.run_each(vec![(); 20], |index, ()| {
+        if index == 0 {
+            while rest.load(Ordering::Acquire) < 19 {
+                thread::yield_now();
+            }
+            first.fetch_add(1, Ordering::Relaxed);
+        } else {
+            rest.fetch_add(1, Ordering::Release);
+        }
+    });
+    assert_eq!((first.into_inner(), rest.into_inner()), (1, 19));
+}
+
+#[test]
+fn a_single_item_is_worked_on_by_the_caller() {
+    let pool = Pool::new(2).expect("threads");
+    let caller = thread::current().id();
+    pool.run_each(vec![()], |_, ()| assert_eq!(thread::current().id(), caller));
+}
+
+#[test]
+fn a_panic_over_an_item_reaches_the_caller_after_all_others_are_done() {
+    let pool = Pool::new(2).expect("threads");
+    let done = AtomicUsize::new(0);
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        pool.run_each(vec![(); 20], |index, ()| {
+            assert!(index != 3, "item 3 fails");
+            done.fetch_add(1, Ordering::Relaxed);
+        });
+    }));
+    assert!(outcome.is_err());
+    assert_eq!(done.into_inner(), 19);
+    assert_eq!(owners(&pool, 4).len(), 4);
 }

@@ -322,9 +322,6 @@ fn accumulate_pieces(
     norm: bool,
 ) -> AccumulateStats {
     let len = grad_len(&source);
-    if len <= PIECE {
-        return accumulate(grad_mut(dtype, bytes), source, mode, norm);
-    }
     in_pieces(pool, dtype, bytes, |index, piece| {
         let start = index * PIECE;
         let part = grad_slice(&source, start..len.min(start + PIECE));
