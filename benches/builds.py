@@ -28,8 +28,8 @@ CASES = {
 }
 
 
-def steps(tree: Path, case: str, options: argparse.Namespace) -> list[dict[str, float]]:
-    """The measured steps of one run of `case` by the build in `tree`: those of the slowest rank."""
+def steps(tree: Path, case: str, options: argparse.Namespace) -> tuple[list[dict[str, float]], list[float]]:
+    """One run of `case` by the build in `tree`: the measured steps of the slowest rank, and the losses of all ranks."""
     settings: dict[str, Any] = CASES[case]
     world = settings["world"]
     threads = max(1, options.threads // world)
@@ -48,28 +48,27 @@ def steps(tree: Path, case: str, options: argparse.Namespace) -> list[dict[str, 
     }
     try:
         side = bench.Side(Path(sys.executable), {"PYTHONPATH": str(tree / "python")})
-        found = bench.run_ranks(
-            side, "zeroxide_step.py", spec, world=world, threads=threads, prefix=options.prefix
-        )
+        found = bench.run_ranks(side, "zeroxide_step.py", spec, world=world, threads=threads, prefix=options.prefix)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
     slowest = max(found, key=lambda one: statistics.median(step["total"] for step in one["steps"]))
-    return slowest["steps"][WARM_UP:]
+    return slowest["steps"][WARM_UP:], [step["loss"] for one in found for step in one["steps"]]
 
 
 def compare_steps(trees: dict[str, Path], case: str, options: argparse.Namespace) -> None:
     """Prints the step of both builds and their ratio."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in trees}
+    losses: dict[str, list[float]] = {name: [] for name in trees}
     ratios = []
     for number in range(options.rounds):
         bench.note(f"{case}, round {number + 1} of {options.rounds}")
         medians = {}
         for name in sorted(trees, reverse=number % 2 == 1):
-            run = steps(trees[name], case, options)
+            run, seen = steps(trees[name], case, options)
             taken[name].extend(run)
+            losses[name].extend(seen)
             medians[name] = statistics.median(step["total"] for step in run)
         ratios.append(medians["this"] / medians["base"])
-    losses = {name: [step["loss"] for step in found] for name, found in taken.items()}
     totals = {name: bench.summary(step["total"] for step in found) for name, found in taken.items()}
     bench.emit(
         "builds",
@@ -134,7 +133,9 @@ def main() -> None:
     trees = {"this": bench.REPOSITORY, "base": options.base.resolve()}
     for name, tree in trees.items():
         if not (tree / "python" / "zeroxide" / "_core.abi3.so").exists():
-            parser.error(f"{name}: no extension module in {tree / 'python' / 'zeroxide'}: put the built lib_core.so there")
+            parser.error(
+                f"{name}: no extension module in {tree / 'python' / 'zeroxide'}: put the built lib_core.so there"
+            )
 
     bench.emit("machine", bench.machine(options.directory))
     for case in options.case or (*CASES, "kernels"):
