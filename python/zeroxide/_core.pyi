@@ -2,6 +2,8 @@
 
 from typing import Any, ClassVar, final
 
+import torch
+
 __all__ = [
     "DEFAULT_STAGING_BYTES",
     "DEFAULT_TILE_ELEMENTS",
@@ -10,6 +12,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "Bringer",
+    "GradientHook",
     "IoEngine",
     "Lion",
     "MeshPosition",
@@ -179,9 +182,32 @@ class Settings:
 
 @final
 class TensorSpec:
-    """Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive."""
+    """Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive.
 
-    def __new__(cls, owner: object, data_ptr: int, numel: int, dtype: str, /) -> TensorSpec: ...
+    Raises ModelError where it is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or uint8.
+    """
+
+    def __new__(cls, tensor: torch.Tensor, /) -> TensorSpec: ...
+
+@final
+class GradientHook:
+    """Gives the gradient of a parameter to the core as soon as torch has accumulated it.
+
+    unit, missing, reducer: a `Unit`, its positions whose gradients are outstanding, and the `Reducer` that is asked for
+    its `divisor`, told of a unit that is not `open` (`check_open`) or has everything (`complete`), and given what is no
+    dense gradient in host memory (`accumulate_unusual`).
+    """
+
+    def __new__(
+        cls, offload: Offload, unit: object, position: int, missing: set[int], open: object, reducer: object, /
+    ) -> GradientHook: ...
+    def __call__(self, param: torch.Tensor) -> None: ...
+    @property
+    def seconds(self) -> float:
+        """Seconds that calls have taken so far, with what the reducer does in them."""
+    @property
+    def core_seconds(self) -> float:
+        """Seconds of those in which the core took a gradient."""
 
 @final
 class Window:

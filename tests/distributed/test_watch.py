@@ -14,6 +14,10 @@ import time
 import pytest
 from launching import LIGHT, PREAMBLE, Job, run_ranks
 
+from zeroxide.distributed import Ranks, Watch
+from zeroxide.distributed.health.activity import Failure
+from zeroxide.errors import RanksError
+
 QUICK = """
 import threading
 from zeroxide.errors import RanksError
@@ -150,7 +154,18 @@ def test_a_rank_that_raises_is_quoted(victim):
         assert expected in line_of(results[rank])
 
 
-def test_an_error_that_follows_from_a_lost_rank_is_explained():
+FAIL_IN = {
+    "waiting": """with watch.waiting("all-gather"):
+    raise RuntimeError("Connection closed by peer")
+""",
+    "wait": """def fail(): raise RuntimeError("Connection closed by peer")
+watch.wait("all-gather", "h.1", fail)
+""",
+}
+
+
+@pytest.mark.parametrize("form", FAIL_IN)
+def test_an_error_that_follows_from_a_lost_rank_is_explained(form):
     """What gloo raises when a peer is gone, outside of `waiting` and inside: the deeper reason is what is told."""
     source = """
 if ranks.rank == 1:
@@ -159,15 +174,16 @@ while os.path.exists(f"/proc/{PIDS[1]}/stat") and " Z " not in open(f"/proc/{PID
     time.sleep(0.001)
 if ranks.rank == 0:
     raise RuntimeError("Connection closed by peer")
-with watch.waiting("all-gather"):
-    raise RuntimeError("Connection closed by peer")
+FAIL
 """
+    source = source.replace("FAIL", FAIL_IN[form])
     results = run_light(3, source.replace("if ranks", "PIDS = ranks.gather_objects(os.getpid())\nif ranks", 1))
     for rank in (0, 2):
         assert results[rank].code == 1
         assert "rank 1 was killed or ended without a word" in line_of(results[rank])
     assert "RuntimeError: Connection closed by peer" in results[0].err
     assert "Traceback" not in results[2].err
+    assert "Connection closed by peer" not in results[2].err
 
 
 DIVERGING = """
@@ -175,9 +191,37 @@ watch.doing = ("forward", None, None, None)
 if ranks.rank == 0:
     with watch.waiting("all-gather", "h.1"):
         WAIT
-with watch.waiting("reduce-scatter", "h.2"):
-    WAIT
+watch.wait("reduce-scatter", "h.2", lambda: WAIT)
 """
+
+
+def test_what_is_called_in_a_wait_is_told_counted_and_forgotten():
+    """Catches: a wait that nobody hears of, one that does not count, one that lasts for ever after an error."""
+    watch = Watch(Ranks())
+    watch.doing = before = ("forward", None, None, None)
+    with watch.waiting("all-gather", "h.0"):
+        assert watch.doing == ("forward", "h.0", "all-gather", 1)
+    seen = watch.wait("weights", "h.1", lambda *given: (*given, watch.doing), 4, 5)
+    assert seen == (4, 5, ("forward", "h.1", "weights", 2))
+    assert watch.doing is before
+    with pytest.raises(ZeroDivisionError):
+        watch.wait("weights", "h.1", lambda: 1 / 0)
+    assert watch.doing is before
+    with watch.waiting("all-gather", "h.2"):
+        assert watch.doing == ("forward", "h.2", "all-gather", 4)
+
+
+def test_a_failure_is_raised_before_a_wait_and_after_it():
+    """Catches: a wait that begins, or ends well, though it is known that the job has failed."""
+    watch, failure = Watch(Ranks()), Failure("rank 1 was killed", (1,))
+
+    def fail():
+        watch._failure = failure
+
+    for call in (fail, lambda: pytest.fail("the failure is known")):
+        with pytest.raises(RanksError, match="rank 1 was killed") as caught:
+            watch.wait("weights", "h.1", call)
+        assert caught.value.ranks == (1,)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import torch
 
 from zeroxide import _core, errors
 from zeroxide.device.placement import spec
-from zeroxide.errors import BudgetError, CoreError, InvalidValueError, StorageError
+from zeroxide.errors import BudgetError, CoreError, InvalidValueError, ModelError, StorageError
 
 ELEMENTS = 8192
 ADAM = {
@@ -146,8 +146,24 @@ def test_values_out_of_their_range():
     assert str(caught.value).startswith("lr is -1.0")
     assert isinstance(caught.value, ValueError)
     with pytest.raises(InvalidValueError) as caught:
-        _core.TensorSpec(None, 0, 0, "int4")
+        _core.state_tensors(_core.Adam(**ADAM), "fp32", "int4")
     assert caught.value.text == "int4"
+
+
+@pytest.mark.parametrize(
+    ("tensor", "got"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float64), "got torch.float64 (2, 3) on cpu with strides (3, 1)"),
+        (torch.zeros(2, 3).t(), "got torch.float32 (3, 2) on cpu with strides (1, 3)"),
+        (torch.zeros(2, device="meta"), "got torch.float32 (2,) on meta with strides (1,)"),
+        (torch.eye(2).to_sparse(), "got torch.float32 (2, 2) on cpu with layout torch.sparse_coo"),
+    ],
+)
+def test_tensors_that_the_core_cannot_take_are_named(tensor, got):
+    """Catches: an address taken of memory that is elsewhere, of another type, or in another order."""
+    with pytest.raises(ModelError, match="contiguous fp32, bf16, fp16, int64 or uint8 tensor in host memory") as caught:
+        spec(tensor)
+    assert str(caught.value).endswith(got)
 
 
 def test_settings_take_the_core_s_words_and_no_others():

@@ -2,6 +2,7 @@
 
 mod bringer;
 mod errors;
+mod gradient_hook;
 mod offload;
 mod optimizer;
 mod plan;
@@ -18,6 +19,8 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::bringer::PyBringer;
+    #[pymodule_export]
+    use crate::gradient_hook::GradientHook;
     #[pymodule_export]
     use crate::offload::PyOffload;
     #[pymodule_export]

@@ -343,7 +343,7 @@ impl PyOffload {
 
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
     /// gradient comes whole or in parts, in order.
-    fn accumulate(
+    pub(crate) fn accumulate(
         &self,
         py: Python<'_>,
         unit: usize,

@@ -1,11 +1,11 @@
 //! Optimizer rules with their hyperparameters, one class a rule, and the state tensors that they have.
 
 use pyo3::prelude::*;
-use zeroxide_layout::{Format, StateLayout};
+use zeroxide_layout::StateLayout;
 use zeroxide_optim::{AdagradParams, AdamParams, LionParams, Optimizer, SgdParams};
 
 use crate::errors::to_python;
-use crate::words::parse_dtype;
+use crate::words::{parse_dtype, parse_format};
 
 /// The base of all optimizer rules, which cannot be made.
 #[pyclass(frozen, subclass, module = "zeroxide._core")]
@@ -82,10 +82,10 @@ pub(crate) fn state_tensors(
     format: &str,
     compute: &str,
 ) -> PyResult<Vec<(&'static str, &'static str, usize, f32)>> {
-    let wrong = |error: zeroxide_layout::LayoutError| to_python(py, &error);
-    let format = Format::parse(format).map_err(wrong)?;
+    let format = parse_format(format)?;
     let moments = optimizer.optimizer().moments();
-    let layout = StateLayout::new(parse_dtype(compute)?, format, &moments).map_err(wrong)?;
+    let layout = StateLayout::new(parse_dtype(compute)?, format, &moments)
+        .map_err(|error| to_python(py, &error))?;
     let tensors = layout.tensors().iter();
     Ok(tensors
         .map(|tensor| {

@@ -6,18 +6,22 @@ use std::slice;
 use std::sync::Arc;
 
 use pyo3::exceptions::PyValueError;
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::PyTuple;
 use zeroxide_layout::Dtype;
 use zeroxide_memory::Lease;
+use zeroxide_offload::Concern;
 use zeroxide_optim::Grad;
 
-use crate::errors::to_python;
+use crate::errors::raise;
 
 /// Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive.
 ///
-/// Invariant, kept by the one Python function that makes specs (`zeroxide.device.placement.spec`): `data_ptr` is the
-/// start of `numel` elements of `dtype` in host memory that `owner` keeps alive, and nobody else touches them during
-/// the call that the spec is passed to.
+/// Invariant: `data_ptr` is the start of `numel` elements of `dtype` in host memory that `owner` keeps alive, which
+/// [`TensorSpec::of`] has from the tensor itself; and nobody else touches them during the call that the spec is passed
+/// to, which those see to that call into the core.
 #[pyclass(frozen, module = "zeroxide._core")]
 pub(crate) struct TensorSpec {
     owner: Py<PyAny>,
@@ -52,43 +56,93 @@ impl Element {
     }
 }
 
-#[pymethods]
-impl TensorSpec {
-    #[new]
-    #[pyo3(signature = (owner, data_ptr, numel, dtype, /))]
-    fn new(
-        py: Python<'_>,
-        owner: Py<PyAny>,
-        data_ptr: usize,
-        numel: usize,
-        dtype: &str,
-    ) -> PyResult<Self> {
-        let dtype = match dtype {
-            "int64" => Element::Int64,
-            "uint8" => Element::Byte,
-            name => Element::Float(Dtype::parse(name).map_err(|error| to_python(py, &error))?),
-        };
-        if data_ptr == 0 && numel > 0 {
-            return Err(PyValueError::new_err(format!(
-                "null data pointer for {numel} elements"
-            )));
-        }
-        if !data_ptr.is_multiple_of(dtype.size()) {
-            return Err(PyValueError::new_err(format!(
-                "data pointer {data_ptr:#x} is not aligned to {}",
-                dtype.name()
-            )));
-        }
-        Ok(Self {
-            owner,
-            data_ptr,
-            numel,
-            dtype,
+/// torch's own objects that a tensor is compared with.
+struct Torch {
+    dtypes: [(Py<PyAny>, Element); 5],
+    strided: Py<PyAny>,
+}
+
+impl Torch {
+    fn get(py: Python<'_>) -> PyResult<&Self> {
+        static TORCH: PyOnceLock<Torch> = PyOnceLock::new();
+        TORCH.get_or_try_init(py, || {
+            let torch = py.import("torch")?;
+            let named = |name| torch.getattr(name).map(Bound::unbind);
+            Ok(Self {
+                dtypes: [
+                    (named("bfloat16")?, Element::Float(Dtype::Bf16)),
+                    (named("float32")?, Element::Float(Dtype::F32)),
+                    (named("float16")?, Element::Float(Dtype::F16)),
+                    (named("int64")?, Element::Int64),
+                    (named("uint8")?, Element::Byte),
+                ],
+                strided: named("strided")?,
+            })
         })
     }
 }
 
+#[pymethods]
 impl TensorSpec {
+    /// Raises `ModelError` when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or
+    /// uint8.
+    #[new]
+    #[pyo3(signature = (tensor, /))]
+    fn new(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
+        if let Some(spec) = Self::of(tensor)? {
+            return Ok(spec);
+        }
+        let py = tensor.py();
+        let found = |name| tensor.getattr(name);
+        let strides = if found("layout")?.is(&Torch::get(py)?.strided) {
+            format!("strides {}", tensor.call_method0("stride")?)
+        } else {
+            format!("layout {}", found("layout")?)
+        };
+        let line = format!(
+            "expected a contiguous fp32, bf16, fp16, int64 or uint8 tensor in host memory, got {} {} on {} with {strides}",
+            found("dtype")?,
+            py.get_type::<PyTuple>().call1((found("shape")?,))?,
+            found("device")?,
+        );
+        Err(raise(py, Concern::Model, &line, &[]))
+    }
+}
+
+impl TensorSpec {
+    /// The memory of a tensor, any shape; `None` where it is not what the core can take.
+    pub(crate) fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+        let py = tensor.py();
+        let torch = Torch::get(py)?;
+        let dtype = tensor.getattr(intern!(py, "dtype"))?;
+        let known = torch.dtypes.iter().find(|(each, _)| dtype.is(each));
+        let Some((_, element)) = known else {
+            return Ok(None);
+        };
+        if !tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?
+            || !tensor.getattr(intern!(py, "layout"))?.is(&torch.strided)
+            || !tensor
+                .call_method0(intern!(py, "is_contiguous"))?
+                .is_truthy()?
+        {
+            return Ok(None);
+        }
+        let data_ptr: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        let numel: usize = tensor.call_method0(intern!(py, "numel"))?.extract()?;
+        if data_ptr == 0 && numel > 0 || !data_ptr.is_multiple_of(element.size()) {
+            return Err(PyValueError::new_err(format!(
+                "{numel} elements of {} at {data_ptr:#x}: not an aligned address",
+                element.name()
+            )));
+        }
+        Ok(Some(Self {
+            owner: tensor.clone().unbind(),
+            data_ptr,
+            numel,
+            dtype: *element,
+        }))
+    }
+
     /// The dtype of a tensor of floats.
     pub(crate) fn float(&self) -> PyResult<Dtype> {
         match self.dtype {
@@ -110,7 +164,7 @@ impl TensorSpec {
         if self.numel == 0 {
             return &[];
         }
-        // SAFETY: the invariant of `TensorSpec`; callers pick `T` of the spec's dtype size, checked in `new` for
+        // SAFETY: the invariant of `TensorSpec`; callers pick `T` of the spec's dtype size, checked in `of` for
         // alignment. The slice lives no longer than `self`, which holds the owner.
         unsafe { slice::from_raw_parts(self.data_ptr as *const T, self.numel) }
     }

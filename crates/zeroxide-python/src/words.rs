@@ -2,11 +2,18 @@
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
-use zeroxide_layout::{Dtype, Format, StateKey};
+use zeroxide_layout::{Dtype, Format, LayoutError, StateKey};
 use zeroxide_offload::Transport;
 
+use crate::errors::to_python;
+
 pub(crate) fn parse_dtype(name: &str) -> PyResult<Dtype> {
-    Dtype::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))
+    Dtype::parse(name).map_err(|error| wrong(&error))
+}
+
+/// A word that the layout does not know, with it as a field.
+fn wrong(error: &LayoutError) -> PyErr {
+    Python::attach(|py| to_python(py, error))
 }
 
 /// The part of a parameter that is read and written, but never filled.
@@ -42,5 +49,5 @@ pub(crate) fn parse_transport(name: &str) -> PyResult<Transport> {
 }
 
 pub(crate) fn parse_format(name: &str) -> PyResult<Format> {
-    Format::parse(name).map_err(|error| PyValueError::new_err(error.to_string()))
+    Format::parse(name).map_err(|error| wrong(&error))
 }

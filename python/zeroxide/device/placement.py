@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from zeroxide import _core
-from zeroxide.errors import ModelError
 
 __all__ = [
     "COMPUTE",
@@ -41,8 +40,6 @@ COMPUTE = torch.device("cpu")
 
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-_NAMES = DTYPE_NAMES | {torch.int64: "int64", torch.uint8: "uint8"}
-
 
 _ADDRESS = methodcaller("data_ptr")
 
@@ -53,14 +50,7 @@ def spec(tensor: torch.Tensor) -> _core.TensorSpec:
     Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or
     uint8.
     """
-    # Called for every gradient: each look at the tensor counts.
-    name = _NAMES.get(tensor.dtype)
-    if name is None or not tensor.is_cpu or not tensor.is_contiguous():
-        raise ModelError(
-            f"expected a contiguous fp32, bf16, fp16, int64 or uint8 tensor in host memory, got {tensor.dtype} "
-            f"{tuple(tensor.shape)} on {tensor.device} with strides {tensor.stride()}"
-        )
-    return _core.TensorSpec(tensor, tensor.data_ptr(), tensor.numel(), name)
+    return _core.TensorSpec(tensor)
 
 
 def memory_at(address: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:

@@ -268,7 +268,10 @@ def conceal(param: nn.Parameter, empty: torch.Tensor) -> None:
 def conceal_all(params: Sequence[nn.Parameter], empties: Sequence[torch.Tensor]) -> None:
     """Makes managed parameters ones without values, as `conceal` does for one."""
     with torch._C.DisableTorchFunctionSubclass():
-        # A class that is no key is that of an empty parameter, or is met for the first time.
-        kinds = [_CLASSES.get(kind) or _class_of(kind) for kind in map(type, params)]
-        deque(map(setattr, params, _CLASS, kinds), 0)
+        kinds = [*map(type, params)]
+        empty: list[type | None] = [*map(_CLASSES.get, kinds)]
+        if None in empty:
+            # A class that is no key is that of an empty parameter, or is met for the first time.
+            empty = [*map(_class_of, kinds)]
+        deque(map(setattr, params, _CLASS, empty), 0)
         deque(map(_set_data, params, empties), 0)

@@ -2,7 +2,8 @@
 
 With one rank the core has all of a unit. With several, each unit's shards come together from the ranks of its shard
 group, so that no weight crosses from one group to another: on one host, weights at home in host memory are one copy for
-the group (`SharedWeights`), so gathering them moves nothing; everything else is an all-gather (`CollectiveWeights`).
+the group (`HostWeights`), so gathering them moves nothing; everything else is an all-gather, of shards on disk between
+ranks of one host (`SharedWeights`) or of any between any ranks (`CollectiveWeights`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,14 @@ from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 
-__all__ = ["CollectiveWeights", "SharedWeights", "SingleRankWeights", "WeightGather", "make_weight_gather"]
+__all__ = [
+    "CollectiveWeights",
+    "HostWeights",
+    "SharedWeights",
+    "SingleRankWeights",
+    "WeightGather",
+    "make_weight_gather",
+]
 
 
 class WeightGather(Protocol):
@@ -81,6 +89,43 @@ class SingleRankWeights:
         """No other rank has a part of the weights."""
         if self.params_always_full:
             self.core.finish()
+
+
+class HostWeights:
+    """Ranks of one host with one copy of all weights, at home in host memory and each updated by one of them.
+
+    shown: units whose weights always show their values.
+    """
+
+    sent_bytes = 0
+
+    def __init__(self, core: _core.Offload, messages: Messages, shown: Iterable[Unit]) -> None:
+        self.core = core
+        self.wait = messages.watch.wait
+        self._shown = list(shown)
+
+    def gather(self, unit: Unit) -> None:
+        """Waits until every rank has updated its part."""
+        here = self.wait("weights", unit.name, self.core.gather, unit.index)
+        assert here, "one copy is never in parts"
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Nothing is sent for that is here."""
+        return False
+
+    def release(self, unit: Unit) -> None:
+        """The core may update it."""
+        self.core.release(unit.index)
+
+    def drain(self) -> None:
+        """Nothing is on its way."""
+
+    def cover(self, unit: Unit) -> None:
+        """Whoever may read it makes the step end before it returns."""
+
+    def after_step(self) -> None:
+        """As `SharedWeights.after_step`."""
+        _end_step_here(self.core, self, self._shown)
 
 
 class GatheredWeights:
@@ -186,27 +231,22 @@ class GatheredWeights:
 
 
 class SharedWeights(GatheredWeights):
-    """Between ranks of one host, through shared memory. Moves only weights that are at home on disk.
+    """Between ranks of one host that each have a shard on disk.
 
     shown: units whose weights always show their values.
     """
 
-    def __init__(self, core: _core.Offload, messages: Messages, stays: bool, shown: Iterable[Unit]) -> None:
-        super().__init__(core, messages, stays)
+    def __init__(self, core: _core.Offload, messages: Messages, shown: Iterable[Unit]) -> None:
+        super().__init__(core, messages, stays=False)
         self._shown = list(shown)
 
     def gather(self, unit: Unit) -> None:
         """Waits until every rank has updated its part."""
-        with self.messages.watch.waiting("weights", unit.name):
-            super().gather(unit)
+        self.messages.watch.wait("weights", unit.name, super().gather, unit)
 
     def after_step(self) -> None:
         """Ends the step here: a rank that does something else next, or nothing, must not keep the others waiting."""
-        self.core.finish()
-        # The one copy has every rank's part when all have updated theirs.
-        for unit in self._shown:
-            self.gather(unit)
-            self.release(unit)
+        _end_step_here(self.core, self, self._shown)
 
 
 class CollectiveWeights(GatheredWeights):
@@ -246,12 +286,21 @@ class CollectiveWeights(GatheredWeights):
             self.core.finish()
 
 
+def _end_step_here(core: _core.Offload, weights: WeightGather, shown: Iterable[Unit]) -> None:
+    core.finish()
+    # Weights have every rank's part when all have updated theirs.
+    for unit in shown:
+        weights.gather(unit)
+        weights.release(unit)
+
+
 def make_weight_gather(core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages) -> WeightGather:
     """What brings the weights of `units` together from the ranks that `messages` go between."""
     if plan.world == 1:
         return SingleRankWeights(core, params_always_full=plan.params_always_full)
     stays = plan.weights is Home.HOST
     if plan.transport == "shared":
-        return SharedWeights(core, messages, stays, units if plan.params_always_full else ())
+        shown = units if plan.params_always_full else ()
+        return HostWeights(core, messages, shown) if stays else SharedWeights(core, messages, shown)
     refreshed = units if plan.params_always_full and not plan.replicated else ()
     return CollectiveWeights(core, messages, stays, refreshed, params_always_full=plan.params_always_full)

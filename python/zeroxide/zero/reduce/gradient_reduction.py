@@ -73,6 +73,7 @@ class _BetweenRanks:
         """That in which gradients travel."""
         self.trainable = [unit for unit in units if unit.num_trainable]
         self.sent = SentGradients()
+        self.wait = messages.watch.wait
         self._broken = False
 
     def abandon(self) -> None:
@@ -99,22 +100,21 @@ class SharedGradients(_BetweenRanks):
     def __init__(self, core: _core.Offload, units: list[Unit], messages: Messages, dtype: torch.dtype) -> None:
         super().__init__(core, units, messages, dtype)
         self._waiting: list[Unit] = []
+        self._leaving = {unit.index: _read_by_others(unit, dtype) for unit in self.trainable}
+        """Of each unit, the bytes that ranks of its shard group read, and those that others do."""
 
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
         self._check_whole()
         if unit.gradients is GradientState.SENT:
             return
-        with self.messages.watch.waiting("room for gradients", unit.name):
-            self.core.send(unit.index)
+        self.wait("room for gradients", unit.name, self.core.send, unit.index)
         unit.gradients = GradientState.SENT
         self._waiting.append(unit)
-        groups = unit.groups
-        # What a rank keeps, each other rank reads.
-        share = unit.layout_numel * self.dtype.itemsize // groups.shard.size
-        near = (groups.world if groups.replicated else groups.shard.size) - 1
-        self.sent.reductions.within += share * near
-        self.sent.reductions.across += share * (groups.world - 1 - near)
+        within, across = self._leaving[unit.index]
+        reductions = self.sent.reductions
+        reductions.within += within
+        reductions.across += across
         self._waiting = [each for each in self._waiting if not self.core.receive(each.index, False)]
 
     def end_backward(self) -> None:
@@ -123,10 +123,17 @@ class SharedGradients(_BetweenRanks):
         for unit in self.trainable:
             self.send(unit)
         for unit in self._waiting:
-            with self.messages.watch.waiting("gradients", unit.name):
-                self.core.receive(unit.index, True)
+            self.wait("gradients", unit.name, self.core.receive, unit.index, True)
         self._waiting.clear()
         self._end()
+
+
+def _read_by_others(unit: Unit, dtype: torch.dtype) -> tuple[int, int]:
+    groups = unit.groups
+    # What a rank keeps, each other rank reads.
+    share = unit.layout_numel * dtype.itemsize // groups.shard.size
+    near = (groups.world if groups.replicated else groups.shard.size) - 1
+    return share * near, share * (groups.world - 1 - near)
 
 
 class CollectiveGradients(_BetweenRanks):

@@ -18,14 +18,12 @@ from zeroxide.zero.unit import Unit
 
 __all__ = ["Reducer"]
 
-_STRIDED = torch.strided
 _HOOKS = attrgetter("_post_accumulate_grad_hooks")
 
 
 class Reducer:
     """Hooks on every trainable parameter. `complete` hears of units whose gradients have all been accumulated, `begin`
-    of every
-    gradient that comes, before it is accumulated."""
+    of a backward's first gradient, before it is accumulated."""
 
     def __init__(
         self,
@@ -55,7 +53,7 @@ class Reducer:
             self.wanted.append(wanted)
             self.missing.append(missing)
             for position in sorted(wanted):
-                hook = Hook(self._arrived, unit, position, missing)
+                hook = Hook(_core.GradientHook(core, unit, position, missing, GradientState.OPEN, self))
                 self.hooked.append((unit.params[position], hook))
                 self.handles.append(_put(*self.hooked[-1]))
         self.params = [param for param, _ in self.hooked]
@@ -98,17 +96,10 @@ class Reducer:
         if unit.gradients is GradientState.SENT:
             raise_closed(unit)
 
-    def _arrived(self, unit: Unit, position: int, missing: set[int], param: torch.Tensor) -> None:
-        grad = param.grad
-        if grad is None:
-            return
-        # Called for every parameter in every backward.
-        if unit.gradients is not GradientState.OPEN:
-            self.check_open(unit)
-        param.grad = None
-        if self.divisor != 1:
-            grad = self.share(grad)
-        if grad.layout is _STRIDED:
+    def accumulate_unusual(self, unit: Unit, position: int, grad: torch.Tensor) -> None:
+        """Accumulates a gradient that the hook cannot give to the core as it is."""
+        grad = self.share(grad)
+        if grad.layout is torch.strided:
             self.core.accumulate(unit.index, position, 0, spec(grad.contiguous()), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
             accumulate_rows(self.core, unit, position, grad)
@@ -117,10 +108,6 @@ class Reducer:
                 f"the gradient of {unit.names[position]} has layout {grad.layout}: expected dense, or rows of a matrix",
                 name=unit.names[position],
             )
-        if position in missing:
-            missing.discard(position)
-            if not missing:
-                self.complete(unit)
 
     def share(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient divided by `divisor`: the same bits as of a divided loss where that is a power of two."""
