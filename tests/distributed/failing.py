@@ -1,7 +1,7 @@
 """A job of which one rank is lost while it trains. Arguments: the config as JSON, the phase, and how it is lost.
 
 Rank 1 comes to the phase of its third step and stays there, or raises; with a signal, rank 0 sends it then. What is
-lost is counted to 15 s, which is said aloud.
+lost is counted to 15 s, which is said aloud, and so is whom a rank blames whose wait for others ended.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from families import build, micro_batch
 
 import zeroxide
+from zeroxide.errors import RanksError
 
 LOST_AT = 2
 
@@ -53,16 +54,27 @@ def lose() -> None:
 
 if way in ("kill", "stop") and engine.global_rank == 0:
     threading.Thread(target=send, daemon=True).start()
-for step in range(LOST_AT + 2):
-    now = victim and step == LOST_AT
-    if now and phase == "forward":
-        model.h[2].register_forward_pre_hook(lambda *_: lose())
-    if now and phase == "backward":
-        model.h[2].register_full_backward_hook(lambda *_: lose())
-    loss = engine(**micro_batch("gpt", step))
-    engine.backward(loss)
-    if now and phase == "step":
-        lose()
-    engine.step()
-    print("step", step, flush=True)
+
+
+def train() -> None:
+    for step in range(LOST_AT + 2):
+        now = victim and step == LOST_AT
+        if now and phase == "forward":
+            model.h[2].register_forward_pre_hook(lambda *_: lose())
+        if now and phase == "backward":
+            model.h[2].register_full_backward_hook(lambda *_: lose())
+        loss = engine(**micro_batch("gpt", step))
+        engine.backward(loss)
+        if now and phase == "step":
+            lose()
+        engine.step()
+        print("step", step, flush=True)
+
+
+try:
+    train()
+except RanksError as error:
+    # Only a wait of the core gives its error a `line`.
+    print("blames", list(error.ranks), "in Python" if error.line is None else "in the core", flush=True)
+    raise
 engine.destroy()

@@ -130,7 +130,7 @@ calls = {
     "write_bytes": lambda: core.write_bytes(0, 0, 0, spec(raw)),
     "write_param": lambda: core.write_param(0, 0, "weight", 0, spec(ones)),
 }
-ends = {"cancel": lambda: core.cancel("rank 1 is gone"), "close": lambda: core.close()}
+ends = {"cancel": lambda: core.cancel("rank 1 is gone", [1]), "close": lambda: core.close()}
 every = {name for name in dir(core) if not name.startswith("_")}
 assert set(calls) | set(ends) == every, set(calls) ^ every
 # The only calls that may themselves wait for the silent rank.

@@ -316,15 +316,15 @@ if ranks.rank == 1:
     os._exit(3)
 heard = []
 event = threading.Event()
-watch.on_failure(lambda line: heard.append(line))
-watch.on_failure(lambda line: 1 / 0)
-watch.on_failure(lambda line: event.set())
+watch.on_failure(lambda *failure: heard.append(failure))
+watch.on_failure(lambda *_: 1 / 0)
+watch.on_failure(lambda *_: event.set())
 assert event.wait(30)
 try:
     watch.check()
     say("not raised")
 except RanksError as error:
-    assert [str(error)] == heard, heard
+    assert [(str(error), error.ranks)] == heard, heard
     assert error.ranks == (1,)
     say(error)
 for attempt in range(2):
@@ -332,12 +332,12 @@ for attempt in range(2):
         with watch.waiting("all-gather"):
             say("entered")
     except RanksError as error:
-        assert [str(error)] == heard
+        assert [(str(error), error.ranks)] == heard
 late = []
-watch.on_failure(late.append)
+watch.on_failure(lambda *failure: late.append(failure))
 assert late == heard
-assert ranks.lost == heard[0]
-assert str(ranks.explain()) == heard[0]
+assert ranks.lost == heard[0][0]
+assert str(ranks.explain()) == heard[0][0]
 # Longer than the grace: a main thread that has been told is not ended.
 time.sleep(1.5)
 watch.close()

@@ -12,7 +12,7 @@ import torch
 
 from zeroxide import _core, errors
 from zeroxide.device.placement import spec
-from zeroxide.errors import BudgetError, CoreError, InvalidValueError, ModelError, StorageError
+from zeroxide.errors import BudgetError, CoreError, InvalidValueError, ModelError, RanksError, StorageError
 
 ELEMENTS = 8192
 ADAM = {
@@ -180,7 +180,10 @@ def test_settings_take_the_core_s_words_and_no_others():
 
 def test_every_value_of_the_core_has_a_place_in_python():
     """Catches: a value that the core passes on under a name that no class of `zeroxide.errors` tells of."""
-    kinds = {"Storage": StorageError, "Memory": CoreError, "Optim": InvalidValueError, "Layout": InvalidValueError}
+    kinds = {
+        "Storage": StorageError, "Memory": CoreError, "Optim": InvalidValueError, "Layout": InvalidValueError,
+        "Exchange": RanksError,
+    }  # fmt: skip
     source = (errors.__file__.rpartition("/python/")[0] or ".") + "/crates/zeroxide-offload/src/facts.rs"
     if not os.path.exists(source):
         pytest.skip("the core's source is not here")
@@ -190,6 +193,6 @@ def test_every_value_of_the_core_has_a_place_in_python():
         (listed,) = re.findall(rf"facts_of!\(self, {name}Error:(.*?)\)\n", text, re.DOTALL)
         for variant, fields in re.findall(r"(\w+) \{([^}]*)\}", listed):
             names = {field for field, note in re.findall(r"(\w+): (\w+)", fields) if note not in ("system", "reason")}
-            target = {"OverBudget": BudgetError, "Threads": CoreError}.get(variant, kind)
+            target = {"OverBudget": BudgetError, "Threads": CoreError, "Misuse": CoreError}.get(variant, kind)
             known = {*target.__annotations__, *target("x").__dict__}
             assert names <= known, (name, variant)

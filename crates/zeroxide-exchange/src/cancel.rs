@@ -4,23 +4,26 @@ use std::sync::OnceLock;
 
 use crate::error::{ExchangeError, Result};
 
-/// Set once; every wait then ends with the line that was given.
+/// Set once; every wait then ends with the line and the ranks that were given.
 #[derive(Debug, Default)]
 pub struct CancelToken {
-    line: OnceLock<String>,
+    reason: OnceLock<(String, Vec<u32>)>,
 }
 
 impl CancelToken {
-    /// Ends every present and later wait with `line`. Only the first call counts.
-    pub fn cancel(&self, line: String) {
-        let _ = self.line.set(line);
+    /// Ends every present and later wait with `line`, which blames `ranks`. Only the first call counts.
+    pub fn cancel(&self, line: String, ranks: Vec<u32>) {
+        let _ = self.reason.set((line, ranks));
     }
 
     /// # Errors
     /// [`ExchangeError::Stopped`] once waiting was cancelled.
     pub fn check(&self) -> Result<()> {
-        match self.line.get() {
-            Some(line) => Err(ExchangeError::Stopped { line: line.clone() }),
+        match self.reason.get() {
+            Some((line, ranks)) => Err(ExchangeError::Stopped {
+                line: line.clone(),
+                ranks: ranks.clone(),
+            }),
             None => Ok(()),
         }
     }

@@ -14,6 +14,8 @@ pub enum ExchangeError {
     Stopped {
         /// Why, in one line.
         line: String,
+        /// The ranks that it blames, of all processes of the job.
+        ranks: Vec<u32>,
     },
     /// A call that the protocol does not allow: a mistake in the caller's code.
     #[error("{call}: {what}")]

@@ -76,7 +76,7 @@ fn each_rank(
             thread::park_timeout(PATIENCE);
             if !done.load(Ordering::Acquire) {
                 for cancel_token in &tokens {
-                    cancel_token.cancel("a rank hangs".into());
+                    cancel_token.cancel("a rank hangs".into(), Vec::new());
                 }
             }
         });
@@ -93,7 +93,7 @@ fn each_rank(
                     if outcome.is_err() {
                         // The others must not wait for it.
                         for cancel_token in tokens {
-                            cancel_token.cancel(format!("rank {rank} has panicked"));
+                            cancel_token.cancel(format!("rank {rank} has panicked"), Vec::new());
                         }
                     }
                     (outcome, reducer)
@@ -287,9 +287,9 @@ fn a_rank_that_is_ahead_waits_for_those_that_still_read() {
     });
 }
 
-/// Catches: a wait that does not end, or ends without the reason.
+/// Catches: a wait that does not end, or ends without the reason or the ranks.
 #[test]
-fn calling_off_ends_every_wait_with_its_line() {
+fn calling_off_ends_every_wait_with_its_line_and_ranks() {
     let mut reducers = joined(2, &plan(&[64, 64], 1, &[]));
     let (mut silent, _) = reducers.pop().expect("two");
     let (mut reducer, cancel_token) = reducers.pop().expect("two");
@@ -300,8 +300,8 @@ fn calling_off_ends_every_wait_with_its_line() {
         .expect("both have sent");
     let caller = thread::spawn(move || {
         thread::sleep(Duration::from_millis(50));
-        cancel_token.cancel("rank 1 is gone".into());
-        cancel_token.cancel("a later reason".into());
+        cancel_token.cancel("rank 1 is gone".into(), vec![1]);
+        cancel_token.cancel("a later reason".into(), vec![0]);
     });
     // Rank 1 has not read the round that rank 0 wants to follow up.
     let ended = [
@@ -312,7 +312,9 @@ fn calling_off_ends_every_wait_with_its_line() {
     caller.join().expect("does not panic");
     for outcome in ended {
         match outcome {
-            Err(ExchangeError::Stopped { line }) => assert_eq!(line, "rank 1 is gone"),
+            Err(ExchangeError::Stopped { line, ranks }) => {
+                assert_eq!((line.as_str(), ranks), ("rank 1 is gone", vec![1]));
+            }
             other => panic!("expected the wait to end, got {other:?}"),
         }
     }

@@ -36,6 +36,8 @@ pub enum Fact {
     Number(f64),
     /// Text and paths.
     Text(String),
+    /// Several numbers of things.
+    Counts(Vec<u64>),
 }
 
 impl From<u64> for Fact {
@@ -119,6 +121,11 @@ mod note {
 
     pub(super) fn text(found: &mut Vec<Named>, name: &'static str, value: &impl Display) {
         found.push((name, Fact::Text(value.to_string())));
+    }
+
+    pub(super) fn numbers(found: &mut Vec<Named>, name: &'static str, values: &[u32]) {
+        let values = values.iter().copied().map(u64::from).collect();
+        found.push((name, Fact::Counts(values)));
     }
 
     pub(super) fn path(found: &mut Vec<Named>, name: &'static str, value: &Path) {
@@ -205,7 +212,7 @@ impl Facts for ExchangeError {
 
     fn facts(&self) -> Vec<Named> {
         facts_of!(self, ExchangeError: [Memory]
-            Stopped { line: text }
+            Stopped { line: text, ranks: numbers }
             Misuse { call: text, what: text })
     }
 }

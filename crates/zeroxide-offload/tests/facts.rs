@@ -66,6 +66,7 @@ fn check<E: Facts + Debug>(samples: &[E], source: &str) {
                     assert!(value.parse::<f64>().is_err(), "{variant}: {name} is text");
                     value.clone()
                 }
+                Fact::Counts(values) => values.iter().map(u64::to_string).collect(),
             };
             assert!(!value.is_empty(), "{variant}: {name} is empty");
         }
@@ -213,6 +214,7 @@ fn errors_between_ranks_and_tiers() {
     let samples = [
         ExchangeError::Stopped {
             line: "rank 1 is lost".into(),
+            ranks: vec![1],
         },
         ExchangeError::Misuse {
             call: "take",
@@ -251,6 +253,7 @@ fn errors_pass_through_with_all_they_carry() {
     };
     let stopped = || ExchangeError::Stopped {
         line: "gone".into(),
+        ranks: vec![2],
     };
     let unknown = || LayoutError::UnknownDtype {
         text: "int8".into(),

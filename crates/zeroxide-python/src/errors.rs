@@ -1,6 +1,7 @@
 //! Rust errors as the exceptions of `zeroxide.errors`, with every field as an attribute.
 
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use zeroxide_offload::{Concern, Fact, Facts, Named, OffloadError};
 use zeroxide_plan::PlanError;
 
@@ -30,6 +31,7 @@ fn make(py: Python<'_>, concern: Concern, message: &str, facts: &[Named]) -> PyR
             Fact::Count(value) => exception.setattr(*name, value)?,
             Fact::Number(value) => exception.setattr(*name, value)?,
             Fact::Text(value) => exception.setattr(*name, value)?,
+            Fact::Counts(values) => exception.setattr(*name, PyTuple::new(py, values)?)?,
         }
     }
     Ok(PyErr::from_value(exception))

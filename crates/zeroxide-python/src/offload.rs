@@ -255,9 +255,9 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.join(&handles)))
     }
 
-    /// Ends every present and later wait for another rank with an error that says `line`.
-    fn cancel(&self, line: String) {
-        self.inner.cancel(line);
+    /// Ends every present and later wait for another rank with an error that says `line` and blames `ranks`.
+    fn cancel(&self, line: String, ranks: Vec<u32>) {
+        self.inner.cancel(line, ranks);
     }
 
     /// Ends the unit's part of this backward: its gradients go out to the ranks that keep them.

@@ -180,10 +180,11 @@ impl Offload {
         self.with("join", |core| core.join(handles))
     }
 
-    /// Ends every present and later wait for another rank with an error that says `line`. Never blocks.
-    pub fn cancel(&self, line: String) {
+    /// Ends every present and later wait for another rank with an error that says `line` and blames `ranks`. Never
+    /// blocks.
+    pub fn cancel(&self, line: String, ranks: Vec<u32>) {
         if let Some(cancel_token) = &self.cancel_token {
-            cancel_token.cancel(line);
+            cancel_token.cancel(line, ranks);
         }
     }
 
@@ -248,7 +249,10 @@ impl Offload {
         }
         // First: its thread may be inside a call, or wait for somebody who would make one.
         self.bringer.close();
-        self.cancel("the engine was closed while this call waited for other ranks".into());
+        self.cancel(
+            "the engine was closed while this call waited for other ranks".into(),
+            Vec::new(),
+        );
         drop(self.net.lock().expect("no call panics under it").take());
         let Some(mut core) = self.lock().take() else {
             return Ok(());

@@ -146,7 +146,7 @@ impl Case {
                 thread::park_timeout(PATIENCE);
                 if !done.load(Ordering::Acquire) {
                     for core in &cores {
-                        core.cancel("a rank hangs".into());
+                        core.cancel("a rank hangs".into(), Vec::new());
                     }
                 }
             });

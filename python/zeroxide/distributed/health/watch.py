@@ -71,7 +71,7 @@ class Watch:
         self._told = False
         self._own_line: str | None = None
         self._closing = False
-        self._callbacks: list[Callable[[str], object]] = []
+        self._callbacks: list[Callable[[str, tuple[int, ...]], object]] = []
         self._lock = threading.Lock()
         self._endpoint: Endpoint | None = None
         self._thread: threading.Thread | None = None
@@ -126,13 +126,13 @@ class Watch:
         if found is not None and found.args != error.args:
             raise found from error
 
-    def on_failure(self, callback: Callable[[str], object]) -> None:
-        """`callback(line)` is called in the watch's thread as soon as a failure is known; at once if one is already."""
+    def on_failure(self, callback: Callable[[str, tuple[int, ...]], object]) -> None:
+        """The watch's thread calls `callback(line, ranks)` as soon as a failure is known; at once if one already is."""
         with self._lock:
             self._callbacks.append(callback)
             failure = self._failure
         if failure is not None:
-            callback(failure.line)
+            callback(failure.line, failure.ranks)
 
     def check(self) -> None:
         """Raises RanksError, naming the rank, if a failure is known."""
@@ -244,7 +244,7 @@ class Watch:
         for callback in callbacks:
             # A broken callback must not keep this process alive.
             with contextlib.suppress(Exception):
-                callback(failure.line)
+                callback(failure.line, failure.ranks)
         if not self._left_alone(self._grace, lambda: self._told) and not self._closing:
             _end(failure.line)
         if not self._left_alone(self._cleanup, lambda: self._closing):
