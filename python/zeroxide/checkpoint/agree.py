@@ -6,21 +6,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from zeroxide.errors import (
-    BudgetError,
-    CheckpointError,
-    ConfigError,
-    ModelError,
-    StorageError,
-    ZeroxideError,
-)
+from zeroxide import errors
+from zeroxide.errors import CheckpointError, StorageError, ZeroxideError
 
 __all__ = ["RankGroup", "Team"]
 
 T = TypeVar("T")
 
 _KINDS: dict[str, type[ZeroxideError]] = {
-    kind.__name__: kind for kind in (BudgetError, CheckpointError, ConfigError, ModelError, StorageError)
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, ZeroxideError)
 }
 
 
@@ -60,8 +54,9 @@ class Team:
         """Runs `act` on every rank and returns what it returned on each, in rank order. Its results must be JSON.
 
         Every rank must call it, in the same order. If `act` raises anywhere, every rank raises: a rank that failed
-        its own exception where that is no ZeroxideError, all others a ZeroxideError of the same kind that names the
-        rank. `path` is what such a CheckpointError or StorageError is about.
+        its own exception where that is no ZeroxideError, all others a ZeroxideError that names the first rank that
+        failed, of the class and with the fields of what that rank raised; a CheckpointError where that is none.
+        `path` is what a CheckpointError or StorageError is about that does not say so itself.
         """
         if self._ranks is None:
             return [act()]
@@ -72,22 +67,25 @@ class Team:
         except BaseException as error:
             caught = error
         found = self._ranks.gather_objects([mine, _described(caught)])
-        failed = [(rank, *error) for rank, (_, error) in enumerate(found) if error is not None]
+        failed = [(rank, error) for rank, (_, error) in enumerate(found) if error is not None]
         if caught is not None and not isinstance(caught, ZeroxideError):
             raise caught
         if failed:
             raise self._error(failed, path) from caught
         return [value for value, _ in found]
 
-    def _error(self, failed: list[tuple[int, str, str]], path: Path) -> ZeroxideError:
+    def _error(self, failed: list[tuple[int, dict[str, Any]]], path: Path) -> ZeroxideError:
         # An error of all is nobody's in particular; one that lies with the first rank may be what the others saw.
-        rank, name, line = failed[0]
-        if len(failed) < self.world or any(other != line for _, _, other in failed):
+        rank, first = failed[0]
+        line = first["line"]
+        if len(failed) < self.world or any(other["line"] != line for _, other in failed):
             line = f"rank {rank}: {line}"
-        kind = _KINDS.get(name, CheckpointError)
-        if kind is CheckpointError or kind is StorageError:
-            return kind(line, path=path)
-        return kind(line)
+        error = _KINDS.get(first["class"], CheckpointError)(line)
+        for name, value in first["fields"].items():
+            setattr(error, name, tuple(value) if isinstance(value, list) else value)
+        if isinstance(error, CheckpointError | StorageError) and error.path is None:
+            error.path = str(path)
+        return error
 
     def same(self, values: Sequence[dict[str, Any]], what: str, path: Path) -> None:
         """Raises CheckpointError unless the ranks gave the same dicts; it names the first key that differs."""
@@ -100,10 +98,19 @@ class Team:
                     )
 
 
-def _described(error: BaseException | None) -> list[str] | None:
+def _described(error: BaseException | None) -> dict[str, Any] | None:
     if error is None:
         return None
+    name = type(error).__name__
     if isinstance(error, ZeroxideError):
-        return [type(error).__name__, str(error)]
+        # A value that no message can carry would keep this rank from the exchange, in which the others wait for it.
+        fields = {key: value for key, value in vars(error).items() if _is_plain(value)}
+        return {"class": name, "line": str(error), "fields": fields}
     text = " ".join(str(error).split())
-    return [type(error).__name__, f"{type(error).__name__}: {text}" if text else type(error).__name__]
+    return {"class": name, "line": f"{name}: {text}" if text else name, "fields": {}}
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, tuple):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, str | int | float)
