@@ -181,6 +181,85 @@ def test_one_place_knows_where_compute_memory_is():
     assert found == PLACED.keys()
 
 
+# What only somebody writes in Rust who holds a window, frames or a tensor's memory, or takes addresses.
+HOST_MEMORY = re.compile(
+    r"\b(Window|FramePool|Frame|Anchor|TensorSpec|PyWindow|HostMemory)\b|\bwindow\b|\bdata_ptr\b|\bas_(mut_)?ptr\(\)"
+    r"|\*(const|mut) |\bptr::|\bNonNull\b|\bfrom_raw_parts|_provenance\b|\bLease::foreign\b|\.(base|addr)\(\)"
+    r"|\b(address_of|is_moving)\("
+)
+HOLDERS = {
+    "zeroxide-device/src/host.rs": "is the host as a device",
+    "zeroxide-device/src/lib.rs": "exports the host as a device",
+    "zeroxide-exchange/src/futex.rs": "gives the system words that ranks sleep on: no compute memory",
+    "zeroxide-offload/src/api/gradients.rs": "copies a gradient first that lies in a window",
+    "zeroxide-offload/src/api/mod.rs": "compares addresses: copies a tensor first that lies in a window",
+    "zeroxide-offload/src/api/weights.rs": "tells Python where a unit's window is",
+    "zeroxide-offload/src/build.rs": "reserves the windows",
+    "zeroxide-offload/src/gradients/accumulate.rs": "finds where a gradient begins",
+    "zeroxide-offload/src/gradients/reduce.rs": "tells Python where messages find and leave gradients",
+    "zeroxide-offload/src/gradients/transport.rs": "puts memory that ranks share under windows",
+    "zeroxide-offload/src/state/edit.rs": "writes a changed weight into its window",
+    "zeroxide-offload/src/state/fill.rs": "writes first weights into windows",
+    "zeroxide-offload/src/state/raw.rs": "reads and writes bytes of frozen parameters in windows",
+    "zeroxide-offload/src/state/read.rs": "reads weights from windows",
+    "zeroxide-offload/src/step/stream.rs": "leases tiles of a window to an update",
+    "zeroxide-offload/src/unit.rs": "leases tiles of a window to the disk",
+    "zeroxide-offload/src/weights/cover.rs": "holds what is not complete beside its window",
+    "zeroxide-offload/src/weights/gather.rs": "moves frames under windows and away",
+    "zeroxide-offload/src/weights/mod.rs": "owns the pool of frames",
+    "zeroxide-offload/src/weights/residence.rs": "owns the windows",
+    "zeroxide-offload/src/weights/stray.rs": "gives memory to whoever reads an empty window",
+    "zeroxide-optim/src/openmp.rs": "calls functions of the OpenMP runtime: no compute memory",
+    "zeroxide-python/src/gradient_hook.rs": "passes the gradients that autograd leaves to the core",
+    "zeroxide-python/src/lib.rs": "exports the classes",
+    "zeroxide-python/src/offload.rs": "passes tensors to the core and windows to Python",
+    "zeroxide-python/src/spec.rs": "is a tensor's memory",
+    "zeroxide-python/src/window.rs": "is a window as a Python buffer",
+    "zeroxide-storage/src/file.rs": "aligns staging memory: no compute memory",
+    "zeroxide-storage/src/queue/operation.rs": "checks the alignment of what is read into and written from",
+    "zeroxide-storage/src/queue/ring.rs": "gives the system what is read into and written from",
+    "zeroxide-storage/src/syscall.rs": "gives the system names and numbers: no compute memory",
+}
+"""Files of the core outside of `zeroxide-memory`, which makes host memory, that may know it, and why."""
+
+
+def holders(texts: dict[str, str]) -> set[str]:
+    """Those of the Rust files, by their text, that hold compute memory as host memory, or take addresses."""
+    return {
+        name
+        for name, text in texts.items()
+        if any(HOST_MEMORY.search(line) for line in text.splitlines() if not line.lstrip().startswith("//"))
+    }
+
+
+def test_files_of_the_core_that_know_compute_memory_as_host_memory_are_known():
+    """Catches: a file that learns it, and one that stays in the table after it has forgotten it."""
+    folder = ROOT / "crates"
+    known = (folder / "zeroxide-memory").parts
+    files = [path for path in sources("*.rs", "crates") if path.relative_to(folder).parts[1] == "src"]
+    texts = {str(path.relative_to(folder)): path.read_text() for path in files if path.parts[: len(known)] != known}
+    assert holders(texts) == HOLDERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "held"),
+    [
+        ("use zeroxide_memory::{Lease, Window};", True),
+        ("let bytes = this.weights.window()?.lease(range)?;", True),
+        ("let frames = pool.take(FramePool::ALL);", True),
+        ("fn evict(values: &TensorSpec) {", True),
+        ("let start = values.as_ptr() as usize;", True),
+        ("let start = std::ptr::from_ref(values);", True),
+        ("let start = values.first().map(|each| each as *const f32);", True),
+        ("    // A window of the weights.", False),
+        ("for pair in values.windows(2) {", False),
+        ("let lease = arena.lease(bytes, align)?;", False),
+    ],
+)
+def test_what_holds_host_memory_is_told_by_its_lines(line, held):
+    assert holders({"new.rs": f"//! A new file.\n{line}\n"}) == ({"new.rs"} if held else set())
+
+
 def test_every_field_of_the_config_is_read():
     """A field that nothing reads is an option that does nothing: it stands somewhere as `section.field`."""
     read = set()
