@@ -240,8 +240,6 @@ class InvalidValueError(ValueError):
     """An element of the parameter."""
     numel: int | None = None
     """Elements of the parameter."""
-    block: str | None = None
-    """A block that is listed twice."""
 
 
 class CoreError(RuntimeError):

@@ -1,6 +1,6 @@
 //! Rounding up.
 
-/// Bytes of one page: the granule of direct I/O, of memory protection and of every extent.
+/// Bytes of one page: the granule of direct I/O, of memory protection and of every block.
 pub const PAGE: usize = 4096;
 
 /// Bytes of a frame, the piece in which memory for gathered units is given out: one huge page, so that moving a frame

@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::{BlockId, Dtype, Format};
+use crate::{Dtype, Format};
 
 /// A layout that cannot be made, or a question it cannot answer.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -69,11 +69,5 @@ pub enum LayoutError {
     Frozen {
         /// Index of the parameter, in the order given to the layout.
         param: usize,
-    },
-    /// One block was listed twice.
-    #[error("block {block} is listed twice; each block needs exactly one extent")]
-    DuplicateBlock {
-        /// The block.
-        block: BlockId,
     },
 }

@@ -231,8 +231,7 @@ impl Facts for LayoutError {
             EmptyWorld {}
             TileQuantum { what: text, got: number, quantum: number }
             NoSuchElement { param: number, element: number, params: number, numel: number }
-            Frozen { param: number }
-            DuplicateBlock { block: text })
+            Frozen { param: number })
     }
 }
 

@@ -184,7 +184,6 @@ fn errors_of_layouts_and_kernels() {
         LayoutError::TileQuantum { what: "tile", got: 1, quantum: 2 },
         LayoutError::NoSuchElement { param: 1, element: 2, params: 3, numel: 4 },
         LayoutError::Frozen { param: 1 },
-        LayoutError::DuplicateBlock { block: BLOCK },
     ];
     check(&samples, include_str!("../../zeroxide-layout/src/error.rs"));
 
