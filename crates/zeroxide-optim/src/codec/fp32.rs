@@ -26,14 +26,6 @@ impl Codec for Whole {
     fn given(value: f32) -> f32 {
         value
     }
-
-    #[inline(always)]
-    fn carry((): ()) -> f32 {
-        0.0
-    }
-
-    #[inline(always)]
-    fn carried(_: f32) {}
 }
 
 /// An fp32 master weight beside a bf16 one.
@@ -54,16 +46,6 @@ impl Codec for MasterBf16 {
         let master = canonical(weight);
         (half_up_of_canonical(master), master)
     }
-
-    #[inline(always)]
-    fn carry(master: f32) -> f32 {
-        master
-    }
-
-    #[inline(always)]
-    fn carried(value: f32) -> f32 {
-        value
-    }
 }
 
 /// An fp32 master weight beside an fp16 one.
@@ -82,15 +64,5 @@ impl Codec for MasterF16 {
     #[inline(always)]
     fn encode(weight: f32) -> (u16, f32) {
         (f16_nearest_even(weight), canonical(weight))
-    }
-
-    #[inline(always)]
-    fn carry(master: f32) -> f32 {
-        master
-    }
-
-    #[inline(always)]
-    fn carried(value: f32) -> f32 {
-        value
     }
 }

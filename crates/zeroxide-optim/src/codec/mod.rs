@@ -4,6 +4,7 @@
 //! A codec takes a weight apart and puts it together again, one element at a time. Kernels are compiled for every rule
 //! with every codec; [`values`] does the same for whole slices where state is filled, read and edited.
 
+mod carried;
 pub(crate) mod fp32;
 pub(crate) mod split;
 pub(crate) mod values;
@@ -12,13 +13,14 @@ use bytemuck::Pod;
 use zeroxide_layout::StateLayout;
 
 use crate::slot::Slot;
+use carried::Carried;
 
 /// One way to store weights.
 pub(crate) trait Codec {
     /// Element of the live weight.
     type Live: Slot + Pod;
     /// Element of the tensor that makes it exact; `()` where it is exact by itself.
-    type Exact: Slot;
+    type Exact: Carried;
     /// Whether the exact tensor alone says what the weight is, as long as nobody has changed the live weight.
     const EXACT_SUFFICES: bool;
 
@@ -34,12 +36,6 @@ pub(crate) trait Codec {
     fn given(value: f32) -> Self::Live {
         Self::encode(value).0
     }
-
-    /// An element of the exact tensor in the bits of an fp32 value.
-    fn carry(exact: Self::Exact) -> f32;
-
-    /// The element that [`carry`](Self::carry) put there.
-    fn carried(value: f32) -> Self::Exact;
 }
 
 /// Runs `$body` with the type `$codec` that stores what `$layout` describes.

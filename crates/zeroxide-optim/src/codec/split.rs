@@ -70,15 +70,4 @@ impl Codec for Split {
     fn encode(weight: f32) -> (u16, u16) {
         split(weight)
     }
-
-    #[inline(always)]
-    fn carry(low: u16) -> f32 {
-        f32::from_bits(u32::from(low))
-    }
-
-    #[inline(always)]
-    #[expect(clippy::cast_possible_truncation, reason = "it was widened")]
-    fn carried(value: f32) -> u16 {
-        value.to_bits() as u16
-    }
 }

@@ -3,6 +3,7 @@
 use bytemuck::cast_slice;
 use zeroxide_layout::{Dtype, StateLayout};
 
+use super::carried::Carried;
 use super::{Codec, with_codec};
 use crate::convert::{bf16_to_f32, f16_to_f32};
 use crate::slot::Slot;
@@ -49,7 +50,7 @@ pub fn carry_exact(layout: &StateLayout, exact: &[u8], out: &mut [f32]) {
     fn run<C: Codec>(exact: &[u8], out: &mut [f32]) {
         let exact = C::Exact::elements(exact, out.len());
         for (value, exact) in out.iter_mut().zip(exact) {
-            *value = C::carry(*exact);
+            *value = exact.carry();
         }
     }
     with_codec!(layout, C => run::<C>(exact, out));
@@ -68,7 +69,7 @@ pub fn join_live(layout: &StateLayout, live: &[u8], values: &mut [f32]) {
             "values and weights differ in length"
         );
         for (value, live) in values.iter_mut().zip(live) {
-            *value = C::decode(*live, C::carried(*value));
+            *value = C::decode(*live, C::Exact::carried(*value));
         }
     }
     with_codec!(layout, C => run::<C>(live, values));
