@@ -60,12 +60,12 @@ pub(crate) struct Task<'t, 'a, 'g> {
 }
 
 impl Task<'_, '_, '_> {
-    /// Applies a rule with these constants.
-    pub(crate) fn apply<R: Rule>(&mut self, constants: &R::Constants) {
-        with_codec!(self.layout, C => self.apply_to::<R, C>(constants));
+    /// Applies a rule.
+    pub(crate) fn apply<R: Rule>(&mut self, rule: &R) {
+        with_codec!(self.layout, C => self.apply_to::<R, C>(rule));
     }
 
-    fn apply_to<R: Rule, C: Codec>(&mut self, constants: &R::Constants) {
+    fn apply_to<R: Rule, C: Codec>(&mut self, rule: &R) {
         let len = self.grad.len();
         let live = C::Live::take(self.tensors, len);
         let exact = C::Exact::take(self.tensors, len);
@@ -74,13 +74,13 @@ impl Task<'_, '_, '_> {
         let isa = self.isa;
         match self.grad {
             Grad::F32(grad) => {
-                kernel::<R, C, F32>(isa, constants, live, exact, first, second, grad);
+                kernel::<R, C, F32>(isa, rule, live, exact, first, second, grad);
             }
             Grad::Bf16(grad) => {
-                kernel::<R, C, Bf16>(isa, constants, live, exact, first, second, grad);
+                kernel::<R, C, Bf16>(isa, rule, live, exact, first, second, grad);
             }
             Grad::F16(grad) => {
-                kernel::<R, C, F16>(isa, constants, live, exact, first, second, grad);
+                kernel::<R, C, F16>(isa, rule, live, exact, first, second, grad);
             }
         }
     }
@@ -88,14 +88,14 @@ impl Task<'_, '_, '_> {
 
 per_isa! {
     fn kernel[R: Rule, C: Codec, G: Element][R, C, G](
-        constants: &R::Constants, live: &mut [C::Live], exact: &mut [C::Exact], first: &mut [R::First],
+        rule: &R, live: &mut [C::Live], exact: &mut [C::Exact], first: &mut [R::First],
         second: &mut [R::Second], grad: &[G::Bits],
-    ) = update_loop::<R, C, G>(constants, live, exact, first, second, grad);
+    ) = update_loop::<R, C, G>(rule, live, exact, first, second, grad);
 }
 
 #[inline(always)]
 fn update_loop<R: Rule, C: Codec, G: Element>(
-    constants: &R::Constants,
+    rule: &R,
     live: &mut [C::Live],
     exact: &mut [C::Exact],
     first: &mut [R::First],
@@ -106,7 +106,7 @@ fn update_loop<R: Rule, C: Codec, G: Element>(
         live.iter_mut().zip(exact).zip(first).zip(second).zip(grad)
     {
         let weight = C::decode(*live, *exact);
-        let (weight, state) = R::update(constants, weight, (*first, *second), G::load(*grad));
+        let (weight, state) = rule.update(weight, (*first, *second), G::load(*grad));
         (*live, *exact) = C::encode(weight);
         (*first, *second) = state;
     }

@@ -9,10 +9,9 @@
 
 use zeroxide_layout::{Moment, StateKey};
 
-use super::{Hyperparameters, Prepared, Range, Rule, check, nearest};
+use super::{Hyperparameters, Range, Rule, check, nearest};
 use crate::convert::canonical;
 use crate::error::OptimError;
-use crate::kernel::Task;
 
 /// Hyperparameters of Adagrad, named as in `torch.optim`.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -88,24 +87,20 @@ pub(crate) struct Constants {
     minus_step: f32,
 }
 
-impl Prepared for Constants {
-    fn run(&self, task: &mut Task<'_, '_, '_>) {
-        task.apply::<Adagrad>(self);
-    }
-}
-
-struct Adagrad;
-
-impl Rule for Adagrad {
-    type Constants = Constants;
+impl Rule for Constants {
     type First = f32;
     type Second = ();
 
     #[inline(always)]
-    fn update(c: &Constants, weight: f32, (sum, ()): (f32, ()), gradient: f32) -> (f32, (f32, ())) {
-        let gradient = c.weight_decay.mul_add(weight, c.grad_scale * gradient);
+    fn update(&self, weight: f32, (sum, ()): (f32, ()), gradient: f32) -> (f32, (f32, ())) {
+        let gradient = self
+            .weight_decay
+            .mul_add(weight, self.grad_scale * gradient);
         let sum = gradient.mul_add(gradient, sum);
-        let quotient = gradient / (sum.sqrt() + c.eps);
-        (c.minus_step.mul_add(quotient, weight), (canonical(sum), ()))
+        let quotient = gradient / (sum.sqrt() + self.eps);
+        (
+            self.minus_step.mul_add(quotient, weight),
+            (canonical(sum), ()),
+        )
     }
 }

@@ -145,9 +145,9 @@ pub(crate) struct AdamStep {
 impl Prepared for AdamStep {
     fn run(&self, task: &mut Task<'_, '_, '_>) {
         if self.coupled {
-            task.apply::<Adam<true>>(&self.constants);
+            task.apply(&Adam::<true>(self.constants));
         } else {
-            task.apply::<Adam<false>>(&self.constants);
+            task.apply(&Adam::<false>(self.constants));
         }
     }
 }
@@ -160,21 +160,16 @@ fn pair(constant: f64) -> (f32, f32) {
 }
 
 /// `COUPLED` adds the weight decay to the gradient (Adam) instead of shrinking the weight (`AdamW`).
-struct Adam<const COUPLED: bool>;
+#[derive(Clone, Copy, PartialEq, Debug)]
+struct Adam<const COUPLED: bool>(Constants);
 
 impl<const COUPLED: bool> Rule for Adam<COUPLED> {
-    type Constants = Constants;
     type First = f32;
     type Second = f32;
 
     #[inline(always)]
-    fn update(
-        constants: &Constants,
-        weight: f32,
-        state: (f32, f32),
-        gradient: f32,
-    ) -> (f32, (f32, f32)) {
-        update::<COUPLED>(constants, weight, state, gradient)
+    fn update(&self, weight: f32, state: (f32, f32), gradient: f32) -> (f32, (f32, f32)) {
+        update::<COUPLED>(&self.0, weight, state, gradient)
     }
 }
 

@@ -10,10 +10,9 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Prepared, Range, Rule, check, nearest, zeros};
+use super::{Hyperparameters, Range, Rule, check, nearest, zeros};
 use crate::convert::canonical;
 use crate::error::OptimError;
-use crate::kernel::Task;
 
 /// Hyperparameters of Lion, named as in the paper's code and in `DeepSpeed`.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -80,29 +79,17 @@ pub(crate) struct Constants {
     shrink: f32,
 }
 
-impl Prepared for Constants {
-    fn run(&self, task: &mut Task<'_, '_, '_>) {
-        task.apply::<Lion>(self);
-    }
-}
-
-struct Lion;
-
-impl Rule for Lion {
-    type Constants = Constants;
+impl Rule for Constants {
     type First = f32;
     type Second = ();
 
     #[inline(always)]
-    fn update(
-        c: &Constants,
-        weight: f32,
-        (mean, ()): (f32, ()),
-        gradient: f32,
-    ) -> (f32, (f32, ())) {
-        let direction = c.direction_keep.mul_add(mean, c.direction_new * gradient);
-        let change = c.shrink.mul_add(weight, c.minus_lr * sign(direction));
-        let mean = c.mean_keep.mul_add(mean, c.mean_new * gradient);
+    fn update(&self, weight: f32, (mean, ()): (f32, ()), gradient: f32) -> (f32, (f32, ())) {
+        let direction = self
+            .direction_keep
+            .mul_add(mean, self.direction_new * gradient);
+        let change = self.shrink.mul_add(weight, self.minus_lr * sign(direction));
+        let mean = self.mean_keep.mul_add(mean, self.mean_new * gradient);
         (weight + change, (canonical(mean), ()))
     }
 }

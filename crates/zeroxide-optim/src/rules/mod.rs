@@ -1,7 +1,7 @@
 //! What an optimizer computes, one file a rule.
 //!
 //! A file has the rule's hyperparameters ([`Hyperparameters`]), which prepare the constants of a step in double
-//! precision, and the update of one element ([`Rule`]) in plain fp32. A rule enters everything else by its line in
+//! precision, and those constants with the update of one element ([`Rule`]) in plain fp32. A rule enters everything else by its line in
 //! `rules!`: kernels, state tensors, checks.
 
 mod adagrad;
@@ -22,10 +22,8 @@ use crate::error::OptimError;
 use crate::kernel::Task;
 use crate::slot::Slot;
 
-/// The update of one element.
-pub(crate) trait Rule {
-    /// What all elements of a step share.
-    type Constants: Sync;
+/// The constants of one step of one rule, which all elements share, with the update of one element.
+pub(crate) trait Rule: Copy + PartialEq + Debug {
     /// Element of the rule's first tensor; `()` where it has none.
     type First: Slot;
     /// Element of its second one; `()` where it has none.
@@ -34,7 +32,7 @@ pub(crate) trait Rule {
     /// The new weight and state. A weight that is NaN has any payload: the codec makes it canonical; moments are
     /// canonical.
     fn update(
-        constants: &Self::Constants,
+        &self,
         weight: f32,
         state: (Self::First, Self::Second),
         gradient: f32,
@@ -58,10 +56,16 @@ pub(crate) trait Hyperparameters: Copy + Default + PartialEq + Debug {
     fn prepare(&self, step: u64, grad_scale: f64) -> Self::Step;
 }
 
-/// The constants of one step of one rule.
+/// A prepared step: the constants of a [`Rule`], or a choice between rules.
 pub(crate) trait Prepared: Copy + PartialEq + Debug {
-    /// Applies the step to a tile: calls [`Task::apply`] with a [`Rule`] and its constants.
+    /// Applies the step to a tile: calls [`Task::apply`] with a [`Rule`].
     fn run(&self, task: &mut Task<'_, '_, '_>);
+}
+
+impl<R: Rule> Prepared for R {
+    fn run(&self, task: &mut Task<'_, '_, '_>) {
+        task.apply(self);
+    }
 }
 
 macro_rules! rules {

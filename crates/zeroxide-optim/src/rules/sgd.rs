@@ -11,10 +11,9 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Prepared, Range, Rule, check, nearest, zeros};
+use super::{Hyperparameters, Range, Rule, check, nearest, zeros};
 use crate::convert::canonical;
 use crate::error::OptimError;
-use crate::kernel::Task;
 
 /// Hyperparameters of SGD, named as in `torch.optim`.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -104,32 +103,20 @@ pub(crate) struct Constants {
     minus_lr_buffer: f32,
 }
 
-impl Prepared for Constants {
-    fn run(&self, task: &mut Task<'_, '_, '_>) {
-        task.apply::<Sgd>(self);
-    }
-}
-
-struct Sgd;
-
-impl Rule for Sgd {
-    type Constants = Constants;
+impl Rule for Constants {
     type First = f32;
     type Second = ();
 
     #[inline(always)]
-    fn update(
-        c: &Constants,
-        weight: f32,
-        (buffer, ()): (f32, ()),
-        gradient: f32,
-    ) -> (f32, (f32, ())) {
-        let gradient = c.weight_decay.mul_add(weight, c.grad_scale * gradient);
-        let buffer = c.keep.mul_add(buffer, c.new * gradient);
+    fn update(&self, weight: f32, (buffer, ()): (f32, ()), gradient: f32) -> (f32, (f32, ())) {
+        let gradient = self
+            .weight_decay
+            .mul_add(weight, self.grad_scale * gradient);
+        let buffer = self.keep.mul_add(buffer, self.new * gradient);
         // Both terms first: where the weight is much larger, only their sum may be rounded to it.
-        let change = c
+        let change = self
             .minus_lr_buffer
-            .mul_add(buffer, c.minus_lr_grad * gradient);
+            .mul_add(buffer, self.minus_lr_grad * gradient);
         (weight + change, (canonical(buffer), ()))
     }
 }
