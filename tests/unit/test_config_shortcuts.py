@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import zeroxide
 from zeroxide.config import Config, LossScale, Offload, Optimizer, load
+from zeroxide.config.shortcuts import Shortcuts
+from zeroxide.engine import entry
 from zeroxide.errors import ConfigError
 
 GIB = 1 << 30
@@ -173,9 +178,24 @@ def test_a_wrong_shortcut_gets_one_line(shortcuts, line):
     assert line in str(complaint(**shortcuts))
 
 
-def test_an_unknown_shortcut_is_pythons_own_error():
+def test_an_unknown_shortcut_is_named():
+    assert str(complaint(hostmemory=1)) == (
+        'keyword arguments: unknown key "hostmemory": the nearest known key is "host_memory"'
+    )
     with pytest.raises(TypeError, match="hostmemory"):
-        load(hostmemory=1)
+        zeroxide.initialize(hostmemory=1)
+
+
+def test_initialize_takes_all_shortcuts_and_passes_them_on(monkeypatch):
+    """Catches: a shortcut that `initialize` does not take, or passes on under another one's name or not at all."""
+    parameters = inspect.signature(zeroxide.initialize).parameters.values()
+    keywords = [each.name for each in parameters if each.kind is each.KEYWORD_ONLY and each.name != "weights"]
+    assert keywords == list(Shortcuts.model_fields)
+    asked = []
+    monkeypatch.setattr(entry, "build", lambda request: asked.append(request) or mock.Mock())
+    given = {name: object() for name in keywords}
+    zeroxide.initialize(model=torch.nn.Linear(1, 1), **given)
+    assert asked[0].shortcuts == given
 
 
 FILE = {

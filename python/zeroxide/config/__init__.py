@@ -2,7 +2,7 @@
 
 This package is the only place that parses user input. `load` returns a `Config`, which the rest of zeroxide reads:
 
->>> load({"bf16": {"enabled": True}}, lr=1e-4, offload="nvme:/mnt/fast", host_memory="8GiB").format
+>>> load({"bf16": {"enabled": True}}, lr=1e-4, offload="nvme:/mnt/fast", host_memory="8GiB").precision.format
 'split'
 
 It imports neither torch nor the extension module, and pydantic only once `load` or a class of the config is used.
@@ -68,46 +68,25 @@ def load(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
     *,
     world_size: int = 1,
-    lr: float | None = None,
-    betas: tuple[float, float] | None = None,
-    eps: float | None = None,
-    weight_decay: float | None = None,
-    offload: str | None = None,
-    offload_param: str | None = None,
-    offload_optimizer: str | None = None,
-    host_memory: int | str | None = None,
-    dtype: object | None = None,
-    gradient_clipping: float | None = None,
-    gradient_accumulation_steps: int | None = None,
     own_dtype: Callable[[], Dtype] | None = None,
+    **shortcuts: Any,
 ) -> Config:
     """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
+
+    `Shortcuts` in `shortcuts.py` lists the shortcuts; one that is None counts as not given.
 
     `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
     precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp16"`, `"fp32"` or
     the torch dtype. Without a precision in the config and without `dtype`, training is in what `own_dtype` returns, the
     dtype of the model's weights, or in fp32.
 
-    Raises `ConfigError`: for an unknown key, a value that does not fit, a key whose meaning is not built yet, and a
-    shortcut that contradicts the config.
+    Raises `ConfigError`: for an unknown key or shortcut, a value that does not fit, a key whose meaning is not built
+    yet, and a shortcut that contradicts the config.
     """
     from zeroxide.config.resolve import resolve  # pydantic costs a tenth of a second to import
 
     data, origin = _read(config)
-    keywords = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "offload": offload,
-        "offload_param": offload_param,
-        "offload_optimizer": offload_optimizer,
-        "host_memory": host_memory,
-        "dtype": dtype,
-        "gradient_clipping": gradient_clipping,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    return resolve(data, keywords, world_size=world_size, origin=origin, own_dtype=own_dtype)
+    return resolve(data, shortcuts, world_size=world_size, origin=origin, own_dtype=own_dtype)
 
 
 def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> tuple[Mapping[str, Any], str]:
