@@ -17,13 +17,13 @@ from torch import nn
 
 import zeroxide
 from zeroxide.errors import ModelError
-from zeroxide.plan import plan
+from zeroxide.plan import discover
 
 WIDTH, LAYERS = 64, 6
 torch.set_num_threads(1)
 torch.manual_seed(0)
 home, case = sys.argv[1:]
-plan.DEFAULT_UNIT_BYTES = 8
+discover.DEFAULT_UNIT_BYTES = 8
 device = {"device": "nvme", "nvme_path": tempfile.mkdtemp()} if home == "nvme" else {"device": "none"}
 model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS)))
 engine, *_ = zeroxide.initialize(

@@ -17,11 +17,11 @@ sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("zoo", "numer
 from weight_uses import WAYS
 
 import zeroxide
-from zeroxide.plan import plan
+from zeroxide.plan import discover
 
 torch.set_num_threads(1)
 home, unit_bytes = sys.argv[1], int(sys.argv[2])
-plan.DEFAULT_UNIT_BYTES = unit_bytes
+discover.DEFAULT_UNIT_BYTES = unit_bytes
 device = {"device": "nvme", "nvme_path": tempfile.mkdtemp()} if home == "nvme" else {"device": "none"}
 config = {
     "zero_optimization": {"stage": 3, "offload_param": device},

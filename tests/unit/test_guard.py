@@ -13,7 +13,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import zeroxide
 from zeroxide.errors import ModelError
-from zeroxide.plan import plan
+from zeroxide.plan import discover
 
 
 class Net(nn.Module):
@@ -265,7 +265,7 @@ class Nested(nn.Module):
 @pytest.mark.parametrize("by_data", [False, True])
 def test_a_change_counts_though_the_memory_under_it_is_needed(by_data, tmp_path, monkeypatch):
     """Catches: a unit in use that gives way before what was written into it is taken over."""
-    monkeypatch.setattr(plan, "DEFAULT_UNIT_BYTES", 8)
+    monkeypatch.setattr(discover, "DEFAULT_UNIT_BYTES", 8)
     model = nn.Sequential(Nested(4, by_data), Nested(4, by_data))
     plain = copy.deepcopy(model)
     with started(model, config=config_of(Mode("nvme", "nvme"), tmp_path, "fp32")) as engine, torch.no_grad():

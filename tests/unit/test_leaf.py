@@ -13,7 +13,7 @@ from torch import nn
 import zeroxide
 from zeroxide import zero
 from zeroxide.errors import ModelError
-from zeroxide.plan import plan
+from zeroxide.plan import discover
 
 
 class Moe(nn.Module):
@@ -126,7 +126,8 @@ def test_without_the_mark_experts_are_units_of_their_own(tmp_path):
 def test_a_leaf_module_is_not_cut(tmp_path, monkeypatch):
     model = model_of()
     zero.set_z3_leaf_modules(model, [Moe])
-    monkeypatch.setattr(plan, "DEFAULT_UNIT_BYTES", 20 << 10)  # less than an expert layer, more than any one parameter
+    # Less than an expert layer, more than any one parameter.
+    monkeypatch.setattr(discover, "DEFAULT_UNIT_BYTES", 20 << 10)
     with started(model, config=config_of(Mode(), tmp_path)) as engine:
         units = units_of(engine)
         for path in ("first", "h.0.moe", "h.1.moe"):

@@ -22,7 +22,7 @@ from running import started, state_of, weights_of
 from small_models import Batch, Small
 from torch import nn
 
-import zeroxide.plan.plan
+import zeroxide.plan.discover
 from zeroxide.engine.engine import Engine
 
 RATE, DECAY = 1e-3, 0.01
@@ -175,12 +175,12 @@ def config_of(mode: Mode, directory: Path) -> dict[str, Any]:
 
 def forced_units(mode: Mode) -> Callable[[], None]:
     """Makes plans with units as small as the mode wants, which the config would refuse. Returns how to undo it."""
-    before = zeroxide.plan.plan.DEFAULT_UNIT_BYTES
+    before = zeroxide.plan.discover.DEFAULT_UNIT_BYTES
     if mode.unit_bytes is not None:
-        zeroxide.plan.plan.DEFAULT_UNIT_BYTES = mode.unit_bytes
+        zeroxide.plan.discover.DEFAULT_UNIT_BYTES = mode.unit_bytes
 
     def undo() -> None:
-        zeroxide.plan.plan.DEFAULT_UNIT_BYTES = before
+        zeroxide.plan.discover.DEFAULT_UNIT_BYTES = before
 
     return undo
 

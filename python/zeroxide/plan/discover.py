@@ -1,25 +1,36 @@
-"""Which parameters form a unit: what is gathered and released together.
+"""The parameters of a model, and which of them form a unit: what is gathered and released together.
 
 That is every item of the model's outermost module lists, and what is left over at the root. What is left over stays
 gathered from the first forward to the end of backward when it is one unit; when it would exceed the unit budget it is
 cut by owning module. Where there are very many small blocks, neighbours share a unit: each unit has disk transfers
-and a frame of memory of its own, which a block of a few kilobytes is not worth.
+and a frame of memory of its own, which a block of a few kilobytes is not worth. Over several ranks trainable and frozen
+parameters are units apart, and everywhere those that are updated in different ways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
-from zeroxide.plan.parameters import ParameterPlan
+from zeroxide import _core
+from zeroxide.config import Config
+from zeroxide.params.empty import full_class
+from zeroxide.params.handle import ManagedParameter, shape_of
+from zeroxide.plan.checks import check_model
+from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.state import UNDECIDED, StatePlan
+from zeroxide.precision.bits import ORDINARY
 
 __all__ = ["LEAF", "UnitPlan", "find_units", "is_leaf"]
 
 LEAF = "_z3_leaf"
 """The attribute of a module that is to be gathered whole, as DeepSpeed calls it."""
+
+DEFAULT_UNIT_BYTES = 512 << 20
+"""What a unit may take where the config does not say."""
 
 MANY = 128
 """Up to so many blocks are units of their own, however small they are."""
@@ -53,6 +64,64 @@ class UnitPlan:
         return sum(entry.numel for entry in self.params if entry.trainable)
 
 
+def find_units(
+    module: nn.Module, config: Config, compute: torch.dtype, *, world: int, states: Mapping[int, StatePlan]
+) -> list[UnitPlan]:
+    """The units of `module` over `world` ranks.
+
+    states: by the ids of trainable parameters, how each is updated; Adam in the config's format where it does not say.
+    Raises ModelError for a model that cannot be trained.
+    """
+    entries = list(_parameters_of(module, compute, cast=config.precision.asked))
+    check_model(module, entries, config)
+    unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
+    units = _gathered_together(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize)
+    if world > 1:
+        units = [part for unit in units for part in _by_trainable(unit)]
+    default = StatePlan.default(config.precision.format, compute)
+    return [part for unit in units for part in _by_state(unit, states, default)]
+
+
+def _parameters_of(module: nn.Module, compute: torch.dtype, *, cast: bool) -> Iterator[ParameterPlan]:
+    """Every parameter once, with all its owners, in the order of the first.
+
+    cast: frozen parameters in fp32, bf16 and fp16 are to have the compute dtype, unless that is fp32.
+    """
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    first: dict[int, tuple[str, nn.Parameter]] = {}
+    for prefix, owner in module.named_modules():
+        for name, param in owner._parameters.items():
+            if param is None:
+                continue
+            owners.setdefault(id(param), []).append((prefix, owner))
+            first.setdefault(id(param), (f"{prefix}.{name}" if prefix else name, param))
+    for prefix, user in module.named_modules():
+        for param in user.__dict__.get(EXTERNAL, ()):
+            if id(param) in first and all(user is not owner for _, owner in owners[id(param)]):
+                owners[id(param)].append((prefix, user))
+    for key, (name, param) in first.items():
+        shape = shape_of(param)
+        # 4-bit weights, for one, lie in the words of any dtype.
+        opaque = not param.requires_grad and full_class(param) not in (nn.Parameter, ManagedParameter)
+        dtype = compute if param.requires_grad or (cast and not opaque and _is_cast(param, compute)) else param.dtype
+        yield ParameterPlan(
+            name=name,
+            param=param,
+            owners=tuple(owners[key]),
+            shape=shape,
+            numel=shape.numel(),
+            trainable=param.requires_grad,
+            dtype=dtype,
+            words=-(-shape.numel() * dtype.itemsize // compute.itemsize),
+            opaque=opaque,
+        )
+
+
+def _is_cast(param: nn.Parameter, compute: torch.dtype) -> bool:
+    """Whether a frozen parameter takes the dtype of a bf16 or fp16 config, as DeepSpeed casts the module."""
+    return compute is not torch.float32 and param.dtype in ORDINARY
+
+
 def is_leaf(module: nn.Module) -> bool:
     """Whether the module is marked to be gathered whole."""
     return bool(module.__dict__.get(LEAF))
@@ -77,9 +146,11 @@ def _has_parameters(module: nn.Module | None) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
-def find_units(module: nn.Module, entries: list[ParameterPlan], max_elements: int, frame: int) -> list[UnitPlan]:
-    """The units of `module`. `max_elements`: of one unit; `frame`: what memory for gathered units is given out in. Both
-    in elements of the compute dtype."""
+def _gathered_together(
+    module: nn.Module, entries: list[ParameterPlan], max_elements: int, frame: int
+) -> list[UnitPlan]:
+    """The parameters in units by where the model uses them. `max_elements`: of one unit; `frame`: what memory for
+    gathered units is given out in. Both in elements of the compute dtype."""
     blocks = list(_blocks(module))
     home: dict[int, int] = {}
     for index, (_, block) in enumerate(blocks):
@@ -176,3 +247,41 @@ def _by_owner(block: nn.Module, params: list[ParameterPlan]) -> list[UnitPlan]:
 
 def _distinct(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return list({id(module): module for module in modules}.values())
+
+
+def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
+    """The unit's trainable and its frozen parameters as units of the same modules."""
+    parts = [
+        (unit.name, [entry for entry in unit.params if entry.trainable]),
+        (f"{unit.name} (frozen)", [entry for entry in unit.params if not entry.trainable]),
+    ]
+    if not all(params for _, params in parts):
+        return [unit]
+    return [replace(unit, name=name, params=params) for name, params in parts]
+
+
+def _by_state(unit: UnitPlan, states: Mapping[int, StatePlan], default: StatePlan) -> list[UnitPlan]:
+    """The unit's parameters as units of the same modules, one for each way in which they are updated.
+
+    Frozen parameters are with the first part. states: by the parameters' ids; `default` for trainable parameters that
+    it lacks, and where there are none.
+    """
+    parts: list[tuple[StatePlan, list[ParameterPlan]]] = []
+    homes: list[int | None] = []
+    for entry in unit.params:
+        if not entry.trainable:
+            homes.append(None)
+            continue
+        state = states.get(id(entry.param), default)
+        at = next((number for number, (known, _) in enumerate(parts) if known.fits(state)), len(parts))
+        if at == len(parts):
+            parts.append((state, []))
+        homes.append(at)
+    if not parts:
+        parts.append((default, []))
+    for entry, home in zip(unit.params, homes, strict=True):
+        parts[home or 0][1].append(entry)
+    names = [unit.name, *(f"{unit.name} ({state.rule}, {state.format})" for state, _ in parts[1:])]
+    return [
+        replace(unit, name=name, params=params, state=state) for name, (state, params) in zip(names, parts, strict=True)
+    ]

@@ -1,8 +1,8 @@
-"""The parameters of a model as a plan has them: names, owners, and what each takes of its unit."""
+"""A parameter of a model as a plan has it: names, owners, and what it takes of its unit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -11,11 +11,8 @@ from torch import nn
 
 from zeroxide.device.placement import address, in_compute_memory
 from zeroxide.errors import ModelError
-from zeroxide.params.empty import full_class
-from zeroxide.params.handle import ManagedParameter, shape_of
-from zeroxide.precision.bits import ORDINARY
 
-__all__ = ["EXTERNAL", "ParameterPlan", "check_sharing", "parameters_of"]
+__all__ = ["EXTERNAL", "ParameterPlan", "check_sharing"]
 
 EXTERNAL = "_external_parameters"
 """Attribute of a module: parameters of others that its forward uses."""
@@ -40,46 +37,6 @@ class ParameterPlan:
     words: int
     opaque: bool
     """Frozen and of a class of its own: its elements are what that class makes of them, not numbers to be rounded."""
-
-
-def parameters_of(module: nn.Module, compute: torch.dtype, *, cast: bool) -> Iterator[ParameterPlan]:
-    """Every parameter once, with all its owners, in the order of the first.
-
-    cast: frozen parameters in fp32, bf16 and fp16 are to have the compute dtype, unless that is fp32.
-    """
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
-    first: dict[int, tuple[str, nn.Parameter]] = {}
-    for prefix, owner in module.named_modules():
-        for name, param in owner._parameters.items():
-            if param is None:
-                continue
-            owners.setdefault(id(param), []).append((prefix, owner))
-            first.setdefault(id(param), (f"{prefix}.{name}" if prefix else name, param))
-    for prefix, user in module.named_modules():
-        for param in user.__dict__.get(EXTERNAL, ()):
-            if id(param) in first and all(user is not owner for _, owner in owners[id(param)]):
-                owners[id(param)].append((prefix, user))
-    for key, (name, param) in first.items():
-        shape = shape_of(param)
-        # 4-bit weights, for one, lie in the words of any dtype.
-        opaque = not param.requires_grad and full_class(param) not in (nn.Parameter, ManagedParameter)
-        dtype = compute if param.requires_grad or (cast and not opaque and _is_cast(param, compute)) else param.dtype
-        yield ParameterPlan(
-            name=name,
-            param=param,
-            owners=tuple(owners[key]),
-            shape=shape,
-            numel=shape.numel(),
-            trainable=param.requires_grad,
-            dtype=dtype,
-            words=-(-shape.numel() * dtype.itemsize // compute.itemsize),
-            opaque=opaque,
-        )
-
-
-def _is_cast(param: nn.Parameter, compute: torch.dtype) -> bool:
-    """Whether a frozen parameter takes the dtype of a bf16 or fp16 config, as DeepSpeed casts the module."""
-    return compute is not torch.float32 and param.dtype in ORDINARY
 
 
 def check_sharing(entries: Sequence[ParameterPlan]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,17 +12,15 @@ from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
-from zeroxide.plan.checks import check_model, check_transport, refuse_max_norm
+from zeroxide.plan.checks import check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
-from zeroxide.plan.parameters import EXTERNAL, ParameterPlan, parameters_of
+from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.report import describe
-from zeroxide.plan.state import StatePlan, by_state
+from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
 
 __all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
-
-DEFAULT_UNIT_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -160,15 +158,8 @@ def make_plan(
     for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the payload.
     """
     compute = torch_dtype(config.precision.dtype)
-    entries = list(parameters_of(module, compute, cast=config.precision.asked))
-    check_model(module, entries, config)
-    unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
-    units = find_units(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize)
     ranks = ranks or Ranks()
-    if ranks.world > 1:
-        units = [part for unit in units for part in _by_trainable(unit)]
-    default = StatePlan.default(config.precision.format, compute)
-    units = [part for unit in units for part in by_state(unit, states or {}, default)]
+    units = find_units(module, config, compute, world=ranks.world, states=states or {})
     check_transport(config, ranks)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
@@ -223,14 +214,3 @@ def _units(units: list[UnitPlan]) -> list[UnitRow]:
         params = [(entry.words, entry.trainable) for entry in unit.params]
         rows.append((unit.name, params, unit.held_through_backward, unit.state.optimizer, unit.state.format, turn))
     return rows
-
-
-def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
-    """The unit's trainable and its frozen parameters as units of the same modules."""
-    parts = [
-        (unit.name, [entry for entry in unit.params if entry.trainable]),
-        (f"{unit.name} (frozen)", [entry for entry in unit.params if not entry.trainable]),
-    ]
-    if not all(params for _, params in parts):
-        return [unit]
-    return [replace(unit, name=name, params=params) for name, params in parts]

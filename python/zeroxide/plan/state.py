@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import DTYPE_NAMES
 
-if TYPE_CHECKING:
-    from zeroxide.plan.discover import UnitPlan
-    from zeroxide.plan.parameters import ParameterPlan
-
-__all__ = ["UNDECIDED", "StatePlan", "by_state"]
+__all__ = ["UNDECIDED", "StatePlan"]
 
 
 @dataclass(frozen=True)
@@ -63,31 +56,3 @@ class StatePlan:
 
 UNDECIDED = StatePlan.default("fp32", torch.float32)
 """Of units whose parameters have not been looked at yet."""
-
-
-def by_state(unit: UnitPlan, states: Mapping[int, StatePlan], default: StatePlan) -> list[UnitPlan]:
-    """The unit's parameters as units of the same modules, one for each way in which they are updated.
-
-    Frozen parameters are with the first part. states: by the parameters' ids; `default` for trainable parameters that
-    it lacks, and where there are none.
-    """
-    parts: list[tuple[StatePlan, list[ParameterPlan]]] = []
-    homes: list[int | None] = []
-    for entry in unit.params:
-        if not entry.trainable:
-            homes.append(None)
-            continue
-        state = states.get(id(entry.param), default)
-        at = next((number for number, (known, _) in enumerate(parts) if known.fits(state)), len(parts))
-        if at == len(parts):
-            parts.append((state, []))
-        homes.append(at)
-    if not parts:
-        parts.append((default, []))
-    for entry, home in zip(unit.params, homes, strict=True):
-        parts[home or 0][1].append(entry)
-    names = [unit.name, *(f"{unit.name} ({state.rule}, {state.format})" for state, _ in parts[1:])]
-    return [
-        dataclasses.replace(unit, name=name, params=params, state=state)
-        for name, (state, params) in zip(names, parts, strict=True)
-    ]
