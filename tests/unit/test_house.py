@@ -203,7 +203,7 @@ HOLDERS = {
     "zeroxide-offload/src/state/raw.rs": "reads and writes bytes of frozen parameters in windows",
     "zeroxide-offload/src/state/read.rs": "reads weights from windows",
     "zeroxide-offload/src/step/stream.rs": "leases tiles of a window to an update",
-    "zeroxide-offload/src/unit.rs": "leases tiles of a window to the disk",
+    "zeroxide-offload/src/tile_io.rs": "leases tiles of a window to the disk",
     "zeroxide-offload/src/weights/cover.rs": "holds what is not complete beside its window",
     "zeroxide-offload/src/weights/gather.rs": "moves frames under windows and away",
     "zeroxide-offload/src/weights/mod.rs": "owns the pool of frames",

@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::mpsc::{Sender, channel};
 
-use zeroxide_layout::{BlockId, PAGE, Tiling};
+use zeroxide_layout::{BlockId, PAGE, StateKey, Tiling};
 use zeroxide_memory::Lease;
 use zeroxide_optim::Pool;
 use zeroxide_storage::{Completion, StorageError};
@@ -14,12 +14,30 @@ use zeroxide_storage::{Completion, StorageError};
 use crate::core::{byte_range, to_usize};
 use crate::disk::Disk;
 use crate::error::Result;
+use crate::unit::Unit;
 
 /// One tile of a block, and the memory it comes from or goes to.
 pub(crate) struct TileBuffer {
     pub(crate) id: BlockId,
     pub(crate) tile: u32,
     pub(crate) bytes: Lease,
+}
+
+/// This rank's weights under the unit's window, tile by tile, as they go to or come from their block `id`.
+pub(crate) fn weight_buffers(
+    unit: &Unit,
+    id: BlockId,
+) -> impl Iterator<Item = Result<TileBuffer>> + '_ {
+    let element = unit.element_bytes(StateKey::WEIGHT);
+    (0..unit.weight_tiles.count()).map(move |tile| {
+        let window = unit
+            .weights
+            .window()
+            .expect("weights on disk have a window");
+        let flat = unit.flat(&unit.weight_tiles.range(tile));
+        let bytes = window.lease(byte_range(&flat, element))?;
+        Ok(TileBuffer { id, tile, bytes })
+    })
 }
 
 /// The memory of a whole block, cut into its tiles.

@@ -2,14 +2,12 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::{BlockId, ParamShape, Role, StateKey, StateLayout, Tiling, UnitLayout};
+use zeroxide_layout::{ParamShape, Role, StateKey, StateLayout, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::{Accumulate, AccumulateStats};
 
-use crate::core::byte_range;
 use crate::error::{Result, misuse};
 use crate::settings::MeshPosition;
-use crate::tile_io::TileBuffer;
 use crate::weights::residence::UnitWeights;
 
 /// Where the gradient of one parameter is.
@@ -125,23 +123,6 @@ impl Unit {
                 )
             }
         }
-    }
-
-    /// This rank's weights under the window, tile by tile, as they go to or come from their block `id`.
-    pub(crate) fn weight_buffers(
-        &self,
-        id: BlockId,
-    ) -> impl Iterator<Item = Result<TileBuffer>> + '_ {
-        let element = self.element_bytes(StateKey::WEIGHT);
-        (0..self.weight_tiles.count()).map(move |tile| {
-            let window = self
-                .weights
-                .window()
-                .expect("weights on disk have a window");
-            let flat = self.flat(&self.weight_tiles.range(tile));
-            let bytes = window.lease(byte_range(&flat, element))?;
-            Ok(TileBuffer { id, tile, bytes })
-        })
     }
 
     /// The range of the layout that `range` of this rank's shard is.

@@ -9,7 +9,7 @@ use zeroxide_optim::{encode_exact, encode_live};
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::homes::fill_initial;
-use crate::tile_io::cut_tiles;
+use crate::tile_io::{cut_tiles, weight_buffers};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, UnitWeights};
@@ -235,7 +235,7 @@ impl Core {
             Some(disk) => {
                 let this = &self.units[unit];
                 let live = fill.key == StateKey::WEIGHT && this.weights.on_disk();
-                let weights = live.then(|| this.weight_buffers(block(unit, StateKey::WEIGHT)));
+                let weights = live.then(|| weight_buffers(this, block(unit, StateKey::WEIGHT)));
                 let state = fill.collected.into_iter().flat_map(|(key, bytes)| {
                     let element = this.element_bytes(key);
                     cut_tiles(block(unit, key), this.state_tiles, element, bytes).map(Ok)

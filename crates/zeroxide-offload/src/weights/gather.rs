@@ -9,6 +9,7 @@ use zeroxide_storage::Completion;
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{OffloadError, Result, misuse};
+use crate::tile_io::weight_buffers;
 use crate::weights::cover::Under;
 use crate::weights::residence::{Residence, UnitWeights};
 
@@ -243,7 +244,7 @@ impl Core {
             return Ok(true);
         }
         let disk = self.disk();
-        for buffer in this.weight_buffers(weight_block(unit)) {
+        for buffer in weight_buffers(this, weight_block(unit)) {
             let buffer = buffer?;
             let tag = ((unit as u64) << TILE_BITS) | u64::from(buffer.tile);
             match disk.start_read(buffer, tag, &disk.arrivals.0) {
@@ -414,7 +415,7 @@ impl Core {
 
     fn verify_window(&self, unit: usize) -> Result<()> {
         let id = weight_block(unit);
-        let tiles = self.units[unit].weight_buffers(id);
+        let tiles = weight_buffers(&self.units[unit], id);
         let tiles = tiles.collect::<Result<Vec<_>>>()?;
         self.disk().verify_tiles(&self.pool, tiles)
     }

@@ -2,6 +2,7 @@
 
 use crate::core::Core;
 use crate::error::{Result, misuse};
+use crate::tile_io::weight_buffers;
 use crate::weights::gather::weight_block;
 use crate::weights::residence::Residence;
 
@@ -24,6 +25,7 @@ impl Core {
         self.finish_writes(unit)?;
         self.state.cache.clear();
         let id = weight_block(unit);
-        self.disk().write_tiles(self.units[unit].weight_buffers(id))
+        self.disk()
+            .write_tiles(weight_buffers(&self.units[unit], id))
     }
 }
