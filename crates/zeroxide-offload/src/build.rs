@@ -1,4 +1,4 @@
-//! Units as they begin: their memory leased, their windows reserved, their blocks listed.
+//! Units as they begin: their memory leased, their windows reserved, their blocks listed and the disk opened for them.
 
 use zeroxide_layout::{BlockId, StateKey, StateLayout, Tiling};
 use zeroxide_memory::{Bucket, Budget, Window};
@@ -6,14 +6,34 @@ use zeroxide_plan::{PlacedUnit, Placement};
 use zeroxide_storage::BlockSpec;
 
 use crate::core::to_usize;
+use crate::disk::Disk;
 use crate::error::{OffloadError, Result};
 use crate::homes::{GradArena, ShardArena, StateArena};
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
 use crate::unit::{StateBlocks, Unit};
+use crate::weights::Weights;
 use crate::weights::residence::{Residence, UnitWeights};
 
-/// The units, and what they keep on disk. `tensors`: the state of each.
-pub(crate) fn units(
+/// Everything that the units' weights and state lie in: the units, what their weights share, and the disk where anything
+/// is at home there. `tensors`: the state of each unit.
+pub(crate) fn reserve(
+    budget: &Budget,
+    settings: &Settings,
+    specs: &[UnitSpec],
+    tensors: &[StateLayout],
+    placement: &Placement,
+) -> Result<(Vec<Unit>, Weights, Option<Disk>)> {
+    let (units, blocks) = make_units(budget, settings, specs, tensors, placement)?;
+    let weights = Weights::new(budget, placement, settings.gathered_bytes)?;
+    let disk = match (placement.ring_tile(), placement.ring_minimum()) {
+        (Some(tile), Some(need)) => Some(Disk::open(budget, settings, (tile, need), blocks)?),
+        _ => None,
+    };
+    Ok((units, weights, disk))
+}
+
+/// The units, and what they keep on disk.
+fn make_units(
     budget: &Budget,
     settings: &Settings,
     specs: &[UnitSpec],

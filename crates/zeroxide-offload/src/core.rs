@@ -40,12 +40,8 @@ impl Core {
         let budget = Budget::new(settings.limit);
         let pool = Pool::new(settings.threads)?;
         let placement = settings.place_units(specs, &tensors)?;
-        let (units, blocks) = build::units(&budget, settings, specs, &tensors, &placement)?;
-        let weights = Weights::new(&budget, &placement, settings.gathered_bytes)?;
-        let disk = match (placement.ring_tile(), placement.ring_minimum()) {
-            (Some(tile), Some(need)) => Some(Disk::open(&budget, settings, (tile, need), blocks)?),
-            _ => None,
-        };
+        let (units, weights, disk) =
+            build::reserve(&budget, settings, specs, &tensors, &placement)?;
         let gradients = Gradients {
             transport: GradientTransport::new(&budget, settings, &placement)?,
             comm_dtype: settings.comm_dtype,
