@@ -56,15 +56,6 @@ class Hooks:
     ) -> None:
         self.gatherer = gatherer
         self.units = units
-        self.reducer = Reducer(
-            gatherer.core,
-            units,
-            self.begin_backward,
-            self._gradients_complete,
-            self._note_repeated,
-            lambda: gatherer.training,
-            grad_dtype,
-        )
         self.reduction = reduction
         self.moves = not gatherer.params_always_full and gatherer.home is not Home.HOST
         """Whether the memory under parameters is another unit's when they are not in use."""
@@ -107,6 +98,15 @@ class Hooks:
         # Prepended last, so that a pass begins before the first unit of it is gathered.
         self._add(module.register_forward_pre_hook(Hook(self._enter), prepend=True))
         self._add(module.register_forward_hook(Hook(self._leave), always_call=True))
+        self.reducer = Reducer(
+            gatherer.core,
+            units,
+            self.begin_backward,
+            self._gradients_complete,
+            self._note_repeated,
+            lambda: gatherer.training,
+            grad_dtype,
+        )
         self.strays = StrayReaders(gatherer.core, self) if self.moves and not gatherer.stays else None
 
     def _add(self, handle: Any) -> None:
