@@ -134,8 +134,8 @@ class Description:
         ]
         return {"files": [each.model_dump() for each in written], "pieces": pieces, "generators": self.generators}
 
-    def manifest(self, reports: Sequence[dict[str, Any]]) -> Manifest:
-        """The whole manifest from the reports of all ranks, in rank order. Only on rank 0."""
+    def manifest_text(self, reports: Sequence[dict[str, Any]]) -> str:
+        """The whole manifest from the reports of all ranks, in rank order, as it is written. Only on rank 0."""
         pieces: dict[tuple[str, str], list[Piece]] = {}
         for report in reports:
             for family, name, piece in report["pieces"]:
@@ -166,7 +166,7 @@ class Description:
         )
         # A hole here would be a fault of ours, and must not become a checkpoint.
         manifest.check()
-        return manifest
+        return manifest.text()
 
 
 def _frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class Save:
         """On rank 0, makes what all ranks wrote the checkpoint. Raises CheckpointError."""
         held = self._held_aside
         if held is not None:
-            text = self.description.manifest(reports).text()
+            text = self.description.manifest_text(reports)
             self._explained(lambda: held.commit(text, latest=self._save_latest))
 
     def close(self) -> None:
