@@ -54,10 +54,9 @@ class FakeRanks:
         return found
 
 
-def run_on(training, rank, world):
+def run_on(held, rank, world):
     """The runs of elements in slice `rank` of each unit's parameters laid end to end, trainable and frozen apart."""
     found = []
-    held = contents.param_records(training)
     for unit in sorted({each.unit for each in held}):
         for trainable in (True, False):
             members = [each for each in held if each.unit == unit and each.trainable is trainable]
@@ -79,13 +78,13 @@ def sharded(monkeypatch):
 
     real = contents.own_pieces
 
-    def own(training):
+    def own(training, held):
         fake = getattr(training.ranks, "fake", None)
-        return real(training) if fake is None else run_on(training, fake.rank, fake.world)
+        return real(training, held) if fake is None else run_on(held, fake.rank, fake.world)
 
     for module in (description, export):
         monkeypatch.setattr(module, "own_pieces", own, raising=False)
-    monkeypatch.setattr(load, "pieces_to_fill", lambda training, part: own(training))
+    monkeypatch.setattr(load, "pieces_to_fill", lambda training, held, part: own(training, held))
 
 
 def join(engines):
@@ -118,7 +117,7 @@ def own_state(engine):
     """Every bit of the state that this rank owns, by (name, part, start)."""
     found = {}
     fake = getattr(engine.parts.ranks, "fake", None) or Ranks()
-    for run in run_on(engine.training_state, fake.rank, fake.world):
+    for run in run_on(contents.param_records(engine.training_state), fake.rank, fake.world):
         for part in PARTS:
             values = torch.empty(run.count)
             engine.parts.core().read_param(run.held.unit, run.held.position, part, run.start, spec(values))

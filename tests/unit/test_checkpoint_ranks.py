@@ -86,7 +86,7 @@ def test_every_rank_writes_its_own_share_and_no_element_twice(make, tmp_path):
 
 def test_ranks_may_hold_their_slices_in_any_order(make, tmp_path, monkeypatch):
     real = several_ranks.run_on
-    monkeypatch.setattr(several_ranks, "run_on", lambda engine, rank, world: real(engine, world - 1 - rank, world))
+    monkeypatch.setattr(several_ranks, "run_on", lambda held, rank, world: real(held, world - 1 - rank, world))
     savers = world(make, 3, steps=1)
     expected = put_together(savers)
     save(savers, tmp_path / "out")

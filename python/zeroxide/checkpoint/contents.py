@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -115,14 +115,17 @@ class ElementRange:
     count: int
 
 
-def own_pieces(training: TrainingState) -> list[ElementRange]:
-    """What this rank saves, in the order of the core: over all ranks, every element of every parameter once."""
-    return _runs(training, training.core.pieces)
+def own_pieces(training: TrainingState, records: Sequence[ParamRecord]) -> list[ElementRange]:
+    """What this rank saves of its parameters' `records`, in the order of the core: over all ranks, every element of
+    every parameter once."""
+    return _runs(training, records, training.core.pieces)
 
 
-def _runs(training: TrainingState, pieces: Callable[[int], list[tuple[int, int, int]]]) -> list[ElementRange]:
+def _runs(
+    training: TrainingState, records: Sequence[ParamRecord], pieces: Callable[[int], list[tuple[int, int, int]]]
+) -> list[ElementRange]:
     word = training.compute.itemsize
-    held = {(each.unit, each.position): each for each in param_records(training)}
+    held = {(each.unit, each.position): each for each in records}
     return [
         _run(held[unit.index, position], start, count, word)
         for unit in training.units
@@ -138,15 +141,15 @@ def _run(held: ParamRecord, start: int, count: int, word: int) -> ElementRange:
     return ElementRange(held, first, min(count * word // size, held.numel - first))
 
 
-def pieces_to_fill(training: TrainingState, part: str) -> list[ElementRange]:
+def pieces_to_fill(training: TrainingState, records: Sequence[ParamRecord], part: str) -> list[ElementRange]:
     """What this rank must be given of a part when state is loaded: everything of what every rank keeps, else its shard.
 
     Every rank keeps the weights up to stage 2, and the moments at stage 0. A shard is what this rank saves and what the
     other replicas of it save.
     """
     if training.keeps_whole(part):
-        return [ElementRange(held, 0, held.numel) for held in param_records(training)]
-    return _runs(training, training.core.kept_pieces)
+        return [ElementRange(held, 0, held.numel) for held in records]
+    return _runs(training, records, training.core.kept_pieces)
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -53,7 +53,8 @@ class _Export:
         self.team = team
         self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}
-        for run in own_pieces(training):
+        records = param_records(training)
+        for run in own_pieces(training, records):
             self.runs.setdefault(run.held.name, []).append(run)
         self.buffers = persistent_buffers(training.module)
         for name, buffer in self.buffers.items():
@@ -65,7 +66,7 @@ class _Export:
                 )
         tensors = [
             Tensor(held.name, training.compute if held.trainable else held.dtype, held.shape)
-            for held in param_records(training)
+            for held in records
             if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]

@@ -194,7 +194,7 @@ class _Load:
         units = list(dict.fromkeys(held.unit for held in self.held))
         mine: dict[tuple[int, str], list[ElementRange]] = {}
         for part in parts:
-            for run in pieces_to_fill(self.training, part):
+            for run in pieces_to_fill(self.training, self.held, part):
                 mine.setdefault((run.held.unit, part), []).append(run)
         for unit in units:
             for part in parts:

@@ -94,7 +94,7 @@ class Description:
         return {name: copy_of(buffer) for name, buffer in buffers.items()} if frozen_in_time else buffers
 
     def _families(self, training: TrainingState, include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
-        own = own_pieces(training)
+        own = own_pieces(training, self._held)
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
             held.name: Tensor(held.name, held.dtype, held.shape)
