@@ -307,9 +307,9 @@ def test_a_rank_that_fails_fails_all_when_they_meet(pair, tmp_path, monkeypatch,
         return real_leave(self, report)
 
     monkeypatch.setattr(save.Save, "_write_files", write)
-    real_leave = background._Background._leave
+    real_leave = background.BackgroundSave._leave
     if silent:
-        monkeypatch.setattr(background._Background, "_leave", leave)
+        monkeypatch.setattr(background.BackgroundSave, "_leave", leave)
     on_all(pair, lambda engine: engine.save_checkpoint(tmp_path / "out", "two"))
     for engine in pair:
         train(engine, 1, 2)

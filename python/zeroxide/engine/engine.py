@@ -24,7 +24,7 @@ from zeroxide.zero.access.state_dict import full_state_dict, load_given_state_di
 from zeroxide.zero.untraced import leave_untraced
 
 if TYPE_CHECKING:
-    from zeroxide.checkpoint.save.background import Saver
+    from zeroxide.checkpoint.save.saver import Saver
 
 __all__ = ["Engine"]
 
@@ -208,7 +208,7 @@ class Engine(Accessors, nn.Module):
 
     def _saves(self) -> Saver:
         if self._saver is None:
-            from zeroxide.checkpoint.save.background import Saver
+            from zeroxide.checkpoint.save.saver import Saver
 
             self._saver = Saver(self.training_state)
         return self._saver

@@ -27,14 +27,14 @@ import torch
 
 from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, LiveState
 from zeroxide.checkpoint.format.stream import write_all
-from zeroxide.checkpoint.save.save import Save, save_checkpoint
-from zeroxide.checkpoint.save.snapshot import Slab, Slabs, SlabStaging, SnapshotEnded, available_memory
+from zeroxide.checkpoint.save.save import Save
+from zeroxide.checkpoint.save.snapshot import Slab, Slabs, SlabStaging, SnapshotEnded
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
     from zeroxide.engine.training_state import TrainingState
 
-__all__ = ["Saver"]
+__all__ = ["BackgroundSave"]
 
 logger = logging.getLogger("zeroxide")
 
@@ -45,79 +45,7 @@ PATIENCE_SECONDS = 15.0
 """How long rank 0 waits for files that do not grow, once it is not known that the other ranks go on."""
 
 
-class Saver:
-    """All saves of one engine on this rank, at most one of them under way, and what they took."""
-
-    def __init__(self, training: TrainingState) -> None:
-        self._training = training
-        self._under_way: _Background | None = None
-        training.on_change(self.before_update)
-        self._stats = {"saves": 0, "bytes": 0, "seconds_stopped": 0.0, "seconds_writing": 0.0, "memory_peak": 0}
-
-    def save(
-        self, save_dir: Path, tag: str | None, client_state: dict[str, Any], save_latest: bool, include_frozen: bool
-    ) -> Path:
-        """A save as the config says: in the background, or done when this returns. Concludes the one before."""
-        start = time.perf_counter()
-        try:
-            self.conclude()
-            asked = (self._training, save_dir, tag, client_state, save_latest, include_frozen)
-            if not self._training.in_background:
-                path, size = save_checkpoint(*asked)
-                self._stats["bytes"] += size
-                self._stats["seconds_writing"] += time.perf_counter() - start
-            else:
-                save = Save(*asked, frozen_in_time=True)
-                self._under_way = _Background(self._training, save, self._memory(save))
-                path = save.target
-            self._stats["saves"] += 1
-            return path
-        finally:
-            self._stats["seconds_stopped"] += time.perf_counter() - start
-
-    def _memory(self, save: Save) -> int:
-        room = self._training.staging_memory
-        if room is None:
-            room = available_memory() // 2 // self._training.ranks.local_world
-        return min(room, save.description.bytes)
-
-    def before_update(self) -> None:
-        """Waits until the state of parameters may change. What fails is kept for `conclude`."""
-        if self._under_way is not None:
-            start = time.perf_counter()
-            self._under_way.captured.wait()
-            self._stats["seconds_stopped"] += time.perf_counter() - start
-
-    def conclude(self) -> Path | None:
-        """Waits for the save under way; its path, or None. Raises CheckpointError if it failed, once, on all ranks."""
-        return self._end(meet=True)
-
-    def finish(self) -> None:
-        """Like `conclude`, without meeting the other ranks: raises what is known on this one."""
-        self._end(meet=False)
-
-    def _end(self, *, meet: bool) -> Path | None:
-        background, self._under_way = self._under_way, None
-        if background is None:
-            return None
-        start = time.perf_counter()
-        try:
-            background.conclude(meet=meet)
-            return background.target
-        finally:
-            self._stats["seconds_stopped"] += time.perf_counter() - start
-            self._stats["bytes"] += background.bytes
-            self._stats["seconds_writing"] += background.seconds
-            self._stats["memory_peak"] = max(self._stats["memory_peak"], background.slabs.peak)
-
-    def stats(self) -> dict[str, Any]:
-        """Numbers so far; see `Engine.checkpoint_stats`."""
-        now = self._under_way
-        memory = 0 if now is None else now.slabs.held
-        return {**self._stats, "memory": memory, "under_way": now is not None and now.is_alive()}
-
-
-class _Background:
+class BackgroundSave:
     """One save under way."""
 
     def __init__(self, training: TrainingState, save: Save, memory: int) -> None:
