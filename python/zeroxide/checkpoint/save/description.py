@@ -10,6 +10,7 @@ import torch
 from zeroxide import _core
 from zeroxide.checkpoint.contents import (
     WEIGHTS,
+    ElementRange,
     LiveState,
     own_pieces,
     param_records,
@@ -63,6 +64,7 @@ class Description:
     ) -> None:
         self._leads = rank == 0
         self._held = param_records(training)
+        own = own_pieces(training, self._held)
         self._by_name = {held.name: held for held in self._held}
         self._states = state_names(self._held)
         self._buffers = self._checked_buffers(training, frozen_in_time)
@@ -74,7 +76,7 @@ class Description:
         mark = f"rank{rank:05}-" if world > 1 else ""
         self.files = [
             (f"{family}-{mark}{number:05}.safetensors", cuts)
-            for family, wanted in self._families(training, include_frozen)
+            for family, wanted in self._families(own, include_frozen)
             for number, cuts in enumerate(cut_into_files(wanted, cutting.FILE_BYTES, pieces=True), 1)
         ]
         self.payload = sum(cut.entry.bytes for _, cuts in self.files for cut in cuts)
@@ -93,8 +95,7 @@ class Description:
                 )
         return {name: copy_of(buffer) for name, buffer in buffers.items()} if frozen_in_time else buffers
 
-    def _families(self, training: TrainingState, include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
-        own = own_pieces(training, self._held)
+    def _families(self, own: Sequence[ElementRange], include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
             held.name: Tensor(held.name, held.dtype, held.shape)
