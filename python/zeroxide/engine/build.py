@@ -32,6 +32,7 @@ from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak
 from zeroxide.engine.report import Timers
+from zeroxide.engine.resident import resident_without
 from zeroxide.engine.update import Updater
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
@@ -48,7 +49,7 @@ from zeroxide.zero.gather.weight_gather import WeightGather, make_weight_gather
 from zeroxide.zero.guard import ModelGuard
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
-from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_meta_parameters, resident_without
+from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_meta_parameters
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import has_values, in_compute_memory, spec, storage_address
+from zeroxide.device.placement import has_values, spec
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, UnitPlan
-from zeroxide.precision.bits import bytes_of, converted, tensor_of, why_not_bytes
+from zeroxide.precision.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import share_buffers
 from zeroxide.zero.init.slices import slice_of
 
-__all__ = ["WeightSource", "fill_units", "replace_meta_parameters", "resident_without"]
+__all__ = ["WeightSource", "fill_units", "replace_meta_parameters"]
 
 
 class WeightSource(Protocol):
@@ -34,18 +34,6 @@ class WeightSource(Protocol):
         the modules that own them, whose parameters and buffers are real during the call. Modules that own only
         buffers come in a last call with no tensors.
         """
-
-
-def resident_without(module: nn.Module) -> int:
-    """Resident bytes of the process less those of the model's parameters, which move into the core's buckets."""
-    storages = {
-        storage_address(param): param.untyped_storage().nbytes()
-        for param in module.parameters()
-        if in_compute_memory(param) and param.numel() and why_not_bytes(param) is None
-    }
-    slices = (slice_of(param) for param in module.parameters())
-    storages.update({-1 - at: each.nbytes for at, each in enumerate(slices) if each is not None})
-    return max(0, _core.resident()["rss"] - sum(storages.values()))
 
 
 def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
