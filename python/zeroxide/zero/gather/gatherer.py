@@ -52,10 +52,7 @@ class GatherOrder:
 
 
 class Gatherer:
-    """Brings units where they are used. The one place that knows compute memory to be host memory.
-
-    For another device the gather ends with a copy from the unit's home into a device buffer; hooks and engine only
-    see `gather` and `release`.
+    """Brings units where they are used, and lets them go again. Where compute memory is, `device/placement.py` knows.
 
     `params_always_full`: parameters show their values at all times. `home`: where weights are between uses. In host
     memory, the
