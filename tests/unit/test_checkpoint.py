@@ -92,9 +92,9 @@ def test_chunks_smaller_than_parameters_give_the_same_bits(make, tmp_path, monke
     saver = make("nvme", "split")
     train(saver, 0, 2)
     whole = saver.save_checkpoint(tmp_path / "out", tag="whole")
-    from zeroxide.checkpoint import contents
+    from zeroxide.checkpoint import live_state
 
-    monkeypatch.setattr(contents.Staging.__init__, "__defaults__", (100,))
+    monkeypatch.setattr(live_state.Staging.__init__, "__defaults__", (100,))
     cut = saver.save_checkpoint(tmp_path / "out", tag="cut")
     for file in whole.glob("*.safetensors"):
         assert file.read_bytes() == (cut / file.name).read_bytes()

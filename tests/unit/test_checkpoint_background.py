@@ -9,7 +9,7 @@ from checkpointing import Model, assemble, assert_same, freeze, state, train
 from several_ranks import join, on_all, put_together
 
 import zeroxide
-from zeroxide.checkpoint import contents
+from zeroxide.checkpoint import contents, live_state
 from zeroxide.checkpoint.format import cutting
 from zeroxide.checkpoint.save import snapshot
 from zeroxide.checkpoint.save.snapshot import Slabs, SnapshotEnded
@@ -89,8 +89,8 @@ def test_the_files_are_those_of_a_save_in_the_foreground(background, make, tmp_p
 
 @pytest.mark.parametrize("home", [("none", "split"), ("nvme", "split")], ids="-".join)
 def test_too_little_memory_makes_the_update_wait_and_not_the_forward(background, make, tmp_path, monkeypatch, home):
-    monkeypatch.setattr(contents, "CHUNK_ELEMENTS", 1 << 16)
-    monkeypatch.setattr(contents.Staging.__init__, "__defaults__", (1 << 16,))
+    monkeypatch.setattr(live_state, "CHUNK_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(live_state.Staging.__init__, "__defaults__", (1 << 16,))
     monkeypatch.setattr("zeroxide.checkpoint.save.background.CHUNK_BYTES", 4 << 16)
     gate = Gate(monkeypatch, after=3)
     saver = background(*home, memory=1 << 20, model=Model(**LARGE))

@@ -165,9 +165,9 @@ def test_schedule_without_optimizer(make, tmp_path):
 
 @pytest.mark.parametrize("here", [("none", "fp32"), ("nvme", "split"), ("nvme", "fp32")], ids="-".join)
 def test_frozen_parameters_that_were_left_out_stay(make, tmp_path, here, monkeypatch):
-    from zeroxide.checkpoint import contents
+    from zeroxide.checkpoint import live_state
 
-    monkeypatch.setattr(contents.Staging.__init__, "__defaults__", (1000,))
+    monkeypatch.setattr(live_state.Staging.__init__, "__defaults__", (1000,))
     saver = make("nvme", "split", model=freeze(Model()))
     train(saver, 0, 2)
     path = saver.save_checkpoint(tmp_path / "out", exclude_frozen_parameters=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from zeroxide import _core
-from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, WEIGHTS
+from zeroxide.checkpoint.contents import WEIGHTS
 from zeroxide.checkpoint.convert.deepspeed import is_deepspeed, read_deepspeed
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.convert.portable import Portable, PortableParameter, read_own
@@ -30,6 +30,7 @@ from zeroxide.checkpoint.format.manifest import (
     SavedScheduler,
 )
 from zeroxide.checkpoint.format.stream import StreamWriter, saved_name
+from zeroxide.checkpoint.live_state import CHUNK_ELEMENTS
 from zeroxide.errors import CheckpointError, ConfigError, StorageError
 from zeroxide.precision.bits import ORDINARY, bytes_of, converted, copy_of, why_not_bytes
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import ElementRange, LiveState, Staging, own_pieces, param_records, persistent_buffers
+from zeroxide.checkpoint.contents import ElementRange, own_pieces, param_records, persistent_buffers
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.format.cutting import Tensor
+from zeroxide.checkpoint.live_state import LiveState, Staging
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.precision.bits import bytes_of, why_not_bytes
 

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import WEIGHTS, Staging
+from zeroxide.checkpoint.contents import WEIGHTS
 from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import read_manifest
 from zeroxide.checkpoint.format.stream import SAVED
+from zeroxide.checkpoint.live_state import Staging
 from zeroxide.checkpoint.load.source import Sources
 from zeroxide.precision.bits import bytes_of, tensor_of
 from zeroxide.zero.names import plain_name

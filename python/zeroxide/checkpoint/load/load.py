@@ -18,8 +18,6 @@ from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import (
     WEIGHTS,
     ElementRange,
-    LiveState,
-    Staging,
     param_records,
     persistent_buffers,
     pieces_to_fill,
@@ -30,6 +28,7 @@ from zeroxide.checkpoint.format import generators
 from zeroxide.checkpoint.format.commit import find, holds_nothing
 from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import Manifest, Piece, SavedBuffer, SavedParameter, read_manifest
+from zeroxide.checkpoint.live_state import LiveState, Staging
 from zeroxide.checkpoint.load.match import match_buffers, match_groups, match_parameters, match_rules
 from zeroxide.checkpoint.load.source import Sources
 from zeroxide.checkpoint.load.spill_file import SpillFile

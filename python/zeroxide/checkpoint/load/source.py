@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import Staging
 from zeroxide.checkpoint.format.header import read_header
 from zeroxide.checkpoint.format.manifest import Piece, SavedFile, looks_pickled
 from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, digest, read_into, stored_dtype
+from zeroxide.checkpoint.live_state import Staging
 from zeroxide.errors import CheckpointError
 
 __all__ = ["Sources"]

@@ -14,8 +14,9 @@ from types import TracebackType
 
 import torch
 
-from zeroxide.checkpoint.contents import ElementRange, LiveState, Staging, value_dtype
+from zeroxide.checkpoint.contents import ElementRange, value_dtype
 from zeroxide.checkpoint.format.stream import bytes_of, read_into, write_all
+from zeroxide.checkpoint.live_state import LiveState, Staging
 
 __all__ = ["SpillFile"]
 

@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeroxide.checkpoint.contents import CHUNK_ELEMENTS, LiveState
 from zeroxide.checkpoint.format.stream import write_all
+from zeroxide.checkpoint.live_state import CHUNK_ELEMENTS, LiveState
 from zeroxide.checkpoint.save.save import Save
 from zeroxide.checkpoint.save.snapshot import Slab, Slabs, SlabStaging, SnapshotEnded
+from zeroxide.checkpoint.save.values import values
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -76,8 +77,8 @@ class BackgroundSave:
         staging = SlabStaging(self.slabs)
         try:
             live = LiveState(self._training, staging)
-            for values in self._save.description.values(live):
-                self._chunks.put((values, staging.last()))
+            for chunk in values(self._save.description, live):
+                self._chunks.put((chunk, staging.last()))
         except SnapshotEnded:
             pass  # the writer says why
         except BaseException as error:
@@ -95,10 +96,10 @@ class BackgroundSave:
                 return
             if isinstance(found, BaseException):
                 raise found
-            values, slab = found
+            chunk, slab = found
             # Counted before it is handed out: whoever takes the last one need not come back.
-            self.bytes += values.nbytes
-            yield values
+            self.bytes += chunk.nbytes
+            yield chunk
             if slab is not None:
                 self.slabs.give_back(slab)
 

@@ -11,7 +11,6 @@ from zeroxide import _core
 from zeroxide.checkpoint.contents import (
     WEIGHTS,
     ElementRange,
-    LiveState,
     own_pieces,
     param_records,
     persistent_buffers,
@@ -23,18 +22,12 @@ from zeroxide.checkpoint.format.json_codec import encode
 from zeroxide.checkpoint.format.manifest import (
     Counters,
     Group,
-    Manifest,
-    Piece,
-    SavedBuffer,
-    SavedFile,
     SavedLossScale,
-    SavedParameter,
     SavedScheduler,
 )
-from zeroxide.checkpoint.format.stream import saved_name
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import plain
-from zeroxide.precision.bits import bytes_of, copy_of, why_not_bytes
+from zeroxide.precision.bits import copy_of, why_not_bytes
 
 if TYPE_CHECKING:
     from zeroxide.engine.training_state import TrainingState
@@ -63,16 +56,16 @@ class Description:
         frozen_in_time: bool,
     ) -> None:
         self._leads = rank == 0
-        self._held = param_records(training)
-        own = own_pieces(training, self._held)
-        self._by_name = {held.name: held for held in self._held}
-        self._states = state_names(self._held)
-        self._buffers = self._checked_buffers(training, frozen_in_time)
+        self.records = param_records(training)
+        own = own_pieces(training, self.records)
+        self.by_name = {held.name: held for held in self.records}
+        self._states = state_names(self.records)
+        self.buffers = self._checked_buffers(training, frozen_in_time)
         self.generators = generators.read()
         if self._leads:
             # What only rank 0 writes, only rank 0 need be able to write.
-            self._frame = _frame(training, client_state)
-            self._updates = [training.core.updates(held.unit, held.position) for held in self._held]
+            self.frame = _frame(training, client_state)
+            self.updates = [training.core.updates(held.unit, held.position) for held in self.records]
         mark = f"rank{rank:05}-" if world > 1 else ""
         self.files = [
             (f"{family}-{mark}{number:05}.safetensors", cuts)
@@ -99,12 +92,12 @@ class Description:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
             held.name: Tensor(held.name, held.dtype, held.shape)
-            for held in self._held
+            for held in self.records
             if held.trainable or include_frozen
         }
         families = [(WEIGHTS, weights)]
         for state in self._states:
-            having = [held for held in self._held if state in held.states]
+            having = [held for held in self.records if state in held.states]
             families.append((state, {held.name: Tensor(held.name, torch.float32, held.shape) for held in having}))
         for family, tensors in families:
             yield (
@@ -112,62 +105,7 @@ class Description:
                 [Cut(tensors[run.held.name], run.start, run.count) for run in own if run.held.name in tensors],
             )
         if self._leads:
-            yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in self._buffers.items())
-
-    def values(self, live: LiveState) -> Iterator[torch.Tensor]:
-        """The elements of all files, in order, as they are stored. Each tensor is valid until the next one is taken."""
-        for name, cuts in self.files:
-            family = name.partition("-")[0]
-            for cut in cuts:
-                if family != BUFFERS:
-                    held = self._by_name[cut.tensor.name]
-                    yield from live.chunks(held, family, cut.start, cut.count, cut.tensor.dtype)
-                else:
-                    flat = bytes_of(self._buffers[cut.tensor.name]).view(cut.tensor.dtype)
-                    yield flat[cut.start : cut.start + cut.count]
-
-    def report(self, written: Sequence[SavedFile]) -> dict[str, Any]:
-        """What rank 0 needs to know of the files of this rank, as JSON."""
-        pieces = [
-            [name.partition("-")[0], cut.tensor.name, _piece(name, cut).model_dump()]
-            for name, cuts in self.files
-            for cut in cuts
-        ]
-        return {"files": [each.model_dump() for each in written], "pieces": pieces, "generators": self.generators}
-
-    def manifest_text(self, reports: Sequence[dict[str, Any]]) -> str:
-        """The whole manifest from the reports of all ranks, in rank order, as it is written. Only on rank 0."""
-        pieces: dict[tuple[str, str], list[Piece]] = {}
-        for report in reports:
-            for family, name, piece in report["pieces"]:
-                pieces.setdefault((family, name), []).append(Piece(**piece))
-        for found in pieces.values():
-            found.sort(key=lambda piece: piece.start)
-        manifest = Manifest(
-            **self._frame,
-            generators=[report["generators"] for report in reports],
-            parameters=[
-                SavedParameter(
-                    names=list(held.names),
-                    shape=list(held.shape),
-                    trainable=held.trainable,
-                    opaque=held.opaque,
-                    updates=updates,
-                    group=held.group,
-                    weights=pieces.get((WEIGHTS, held.name), []),
-                    state={name: pieces[name, held.name] for name in held.states if (name, held.name) in pieces},
-                )
-                for held, updates in zip(self._held, self._updates, strict=True)
-            ],
-            buffers=[
-                SavedBuffer(name=name, shape=list(buffer.shape), pieces=pieces[BUFFERS, name])
-                for name, buffer in self._buffers.items()
-            ],
-            files=[SavedFile(**file) for report in reports for file in report["files"]],
-        )
-        # A hole here would be a fault of ours, and must not become a checkpoint.
-        manifest.check()
-        return manifest.text()
+            yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in self.buffers.items())
 
 
 def _frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:
@@ -193,11 +131,6 @@ def _frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, A
             for number, group in enumerate(training.optimizer.hyperparameters())
         ],
     }
-
-
-def _piece(file: str, cut: Cut) -> Piece:
-    entry = cut.entry
-    return Piece(file=file, key=entry.key, start=cut.start, count=cut.count, dtype=saved_name(cut.tensor.dtype))
 
 
 def _scheduler(scheduler: Any) -> SavedScheduler | None:

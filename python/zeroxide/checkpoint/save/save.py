@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import LiveState, Staging
 from zeroxide.checkpoint.format import commit
 from zeroxide.checkpoint.format.manifest import SavedFile
 from zeroxide.checkpoint.format.stream import StreamWriter
+from zeroxide.checkpoint.live_state import LiveState, Staging
 from zeroxide.checkpoint.save.description import Description
+from zeroxide.checkpoint.save.reports import manifest_text, report
+from zeroxide.checkpoint.save.values import values
 from zeroxide.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def save_checkpoint(
     save = Save(training, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
     live = LiveState(training, Staging())
     try:
-        reports = save.team.together(lambda: save.write(save.description.values(live)), save.target)
+        reports = save.team.together(lambda: save.write(values(save.description, live)), save.target)
         save.team.together(lambda: save.commit(reports), save.target)
     finally:
         save.close()
@@ -123,16 +125,16 @@ class Save:
                 path=self.target,
             )
 
-    def write(self, values: Iterator[torch.Tensor]) -> dict[str, Any]:
+    def write(self, chunks: Iterator[torch.Tensor]) -> dict[str, Any]:
         """Writes the files of this rank, makes them durable and returns the report of them. Raises CheckpointError."""
-        return self._explained(lambda: self.description.report(list(self._write_files(values))))
+        return self._explained(lambda: report(self.description, list(self._write_files(chunks))))
 
-    def _write_files(self, values: Iterator[torch.Tensor]) -> Iterator[SavedFile]:
+    def _write_files(self, chunks: Iterator[torch.Tensor]) -> Iterator[SavedFile]:
         for name, cuts in self.description.files:
             with StreamWriter(self.aside / name, [cut.entry for cut in cuts], {}) as writer:
                 left = sum(cut.count for cut in cuts)
                 while left:
-                    chunk = next(values)
+                    chunk = next(chunks)
                     writer.write(chunk)
                     left -= chunk.numel()
                     # Not held any longer than its turn lasts.
@@ -145,7 +147,7 @@ class Save:
         """On rank 0, makes what all ranks wrote the checkpoint. Raises CheckpointError."""
         held = self._held_aside
         if held is not None:
-            text = self.description.manifest_text(reports)
+            text = manifest_text(self.description, reports)
             self._explained(lambda: held.commit(text, latest=self._save_latest))
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from zeroxide.checkpoint.contents import Staging
+from zeroxide.checkpoint.live_state import Staging
 from zeroxide.device.placement import of_buffer
 
 __all__ = ["Slab", "SlabStaging", "Slabs", "SnapshotEnded", "available_memory"]
