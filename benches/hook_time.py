@@ -6,8 +6,8 @@
 Two ranks of one thread, weights and state in host memory, or with --offload nvme on disk. Every entry that autograd or
 a module calls (before and after forward, before backward, a gradient that arrived, the ends of passes) is timed from
 its first line to its last; what it spends inside the Rust core, which holds no Python lock, is timed as well and taken
-off. The timers themselves count as hooks, so the share printed is an upper bound. The steps are timed without them, in
-turns; both are those of the rank whose share is largest.
+off. What takes a gradient is Rust and times itself; the other timers count as hooks, so the share printed is an upper
+bound. The steps are timed without them, in turns; both are those of the rank whose share is largest.
 """
 
 from __future__ import annotations
