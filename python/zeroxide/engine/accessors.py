@@ -66,7 +66,7 @@ class Accessors:
     @property
     def dp_world_size(self) -> int:
         """Ranks that share the data."""
-        return self.parts.ranks.world
+        return self.parts.accumulation.world
 
     def zero_optimization_stage(self) -> int:
         """ZeRO stage of the config."""

@@ -46,6 +46,7 @@ class Accumulation:
         self.steps = config.batch.gradient_accumulation_steps
         """Micro-batches per optimizer step."""
         self.world = world
+        """Ranks that take different samples."""
         self.counters = counters
         self.boundary: bool | None = None
         """What the caller said of the next `step`; None leaves it to the config."""

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
-from zeroxide.distributed import Ranks, Watch, agree, model_facts, start, version_facts
+from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import check_schedule, loader_for, schedule_for
 from zeroxide.engine.engine import Engine
@@ -143,10 +143,13 @@ class Build:
         agree(self.ranks, {**version_facts(), **model_facts(self.module), **config_facts(self.config), **given})
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
+        self.batch_group = ProcessMesh(self.ranks.rank, self.ranks.world, self.config.mesh).batch_group()
 
     def make_loader(self) -> None:
         """Makes the data loader."""
-        self.loader = loader_for(self.config, self.asked.training_data, self.asked.collate_fn, self.ranks)
+        self.loader = loader_for(
+            self.config, self.asked.training_data, self.asked.collate_fn, self.ranks, self.batch_group
+        )
 
     # What becomes of the model is undone from here on ---------------------------------------------------------------
 
@@ -351,7 +354,7 @@ class Build:
                 loading=self.loading,
                 set_aside=self.set_aside,
                 counters=self.counters,
-                accumulation=Accumulation(self.config, self.ranks.world, self.counters, self.hooks.reducer),
+                accumulation=Accumulation(self.config, self.batch_group.size, self.counters, self.hooks.reducer),
                 scaler=self.scaler,
                 timers=self.timers,
                 peak=self.peak,

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 
 from zeroxide.config import Config
 from zeroxide.data.sampler import EpochSampler, ShardedIterable
-from zeroxide.distributed import Ranks, agree, sampler_facts
+from zeroxide.distributed import Group, Ranks, agree, sampler_facts
 from zeroxide.engine.accumulation import micro_batch_of
 from zeroxide.errors import ConfigError, DataError
 
@@ -51,9 +51,11 @@ def check_schedule(given: Any, optimizer: Any) -> None:
 
 
 def loader_for(
-    config: Config, data: Any, collate_fn: Callable[..., Any] | None, ranks: Ranks
+    config: Config, data: Any, collate_fn: Callable[..., Any] | None, ranks: Ranks, group: Group
 ) -> DataLoader[Any] | None:
     """A loader of this rank's share of `data`, in batches of one forward; None without data.
+
+    group: the ranks that take different samples, of all `ranks`.
 
     Raises ConfigError without a batch size, DataError where there is no whole batch, and RanksError on all ranks where
     they would draw differently.
@@ -62,20 +64,20 @@ def loader_for(
         return None
     batch = micro_batch_of(config)
     if hasattr(data, "__len__"):
-        size = math.ceil(len(data) / ranks.world)
+        size = math.ceil(len(data) / group.size)
         batches = size // batch if config.batch.dataloader_drop_last else math.ceil(size / batch)
         if batches == 0:
             raise DataError(
-                f"training_data has {size} samples for each of {ranks.world} ranks and a micro-batch takes {batch}: "
+                f"training_data has {size} samples for each of {group.size} ranks and a micro-batch takes {batch}: "
                 "there is no batch"
             )
     sampler: DistributedSampler[Any] | None = None
     shuffle = not isinstance(data, torch.utils.data.IterableDataset)
     # Data sets of Hugging Face say themselves when they are one rank's share.
-    if not shuffle and ranks.world > 1 and getattr(data, "_distributed", None) is None:
-        data = ShardedIterable(data, ranks.rank, ranks.world)
-    if shuffle and ranks.world > 1:
-        sampler = EpochSampler(data, ranks.world, ranks.rank, drop_last=config.batch.dataloader_drop_last)
+    if not shuffle and group.size > 1 and getattr(data, "_distributed", None) is None:
+        data = ShardedIterable(data, group.position, group.size)
+    if shuffle and group.size > 1:
+        sampler = EpochSampler(data, group.size, group.position, drop_last=config.batch.dataloader_drop_last)
     agree(ranks, {} if sampler is None else sampler_facts(sampler))
     return DataLoader(
         data,
