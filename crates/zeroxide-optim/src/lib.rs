@@ -8,7 +8,7 @@
 //! - [`sum_scaled`]: the sum of several ranks' gradients, in their order.
 //! - [`split`] and [`join`]: an fp32 master weight as a live bf16 weight and a 16-bit residual; [`encode_live`] and its
 //!   neighbours: whole values in and out of any format.
-//! - [`Pool`]: worker threads with a fixed map from task to thread.
+//! - [`Pool`]: the threads that the kernels run on, its own and those of an OpenMP runtime that is there anyway.
 //!
 //! What this crate never does: allocate on the hot path, read the environment, or let the result depend
 //! on how the work was cut. Every kernel is one plain loop whose elements do not depend on one another,

@@ -51,7 +51,8 @@ impl Pool {
 
     /// Runs `task(0)` to `task(num_tasks - 1)` and returns when all are done.
     ///
-    /// Task `i` always runs on thread `i % threads`: memory that a task touches first stays on that thread's NUMA node.
+    /// Task `i` always runs on thread `i % threads`: memory that a task touches first stays on that thread's NUMA node. A
+    /// pool of one thread lets the calling one work, which would do nothing but wait.
     ///
     /// # Panics
     /// If a task panics, after the other threads have finished theirs.
@@ -60,6 +61,10 @@ impl Pool {
             return;
         }
         let threads = self.threads();
+        if threads == 1 && flushes_denormals() == self.flushes {
+            (0..num_tasks).for_each(task);
+            return;
+        }
         self.workers.broadcast(|thread| {
             for index in (thread.index()..num_tasks).step_by(threads) {
                 task(index);

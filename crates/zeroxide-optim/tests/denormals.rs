@@ -5,6 +5,7 @@
 
 use std::arch::asm;
 use std::hint::black_box;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use zeroxide_optim::Pool;
 
@@ -22,10 +23,22 @@ fn flush_denormals(flush: bool) {
 /// For each of `items` items whether its thread flushes.
 fn flushing(pool: &Pool, items: usize) -> Vec<bool> {
     let mut found = vec![false; items];
-    pool.run_each(found.iter_mut().collect(), |_, flushes| {
-        *flushes = black_box(f32::from_bits(1)) * black_box(1.0) == 0.0;
-    });
+    pool.run_each(found.iter_mut().collect(), |_, found| *found = flushes());
     found
+}
+
+fn flushes() -> bool {
+    black_box(f32::from_bits(1)) * black_box(1.0) == 0.0
+}
+
+#[test]
+fn a_pool_of_one_thread_has_its_own_arithmetic_too() {
+    let pool = Pool::new(1).expect("threads");
+    flush_denormals(true);
+    let flushed = AtomicBool::new(false);
+    pool.run(1, |_| flushed.store(flushes(), Ordering::Relaxed));
+    flush_denormals(false);
+    assert!(!flushed.into_inner());
 }
 
 #[test]

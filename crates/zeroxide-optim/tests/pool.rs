@@ -67,9 +67,11 @@ fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
 }
 
 #[test]
-fn zero_threads_means_one() {
+fn zero_threads_means_one_and_that_is_the_callers() {
     let pool = Pool::new(0).expect("threads");
     assert_eq!(pool.threads(), 1);
+    let caller = Some(thread::current().id());
+    assert_eq!(owners(&pool, 3), vec![caller; 3]);
 }
 
 #[test]
