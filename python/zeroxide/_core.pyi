@@ -1,21 +1,20 @@
 """Rust core of zeroxide."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, final
+from inspect import Signature
+from typing import Any, ClassVar, Never, Self, final, type_check_only
 
 import torch
+from typing_extensions import disjoint_base
 
 __all__ = [
     "DEFAULT_STAGING_BYTES",
     "DEFAULT_TILE_ELEMENTS",
     "FRAME",
-    "SGD",
-    "Adagrad",
-    "Adam",
+    "RULES",
     "Bringer",
     "GradientHook",
     "IoEngine",
-    "Lion",
     "MeshPosition",
     "Offload",
     "Plan",
@@ -42,52 +41,31 @@ DEFAULT_STAGING_BYTES: int
 DEFAULT_TILE_ELEMENTS: int
 FRAME: int
 
+@disjoint_base
 class Rule:
-    """The base of all optimizer rules, which cannot be made."""
+    """The base of all optimizer rules, which cannot be made. A rule is made with all of its hyperparameters by name."""
 
-@final
-class Adam(Rule):
-    """Adam and `AdamW`."""
+    rule: ClassVar[str | None]
+    """What a parameter group calls it."""
 
-    def __new__(
-        cls,
-        *,
-        lr: float,
-        beta1: float,
-        beta2: float,
-        eps: float,
-        weight_decay: float,
-        decoupled: bool,
-        bias_correction: bool,
-    ) -> Adam: ...
+    def __new__(cls, *positional: Never, **hyperparameters: float) -> Self: ...
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
 
-@final
-class Lion(Rule):
-    """Lion."""
+@type_check_only
+class _OneRule(Rule):
+    __signature__: ClassVar[Signature]
+    hyperparameters: ClassVar[dict[str, float]]
+    """The usual value of each."""
 
-    def __new__(cls, *, lr: float, beta1: float, beta2: float, weight_decay: float) -> Lion: ...
-    def __eq__(self, value: object, /) -> bool: ...
-    def __ne__(self, value: object, /) -> bool: ...
+RULES: dict[str, type[_OneRule]]
+"""The class of each rule, by what a parameter group calls it."""
 
-@final
-class Adagrad(Rule):
-    """Adagrad."""
-
-    def __new__(
-        cls, *, lr: float, lr_decay: float, weight_decay: float, initial_accumulator_value: float, eps: float
-    ) -> Adagrad: ...
-    def __eq__(self, value: object, /) -> bool: ...
-    def __ne__(self, value: object, /) -> bool: ...
-
-@final
-class SGD(Rule):
-    """SGD with momentum."""
-
-    def __new__(cls, *, lr: float, momentum: float, dampening: float, weight_decay: float, nesterov: bool) -> SGD: ...
-    def __eq__(self, value: object, /) -> bool: ...
-    def __ne__(self, value: object, /) -> bool: ...
+# Every rule's class is also a name of the module. Those stand here that code names.
+class Adam(_OneRule): ...
+class Lion(_OneRule): ...
+class Adagrad(_OneRule): ...
+class SGD(_OneRule): ...
 
 @final
 class WeightHome:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import resource
@@ -148,6 +149,31 @@ def test_values_out_of_their_range():
     with pytest.raises(InvalidValueError) as caught:
         _core.state_tensors(_core.Adam(**ADAM), "fp32", "int4")
     assert caught.value.text == "int4"
+
+
+@pytest.mark.parametrize("name", _core.RULES)
+def test_a_rule_takes_its_hyperparameters_by_name_and_no_others(name):
+    rule = _core.RULES[name]
+    usual = rule.hyperparameters
+    assert getattr(_core, rule.__name__) is rule
+    assert list(inspect.signature(rule).parameters) == list(usual)
+    assert rule(**usual) == rule(**usual)
+    for each, value in usual.items():
+        assert each in rule.__doc__
+        other = (not value) if isinstance(value, bool) else value / 2 + 1e-3
+        if each != "nesterov":
+            assert rule(**{**usual, each: other}) != rule(**usual)
+        with pytest.raises(TypeError, match=f"^argument '{each}': "):
+            rule(**{**usual, each: "fast"})
+        fewer = {key: number for key, number in usual.items() if key != each}
+        with pytest.raises(TypeError, match=rf"{rule.__name__}.__new__\(\) misses .* '{each}'$"):
+            rule(**fewer)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'rate'"):
+        rule(**usual, rate=1.0)
+    with pytest.raises(TypeError, match="keyword arguments only"):
+        rule(1e-3, **usual)
+    with pytest.raises(TypeError, match=r"cannot create 'zeroxide\._core\.Rule' instances"):
+        _core.Rule(**usual)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 //! CPU optimizer kernels: one pass over a tile of optimizer state.
 //!
 //! What lives here:
-//! - [`update`]: one step of a rule ([`Optimizer`]: Adam, Lion, Adagrad, SGD) over the state tensors of a tile, in any
+//! - [`update`]: one step of a rule ([`Optimizer`]) over the state tensors of a tile, in any
 //!   storage format. All formats run the same per-element arithmetic and give the same bits.
 //! - [`accumulate`]: a gradient arriving in its home buffer, stored or accumulated, with its squared norm and
 //!   the non-finite check taken in the same pass.
@@ -38,5 +38,5 @@ pub use grad::Grad;
 pub use isa::{Isa, isa};
 pub use kernel::{update, update_with};
 pub use pool::Pool;
-pub use rules::{AdagradParams, AdamParams, LionParams, Optimizer, SgdParams, Step};
+pub use rules::*;
 pub use sum::{sum_scaled, sum_scaled_with};

@@ -24,7 +24,7 @@ mod _core {
     #[pymodule_export]
     use crate::offload::PyOffload;
     #[pymodule_export]
-    use crate::optimizer::{Adagrad, Adam, Lion, Rule, Sgd, state_tensors};
+    use crate::optimizer::{Rule, state_tensors};
     #[pymodule_export]
     use crate::plan::PyPlan;
     #[pymodule_export]
@@ -51,6 +51,7 @@ mod _core {
             "DEFAULT_STAGING_BYTES",
             zeroxide_plan::DEFAULT_STAGING_BYTES,
         )?;
+        crate::optimizer::add_rules(module)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }
 }

@@ -11,7 +11,7 @@ use zeroxide_optim::Optimizer;
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
-use crate::optimizer::AnyRule;
+use crate::optimizer::Rule;
 use crate::settings::{PySettings, PyUnitSpec};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
@@ -403,8 +403,8 @@ impl PyOffload {
     /// call, and each
     /// later use of a unit waits until that unit is done.
     #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
-    fn step(&self, py: Python<'_>, groups: Vec<AnyRule<'_>>, grad_scale: f64) -> PyResult<()> {
-        let groups: Vec<Optimizer> = groups.iter().map(AnyRule::optimizer).collect();
+    fn step(&self, py: Python<'_>, groups: Vec<PyRef<'_, Rule>>, grad_scale: f64) -> PyResult<()> {
+        let groups: Vec<Optimizer> = groups.iter().map(|rule| rule.optimizer()).collect();
         let done = py.detach(|| self.inner.step(&groups, grad_scale));
         map(py, done)
     }

@@ -9,11 +9,18 @@ use zeroxide_plan::{
 };
 
 use crate::errors::plan_to_python;
-use crate::optimizer::AnyRule;
+use crate::optimizer::Rule;
 use crate::words::{parse_dtype, parse_format, parse_transport};
 
 /// (name, [(elements, trainable)], held through backward, optimizer rule, format of the optimizer state, turn)
-type UnitTuple<'py> = (String, Vec<(u64, bool)>, bool, AnyRule<'py>, String, u32);
+type UnitTuple<'py> = (
+    String,
+    Vec<(u64, bool)>,
+    bool,
+    PyRef<'py, Rule>,
+    String,
+    u32,
+);
 
 fn unit_request(compute: Dtype, unit: UnitTuple<'_>) -> PyResult<UnitRequest> {
     let (name, params, held_through_backward, optimizer, format, turn) = unit;

@@ -7,7 +7,7 @@ use zeroxide_layout::ParamShape;
 use zeroxide_offload::{Mesh, MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
 use zeroxide_storage::EngineKind;
 
-use crate::optimizer::AnyRule;
+use crate::optimizer::Rule;
 use crate::words::{parse_dtype, parse_format, unknown};
 
 /// Defines enums that can also be made from their word, as configs and plans have it.
@@ -72,7 +72,7 @@ impl PyUnitSpec {
         params: Vec<(u64, bool)>,
         weights: PyRef<'_, PyWeightHome>,
         state: PyRef<'_, PyStateHome>,
-        optimizer: AnyRule<'_>,
+        optimizer: PyRef<'_, Rule>,
         format: &str,
         held_through_backward: bool,
     ) -> PyResult<Self> {

@@ -9,40 +9,28 @@
 
 use zeroxide_layout::{Moment, StateKey};
 
-use super::{Hyperparameters, Range, Rule, check, nearest};
+use super::{Hyperparameters, Rule, hyperparameters, nearest};
 use crate::convert::canonical;
-use crate::error::OptimError;
 
-/// Hyperparameters of Adagrad, named as in `torch.optim`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct AdagradParams {
-    /// Learning rate.
-    pub lr: f64,
-    /// By how much the learning rate falls with the number of updates.
-    pub lr_decay: f64,
-    /// `weight_decay * weight` is added to the gradient.
-    pub weight_decay: f64,
-    /// What the sum of squares starts from.
-    pub initial_accumulator_value: f64,
-    /// Added to the root of the sum of squares.
-    pub eps: f64,
-}
-
-impl Default for AdagradParams {
-    /// The defaults of `torch.optim.Adagrad`.
-    fn default() -> Self {
-        Self {
-            lr: 1e-2,
-            lr_decay: 0.0,
-            weight_decay: 0.0,
-            initial_accumulator_value: 0.0,
-            eps: 1e-10,
-        }
+hyperparameters! {
+    /// Hyperparameters of Adagrad, named as in `torch.optim`; the defaults of `torch.optim.Adagrad`.
+    pub struct AdagradParams {
+        /// Learning rate.
+        lr: f64 in NonNegative = 1e-2,
+        /// By how much the learning rate falls with the number of updates.
+        lr_decay: f64 in NonNegative = 0.0,
+        /// `weight_decay * weight` is added to the gradient.
+        weight_decay: f64 in NonNegative = 0.0,
+        /// What the sum of squares starts from.
+        initial_accumulator_value: f64 in NonNegative = 0.0,
+        /// Added to the root of the sum of squares.
+        eps: f64 in Epsilon = 1e-10,
     }
 }
 
 impl Hyperparameters for AdagradParams {
     const NAME: &'static str = "adagrad";
+    const TITLE: &'static str = "Adagrad";
     type Step = Constants;
 
     fn moments(&self) -> Vec<Moment> {
@@ -50,20 +38,6 @@ impl Hyperparameters for AdagradParams {
             key: StateKey::new("sum"),
             initial: nearest(self.initial_accumulator_value),
         }]
-    }
-
-    fn validate(&self) -> Result<(), OptimError> {
-        check(&[
-            ("lr", self.lr, Range::NonNegative),
-            ("lr_decay", self.lr_decay, Range::NonNegative),
-            ("weight_decay", self.weight_decay, Range::NonNegative),
-            (
-                "initial_accumulator_value",
-                self.initial_accumulator_value,
-                Range::NonNegative,
-            ),
-            ("eps", self.eps, Range::Epsilon),
-        ])
     }
 
     fn prepare(&self, step: u64, grad_scale: f64) -> Constants {

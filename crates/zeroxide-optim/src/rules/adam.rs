@@ -22,63 +22,38 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Prepared, Range, Rule, check, zeros};
+use super::{Hyperparameters, Prepared, Rule, hyperparameters, zeros};
 use crate::convert::{NAN_BITS, canonical};
-use crate::error::OptimError;
 use crate::kernel::Task;
 
-/// Hyperparameters of Adam and `AdamW`, named as in `torch.optim`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct AdamParams {
-    /// Learning rate.
-    pub lr: f64,
-    /// Decay of the first moment, in `[0, 1)`.
-    pub beta1: f64,
-    /// Decay of the second moment, in `[0, 1)`.
-    pub beta2: f64,
-    /// Added to the root of the second moment.
-    pub eps: f64,
-    /// Weight decay coefficient.
-    pub weight_decay: f64,
-    /// `true`: the weight shrinks by `lr * weight_decay` (`AdamW`); `false`: `weight_decay * weight` is added
-    /// to the gradient (Adam).
-    pub decoupled: bool,
-    /// Whether the moments are divided by `1 - beta^step`, as torch always does.
-    pub bias_correction: bool,
-}
-
-impl Default for AdamParams {
-    /// The defaults of `torch.optim.AdamW`.
-    fn default() -> Self {
-        Self {
-            lr: 1e-3,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: 1e-2,
-            decoupled: true,
-            bias_correction: true,
-        }
+hyperparameters! {
+    /// Hyperparameters of Adam and `AdamW`, named as in `torch.optim`; the defaults of `torch.optim.AdamW`.
+    pub struct AdamParams {
+        /// Learning rate.
+        lr: f64 in NonNegative = 1e-3,
+        /// Decay of the first moment, in `[0, 1)`.
+        beta1: f64 in BelowOne = 0.9,
+        /// Decay of the second moment, in `[0, 1)`.
+        beta2: f64 in BelowOne = 0.999,
+        /// Added to the root of the second moment.
+        eps: f64 in Epsilon = 1e-8,
+        /// Weight decay coefficient.
+        weight_decay: f64 in NonNegative = 1e-2,
+        /// `true`: the weight shrinks by `lr * weight_decay` (`AdamW`); `false`: `weight_decay * weight` is added
+        /// to the gradient (Adam).
+        decoupled: bool = true,
+        /// Whether the moments are divided by `1 - beta^step`, as torch always does.
+        bias_correction: bool = true,
     }
 }
 
 impl Hyperparameters for AdamParams {
     const NAME: &'static str = "adam";
+    const TITLE: &'static str = "Adam";
     type Step = AdamStep;
 
     fn moments(&self) -> Vec<Moment> {
         zeros(&["exp_avg", "exp_avg_sq"])
-    }
-
-    /// The ranges that torch accepts, but for values that fp32 cannot hold.
-    fn validate(&self) -> Result<(), OptimError> {
-        check(&[
-            ("lr", self.lr, Range::NonNegative),
-            ("beta1", self.beta1, Range::BelowOne),
-            ("beta2", self.beta2, Range::BelowOne),
-            ("eps", self.eps, Range::Epsilon),
-            ("weight_decay", self.weight_decay, Range::NonNegative),
-        ])
     }
 
     fn prepare(&self, step: u64, grad_scale: f64) -> AdamStep {

@@ -10,50 +10,30 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Range, Rule, check, nearest, zeros};
+use super::{Hyperparameters, Rule, hyperparameters, nearest, zeros};
 use crate::convert::canonical;
-use crate::error::OptimError;
 
-/// Hyperparameters of Lion, named as in the paper's code and in `DeepSpeed`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct LionParams {
-    /// Learning rate.
-    pub lr: f64,
-    /// How much of the momentum is in the direction of the update, in `[0, 1)`.
-    pub beta1: f64,
-    /// Decay of the momentum, in `[0, 1)`.
-    pub beta2: f64,
-    /// The weight shrinks by `lr * weight_decay`.
-    pub weight_decay: f64,
-}
-
-impl Default for LionParams {
-    /// The defaults of the paper's code.
-    fn default() -> Self {
-        Self {
-            lr: 1e-4,
-            beta1: 0.9,
-            beta2: 0.99,
-            weight_decay: 0.0,
-        }
+hyperparameters! {
+    /// Hyperparameters of Lion, named as in the paper's code and in `DeepSpeed`; the defaults of the paper's code.
+    pub struct LionParams {
+        /// Learning rate.
+        lr: f64 in NonNegative = 1e-4,
+        /// How much of the momentum is in the direction of the update, in `[0, 1)`.
+        beta1: f64 in BelowOne = 0.9,
+        /// Decay of the momentum, in `[0, 1)`.
+        beta2: f64 in BelowOne = 0.99,
+        /// The weight shrinks by `lr * weight_decay`.
+        weight_decay: f64 in NonNegative = 0.0,
     }
 }
 
 impl Hyperparameters for LionParams {
     const NAME: &'static str = "lion";
+    const TITLE: &'static str = "Lion";
     type Step = Constants;
 
     fn moments(&self) -> Vec<Moment> {
         zeros(&["exp_avg"])
-    }
-
-    fn validate(&self) -> Result<(), OptimError> {
-        check(&[
-            ("lr", self.lr, Range::NonNegative),
-            ("beta1", self.beta1, Range::BelowOne),
-            ("beta2", self.beta2, Range::BelowOne),
-            ("weight_decay", self.weight_decay, Range::NonNegative),
-        ])
     }
 
     fn prepare(&self, _step: u64, grad_scale: f64) -> Constants {

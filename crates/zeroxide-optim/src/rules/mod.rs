@@ -6,13 +6,9 @@
 
 mod adagrad;
 mod adam;
+mod hyperparameters;
 mod lion;
 mod sgd;
-
-pub use adagrad::AdagradParams;
-pub use adam::AdamParams;
-pub use lion::LionParams;
-pub use sgd::SgdParams;
 
 use std::fmt::Debug;
 
@@ -21,6 +17,9 @@ use zeroxide_layout::Moment;
 use crate::error::OptimError;
 use crate::kernel::Task;
 use crate::slot::Slot;
+
+pub(crate) use hyperparameters::{Fields, Range, Setting, hyperparameters};
+pub use hyperparameters::{Hyperparameter, Value};
 
 /// The constants of one step of one rule, which all elements share, with the update of one element.
 pub(crate) trait Rule: Copy + PartialEq + Debug {
@@ -40,17 +39,21 @@ pub(crate) trait Rule: Copy + PartialEq + Debug {
 }
 
 /// The hyperparameters of a rule.
-pub(crate) trait Hyperparameters: Copy + Default + PartialEq + Debug {
-    /// What a user calls the rule.
+pub(crate) trait Hyperparameters: Fields + Copy + Default + PartialEq + Debug {
+    /// What a user calls the rule in a parameter group.
     const NAME: &'static str;
+    /// What people call the rule.
+    const TITLE: &'static str;
     /// The constants of one step.
     type Step: Prepared;
 
     /// The rule's tensors, in the order of [`Rule::First`] and [`Rule::Second`].
     fn moments(&self) -> Vec<Moment>;
 
-    /// Checks every field against the range where the update is defined.
-    fn validate(&self) -> Result<(), OptimError>;
+    /// Checks every field against the range where the update is defined, and what must go together.
+    fn validate(&self) -> Result<(), OptimError> {
+        self.in_range()
+    }
 
     /// Prepares step number `step`, counted from 1. `grad_scale` multiplies every gradient first.
     fn prepare(&self, step: u64, grad_scale: f64) -> Self::Step;
@@ -69,11 +72,13 @@ impl<R: Rule> Prepared for R {
 }
 
 macro_rules! rules {
-    ($($(#[$meta:meta])* $name:ident($params:ty)),* $(,)?) => {
+    ($($(#[doc = $about:literal])* $name:ident($file:ident::$params:ident)),* $(,)?) => {
+        $(pub use $file::$params;)*
+
         /// An optimizer rule with its hyperparameters.
         #[derive(Clone, Copy, PartialEq, Debug)]
         pub enum Optimizer {
-            $($(#[$meta])* $name($params)),*
+            $($(#[doc = $about])* $name($params)),*
         }
 
         /// One step's worth of precomputed constants; see [`Optimizer::prepare`].
@@ -94,6 +99,27 @@ macro_rules! rules {
             /// What a user calls the rule.
             pub fn name(&self) -> &'static str {
                 match self { $(Self::$name(_) => <$params as Hyperparameters>::NAME),* }
+            }
+
+            /// What people call the rule.
+            pub fn title(&self) -> &'static str {
+                match self { $(Self::$name(_) => <$params as Hyperparameters>::TITLE),* }
+            }
+
+            /// What the rule is, in one line.
+            pub fn about(&self) -> &'static str {
+                match self { $(Self::$name(_) => concat!($($about),*).trim()),* }
+            }
+
+            /// The rule's hyperparameters.
+            pub fn hyperparameters(&self) -> Vec<Hyperparameter> {
+                match self { $(Self::$name(_) => <$params as Fields>::fields()),* }
+            }
+
+            /// Sets the hyperparameter of that name, in any range; `false` where the rule has none, or one of another
+            /// type.
+            pub fn set(&mut self, name: &str, value: Value) -> bool {
+                match self { $(Self::$name(params) => params.set(name, value)),* }
             }
 
             /// The rule's own state tensors, with the values that they start from.
@@ -133,65 +159,15 @@ macro_rules! rules {
 }
 
 rules! {
-    /// Adam and `AdamW`.
-    Adam(AdamParams),
-    /// Lion.
-    Lion(LionParams),
-    /// Adagrad.
-    Adagrad(AdagradParams),
-    /// SGD with momentum.
-    Sgd(SgdParams),
-}
-
-/// What a hyperparameter may be.
-#[derive(Clone, Copy)]
-pub(crate) enum Range {
-    /// A number that fp32 can hold, not negative.
-    NonNegative,
-    /// In `[0, 1)`.
-    BelowOne,
-    /// Any number that fp32 can hold.
-    Finite,
-    /// Zero, or large enough to have a reciprocal after what the rule multiplies it with.
-    Epsilon,
-}
-
-/// The smallest `eps` but zero: `eps sqrt(1 - beta2^t)`, whose root is 2^-27 at least, must have a reciprocal in fp32.
-const MIN_EPS: f64 = 1e-30;
-
-impl Range {
-    // The kernels hold every constant as fp32. An eps below MIN_EPS loses its reciprocal there.
-    #[expect(clippy::cast_possible_truncation, reason = "overflow is looked for")]
-    fn holds(self, value: f64) -> bool {
-        let finite = (value as f32).is_finite();
-        match self {
-            Self::NonNegative => finite && value >= 0.0,
-            Self::BelowOne => (0.0..1.0).contains(&value),
-            Self::Finite => finite,
-            Self::Epsilon => finite && (value == 0.0 || value >= MIN_EPS),
-        }
-    }
-
-    fn words(self) -> &'static str {
-        match self {
-            Self::NonNegative => "a finite number that is not negative",
-            Self::BelowOne => "a number in [0, 1)",
-            Self::Finite => "a finite number",
-            Self::Epsilon => "0, or a number from 1e-30 to 3e38",
-        }
-    }
-}
-
-/// Checks (name, value, what it may be) in order; the error names the first that is outside.
-pub(crate) fn check(fields: &[(&'static str, f64, Range)]) -> Result<(), OptimError> {
-    match fields.iter().find(|(_, value, range)| !range.holds(*value)) {
-        None => Ok(()),
-        Some((name, value, range)) => Err(OptimError::Hyperparameter {
-            name,
-            value: *value,
-            expected: range.words(),
-        }),
-    }
+    /// Adam (Kingma and Ba 2015, algorithm 1) and `AdamW` (Loshchilov and Hutter 2019, algorithm 2), as `torch.optim` has
+    /// them.
+    Adam(adam::AdamParams),
+    /// Lion (Chen et al. 2023, algorithm 2), with decoupled weight decay.
+    Lion(lion::LionParams),
+    /// Adagrad (Duchi, Hazan and Singer 2011), as `torch.optim.Adagrad` computes it.
+    Adagrad(adagrad::AdagradParams),
+    /// SGD with momentum, as `torch.optim.SGD` computes it.
+    Sgd(sgd::SgdParams),
 }
 
 /// fp32 tensors of a rule that start at zero.

@@ -11,40 +11,29 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Range, Rule, check, nearest, zeros};
+use super::{Fields, Hyperparameters, Rule, hyperparameters, nearest, zeros};
 use crate::convert::canonical;
 use crate::error::OptimError;
 
-/// Hyperparameters of SGD, named as in `torch.optim`.
-#[derive(Clone, Copy, PartialEq, Debug)]
-pub struct SgdParams {
-    /// Learning rate.
-    pub lr: f64,
-    /// How much of the buffer an update keeps.
-    pub momentum: f64,
-    /// How much of the gradient does not enter the buffer.
-    pub dampening: f64,
-    /// `weight_decay * weight` is added to the gradient.
-    pub weight_decay: f64,
-    /// Whether the update looks one step ahead; needs a momentum and no dampening.
-    pub nesterov: bool,
-}
-
-impl Default for SgdParams {
-    /// The defaults of `torch.optim.SGD`.
-    fn default() -> Self {
-        Self {
-            lr: 1e-3,
-            momentum: 0.0,
-            dampening: 0.0,
-            weight_decay: 0.0,
-            nesterov: false,
-        }
+hyperparameters! {
+    /// Hyperparameters of SGD, named as in `torch.optim`; the defaults of `torch.optim.SGD`.
+    pub struct SgdParams {
+        /// Learning rate.
+        lr: f64 in NonNegative = 1e-3,
+        /// How much of the buffer an update keeps.
+        momentum: f64 in NonNegative = 0.0,
+        /// How much of the gradient does not enter the buffer.
+        dampening: f64 in Finite = 0.0,
+        /// `weight_decay * weight` is added to the gradient.
+        weight_decay: f64 in NonNegative = 0.0,
+        /// Whether the update looks one step ahead; needs a momentum and no dampening.
+        nesterov: bool = false,
     }
 }
 
 impl Hyperparameters for SgdParams {
     const NAME: &'static str = "sgd";
+    const TITLE: &'static str = "SGD";
     type Step = Constants;
 
     fn moments(&self) -> Vec<Moment> {
@@ -52,12 +41,7 @@ impl Hyperparameters for SgdParams {
     }
 
     fn validate(&self) -> Result<(), OptimError> {
-        check(&[
-            ("lr", self.lr, Range::NonNegative),
-            ("momentum", self.momentum, Range::NonNegative),
-            ("dampening", self.dampening, Range::Finite),
-            ("weight_decay", self.weight_decay, Range::NonNegative),
-        ])?;
+        self.in_range()?;
         let wrong = |name, value, expected| {
             Err(OptimError::Hyperparameter {
                 name,
