@@ -12,7 +12,7 @@ from zeroxide.config import LossScale, Mesh, Offload, Optimizer, Scheduler, load
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
-from zeroxide.config.sections.optimizer import OptimizerParams
+from zeroxide.config.sections.optimizer import keys_of
 from zeroxide.config.sections.scheduler import (
     WarmupCosineParams,
     WarmupDecayParams,
@@ -149,7 +149,7 @@ def keys_with_an_effect() -> set[str]:
     found = set()
     for model, prefix in [
         (Document, ()),
-        (OptimizerParams, ("optimizer", "params")),
+        (keys_of(Optimizer), ("optimizer", "params")),
         *((each, ("scheduler", "params")) for each in (WarmupParams, WarmupDecayParams, WarmupCosineParams)),
     ]:
         for path in all_keys(model):

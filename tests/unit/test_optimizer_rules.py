@@ -1,5 +1,6 @@
 """Lion, Adagrad and SGD through the config, through torch's objects and in a plain loop, and groups that differ."""
 
+import inspect
 import json
 import re
 
@@ -9,6 +10,7 @@ from plain_rules import Given, gradient, lion, of_torch
 
 import zeroxide
 from zeroxide import optim
+from zeroxide.config import RULES
 from zeroxide.errors import CheckpointError, ConfigError, ModelError
 
 STEPS = 5
@@ -242,6 +244,65 @@ def test_a_plain_loop(case, offload, dtype, tmp_path):
     again.close()
 
 
+PLACEMENT = ["offload='none'", "format='split'", "host_memory=None", "threads=None"]
+ARGUMENTS = {
+    "AdamW": ["params", "lr=0.001", "betas=(0.9, 0.999)", "eps=1e-08", "weight_decay=0.01", *PLACEMENT],
+    "Lion": ["params", "lr=0.0001", "betas=(0.9, 0.99)", "weight_decay=0.0", *PLACEMENT],
+    "Adagrad": [
+        *("params", "lr=0.01", "lr_decay=0.0", "weight_decay=0.0", "initial_accumulator_value=0.0", "eps=1e-10"),
+        *PLACEMENT,
+    ],
+    "SGD": [
+        *("params", "lr=0.001", "momentum=0.0", "dampening=0.0", "weight_decay=0.0", "nesterov=False"),
+        *PLACEMENT,
+    ],
+    "DeepSpeedCPUAdam": [
+        *("model_params", "lr=0.001", "bias_correction=True", "betas=(0.9, 0.999)", "eps=1e-08", "weight_decay=0.0"),
+        *("amsgrad=False", "adamw_mode=True", "fp32_optimizer_states=True"),
+    ],
+    "DeepSpeedCPULion": [
+        *("model_params", "lr=0.001", "betas=(0.9, 0.999)", "weight_decay=0.0", "fp32_optimizer_states=True"),
+    ],
+    "DeepSpeedCPUAdagrad": [
+        *("model_params", "lr=0.01", "eps=1e-10", "weight_decay=0.0", "amsgrad=False", "fp32_optimizer_states=True"),
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_arguments_of_a_plain_loops_optimizer(name):
+    """In their order, with their defaults, each explained, and taken by position and by name."""
+    made = getattr(optim, name)
+    parameters = inspect.signature(made).parameters.values()
+    shown = [each.name + ("" if each.default is each.empty else f"={each.default!r}") for each in parameters]
+    assert shown == ARGUMENTS[name]
+    assert {each.name for each in parameters if each.kind is each.KEYWORD_ONLY} == (
+        {"offload", "format", "host_memory", "threads"} if "offload='none'" in shown else set()
+    )
+    explained = (each for each in parameters if each.kind is not each.KEYWORD_ONLY and each.default is not each.empty)
+    assert [each.name for each in explained if each.name not in made.__doc__ and "fp32" not in each.name] == []
+    weight = torch.nn.Parameter(torch.ones(8))
+    optimizer = made([weight], 0.25)
+    assert optimizer.param_groups[0]["lr"] == 0.25
+    assert optimizer.param_groups[0]["params"][0] is weight
+    optimizer.close()
+    first = shown[0]
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) got an unexpected keyword argument 'rate'$"):
+        made(**{first: [weight]}, rate=1.0)
+    with pytest.raises(TypeError, match=rf"^{name}\.__init__\(\) missing a required argument: '{first}'$"):
+        made()
+
+
+def test_the_weight_decay_that_deepspeeds_adam_is_asked_for():
+    weight = torch.nn.Parameter(torch.ones(8))
+    for coupled in (True, False):
+        optimizer = optim.DeepSpeedCPUAdam([weight], adamw_mode=not coupled, bias_correction=coupled)
+        group = optimizer.param_groups[0]
+        assert (group["decoupled"], group["bias_correction"]) == (not coupled, coupled)
+        assert "adamw_mode" not in group
+        optimizer.close()
+
+
 def test_the_names_of_deepspeed():
     """Defaults as in DeepSpeed's constructors, whose parameters come first and by the name `model_params`."""
     weight = torch.nn.Parameter(torch.ones(8))
@@ -274,7 +335,7 @@ def test_what_cannot_be_combined_is_refused(tmp_path):
             make(model, {}, tmp_path, dtype=dtype, lr=1e-3, model_parameters=groups)
         assert "\n" not in str(caught.value)
 
-    refused("optimizer group 0: optimizer is 'Lyon', expected one of adam, lion, adagrad, sgd", optimizer="Lyon")
+    refused(f"optimizer group 0: optimizer is 'Lyon', expected one of {', '.join(RULES)}", optimizer="Lyon")
     refused('optimizer group 0: state_format is \'bf16\', expected "split" or "fp32"', state_format="bf16")
     halves = 'optimizer group 0: state_format "split" keeps a weight as two bf16 halves and needs bf16.enabled, got '
     refused(f'{halves}fp32 training; use "fp32"', dtype="fp32", state_format="split")

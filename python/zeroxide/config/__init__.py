@@ -20,13 +20,14 @@ from zeroxide.errors import ConfigError
 
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
+    from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
-    from zeroxide.config.sections.rules import SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.scheduler import Scheduler
     from zeroxide.config.sections.zero import Offload
 
 __all__ = [
+    "RULES",
     "SGD",
     "Adagrad",
     "Config",
@@ -46,18 +47,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Adagrad": "sections.rules",
+    "Adagrad": "rules",
     "Config": "resolved",
     "Dtype": "sections.precision",
-    "Lion": "sections.rules",
+    "Lion": "rules",
     "LossScale": "sections.precision",
     "LowDtype": "sections.precision",
     "Mesh": "sections.mesh",
     "Offload": "sections.zero",
-    "Optimizer": "sections.rules",
+    "Optimizer": "rules",
     "Precision": "sections.precision",
-    "Rule": "sections.rules",
-    "SGD": "sections.rules",
+    "RULES": "rules",
+    "Rule": "rules",
+    "SGD": "rules",
     "Scheduler": "sections.scheduler",
 }
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zeroxide.config.facts import may_differ
+from zeroxide.config.rules import Rule
 from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
@@ -14,7 +15,6 @@ from zeroxide.config.sections.gradients import Gradients
 from zeroxide.config.sections.mesh import Mesh
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
-from zeroxide.config.sections.rules import Rule
 from zeroxide.config.sections.scheduler import Scheduler
 from zeroxide.config.sections.zero import Zero
 from zeroxide.config.sections.zeroxide import Zeroxide

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from zeroxide import _core
-from zeroxide.config import load, parse_bytes
+from zeroxide.config import RULES, load, parse_bytes
 from zeroxide.device.placement import DTYPE_NAMES, in_compute_memory, spec, to_host
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.optim.rules import FORMAT, RULE, RULES, core_groups, rule_of
+from zeroxide.optim.rules import FORMAT, RULE, core_groups, rule_of, states
 from zeroxide.optim.saved_state import (
     SavedEntry,
     check_saved,
@@ -268,7 +268,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _entry(self, param: torch.Tensor, *, shown: bool) -> ParameterState:
         exact = ("master",) if self._places[id(param)].dtype is torch.bfloat16 else ()
         return ParameterState(
-            ("step", *RULES[self.rule].states, *exact), lambda part: self._read(param, part), shown=shown
+            ("step", *states(RULES[self.rule]), *exact), lambda part: self._read(param, part), shown=shown
         )
 
     @property  # type: ignore[override]

@@ -11,7 +11,7 @@ from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.errors import ConfigError, ModelError
-from zeroxide.optim.rules import FORMAT, RULE, core_groups, rule_of, taken_over
+from zeroxide.optim.rules import FORMAT, RULE, core_groups, hyperparameters, rule_of, taken_over
 from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
 
@@ -43,7 +43,7 @@ def defaults_from(config: Config) -> dict[str, Any]:
 def _with_defaults(group: Mapping[str, Any], number: int, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The group with every hyperparameter: the config's, or those of the rule that it names itself."""
     rule = rule_of({**defaults, **group}, number)
-    own = defaults if rule.name == defaults[RULE] else rule.hyperparameters
+    own = defaults if rule.name == defaults[RULE] else hyperparameters(rule)
     return {**own, **group, RULE: rule.name}
 
 
@@ -58,10 +58,7 @@ def _from_torch(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     groups = []
     for group in optimizer.param_groups:
         # Hyperparameters stay what they are: one that is a tensor may be filled in place, and is read at every step.
-        if rule.name == "adam":
-            group["decoupled"] = bool(group.get("decoupled_weight_decay", kind is torch.optim.AdamW))
-            group["bias_correction"] = True
-        group[RULE] = rule.name
+        group.update({**rule.of_torch(kind.__name__, group), RULE: rule.name})
         groups.append(group)
     optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedules need not warn: the engine steps
     return groups

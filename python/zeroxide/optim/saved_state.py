@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from zeroxide.config import Rule
 from zeroxide.errors import ConfigError
 from zeroxide.optim.groups import assign, refuse_options
-from zeroxide.optim.rules import FIXED, RULE, Rule, core_groups, rule_of
+from zeroxide.optim.rules import FIXED, RULE, core_groups, rule_of, states
 
 __all__ = ["SavedEntry", "check_saved", "hooked_load", "hooked_save", "name_of", "take_hyperparameters"]
 
@@ -105,37 +106,38 @@ def name_of(group: Mapping[str, Any], at: int) -> str:
 def _check_group(number: int, mine: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     rule = rule_of(mine, number)
     if rule_of({RULE: rule.name, **other}, number) is not rule:
-        _refuse(f"group {number} was saved by {other[RULE]}, and is one of {rule.people} here: make it the same")
-    missing = [name for name in rule.numbers if name not in other]
+        _refuse(f"group {number} was saved by {other[RULE]}, and is one of {rule.people()} here: make it the same")
+    needed = [name for name in rule.names() if name not in (*rule.own, *rule.unsaved)]
+    missing = [name for name in needed if name not in other]
     if missing:
-        _refuse(f"group {number} has no {missing[0]}: expected that of {rule.people}")
+        _refuse(f"group {number} has no {missing[0]}: expected that of {rule.people()}")
     refuse_options(other)
-    if "decoupled" in mine:
-        decoupled = other.get("decoupled", other.get("decoupled_weight_decay", mine["decoupled"]))
-        if bool(decoupled) != mine["decoupled"] and float(other["weight_decay"]) != 0:
-            was, now = ("AdamW", "Adam") if decoupled else ("Adam", "AdamW")
-            _refuse(f"group {number} was saved by {was}, whose weight decay is another than that of this {now}")
-    core_groups([{**mine, **{name: other[name] for name in rule.numbers}}])
+    problem = rule.saved_by_another(mine, other)
+    if problem is not None:
+        _refuse(f"group {number} {problem}")
+    core_groups([{**mine, **{name: other[name] for name in needed}}])
 
 
 def _entry(
-    found: Any, group: Mapping[str, Any], at: int, shape: torch.Size, rule: Rule, *, exact: bool
+    found: Any, group: Mapping[str, Any], at: int, shape: torch.Size, rule: type[Rule], *, exact: bool
 ) -> SavedEntry | None:
-    if isinstance(found, Mapping) and rule.name == "sgd":
-        found = _of_sgd(found)
+    if isinstance(found, Mapping):
+        found = rule.entry(found)
     if found is None:
         return None
     name = name_of(group, at)
     if not isinstance(found, Mapping):
         _refuse(f"the entry of {name} is a {type(found).__name__}, expected a dict")
-    unknown = [key for key in found if key not in ("step", *rule.states, "master")]
-    missing = [part for part in ("step", *rule.states) if part not in found]
+    own = states(rule)
+    unknown = [key for key in found if key not in ("step", *own, "master")]
+    missing = [part for part in ("step", *own) if part not in found]
     if unknown or missing:
         wrong = f"has {unknown[0]!r}" if unknown else f"has no {missing[0]!r}"
-        expected = " and ".join(", ".join(("step", *rule.states)).rsplit(", ", 1))
-        verb = "have" if " " in rule.people else "has"
-        _refuse(f"the entry of {name} {wrong}: expected {expected}, as {rule.people.replace(' or ', ' and ')} {verb}")
-    parts = (*rule.states, *(("master",) if exact and "master" in found else ()))
+        expected = " and ".join(", ".join(("step", *own)).rsplit(", ", 1))
+        verb = "have" if len(rule.types) > 1 else "has"
+        people = " and ".join(rule.types)
+        _refuse(f"the entry of {name} {wrong}: expected {expected}, as {people} {verb}")
+    parts = (*own, *(("master",) if exact and "master" in found else ()))
     for part in parts:
         value = found[part]
         if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
@@ -148,15 +150,6 @@ def _entry(
     if not (step >= 0 and step.is_integer()):
         _refuse(f"step of {name} is {found['step']!r}: expected a whole number, not negative")
     return SavedEntry(int(step), parts, found)
-
-
-def _of_sgd(found: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What torch's SGD has for a parameter, as an entry: it counts no steps, and has no buffer before the first."""
-    if "step" in found:
-        return found
-    if found.get("momentum_buffer") is None:
-        return None
-    return {"step": 1.0, **found}
 
 
 def _refuse(problem: str) -> Any:
