@@ -98,7 +98,7 @@ prop_compose! {
     fn job()(
         world in 1..5_u32, stage in 0..4_u8, collective: bool, dtypes in (dtype(), dtype(), dtype()),
         on_disk in any::<(bool, bool)>(), units in units(), prefetch in 0..3_usize,
-        kinds in prop::collection::vec((0..4_usize, any::<bool>()), 6),
+        kinds in prop::collection::vec((0..Optimizer::every().len(), any::<bool>()), 6),
         tile in 0..5_u64, odd_ring: bool,
     ) -> Job {
         let (compute, grad, comm) = dtypes;
