@@ -1,36 +1,32 @@
-"""The optimizers for plain PyTorch loops, each with the arguments and documentation that its rule's description has."""
+"""What gives a plain loop's optimizer the arguments and the documentation that its rule's description has."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from inspect import Parameter, Signature, cleandoc
 from typing import Any
 
 import torch
 
-from zeroxide.config import SGD as _SGD
-from zeroxide.config import Adagrad as _Adagrad
-from zeroxide.config import Lion as _Lion
-from zeroxide.config import Optimizer as _Adam
-from zeroxide.config import Rule
+from zeroxide.config import RULES, Rule
 from zeroxide.optim.core_optimizer import CoreOptimizer
 from zeroxide.optim.groups import refuse_options
 from zeroxide.optim.rules import hyperparameters
 
-__all__ = ["SGD", "Adagrad", "AdamW", "DeepSpeedCPUAdagrad", "DeepSpeedCPUAdam", "DeepSpeedCPULion", "Lion"]
+__all__ = ["DeepSpeedLoop", "Loop"]
 
 _PLACEMENT = [
     each for each in Signature.from_callable(CoreOptimizer).parameters.values() if each.kind is Parameter.KEYWORD_ONLY
 ]
 
 
-class _Loop(CoreOptimizer):
+class Loop(CoreOptimizer):
     """A class below this one is that of the rule `of`."""
 
-    def __init_subclass__(cls, *, of: type[Rule] | None = None, **more: Any) -> None:
+    def __init_subclass__(cls, *, of: str | None = None, **more: Any) -> None:
         super().__init_subclass__(**more)
         if of is not None:
-            cls._follow(of)
+            cls._follow(RULES[of])
 
     @classmethod
     def _follow(cls, rule: type[Rule]) -> None:
@@ -56,7 +52,7 @@ class _Loop(CoreOptimizer):
         """
         either = Parameter.POSITIONAL_OR_KEYWORD
         own = [Parameter(name, either, default=each, annotation=_type(each)) for name, each in arguments.items()]
-        first = [Parameter("self", either), Parameter(params, either, annotation="Iterable[Any]")]
+        first = [Parameter("self", either), Parameter(params, either, annotation=Iterable[Any])]
         signature = Signature([*first, *own, *placement], return_annotation=None)
 
         def __init__(self: CoreOptimizer, *positional: Any, **named: Any) -> None:
@@ -75,18 +71,20 @@ class _Loop(CoreOptimizer):
         cls.__doc__ = "\n\n".join((cls.__doc__ or "", cleandoc(rule.__doc__ or ""), raised))
         cls.__init__ = __init__  # type: ignore[method-assign]
 
+    # What type checkers see of every class's constructor.
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
 
 
-class _DeepSpeedLoop(_Loop):
+class DeepSpeedLoop(Loop):
     """A class below this one is DeepSpeed's of the rule `of`."""
 
     @classmethod
     def _follow(cls, rule: type[Rule]) -> None:
         theirs = rule.deepspeed
         assert theirs is not None, rule.name
-        raised = "Raises ConfigError for `amsgrad` and state below fp32, which are not built; else as `CoreOptimizer`."
+        unbuilt = "`amsgrad` and state below fp32" if "amsgrad" in theirs.arguments else "state below fp32"
+        raised = f"Raises ConfigError for {unbuilt}: not built; else as `CoreOptimizer`."
 
         def complete(given: dict[str, Any]) -> dict[str, Any]:
             refuse_options(given)
@@ -104,31 +102,3 @@ def _type(default: Any) -> Any:
         return bool
     number = float | torch.Tensor
     return tuple[number, number] if isinstance(default, tuple) else number
-
-
-class AdamW(_Loop, of=_Adam):
-    """AdamW for a plain PyTorch loop."""
-
-
-class DeepSpeedCPUAdam(_DeepSpeedLoop, of=_Adam):
-    """AdamW, or Adam where `adamw_mode` is false, under the name and with the arguments and defaults of DeepSpeed's."""
-
-
-class Lion(_Loop, of=_Lion):
-    """Lion for a plain PyTorch loop."""
-
-
-class DeepSpeedCPULion(_DeepSpeedLoop, of=_Lion):
-    """Lion under the name and with the arguments and defaults of DeepSpeed's."""
-
-
-class Adagrad(_Loop, of=_Adagrad):
-    """Adagrad for a plain PyTorch loop."""
-
-
-class DeepSpeedCPUAdagrad(_DeepSpeedLoop, of=_Adagrad):
-    """Adagrad under the name and with the arguments and defaults of DeepSpeed's."""
-
-
-class SGD(_Loop, of=_SGD):
-    """SGD for a plain PyTorch loop."""
