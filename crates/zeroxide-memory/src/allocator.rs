@@ -29,13 +29,17 @@ pub fn heap_bytes() -> u64 {
 ///
 /// With `largest`, memory counts for more than time, as in a process that has a budget: requests of that many bytes and
 /// more get mappings of their own all the same and leave the process when they are freed, and all threads share one
-/// heap, so that what one of them frees serves the others. Compute threads then wait for one another at its lock; without
-/// `largest` each has a heap of its own. Threads that already have one keep it, so call this early.
+/// heap, so that what one of them frees serves the others. Compute threads then wait for one another at its lock.
+///
+/// Without `largest`, each thread has a heap of its own where the main thread calls, and shares one where another does:
+/// requests of 64 MiB and more fit the main thread's heap alone, and would be mapped and unmapped each time, so the thread
+/// that trains has to use that one. Threads that already have a heap keep it, so call this early.
 ///
 /// The settings hold for the whole process and cannot be taken back.
 pub fn keep_freed_memory(largest: Option<i32>) -> bool {
     #[cfg(target_env = "gnu")]
     {
+        let share = largest.is_some() || !is_main_thread();
         let settings = [
             // No request is served by a mapping of its own, which would be unmapped when freed.
             (
@@ -46,7 +50,7 @@ pub fn keep_freed_memory(largest: Option<i32>) -> bool {
             // -1, the highest threshold: the top of the heap is never returned.
             (libc::M_TRIM_THRESHOLD, -1),
             // 0 is the C library's own choice: as many as there are threads, up to 8 a core.
-            (libc::M_ARENA_MAX, i32::from(largest.is_some())),
+            (libc::M_ARENA_MAX, i32::from(share)),
         ];
         settings.into_iter().all(|(parameter, value)| {
             // SAFETY: mallopt takes the allocator's own lock and accepts any pair of integers.
@@ -58,4 +62,13 @@ pub fn keep_freed_memory(largest: Option<i32>) -> bool {
     {
         false
     }
+}
+
+/// Whether the calling thread is the one that the process began with.
+#[cfg(target_env = "gnu")]
+fn is_main_thread() -> bool {
+    // SAFETY: the call takes nothing and cannot fail.
+    let thread = unsafe { libc::gettid() };
+    // SAFETY: as above.
+    thread == unsafe { libc::getpid() }
 }

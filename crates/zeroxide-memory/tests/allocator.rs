@@ -3,25 +3,50 @@
 use zeroxide_memory::keep_freed_memory;
 
 fn main() {
-    let sets = has_settings();
-    assert_eq!(keep_freed_memory(None), sets);
-    if !sets {
+    if !has_settings() {
+        assert!(!keep_freed_memory(None));
         return;
     }
-    for mebibytes in [1, 32, 96] {
-        let (first, second) = (faults(mebibytes), faults(mebibytes));
-        assert!(
-            second < 32,
-            "main thread, {mebibytes} MiB: {first} faults, then {second}"
-        );
-        let (third, fourth) = std::thread::spawn(move || (faults(mebibytes), faults(mebibytes)))
-            .join()
-            .expect("the thread only allocates");
-        assert!(
-            fourth < 32,
-            "other thread, {mebibytes} MiB: {third} faults, then {fourth}"
-        );
+    // Heaps of threads that have ended serve later ones, so each case has a process of its own.
+    match std::env::args().nth(1).as_deref() {
+        Some("main") => {
+            assert!(keep_freed_memory(None));
+            for mebibytes in [1, 32, 96] {
+                check("main thread", mebibytes);
+            }
+            in_a_thread(|| check("heap of its own", 32));
+        }
+        Some("thread") => in_a_thread(|| {
+            assert!(keep_freed_memory(None));
+            in_a_thread(|| check("shared heap", 96));
+        }),
+        Some("budget") => {
+            assert!(keep_freed_memory(Some(256 << 20)));
+            in_a_thread(|| check("shared heap under a budget", 96));
+        }
+        _ => ["main", "thread", "budget"]
+            .into_iter()
+            .for_each(in_a_process),
     }
+}
+
+fn in_a_process(case: &str) {
+    let program = std::env::current_exe().expect("this test is a program");
+    let status = std::process::Command::new(program).arg(case).status();
+    assert!(status.expect("the program starts").success(), "{case}");
+}
+
+fn in_a_thread(work: impl FnOnce() + Send) {
+    let ended = std::thread::scope(|scope| scope.spawn(work).join());
+    ended.expect("the thread only allocates");
+}
+
+fn check(what: &str, mebibytes: usize) {
+    let (first, second) = (faults(mebibytes), faults(mebibytes));
+    assert!(
+        second < 32,
+        "{what}, {mebibytes} MiB: {first} faults, then {second}"
+    );
 }
 
 /// Page faults of this thread while it allocates, writes and frees a block.
