@@ -58,63 +58,20 @@ class WeightGather(Protocol):
         """The optimizer step has begun on every rank. Afterwards weights that are always full are the new ones."""
 
 
-class SingleRankWeights:
-    """One rank: the core has all weights."""
+class _LocalWeights:
+    """Weights that are all in the core of this process: no message brings them."""
 
     sent_bytes = 0
 
-    def __init__(self, core: _core.Offload, *, params_always_full: bool) -> None:
+    def __init__(self, core: _core.Offload) -> None:
         self.core = core
-        self.params_always_full = params_always_full
-
-    def gather(self, unit: Unit) -> None:
-        """The core has all of it."""
-        self.core.gather(unit.index)
 
     def gather_ahead(self, unit: Unit) -> bool:
-        """There is nothing to wait for but the disk, which the core reads ahead."""
+        """Nothing is sent for; from a disk the core reads ahead itself."""
         return False
 
     def release(self, unit: Unit) -> None:
-        """The core's memory may go to another unit."""
-        self.core.release(unit.index)
-
-    def drain(self) -> None:
-        """The core knows what it has."""
-
-    def cover(self, unit: Unit) -> None:
-        """Whoever may read it makes the step end before it returns."""
-
-    def after_step(self) -> None:
-        """No other rank has a part of the weights."""
-        if self.params_always_full:
-            self.core.finish()
-
-
-class HostWeights:
-    """Ranks of one host with one copy of all weights, at home in host memory and each updated by one of them.
-
-    shown: units whose weights always show their values.
-    """
-
-    sent_bytes = 0
-
-    def __init__(self, core: _core.Offload, messages: Messages, shown: Iterable[Unit]) -> None:
-        self.core = core
-        self.wait = messages.watch.wait
-        self._shown = list(shown)
-
-    def gather(self, unit: Unit) -> None:
-        """Waits until every rank has updated its part."""
-        here = self.wait("weights", unit.name, self.core.gather, unit.index)
-        assert here, "one copy is never in parts"
-
-    def gather_ahead(self, unit: Unit) -> bool:
-        """Nothing is sent for that is here."""
-        return False
-
-    def release(self, unit: Unit) -> None:
-        """The core may update it."""
+        """The core may give the memory to another unit, or update it."""
         self.core.release(unit.index)
 
     def drain(self) -> None:
@@ -122,6 +79,40 @@ class HostWeights:
 
     def cover(self, unit: Unit) -> None:
         """Whoever may read it makes the step end before it returns."""
+
+
+class SingleRankWeights(_LocalWeights):
+    """One rank: the core has all weights."""
+
+    def __init__(self, core: _core.Offload, *, params_always_full: bool) -> None:
+        super().__init__(core)
+        self.params_always_full = params_always_full
+
+    def gather(self, unit: Unit) -> None:
+        """The core has all of it."""
+        self.core.gather(unit.index)
+
+    def after_step(self) -> None:
+        """No other rank has a part of the weights."""
+        if self.params_always_full:
+            self.core.finish()
+
+
+class HostWeights(_LocalWeights):
+    """Ranks of one host with one copy of all weights, at home in host memory and each updated by one of them.
+
+    shown: units whose weights always show their values.
+    """
+
+    def __init__(self, core: _core.Offload, messages: Messages, shown: Iterable[Unit]) -> None:
+        super().__init__(core)
+        self.wait = messages.watch.wait
+        self._shown = list(shown)
+
+    def gather(self, unit: Unit) -> None:
+        """Waits until every rank has updated its part."""
+        here = self.wait("weights", unit.name, self.core.gather, unit.index)
+        assert here, "one copy is never in parts"
 
     def after_step(self) -> None:
         """As `SharedWeights.after_step`."""
