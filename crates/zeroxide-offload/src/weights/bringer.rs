@@ -12,7 +12,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Debug, PartialEq, Eq)]
 enum Errand {
-    /// Nobody has ever listened, or nobody will again.
+    /// Nobody has listened yet.
     Unheard,
     /// Somebody listens.
     Listening,
@@ -22,6 +22,8 @@ enum Errand {
     Taken,
     /// It is there, or why it is not.
     Answered(Result<(), String>),
+    /// Nobody will listen again; no other state follows, however late a listener comes back from its last errand.
+    Ended,
 }
 
 /// One errand at a time, since readers are served one after the other.
@@ -48,7 +50,7 @@ impl Bringer {
         loop {
             match *errand {
                 Errand::Wanted(_) => return true,
-                Errand::Unheard => return false,
+                Errand::Ended => return false,
                 _ => errand = self.wait(errand),
             }
         }
@@ -75,7 +77,7 @@ impl Bringer {
     /// Nobody listens any more, and nobody needs to.
     pub fn close(&self) {
         let mut errand = self.lock();
-        self.set(&mut errand, Errand::Unheard);
+        self.set(&mut errand, Errand::Ended);
     }
 
     /// Has the unit brought; returns when it can be read. The error says why it cannot.
@@ -106,7 +108,7 @@ impl Bringer {
                     return outcome;
                 }
                 Errand::Taken => errand = self.wait(errand),
-                Errand::Unheard | Errand::Listening => {
+                Errand::Ended | Errand::Unheard | Errand::Listening => {
                     return Err("the engine has ended".into());
                 }
             }
@@ -132,7 +134,7 @@ impl Bringer {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
+    use std::sync::{Arc, mpsc};
     use std::thread;
 
     use super::*;
@@ -165,6 +167,24 @@ mod tests {
         bringer.close();
         assert_eq!(listener.join().expect("no panic"), [1, 2, 3]);
         assert!(bringer.ask(4).is_err(), "nobody listens any more");
+    }
+
+    /// Catches: a listener that comes after the end, or comes back after it, and waits for ever.
+    #[test]
+    fn nobody_listens_after_the_end() {
+        let bringer = Arc::new(Bringer::new());
+        bringer.close();
+        let (heard, hears) = mpsc::channel();
+        let late = Arc::clone(&bringer);
+        thread::spawn(move || {
+            for _ in 0..2 {
+                heard.send(late.listen()).expect("the test waits");
+            }
+        });
+        for _ in 0..2 {
+            assert_eq!(hears.recv_timeout(PATIENCE), Ok(false));
+        }
+        assert!(bringer.ask(0).is_err());
     }
 
     /// Catches: a reader that waits for ever after the end.
