@@ -163,7 +163,8 @@ class Settings:
 class TensorSpec:
     """Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive.
 
-    Raises ModelError where it is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or uint8.
+    Raises ModelError where it is not contiguous, not in host memory, not fp32, bf16, fp16, int64 or uint8, or has its
+    negative bit set.
     """
 
     def __new__(cls, tensor: torch.Tensor, /) -> TensorSpec: ...

@@ -1,6 +1,7 @@
 //! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
 
 mod bringer;
+mod dlpack;
 mod errors;
 mod gradient_hook;
 mod offload;

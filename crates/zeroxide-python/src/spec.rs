@@ -15,6 +15,7 @@ use zeroxide_memory::Lease;
 use zeroxide_offload::Concern;
 use zeroxide_optim::Grad;
 
+use crate::dlpack;
 use crate::errors::raise;
 
 /// Address, length and dtype of a contiguous CPU tensor, and the tensor itself, which keeps the memory alive.
@@ -32,7 +33,7 @@ pub(crate) struct TensorSpec {
 
 /// What the memory holds.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Element {
+pub(crate) enum Element {
     Float(Dtype),
     Int64,
     Byte,
@@ -84,8 +85,8 @@ impl Torch {
 
 #[pymethods]
 impl TensorSpec {
-    /// Raises `ModelError` when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or
-    /// uint8.
+    /// Raises `ModelError` when the tensor is not contiguous, not in host memory, not fp32, bf16, fp16, int64 or uint8,
+    /// or has its negative bit set.
     #[new]
     #[pyo3(signature = (tensor, /))]
     fn new(tensor: &Bound<'_, PyAny>) -> PyResult<Self> {
@@ -94,10 +95,12 @@ impl TensorSpec {
         }
         let py = tensor.py();
         let found = |name| tensor.getattr(name);
-        let strides = if found("layout")?.is(&Torch::get(py)?.strided) {
-            format!("strides {}", tensor.call_method0("stride")?)
-        } else {
+        let strides = if !found("layout")?.is(&Torch::get(py)?.strided) {
             format!("layout {}", found("layout")?)
+        } else if tensor.call_method0("is_neg")?.is_truthy()? {
+            "its negative bit set: resolve_neg() first".to_owned()
+        } else {
+            format!("strides {}", tensor.call_method0("stride")?)
         };
         let line = format!(
             "expected a contiguous fp32, bf16, fp16, int64 or uint8 tensor in host memory, got {} {} on {} with {strides}",
@@ -112,6 +115,34 @@ impl TensorSpec {
 impl TensorSpec {
     /// The memory of a tensor, any shape; `None` where it is not what the core can take.
     pub(crate) fn of(tensor: &Bound<'_, PyAny>) -> PyResult<Option<Self>> {
+        let py = tensor.py();
+        let found = match dlpack::memory_of(tensor)? {
+            Some(found) => Some(found),
+            None => Self::asked(tensor)?,
+        };
+        let Some((data_ptr, numel, dtype)) = found else {
+            return Ok(None);
+        };
+        // Its memory holds the values' opposites.
+        if tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
+            return Ok(None);
+        }
+        if data_ptr == 0 && numel > 0 || !data_ptr.is_multiple_of(dtype.size()) {
+            return Err(PyValueError::new_err(format!(
+                "{numel} elements of {} at {data_ptr:#x}: not an aligned address",
+                dtype.name()
+            )));
+        }
+        Ok(Some(Self {
+            owner: tensor.clone().unbind(),
+            data_ptr,
+            numel,
+            dtype,
+        }))
+    }
+
+    /// Address, elements and dtype as the tensor's attributes give them, one by one.
+    fn asked(tensor: &Bound<'_, PyAny>) -> PyResult<Option<(usize, usize, Element)>> {
         let py = tensor.py();
         let torch = Torch::get(py)?;
         let dtype = tensor.getattr(intern!(py, "dtype"))?;
@@ -129,18 +160,7 @@ impl TensorSpec {
         }
         let data_ptr: usize = tensor.call_method0(intern!(py, "data_ptr"))?.extract()?;
         let numel: usize = tensor.call_method0(intern!(py, "numel"))?.extract()?;
-        if data_ptr == 0 && numel > 0 || !data_ptr.is_multiple_of(element.size()) {
-            return Err(PyValueError::new_err(format!(
-                "{numel} elements of {} at {data_ptr:#x}: not an aligned address",
-                element.name()
-            )));
-        }
-        Ok(Some(Self {
-            owner: tensor.clone().unbind(),
-            data_ptr,
-            numel,
-            dtype: *element,
-        }))
+        Ok(Some((data_ptr, numel, *element)))
     }
 
     /// The dtype of a tensor of floats.

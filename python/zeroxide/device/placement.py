@@ -29,6 +29,7 @@ __all__ = [
     "lies_within",
     "memory_at",
     "of_buffer",
+    "plain",
     "spec",
     "storage_address",
     "to_host",
@@ -47,10 +48,18 @@ _ADDRESS = methodcaller("data_ptr")
 def spec(tensor: torch.Tensor) -> _core.TensorSpec:
     """The memory of `tensor`, any shape, for one call into the core, which relies on it while the spec is alive.
 
-    Raises ModelError when the tensor is not contiguous, not in host memory, or not fp32, bf16, fp16, int64 or
-    uint8.
+    Raises ModelError when the tensor is not contiguous, not in host memory, not fp32, bf16, fp16, int64 or uint8, or
+    has its negative bit set.
     """
     return _core.TensorSpec(tensor)
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with its values as they are, one after the other in memory: itself where that is so.
+
+    What torch negates by a bit alone holds the opposites in memory.
+    """
+    return tensor.resolve_neg().contiguous()
 
 
 def memory_at(address: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
@@ -89,7 +98,7 @@ def has_values(tensor: torch.Tensor) -> bool:
 
 def to_host(values: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
     """fp32 values in host memory, flat and contiguous, for the core to read; with `copy`, never the tensor's own."""
-    return values.detach().to(device="cpu", dtype=torch.float32, copy=copy).contiguous().view(-1)
+    return plain(values.detach().to(device="cpu", dtype=torch.float32, copy=copy)).view(-1)
 
 
 def address(tensor: torch.Tensor) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import RULES, load, parse_bytes
-from zeroxide.device.placement import DTYPE_NAMES, in_compute_memory, spec, to_host
+from zeroxide.device.placement import DTYPE_NAMES, in_compute_memory, plain, spec, to_host
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.optim.rules import FORMAT, RULE, core_groups, rule_of, states
 from zeroxide.optim.saved_state import (
@@ -174,7 +174,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         weakref.finalize(self, core.close)
         for unit, (group, param) in enumerate(members):
             core.fill_begin(unit, "weights")
-            values = param.detach().to(torch.float32).contiguous().view(-1)
+            values = plain(param.detach().to(torch.float32)).view(-1)
             core.fill_param(unit, 0, 0, spec(values))
             core.fill_commit(unit)
             core.set_group(unit, 0, group)
@@ -202,7 +202,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         ]
         for param, place in used:
             assert param.grad is not None
-            place.core.lend(place.unit, spec(param.data), spec(param.grad.contiguous()))
+            place.core.lend(place.unit, spec(param.data), spec(plain(param.grad)))
         for core in self._cores:
             core.step(groups, 1.0)
         return loss
@@ -260,7 +260,7 @@ class CoreOptimizer(torch.optim.Optimizer):
                 f"a parameter is {param.dtype} {tuple(param.shape)} and was {place.dtype} {tuple(place.shape)} when "
                 "its optimizer state was placed: its exact weight cannot be read"
             )
-        place.core.lend(place.unit, spec(param.data.contiguous()), spec(torch.zeros_like(param)))
+        place.core.lend(place.unit, spec(plain(param.data)), spec(torch.zeros_like(param)))
         place.core.read_param(place.unit, 0, "weights", 0, spec(out))
         place.core.clear_gradients()
         return out

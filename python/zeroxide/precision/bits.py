@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroxide import _core
-from zeroxide.device.placement import address, spec
+from zeroxide.device.placement import address, plain, spec
 
 __all__ = [
     "FLOATS",
@@ -103,7 +103,7 @@ def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if dtype is not torch.bfloat16:
         return values.to(dtype)
     out = torch.empty(values.shape, dtype=dtype)
-    round_into(values.to(torch.float32).contiguous(), out)
+    round_into(plain(values.to(torch.float32)), out)
     return out
 
 

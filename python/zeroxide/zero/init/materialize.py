@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import has_values, spec
+from zeroxide.device.placement import has_values, plain, spec
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, UnitPlan
@@ -111,7 +111,7 @@ def fill_units(
 def _values(entry: ParameterPlan) -> torch.Tensor:
     """What the core is given of a parameter that shows its values: fp32, or the bytes of a frozen one."""
     if entry.trainable:
-        return entry.param.detach().to(torch.float32).contiguous()
+        return plain(entry.param.detach().to(torch.float32))
     return bytes_of(converted(entry.param.detach(), entry.dtype))
 
 

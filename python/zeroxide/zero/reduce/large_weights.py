@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from zeroxide import _core
-from zeroxide.device.placement import autocast_dtype, spec
+from zeroxide.device.placement import autocast_dtype, plain, spec
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter
@@ -245,7 +245,7 @@ class LargeWeight:
         reducer = self.shared.reducer
         if self.unit.gradients is not GradientState.OPEN:
             reducer.check_open(self.unit)
-        reducer.core.accumulate(self.unit.index, self.position, start, spec(reducer.share(part)), True)
+        reducer.core.accumulate(self.unit.index, self.position, start, spec(plain(reducer.share(part))), True)
         if start + part.numel() == self.unit.shapes[self.position].numel():
             self._arrived()
 
@@ -254,7 +254,8 @@ class LargeWeight:
         reducer = self.shared.reducer
         if self.unit.gradients is not GradientState.OPEN:
             reducer.check_open(self.unit)
-        reducer.core.accumulate_rows(self.unit.index, self.position, count, spec(rows), spec(reducer.share(values)))
+        shared = plain(reducer.share(values))
+        reducer.core.accumulate_rows(self.unit.index, self.position, count, spec(rows), spec(shared))
         self._arrived()
 
     def _arrived(self) -> None:
@@ -329,8 +330,8 @@ def _is_ordinary(param: nn.Parameter) -> bool:
 
 def accumulate_rows(core: _core.Offload, unit: Unit, position: int, grad: torch.Tensor) -> None:
     """Accumulates a sparse gradient of shape (rows, width), not coalesced."""
-    rows = grad._indices()[0].contiguous()
-    core.accumulate_rows(unit.index, position, grad.shape[0], spec(rows), spec(grad._values().contiguous()))
+    rows = plain(grad._indices()[0])
+    core.accumulate_rows(unit.index, position, grad.shape[0], spec(rows), spec(plain(grad._values())))
 
 
 def raise_closed(unit: Unit) -> NoReturn:

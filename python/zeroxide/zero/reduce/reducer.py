@@ -9,7 +9,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from zeroxide import _core
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import plain, spec
 from zeroxide.errors import ModelError
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.passes import GradientState
@@ -100,7 +100,7 @@ class Reducer:
         """Accumulates a gradient that the hook cannot give to the core as it is."""
         grad = self.share(grad)
         if grad.layout is torch.strided:
-            self.core.accumulate(unit.index, position, 0, spec(grad.contiguous()), True)
+            self.core.accumulate(unit.index, position, 0, spec(plain(grad)), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
             accumulate_rows(self.core, unit, position, grad)
         else:
