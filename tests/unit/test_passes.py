@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from itertools import pairwise
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from running import started
 from torch import nn
 
 from zeroxide.zero.current_pass import Pass
-from zeroxide.zero.nested import origin, tensors_in
+from zeroxide.zero.nested import given, handed_through, tensors_in
 from zeroxide.zero.passes import GradientState, PassState, UsesState
 
 IDLE, FORWARD, BACKWARD = PassState.IDLE, PassState.FORWARD, PassState.BACKWARD
@@ -174,10 +173,21 @@ def test_tensors_are_found_in_whatever_modules_take_and_give():
 def test_what_an_operation_in_place_makes_is_new():
     x = torch.ones(2, requires_grad=True)
     y = x * 2
-    before = origin(y)
-    assert origin(y) == before
+    before = given([x, y])
+    assert handed_through(x, before)
+    assert handed_through(y, before)
     y.add_(1)
-    after = origin(y)
+    assert handed_through(x, before)
+    assert not handed_through(y, before)
+    assert handed_through(y, given([y]))
     left, right = (x * 3).split(1)
-    origins = [before, after, origin(x), origin(left), origin(right)]
-    assert all(one != other for one, other in pairwise(origins))
+    assert not any(handed_through(part, given([left])) for part in (right, x))
+    view, base = y[:1], given([y])
+    view.mul_(2)
+    assert not handed_through(y, base)
+
+
+def test_an_inference_tensor_has_no_version_and_is_handed_through():
+    with torch.inference_mode():
+        x = torch.ones(2)
+    assert handed_through(x, given([x]))

@@ -38,6 +38,7 @@ FOREIGN = {
     "_optimizer_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
     "_parameters": "torch: a module's own parameters, also those that are shared",
     "_post_accumulate_grad_hooks": "torch: whether the engine's hook is the last",
+    "_register_hook_dict": "torch: lets a gradient function call the hooks of a tensor",
     "_rebuild_parameter": "torch: how a parameter is unpickled",
     "_utils": "torch: where _rebuild_parameter is",
     "_values": "torch: of a sparse tensor as it is, not coalesced",

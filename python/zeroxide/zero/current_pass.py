@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from zeroxide.zero.nested import Origin
+from zeroxide.zero.nested import Given
 from zeroxide.zero.passes import PassState, UsesState
 from zeroxide.zero.unit import Unit
 
@@ -25,7 +25,7 @@ class Pass:
     state: PassState = PassState.IDLE
     depth: int = 0
     """Calls of the whole model under way, those that recompute among them."""
-    inputs: list[set[Origin]] = field(default_factory=list)
+    inputs: list[Given] = field(default_factory=list)
     """Of every module under way that uses a unit, the outermost first."""
     lingering: Unit | None = None
     """A unit of several modules, one of which has run: in use until another unit's turn comes."""

@@ -33,8 +33,9 @@ from zeroxide.plan.plan import is_leaf
 from zeroxide.zero.current_pass import Pass, Uses
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.gather.stray import StrayReaders
+from zeroxide.zero.gradient_hooks import add_hook
 from zeroxide.zero.hook_handle import Hook
-from zeroxide.zero.nested import origin, replaced, tensors_in
+from zeroxide.zero.nested import given, handed_through, replaced, tensors_in
 from zeroxide.zero.passes import PassState, UnitState, UsesState, in_backward
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.reducer import Reducer
@@ -184,7 +185,7 @@ class Hooks:
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
         current = self.current
-        current.inputs.append({origin(tensor) for tensor in tensors_in(*args, *kwargs.values())})
+        current.inputs.append(given(tensors_in(*args, *kwargs.values())))
         if in_backward():
             self._hold(unit)
             return
@@ -200,13 +201,13 @@ class Hooks:
     def _after(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> Any:
         inputs = self.current.inputs
         # Empty where recomputation stopped early inside the module and the next pass began.
-        given = inputs.pop() if inputs else set()
+        before = inputs.pop() if inputs else {}
         if unit.held_through_backward:
             return None
         kept = None
         if self.moves and (kept := self._kept([unit], output)) is not None:
             output = kept
-        own = [tensor for tensor in tensors_in(output) if origin(tensor) not in given]
+        own = [tensor for tensor in tensors_in(output) if not handed_through(tensor, before)]
         _on_gradient(own, partial(self._before_backward, unit), self.gatherer.params_always_full)
         if not in_backward():
             if len(unit.modules) > 1:
@@ -423,4 +424,4 @@ def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], param
     for tensor in tensors:
         # A leaf is nothing that the module has made; a hook on it would stay for ever.
         if tensor.grad_fn is not None:
-            tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+            add_hook(tensor, hook)

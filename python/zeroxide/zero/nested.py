@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["Origin", "origin", "replaced", "tensors_in"]
+__all__ = ["Given", "given", "handed_through", "replaced", "tensors_in"]
 
-Origin = tuple[Any, int]
+Given = dict[int, tuple[torch.Tensor, int]]
+"""Tensors that a module was given, by their identity, each with its version then."""
 
 
-def origin(tensor: torch.Tensor) -> Origin:
-    """What made the tensor: an operation in place makes it something new, a module that hands it through does not."""
-    node = tensor.grad_fn
-    return (id(tensor), 0) if node is None else (node, tensor.output_nr)
+def given(tensors: Iterable[torch.Tensor]) -> Given:
+    """The tensors as they are now, to be told later from what was made of them."""
+    return {id(tensor): (tensor, _version(tensor)) for tensor in tensors}
+
+
+def handed_through(tensor: torch.Tensor, before: Given) -> bool:
+    """Whether the tensor is one of those given before, and no operation in place has made it something new since."""
+    found = before.get(id(tensor))
+    return found is not None and found[1] == _version(tensor)
+
+
+def _version(tensor: torch.Tensor) -> int:
+    # Nothing that autograd records changes an inference tensor.
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def tensors_in(*trees: Any) -> list[torch.Tensor]:

@@ -59,23 +59,43 @@ class WeightGather(Protocol):
 
 
 class _LocalWeights:
-    """Weights that are all in the core of this process: no message brings them."""
+    """Weights that are all in the core of this process: no message brings them.
+
+    stays: whether they are at home under their windows. Then nothing but an update changes them or takes them away, and
+    a unit whose update has ended is asked for no more until the next one.
+    """
 
     sent_bytes = 0
 
-    def __init__(self, core: _core.Offload) -> None:
+    def __init__(self, core: _core.Offload, *, stays: bool) -> None:
         self.core = core
+        self._stays = stays
+        # Units at home under their windows that no update is under way for.
+        self._ready: set[int] = set()
+
+    def gather(self, unit: Unit) -> None:
+        """Makes the unit's weights readable, once its update has ended."""
+        if unit.index in self._ready:
+            return
+        self._gather(unit)
+        if self._stays:
+            self._ready.add(unit.index)
+
+    def _gather(self, unit: Unit) -> None:
+        self.core.gather(unit.index)
 
     def gather_ahead(self, unit: Unit) -> bool:
         """Nothing is sent for; from a disk the core reads ahead itself."""
         return False
 
     def release(self, unit: Unit) -> None:
-        """The core may give the memory to another unit, or update it."""
-        self.core.release(unit.index)
+        """The core may give the memory to another unit, where it is not the weights' home."""
+        if not self._stays:
+            self.core.release(unit.index)
 
     def drain(self) -> None:
-        """Nothing is on its way."""
+        """Nothing is on its way; the next use waits for the update."""
+        self._ready.clear()
 
     def cover(self, unit: Unit) -> None:
         """Whoever may read it makes the step end before it returns."""
@@ -84,13 +104,9 @@ class _LocalWeights:
 class SingleRankWeights(_LocalWeights):
     """One rank: the core has all weights."""
 
-    def __init__(self, core: _core.Offload, *, params_always_full: bool) -> None:
-        super().__init__(core)
+    def __init__(self, core: _core.Offload, *, stays: bool, params_always_full: bool) -> None:
+        super().__init__(core, stays=stays)
         self.params_always_full = params_always_full
-
-    def gather(self, unit: Unit) -> None:
-        """The core has all of it."""
-        self.core.gather(unit.index)
 
     def after_step(self) -> None:
         """No other rank has a part of the weights."""
@@ -105,12 +121,12 @@ class HostWeights(_LocalWeights):
     """
 
     def __init__(self, core: _core.Offload, messages: Messages, shown: Iterable[Unit]) -> None:
-        super().__init__(core)
+        super().__init__(core, stays=True)
         self.wait = messages.watch.wait
         self._shown = list(shown)
 
-    def gather(self, unit: Unit) -> None:
-        """Waits until every rank has updated its part."""
+    def _gather(self, unit: Unit) -> None:
+        # Every rank has to have updated its part.
         here = self.wait("weights", unit.name, self.core.gather, unit.index)
         assert here, "one copy is never in parts"
 
@@ -287,9 +303,9 @@ def _end_step_here(core: _core.Offload, weights: WeightGather, shown: Iterable[U
 
 def make_weight_gather(core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages) -> WeightGather:
     """What brings the weights of `units` together from the ranks that `messages` go between."""
-    if plan.world == 1:
-        return SingleRankWeights(core, params_always_full=plan.params_always_full)
     stays = plan.weights is Home.HOST
+    if plan.world == 1:
+        return SingleRankWeights(core, stays=stays, params_always_full=plan.params_always_full)
     if plan.transport == "shared":
         shown = units if plan.params_always_full else ()
         return HostWeights(core, messages, shown) if stays else SharedWeights(core, messages, shown)
