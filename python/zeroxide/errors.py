@@ -27,6 +27,7 @@ __all__ = [
     "NumericsError",
     "RanksError",
     "StorageError",
+    "TensorError",
     "ZeroxideError",
 ]
 
@@ -167,6 +168,16 @@ class ModelError(ZeroxideError):
     def __init__(self, message: str, *, name: str | None = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class TensorError(ZeroxideError, ValueError):
+    """A tensor is not what a kernel takes. `name` is the argument, `expected` and `got` what it should be and is."""
+
+    def __init__(self, message: str, *, name: str, expected: str, got: str) -> None:
+        super().__init__(message)
+        self.name = name
+        self.expected = expected
+        self.got = got
 
 
 class DataError(ZeroxideError):

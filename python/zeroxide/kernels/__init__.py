@@ -1,8 +1,16 @@
 """CUDA kernels, one file a family: a typed wrapper of each and what torch makes of the same.
 
-A wrapper takes a `Launcher` and tensors of whatever memory that launcher's kernels can reach.
+A wrapper takes a `Launcher` and tensors of whatever memory that launcher's kernels can reach. `ALL` has every kernel
+with inputs and its reference.
 """
 
+from zeroxide.kernels import norm
+from zeroxide.kernels.case import KernelCase
 from zeroxide.kernels.launch import Kernel, Launcher
 
-__all__ = ["Kernel", "Launcher"]
+__all__ = ["ALL", "KERNELS", "Kernel", "KernelCase", "Launcher"]
+
+ALL: tuple[KernelCase, ...] = norm.CASES
+
+KERNELS: tuple[Kernel, ...] = norm.KERNELS
+"""Every entry point of `cuda/kernels/`."""

@@ -1,0 +1,93 @@
+// Elements that move between memory and registers together, 16 bytes a load where their address allows it.
+#pragma once
+
+#include "zx/portable.cuh"
+
+namespace zx {
+
+template <int BYTES>
+struct WordOf;
+template <>
+struct WordOf<16> {
+    using Type = uint4;
+};
+template <>
+struct WordOf<8> {
+    using Type = uint2;
+};
+template <>
+struct WordOf<4> {
+    using Type = u32;
+};
+
+/// N elements in registers; its words are the widest that their bytes come to.
+template <class T, int N>
+union Pack {
+    static constexpr int WIDTH = sizeof(T) * N >= 16 ? 16 : sizeof(T) * N;
+    using Word = typename WordOf<WIDTH>::Type;
+    static constexpr int WORDS = sizeof(T) * N / WIDTH;
+    static_assert(WORDS * WIDTH == sizeof(T) * N, "elements fill whole words");
+
+    Word words[WORDS];
+    T at[N];
+};
+
+/// Whether packs of N elements from `address` on can be moved in whole words.
+template <class T, int N>
+__device__ inline bool is_aligned(const void *address) {
+    return reinterpret_cast<u64>(address) % Pack<T, N>::WIDTH == 0;
+}
+
+template <class T, int N>
+__device__ inline void load_words(Pack<T, N> &to, const T *from) {
+    using Word = typename Pack<T, N>::Word;
+#ifdef ZX_EMULATED
+    emu::check_aligned(from, Pack<T, N>::WIDTH);
+#endif
+#pragma unroll
+    for (int word = 0; word < Pack<T, N>::WORDS; word++) {
+        to.words[word] = reinterpret_cast<const Word *>(from)[word];
+    }
+}
+
+template <class T, int N>
+__device__ inline void store_words(T *to, const Pack<T, N> &from) {
+    using Word = typename Pack<T, N>::Word;
+#ifdef ZX_EMULATED
+    emu::check_aligned(to, Pack<T, N>::WIDTH);
+#endif
+#pragma unroll
+    for (int word = 0; word < Pack<T, N>::WORDS; word++) {
+        reinterpret_cast<Word *>(to)[word] = from.words[word];
+    }
+}
+
+/// Loads N elements, or where only `left` are there, those, and zero for the rest. `aligned` as `is_aligned` said.
+template <class T, int N>
+__device__ inline void load(Pack<T, N> &to, const T *from, i64 left, bool aligned) {
+    if (aligned && left >= N) {
+        load_words(to, from);
+        return;
+    }
+#pragma unroll
+    for (int at = 0; at < N; at++) {
+        to.at[at] = at < left ? from[at] : T{};
+    }
+}
+
+/// Stores N elements, or where there is room for `left` only, those.
+template <class T, int N>
+__device__ inline void store(T *to, const Pack<T, N> &from, i64 left, bool aligned) {
+    if (aligned && left >= N) {
+        store_words(to, from);
+        return;
+    }
+#pragma unroll
+    for (int at = 0; at < N; at++) {
+        if (at < left) {
+            to[at] = from.at[at];
+        }
+    }
+}
+
+}  // namespace zx

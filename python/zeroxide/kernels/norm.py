@@ -1,0 +1,155 @@
+"""The norm of many gradients and whether one of them is not finite, in one pass: `cuda/kernels/norm.cu`.
+
+The sum of squares has the bits of the core's: the order of its sums is fixed by tensors alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from ctypes import Structure, c_double, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+
+from zeroxide.device.placement import address
+from zeroxide.errors import TensorError
+from zeroxide.kernels.arguments import FLOATS, blocks_for, check, table
+from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.launch import Kernel, Launcher
+
+__all__ = ["CASES", "KERNELS", "Norm", "reference", "scaled_norm"]
+
+THREADS = 256
+CHUNK = 4096
+PIECE = 64 * CHUNK
+SUMS = 16
+
+CHUNKS = {dtype: Kernel("norm", f"zx_norm_chunks_{name}", THREADS) for dtype, name in FLOATS.items()}
+PIECES = Kernel("norm", "zx_norm_pieces", THREADS)
+TOTAL = Kernel("norm", "zx_norm_total", THREADS)
+KERNELS = (*CHUNKS.values(), PIECES, TOTAL)
+
+
+class _Chunks(Structure):
+    _fields_ = (("segments", c_void_p), ("count", c_int64), ("chunks", c_int64), ("chunk_sums", c_void_p))
+
+
+class _Pieces(Structure):
+    _fields_ = (
+        ("segments", c_void_p),
+        ("count", c_int64),
+        ("pieces", c_int64),
+        ("chunks", c_int64),
+        ("chunk_sums", c_void_p),
+        ("piece_sums", c_void_p),
+    )
+
+
+class _Total(Structure):
+    _fields_ = (
+        ("segments", c_void_p),
+        ("count", c_int64),
+        ("pieces", c_int64),
+        ("scale", c_double),
+        ("piece_sums", c_void_p),
+        ("segment_sums", c_void_p),
+        ("result", c_void_p),
+        ("nonfinite", c_void_p),
+    )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Tensors of no dimension on the gradients' device.
+
+    sum_squares: float64, before the scale. norm: float64, the root of that times the scale. nonfinite: int64, 1 where
+    an element is infinite or NaN; the others are infinite or NaN then.
+    """
+
+    sum_squares: torch.Tensor
+    norm: torch.Tensor
+    nonfinite: torch.Tensor
+
+
+def scaled_norm(launcher: Launcher, tensors: Sequence[torch.Tensor], scale: float = 1.0) -> Norm:
+    """The norm of `tensors` together: contiguous, of one dtype (fp32, bf16 or fp16) and device, any shapes.
+
+    Raises TensorError.
+    """
+    if not tensors:
+        raise TensorError("scaled_norm: no tensors: expected at least one", name="tensors", expected="one", got="none")
+    first = tensors[0]
+    for at, tensor in enumerate(tensors):
+        check("scaled_norm", f"tensors[{at}]", tensor, [first.dtype] if at else FLOATS, like=first)
+    device = first.device
+    result = torch.zeros(2, dtype=torch.float64, device=device)
+    nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
+    rows, chunks, pieces = [], 0, 0
+    for tensor in tensors:
+        if tensor.numel():
+            rows.append((address(tensor), tensor.numel(), chunks, pieces))
+            chunks += -(-tensor.numel() // CHUNK)
+            pieces += -(-tensor.numel() // PIECE)
+    if rows:
+        segments = table(rows, device)
+        sums = torch.empty(chunks + pieces + len(rows), dtype=torch.float64, device=device)
+        of_chunks, of_pieces, of_segments = (address(part) for part in torch.split(sums, [chunks, pieces, len(rows)]))
+        where, count = address(segments), len(rows)
+        a_block = THREADS * 16 // first.element_size() // SUMS
+        chunk_args = _Chunks(where, count, chunks, of_chunks)
+        launcher.launch(CHUNKS[first.dtype], blocks_for(chunks, a_block), bytes(chunk_args))
+        piece_args = _Pieces(where, count, pieces, chunks, of_chunks, of_pieces)
+        launcher.launch(PIECES, blocks_for(pieces, THREADS), bytes(piece_args))
+        total_args = _Total(where, count, pieces, scale, of_pieces, of_segments, address(result), address(nonfinite))
+        launcher.launch(TOTAL, 1, bytes(total_args))
+    return Norm(result[0], result[1], nonfinite[0])
+
+
+def reference(tensors: Sequence[torch.Tensor], scale: float = 1.0) -> Norm:
+    """What torch makes of the same, sum by sum in the same order."""
+    total = tensors[0].new_zeros((), dtype=torch.float64)
+    for tensor in tensors:
+        of_tensor = torch.zeros_like(total)
+        for piece in torch.split(tensor.detach().view(-1), PIECE):
+            of_piece = torch.zeros_like(total)
+            for chunk in chunk_sums(piece):
+                of_piece = of_piece + chunk
+            of_tensor = of_tensor + of_piece
+        total = total + of_tensor
+    return Norm(total, total.sqrt() * scale, (~total.isfinite()).to(torch.int64))
+
+
+def chunk_sums(piece: torch.Tensor) -> torch.Tensor:
+    """Sums of squares of each chunk of a flat tensor, float64."""
+    chunks = -(-piece.numel() // CHUNK)
+    squares = torch.zeros(chunks * CHUNK, dtype=torch.float64, device=piece.device)
+    squares[: piece.numel()] = piece.double().square()
+    rows = squares.view(chunks, CHUNK // SUMS, SUMS)
+    sums = torch.zeros(chunks, SUMS, dtype=torch.float64, device=piece.device)
+    for row in range(CHUNK // SUMS):
+        sums = sums + rows[:, row]
+    while sums.shape[1] > 1:
+        half = sums.shape[1] // 2
+        sums = sums[:, :half] + sums[:, half:]
+    return sums.view(-1)
+
+
+def _case(dtype: torch.dtype, name: str) -> KernelCase:
+    def make(n: int, device: torch.device) -> Inputs:
+        parts = [n // 2, n // 3, n - n // 2 - n // 3]
+        return {"tensors": [numbers(part, seed, dtype, device) for seed, part in enumerate(parts)]}
+
+    def outputs(norm: Norm) -> list[torch.Tensor]:
+        return [norm.sum_squares, norm.norm, norm.nonfinite]
+
+    return KernelCase(
+        name=f"norm_{name}",
+        make=make,
+        run=lambda launcher, inputs: outputs(scaled_norm(launcher, inputs["tensors"], math.pi)),
+        reference=lambda inputs: outputs(reference(inputs["tensors"], math.pi)),
+        moved=lambda n: n * dtype.itemsize,
+    )
+
+
+CASES = tuple(_case(dtype, name) for dtype, name in FLOATS.items())

@@ -1,0 +1,182 @@
+"""Kernels of `cuda/` on the host: built with g++ from the same source, and run lane by lane in a chosen order."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "cuda"
+SOURCES = sorted(path.stem for path in (CUDA / "kernels").glob("*.cu"))
+COMPILER = shutil.which("g++")
+WHY_NOT = "g++ is not installed: kernels cannot be built for the host"
+
+FORWARD, REVERSE, RANDOM = range(3)
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+
+
+def processor_flags() -> list[str]:
+    """fmaf as one instruction where the processor has it: the same bits as the library's, much faster."""
+    try:
+        return ["-mfma"] if " fma " in Path("/proc/cpuinfo").read_text() else []
+    except OSError:
+        return []
+
+
+class Builds:
+    """Shared objects in a folder, each built once. `flags` go to every compilation."""
+
+    def __init__(self, folder: Path, flags: tuple[str, ...] = ()):
+        self.folder = folder
+        self.flags = [*FLAGS, *processor_flags(), *flags]
+
+    @functools.cached_property
+    def prefix(self) -> Path:
+        """The emulator's header, compiled ahead: most of the time of a compilation is in it."""
+        header = self.folder / "emulator.h"
+        header.write_text(f'#include "{CUDA / "emu" / "emulator.h"}"\n')
+        self.compile(["-x", "c++-header", header, "-o", f"{header}.gch"])
+        return header
+
+    def compile(self, arguments: list) -> None:
+        done = subprocess.run([COMPILER, *self.flags, *WARNINGS, *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise AssertionError(f"g++ {' '.join(map(str, arguments))}\n{done.stderr}")
+
+    def build(self, source: str, changed: dict[str, str] | None = None) -> Path:
+        """`source` for the host. changed: texts of files under `cuda/` that take the place of those there."""
+        changed = changed or {}
+        name = f"{source}-{hashlib.sha256(repr(sorted(changed.items())).encode()).hexdigest()[:12]}"
+        target = self.folder / f"{name}.so"
+        if target.exists():
+            return target
+        for path, text in changed.items():
+            place = self.folder / name / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_text(text)
+        path = f"kernels/{source}.cu"
+        main = self.folder / name / path if path in changed else CUDA / path
+        includes = ["-I", self.folder / name / "include", "-I", CUDA / "include"]
+        self.compile([*includes, "-include", self.prefix, "-shared", "-x", "c++", main, "-o", target])
+        return target
+
+    def build_all(self) -> dict[str, Path]:
+        self.prefix  # noqa: B018
+        with ThreadPoolExecutor(2) as pool:
+            return dict(zip(SOURCES, pool.map(self.build, SOURCES), strict=True))
+
+
+class LaunchError(RuntimeError):
+    """A kernel did what no GPU would allow, or its lanes wait for one another for ever."""
+
+
+@functools.cache
+def library(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    loaded.zx_failure.restype = ctypes.c_char_p
+    loaded.zx_launch.argtypes = [
+        ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int,
+        ctypes.c_uint,
+    ]  # fmt: skip
+    return loaded
+
+
+class Emulator:
+    """A launcher for tensors in host memory. `launched` counts what it has run."""
+
+    def __init__(self, libraries: dict[str, Path], order: int = FORWARD, seed: int = 0):
+        self.libraries = libraries
+        self.order = order
+        self.seed = seed
+        self.launched = 0
+
+    def launch(self, kernel, blocks: int, args: bytes) -> None:
+        made = library(self.libraries[kernel.source])
+        self.launched += 1
+        failed = made.zx_launch(
+            kernel.entry.encode(), blocks, kernel.threads, kernel.shared_bytes, args, len(args), self.order,
+            self.seed + self.launched,
+        )  # fmt: skip
+        if failed:
+            raise LaunchError(f"{kernel.entry}: {made.zx_failure().decode()}")
+
+
+class Guards:
+    """Tensors with memory around them that nobody may write."""
+
+    FILL = 0xA5
+    AROUND = 4096
+
+    def __init__(self):
+        self.arenas = []
+
+    def copy(self, values: torch.Tensor, shift: int = 0) -> torch.Tensor:
+        """The same values in guarded memory, `shift` elements from an aligned address."""
+        start = self.AROUND + shift * values.element_size()
+        size = values.numel() * values.element_size()
+        arena = torch.full((start + size + self.AROUND,), self.FILL, dtype=torch.uint8)
+        inside = arena[start : start + size].view(values.dtype) if size else values.clone()
+        inside.copy_(values.reshape(-1))
+        self.arenas.append((arena, start, size))
+        return inside.view(values.shape)
+
+    def intact(self) -> bool:
+        return all(
+            bool((arena[:start] == self.FILL).all()) and bool((arena[start + size :] == self.FILL).all())
+            for arena, start, size in self.arenas
+        )
+
+
+def same_bits(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Equal in every bit, but that any NaN is equal to any other."""
+    if got.shape != expected.shape or got.dtype is not expected.dtype:
+        return False
+    if not got.is_floating_point():
+        return torch.equal(got, expected)
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+    bits = kinds[got.element_size()]
+    both = got.isnan() & expected.isnan()
+    return bool((both | (got.contiguous().view(bits) == expected.contiguous().view(bits))).all())
+
+
+def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
+    """As a KernelCase's tolerance says; 0 asks for the same bits."""
+    if tolerance == 0.0:
+        return same_bits(got, expected)
+    if got.shape != expected.shape or got.dtype is not expected.dtype:
+        return False
+    scale = expected.double().abs().max().item() if expected.numel() else 0.0
+    return torch.allclose(got.double(), expected.double(), rtol=0, atol=tolerance * scale, equal_nan=True)
+
+
+def run_guarded(case, n: int, launcher: Emulator, shift: int = 0, change=None) -> str | None:
+    """Runs a case on guarded copies of its inputs. What is wrong, in a few words, or None.
+
+    change: a function that is given the inputs before anything is run, to put special values there.
+    """
+    made = case.make(n, torch.device("cpu"))
+    if change is not None:
+        change(made)
+    expected = case.reference(made)
+    guards = Guards()
+    guarded = {name: [guards.copy(each, shift) for each in tensors] for name, tensors in made.items()}
+    try:
+        got = case.run(launcher, guarded)
+    except LaunchError as error:
+        return str(error)
+    if not guards.intact():
+        return "wrote outside of its tensors"
+    if len(got) != len(expected):
+        return f"{len(got)} outputs, expected {len(expected)}"
+    for at, (mine, wanted) in enumerate(zip(got, expected, strict=True)):
+        if not close(mine, wanted, case.tolerance):
+            return f"output {at} differs"
+    return None
