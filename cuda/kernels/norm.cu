@@ -102,7 +102,7 @@ __device__ void norm_chunks(const NormChunksArgs &args) {
             }
             for (; row * SUMS < elements; row++) {
                 Pack<Bits, EACH> pack;
-                load(pack, data + row * SUMS, elements - part * EACH - row * SUMS, false);
+                load_singly(pack, data + row * SUMS, elements - part * EACH - row * SUMS);
                 add_squares<E>(sums, pack);
             }
         }

@@ -62,31 +62,42 @@ __device__ inline void store_words(T *to, const Pack<T, N> &from) {
     }
 }
 
-/// Loads N elements, or where only `left` are there, those, and zero for the rest. `aligned` as `is_aligned` said.
+/// Loads N elements one by one, or where only `left` are there, those, and zero for the rest.
 template <class T, int N>
-__device__ inline void load(Pack<T, N> &to, const T *from, i64 left, bool aligned) {
-    if (aligned && left >= N) {
-        load_words(to, from);
-        return;
-    }
+__device__ inline void load_singly(Pack<T, N> &to, const T *from, i64 left) {
 #pragma unroll
     for (int at = 0; at < N; at++) {
         to.at[at] = at < left ? from[at] : T{};
     }
 }
 
-/// Stores N elements, or where there is room for `left` only, those.
+/// Stores N elements one by one, or where there is room for `left` only, those.
 template <class T, int N>
-__device__ inline void store(T *to, const Pack<T, N> &from, i64 left, bool aligned) {
-    if (aligned && left >= N) {
-        store_words(to, from);
-        return;
-    }
+__device__ inline void store_singly(T *to, const Pack<T, N> &from, i64 left) {
 #pragma unroll
     for (int at = 0; at < N; at++) {
         if (at < left) {
             to[at] = from.at[at];
         }
+    }
+}
+
+/// Loads in words where `wide`, which needs N elements at an aligned address, else one by one.
+template <class T, int N>
+__device__ inline void load(Pack<T, N> &to, const T *from, i64 left, bool wide) {
+    if (wide) {
+        load_words(to, from);
+    } else {
+        load_singly(to, from, left);
+    }
+}
+
+template <class T, int N>
+__device__ inline void store(T *to, const Pack<T, N> &from, i64 left, bool wide) {
+    if (wide) {
+        store_words(to, from);
+    } else {
+        store_singly(to, from, left);
     }
 }
 

@@ -1,0 +1,85 @@
+"""Optimizer steps on a device: the bits of the CPU kernels whatever the hyperparameters, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from emulated import Emulator, same_bits
+
+from zeroxide import _core
+from zeroxide.errors import InvalidValueError, TensorError
+from zeroxide.kernels.core_update import reference
+from zeroxide.kernels.update import Step, state_tensors, update
+
+OPTIONS = {
+    "adam": [
+        {},
+        {"weight_decay": 0.0},
+        {"decoupled": False, "weight_decay": 0.3},
+        {"decoupled": False, "weight_decay": 0.0},
+        {"bias_correction": False, "eps": 0.0},
+        {"beta1": 0.0, "beta2": 0.0, "lr": 10.0},
+        {"lr": 0.0},
+    ],
+    "lion": [{}, {"beta1": 0.0, "weight_decay": 1.0}, {"beta1": 0.95, "beta2": 0.98}],
+    "adagrad": [{}, {"lr_decay": 0.7, "weight_decay": 0.3}, {"eps": 0.0}],
+    "sgd": [{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True},
+            {"dampening": 0.5, "weight_decay": 0.3}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", OPTIONS)
+def test_every_hyperparameter_has_the_bits_of_the_cpu_kernels(libraries, rule):
+    """Three steps each, the first among them. Catches: a constant that is prepared or rounded another way."""
+    for given in OPTIONS[rule]:
+        hyperparameters = {**_core.RULES[rule].hyperparameters, **given}
+        generator = torch.Generator().manual_seed(5)
+        for format, dtype in (("fp32", torch.float32), ("split", torch.bfloat16)):
+            names = state_tensors(Step(rule, hyperparameters), format, dtype)
+            state = [torch.zeros(301, dtype=kind) for _, kind in names]
+            state[0] = torch.randn(301, generator=generator).to(dtype)
+            for number, scale in ((1, 1.0), (2, 1 / 3), (1000, 2.0**-16)):
+                step = Step(rule, hyperparameters, number, scale)
+                grad = torch.randn(301, generator=generator)
+                expected = reference(step, format, state, grad)
+                update(Emulator(libraries), step, format, state, grad)
+                for name, got, wanted in zip(names, state, expected, strict=True):
+                    assert same_bits(got, wanted), (rule, given, format, number, name)
+
+
+def test_steps_are_those_of_torch(libraries):
+    """An oracle of another author, to what some ten roundings of an update of 1e-3 come to: 10 * 2^-24 * (1 + 1e-3)."""
+    weight = torch.randn(997, generator=torch.Generator().manual_seed(1))
+    theirs = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.1)
+    state = [weight.clone(), torch.zeros(997), torch.zeros(997)]
+    for number in range(1, 4):
+        theirs.grad = torch.randn(997, generator=torch.Generator().manual_seed(number))
+        step = Step("adam", {**_core.RULES["adam"].hyperparameters, "weight_decay": 0.1}, number)
+        update(Emulator(libraries), step, "fp32", state, theirs.grad)
+        optimizer.step()
+    bound = 3 * 10 * 2.0**-24 * (theirs.detach().abs() + 1e-3)
+    assert ((state[0] - theirs.detach()).abs() <= bound).all()
+
+
+def test_refusals():
+    """One line each that names the tensor; nothing is launched."""
+    step = Step("adam", _core.RULES["adam"].hyperparameters)
+    ones, half = torch.ones(4), torch.ones(4, dtype=torch.bfloat16)
+
+    def refused(tensors, grad, format="fp32"):
+        with pytest.raises(TensorError) as caught:
+            update(None, step, format, tensors, grad)
+        return caught.value.name, caught.value.expected, caught.value.got
+
+    assert refused([], ones) == ("tensors", "one", "none")
+    assert refused([ones, ones], ones) == ("tensors", "weight, exp_avg, exp_avg_sq", "2")
+    assert refused([half, half, ones, ones], ones) == ("master", "float32", "bfloat16")
+    assert refused([half, ones, ones, ones], ones, "split") == ("residual", "int16", "float32")
+    assert refused([ones, ones, torch.ones(5)], ones) == ("exp_avg_sq", "a tensor of 4 elements", "of 5 elements")
+    assert refused([ones, ones, ones], ones.double())[0] == "the gradient"
+    assert refused([ones, ones, ones], ones.to("meta")) == ("the gradient", "a tensor on cpu", "on meta")
+    with pytest.raises(InvalidValueError, match="lr"):
+        Step("adam", {**_core.RULES["adam"].hyperparameters, "lr": -1.0})
+    with pytest.raises(ValueError, match="step 0: steps are counted from 1"):
+        Step("adam", _core.RULES["adam"].hyperparameters, 0)
