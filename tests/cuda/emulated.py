@@ -19,7 +19,7 @@ COMPILER = shutil.which("g++")
 WHY_NOT = "g++ is not installed: kernels cannot be built for the host"
 
 FORWARD, REVERSE, RANDOM = range(3)
-FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
+FLAGS = ["-std=c++17", "-Og", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 
 

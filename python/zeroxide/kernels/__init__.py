@@ -4,13 +4,19 @@ A wrapper takes a `Launcher` and tensors of whatever memory that launcher's kern
 with inputs and its reference.
 """
 
-from zeroxide.kernels import accumulate, cast, core_update, norm, update
+from zeroxide.kernels import accumulate, cast, core_update, norm, quantise, update
 from zeroxide.kernels.case import KernelCase
 from zeroxide.kernels.launch import Kernel, Launcher
 
 __all__ = ["ALL", "KERNELS", "Kernel", "KernelCase", "Launcher"]
 
-ALL: tuple[KernelCase, ...] = (*norm.CASES, *core_update.CASES, *cast.CASES, *accumulate.CASES)
+ALL: tuple[KernelCase, ...] = (
+    *norm.CASES,
+    *core_update.CASES,
+    *cast.CASES,
+    *accumulate.CASES,
+    *quantise.CASES,
+)
 
-KERNELS: tuple[Kernel, ...] = (*norm.KERNELS, *update.KERNELS, *cast.KERNELS, *accumulate.KERNELS)
+KERNELS: tuple[Kernel, ...] = (*norm.KERNELS, *update.KERNELS, *cast.KERNELS, *accumulate.KERNELS, *quantise.KERNELS)
 """Every entry point of `cuda/kernels/`."""

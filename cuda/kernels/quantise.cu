@@ -1,0 +1,158 @@
+// Block-wise integers for compressed collectives: 256 elements share one fp32 scale, their largest magnitude over 127
+// (int8) or 7 (int4). int4 codes lie two in a byte, the first in the lower half.
+//
+// Rounds to nearest, ties to even, or at random so that the mean is the value: element e then uses word e % 4 of the
+// random numbers at `offset + e / 4`, whoever computes it. A block with an infinity or a NaN has the scale NaN, and so
+// only NaN comes back from it.
+#include "zx/convert.cuh"
+#include "zx/index.cuh"
+#include "zx/pack.cuh"
+#include "zx/philox.cuh"
+
+namespace zx {
+
+constexpr u32 QUANTISE_THREADS = 256;
+/// Elements of a lane; a warp has a block.
+constexpr int EACH = 8;
+constexpr i64 BLOCK = WARP * EACH;
+constexpr float LARGEST = 3.4028234663852886e38f;
+
+struct QuantiseArgs {
+    const void *values;
+    void *codes;
+    float *scales;
+    i64 elements;
+    u64 seed;
+    u64 offset;
+    u32 at_random;
+};
+
+struct DequantiseArgs {
+    const void *codes;
+    const float *scales;
+    void *values;
+    i64 elements;
+};
+
+struct Int8 {
+    static constexpr float LEVELS = 127.0f;
+    using Codes = Pack<i8, EACH>;
+    using Element = i8;
+    __device__ static i64 stored(i64 elements) { return elements; }
+    __device__ static void put(Codes &codes, int at, int code) { codes.at[at] = static_cast<i8>(code); }
+    __device__ static int get(const Codes &codes, int at) { return codes.at[at]; }
+};
+
+struct Int4 {
+    static constexpr float LEVELS = 7.0f;
+    using Codes = Pack<u8, EACH / 2>;
+    using Element = u8;
+    __device__ static i64 stored(i64 elements) { return (elements + 1) / 2; }
+    __device__ static void put(Codes &codes, int at, int code) {
+        const u8 half = static_cast<u8>(code & 15);
+        codes.at[at / 2] = at % 2 ? static_cast<u8>(codes.at[at / 2] | half << 4) : half;
+    }
+    __device__ static int get(const Codes &codes, int at) {
+        const int half = at % 2 ? codes.at[at / 2] >> 4 : codes.at[at / 2] & 15;
+        return (half ^ 8) - 8;
+    }
+};
+
+/// The code of a value; 0 where the scale is 0 or NaN. Quotients may lie a little beyond the levels.
+template <class Int>
+__device__ inline int code_of(float value, float scale, bool at_random, u32 word) {
+    if (!(scale > 0.0f)) {
+        return 0;
+    }
+    const float quotient = value / scale;
+    const float rounded = at_random ? floorf(quotient + unit_interval(word)) : rintf(quotient);
+    return static_cast<int>(fminf(fmaxf(rounded, -Int::LEVELS), Int::LEVELS));
+}
+
+template <class Int, class From>
+__device__ void quantise(const QuantiseArgs &args) {
+    const u32 lane = threadIdx.x % WARP;
+    const i64 blocks = (args.elements + BLOCK - 1) / BLOCK;
+    const i64 stride = grid_stride(gridDim.x, QUANTISE_THREADS / WARP, 1);
+    // All lanes of a warp have the same block.
+    for (i64 block = first_item(blockIdx.x, QUANTISE_THREADS / WARP, threadIdx.x / WARP, 1); block < blocks;
+         block += stride) {
+        const i64 at = block * BLOCK + lane * EACH;
+        const i64 left = args.elements - at;
+        const auto *from = static_cast<const typename From::Bits *>(args.values) + at;
+        Pack<typename From::Bits, EACH> pack;
+        load(pack, from, left, left >= EACH && is_aligned<typename From::Bits, EACH>(from));
+        float values[EACH];
+        // Magnitudes are ordered as their bits are, with infinity and then NaN above all numbers.
+        u32 largest = 0;
+#pragma unroll
+        for (int each = 0; each < EACH; each++) {
+            values[each] = From::load(pack.at[each]);
+            const u32 magnitude = bits_of(values[each]) & 0x7fffffffu;
+            largest = magnitude > largest ? magnitude : largest;
+        }
+#pragma unroll
+        for (u32 with = WARP / 2; with > 0; with /= 2) {
+            const u32 other = __shfl_xor_sync(ALL_LANES, largest, with);
+            largest = other > largest ? other : largest;
+        }
+        const float scale = largest < INFINITY_BITS ? of_bits(largest) / Int::LEVELS : of_bits(NAN_BITS);
+        if (lane == 0) {
+            args.scales[block] = scale;
+        }
+        typename Int::Codes codes;
+#pragma unroll
+        for (int four = 0; four < EACH; four += 4) {
+            Random4 random = {};
+            if (args.at_random) {
+                random = random_at(args.seed, args.offset + static_cast<u64>(at + four) / 4);
+            }
+#pragma unroll
+            for (int each = 0; each < 4; each++) {
+                Int::put(codes, four + each,
+                         code_of<Int>(values[four + each], scale, args.at_random, random.at[each]));
+            }
+        }
+        if (left > 0) {
+            auto *to = static_cast<typename Int::Element *>(args.codes) + Int::stored(at);
+            constexpr int STORED = sizeof(codes);
+            store(to, codes, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(to));
+        }
+    }
+}
+
+template <class Int, class To>
+__device__ void dequantise(const DequantiseArgs &args) {
+    const i64 stride = grid_stride(gridDim.x, QUANTISE_THREADS, EACH);
+    for (i64 at = first_item(blockIdx.x, QUANTISE_THREADS, threadIdx.x, EACH); at < args.elements; at += stride) {
+        const i64 left = args.elements - at;
+        const auto *from = static_cast<const typename Int::Element *>(args.codes) + Int::stored(at);
+        auto *to = static_cast<typename To::Bits *>(args.values) + at;
+        const float scale = args.scales[at / BLOCK];
+        typename Int::Codes codes;
+        constexpr int STORED = sizeof(codes);
+        load(codes, from, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(from));
+        Pack<typename To::Bits, EACH> pack;
+#pragma unroll
+        for (int each = 0; each < EACH; each++) {
+            const float value = static_cast<float>(Int::get(codes, each)) * scale;
+            // The scale was rounded: its largest multiple may lie beyond the largest number, which it stands for.
+            const float bounded = value > LARGEST ? LARGEST : value < -LARGEST ? -LARGEST : value;
+            pack.at[each] = To::store(bounded);
+        }
+        store(to, pack, left, left >= EACH && is_aligned<typename To::Bits, EACH>(to));
+    }
+}
+
+}  // namespace zx
+
+#define ZX_QUANTISE(name, Int, Float)                                                                                \
+    ZX_KERNEL(zx_quantise_##name, zx::QuantiseArgs, zx::QUANTISE_THREADS) { zx::quantise<zx::Int, zx::Float>(args); } \
+    ZX_KERNEL(zx_dequantise_##name, zx::DequantiseArgs, zx::QUANTISE_THREADS) { zx::dequantise<zx::Int, zx::Float>(args); }
+
+ZX_QUANTISE(int8_f32, Int8, F32)
+ZX_QUANTISE(int8_bf16, Int8, Bf16)
+ZX_QUANTISE(int8_f16, Int8, F16)
+ZX_QUANTISE(int4_f32, Int4, F32)
+ZX_QUANTISE(int4_bf16, Int4, Bf16)
+ZX_QUANTISE(int4_f16, Int4, F16)
