@@ -40,9 +40,6 @@ __device__ void cast(const CastArgs &args) {
             args.segments[segment_of(args.segments, args.count, tile, &CastSegment::first_tile)];
         const i64 at = (tile - segment.first_tile) * TILE + threadIdx.x * EACH;
         const i64 left = segment.elements - at;
-        if (left <= 0) {
-            continue;
-        }
         const auto *source = global(static_cast<const typename From::Bits *>(segment.source)) + at;
         auto *target = global(static_cast<typename To::Bits *>(segment.target)) + at;
         Pack<typename From::Bits, EACH> from;

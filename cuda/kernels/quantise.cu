@@ -113,11 +113,9 @@ __device__ void quantise(const QuantiseArgs &args) {
                          code_of<Int>(values[four + each], scale, args.at_random, random.at[each]));
             }
         }
-        if (left > 0) {
-            auto *to = static_cast<typename Int::Element *>(args.codes) + Int::stored(at);
-            constexpr int STORED = sizeof(codes);
-            store(to, codes, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(to));
-        }
+        auto *to = static_cast<typename Int::Element *>(args.codes) + Int::stored(at);
+        constexpr int STORED = sizeof(codes);
+        store(to, codes, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(to));
     }
 }
 

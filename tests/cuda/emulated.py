@@ -43,11 +43,18 @@ class Builds:
         """The emulator's header, compiled ahead: most of the time of a compilation is in it."""
         header = self.folder / "emulator.h"
         header.write_text(f'#include "{CUDA / "emu" / "emulator.h"}"\n')
-        self.compile(["-x", "c++-header", header, "-o", f"{header}.gch"])
+        self.compile([*WARNINGS, "-x", "c++-header", header, "-o", f"{header}.gch"])
         return header
 
+    @functools.cached_property
+    def runtime(self) -> Path:
+        """What runs kernels, to be linked to each source."""
+        target = self.folder / "emulator.o"
+        self.compile([*WARNINGS, "-c", CUDA / "emu" / "emulator.cpp", "-o", target])
+        return target
+
     def compile(self, arguments: list) -> None:
-        done = subprocess.run([COMPILER, *self.flags, *WARNINGS, *arguments], capture_output=True, text=True)
+        done = subprocess.run([COMPILER, *self.flags, *arguments], capture_output=True, text=True)
         if done.returncode:
             raise AssertionError(f"g++ {' '.join(map(str, arguments))}\n{done.stderr}")
 
@@ -65,11 +72,30 @@ class Builds:
         path = f"kernels/{source}.cu"
         main = self.folder / name / path if path in changed else CUDA / path
         includes = ["-I", self.folder / name / "include", "-I", CUDA / "include"]
-        self.compile([*includes, "-include", self.prefix, "-shared", "-x", "c++", main, "-o", target])
+        # A change that is a mistake on purpose may be one that g++ warns of.
+        warnings = ["-w"] if changed else WARNINGS
+        self.compile(
+            [
+                *warnings,
+                *includes,
+                "-include",
+                self.prefix,
+                "-shared",
+                "-x",
+                "c++",
+                main,
+                "-x",
+                "none",
+                self.runtime,
+                "-o",
+                target,
+            ]
+        )
         return target
 
     def build_all(self) -> dict[str, Path]:
-        self.prefix  # noqa: B018
+        assert self.prefix.exists()
+        assert self.runtime.exists()
         with ThreadPoolExecutor(2) as pool:
             return dict(zip(SOURCES, pool.map(self.build, SOURCES), strict=True))
 
@@ -83,8 +109,7 @@ def library(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.zx_failure.restype = ctypes.c_char_p
     loaded.zx_launch.argtypes = [
-        ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int,
-        ctypes.c_uint,
+        ctypes.c_char_p, ctypes.c_uint, ctypes.c_uint, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_uint,
     ]  # fmt: skip
     return loaded
 
@@ -101,10 +126,10 @@ class Emulator:
     def launch(self, kernel, blocks: int, args: bytes) -> None:
         made = library(self.libraries[kernel.source])
         self.launched += 1
+        assert kernel.shared_bytes == 0, "the emulator has no dynamic shared memory"
         failed = made.zx_launch(
-            kernel.entry.encode(), blocks, kernel.threads, kernel.shared_bytes, args, len(args), self.order,
-            self.seed + self.launched,
-        )  # fmt: skip
+            kernel.entry.encode(), blocks, kernel.threads, args, len(args), self.order, self.seed + self.launched
+        )
         if failed:
             raise LaunchError(f"{kernel.entry}: {made.zx_failure().decode()}")
 
@@ -157,17 +182,38 @@ def close(got: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     return torch.allclose(got.double(), expected.double(), rtol=0, atol=tolerance * scale, equal_nan=True)
 
 
-def run_guarded(case, n: int, launcher: Emulator, shift: int = 0, change=None) -> str | None:
+ALL_ONES_NAN = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32).item()
+FINITE = (2.5, 0.5, 1052672.0, 1082130432.0, 1.00390625, 0.0, -0.0, 1e-45, -1e-40, 6e-8, -5.96e-8, 127.0, 1e-38)
+"""Ties of roundings, zeros, denormals of each dtype. 1052672 is a tie of bf16 and makes one of 1082130432 beside it."""
+OVERFLOWING = (3e38, -65519.0, float("inf"), -float("inf"), float("nan"), ALL_ONES_NAN)
+
+
+def special(inputs, *, finite: bool = False) -> None:
+    """Puts special values into the inputs of a case, others at the same place of each tensor."""
+    values = torch.tensor(FINITE if finite else FINITE + OVERFLOWING)
+    tensors = [tensor for each in inputs.values() for tensor in each if tensor.is_floating_point()]
+    for number, tensor in enumerate(tensors):
+        flat = tensor.view(-1)
+        at = torch.arange(0, flat.numel(), 11)
+        flat[at] = values.roll(number)[at // 11 % len(values)].to(flat.dtype)
+
+
+def run_guarded(case, n: int, launcher: Emulator, shift: int = 0, only: int | None = None, change=None) -> str | None:
     """Runs a case on guarded copies of its inputs. What is wrong, in a few words, or None.
 
+    shift: elements by which tensors are off an aligned address: all, or where `only` is given, the one of that number.
     change: a function that is given the inputs before anything is run, to put special values there.
     """
     made = case.make(n, torch.device("cpu"))
     if change is not None:
         change(made)
     expected = case.reference(made)
-    guards = Guards()
-    guarded = {name: [guards.copy(each, shift) for each in tensors] for name, tensors in made.items()}
+    guards, number, guarded = Guards(), 0, {}
+    for name, tensors in made.items():
+        guarded[name] = []
+        for each in tensors:
+            guarded[name].append(guards.copy(each, shift if only in (None, number) else 0))
+            number += 1
     try:
         got = case.run(launcher, guarded)
     except LaunchError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import nvrtc
 import pytest
@@ -37,12 +39,20 @@ def problems(source: str, made: nvrtc.Compiled, architecture: str) -> list[str]:
     return found
 
 
+@pytest.fixture(scope="module")
+def everything():
+    """(source, architecture) -> what becomes of it, two at a time from the beginning on."""
+    pool = ThreadPoolExecutor(2)
+    every = itertools.product(SOURCES, ARCHITECTURES)
+    yield {(source, target): pool.submit(compiled, source, text_of(source), target) for source, target in every}
+    pool.shutdown(cancel_futures=True)
+
+
 @needs_nvrtc
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_compiles_within_its_budget(source, architecture, tmp_path):
+@pytest.mark.parametrize(("source", "architecture"), [*itertools.product(SOURCES, ARCHITECTURES)])
+def test_compiles_within_its_budget(everything, source, architecture, tmp_path):
     """Catches: what only a GPU's compiler refuses, a spill, more registers, a lost entry point, narrow loads."""
-    made = compiled(source, text_of(source), architecture)
+    made = everything[source, architecture].result()
     assert made.cubin[:4] == b"\x7fELF"
     assert problems(source, made, architecture) == []
     if disassembler():

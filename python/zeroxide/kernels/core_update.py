@@ -98,7 +98,7 @@ STEPS = {
     "adagrad": Step("adagrad", {**_core.RULES["adagrad"].hyperparameters, "lr_decay": 0.1, "weight_decay": 0.1}, 5),
     "sgd": Step(
         "sgd",
-        {**_core.RULES["sgd"].hyperparameters, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1},
+        {**_core.RULES["sgd"].hyperparameters, "momentum": 0.9, "dampening": 0.3},
         4,
         0.5,
     ),

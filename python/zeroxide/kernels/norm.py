@@ -24,6 +24,7 @@ THREADS = 256
 CHUNK = 4096
 PIECE = 64 * CHUNK
 SUMS = 16
+PARTS = 70
 
 CHUNKS = {dtype: Kernel("norm", f"zx_norm_chunks_{name}", THREADS) for dtype, name in FLOATS.items()}
 PIECES = Kernel("norm", "zx_norm_pieces", THREADS)
@@ -117,7 +118,9 @@ def reference(tensors: Sequence[torch.Tensor], scale: float = 1.0) -> Norm:
                 of_piece = of_piece + chunk
             of_tensor = of_tensor + of_piece
         total = total + of_tensor
-    return Norm(total, total.sqrt() * scale, (~total.isfinite()).to(torch.int64))
+    # By the host's sqrt, which is correctly rounded; torch's need not be.
+    norm = torch.full_like(total, math.sqrt(total.item()) * scale)
+    return Norm(total, norm, (~total.isfinite()).to(torch.int64))
 
 
 def chunk_sums(piece: torch.Tensor) -> torch.Tensor:
@@ -137,8 +140,10 @@ def chunk_sums(piece: torch.Tensor) -> torch.Tensor:
 
 def _case(dtype: torch.dtype, name: str) -> KernelCase:
     def make(n: int, device: torch.device) -> Inputs:
-        parts = [n // 2, n // 3, n - n // 2 - n // 3]
-        return {"tensors": [numbers(part, seed, dtype, device) for seed, part in enumerate(parts)]}
+        # One large tensor and many small ones, of magnitudes that make every rounding of a sum count.
+        parts = [n // 2, *(n // 2 // PARTS for _ in range(PARTS - 1))]
+        drawn = [numbers(part, seed, torch.float32, device) for seed, part in enumerate([*parts, n - sum(parts)])]
+        return {"tensors": [(each * each.square()).to(dtype) for each in drawn]}
 
     def outputs(norm: Norm) -> list[torch.Tensor]:
         return [norm.sum_squares, norm.norm, norm.nonfinite]
