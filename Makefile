@@ -17,7 +17,8 @@ TRAIN_ARGS ?= --model gpt2 --offload nvme:runs/gpt2/nvme --host-memory 2GiB --st
 # Passed on to pytest: `make test-py PYTEST_ARGS="tests/unit -k config"`.
 PYTEST_ARGS ?=
 
-RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name '*.rs' -path '*/src/*' -o -name Cargo.toml)
+RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name "*.rs" -path "*/src/*" -o -name build.rs -o -name Cargo.toml) \
+	$(shell find cuda -name "*.cu" -o -name "*.cuh" 2>/dev/null)
 PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
 	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
 

@@ -3,12 +3,17 @@
 use thiserror::Error;
 use zeroxide_memory::MemoryError;
 
+use crate::cuda::CudaError;
+
 /// Failures of a device.
 #[derive(Debug, Error)]
 pub enum DeviceError {
     /// Memory could not be had.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// An NVIDIA device, its driver or its compiler.
+    #[error(transparent)]
+    Cuda(#[from] CudaError),
     /// A copy that does not fit into the device's memory.
     #[error("a copy of {count} bytes at byte {at} leaves device memory of {size} bytes")]
     OutOfRange {

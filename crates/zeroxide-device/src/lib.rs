@@ -5,11 +5,12 @@
 //! the device's memory stays with the caller, since everything that uses it is ordered by streams. An [`Event`] marks
 //! a point of a stream, for which another stream or the caller waits.
 //!
-//! [`Host`] computes in host memory: its copies are done when they return. `tests/conformance` holds what every device
-//! has to keep to, however late its copies really run.
+//! [`Host`] computes in host memory: its copies are done when they return. A [`cuda::Context`] is an NVIDIA device.
+//! `tests/conformance` holds what every device has to keep to, however late its copies really run.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
+pub mod cuda;
 mod error;
 mod host;
 

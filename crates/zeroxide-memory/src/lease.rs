@@ -29,7 +29,7 @@ enum Owner {
     /// Somebody else's, kept alive through what they gave.
     Foreign {
         base: usize,
-        _keep: Arc<dyn std::any::Any + Send + Sync>,
+        keep: Arc<dyn std::any::Any + Send + Sync>,
     },
 }
 
@@ -55,7 +55,7 @@ impl Lease {
     ) -> Self {
         let base = address.expose_provenance();
         Self {
-            owner: Owner::Foreign { base, _keep: keep },
+            owner: Owner::Foreign { base, keep },
             range: 0..len,
         }
     }
@@ -83,6 +83,15 @@ impl Lease {
     /// Address of the first byte, for writing.
     pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.address()
+    }
+
+    /// What keeps memory under the lease's addresses after the lease is gone, for a device that knows them. It gives no
+    /// right to the bytes, which others may lease then.
+    pub fn anchor(&self) -> Arc<dyn std::any::Any + Send + Sync> {
+        match &self.owner {
+            Owner::Region(region) => Arc::clone(region) as Arc<_>,
+            Owner::Foreign { keep, .. } => Arc::clone(keep),
+        }
     }
 
     /// Cuts the lease in two: `self` keeps the first `at` bytes, the rest is returned.
