@@ -2,21 +2,30 @@
 
 from collections.abc import Sequence
 from inspect import Signature
+from os import PathLike
 from typing import Any, ClassVar, Never, Self, final, type_check_only
 
 import torch
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "CUDA_DRIVER",
     "DEFAULT_STAGING_BYTES",
     "DEFAULT_TILE_ELEMENTS",
     "FRAME",
+    "NVRTC_OPTIONS",
     "RULES",
     "Bringer",
+    "CudaContext",
+    "CudaKernel",
+    "CudaProbe",
     "GradientHook",
     "IoEngine",
+    "KeptCubin",
     "MeshPosition",
+    "Nvrtc",
     "Offload",
+    "PinnedMemory",
     "Plan",
     "Rule",
     "Settings",
@@ -31,12 +40,17 @@ __all__ = [
     "drop_clean_text",
     "heap_bytes",
     "keep_freed_memory",
+    "kernel_headers",
+    "kernel_source",
+    "probe_cuda",
     "reset_peak",
     "resident",
     "state_tensors",
 ]
 
 __version__: str
+CUDA_DRIVER: str
+NVRTC_OPTIONS: list[str]
 DEFAULT_STAGING_BYTES: int
 DEFAULT_TILE_ELEMENTS: int
 FRAME: int
@@ -310,10 +324,94 @@ class Bringer:
     def answer(self, problem: str | None = None) -> None: ...
     def close(self) -> None: ...
 
+@final
+class CudaProbe:
+    """What a machine has of CUDA."""
+
+    @property
+    def version(self) -> tuple[int, int] | None: ...
+    @property
+    def devices(self) -> int: ...
+    @property
+    def problem(self) -> str | None: ...
+
+@final
+class Nvrtc:
+    """The run-time compiler."""
+
+    def __new__(cls, libraries: list[str]) -> Nvrtc: ...
+    @property
+    def version(self) -> tuple[int, int]: ...
+    @property
+    def library(self) -> str: ...
+    @property
+    def architectures(self) -> list[int]: ...
+    def compile(
+        self,
+        name: str,
+        text: str,
+        headers: list[tuple[str, str]],
+        *,
+        architecture: int,
+        cache: str | PathLike[str],
+        options: list[str] | None = None,
+    ) -> KeptCubin: ...
+
+@final
+class KeptCubin:
+    """Machine code that came out of the cache or from the compiler."""
+
+    @property
+    def cubin(self) -> bytes: ...
+    @property
+    def log(self) -> str: ...
+    @property
+    def cached(self) -> bool: ...
+    @property
+    def problem(self) -> str | None: ...
+
+@final
+class CudaContext:
+    """This process's part in a device's primary context, which torch uses as well."""
+
+    def __new__(cls, device: int, library: str = ...) -> CudaContext: ...
+    @property
+    def device(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def architecture(self) -> int: ...
+    @property
+    def multiprocessors(self) -> int: ...
+    @property
+    def driver_version(self) -> tuple[int, int]: ...
+    def memory(self) -> tuple[int, int]: ...
+    def load(self, compiler: Nvrtc, source_name: str, kept: KeptCubin, entry: str) -> CudaKernel: ...
+    def host_memory(self, nbytes: int, registered: bool = True) -> PinnedMemory: ...
+
+@final
+class CudaKernel:
+    """A kernel that is loaded."""
+
+    def usage(self) -> tuple[int, int, int | None]: ...
+    def launch(self, blocks: int, threads: int, shared_bytes: int, stream: int, args: bytes) -> None: ...
+
+@final
+class PinnedMemory:
+    """Host memory that a device copies from and to by itself, as a Python buffer."""
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
 def checksum(bytes: TensorSpec, /) -> int: ...
 def drop_clean_text() -> int: ...
 def heap_bytes() -> int: ...
 def keep_freed_memory(largest: int | None = None) -> bool: ...
+def kernel_headers() -> list[tuple[str, str]]: ...
+def kernel_source(name: str) -> str | None: ...
+def probe_cuda(library: str = ...) -> CudaProbe: ...
 def reset_peak() -> bool: ...
 def resident() -> dict[str, int]: ...
 def state_tensors(optimizer: Rule, format: str, compute: str) -> list[tuple[str, str, int, float]]: ...

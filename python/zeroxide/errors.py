@@ -22,6 +22,7 @@ __all__ = [
     "ConfigError",
     "CoreError",
     "DataError",
+    "DeviceError",
     "InvalidValueError",
     "ModelError",
     "NumericsError",
@@ -153,6 +154,79 @@ class StorageError(ZeroxideError):
         super().__init__(message)
         self.path = None if path is None else os.fspath(path)
         self.errno = errno
+
+
+class DeviceError(ZeroxideError):
+    """A compute device, its driver or its compiler is missing, full, lost, or refuses what it was asked for."""
+
+    exit_code: ClassVar[int] = 1
+
+    device: int | None = None
+    """The device's number, from 0."""
+    devices: int | None = None
+    """Devices that the driver shows."""
+    library: str | None = None
+    """The driver's or the compiler's library."""
+    entry: str | None = None
+    """A kernel, or the function that a library lacks."""
+    found: str | None = None
+    """The version that there is."""
+    reason: str | None = None
+    """What the driver, the loader or the operating system said."""
+    tried: str | None = None
+    """Where the compiler was looked for."""
+    source_name: str | None = None
+    """The source file of a kernel."""
+    architecture: int | None = None
+    """The compute capability, as 90 for 9.0."""
+    known: str | None = None
+    """Architectures that the compiler knows."""
+    nvrtc: str | None = None
+    """The compiler's version."""
+    log: str | None = None
+    """All that the compiler said, its lines joined by |."""
+    call: str | None = None
+    """The function that failed."""
+    code: int | None = None
+    """The driver's code for it."""
+    what: str | None = None
+    """What was asked for, or what a handle is of."""
+    at: int | None = None
+    """Which byte of a text is zero."""
+    need: int | str | None = None
+    """Bytes that do not fit, or the version that is needed."""
+    free: int | None = None
+    """Free bytes of the device."""
+    total: int | None = None
+    """All bytes of the device."""
+    bytes: int | None = None
+    """Bytes that cannot be registered."""
+    limit: str | None = None
+    """The limit of memory that this process may lock, in words."""
+    expected: int | None = None
+    """Bytes of a kernel's argument."""
+    got: int | None = None
+    """Bytes that were given for it."""
+    blocks: int | None = None
+    """Blocks of a grid."""
+    threads: int | None = None
+    """Threads of a block."""
+    shared_bytes: int | None = None
+    """Dynamic shared memory of a block."""
+    stream: int | None = None
+    """A stream's handle."""
+    handle: int | None = None
+    """A handle that is not one of the device."""
+    created: int | None = None
+    """Process that made what a forked child used."""
+    current: int | None = None
+    """The child."""
+    action: str | None = None
+    """What was being done with `path`."""
+    path: str | None = None
+    """A file or directory of the kernel cache."""
+    errno: int | None = None
+    """The operating system's code."""
 
 
 class ModelError(ZeroxideError):
@@ -294,3 +368,9 @@ class CoreError(RuntimeError):
     """The child."""
     threads: int | None = None
     """Threads asked for."""
+    at: int | None = None
+    """First byte of a copy."""
+    count: int | None = None
+    """Bytes of a copy."""
+    size: int | None = None
+    """Bytes of a device's memory."""

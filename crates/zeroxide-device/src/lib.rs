@@ -107,7 +107,7 @@ impl Drop for Transfer {
 /// Host memory that is prepared for a device, until this is dropped.
 #[must_use = "dropping it ends the registration"]
 pub struct Registration {
-    _end: Option<Box<dyn Send>>,
+    _end: Option<Box<dyn Send + Sync>>,
 }
 
 impl Registration {
@@ -117,7 +117,7 @@ impl Registration {
     }
 
     /// A registration that ends when `end` is dropped.
-    pub fn until_dropped(end: Box<dyn Send>) -> Self {
+    pub fn until_dropped(end: Box<dyn Send + Sync>) -> Self {
         Self { _end: Some(end) }
     }
 }

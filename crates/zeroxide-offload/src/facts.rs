@@ -2,6 +2,8 @@
 //!
 //! Every variant is listed here with every field, so that a new one does not compile before it is passed on.
 
+use zeroxide_device::DeviceError;
+use zeroxide_device::cuda::CudaError;
 use zeroxide_exchange::ExchangeError;
 use zeroxide_layout::LayoutError;
 use zeroxide_memory::MemoryError;
@@ -19,6 +21,8 @@ pub enum Concern {
     Storage,
     /// Other ranks.
     Ranks,
+    /// A compute device, its driver or its compiler.
+    Device,
     /// The model, or how a script uses it.
     Model,
     /// A value outside of what is allowed.
@@ -312,5 +316,50 @@ impl Facts for StorageError {
             IoUringRefused { reason: text }
             Depth { depth: number, max: number }
             Engine { source: system })
+    }
+}
+
+impl Facts for DeviceError {
+    fn concern(&self) -> Concern {
+        match self {
+            Self::Memory(error) => error.concern(),
+            Self::Cuda(error) => error.concern(),
+            Self::OutOfRange { .. } => Concern::Core,
+        }
+    }
+
+    fn facts(&self) -> Vec<Named> {
+        facts_of!(self, DeviceError: [Memory] [Cuda]
+            OutOfRange { at: number, count: number, size: number })
+    }
+}
+
+impl Facts for CudaError {
+    fn concern(&self) -> Concern {
+        Concern::Device
+    }
+
+    fn facts(&self) -> Vec<Named> {
+        facts_of!(self, CudaError:
+            NoDriver { library: text, reason: text }
+            DriverTooOld { library: text, found: text, need: text }
+            NoEntry { library: text, entry: text }
+            NoDevice { device: number, devices: number }
+            NoCompiler { tried: text, reason: text }
+            UnknownArchitecture { source_name: text, architecture: number, known: text, nvrtc: text }
+            Compile { source_name: text, architecture: number, nvrtc: text, log: text }
+            Compiler { call: text, source_name: text, nvrtc: text, reason: text }
+            ZeroByte { what: text, at: number }
+            OutOfMemory { what: text, need: number, free: number, total: number, device: number }
+            Register { bytes: number, limit: text, device: number, reason: text }
+            Load { source_name: text, device: number, architecture: number, reason: text }
+            NoKernel { source_name: text, entry: text }
+            Arguments { entry: text, expected: number, got: number }
+            Launch { entry: text, blocks: number, threads: number, shared_bytes: number, stream: number, device: number, reason: text }
+            Handle { what: text, handle: number, device: number, reason: text }
+            Lost { call: text, device: number, reason: text }
+            Driver { call: text, device: number, code: number, reason: text }
+            Forked { created: number, current: number }
+            Cache { action: text, path: path, source: system })
     }
 }

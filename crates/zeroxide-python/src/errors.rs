@@ -20,6 +20,7 @@ fn make(py: Python<'_>, concern: Concern, message: &str, facts: &[Named]) -> PyR
         Concern::Budget => "BudgetError",
         Concern::Storage => "StorageError",
         Concern::Ranks => "RanksError",
+        Concern::Device => "DeviceError",
         Concern::Model => "ModelError",
         Concern::Value => "InvalidValueError",
         Concern::Core => "CoreError",

@@ -1,6 +1,7 @@
 //! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
 
 mod bringer;
+mod cuda;
 mod dlpack;
 mod errors;
 mod gradient_hook;
@@ -20,6 +21,11 @@ use pyo3::prelude::*;
 mod _core {
     #[pymodule_export]
     use crate::bringer::PyBringer;
+    #[pymodule_export]
+    use crate::cuda::{
+        CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,
+        kernel_source, probe_cuda,
+    };
     #[pymodule_export]
     use crate::gradient_hook::GradientHook;
     #[pymodule_export]
@@ -52,6 +58,8 @@ mod _core {
             "DEFAULT_STAGING_BYTES",
             zeroxide_plan::DEFAULT_STAGING_BYTES,
         )?;
+        module.add("CUDA_DRIVER", zeroxide_device::cuda::DRIVER)?;
+        module.add("NVRTC_OPTIONS", zeroxide_device::cuda::OPTIONS)?;
         crate::optimizer::add_rules(module)?;
         module.add("__version__", env!("CARGO_PKG_VERSION"))
     }

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-__all__ = ["Kernel", "Launcher"]
+import torch
+
+from zeroxide import _core
+from zeroxide.errors import DeviceError
+from zeroxide.kernels.compile import compile_source, compiler
+
+__all__ = ["CudaLauncher", "Kernel", "Launcher"]
 
 
 @dataclass(frozen=True)
@@ -27,3 +33,56 @@ class Launcher(Protocol):
 
     def launch(self, kernel: Kernel, blocks: int, args: bytes) -> None:
         """Starts `kernel` on a grid of `blocks` blocks; `args` is its one argument, a struct as it lies in memory."""
+
+
+class CudaLauncher:
+    """Runs kernels on one CUDA device, in torch's context of it and on the stream that is torch's current one.
+
+    A kernel is compiled when it is launched first, or comes out of the cache. Memory that a kernel uses is torch's to
+    keep for it as for torch's own: a tensor that another stream made needs `record_stream`.
+    """
+
+    def __init__(self, device: torch.device | None = None, *, library: str = _core.CUDA_DRIVER) -> None:
+        """Launches on `device`, by default torch's current one, by the driver that the loader knows as `library`.
+
+        Raises DeviceError where there is no driver, no such device, or a torch that is built without CUDA.
+        """
+        problem = _core.probe_cuda(library).problem
+        if problem is not None:
+            raise DeviceError(problem)
+        if not torch.cuda.is_available():
+            raise DeviceError(
+                "this torch does not see the CUDA device that the driver shows: install a CUDA build of it"
+            )
+        number = device.index if device is not None and device.index is not None else torch.cuda.current_device()
+        self.context = _core.CudaContext(number, library)
+        self._loaded: dict[Kernel, _core.CudaKernel] = {}
+
+    @property
+    def device(self) -> torch.device:
+        """Where kernels run."""
+        return torch.device("cuda", self.context.device)
+
+    def load(self, kernel: Kernel) -> _core.CudaKernel:
+        """The kernel, compiled and loaded. Raises DeviceError where it cannot be made or loaded."""
+        loaded = self._loaded.get(kernel)
+        if loaded is None:
+            kept = compile_source(kernel.source, self.context.architecture)
+            loaded = self.context.load(compiler(), f"{kernel.source}.cu", kept, kernel.entry)
+            self._loaded[kernel] = loaded
+        return loaded
+
+    def launch(self, kernel: Kernel, blocks: int, args: bytes) -> None:
+        """Starts `kernel` behind all that the current stream has to do.
+
+        Raises DeviceError where torch's current device is another one, where the argument has not the size of the
+        kernel's, where the device refuses the grid, and where it is lost.
+        """
+        current = torch.cuda.current_device()
+        if current != self.context.device:
+            raise DeviceError(
+                f"kernel {kernel.entry} is launched on device {self.context.device}, and torch's current device is "
+                f"{current}: launch under torch.cuda.device({self.context.device})"
+            )
+        stream = torch.cuda.current_stream().cuda_stream
+        self.load(kernel).launch(blocks, kernel.threads, kernel.shared_bytes, stream, args)
