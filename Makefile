@@ -25,7 +25,7 @@ PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
 # PyO3 builds against one interpreter, whichever command compiles it, so that nothing is compiled twice for another.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: train test test-rust test-py test-slow lint fmt bench develop clean help
+.PHONY: train test test-rust test-py test-slow lint fmt bench gpu develop clean help
 
 train: $(VENV)/.wheel ## Train GPT-2 124M from scratch under a memory budget, with its state on disk
 	$(BIN)/zeroxide train $(TRAIN_ARGS)
@@ -59,6 +59,23 @@ fmt: $(VENV)/.tools ## Format Rust and Python, and apply the fixes that are safe
 
 bench: $(VENV)/.wheel $(VENV)/.tools ## Run the benchmarks; each prints one JSON line a result
 	$(BIN)/python -m benches
+
+# A bare machine with a GPU has neither cargo nor the registries: what is built elsewhere is carried there, the extension
+# module in python/zeroxide and the device suite in target/gpu. Where they can be built they are.
+CARRIED := $(wildcard python/zeroxide/_core*.so)
+GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(if $(CARRIED),python3,$(BIN)/python))
+GPU_NEEDS := $(if $(CARRIED),,$(VENV)/.wheel $(VENV)/.tools) $(if $(shell command -v $(CARGO)),target/gpu/device-suite)
+# Passed on to benches/gpu: `make gpu GPU_ARGS="--only Kernels"`.
+GPU_ARGS ?=
+
+gpu: $(GPU_NEEDS) ## Run the tests and benchmarks of a GPU, in a few minutes
+	PYTHONPATH=$(if $(CARRIED),python:). $(GPU_PYTHON) -m benches.gpu $(GPU_ARGS)
+
+# The tests of the Rust crate as one program without its symbols.
+target/gpu/device-suite: $(RUST_SOURCES) crates/zeroxide-device/tests/cuda.rs
+	@mkdir -p $(@D)
+	built=$$($(CARGO) test --locked -p zeroxide-device --test cuda --no-run --message-format=json | \
+		sed -n 's/.*"executable":"\([^"]*\)".*/\1/p') && strip -o $@ "$$built"
 
 develop: $(VENV)/.wheel $(VENV)/.tools ## Install the working tree itself, so that Python edits act at once
 	rm -f $(VENV)/.wheel

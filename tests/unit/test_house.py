@@ -332,6 +332,7 @@ def test_make_has_its_commands_and_explains_them():
         "test-slow",
         "lint",
         "bench",
+        "gpu",
         "fmt",
         "develop",
         "clean",

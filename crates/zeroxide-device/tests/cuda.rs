@@ -8,7 +8,7 @@ use std::path::Path;
 use std::process::Command;
 
 use tempfile::TempDir;
-use zeroxide_device::cuda::{Context, CudaError, Probe, Version, probe};
+use zeroxide_device::cuda::{Context, CudaError, DRIVER, Probe, Version, probe};
 use zeroxide_device::{Device, DeviceError, Event, Stream};
 use zeroxide_memory::{Arena, Bucket, Budget};
 
@@ -43,6 +43,26 @@ impl Driver {
 fn a_cuda_device_conforms() {
     let driver = Driver::build(&[]);
     conformance::check(&Context::open(&driver.path, 0).unwrap());
+}
+
+#[test]
+#[ignore = "needs a GPU; `make gpu` runs it"]
+fn a_real_cuda_device_conforms() {
+    conformance::check(&Context::open(DRIVER, 0).unwrap());
+}
+
+#[test]
+#[ignore = "needs a GPU; `make gpu` runs it"]
+fn a_real_device_refuses_more_than_it_has() {
+    let context = Context::open(DRIVER, 0).unwrap();
+    let (_, total) = context.memory().unwrap();
+    let need = usize::try_from(2 * total).unwrap();
+    let error = context
+        .allocate(&Budget::new(None), Bucket::Gathered, need)
+        .unwrap_err()
+        .to_string();
+    assert!(error.starts_with("out of device memory: "), "{error}");
+    println!("{error}");
 }
 
 #[test]
