@@ -174,15 +174,15 @@ mod tests {
     fn nobody_listens_after_the_end() {
         let bringer = Arc::new(Bringer::new());
         bringer.close();
-        let (heard, hears) = mpsc::channel();
+        let (sender, receiver) = mpsc::channel();
         let late = Arc::clone(&bringer);
         thread::spawn(move || {
             for _ in 0..2 {
-                heard.send(late.listen()).expect("the test waits");
+                sender.send(late.listen()).expect("the test waits");
             }
         });
         for _ in 0..2 {
-            assert_eq!(hears.recv_timeout(PATIENCE), Ok(false));
+            assert_eq!(receiver.recv_timeout(PATIENCE), Ok(false));
         }
         assert!(bringer.ask(0).is_err());
     }
