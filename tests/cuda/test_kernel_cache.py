@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -186,6 +187,31 @@ def test_where_the_cache_is(tmp_path):
     assert str(directory({**home, "XDG_CACHE_HOME": "/var/cache"})) == "/var/cache/zeroxide/kernels"
     assert str(directory({**home, "XDG_CACHE_HOME": "not/absolute"})) == "/home/one/.cache/zeroxide/kernels"
     assert str(directory({**home, "XDG_CACHE_HOME": "/x", "ZEROXIDE_CACHE_DIR": "/own"})) == "/own/kernels"
+
+
+def test_without_a_home_directory_somebody_must_say(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(DeviceError, match="set ZEROXIDE_CACHE_DIR to a directory"):
+        compiling.cache_directory({})
+
+
+@pytest.mark.parametrize(
+    ("cuda", "first"), [("12.8", "cuda_nvrtc/lib/libnvrtc.so.12"), ("13.0", "cu13/lib/libnvrtc.so.13")]
+)
+def test_the_compiler_of_torch_s_cuda_version_is_tried_first(cuda, first, tmp_path, monkeypatch):
+    """Catches: a wheel layout that is not looked into, and a later compiler than the driver that torch needs."""
+    names = ("cu13/lib/libnvrtc.so.13", "cu13/lib/libnvrtc-builtins.so.13.0", "cuda_nvrtc/lib/libnvrtc.so.12")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(compiling, "find_spec", lambda name: spec if name == "nvidia" else None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    found = compiling.nvrtc_libraries()
+    assert found[0] == str(tmp_path / first)
+    assert sorted(found) == sorted([str(tmp_path / names[0]), str(tmp_path / names[2]), *compiling.LOADER_NAMES])
+    monkeypatch.setattr(compiling, "find_spec", lambda name: None)
+    assert compiling.nvrtc_libraries() == [*compiling.LOADER_NAMES]
 
 
 class Stream:

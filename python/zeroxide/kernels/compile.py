@@ -28,12 +28,8 @@ def nvrtc_libraries() -> list[str]:
     """Where NVRTC may be, in the order of trying: NVIDIA's wheels, those of torch's CUDA version first."""
     spec = find_spec("nvidia")
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
-    found = [
-        str(path)
-        for place in places
-        for folder in ("cu*/lib", "cuda_nvrtc/lib")
-        for path in Path(place).glob(f"{folder}/libnvrtc.so.*")
-    ]
+    # `cu13/lib` for CUDA 13 and later, `cuda_nvrtc/lib` before.
+    found = [str(path) for place in places for path in Path(place).glob("cu*/lib/libnvrtc.so.*")]
     major = (torch.version.cuda or "").split(".")[0]
     return [*sorted(found, key=lambda path: (not path.endswith(f".so.{major}"), path)), *LOADER_NAMES]
 
