@@ -148,7 +148,7 @@ class Guards:
         start = self.AROUND + shift * values.element_size()
         size = values.numel() * values.element_size()
         arena = torch.full((start + size + self.AROUND,), self.FILL, dtype=torch.uint8)
-        inside = arena[start : start + size].view(values.dtype) if size else values.clone()
+        inside = arena[start : start + size].view(values.dtype) if size else values.reshape(-1)
         inside.copy_(values.reshape(-1))
         self.arenas.append((arena, start, size))
         return inside.view(values.shape)

@@ -4,7 +4,7 @@ A wrapper takes a `Launcher` and tensors of whatever memory that launcher's kern
 with inputs and its reference.
 """
 
-from zeroxide.kernels import accumulate, cast, core_update, norm, quantise, update
+from zeroxide.kernels import accumulate, cast, core_update, norm, permute, quantise, update
 from zeroxide.kernels.case import KernelCase
 from zeroxide.kernels.launch import Kernel, Launcher
 
@@ -16,7 +16,15 @@ ALL: tuple[KernelCase, ...] = (
     *cast.CASES,
     *accumulate.CASES,
     *quantise.CASES,
+    *permute.CASES,
 )
 
-KERNELS: tuple[Kernel, ...] = (*norm.KERNELS, *update.KERNELS, *cast.KERNELS, *accumulate.KERNELS, *quantise.KERNELS)
+KERNELS: tuple[Kernel, ...] = (
+    *norm.KERNELS,
+    *update.KERNELS,
+    *cast.KERNELS,
+    *accumulate.KERNELS,
+    *quantise.KERNELS,
+    *permute.KERNELS,
+)
 """Every entry point of `cuda/kernels/`."""
