@@ -37,12 +37,13 @@ def sections(options: argparse.Namespace) -> list[tuple[str, Section]]:
         ("Launch", kernels.launch_time),
         ("Emptied storage", checks.emptied_storage),
         ("Optimizer step beside torch", lambda: kernels.beside_torch(options.elements)),
+        ("Compute sanitizer", checks.sanitizer),
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Tests and measurements on a GPU.")
-    parser.add_argument("--seconds", type=float, default=440.0, help="begin no section after that many (default 440)")
+    parser.add_argument("--seconds", type=float, default=320.0, help="begin no section after that many (default 320)")
     parser.add_argument("--test-seconds", type=float, default=240.0, help="end the tests after that many")
     parser.add_argument("--elements", type=int, default=1 << 26, help="elements of a kernel's inputs (default 2^26)")
     parser.add_argument("--out", type=Path, help="also write the block to this file, section by section")

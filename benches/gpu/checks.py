@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from zeroxide import _core
 from zeroxide.kernels import compile as compiling
 
 ROOT = Path(__file__).resolve().parents[2]
+SANITIZER_SECONDS = 75
 SUITE = ROOT / "target" / "gpu" / "device-suite"
 
 
@@ -91,6 +93,28 @@ def device_suite() -> list[str]:
     if ended.returncode != 0:
         raise RuntimeError(ended.stdout[-3000:] + ended.stderr[-3000:])
     return [f"`{line}`" for line in lines]
+
+
+def sanitizer() -> list[str]:
+    """Runs every kernel under compute-sanitizer, where the toolkit is installed."""
+    tool = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
+    if tool is None:
+        return ["Not run: compute-sanitizer is not installed."]
+    lines, wrong = [], []
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-m", "benches.gpu.run_cases"]
+        try:
+            ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SANITIZER_SECONDS)
+        except subprocess.TimeoutExpired:
+            lines.append(f"- {check}: ended after {SANITIZER_SECONDS} s, nothing known")
+            continue
+        said = [line.strip("= ") for line in (ended.stdout + ended.stderr).splitlines() if line.strip()]
+        lines.append(f"- {check}: {said[-1] if said else 'said nothing'} (exit {ended.returncode})")
+        if ended.returncode != 0:
+            wrong += said[:20]
+    if wrong:
+        raise RuntimeError("\n".join([*lines, *wrong]))
+    return lines
 
 
 def emptied_storage() -> list[str]:

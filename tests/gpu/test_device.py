@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -26,14 +29,12 @@ extern "C" __global__ void zx_fill(const Args args) {
 @pytest.fixture(scope="module")
 def fill(launcher, cache):
     """Adds `value` to `count` floats at `address`: `fill(address, count, value)` on torch's current stream."""
-    import struct
-
     compiler = compiling.compiler()
     kept = compiler.compile("fill.cu", FILL, [], architecture=launcher.context.architecture, cache=cache)
     kernel = launcher.context.load(compiler, "fill.cu", kept, "zx_fill")
 
     def start(tensor, value, threads=256):
-        args = struct.pack("=Pqff", tensor.data_ptr(), tensor.numel(), value, 0.0)
+        args = struct.pack("=Qqff", tensor.data_ptr(), tensor.numel(), value, 0.0)
         blocks = -(-tensor.numel() // 256)
         kernel.launch(blocks, threads, 0, torch.cuda.current_stream().cuda_stream, args)
 
@@ -205,9 +206,6 @@ except DeviceError as error:
 
 def test_a_lost_device_is_told_in_one_line(cache):
     """In a process of its own, whose context an illegal address ends. Catches: an end that hangs or is not named."""
-    import subprocess
-    import sys
-
     ended = subprocess.run([sys.executable, "-c", LOST, str(cache)], capture_output=True, text=True, timeout=120)
     assert ended.stdout.startswith("device 0 is lost to this process: "), ended.stdout + ended.stderr[-2000:]
     assert "start again from the last checkpoint" in ended.stdout
