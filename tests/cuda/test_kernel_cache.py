@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -252,6 +253,22 @@ def test_the_launcher_compiles_once_and_launches_on_torch_s_stream(as_if_there_w
         launcher.launch(kernel, 5, bytes(24))
     with pytest.raises(DeviceError, match="has no kernel zx_none"):
         launcher.launch(Kernel(kernel.source, "zx_none", 32), 1, b"")
+
+
+@needs_nvrtc
+@pytest.mark.skipif(COMPILER is None, reason=WHY_NOT)
+def test_kernels_of_one_source_are_compiled_together(as_if_there_was_a_gpu, monkeypatch, tmp_path):
+    """Also where nothing can be kept. Catches: a source that is compiled for each of its entry points."""
+    (tmp_path / "kernels").write_text("in the way")
+    monkeypatch.setenv("ZEROXIDE_CACHE_DIR", str(tmp_path))
+    (tmp_path / "driver").mkdir()
+    launcher = CudaLauncher(library=FakeDriver(tmp_path / "driver").path)
+    kernels = (each for each in zeroxide.kernels.KERNELS if each.source == "norm")
+    with pytest.warns(RuntimeWarning, match="in the kernel cache"):
+        launcher.load(next(kernels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        launcher.load(next(kernels))
 
 
 def test_a_launcher_without_a_gpu_is_refused(monkeypatch):

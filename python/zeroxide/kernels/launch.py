@@ -56,6 +56,7 @@ class CudaLauncher:
             )
         number = device.index if device is not None and device.index is not None else torch.cuda.current_device()
         self.context = _core.CudaContext(number, library)
+        self._compiled: dict[str, _core.KeptCubin] = {}
         self._loaded: dict[Kernel, _core.CudaKernel] = {}
 
     @property
@@ -67,7 +68,9 @@ class CudaLauncher:
         """The kernel, compiled and loaded. Raises DeviceError where it cannot be made or loaded."""
         loaded = self._loaded.get(kernel)
         if loaded is None:
-            kept = compile_source(kernel.source, self.context.architecture)
+            kept = self._compiled.get(kernel.source)
+            if kept is None:
+                kept = self._compiled[kernel.source] = compile_source(kernel.source, self.context.architecture)
             loaded = self.context.load(compiler(), f"{kernel.source}.cu", kept, kernel.entry)
             self._loaded[kernel] = loaded
         return loaded
