@@ -78,8 +78,9 @@ EMU_SCHEDULER void block_barrier() {
     } else {
         fiber.wait = Wait::Block;
         fiber.since = here.opened;
-        here.fibers.yield();
     }
+    // The last to come is not the first to go on: the order of the launch decides.
+    here.fibers.yield();
     acquire(&here.opened);
 }
 
@@ -159,10 +160,11 @@ static void fail_stuck() {
     }
 }
 
-/// Runs some lanes, one after the other, until each waits or has ended. Whether any ran.
+/// Runs some lanes, one after the other, until each waits or has ended, or the block's barrier opens. Whether any ran.
 EMU_SCHEDULER static bool run_lanes(const unsigned *first, const unsigned *last) {
     bool moved = false;
-    for (const unsigned *each = first; each != last && here.failure.empty(); each++) {
+    const uint64_t opened = here.opened;
+    for (const unsigned *each = first; each != last && here.failure.empty() && here.opened == opened; each++) {
         Fiber &fiber = here.fibers.at(*each);
         if (can_run(fiber)) {
             fiber.wait = Wait::Nothing;
@@ -173,14 +175,15 @@ EMU_SCHEDULER static bool run_lanes(const unsigned *first, const unsigned *last)
     return moved;
 }
 
-/// Forward and reverse, a warp gets as far as it can before the next one begins; at random, lanes of all warps take turns.
+/// Forward and reverse, a warp gets as far as it can before the next one begins, and the first one goes on first from a
+/// barrier; at random, lanes of all warps take turns.
 EMU_SCHEDULER static void run_block(Order order) {
     here.fibers.grow(here.lanes, lane_body);
     here.warps.assign((here.lanes + 31) / 32, Warp{});
     here.live = here.lanes;
     here.arrived = 0;
     for (Shared *shared : all_shared()) {
-        std::fill_n(shared->start, shared->bytes, char(0xcd));
+        std::fill_n(shared->start, shared->bytes, char(0xff));
     }
     std::vector<unsigned> turns(here.lanes);
     std::iota(turns.begin(), turns.end(), 0u);
@@ -201,11 +204,15 @@ EMU_SCHEDULER static void run_block(Order order) {
         for (unsigned first = 0; first < here.lanes; first += together) {
             const unsigned *lanes = turns.data() + first;
             const unsigned *end = lanes + std::min(together, here.lanes - first);
+            const uint64_t opened = here.opened;
             while (run_lanes(lanes, end)) {
                 moved = true;
-                if (order == RANDOM) {
+                if (order == RANDOM || here.opened != opened) {
                     break;
                 }
+            }
+            if (here.opened != opened) {
+                break;
             }
         }
         if (!moved && here.failure.empty()) {

@@ -38,7 +38,7 @@ uint64_t shuffled(uint32_t mask, uint64_t value, unsigned source, bool within);
 /// Ends the launch where a GPU would fault.
 void check_aligned(const void *address, size_t bytes);
 
-/// Memory of a block that all its lanes see, filled with nonsense when a block begins.
+/// Memory of a block that all its lanes see, filled with NaN when a block begins.
 struct Shared {
     explicit Shared(size_t bytes);
     void *memory() const { return start; }

@@ -46,7 +46,9 @@ NORM, UPDATE, PACK, INDEX = "kernels/norm.cu", "include/zx/update.cuh", "include
 CODEC, CONVERT, QUANTISE = "include/zx/codec.cuh", "include/zx/convert.cuh", "kernels/quantise.cu"
 ADAM, CAST, ACCUMULATE, PHILOX = "kernels/adam.cu", "kernels/cast.cu", "kernels/accumulate.cu", "include/zx/philox.cuh"
 
-PERMUTE = "kernels/permute.cu"
+PERMUTE, ENTROPY = "kernels/permute.cu", "kernels/cross_entropy.cu"
+FIRST_BARRIER = "        __syncthreads();\n        if (threadIdx.x == 0) {"
+SECOND_BARRIER = "were read.\n        __syncthreads();\n"
 
 RUNS = {
     "accumulate_f32_bf16": "accumulate",
@@ -120,6 +122,24 @@ MUTATIONS = [
     Mutation("mask", PERMUTE, "source < 0 ? 0 : args.width - at", "args.width - at", "gather_rows_64_f32"),
     Mutation("mask", PERMUTE, "if (position < 0) {", "if (false) {", "combine_rows_64_f32"),
     Mutation("alignment", PERMUTE, "width % EACH == 0", "width > 0", "combine_rows_37_bf16"),
+    Mutation(
+        "barrier",
+        ENTROPY,
+        FIRST_BARRIER,
+        "        if (threadIdx.x == 0) {",
+        "cross_entropy_forward_f32",
+    ),
+    Mutation("barrier", ENTROPY, SECOND_BARRIER, "were read.\n", "cross_entropy_forward_f32"),
+    Mutation(
+        "bound",
+        ENTROPY,
+        "each < left ? E::load(pack.at[each]) : minus_infinity()",
+        "E::load(pack.at[each])",
+        "cross_entropy_forward_bf16",
+    ),
+    Mutation(
+        "bound", ENTROPY, "target >= 0 && target < args.width", "target < args.width", "cross_entropy_forward_f32"
+    ),
     Mutation("random", PHILOX, "key1 += 0xBB67AE85u;", "", "quantise_int8_f32_at_random"),
     Mutation(
         "random", QUANTISE, "static_cast<u64>(at + four) / 4", "static_cast<u64>(at) / 4", "quantise_int4_f32_at_random"
@@ -181,4 +201,4 @@ def test_every_mutation_is_caught(builds, libraries):
         print(f"{name}: {report}")
     assert [name for name, report in reports.items() if report is None] == []
     assert not [report for report in reports.values() if "Traceback" in report]
-    assert len(reports) == len(MUTATIONS) >= 30
+    assert len(reports) == len(MUTATIONS) >= 37

@@ -15,7 +15,7 @@ import zeroxide.kernels
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1")
 # adagrad and sgd are the template that lion is an instance of, with a few operations of their own.
-SOURCES = ("accumulate", "adam", "cast", "lion", "norm", "quantise")
+SOURCES = ("accumulate", "adam", "cast", "cross_entropy", "lion", "norm", "permute", "quantise")
 
 
 def runtime_libraries() -> list[str]:

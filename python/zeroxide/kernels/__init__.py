@@ -4,7 +4,7 @@ A wrapper takes a `Launcher` and tensors of whatever memory that launcher's kern
 with inputs and its reference.
 """
 
-from zeroxide.kernels import accumulate, cast, core_update, norm, permute, quantise, update
+from zeroxide.kernels import accumulate, cast, core_update, cross_entropy, norm, permute, quantise, update
 from zeroxide.kernels.case import KernelCase
 from zeroxide.kernels.launch import Kernel, Launcher
 
@@ -17,6 +17,7 @@ ALL: tuple[KernelCase, ...] = (
     *accumulate.CASES,
     *quantise.CASES,
     *permute.CASES,
+    *cross_entropy.CASES,
 )
 
 KERNELS: tuple[Kernel, ...] = (
@@ -26,5 +27,6 @@ KERNELS: tuple[Kernel, ...] = (
     *accumulate.KERNELS,
     *quantise.KERNELS,
     *permute.KERNELS,
+    *cross_entropy.KERNELS,
 )
 """Every entry point of `cuda/kernels/`."""
