@@ -93,11 +93,11 @@ class Builds:
         )
         return target
 
-    def build_all(self) -> dict[str, Path]:
+    def build_all(self, sources=SOURCES) -> dict[str, Path]:
         assert self.prefix.exists()
         assert self.runtime.exists()
         with ThreadPoolExecutor(2) as pool:
-            return dict(zip(SOURCES, pool.map(self.build, SOURCES), strict=True))
+            return dict(zip(sources, pool.map(self.build, sources), strict=True))
 
 
 class LaunchError(RuntimeError):

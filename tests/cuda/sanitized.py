@@ -25,7 +25,7 @@ for case in zeroxide.kernels.ALL:
             if kernel.source in self.libraries:
                 super().launch(kernel, blocks, args)
 
-    for n in (1, 33, 300):
+    for n in (1, 301):
         inputs = case.make(n, torch.device("cpu"))
         expected = case.reference(inputs)
         got = case.run(Watched(sources, n % 3), inputs)

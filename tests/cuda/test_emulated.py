@@ -31,7 +31,7 @@ def test_sizes_and_orders(case, libraries):
 def test_unaligned_views(case, libraries):
     """Catches: wide loads where the address does not allow them."""
     wrong = {}
-    for shift, only in ((1, None), (4, None), (1, 0), (1, 1), (1, 2), (3, 3), (3, 4)):
+    for shift, only in ((1, None), (1, 0), (1, 1), (3, 2), (3, 3)):
         found = run_guarded(case, 1025, Emulator(libraries, RANDOM, seed=shift), shift, only)
         if found:
             wrong[shift, only] = found
