@@ -1,5 +1,5 @@
-// Put before a file of cuda/kernels by `g++ -include`: the names of CUDA that kernels use. emulator.cpp is linked to it and
-// has `zx_launch`, which runs them.
+// Put before a file of cuda/kernels by `g++ -include`: the names of CUDA that kernels use. emulator.cpp is linked to it
+// and has `zx_launch`, which runs them.
 //
 // What this cannot show: the order in which one block sees what another wrote, occupancy, bank conflicts, and time.
 #pragma once

@@ -1,5 +1,5 @@
-// One fiber for each lane of a block, on one thread of the host: who runs next is chosen by the launch's order and seed,
-// so that whatever lanes leave to chance changes between launches.
+// One fiber for each lane of a block, on one thread of the host: who runs next is chosen by the launch's order and
+// seed, so that whatever lanes leave to chance changes between launches.
 #pragma once
 
 #include <ucontext.h>

@@ -1,5 +1,5 @@
-// A gradient arriving in its home buffer: stored, or added in fp32 to what is there and rounded to nearest, ties to even,
-// as crates/zeroxide-optim/src/accumulate.rs does it; here the gradient is multiplied by a scale first, in fp32.
+// A gradient arriving in its home buffer: stored, or added in fp32 to what is there and rounded to nearest, ties to
+// even, as crates/zeroxide-optim/src/accumulate.rs does it; here the gradient is multiplied by a scale first, in fp32.
 #include "zx/convert.cuh"
 #include "zx/index.cuh"
 #include "zx/pack.cuh"

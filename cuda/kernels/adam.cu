@@ -1,5 +1,5 @@
-// Adam and AdamW with the bits of crates/zeroxide-optim/src/rules/adam.rs, whose note on compensation says why each value
-// that matters is an unevaluated sum `head + tail`.
+// Adam and AdamW with the bits of crates/zeroxide-optim/src/rules/adam.rs, whose note on compensation says why each
+// value that matters is an unevaluated sum `head + tail`.
 #include "zx/update.cuh"
 
 namespace zx {
@@ -37,8 +37,8 @@ __device__ inline Pair scaled(Pair constant, float x) {
     return {head, fmaf(constant.tail, x, fmaf(constant.head, x, -head))};
 }
 
-/// The canonical form of a value that is not negative: of the bits that arithmetic can yield, the canonical NaN's are the
-/// smallest above infinity's.
+/// The canonical form of a value that is not negative: of the bits that arithmetic can yield, the canonical NaN's are
+/// the smallest above infinity's.
 __device__ inline float canonical_unsigned(float x) { return of_bits(least(bits_of(x), NAN_BITS)); }
 
 /// About `1 / (2 x)` for positive normal `x`, to an eighth: what a tail needs.

@@ -1,9 +1,9 @@
-// Cross-entropy over a vocabulary that comes in chunks of columns, so that all logits need not be there at once. Forward
-// keeps for each row the largest logit so far, the sum of exp(logit - largest), and the target's logit; backward turns
-// logits into their gradients, given the first two.
+// Cross-entropy over a vocabulary that comes in chunks of columns, so that all logits need not be there at once.
+// Forward keeps for each row the largest logit so far, the sum of exp(logit - largest), and the target's logit;
+// backward turns logits into their gradients, given the first two.
 //
-// The order of sums is fixed by the width of a chunk and the number of lanes. exp is the GPU's or the host's: the bits of
-// the two are not the same.
+// The order of sums is fixed by the width of a chunk and the number of lanes. exp is the GPU's or the host's: the bits
+// of the two are not the same.
 #include "zx/convert.cuh"
 #include "zx/index.cuh"
 #include "zx/pack.cuh"
@@ -153,9 +153,13 @@ __device__ void gradient(const EntropyGradientArgs &args) {
 
 }  // namespace zx
 
-#define ZX_CROSS_ENTROPY(name, E)                                                                                        \
-    ZX_KERNEL(zx_cross_entropy_##name, zx::EntropyArgs, zx::ENTROPY_THREADS) { zx::cross_entropy<zx::E>(args); }          \
-    ZX_KERNEL(zx_cross_entropy_gradient_##name, zx::EntropyGradientArgs, zx::ENTROPY_THREADS) { zx::gradient<zx::E>(args); }
+#define ZX_CROSS_ENTROPY(name, E)                                                              \
+    ZX_KERNEL(zx_cross_entropy_##name, zx::EntropyArgs, zx::ENTROPY_THREADS) {                 \
+        zx::cross_entropy<zx::E>(args);                                                        \
+    }                                                                                          \
+    ZX_KERNEL(zx_cross_entropy_gradient_##name, zx::EntropyGradientArgs, zx::ENTROPY_THREADS) { \
+        zx::gradient<zx::E>(args);                                                             \
+    }
 
 ZX_CROSS_ENTROPY(f32, F32)
 ZX_CROSS_ENTROPY(bf16, Bf16)

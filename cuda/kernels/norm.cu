@@ -88,7 +88,8 @@ __device__ void norm_chunks(const NormChunksArgs &args) {
             int row = 0;
             // Several loads are under way before the first of them is waited for.
             if (aligned) {
-                for (const int whole = static_cast<int>(elements / (SUMS * AT_ONCE)) * AT_ONCE; row < whole; row += AT_ONCE) {
+                const int whole = static_cast<int>(elements / (SUMS * AT_ONCE)) * AT_ONCE;
+                for (; row < whole; row += AT_ONCE) {
                     Pack<Bits, EACH> packs[AT_ONCE];
 #pragma unroll
                     for (int next = 0; next < AT_ONCE; next++) {

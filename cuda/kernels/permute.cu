@@ -1,5 +1,5 @@
-// Tokens to the order of their experts and back. A source or position below zero is of a token that was dropped: its row is
-// zero, and it adds nothing.
+// Tokens to the order of their experts and back. A source or position below zero is of a token that was dropped: its
+// row is zero, and it adds nothing.
 #include "zx/convert.cuh"
 #include "zx/pack.cuh"
 

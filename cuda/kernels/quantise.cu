@@ -144,9 +144,13 @@ __device__ void dequantise(const DequantiseArgs &args) {
 
 }  // namespace zx
 
-#define ZX_QUANTISE(name, Int, Float)                                                                                \
-    ZX_KERNEL(zx_quantise_##name, zx::QuantiseArgs, zx::QUANTISE_THREADS) { zx::quantise<zx::Int, zx::Float>(args); } \
-    ZX_KERNEL(zx_dequantise_##name, zx::DequantiseArgs, zx::QUANTISE_THREADS) { zx::dequantise<zx::Int, zx::Float>(args); }
+#define ZX_QUANTISE(name, Int, Float)                                                  \
+    ZX_KERNEL(zx_quantise_##name, zx::QuantiseArgs, zx::QUANTISE_THREADS) {            \
+        zx::quantise<zx::Int, zx::Float>(args);                                        \
+    }                                                                                  \
+    ZX_KERNEL(zx_dequantise_##name, zx::DequantiseArgs, zx::QUANTISE_THREADS) {        \
+        zx::dequantise<zx::Int, zx::Float>(args);                                      \
+    }
 
 ZX_QUANTISE(int8_f32, Int8, F32)
 ZX_QUANTISE(int8_bf16, Int8, Bf16)

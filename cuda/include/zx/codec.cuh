@@ -5,8 +5,8 @@
 
 namespace zx {
 
-/// The fp32 weight of a bf16 one and the 16 bits that its rounding took away, or for any other pair one that rounds half
-/// up to `high`.
+/// The fp32 weight of a bf16 one and the 16 bits that its rounding took away, or for any other pair one that rounds
+/// half up to `high`.
 __device__ inline float join(u16 high, u16 low) {
     const u32 upper = static_cast<u32>(high) << 16;
     const float joined = of_bits(upper + static_cast<u32>(static_cast<int>(static_cast<short>(low))));

@@ -1,5 +1,5 @@
-// Conversions between fp32 and the 16-bit formats, with the bits of crates/zeroxide-optim/src/convert.rs: the instructions
-// of a GPU agree with them on numbers, but not on what a NaN becomes.
+// Conversions between fp32 and the 16-bit formats, with the bits of crates/zeroxide-optim/src/convert.rs: the
+// instructions of a GPU agree with them on numbers, but not on what a NaN becomes.
 #pragma once
 
 #include "zx/portable.cuh"

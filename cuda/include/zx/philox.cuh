@@ -1,5 +1,5 @@
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): random bits that are a
-// function of a counter and a key, so that they do not depend on who draws them.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw 2011, "Parallel random numbers: as easy as 1, 2, 3"): random bits that
+// are a function of a counter and a key, so that they do not depend on who draws them.
 #pragma once
 
 #include "zx/portable.cuh"

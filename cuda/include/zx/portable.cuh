@@ -23,7 +23,8 @@ static_assert(sizeof(u16) == 2 && sizeof(u32) == 4 && sizeof(i64) == 8 && sizeof
     static void name(const Args args);                                                      \
     static const emu::Registered registered_##name(#name, &emu::call<Args, name>, sizeof(Args), threads); \
     static void name(const Args args)
-// ZX_SHARED(type, name, count) declares `count` elements of the block's shared memory, whose first contents are undefined.
+// ZX_SHARED(type, name, count) declares `count` elements of the block's shared memory, whose first contents are
+// undefined.
 #define ZX_SHARED(type, name, count)                   \
     static emu::Shared shared_##name(sizeof(type) * (count)); \
     type *const name = static_cast<type *>(shared_##name.memory())
@@ -40,8 +41,8 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 __device__ inline u32 bits_of(float value) { return __float_as_uint(value); }
 __device__ inline float of_bits(u32 bits) { return __uint_as_float(bits); }
 
-/// The same address, known to be of global memory: one that was itself loaded from memory could be of any, and its loads
-/// would be generic.
+/// The same address, known to be of global memory: one that was itself loaded from memory could be of any, and its
+/// loads would be generic.
 template <class T>
 __device__ inline T *global(T *address) {
 #ifndef ZX_EMULATED
