@@ -25,12 +25,14 @@ for case in zeroxide.kernels.ALL:
             if kernel.source in self.libraries:
                 super().launch(kernel, blocks, args)
 
+    case.run(Watched(sources), case.make(1, torch.device("cpu")))
+    if made[-1] not in sources:
+        continue
     for n in (1, 301):
         inputs = case.make(n, torch.device("cpu"))
         expected = case.reference(inputs)
         got = case.run(Watched(sources, n % 3), inputs)
-        if made[-1] in sources and not all(close(*each, case.tolerance) for each in zip(got, expected, strict=True)):
+        if not all(close(*each, case.tolerance) for each in zip(got, expected, strict=True)):
             sys.exit(f"{case.name}: {n} elements differ")
-    if made[-1] in sources:
-        print(case.name)
+    print(case.name)
 print("done")
