@@ -105,6 +105,54 @@ def test_an_architecture_that_the_compiler_does_not_know(tmp_path):
     assert caught.value.nvrtc == ".".join(map(str, _core.Nvrtc(compiling.nvrtc_libraries()).version))
 
 
+FAKE_NVRTC = r"""
+#include <dlfcn.h>
+#include <string.h>
+static int compiled;
+int nvrtcVersion(int *major, int *minor) { *major = 13; *minor = 0; return 0; }
+int nvrtcGetNumSupportedArchs(int *count) { *count = 1; return 0; }
+int nvrtcGetSupportedArchs(int *all) { *all = 90; return 0; }
+int nvrtcCreateProgram(void **program) { *program = &compiled; return 0; }
+int nvrtcDestroyProgram(void **program) { return 0; }
+int nvrtcCompileProgram(void *program) { return dlopen("libnvrtc-builtins.so.13.0", RTLD_NOW) ? 0 : 7; }
+int nvrtcGetProgramLogSize(void *program, long *bytes) { *bytes = 8; return 0; }
+int nvrtcGetProgramLog(void *program, char *log) { strcpy(log, "a\nlog\n"); return 0; }
+int nvrtcGetCUBINSize(void *program, long *bytes) { *bytes = 64; return 0; }
+int nvrtcGetCUBIN(void *program, char *cubin) { memset(cubin, 0, 64); memcpy(cubin, "\177ELF\2\1", 6); return 0; }
+const char *nvrtcGetErrorString(int code) { return code == 7 ? "NVRTC_ERROR_BUILTIN_OPERATION_FAILURE" : "?"; }
+"""
+
+
+@pytest.mark.skipif(COMPILER is None, reason=WHY_NOT)
+def test_the_compiler_finds_the_library_beside_it(tmp_path):
+    """NVRTC 13.0 asks the loader for its second library by name. Catches: a wheel's compiler that only compiles where
+    torch happens to have loaded that library."""
+
+    def build(name, text):
+        (tmp_path / "source.c").write_text(text)
+        command = [
+            COMPILER,
+            "-shared",
+            "-fPIC",
+            "-w",
+            f"-Wl,-soname,{name}",
+            "-o",
+            tmp_path / name,
+            tmp_path / "source.c",
+        ]
+        subprocess.run([*command, "-ldl"], check=True)
+
+    build("libnvrtc.so.13", FAKE_NVRTC)
+    libraries = [str(tmp_path / "libnvrtc.so.13")]
+    with pytest.raises(
+        DeviceError, match=r"NVRTC 13\.0 failed in nvrtcCompileProgram for a\.cu: NVRTC_ERROR_\w+: a \| log"
+    ):
+        _core.Nvrtc(libraries).compile("a.cu", "", [], architecture=90, cache=tmp_path / "cache")
+    build("libnvrtc-builtins.so.13.0", "int builtins;")
+    made = _core.Nvrtc(libraries).compile("a.cu", "", [], architecture=90, cache=tmp_path / "cache")
+    assert made.cubin[:4] == b"\x7fELF"
+
+
 def test_a_machine_without_a_compiler():
     with pytest.raises(DeviceError) as caught:
         _core.Nvrtc(["/nowhere/libnvrtc.so.13", "libnvrtc-none.so.12"])

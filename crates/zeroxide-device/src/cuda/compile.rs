@@ -164,11 +164,15 @@ impl Compiler {
                 nvrtc: self.version(),
                 log: one_line(&outcome.log, &self.nvrtc.reason(outcome.status)),
             }),
-            status => Err(failure(
-                &self.nvrtc,
-                &source.name,
-                ("nvrtcCompileProgram", status),
-            )),
+            status => {
+                let reason = self.nvrtc.reason(status);
+                Err(CudaError::Compiler {
+                    call: "nvrtcCompileProgram",
+                    source_name: source.name.clone(),
+                    nvrtc: self.version(),
+                    reason: [reason, one_line(&outcome.log, "it says no more")].join(": "),
+                })
+            }
         }
     }
 

@@ -2,6 +2,8 @@
 #![expect(unsafe_code, reason = "calls into NVIDIA's run-time compiler")]
 
 use std::ffi::{CStr, CString, c_char, c_int};
+use std::fs;
+use std::path::Path;
 use std::ptr;
 
 use super::library::{Library, functions};
@@ -62,7 +64,14 @@ struct Program<'a> {
 
 impl Nvrtc {
     /// Loads the compiler. Errors with what the loader or the library said.
+    ///
+    /// The compiler opens a second library by its name alone when it compiles. Where it comes by a path, those that lie
+    /// beside it are loaded first, since the loader may not look there.
     pub(crate) fn load(name: &str) -> std::result::Result<Self, String> {
+        for beside in beside(Path::new(name)) {
+            // One that cannot be loaded may be one that is not needed: the compiler names what it misses.
+            drop(Library::open(&beside));
+        }
         let library = Library::open(name)?;
         let functions = Functions::of(&library).map_err(|error| error.to_string())?;
         let error_text = library
@@ -134,6 +143,26 @@ impl Nvrtc {
             .to_string_lossy()
             .into_owned()
     }
+}
+
+/// Libraries that a compiler with this path may open by their names.
+fn beside(path: &Path) -> Vec<String> {
+    let folder = path
+        .parent()
+        .filter(|folder| !folder.as_os_str().is_empty());
+    let entries = folder.and_then(|folder| fs::read_dir(folder).ok());
+    entries
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            entry
+                .file_name()
+                .to_string_lossy()
+                .starts_with("libnvrtc-builtins.so")
+        })
+        .map(|entry| entry.path().display().to_string())
+        .collect()
 }
 
 /// The compiler's version and what it compiles for.
