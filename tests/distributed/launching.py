@@ -6,7 +6,9 @@
         job.kill(1)
         results = job.wait()
 
-A source that is a string is run after `PREAMBLE`, which starts the ranks; a path is run as it is.
+A source that is a string is run after `PREAMBLE`, which starts the ranks; a path is run as it is. Ranks are forked from
+a process that has imported torch (`forked_ranks.py`); with `fresh=True` each is a new interpreter, for tests of what a
+process is from its start to its end.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from forked_ranks import ForkedRank, fork_rank
 
 import zeroxide
 
@@ -91,7 +95,10 @@ class Job:
         *,
         timeout: float = 120.0,
         preamble: str = PREAMBLE,
+        fresh: bool = False,
     ) -> None:
+        # What has torch already is not without it.
+        fresh = fresh or preamble == LIGHT
         self._until = time.monotonic() + timeout
         self._folder = tempfile.TemporaryDirectory(prefix="zeroxide-ranks-")
         folder = self.folder = Path(self._folder.name)
@@ -102,7 +109,7 @@ class Job:
             script.write_text(preamble + textwrap.dedent(source_or_path))
         port = str(free_port())
         modules = [str(PACKAGE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.processes: list[subprocess.Popen[bytes]] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
         self._files: list[tuple[Path, Path]] = []
         for rank in range(world):
             variables = {
@@ -121,11 +128,8 @@ class Job:
                 **(env or {}),
             }
             files = folder / f"{rank}.out", folder / f"{rank}.err"
-            with files[0].open("wb") as out, files[1].open("wb") as err:
-                command = [sys.executable, str(script), *args]
-                self.processes.append(
-                    subprocess.Popen(command, env=variables, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
-                )
+            start = start_rank if fresh else fork_rank
+            self.processes.append(start(rank, script, args, variables, *files))
             self._files.append(files)
 
     def __enter__(self) -> Job:
@@ -184,10 +188,20 @@ def run_ranks(
     timeout: float = 120.0,
     *,
     preamble: str = PREAMBLE,
+    fresh: bool = False,
 ) -> list[Result]:
     """Runs `world` ranks to their end, or kills them after `timeout` seconds; what became of each."""
-    with Job(world, source_or_path, args, env, timeout=timeout, preamble=preamble) as job:
+    with Job(world, source_or_path, args, env, timeout=timeout, preamble=preamble, fresh=fresh) as job:
         return job.wait()
+
+
+def start_rank(
+    rank: int, script: Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path
+) -> subprocess.Popen[bytes]:
+    """A new interpreter, which is all the same whatever its rank."""
+    with out.open("wb") as to_out, err.open("wb") as to_err:
+        command = [sys.executable, str(script), *args]
+        return subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=to_out, stderr=to_err)
 
 
 def free_port() -> int:

@@ -72,7 +72,7 @@ def test_different_models_are_named_while_they_are_built(way: str, said: list[st
 )
 def test_a_rank_lost_while_models_are_built_is_named(way: str, said: str):
     # Catches: a construction that nobody watches, where the others wait for half an hour.
-    with Job(3, JOB, [way], timeout=40.0) as job:
+    with Job(3, JOB, [way], timeout=40.0, fresh=True) as job:
         # A rank that is stopped does not end by itself: the job ends it.
         results = job.wait([0, 2] if way == "stop" else None)
     for rank in (0, 2):

@@ -48,7 +48,7 @@ say("initialized" if dist.is_initialized() else "closed")
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_ranks_over_gloo(world):
-    results = run_ranks(world, COLLECTIVES)
+    results = run_ranks(world, COLLECTIVES, fresh=True)
     for rank, result in enumerate(results):
         assert result.code == 0, result.err
         first, last = result.out.splitlines()
@@ -89,7 +89,7 @@ def test_an_existing_group_is_used_and_not_destroyed(tmp_path, backend):
     """The second backend takes no tensors in host memory, as NCCL does not."""
     script = tmp_path / "existing.py"
     script.write_text(EXISTING)
-    for result in run_ranks(2, script, [backend]):
+    for result in run_ranks(2, script, [backend], fresh=True):
         assert result.code == 0, result.err
 
 
@@ -190,7 +190,7 @@ ranks.close()
 assert dist.is_initialized()
 dist.destroy_process_group()
 """
-    with Job(3, source, preamble="import os\n") as job:
+    with Job(3, source, preamble="import os\n", fresh=True) as job:
         for result in job.wait():
             assert result.code == 0, result.err
 

@@ -112,5 +112,5 @@ def test_rounds_under_torchrun(ways, tmp_path):
 
 @pytest.mark.parametrize("ways", [WAYS["own"], WAYS["after refusals"], WAYS["in turn"]])
 def test_rounds_where_rank_0_has_the_store(ways):
-    for result in run_ranks(2, ROUNDS, [",".join(ways)], timeout=90, preamble=""):
+    for result in run_ranks(2, ROUNDS, [",".join(ways)], timeout=90, preamble="", fresh=True):
         assert (result.code, result.out) == (0, "done\n"), result.err

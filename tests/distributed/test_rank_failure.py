@@ -31,7 +31,7 @@ def config(transport: str, nvme: Path | None = None, **own: Any) -> dict[str, An
 def lose(given: dict[str, Any], phase: str, way: str, world: int = 3) -> list[Result]:
     """The results of a job of which rank 1 was lost. Checks that nothing of it is left."""
     shared = set(os.listdir("/dev/shm"))
-    with Job(world, HERE / "failing.py", [json.dumps(given), phase, way]) as job:
+    with Job(world, HERE / "failing.py", [json.dumps(given), phase, way], fresh=True) as job:
         results = job.wait([rank for rank in range(world) if rank != 1 or way != "stop"])
         if way == "stop":
             assert results[1].code is None, "a stopped rank stays as it is"
@@ -160,7 +160,7 @@ def test_scratch_of_a_killed_rank_goes_with_the_next_run(tmp_path):
     engine.destroy()
     """
     text = source.replace("HERE", repr(str(HERE))).replace("FOLDER", repr(str(tmp_path)))
-    (result,) = run_ranks(1, text.replace("CONFIG", repr(json.dumps(config("auto", tmp_path)))))
+    (result,) = run_ranks(1, text.replace("CONFIG", repr(json.dumps(config("auto", tmp_path)))), fresh=True)
     assert result.code == 0, result.err
     assert not any(path.name in result.out for path in left), "the dead rank's bytes are free before new ones are taken"
     assert list(tmp_path.iterdir()) == [stranger]
@@ -169,7 +169,7 @@ def test_scratch_of_a_killed_rank_goes_with_the_next_run(tmp_path):
 @pytest.mark.parametrize("what", ["one more", "others", "others, evaluating"])
 def test_ranks_that_skip_modules_where_gathering_is_a_collective_end_with_an_error(what):
     """All ranks must take part in a gather. Messages have their unit's tag: units of one size do not meet either."""
-    for rank, result in enumerate(run_ranks(2, HERE / "skipping.py", [what])):
+    for rank, result in enumerate(run_ranks(2, HERE / "skipping.py", [what], fresh=True)):
         assert result.code in (1, 75), result
         assert "ranks have waited for different things" in result.err, f"rank {rank}: {result.err}"
         if what != "one more":

@@ -71,7 +71,7 @@ def run_light(world, source):
     ],
 )
 def test_a_killed_rank_is_named(victim, world, preamble):
-    with Job(world, QUICK + FORWARD.replace("VICTIM", str(victim)), preamble=preamble) as job:
+    with Job(world, QUICK + FORWARD.replace("VICTIM", str(victim)), preamble=preamble, fresh=True) as job:
         others = sorted(set(range(world)) - {victim})
         for rank in others:
             job.until(rank, "ready")
@@ -120,7 +120,7 @@ threading.Thread(target=lambda: (time.sleep(15.0), say("15 s")), daemon=True).st
 with watch.waiting("all-gather", "h.1"):
     ranks.barrier()
 """
-    with Job(2, source) as job:
+    with Job(2, source, fresh=True) as job:
         result = job.wait([0])[0]
     assert result.code == 75
     assert "rank 1 is stopped" in line_of(result)
@@ -233,7 +233,7 @@ def test_a_failure_is_raised_before_a_wait_and_after_it():
     ],
 )
 def test_ranks_that_wait_for_different_things_end_with_what_each_waits_for(world, preamble, wait):
-    for result in run_ranks(world, QUICK + DIVERGING.replace("WAIT", wait), preamble=preamble):
+    for result in run_ranks(world, QUICK + DIVERGING.replace("WAIT", wait), preamble=preamble, fresh=True):
         assert result.code == 75
         line = line_of(result)
         assert "ranks have waited for different things" in line
