@@ -1,4 +1,4 @@
-"""What every test runs under: one compute thread, and the folders that tests share code from."""
+"""What every test runs under: one compute thread, libraries left in memory, and folders that tests share code from."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from untrimmed import leave_libraries
 
+leave_libraries()
 sys.path.insert(0, str(Path(__file__).parent / "numerics"))
 
 

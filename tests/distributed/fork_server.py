@@ -82,6 +82,7 @@ def become(request: dict[str, Any]) -> types.CodeType:
     script = Path(request["script"])
     sys.argv = [str(script), *request["args"]]
     sys.path[:] = [str(script.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep)), *BASE_PATH]
+    importlib.import_module("untrimmed").leave_libraries()
     main = types.ModuleType("__main__")
     main.__file__ = str(script)
     sys.modules["__main__"] = main

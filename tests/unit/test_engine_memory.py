@@ -14,6 +14,7 @@ import torch
 from models import FAMILIES, Gpt, batches, build, loss_of, next_token_loss
 from running import COVERING, Mode, assert_released, config_of, started, weights_of
 from torch import nn
+from untrimmed import trimming
 
 from zeroxide import _core
 from zeroxide.errors import BudgetError
@@ -267,3 +268,17 @@ def test_slots_between_ranks_are_within_the_budget():
     core(total).close()
     with pytest.raises(BudgetError, match=rf"bytes for gradients do not fit, .* of {total - 1} bytes"):
         core(total - 1)
+
+
+@pytest.mark.parametrize("times", [2, 0])
+def test_pages_of_libraries_are_dropped_twice_while_an_engine_is_made_or_never(times, tmp_path):
+    # Catches: a key that is not read, a peak that has what importing touched, pages that an engine cannot do without.
+    config = config_of(DISK, tmp_path, "fp32")
+    config["zeroxide"]["trim_libraries"] = times > 0
+    (batch,) = batches("gpt", 1)
+    with trimming() as dropped, started(build("gpt"), config=config) as engine:
+        engine.backward(engine(**batch))
+        engine.step()
+    assert len(dropped) == times
+    # torch alone has more than that in pages that hold what its file holds.
+    assert sum(dropped) >= times * (1 << 20)
