@@ -7,7 +7,7 @@
         results = job.wait()
 
 A source that is a string is run after `PREAMBLE`, which starts the ranks; a path is run as it is. Ranks are forked from
-a process that has imported torch (`forked_ranks.py`); with `fresh=True` each is a new interpreter, for tests of what a
+a process that has imported torch (`forking.py`); with `fresh=True` each is a new interpreter, for tests of what a
 process is from its start to its end.
 """
 
@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forked_ranks import ForkedRank, fork_rank
+from forking import ForkedProcess, ForkServer
 
 import zeroxide
 
@@ -109,7 +109,7 @@ class Job:
             script.write_text(preamble + textwrap.dedent(source_or_path))
         port = str(free_port())
         modules = [str(PACKAGE), str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-        self.processes: list[subprocess.Popen[bytes] | ForkedRank] = []
+        self.processes: list[subprocess.Popen[bytes] | ForkedProcess] = []
         self._files: list[tuple[Path, Path]] = []
         for rank in range(world):
             variables = {
@@ -202,6 +202,20 @@ def start_rank(
     with out.open("wb") as to_out, err.open("wb") as to_err:
         command = [sys.executable, str(script), *args]
         return subprocess.Popen(command, env=dict(env), stdin=subprocess.DEVNULL, stdout=to_out, stderr=to_err)
+
+
+_servers: list[ForkServer] = []
+"""For ranks of even and of odd number: so neighbours differ, as ranks that are started one by one do, in the hashes of
+strings and in where memory lies, and code whose order depends on either still fails."""
+
+
+def fork_rank(
+    rank: int, script: Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path
+) -> ForkedProcess:
+    """A process forked from the server of its rank. The servers start with the first, side by side."""
+    if not _servers:
+        _servers.extend(ForkServer() for _ in range(2))
+    return _servers[rank % 2].fork(script, args, env, out, err)
 
 
 def free_port() -> int:

@@ -1,4 +1,7 @@
-"""`zeroxide train` as users run it: the real engine, a process of its own, signals from outside."""
+"""`zeroxide train` as users run it: the real engine, a process of its own, signals from outside.
+
+A command that a signal ends is a new interpreter; the others are forked (`forked_cli.py`).
+"""
 
 import json
 import os
@@ -8,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from forked_cli import run_cli
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,6 +33,9 @@ COMMON = [
 ]
 
 
+FORTY = ["--steps", 40, "--accumulate", 2, "--sample-tokens", 0]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
@@ -44,9 +51,18 @@ def command(*arguments):
 
 
 def train(*arguments):
-    finished = subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+    finished = run_cli("train", *arguments)
     assert "Traceback" not in finished.stderr, finished.stderr
     return finished
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, text):
+    """40 steps that nothing interrupts."""
+    out = tmp_path_factory.mktemp("straight")
+    options = [*COMMON, *FORTY, "--data", text, "--offload", f"nvme:{out}"]
+    assert train(*options, "--out", out / "run").returncode == 0
+    return out / "run"
 
 
 def losses(run):
@@ -82,11 +98,9 @@ def test_offload_modes_give_the_same_run_and_a_model_that_loads(tmp_path, text):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_state_to_go_on_from_with_the_same_bits(tmp_path, text, number):
-    options = [*COMMON, "--data", text, "--steps", 40, "--accumulate", 2, "--sample-tokens", 0]
-    options += ["--offload", f"nvme:{tmp_path}"]
-    straight, halves = tmp_path / "straight", tmp_path / "halves"
-    assert train(*options, "--out", straight).returncode == 0
+def test_a_signal_leaves_a_state_to_go_on_from_with_the_same_bits(tmp_path, text, straight, number):
+    options = [*COMMON, *FORTY, "--data", text, "--offload", f"nvme:{tmp_path}"]
+    halves = tmp_path / "halves"
     with subprocess.Popen(command(*options, "--out", halves), stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("step  5/"):
@@ -100,7 +114,9 @@ def test_a_signal_leaves_a_state_to_go_on_from_with_the_same_bits(tmp_path, text
     one, two = (load_file(run / "model" / "model.safetensors") for run in (straight, halves))
     assert all(tensor.equal(two[key]) for key, tensor in one.items())
     # The scratch files of all three processes are gone.
-    assert not [name for name in os.listdir(tmp_path) if name.startswith("zeroxide-")]
+    assert not [
+        name for folder in (tmp_path, straight.parent) for name in os.listdir(folder) if name.startswith("zeroxide-")
+    ]
 
 
 def test_fp16_gives_the_same_run_in_memory_and_on_disk_and_a_model_that_loads(tmp_path, text):
@@ -120,16 +136,16 @@ def test_fp16_gives_the_same_run_in_memory_and_on_disk_and_a_model_that_loads(tm
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path, text):
     options = [*COMMON, "--data", text, "--steps", 30, "--sample-tokens", 0, "--save-every", 4]
     options += ["--offload", f"nvme:{tmp_path}"]
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
-    assert train(*options, "--out", straight).returncode == 0
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(*options, "--out", whole).returncode == 0
     with subprocess.Popen(command(*options, "--out", killed), stdout=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
             if line.startswith("step 10/"):
                 process.kill()
     finished = train("--resume", "--out", killed)
     assert finished.returncode == 0, finished.stderr
-    assert losses(killed) == losses(straight)
-    one, two = (load_file(run / "model" / "model.safetensors") for run in (straight, killed))
+    assert losses(killed) == losses(whole)
+    one, two = (load_file(run / "model" / "model.safetensors") for run in (whole, killed))
     assert all(tensor.equal(two[key]) for key, tensor in one.items())
 
 

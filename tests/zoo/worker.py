@@ -40,8 +40,10 @@ def main() -> None:
     import torch
     from beside_torch import MODES, Differs, Skipped, compare
     from small_models import Unbuildable, find
+    from untrimmed import leave_libraries
     from weight_uses import WAYS
 
+    leave_libraries()
     torch.set_num_threads(1)
 
     def answer(**what: Any) -> None:

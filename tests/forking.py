@@ -1,8 +1,4 @@
-"""Ranks without the seconds that importing torch takes: forked from processes that have done it (`fork_server.py`).
-
-There are two such processes, for ranks of even and of odd number: so neighbours differ, as ranks that are started one
-by one do, in the hashes of strings and in where memory lies, and code whose order depends on either still fails.
-"""
+"""Processes without the seconds that importing torch takes: forked from one that has done it (`fork_server.py`)."""
 
 from __future__ import annotations
 
@@ -19,27 +15,29 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 SERVER = Path(__file__).with_name("fork_server.py")
-SERVERS = 2
+IMPORTS = ("torch", "torch.distributed", "torch._dynamo", "pydantic", "safetensors.torch")
+"""What an engine imports that is not ours."""
 
 
 class ForkServer:
-    """This side of one server."""
+    """This side of one server, which imports `IMPORTS` and `more`, and ends with this process at the latest."""
 
-    def __init__(self) -> None:
+    def __init__(self, more: Sequence[str] = ()) -> None:
         self._channel, theirs = socket.socketpair()
-        # What torch reads once, when it is imported, is what ranks of their own would find.
+        # What torch reads once, when it is imported.
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         env.pop("PYTHONPATH", None)
         with theirs:
-            command = [sys.executable, str(SERVER), str(theirs.fileno())]
+            command = [sys.executable, str(SERVER), str(theirs.fileno()), *IMPORTS, *more]
             self._process = subprocess.Popen(
                 command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
             )
         self._received = b""
         self._started: list[int] = []
         self._codes: dict[int, int] = {}
+        atexit.register(self.close)
 
-    def fork(self, script: Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path) -> ForkedRank:
+    def fork(self, script: Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path) -> ForkedProcess:
         """What `python SCRIPT ARGS` with this environment would be, with its output in new files."""
         for each in (out, err):
             each.touch()
@@ -47,7 +45,7 @@ class ForkServer:
         self._channel.sendall(json.dumps(request).encode() + b"\n")
         while not self._started:
             self.hear(None)
-        return ForkedRank(self, self._started.pop())
+        return ForkedProcess(self, self._started.pop())
 
     def code(self, pid: int) -> int | None:
         """How the process ended, as `Popen.returncode`; None before that has been heard."""
@@ -59,7 +57,7 @@ class ForkServer:
             return
         more = self._channel.recv(1 << 16)
         if not more:
-            raise RuntimeError(f"the server that forks ranks has ended with {self._process.wait()}")
+            raise RuntimeError(f"the server that forks processes has ended with {self._process.wait()}")
         *lines, self._received = (self._received + more).split(b"\n")
         for line in lines:
             pid, code = json.loads(line)
@@ -76,8 +74,8 @@ class ForkServer:
         self._process.wait()
 
 
-class ForkedRank:
-    """One rank, as `subprocess.Popen` shows a process."""
+class ForkedProcess:
+    """One of them, as `subprocess.Popen` shows a process."""
 
     def __init__(self, server: ForkServer, pid: int) -> None:
         self.pid = pid
@@ -97,7 +95,7 @@ class ForkedRank:
         while (code := self.poll()) is None:
             left = None if until is None else until - time.monotonic()
             if left is not None and left <= 0:
-                raise subprocess.TimeoutExpired(f"rank with pid {self.pid}", timeout or 0.0)
+                raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
             self._server.hear(left)
         return code
 
@@ -109,16 +107,3 @@ class ForkedRank:
     def kill(self) -> None:
         """SIGKILL."""
         self.send_signal(signal.SIGKILL)
-
-
-_servers: list[ForkServer] = []
-
-
-def fork_rank(rank: int, script: Path, args: Sequence[str], env: Mapping[str, str], out: Path, err: Path) -> ForkedRank:
-    """Rank `rank` of a job. The servers start with the first, and end with this process."""
-    if not _servers:
-        # All at once: they import side by side.
-        _servers.extend(ForkServer() for _ in range(SERVERS))
-        for each in _servers:
-            atexit.register(each.close)
-    return _servers[rank % SERVERS].fork(script, args, env, out, err)

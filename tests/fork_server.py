@@ -1,14 +1,15 @@
-"""A process that has imported what every rank imports first, and forks a process for each line of JSON on its socket.
+"""A process that has imported what others import first, and forks a process for each line of JSON on its socket.
 
-`python fork_server.py DESCRIPTOR` is how `forked_ranks.py` starts it. A line names the script, its arguments, the
+`python fork_server.py DESCRIPTOR MODULE...` is how `forking.py` starts it. A line names the script, its arguments, the
 environment, and the files for standard output and error. An answer of [pid, null] says that the process is there,
 [pid, code] how it ended. The server ends with the other end of its socket.
 
-It imports nothing of zeroxide, and nothing of this folder: ranks import that themselves, from what is on disk then.
+It imports nothing of zeroxide, and nothing of this folder: what it forks imports that itself, as it is on disk then.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -25,9 +26,9 @@ BASE_PATH = list(sys.path[1:])
 """What is importable without `PYTHONPATH`, which the server is started without."""
 
 
-def import_ahead() -> None:
-    """The packages whose import takes most of a rank's start."""
-    for name in ("torch", "torch.distributed", "torch._dynamo", "pydantic", "safetensors.torch"):
+def import_ahead(modules: list[str]) -> None:
+    """Imports what takes most of a start. Fails where that has started threads."""
+    for name in modules:
         importlib.import_module(name)
     # A lock that another thread holds at the fork would never be given back.
     tasks = os.listdir("/proc/self/task")
@@ -35,6 +36,8 @@ def import_ahead() -> None:
     # A collection in the child then leaves the pages shared on which the objects made so far lie.
     gc.collect()
     gc.freeze()
+    # The last collection takes all, or libraries find objects of theirs that nobody gave back, and say so.
+    atexit.register(gc.unfreeze)
 
 
 def serve(channel: socket.socket) -> dict[str, Any]:
@@ -90,7 +93,7 @@ def become(request: dict[str, Any]) -> types.CodeType:
 
 
 if __name__ == "__main__":
-    import_ahead()
+    import_ahead(sys.argv[2:])
     # An interrupt from the keyboard reaches the whole group: it is for the tests, whose end is this process's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     program = become(serve(socket.socket(fileno=int(sys.argv[1]))))
