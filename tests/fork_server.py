@@ -1,8 +1,8 @@
 """A process that has imported what others import first, and forks a process for each line of JSON on its socket.
 
-`python fork_server.py DESCRIPTOR MODULE...` is how `forking.py` starts it. A line names the script, its arguments, the
-environment, and the files for standard output and error. An answer of [pid, null] says that the process is there,
-[pid, code] how it ended. The server ends with the other end of its socket.
+`python fork_server.py DESCRIPTOR quiet|quick MODULE...` is how `forking.py` starts it. A line names the script, its
+arguments, the environment, and the files for standard output and error. An answer of [pid, null] says that the process
+is there, [pid, code] how it ended. The server ends with the other end of its socket.
 
 It imports nothing of zeroxide, and nothing of this folder: what it forks imports that itself, as it is on disk then.
 """
@@ -26,7 +26,7 @@ BASE_PATH = list(sys.path[1:])
 """What is importable without `PYTHONPATH`, which the server is started without."""
 
 
-def import_ahead(modules: list[str]) -> None:
+def import_ahead(ending: str, modules: list[str]) -> None:
     """Imports what takes most of a start. Fails where that has started threads."""
     for name in modules:
         importlib.import_module(name)
@@ -36,8 +36,9 @@ def import_ahead(modules: list[str]) -> None:
     # A collection in the child then leaves the pages shared on which the objects made so far lie.
     gc.collect()
     gc.freeze()
-    # The last collection takes all, or libraries find objects of theirs that nobody gave back, and say so.
-    atexit.register(gc.unfreeze)
+    if ending == "quiet":
+        # The last collection takes them as well, or libraries find objects of theirs left, and say so.
+        atexit.register(gc.unfreeze)
 
 
 def serve(channel: socket.socket) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def serve(channel: socket.socket) -> dict[str, Any]:
             continue
         more = channel.recv(1 << 16)
         if not more:
-            sys.exit(0)
+            os._exit(0)
         *lines, received = (received + more).split(b"\n")
         for line in lines:
             pid = os.fork()
@@ -93,7 +94,7 @@ def become(request: dict[str, Any]) -> types.CodeType:
 
 
 if __name__ == "__main__":
-    import_ahead(sys.argv[2:])
+    import_ahead(sys.argv[2], sys.argv[3:])
     # An interrupt from the keyboard reaches the whole group: it is for the tests, whose end is this process's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     program = become(serve(socket.socket(fileno=int(sys.argv[1]))))

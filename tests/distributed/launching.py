@@ -26,7 +26,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from forking import ForkedProcess, ForkServer
+from forking import ForkedProcess, ForkServer, without_leaks
 
 import zeroxide
 
@@ -160,7 +160,7 @@ class Job:
 
     def err(self, rank: int) -> str:
         """What the rank has written to stderr so far."""
-        return self._files[rank][1].read_text(errors="replace")
+        return without_leaks(self._files[rank][1].read_text(errors="replace"))
 
     def until(self, rank: int, text: str) -> None:
         """Waits for the rank to print `text`. Fails when it ends, or the time is over, before that."""

@@ -42,7 +42,7 @@ class Finished:
 @functools.cache
 def server() -> ForkServer:
     """The process that all commands of this session are forked from."""
-    return ForkServer(IMPORTS)
+    return ForkServer(IMPORTS, quiet=True)
 
 
 def run_cli(*arguments: object) -> Finished:
