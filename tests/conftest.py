@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from pathlib import Path
 
@@ -23,3 +24,19 @@ def one_torch_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_runtest_setup():
+    """Sets aside, once, the million objects that come with torch's compiler.
+
+    Whoever has an optimizer has imported it. A collection would go through all of them each time, and tests that show
+    that nothing is left collect often. What a test makes comes later, and is collected as ever.
+    """
+    if "torch._dynamo" in sys.modules and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+
+
+def pytest_unconfigure():
+    """The last collection takes all: libraries name on standard error what they find left of theirs."""
+    gc.unfreeze()
