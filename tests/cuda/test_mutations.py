@@ -55,6 +55,7 @@ RUNS = {
     "accumulate_f32_f32": "accumulate",
     "norm_f16": "norm",
     "pack_f32_bf16": "cast",
+    "pack_f32_f32": "cast",
     "quantise_int8_f32_at_random": "quantise",
     "store_bf16_bf16": "accumulate",
     "unpack_bf16_f32": "cast",
@@ -88,6 +89,10 @@ MUTATIONS = [
     Mutation(
         "stride", INDEX, "return static_cast<i64>(blocks) * threads * each;", "return 1 << 30;", "store_bf16_bf16"
     ),
+    Mutation("bound", CAST, "first + TILE + EACH <= segment.elements", "first < segment.elements", "pack_bf16_bf16"),
+    Mutation("alignment", CAST, "if (whole && shift == 0)", "if (whole)", "unpack_bf16_f32"),
+    Mutation("alignment", CAST, "TILE - before;", "TILE;", "pack_f32_bf16"),
+    Mutation("alignment", PACK, "parts[at] = moves ? parts[at + step] : parts[at];", "", "pack_f32_f32"),
     Mutation("stride", INDEX, "* threads + lane) * each", "* threads + lane)", "accumulate_f32_f32"),
     Mutation("search", INDEX, ".*first <= item", ".*first < item", "unpack_bf16_f32"),
     Mutation(

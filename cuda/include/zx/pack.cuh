@@ -19,6 +19,10 @@ template <>
 struct WordOf<4> {
     using Type = u32;
 };
+template <>
+struct WordOf<2> {
+    using Type = u16;
+};
 
 /// N elements in registers; its words are the widest that their bytes come to.
 template <class T, int N>
@@ -28,9 +32,18 @@ union Pack {
     static constexpr int WORDS = sizeof(T) * N / WIDTH;
     static_assert(WORDS * WIDTH == sizeof(T) * N, "elements fill whole words");
 
+    /// Quarters of a 16-byte word; a pack of 2 bytes has less than one.
+    static constexpr int PARTS = sizeof(T) * N >= 4 ? sizeof(T) * N / 4 : 1;
+
     Word words[WORDS];
+    u32 parts[PARTS];
     T at[N];
 };
+
+/// Packs for a kernel whose lanes move packs of two dtypes: as many elements as fill 16 bytes of the wider one, so that
+/// the lanes of a warp together move whole lines.
+template <class T, class Other>
+constexpr int each_of = 16 / (sizeof(T) > sizeof(Other) ? sizeof(T) : sizeof(Other));
 
 /// Whether packs of N elements from `address` on can be moved in whole words.
 template <class T, int N>
@@ -50,6 +63,7 @@ __device__ inline void load_words(Pack<T, N> &to, const T *from) {
     }
 }
 
+/// To global memory.
 template <class T, int N>
 __device__ inline void store_words(T *to, const Pack<T, N> &from) {
     using Word = typename Pack<T, N>::Word;
@@ -58,7 +72,7 @@ __device__ inline void store_words(T *to, const Pack<T, N> &from) {
 #endif
 #pragma unroll
     for (int word = 0; word < Pack<T, N>::WORDS; word++) {
-        reinterpret_cast<Word *>(to)[word] = from.words[word];
+        store_word(reinterpret_cast<Word *>(to) + word, from.words[word]);
     }
 }
 
@@ -99,6 +113,39 @@ __device__ inline void store(T *to, const Pack<T, N> &from, i64 left, bool wide)
     } else {
         store_singly(to, from, left);
     }
+}
+
+/// By how many elements `address` lies beyond one at which packs of N elements are aligned.
+template <class T, int N>
+__device__ inline u32 misalignment(const T *address) {
+    return static_cast<u32>(reinterpret_cast<u64>(address) / sizeof(T) % N);
+}
+
+/// The N elements from element `shift` of `low` on, behind which `high` lies.
+template <class T, int N>
+__device__ inline Pack<T, N> shifted(const Pack<T, N> &low, const Pack<T, N> &high, u32 shift) {
+    constexpr int PARTS = Pack<T, N>::PARTS;
+    const u32 bytes = shift * static_cast<u32>(sizeof(T));
+    u32 parts[2 * PARTS];
+#pragma unroll
+    for (int at = 0; at < PARTS; at++) {
+        parts[at] = low.parts[at];
+        parts[PARTS + at] = high.parts[at];
+    }
+#pragma unroll
+    for (int step = PARTS / 2; step > 0; step /= 2) {
+        const bool moves = bytes & (4 * step);
+#pragma unroll
+        for (int at = 0; at + step < 2 * PARTS; at++) {
+            parts[at] = moves ? parts[at + step] : parts[at];
+        }
+    }
+    Pack<T, N> result;
+#pragma unroll
+    for (int at = 0; at < PARTS; at++) {
+        result.parts[at] = bytes & 2 ? parts[at] >> 16 | parts[at + 1] << 16 : parts[at];
+    }
+    return result;
 }
 
 }  // namespace zx

@@ -65,6 +65,27 @@ __device__ inline u16 f32_to_f16_by_instruction(float value) {
 }
 #endif
 
+/// Stores a word to global memory in one instruction: the compiler makes four of an assignment where the word was put
+/// together from fp32 values.
+template <class Word>
+__device__ inline void store_word(Word *to, Word word) {
+    *to = word;
+}
+#ifndef ZX_EMULATED
+__device__ inline void store_word(uint4 *to, uint4 word) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};"
+                 :
+                 : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y), "r"(word.z), "r"(word.w)
+                 : "memory");
+}
+__device__ inline void store_word(uint2 *to, uint2 word) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};"
+                 :
+                 : "l"(__cvta_generic_to_global(to)), "r"(word.x), "r"(word.y)
+                 : "memory");
+}
+#endif
+
 __device__ inline bool is_nan(float value) { return value != value; }
 
 /// The smaller of two.

@@ -16,7 +16,9 @@ from zeroxide.kernels.launch import Kernel, Launcher
 __all__ = ["CASES", "KERNELS", "cast", "pack", "reference", "unpack"]
 
 THREADS = 256
-TILE = THREADS * 8
+TILE = 8192
+FIRST_PACK = 7
+"""The most elements by which tiles begin before their target, at an aligned address."""
 
 BY_DTYPES = {
     (source, target): Kernel("cast", f"zx_cast_{name}_{other}", THREADS)
@@ -48,7 +50,7 @@ def cast(launcher: Launcher, sources: Sequence[torch.Tensor], targets: Sequence[
         check("cast", f"targets[{at}]", target, [into.dtype] if at else FLOATS, like=first, numel=source.numel())
         if source.numel():
             rows.append((address(source), address(target), source.numel(), tiles))
-            tiles += -(-source.numel() // TILE)
+            tiles += -(-(source.numel() + FIRST_PACK) // TILE)
     if rows:
         segments = table(rows, first.device)
         args = _Arguments(address(segments), len(rows), tiles)
