@@ -12,8 +12,10 @@
 namespace zx {
 
 constexpr u32 QUANTISE_THREADS = 256;
-/// Elements of a lane; a warp has a block.
+/// Elements of a lane that quantises; a warp has a block.
 constexpr int EACH = 8;
+/// Packs that a lane loads before it waits for the first of them.
+constexpr int AT_ONCE = 4;
 constexpr i64 BLOCK = WARP * EACH;
 constexpr float LARGEST = 3.4028234663852886e38f;
 
@@ -36,23 +38,29 @@ struct DequantiseArgs {
 
 struct Int8 {
     static constexpr float LEVELS = 127.0f;
-    using Codes = Pack<i8, EACH>;
+    template <int N>
+    using Codes = Pack<i8, N>;
     using Element = i8;
     __device__ static i64 stored(i64 elements) { return elements; }
-    __device__ static void put(Codes &codes, int at, int code) { codes.at[at] = static_cast<i8>(code); }
-    __device__ static int get(const Codes &codes, int at) { return codes.at[at]; }
+    template <class Packed>
+    __device__ static void put(Packed &codes, int at, int code) { codes.at[at] = static_cast<i8>(code); }
+    template <class Packed>
+    __device__ static int get(const Packed &codes, int at) { return codes.at[at]; }
 };
 
 struct Int4 {
     static constexpr float LEVELS = 7.0f;
-    using Codes = Pack<u8, EACH / 2>;
+    template <int N>
+    using Codes = Pack<u8, N / 2>;
     using Element = u8;
     __device__ static i64 stored(i64 elements) { return (elements + 1) / 2; }
-    __device__ static void put(Codes &codes, int at, int code) {
+    template <class Packed>
+    __device__ static void put(Packed &codes, int at, int code) {
         const u8 half = static_cast<u8>(code & 15);
         codes.at[at / 2] = at % 2 ? static_cast<u8>(codes.at[at / 2] | half << 4) : half;
     }
-    __device__ static int get(const Codes &codes, int at) {
+    template <class Packed>
+    __device__ static int get(const Packed &codes, int at) {
         const int half = at % 2 ? codes.at[at / 2] >> 4 : codes.at[at / 2] & 15;
         return (half ^ 8) - 8;
     }
@@ -100,7 +108,7 @@ __device__ void quantise(const QuantiseArgs &args) {
         if (lane == 0) {
             args.scales[block] = scale;
         }
-        typename Int::Codes codes;
+        typename Int::template Codes<EACH> codes;
 #pragma unroll
         for (int four = 0; four < EACH; four += 4) {
             Random4 random = {};
@@ -119,26 +127,51 @@ __device__ void quantise(const QuantiseArgs &args) {
     }
 }
 
-template <class Int, class To>
-__device__ void dequantise(const DequantiseArgs &args) {
-    const i64 stride = grid_stride(gridDim.x, QUANTISE_THREADS, EACH);
-    for (i64 at = first_item(blockIdx.x, QUANTISE_THREADS, threadIdx.x, EACH); at < args.elements; at += stride) {
-        const i64 left = args.elements - at;
-        const auto *from = static_cast<const typename Int::Element *>(args.codes) + Int::stored(at);
-        auto *to = static_cast<typename To::Bits *>(args.values) + at;
-        const float scale = args.scales[at / BLOCK];
-        typename Int::Codes codes;
-        constexpr int STORED = sizeof(codes);
-        load(codes, from, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(from));
+/// COUNT packs, `stride` elements from one to the next; where they are not `wide`, one with `left` elements.
+template <class Int, class To, int COUNT>
+__device__ void dequantise_packs(const DequantiseArgs &args, i64 at, i64 stride, i64 left, bool wide) {
+    constexpr int EACH = 16 / sizeof(typename To::Bits);
+    using Codes = typename Int::template Codes<EACH>;
+    const auto *from = static_cast<const typename Int::Element *>(args.codes);
+    auto *to = static_cast<typename To::Bits *>(args.values) + at;
+    Codes codes[COUNT];
+    float scales[COUNT];
+#pragma unroll
+    for (int next = 0; next < COUNT; next++) {
+        load(codes[next], from + Int::stored(at + next * stride), Int::stored(left), wide);
+        scales[next] = args.scales[(at + next * stride) / BLOCK];
+    }
+#pragma unroll
+    for (int next = 0; next < COUNT; next++) {
         Pack<typename To::Bits, EACH> pack;
 #pragma unroll
         for (int each = 0; each < EACH; each++) {
-            const float value = static_cast<float>(Int::get(codes, each)) * scale;
+            const float value = static_cast<float>(Int::get(codes[next], each)) * scales[next];
             // The scale was rounded: its largest multiple may lie beyond the largest number, which it stands for.
             const float bounded = value > LARGEST ? LARGEST : value < -LARGEST ? -LARGEST : value;
             pack.at[each] = To::store(bounded);
         }
-        store(to, pack, left, left >= EACH && is_aligned<typename To::Bits, EACH>(to));
+        store(to + next * stride, pack, left, wide);
+    }
+}
+
+template <class Int, class To>
+__device__ void dequantise(const DequantiseArgs &args) {
+    constexpr int EACH = 16 / sizeof(typename To::Bits);
+    constexpr int STORED = sizeof(typename Int::template Codes<EACH>);
+    const auto *codes = static_cast<const typename Int::Element *>(args.codes);
+    const bool aligned = is_aligned<typename Int::Element, STORED>(codes) &&
+                         is_aligned<typename To::Bits, EACH>(args.values);
+    const i64 stride = grid_stride(gridDim.x, QUANTISE_THREADS, EACH);
+    i64 at = first_item(blockIdx.x, QUANTISE_THREADS, threadIdx.x, EACH);
+    if (aligned) {
+        for (; at + (AT_ONCE - 1) * stride + EACH <= args.elements; at += AT_ONCE * stride) {
+            dequantise_packs<Int, To, AT_ONCE>(args, at, stride, EACH, true);
+        }
+    }
+    for (; at < args.elements; at += stride) {
+        const i64 left = args.elements - at;
+        dequantise_packs<Int, To, 1>(args, at, stride, left, aligned && left >= EACH);
     }
 }
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from emulated import Emulator, Guards, same_bits
 
-from zeroxide.kernels.cast import TILE, cast
 from zeroxide.kernels.arguments import FLOATS
+from zeroxide.kernels.cast import TILE, cast
 
 DTYPES = [*FLOATS]
 

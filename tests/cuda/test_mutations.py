@@ -82,9 +82,7 @@ MUTATIONS = [
     Mutation("bound", UPDATE, "aligned && left >= EACH", "aligned", "update_lion_fp32_f32"),
     Mutation("bound", QUANTISE, "return (elements + 1) / 2;", "return elements / 2;", "quantise_int4_f32"),
     Mutation("alignment", UPDATE, "second_tensor.aligned() && ", "", "update_adamw_fp32_f32"),
-    Mutation(
-        "alignment", ACCUMULATE, "const bool wide = aligned && left", "const bool wide = left", "accumulate_f16_f16"
-    ),
+    Mutation("alignment", ACCUMULATE, "left, aligned && left", "left, left", "accumulate_f16_f16"),
     Mutation("alignment", NORM, "is_aligned<Bits, EACH>(data)", "true", "norm_bf16"),
     Mutation(
         "stride", INDEX, "return static_cast<i64>(blocks) * threads * each;", "return 1 << 30;", "store_bf16_bf16"

@@ -23,9 +23,13 @@ __device__ inline u16 half_up_of_canonical(float value) { return static_cast<u16
 
 /// Rounds to nearest, ties to even, as torch casts.
 __device__ inline u16 bf16_nearest_even(float value) {
+#ifndef ZX_EMULATED
+    return is_nan(value) ? BF16_NAN : f32_to_bf16_by_instruction(value);
+#else
     const u32 bits = bits_of(value);
     const u16 rounded = static_cast<u16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
     return is_nan(value) ? BF16_NAN : rounded;
+#endif
 }
 
 /// fp16 bits to fp32, exactly; a NaN becomes any NaN.

@@ -63,6 +63,11 @@ __device__ inline u16 f32_to_f16_by_instruction(float value) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
+__device__ inline u16 f32_to_bf16_by_instruction(float value) {
+    u16 bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
 #endif
 
 /// Stores a word to global memory in one instruction: the compiler makes four of an assignment where the word was put
