@@ -14,7 +14,7 @@ constexpr u32 NORM_THREADS = 256;
 constexpr i64 CHUNK = 4096;
 constexpr int SUMS = 16;
 constexpr i64 PIECE_CHUNKS = 64;
-/// Rows of a chunk that a lane loads together.
+/// Words of a chunk that a lane loads together.
 constexpr int AT_ONCE = 4;
 
 struct NormSegment {
@@ -57,74 +57,152 @@ __device__ inline void add_square(double &sum, float value) {
     sum = fma(wide, wide, sum);
 }
 
-/// What is not there was loaded as zero, which adds nothing.
-template <class E, int EACH>
-__device__ inline void add_squares(double (&sums)[EACH], const Pack<typename E::Bits, EACH> &pack) {
-#pragma unroll
-    for (int at = 0; at < EACH; at++) {
-        add_square(sums[at], E::load(pack.at[at]));
-    }
-}
+/// A team of lanes sums a chunk; a lane has the sums of one 4-byte column of its rows. Each tile of whole rows is loaded in
+/// words, which pass through shared memory to those whose columns they have; the next tile is under way meanwhile.
+template <class E>
+struct Chunks {
+    using Bits = typename E::Bits;
+    /// Sums of a lane.
+    static constexpr int COLUMNS = 4 / sizeof(Bits);
+    static constexpr u32 TEAM = SUMS / COLUMNS;
+    static constexpr u32 TEAMS = NORM_THREADS / TEAM;
+    /// Elements of a word.
+    static constexpr int WIDE = 16 / sizeof(Bits);
+    static constexpr int ROWS = TEAM * WIDE * AT_ONCE / SUMS;
+    static constexpr int TILE = ROWS * SUMS;
+    static constexpr int TILES = CHUNK / TILE;
+    /// 4-byte parts between the tiles of two teams: those of a warp read from banks that are not one another's.
+    static constexpr int BETWEEN = ROWS * TEAM + TEAM;
+    static_assert(TILES * TILE == CHUNK, "a chunk is whole tiles");
 
-/// A team of lanes sums a chunk; each has as many of its 16 sums as elements come with one load.
+    /// A lane's part of a chunk: nothing where there is no chunk for its team.
+    const Bits *data = nullptr;
+    int elements = 0;
+    u32 *tile;
+    u32 part;
+    double sums[COLUMNS] = {};
+
+    __device__ void load_tile(Pack<Bits, WIDE> (&packs)[AT_ONCE], int number) const {
+#pragma unroll
+        for (int next = 0; next < AT_ONCE; next++) {
+            load_words(packs[next], global(data) + number * TILE + (next * TEAM + part) * WIDE);
+        }
+    }
+
+    __device__ void share(const Pack<Bits, WIDE> (&packs)[AT_ONCE]) const {
+#pragma unroll
+        for (int next = 0; next < AT_ONCE; next++) {
+            reinterpret_cast<uint4 *>(tile)[next * TEAM + part] = packs[next].words[0];
+        }
+    }
+
+    __device__ void add(const Pack<Bits, COLUMNS> &columns) {
+#pragma unroll
+        for (int at = 0; at < COLUMNS; at++) {
+            add_square(sums[at], E::load(columns.at[at]));
+        }
+    }
+
+    __device__ void add_tile() {
+#pragma unroll
+        for (int row = 0; row < ROWS; row++) {
+            Pack<Bits, COLUMNS> columns;
+            columns.parts[0] = tile[row * TEAM + part];
+            add(columns);
+        }
+    }
+
+    /// Elements from `first` on, a row's part each time. What is not there is zero, which adds nothing.
+    __device__ void add_singly(int first) {
+#pragma unroll 8
+        for (int at = first + part * COLUMNS; at < elements; at += SUMS) {
+            Pack<Bits, COLUMNS> columns;
+            load_singly(columns, global(data) + at, elements - at);
+            add(columns);
+        }
+    }
+
+    /// All lanes of a warp take the same turns: what one loaded is another's to add.
+    __device__ void add_all() {
+        const int whole = data != nullptr && is_aligned<Bits, WIDE>(data) ? elements / TILE : 0;
+        Pack<Bits, WIDE> packs[AT_ONCE];
+        if (whole > 0) {
+            load_tile(packs, 0);
+        }
+        for (int number = 0; number < TILES; number++) {
+            if (number < whole) {
+                share(packs);
+            }
+            __syncwarp();
+            if (number + 1 < whole) {
+                load_tile(packs, number + 1);
+            }
+            if (number < whole) {
+                add_tile();
+            }
+            __syncwarp();
+        }
+        add_singly(whole * TILE);
+    }
+
+    /// The chunk's sum, for the first lane of its team.
+    __device__ double total() {
+#pragma unroll
+        for (u32 step = TEAM / 2; step > 0; step /= 2) {
+#pragma unroll
+            for (int at = 0; at < COLUMNS; at++) {
+                sums[at] += __shfl_down_sync(ALL_LANES, sums[at], step, TEAM);
+            }
+        }
+        return COLUMNS == 2 ? sums[0] + sums[COLUMNS - 1] : sums[0];
+    }
+};
+
 template <class E>
 __device__ void norm_chunks(const NormChunksArgs &args) {
-    using Bits = typename E::Bits;
-    constexpr int EACH = 16 / sizeof(Bits);
-    constexpr u32 TEAM = SUMS / EACH;
-    constexpr i64 TEAMS = NORM_THREADS / TEAM;
-    const u32 part = threadIdx.x % TEAM;
-    // All lanes of a warp take the same turns, since all must be there when sums pass between them.
-    for (i64 base = blockIdx.x * TEAMS; base < args.chunks; base += gridDim.x * TEAMS) {
-        const i64 chunk = base + threadIdx.x / TEAM;
-        double sums[EACH] = {};
+    using Team = Chunks<E>;
+    ZX_SHARED(uint4, words, Team::TEAMS * Team::BETWEEN / 4);
+    const u32 team = threadIdx.x / Team::TEAM;
+    // All lanes of a warp stay together, since all must be there when sums pass between them.
+    for (i64 base = static_cast<i64>(blockIdx.x) * Team::TEAMS; base < args.chunks;
+         base += static_cast<i64>(gridDim.x) * Team::TEAMS) {
+        const i64 chunk = base + team;
+        Team sums;
+        sums.tile = reinterpret_cast<u32 *>(words) + team * Team::BETWEEN;
+        sums.part = threadIdx.x % Team::TEAM;
         if (chunk < args.chunks) {
             const NormSegment &segment =
                 args.segments[segment_of(args.segments, args.count, chunk, &NormSegment::first_chunk)];
             const i64 start = (chunk - segment.first_chunk) * CHUNK;
-            const i64 elements = least(CHUNK, segment.elements - start);
-            const Bits *data = global(static_cast<const Bits *>(segment.data)) + start + part * EACH;
-            const bool aligned = is_aligned<Bits, EACH>(data);
-            int row = 0;
-            // Several loads are under way before the first of them is waited for.
-            if (aligned) {
-                const int whole = static_cast<int>(elements / (SUMS * AT_ONCE)) * AT_ONCE;
-                for (; row < whole; row += AT_ONCE) {
-                    Pack<Bits, EACH> packs[AT_ONCE];
-#pragma unroll
-                    for (int next = 0; next < AT_ONCE; next++) {
-                        load_words(packs[next], data + (row + next) * SUMS);
-                    }
-#pragma unroll
-                    for (int next = 0; next < AT_ONCE; next++) {
-                        add_squares<E>(sums, packs[next]);
-                    }
-                }
-            }
-            for (; row * SUMS < elements; row++) {
-                Pack<Bits, EACH> pack;
-                load_singly(pack, data + row * SUMS, elements - part * EACH - row * SUMS);
-                add_squares<E>(sums, pack);
-            }
+            sums.data = global(static_cast<const typename E::Bits *>(segment.data)) + start;
+            sums.elements = static_cast<int>(least(CHUNK, segment.elements - start));
         }
-#pragma unroll
-        for (u32 step = TEAM / 2; step > 0; step /= 2) {
-#pragma unroll
-            for (int at = 0; at < EACH; at++) {
-                sums[at] += __shfl_down_sync(ALL_LANES, sums[at], step, TEAM);
-            }
-        }
-#pragma unroll
-        for (int width = EACH / 2; width > 0; width /= 2) {
-#pragma unroll
-            for (int at = 0; at < width; at++) {
-                sums[at] += sums[at + width];
-            }
-        }
-        if (chunk < args.chunks && part == 0) {
-            args.chunk_sums[chunk] = sums[0];
+        sums.add_all();
+        const double total = sums.total();
+        if (chunk < args.chunks && sums.part == 0) {
+            args.chunk_sums[chunk] = total;
         }
     }
+}
+
+/// `sum`, and `count` values added to it in order, of which many are loaded before the first is added.
+__device__ inline double add_in_order(double sum, const double *values, i64 count) {
+    constexpr int HELD = 16;
+    for (; count >= HELD; count -= HELD, values += HELD) {
+        double held[HELD];
+#pragma unroll
+        for (int at = 0; at < HELD; at++) {
+            held[at] = values[at];
+        }
+#pragma unroll
+        for (int at = 0; at < HELD; at++) {
+            sum += held[at];
+        }
+    }
+    for (; count > 0; count--, values++) {
+        sum += *values;
+    }
+    return sum;
 }
 
 }  // namespace zx
@@ -143,11 +221,7 @@ ZX_KERNEL(zx_norm_pieces, zx::NormPiecesArgs, zx::NORM_THREADS) {
         const i64 end = at + 1 < args.count ? args.segments[at + 1].first_chunk : args.chunks;
         const i64 first = segment.first_chunk + (piece - segment.first_piece) * PIECE_CHUNKS;
         const i64 last = least(end, first + PIECE_CHUNKS);
-        double sum = 0.0;
-        for (i64 chunk = first; chunk < last; chunk++) {
-            sum += args.chunk_sums[chunk];
-        }
-        args.piece_sums[piece] = sum;
+        args.piece_sums[piece] = add_in_order(0.0, args.chunk_sums + first, last - first);
     }
 }
 
@@ -156,18 +230,12 @@ ZX_KERNEL(zx_norm_total, zx::NormTotalArgs, zx::NORM_THREADS) {
     using namespace zx;
     for (i64 at = threadIdx.x; at < args.count; at += NORM_THREADS) {
         const i64 last = at + 1 < args.count ? args.segments[at + 1].first_piece : args.pieces;
-        double sum = 0.0;
-        for (i64 piece = args.segments[at].first_piece; piece < last; piece++) {
-            sum += args.piece_sums[piece];
-        }
-        args.segment_sums[at] = sum;
+        const i64 first = args.segments[at].first_piece;
+        args.segment_sums[at] = add_in_order(0.0, args.piece_sums + first, last - first);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        double sum = 0.0;
-        for (i64 at = 0; at < args.count; at++) {
-            sum += args.segment_sums[at];
-        }
+        const double sum = add_in_order(0.0, args.segment_sums, args.count);
         args.result[0] = sum;
         args.result[1] = sqrt(sum) * args.scale;
         // Squares of finite fp32 values come to 2^256 at most: only what is not finite gets a sum there.

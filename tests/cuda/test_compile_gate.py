@@ -74,7 +74,7 @@ def test_the_gate_closes():
     assert problems("norm", compiled("norm", more, "sm_90"), "sm_90") == ["entry points ['zx_more']"]
     unused = text.replace("using namespace zx;", "using namespace zx; int unused;", 1)
     assert any("warning" in each for each in problems("norm", compiled("norm", unused, "sm_90"), "sm_90"))
-    scalar = text.replace("const bool aligned = is_aligned<Bits, EACH>(data);", "const bool aligned = false;")
+    scalar = text.replace("is_aligned<Bits, WIDE>(data) ? elements / TILE : 0;", "false;")
     assert any("16-byte" in each for each in problems("norm", compiled("norm", scalar, "sm_90"), "sm_90"))
     with pytest.raises(CompileError, match=r"norm for sm_90: norm\.cu\(\d+\): error"):
         compiled("norm", text.replace("__syncthreads();", "__syncthread();"), "sm_90")

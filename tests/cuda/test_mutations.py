@@ -71,10 +71,14 @@ MUTATIONS = [
     Mutation(
         "divergent barrier", NORM, "    __syncthreads();\n", "    if (threadIdx.x < 40) __syncthreads();\n", "norm_f32"
     ),
+    Mutation(
+        "barrier", NORM, "            __syncwarp();\n            if (number", "            if (number", "norm_f16"
+    ),
+    Mutation("barrier", NORM, "            __syncwarp();\n        }\n", "        }\n", "norm_f32"),
     Mutation("mask", NORM, "__shfl_down_sync(ALL_LANES,", "__shfl_down_sync(0x7fffffffu,", "norm_f32"),
     Mutation("mask", QUANTISE, "__shfl_xor_sync(ALL_LANES,", "__shfl_xor_sync(1u << lane,", "quantise_int8_f32"),
     Mutation("early exit", NORM, "if (chunk < args.chunks) {", "if (chunk >= args.chunks) return; {", "norm_f32"),
-    Mutation("bound", NORM, "if (chunk < args.chunks && part == 0)", "if (part == 0)", "norm_bf16"),
+    Mutation("bound", NORM, "if (chunk < args.chunks && sums.part == 0)", "if (sums.part == 0)", "norm_bf16"),
     Mutation("bound", NORM, "least(CHUNK, segment.elements - start)", "CHUNK", "norm_f32"),
     Mutation("bound", NORM, "least(end, first + PIECE_CHUNKS)", "first + PIECE_CHUNKS", "norm_f32"),
     Mutation("bound", PACK, "        if (at < left) {", "        {", "accumulate_f32_bf16"),
@@ -83,7 +87,7 @@ MUTATIONS = [
     Mutation("bound", QUANTISE, "return (elements + 1) / 2;", "return elements / 2;", "quantise_int4_f32"),
     Mutation("alignment", UPDATE, "second_tensor.aligned() && ", "", "update_adamw_fp32_f32"),
     Mutation("alignment", ACCUMULATE, "left, aligned && left", "left, left", "accumulate_f16_f16"),
-    Mutation("alignment", NORM, "is_aligned<Bits, EACH>(data)", "true", "norm_bf16"),
+    Mutation("alignment", NORM, "is_aligned<Bits, WIDE>(data)", "true", "norm_bf16"),
     Mutation(
         "stride", INDEX, "return static_cast<i64>(blocks) * threads * each;", "return 1 << 30;", "store_bf16_bf16"
     ),
@@ -96,9 +100,9 @@ MUTATIONS = [
     Mutation(
         "order",
         NORM,
-        "for (int width = EACH / 2; width > 0; width /= 2)",
-        "for (int width = 1; width < EACH; width *= 2)",
-        "norm_bf16",
+        "tile[row * TEAM + part]",
+        "tile[(ROWS - 1 - row) * TEAM + part]",
+        "norm_f32",
     ),
     Mutation(
         "order",
@@ -154,7 +158,7 @@ def check(mutation: Mutation, libraries) -> str | None:
     """What the cases say of a library, or None where they notice nothing."""
     case = CASES[mutation.case]
     arguments.LARGEST_GRID = 2
-    runs = [(n, order, 0, None, None) for n in (1, 33, 5003) for order in (FORWARD, REVERSE, RANDOM)]
+    runs = [(n, order, 0, None, None) for n in (1, 33, 500, 1500, 5003) for order in (FORWARD, REVERSE, RANDOM)]
     runs += [(700, RANDOM, 1, only, None) for only in (None, 0, 1, 2, 3)]
     runs += [(2000, FORWARD, 0, None, special), (40_003, FORWARD, 0, None, None)]
     for n, order, shift, only, change in runs:

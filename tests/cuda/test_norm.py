@@ -54,3 +54,13 @@ def test_refusals():
     assert refused([ones, torch.ones(4, device="meta")])[1:] == ("tensors[1]", "a tensor on cpu", "on meta")
     line = "scaled_norm: tensors[1] is on meta: expected a tensor on cpu"
     assert refused([ones, torch.ones(4, device="meta")])[0] == line
+
+
+def test_the_order_of_a_chunks_sums(libraries):
+    """Chunks by themselves, since a sum of many rounds away what their orders differ by. Catches: rows or partial sums
+    that are added in another order."""
+    generator = torch.Generator().manual_seed(2)
+    for size in [4096] * 12 + [4095, 300, 77, 33]:
+        chunk = torch.randn(size, generator=generator) * torch.randint(1, 30, (size,), generator=generator)
+        expected, _ = core_kernels.norm([chunk])
+        assert scaled_norm(Emulator(libraries), [chunk]).sum_squares.item() == expected

@@ -97,7 +97,8 @@ def scaled_norm(launcher: Launcher, tensors: Sequence[torch.Tensor], scale: floa
         sums = torch.empty(chunks + pieces + len(rows), dtype=torch.float64, device=device)
         of_chunks, of_pieces, of_segments = (address(part) for part in torch.split(sums, [chunks, pieces, len(rows)]))
         where, count = address(segments), len(rows)
-        a_block = THREADS * 16 // first.element_size() // SUMS
+        # A lane has the sums of 4 bytes.
+        a_block = THREADS * 4 // first.element_size() // SUMS
         chunk_args = _Chunks(where, count, chunks, of_chunks)
         launcher.launch(CHUNKS[first.dtype], blocks_for(chunks, a_block), bytes(chunk_args))
         piece_args = _Pieces(where, count, pieces, chunks, of_chunks, of_pieces)
