@@ -94,6 +94,14 @@ T __shfl_xor_sync(unsigned mask, T value, unsigned with, unsigned width = 32) {
     return emu::shuffle(mask, value, at ^ with, (at ^ with) / width <= at / width);
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
+    for (unsigned with = 16; with > 0; with /= 2) {
+        const unsigned other = __shfl_xor_sync(mask, value, with);
+        value = other > value ? other : value;
+    }
+    return value;
+}
+
 inline unsigned __float_as_uint(float value) {
     unsigned bits;
     memcpy(&bits, &value, sizeof bits);

@@ -66,64 +66,123 @@ struct Int4 {
     }
 };
 
+/// What the values of a block are divided by, and how.
+struct Scale {
+    float value;
+    float reciprocal;
+    /// Whether `quotient_near` gives correctly rounded quotients, but for tiny ones.
+    bool near;
+    __device__ explicit Scale(float value) : value(value), reciprocal(1.0f / value), near(value > 0x1p-60f && value < 0x1p20f) {}
+};
+
+/// `value / scale.value`, correctly rounded (Markstein 1990, "Computation of elementary functions on the IBM RISC
+/// System/6000 processor", theorem 7): from the second refinement on, the reciprocal being correctly rounded. That needs
+/// exact remainders, which values below 2^-100 do not have; their quotients are below 2^-38 and have the value's sign or
+/// are zero.
+__device__ inline float quotient_near(float value, const Scale &scale) {
+    float quotient = value * scale.reciprocal;
+#pragma unroll
+    for (int refinement = 0; refinement < 2; refinement++) {
+        quotient = fmaf(fmaf(-quotient, scale.value, value), scale.reciprocal, quotient);
+    }
+    return quotient;
+}
+
 /// The code of a value; 0 where the scale is 0 or NaN. Quotients may lie a little beyond the levels.
 template <class Int>
-__device__ inline int code_of(float value, float scale, bool at_random, u32 word) {
-    if (!(scale > 0.0f)) {
+__device__ inline int code_of(float value, const Scale &scale, bool at_random, u32 word) {
+    if (!(scale.value > 0.0f)) {
         return 0;
     }
-    const float quotient = value / scale;
+    const float quotient = value / scale.value;
     const float rounded = at_random ? floorf(quotient + unit_interval(word)) : rintf(quotient);
     return static_cast<int>(fminf(fmaxf(rounded, -Int::LEVELS), Int::LEVELS));
 }
 
+/// The same where the scale is near, and no word at random stands for 0, with which a tiny quotient's sign would count.
+template <class Int>
+__device__ inline int code_near(float value, const Scale &scale, bool at_random, u32 word) {
+    const float quotient = quotient_near(value, scale);
+    const float moved = at_random ? quotient + unit_interval(word) : quotient;
+    const int levels = static_cast<int>(Int::LEVELS);
+    const int code = at_random ? small_floor(moved) : small_nearest_even(moved);
+    return code > levels ? levels : code < -levels ? -levels : code;
+}
+
+/// A block, of which a lane has EACH values.
+template <class Int, class From>
+__device__ void quantise_block(const QuantiseArgs &args, i64 block, u32 lane,
+                               const Pack<typename From::Bits, EACH> &pack) {
+    const i64 at = block * BLOCK + lane * EACH;
+    const i64 left = args.elements - at;
+    float values[EACH];
+    // Magnitudes are ordered as their bits are, with infinity and then NaN above all numbers.
+    u32 largest = 0;
+#pragma unroll
+    for (int each = 0; each < EACH; each++) {
+        values[each] = From::load(pack.at[each]);
+        const u32 magnitude = bits_of(values[each]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    largest = __reduce_max_sync(ALL_LANES, largest);
+    const Scale scale(largest < INFINITY_BITS ? of_bits(largest) / Int::LEVELS : of_bits(NAN_BITS));
+    if (lane == 0) {
+        args.scales[block] = scale.value;
+    }
+    u32 words[EACH] = {};
+    bool near = scale.near;
+    if (args.at_random) {
+#pragma unroll
+        for (int four = 0; four < EACH; four += 4) {
+            const Random4 random = random_at(args.seed, args.offset + static_cast<u64>(at + four) / 4);
+#pragma unroll
+            for (int each = 0; each < 4; each++) {
+                words[four + each] = random.at[each];
+                near = near && random.at[each] >= 256;
+            }
+        }
+    }
+    typename Int::template Codes<EACH> codes;
+    if (near) {
+#pragma unroll
+        for (int each = 0; each < EACH; each++) {
+            Int::put(codes, each, code_near<Int>(values[each], scale, args.at_random, words[each]));
+        }
+    } else {
+#pragma unroll
+        for (int each = 0; each < EACH; each++) {
+            Int::put(codes, each, code_of<Int>(values[each], scale, args.at_random, words[each]));
+        }
+    }
+    auto *to = static_cast<typename Int::Element *>(args.codes) + Int::stored(at);
+    constexpr int STORED = sizeof(codes);
+    store(to, codes, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(to));
+}
+
 template <class Int, class From>
 __device__ void quantise(const QuantiseArgs &args) {
+    constexpr int TOGETHER = 2;
     const u32 lane = threadIdx.x % WARP;
     const i64 blocks = (args.elements + BLOCK - 1) / BLOCK;
     const i64 stride = grid_stride(gridDim.x, QUANTISE_THREADS / WARP, 1);
-    // All lanes of a warp have the same block.
-    for (i64 block = first_item(blockIdx.x, QUANTISE_THREADS / WARP, threadIdx.x / WARP, 1); block < blocks;
-         block += stride) {
-        const i64 at = block * BLOCK + lane * EACH;
-        const i64 left = args.elements - at;
-        const auto *from = static_cast<const typename From::Bits *>(args.values) + at;
-        Pack<typename From::Bits, EACH> pack;
-        load(pack, from, left, left >= EACH && is_aligned<typename From::Bits, EACH>(from));
-        float values[EACH];
-        // Magnitudes are ordered as their bits are, with infinity and then NaN above all numbers.
-        u32 largest = 0;
+    const auto *values = static_cast<const typename From::Bits *>(args.values);
+    const bool aligned = is_aligned<typename From::Bits, EACH>(values);
+    // All lanes of a warp have the same blocks.
+    for (i64 first = first_item(blockIdx.x, QUANTISE_THREADS / WARP, threadIdx.x / WARP, 1); first < blocks;
+         first += TOGETHER * stride) {
+        Pack<typename From::Bits, EACH> packs[TOGETHER];
 #pragma unroll
-        for (int each = 0; each < EACH; each++) {
-            values[each] = From::load(pack.at[each]);
-            const u32 magnitude = bits_of(values[each]) & 0x7fffffffu;
-            largest = magnitude > largest ? magnitude : largest;
+        for (int next = 0; next < TOGETHER; next++) {
+            const i64 at = (first + next * stride) * BLOCK + lane * EACH;
+            const i64 left = args.elements - at;
+            load(packs[next], values + at, left, aligned && left >= EACH);
         }
 #pragma unroll
-        for (u32 with = WARP / 2; with > 0; with /= 2) {
-            const u32 other = __shfl_xor_sync(ALL_LANES, largest, with);
-            largest = other > largest ? other : largest;
-        }
-        const float scale = largest < INFINITY_BITS ? of_bits(largest) / Int::LEVELS : of_bits(NAN_BITS);
-        if (lane == 0) {
-            args.scales[block] = scale;
-        }
-        typename Int::template Codes<EACH> codes;
-#pragma unroll
-        for (int four = 0; four < EACH; four += 4) {
-            Random4 random = {};
-            if (args.at_random) {
-                random = random_at(args.seed, args.offset + static_cast<u64>(at + four) / 4);
-            }
-#pragma unroll
-            for (int each = 0; each < 4; each++) {
-                Int::put(codes, four + each,
-                         code_of<Int>(values[four + each], scale, args.at_random, random.at[each]));
+        for (int next = 0; next < TOGETHER; next++) {
+            if (first + next * stride < blocks) {
+                quantise_block<Int, From>(args, first + next * stride, lane, packs[next]);
             }
         }
-        auto *to = static_cast<typename Int::Element *>(args.codes) + Int::stored(at);
-        constexpr int STORED = sizeof(codes);
-        store(to, codes, Int::stored(left), left >= EACH && is_aligned<typename Int::Element, STORED>(to));
     }
 }
 

@@ -76,7 +76,7 @@ MUTATIONS = [
     ),
     Mutation("barrier", NORM, "            __syncwarp();\n        }\n", "        }\n", "norm_f32"),
     Mutation("mask", NORM, "__shfl_down_sync(ALL_LANES,", "__shfl_down_sync(0x7fffffffu,", "norm_f32"),
-    Mutation("mask", QUANTISE, "__shfl_xor_sync(ALL_LANES,", "__shfl_xor_sync(1u << lane,", "quantise_int8_f32"),
+    Mutation("mask", QUANTISE, "__reduce_max_sync(ALL_LANES,", "__reduce_max_sync(1u << lane,", "quantise_int8_f32"),
     Mutation("early exit", NORM, "if (chunk < args.chunks) {", "if (chunk >= args.chunks) return; {", "norm_f32"),
     Mutation("bound", NORM, "if (chunk < args.chunks && sums.part == 0)", "if (sums.part == 0)", "norm_bf16"),
     Mutation("bound", NORM, "least(CHUNK, segment.elements - start)", "CHUNK", "norm_f32"),
@@ -122,9 +122,9 @@ MUTATIONS = [
     Mutation(
         "rounding", ADAM, "fmaf(-root, root, square.head)", "(square.head - root * root)", "update_adamw_fp32_f32"
     ),
-    Mutation("rounding", QUANTISE, "rintf(quotient)", "floorf(quotient + 0.5f)", "quantise_int4_bf16"),
+    Mutation("rounding", QUANTISE, "small_nearest_even(moved)", "small_floor(moved + 0.5f)", "quantise_int4_bf16"),
     Mutation("NaN", CONVERT, "return is_nan(value) ? BF16_NAN : rounded;", "return rounded;", "pack_f32_bf16"),
-    Mutation("NaN", QUANTISE, "if (!(scale > 0.0f)) {", "if (scale == 0.0f) {", "quantise_int8_f16"),
+    Mutation("NaN", QUANTISE, "if (!(scale.value > 0.0f)) {", "if (scale.value == 0.0f) {", "quantise_int8_f16"),
     Mutation("overflow", ADAM, "finite ? square_tail : 0.0f", "square_tail", "update_adamw_fp32_f32"),
     Mutation("mask", PERMUTE, "source < 0 ? 0 : args.width - at", "args.width - at", "gather_rows_64_f32"),
     Mutation("mask", PERMUTE, "if (position < 0) {", "if (false) {", "combine_rows_64_f32"),

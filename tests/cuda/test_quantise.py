@@ -7,8 +7,8 @@ import torch
 from emulated import RANDOM, Emulator, same_bits
 
 from zeroxide.errors import TensorError
-from zeroxide.kernels.philox import philox
-from zeroxide.kernels.quantise import BLOCK, Quantised, dequantise, quantise
+from zeroxide.kernels.philox import philox, random_words
+from zeroxide.kernels.quantise import BLOCK, Quantised, dequantise, quantise, reference
 
 PI = ([0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344], (0xA4093822, 0x299F31D0))
 ONES = ([0xFFFFFFFF] * 4, (0xFFFFFFFF, 0xFFFFFFFF))
@@ -26,6 +26,39 @@ def test_random_numbers_are_those_of_the_paper(counter, key, expected):
     """The known answers that its authors publish. The kernel agrees with this function in every case."""
     got = philox([torch.tensor([each]) for each in counter], key)
     assert [word.item() for word in got] == expected
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_scales_of_every_magnitude_and_quotients_near_ties(libraries, bits, seed):
+    """Catches: a quotient that is not correctly rounded, the short division where remainders are not exact, and codes
+    that are not bounded."""
+    generator = torch.Generator().manual_seed(4)
+    steps = torch.randint(-14, 15, (BLOCK,), generator=generator) / 2
+    blocks = []
+    for exponent in (-149, -140, -128, -101, -62, -61, -60, -59, -20, 0, 17, 19, 20, 21, 100, 120):
+        for factor in (1.0, 1.0 + 2.0**-23, 1.9999998, 1.3):
+            scale = torch.tensor(factor * 2.0**exponent, dtype=torch.float64)
+            block = (steps * scale).float()
+            block[7] = (scale * (127 if bits == 8 else 7)).float()
+            blocks.append(torch.nextafter(block, block.sign() * (exponent % 3 - 1) * 1e30))
+    values = torch.cat(blocks)
+    got = quantise(Emulator(libraries), values, bits, seed=seed, offset=5)
+    expected = reference(values, bits, seed=seed, offset=5)
+    assert torch.equal(got.codes, expected.codes)
+    assert same_bits(got.scales, expected.scales)
+
+
+def test_a_tiny_quotient_where_a_random_number_is_zero(libraries):
+    """The first number of this place is below 2^-24: the floor is that of the quotient, minus 2^-150, which rounds to
+    zero. Catches: the short division, which gives -2^-149 here, whose floor is -1."""
+    values = torch.zeros(BLOCK)
+    values[0], values[1] = -3 * 2.0**-149, 127 * 6.0
+    seed, place = 3, 4595281
+    assert random_words(1, seed, place, values.device).item() < 256
+    got = quantise(Emulator(libraries), values, 8, seed=seed, offset=place)
+    assert got.scales.item() == 6.0
+    assert got.codes[0].item() == reference(values, 8, seed=seed, offset=place).codes[0].item() == 0
 
 
 @pytest.mark.parametrize(("bits", "levels"), [(8, 127), (4, 7)])

@@ -93,6 +93,20 @@ __device__ inline void store_word(uint2 *to, uint2 word) {
 
 __device__ inline bool is_nan(float value) { return value != value; }
 
+/// The nearest integer to a number below 2^22 in magnitude, ties to even: the last bits of a sum whose last bit is worth 1.
+__device__ inline int small_nearest_even(float value) {
+    return static_cast<int>(bits_of(value + 12582912.0f) - bits_of(12582912.0f));
+}
+
+/// The largest integer that is not above such a number: the same sum, rounded down.
+__device__ inline int small_floor(float value) {
+#ifndef ZX_EMULATED
+    return static_cast<int>(bits_of(__fadd_rd(value, 12582912.0f)) - bits_of(12582912.0f));
+#else
+    return static_cast<int>(floorf(value));
+#endif
+}
+
 /// The smaller of two.
 template <class T>
 __device__ inline T least(T a, T b) {
