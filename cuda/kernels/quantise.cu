@@ -72,11 +72,12 @@ struct Scale {
     float reciprocal;
     /// Whether `quotient_near` gives correctly rounded quotients, but for tiny ones.
     bool near;
-    __device__ explicit Scale(float value) : value(value), reciprocal(1.0f / value), near(value > 0x1p-60f && value < 0x1p20f) {}
+    __device__ explicit Scale(float value)
+        : value(value), reciprocal(1.0f / value), near(value > 0x1p-60f && value < 0x1p20f) {}
 };
 
 /// `value / scale.value`, correctly rounded (Markstein 1990, "Computation of elementary functions on the IBM RISC
-/// System/6000 processor", theorem 7): from the second refinement on, the reciprocal being correctly rounded. That needs
+/// System/6000 processor"): from the second refinement on, the reciprocal being correctly rounded. That needs
 /// exact remainders, which values below 2^-100 do not have; their quotients are below 2^-38 and have the value's sign or
 /// are zero.
 __device__ inline float quotient_near(float value, const Scale &scale) {

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from ctypes import Structure, c_int64, c_uint32, c_void_p
 from dataclasses import dataclass
@@ -82,8 +83,16 @@ class Step:
 
 def state_tensors(step: Step, format: str, live: torch.dtype) -> list[tuple[str, torch.dtype]]:
     """Name and dtype of each state tensor, the live weight first."""
-    listed = _core.state_tensors(step.core_rule(), format, FLOATS[live])
-    return [(name, getattr(torch, dtype)) for name, dtype, _, _ in listed]
+    return list(_state_tensors(step.rule, tuple(step.hyperparameters.items()), format, live))
+
+
+@functools.lru_cache(maxsize=256)
+def _state_tensors(
+    rule: str, hyperparameters: tuple[tuple[str, float], ...], format: str, live: torch.dtype
+) -> tuple[tuple[str, torch.dtype], ...]:
+    """The same, asked of the core once: an update of every range of parameters wants to know."""
+    listed = _core.state_tensors(_core.RULES[rule](**dict(hyperparameters)), format, FLOATS[live])
+    return tuple((name, getattr(torch, dtype)) for name, dtype, _, _ in listed)
 
 
 def update(launcher: Launcher, step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> None:
