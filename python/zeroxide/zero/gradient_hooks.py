@@ -14,7 +14,7 @@ def add_hook(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None
     """`tensor.register_hook(hook)` for a tensor that is no leaf, without a handle.
 
     Right after the work of a module nothing that torch's method needs is in the caches of the processor, and most of
-    what it then takes (31 us of 40; nine tenths of them for the handle) goes to what would remove the hook again.
+    the time that it then takes goes to the handle, which would remove the hook again.
     """
     if type(tensor) is not torch.Tensor:
         tensor.register_hook(hook)  # type: ignore[no-untyped-call]
