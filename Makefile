@@ -61,8 +61,9 @@ bench: $(VENV)/.wheel $(VENV)/.tools ## Run the benchmarks; each prints one JSON
 	$(BIN)/python -m benches
 
 # A bare machine with a GPU has neither cargo nor the registries: what is built elsewhere is carried there, the extension
-# module in python/zeroxide and the device suite in target/gpu. Where they can be built they are.
-CARRIED := $(wildcard python/zeroxide/_core*.so)
+# module in python/zeroxide and the device suite in target/gpu. Where they can be built they are: a module that lies there
+# has the kernels of the day when it was built.
+CARRIED := $(if $(shell command -v $(CARGO)),,$(wildcard python/zeroxide/_core*.so))
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(if $(CARRIED),python3,$(BIN)/python))
 GPU_NEEDS := $(if $(CARRIED),,$(VENV)/.wheel $(VENV)/.tools) $(if $(shell command -v $(CARGO)),target/gpu/device-suite)
 # Passed on to benches/gpu: `make gpu GPU_ARGS="--only Kernels"`.

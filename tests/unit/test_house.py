@@ -225,6 +225,7 @@ HOLDERS = {
     "zeroxide-offload/src/weights/residence.rs": "owns the windows",
     "zeroxide-offload/src/weights/stray.rs": "gives memory to whoever reads an empty window",
     "zeroxide-optim/src/openmp.rs": "calls functions of the OpenMP runtime: no compute memory",
+    "zeroxide-python/src/buffer.rs": "is memory of the core as a Python buffer",
     "zeroxide-python/src/cuda.rs": "is registered host memory as a Python buffer",
     "zeroxide-python/src/dlpack.rs": "asks torch where a tensor in host memory is",
     "zeroxide-python/src/gradient_hook.rs": "passes the gradients that autograd leaves to the core",

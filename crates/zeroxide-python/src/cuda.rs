@@ -1,12 +1,10 @@
 //! CUDA's driver and compiler: what there is, kernels and their launch, and host memory that a device copies by itself.
 //!
-//! `unsafe` is at home here: filling in a `Py_buffer`, and passing on what `zeroxide.kernels` promises of a launch.
+//! `unsafe` is at home here: what `buffer::fill` is promised, and passing on what `zeroxide.kernels` promises of a launch.
 
 use std::ffi::c_int;
 use std::path::PathBuf;
-use std::ptr;
 
-use pyo3::exceptions::{PyBufferError, PyValueError};
 use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
@@ -17,6 +15,7 @@ use zeroxide_device::{Device, Registration};
 use zeroxide_memory::{Arena, Bucket, Budget, Lease};
 use zeroxide_offload::Facts;
 
+use crate::buffer;
 use crate::errors::to_python;
 
 fn failed<E: Facts + std::fmt::Display>(py: Python<'_>) -> impl Fn(E) -> PyErr {
@@ -338,28 +337,8 @@ impl PinnedMemory {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        if view.is_null() {
-            return Err(PyBufferError::new_err("no view to fill in"));
-        }
         let this = slf.get();
-        let length = isize::try_from(this.nbytes)
-            .map_err(|error| PyValueError::new_err(error.to_string()))?;
-        // SAFETY: Python passes a view to be filled in. The memory outlives it: the view holds a reference to this
-        // object, which has the lease, and nothing else reads or writes the lease's bytes.
-        let filled = unsafe {
-            ffi::PyBuffer_FillInfo(
-                view,
-                slf.as_ptr(),
-                ptr::with_exposed_provenance_mut(this.address),
-                length,
-                0,
-                flags,
-            )
-        };
-        if filled == 0 {
-            Ok(())
-        } else {
-            Err(PyErr::fetch(slf.py()))
-        }
+        // SAFETY: Python passes the view; this object holds the lease, and nobody else reads or writes its bytes.
+        unsafe { buffer::fill(slf.as_any(), view, this.address, this.nbytes, flags) }
     }
 }

@@ -1,6 +1,7 @@
 //! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
 
 mod bringer;
+mod buffer;
 mod cuda;
 mod dlpack;
 mod errors;

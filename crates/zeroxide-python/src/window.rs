@@ -1,14 +1,14 @@
 //! A unit's flat weights as a Python buffer, from which torch makes its tensors.
 //!
-//! `unsafe` is at home here: filling in a `Py_buffer`.
+//! `unsafe` is at home here: what `buffer::fill` is promised.
 
-use std::ffi::{c_int, c_void};
-use std::ptr;
+use std::ffi::c_int;
 
-use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 use zeroxide_memory::Anchor;
+
+use crate::buffer;
 
 /// The address range of one unit's flat weights. Readable only while the unit is gathered.
 #[pyclass(frozen, module = "zeroxide._core", name = "Window")]
@@ -49,28 +49,8 @@ impl PyWindow {
         view: *mut ffi::Py_buffer,
         flags: c_int,
     ) -> PyResult<()> {
-        if view.is_null() {
-            return Err(PyBufferError::new_err("no view to fill in"));
-        }
         let this = slf.get();
-        let length = isize::try_from(this.bytes)
-            .map_err(|error| PyBufferError::new_err(error.to_string()))?;
-        // SAFETY: Python passes a view to be filled in. The address range outlives it: the view holds a reference to
-        // this object, and this object holds the anchor.
-        let filled = unsafe {
-            ffi::PyBuffer_FillInfo(
-                view,
-                slf.as_ptr(),
-                ptr::with_exposed_provenance_mut::<c_void>(this.address),
-                length,
-                0,
-                flags,
-            )
-        };
-        if filled == 0 {
-            Ok(())
-        } else {
-            Err(PyErr::fetch(slf.py()))
-        }
+        // SAFETY: Python passes the view; this object holds the anchor, which keeps the range.
+        unsafe { buffer::fill(slf.as_any(), view, this.address, this.bytes, flags) }
     }
 }
