@@ -9,7 +9,7 @@ use pyo3::exceptions::PyBufferError;
 use pyo3::ffi;
 use pyo3::prelude::*;
 
-/// Answers a `__getbuffer__` of `owner` with `nbytes` writable bytes from `address` on. Raises `BufferError`.
+/// Fills in the `__getbuffer__` of `owner`: `nbytes` writable bytes from `address` on. Raises `BufferError`.
 ///
 /// # Safety
 ///
