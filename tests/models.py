@@ -59,7 +59,7 @@ class Block(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         past = torch.cumsum(self.mix(self.norm(hidden)), 1) / torch.arange(
-            1, hidden.shape[1] + 1, dtype=hidden.dtype
+            1, hidden.shape[1] + 1, dtype=hidden.dtype, device=hidden.device
         ).view(1, -1, 1)
         return hidden + self.down(self.act(self.up(past)))
 

@@ -161,6 +161,19 @@ class DeviceError(ZeroxideError):
 
     exit_code: ClassVar[int] = 1
 
+    def __init__(
+        self,
+        message: str,
+        *,
+        device: int | None = None,
+        what: str | None = None,
+        need: int | None = None,
+        free: int | None = None,
+        total: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.device, self.what, self.need, self.free, self.total = device, what, need, free, total
+
     device: int | None = None
     """The device's number, from 0."""
     devices: int | None = None

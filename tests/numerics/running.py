@@ -138,7 +138,9 @@ def weights_of(engine: Engine) -> dict[str, torch.Tensor]:
     found = {}
     for unit in engine.parts.units:
         engine.parts.gatherer.gather(unit)
-        found |= {name: param.detach().clone() for name, param in zip(unit.names, unit.params, strict=True)}
+        found |= {
+            name: param.detach().to("cpu", copy=True) for name, param in zip(unit.names, unit.params, strict=True)
+        }
         engine.parts.gatherer.release(unit)
     engine.parts.gatherer.release_all()
     return found
@@ -185,18 +187,26 @@ def train(
     dtype: str = "bf16",
     steps: int = 50,
     watch: Callable[[Engine, int], None] = lambda engine, step: None,
+    device: str = "cpu",
 ) -> Outcome:
-    """`steps` optimizer steps of two micro-batches with everything on: clipping, decay groups, a schedule."""
+    """`steps` optimizer steps of two micro-batches on `device` with everything on: clipping, decay groups, a schedule.
+
+    The model is in host memory when it comes.
+    """
     model = build(family)
     model.train()
-    schedule = {"type": "WarmupCosineLR", "params": {"total_num_steps": 2 * steps, "warmup_num_steps": steps // 5}}
+    schedule = {
+        "type": "WarmupCosineLR",
+        "params": {"total_num_steps": 2 * steps, "warmup_num_steps": max(1, steps // 5)},
+    }
     config = config_of(mode, directory, dtype, gradient_clipping=0.5, gradient_accumulation_steps=2, scheduler=schedule)
+    config["zeroxide"] |= {"device": device}
     outcome = Outcome()
     feed = iter(batches(family, 2 * steps))
     with started(model, model_parameters=decay_groups(model), config=config) as engine:
         for step in range(steps):
             for _ in range(2):
-                loss = loss_of(engine(**next(feed)))
+                loss = loss_of(engine(**{name: value.to(device) for name, value in next(feed).items()}))
                 engine.backward(loss)
                 engine.step()
                 outcome.losses.append(loss.item())
@@ -208,7 +218,7 @@ def train(
         assert_released(engine)
         outcome.weights = weights_of(engine)
         outcome.state = state_of(engine)
-        outcome.buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        outcome.buffers = {name: buffer.to("cpu", copy=True) for name, buffer in model.named_buffers()}
         assert_released(engine)
     return outcome
 

@@ -31,6 +31,7 @@ class FakeEngine(nn.Module):
 
     def __init__(self, model: nn.Module, groups: list[dict[str, Any]], config: dict[str, Any], weights: Any) -> None:
         super().__init__()
+        self.device = torch.device("cpu")
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         real: dict[int, nn.Parameter] = {}
         for module in model.modules():

@@ -108,6 +108,7 @@ EFFECTS = [
     ("zero_optimization.cpu_offload", True, STAGE3, "zero.offload_optimizer", Offload("cpu")),
     ("zero_optimization.cpu_offload_param", True, STAGE3, "zero.offload_param", Offload("cpu")),
     ("aio.queue_depth", 5, {}, "aio.queue_depth", 5),
+    ("zeroxide.device", "cuda:1", {}, "zeroxide.device", "cuda:1"),
     ("zeroxide.host_memory", "2GiB", {}, "zeroxide.host_memory", 2 * GIB),
     ("zeroxide.format", "fp32", {"bf16": {"enabled": True}}, "precision.format", "fp32"),
     ("zeroxide.io_engine", "threads", {}, "zeroxide.io_engine", "threads"),

@@ -160,6 +160,7 @@ PLACES = {
 }
 PLACED = {
     "python/zeroxide/device/placement.py": "is the place",
+    "python/zeroxide/device/transfers.py": "copies between the host and a device",
     "crates/zeroxide-device/build.rs": "finds the sources of kernels",
     "crates/zeroxide-device/src/cuda/": "is a device that computes elsewhere",
     "crates/zeroxide-device/src/error.rs": "passes errors of that device on",

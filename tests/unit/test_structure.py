@@ -18,6 +18,7 @@ FOREIGN = {
     "_C": "torch",
     "_current_graph_task_id": "torch: which backward is under way",
     "_distributed_c10d": "torch: classes of process groups",
+    "_has_compatible_shallow_copy_type": "torch: whether a tensor can be another one's data, as module.to asks",
     "_functorch": "torch: whether a transform of torch.func is on",
     "_increment_version": "torch: to make a graph that saved old weights refuse to run",
     "_storage_Use_Count": "torch: whether somebody else has views of a storage",
@@ -25,6 +26,10 @@ FOREIGN = {
     # What modules, tensors and optimizers of torch have no public name for.
     "_backward_hooks": "torch: hooks of a tensor, to be kept or looked for",
     "_buffers": "torch: a module's own buffers, also those that are shared",
+    "_autograd": "torch: hooks for saved tensors, which cannot be a context between two module hooks",
+    "_pop_saved_tensors_default_hooks": "torch: ends hooks for saved tensors",
+    "_push_saved_tensors_default_hooks": "torch: begins hooks for saved tensors",
+    "_top_saved_tensors_default_hooks": "torch: hooks for saved tensors of the caller's",
     "_cdata": "torch: the address of a storage, which C functions take",
     "_device_types": "torch: what a process group can carry",
     "_execution_engine": "torch: the only way to be called when a backward ends",
@@ -107,6 +112,39 @@ def test_every_foreign_name_is_used():
         if isinstance(node, ast.Attribute)
     }
     assert set(FOREIGN) - used == set()
+
+
+MAKES = {"arange", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "tensor", "zeros"}
+"""Functions of torch whose result is on a script's default device where they are not told."""
+
+
+def made_anywhere(text: str) -> list[tuple[int, str]]:
+    """(line, code) of every tensor that is made without a word of where."""
+    return [
+        (node.lineno, ast.unparse(node))
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and ast.unparse(node.func.value) == "torch"
+        and node.func.attr in MAKES
+        and not any(each.arg == "device" for each in node.keywords)
+    ]
+
+
+def test_memory_of_the_package_is_not_where_a_scripts_default_device_is():
+    """The command line has no script around it, and cases of kernels are for tests and benchmarks."""
+    apart = {PACKAGE / "cli", PACKAGE / "kernels"}
+    found = [
+        f"{path.relative_to(PACKAGE)}:{line}: {code}"
+        for path in sorted(PACKAGE.rglob("*.py"))
+        if not apart & set(path.parents)
+        for line, code in made_anywhere(path.read_text())
+    ]
+    assert found == []
+
+
+def test_a_tensor_that_is_made_anywhere_is_found():
+    assert made_anywhere("x = torch.empty(3)\ny = torch.empty(3, device=HOST)") == [(1, "torch.empty(3)")]
 
 
 ENGINE_OF_CHECKPOINTS = {"zeroxide.engine.training_state"}

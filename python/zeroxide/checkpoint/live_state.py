@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from zeroxide.checkpoint.contents import ParamRecord
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import HOST, spec
 from zeroxide.precision.bits import ORDINARY, round_into
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ class Staging:
 
     def __init__(self, elements: int = CHUNK_ELEMENTS) -> None:
         self.elements = elements
-        self.values = torch.empty(elements, dtype=torch.float32)
-        self._raw = torch.empty(elements * 4, dtype=torch.uint8)
+        self.values = torch.empty(elements, dtype=torch.float32, device=HOST)
+        self._raw = torch.empty(elements * 4, dtype=torch.uint8, device=HOST)
 
     def stored(self, dtype: torch.dtype, count: int) -> torch.Tensor:
         """Room for up to `count` elements as they stand in a file; for fp32 it is the memory of `values`."""

@@ -1,7 +1,8 @@
 """Where tensors are: the only place that knows what compute memory is and takes addresses.
 
-Compute memory is where forward and backward run, with the weights under their windows; in this version it is host
-memory, so that what is on the compute device can be given to the core by its address. Another device changes this file.
+Compute memory is where forward and backward run. On a device with memory of its own, weights and gradients travel
+between it and the core's memory (`transfers.py`); where the model computes in host memory, the core's windows are
+compute memory themselves, and what is there can be given to the core by its address.
 """
 
 from __future__ import annotations
@@ -13,21 +14,32 @@ from operator import methodcaller
 from typing import Any
 
 import torch
+from torch import nn
 
 from zeroxide import _core
+from zeroxide.errors import ConfigError, ModelError
 
 __all__ = [
-    "COMPUTE",
     "DTYPE_NAMES",
+    "HOST",
     "address",
     "addresses",
     "autocast",
     "autocast_dtype",
+    "compute_device",
     "device_kind",
+    "device_of",
+    "device_room",
     "has_values",
-    "in_compute_memory",
+    "in_host",
+    "in_host_memory",
+    "is_capturing",
+    "is_host",
     "lies_within",
+    "make_current",
     "memory_at",
+    "move_onto",
+    "nothing_like",
     "of_buffer",
     "plain",
     "spec",
@@ -36,9 +48,8 @@ __all__ = [
     "view_of",
 ]
 
-COMPUTE = torch.device("cpu")
-"""Where the model computes, and where its parameters are when they come."""
-
+HOST = torch.device("cpu")
+"""Where the core's memory is."""
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
@@ -81,9 +92,14 @@ def of_buffer(memory: Any, dtype: torch.dtype, start: int = 0, numel: int = -1) 
     return torch.frombuffer(memory, dtype=dtype, offset=start, count=numel)
 
 
-def in_compute_memory(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is where the model computes; a meta tensor is nowhere."""
-    return tensor.device.type == COMPUTE.type
+def is_host(device: torch.device) -> bool:
+    """Whether a model that computes there computes in the core's own memory."""
+    return device.type == HOST.type
+
+
+def in_host_memory(tensor: torch.Tensor) -> bool:
+    """Whether the tensor is where the core can read it; a meta tensor is nowhere."""
+    return tensor.device.type == HOST.type
 
 
 def device_kind(tensor: torch.Tensor) -> str:
@@ -99,6 +115,36 @@ def has_values(tensor: torch.Tensor) -> bool:
 def to_host(values: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
     """fp32 values in host memory, flat and contiguous, for the core to read; with `copy`, never the tensor's own."""
     return plain(values.detach().to(device="cpu", dtype=torch.float32, copy=copy)).view(-1)
+
+
+def move_onto(param: nn.Parameter, values: torch.Tensor) -> None:
+    """Makes `values`, which may be on another device, what the parameter shows. It stays the object that it is.
+
+    Tensors of some backends cannot take the place of the host's as data; the parameter then becomes one of theirs.
+    Raises ModelError where others refer to it in a way that does not allow that.
+    """
+    if torch._has_compatible_shallow_copy_type(param, values):
+        param.data = values
+        return
+    made = nn.Parameter(values, requires_grad=param.requires_grad)
+    made.__class__ = type(param)
+    made.__dict__.update(param.__dict__)
+    try:
+        torch.utils.swap_tensors(param, made)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ModelError(
+            f"a parameter on {param.device} cannot become one on {values.device}: {error}; build the model there"
+        ) from None
+
+
+def nothing_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of size 0, of the dtype and on the device of another."""
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def in_host(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in host memory, itself where it is there; the device has done all that its stream was given."""
+    return tensor.to(HOST)
 
 
 def address(tensor: torch.Tensor) -> int:
@@ -117,15 +163,75 @@ def storage_address(tensor: torch.Tensor) -> int:
 
 
 def lies_within(tensor: torch.Tensor, first: int, end: int) -> bool:
-    """Whether the tensor is in compute memory and begins at an address from `first` on and before `end`."""
-    return tensor.device.type == COMPUTE.type and first <= tensor.data_ptr() < end
+    """Whether the tensor is in host memory and begins at an address from `first` on and before `end`."""
+    return tensor.device.type == HOST.type and first <= tensor.data_ptr() < end
 
 
-def autocast(dtype: torch.dtype) -> AbstractContextManager[Any]:
+def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """torch.autocast where the model computes, without its cache: weights change between passes."""
-    return torch.autocast(COMPUTE.type, dtype, cache_enabled=False)
+    return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
 def autocast_dtype() -> torch.dtype | None:
-    """What autocast computes in where the model computes; None outside of it."""
-    return torch.get_autocast_dtype(COMPUTE.type) if torch.is_autocast_enabled(COMPUTE.type) else None
+    """What autocast computes in in host memory; None outside of it."""
+    return torch.get_autocast_dtype(HOST.type) if torch.is_autocast_enabled(HOST.type) else None
+
+
+def device_of(module: nn.Module) -> torch.device | None:
+    """The device other than the host that the module's first parameter on one is on; None where none is."""
+    found = (each.device for each in module.parameters())
+    return next((each for each in found if each.type not in (HOST.type, "meta")), None)
+
+
+def compute_device(asked: str, module: nn.Module, local_rank: int) -> torch.device:
+    """Where `module` is to compute: what `zeroxide.device` of the config asks for, with the index that it counts by.
+
+    "auto" is the device that the module is on, and for a module in host memory or on the meta device the GPU of this
+    rank of its host where torch sees one, else the host. Raises ConfigError for a device that torch does not have.
+    """
+    if asked == "auto":
+        own = device_of(module)
+        if own is not None:
+            return own
+        return torch.device("cuda", local_rank % torch.cuda.device_count()) if torch.cuda.is_available() else HOST
+    try:
+        device = torch.device(asked)
+    except RuntimeError as error:
+        raise _no_device(asked, str(error).splitlines()[0]) from None
+    if device.type == HOST.type:
+        return HOST
+    try:
+        present = torch.get_device_module(device).device_count()
+    except (AttributeError, RuntimeError) as error:
+        raise _no_device(asked, str(error).splitlines()[0]) from None
+    index = local_rank % max(1, present) if ":" not in asked else device.index
+    if index >= present:
+        raise _no_device(asked, f"torch sees {present}")
+    return torch.device(device.type, index)
+
+
+def make_current(device: torch.device) -> None:
+    """Makes a device other than the host torch's current one of its kind, as `torch.cuda.set_device` does: what names
+    the kind alone, and what torch makes for a context of its own, such as page-locked memory, goes there."""
+    if not is_host(device):
+        torch.accelerator.set_device_index(device.index)
+
+
+def device_room(device: torch.device) -> tuple[int, int]:
+    """Free bytes and all bytes of a device's memory, as its driver counts them."""
+    free, total = torch.get_device_module(device).mem_get_info(device)
+    return free, total
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what the current stream is given goes into a graph instead of being done."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _no_device(asked: str, problem: str) -> ConfigError:
+    return ConfigError(
+        f'zeroxide.device: there is no device "{asked}": {problem}; use "auto" or "cpu"',
+        path="zeroxide.device",
+        expected='"auto", "cpu", or a device that torch has',
+        got=f'"{asked}"',
+    )

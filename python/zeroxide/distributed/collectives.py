@@ -75,7 +75,7 @@ class Ranks:
             import torch
 
             # gloo's own barrier names ranks only in its debug mode; a gather fails as soon as a peer is gone.
-            self.gather_rows(torch.zeros(1, dtype=torch.uint8), "a barrier")
+            self.gather_rows(torch.zeros(1, dtype=torch.uint8, device="cpu"), "a barrier")
 
     def gather_objects(self, value: Any) -> list[Any]:
         """What every rank gave, by rank. `value` is anything that JSON can hold; tuples come back as lists.
@@ -87,8 +87,8 @@ class Ranks:
         import torch
 
         payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        sizes = self.gather_rows(torch.tensor([payload.numel()]), "exchanging objects").flatten().tolist()
-        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        sizes = self.gather_rows(torch.tensor([payload.numel()], device="cpu"), "exchanging objects").flatten().tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8, device="cpu")
         padded[: payload.numel()] = payload
         rows = self.gather_rows(padded, "exchanging objects")
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(rows, sizes, strict=True)]
@@ -118,7 +118,7 @@ class Ranks:
         import torch
 
         flat = tensor.reshape(-1)
-        rows = torch.empty(self.world * flat.numel(), dtype=flat.dtype)
+        rows = torch.empty(self.world * flat.numel(), dtype=flat.dtype, device="cpu")
         try:
             all_gather_single(rows, flat, group=self.group)
         except RuntimeError as error:

@@ -195,7 +195,7 @@ class ProcessMesh:
         from torch.distributed.device_mesh import DeviceMesh
 
         names = tuple(name for name in AXES if self.sizes[name] > 1) or ("dp_shard",)
-        grid = torch.arange(self.world).view([self.sizes[name] for name in names])
+        grid = torch.arange(self.world, device="cpu").view([self.sizes[name] for name in names])
         if len(names) == 1:
             return DeviceMesh.from_group(ranks.group, "cpu", mesh_dim_names=names)
         mine = []

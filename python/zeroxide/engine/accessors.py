@@ -8,7 +8,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import Config
-from zeroxide.device.placement import COMPUTE
+from zeroxide.device.placement import HOST
 from zeroxide.engine.parts import Parts
 from zeroxide.plan.plan import Plan
 
@@ -29,7 +29,7 @@ class Accessors:
         """
         if self.parts.updater.norm is None or not self.parts.config.zero.compute_grad_norm:
             return None
-        return torch.tensor(self.parts.updater.norm, dtype=torch.float64)
+        return torch.tensor(self.parts.updater.norm, dtype=torch.float64, device=HOST)
 
     def get_lr(self) -> list[float]:
         """Learning rate of each group."""
@@ -113,7 +113,7 @@ class Accessors:
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return COMPUTE
+        return self.parts.device
 
     def plan(self) -> Plan:
         """Units, homes and expected bytes."""
@@ -134,6 +134,12 @@ class Accessors:
         usage["process"]["heap"] = _core.heap_bytes()
         usage["limit"] = self.parts.config.zeroxide.host_memory
         return usage
+
+    def device_traffic(self) -> dict[str, int]:
+        """Bytes of weights copied `up` to the device since the start, and of gradients copied `down`; 0 where the model
+        computes in host memory."""
+        transfers = self.parts.transfers
+        return {"up": 0, "down": 0} if transfers is None else {"up": transfers.bytes_up, "down": transfers.bytes_down}
 
     def io(self) -> dict[str, Any]:
         """Disk traffic since the start, in bytes and seconds.

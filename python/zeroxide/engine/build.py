@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
+from zeroxide.device.placement import compute_device, is_host, make_current, move_onto
+from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import check_schedule, loader_for, schedule_for
@@ -41,9 +43,10 @@ from zeroxide.plan.plan import Plan, make_plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.precision.policy import cast_buffers, check_batch_norms, check_shapes, own_dtype, torch_dtype
 from zeroxide.zero.access.state_dict import StateDicts, refuse_loading
-from zeroxide.zero.buffers import check_buffers
+from zeroxide.zero.buffers import check_buffers, move_buffers
 from zeroxide.zero.connect import connect
 from zeroxide.zero.core import open_core
+from zeroxide.zero.gather.device_weights import make_device_weights
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.gather.weight_gather import WeightGather, make_weight_gather
 from zeroxide.zero.guard import ModelGuard
@@ -55,6 +58,7 @@ from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages
 from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction, make_reduction
+from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
@@ -94,12 +98,16 @@ class Build:
     undo: Undo
     watch: Watch
     groups: list[dict[str, Any]]
+    device: torch.device
     plan: Plan
     messages: Messages
     core: LiveCore
     new: dict[int, nn.Parameter]
     """What has taken the place of parameters on the meta device, by the ids of those."""
     units: list[Unit]
+    transfers: Transfers | None
+    """What copies to and from the device; None where the model computes in host memory."""
+    grad_offload: GradientOffload | None
     weights: WeightGather
     reduction: GradientReduction
     scaler: LossScaler
@@ -193,6 +201,8 @@ class Build:
         config = self.config
         mark_leaf_modules(self.module, config)
         check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
+        self.device = compute_device(config.zeroxide.device, self.module, self.ranks.local_rank)
+        make_current(self.device)
         self.plan = make_plan(
             self.module,
             config,
@@ -200,6 +210,7 @@ class Build:
             resident=resident_without(self.module),
             ranks=self.ranks,
             states=state_plans(self.groups, config),
+            device=self.device,
         )
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)
@@ -223,7 +234,8 @@ class Build:
         # Units remember shapes before the parameters lose them.
         core = self.core()
         self.units = [
-            Unit(index, unit, core, self.plan.compute, self.plan.groups) for index, unit in enumerate(self.plan.units)
+            Unit(index, unit, core, self.plan.compute, self.plan.groups, self.device)
+            for index, unit in enumerate(self.plan.units)
         ]
         for unit in self.units:
             unit.params = [self._present(param) for param in unit.params]
@@ -234,11 +246,19 @@ class Build:
         return self.new.get(id(param), param)
 
     def connect(self) -> None:
-        """Connects the ranks: their memory, what brings weights together, and what reduces gradients."""
+        """Connects the ranks: their memory, what brings weights together, and what reduces gradients; and with them
+        the device, if that is not the host."""
         core, plan, units, messages = self.core(), self.plan, self.units, self.messages
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
         connect(core, plan, self.ranks)
+        self.transfers = self.grad_offload = None
+        if not is_host(self.device):
+            self.transfers = Transfers(self.device)
+            self.made.callback(self.transfers.close)
+            self.grad_offload = GradientOffload(core, self.transfers)
+            self.weights = make_device_weights(self.weights, self.transfers, plan, units)
+            self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and the schedule over it."""
@@ -262,8 +282,9 @@ class Build:
         fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
-                param.data = empty
                 param.grad = None
+                move_onto(param, empty)
+        move_buffers(self.module, self.device)
         cast_buffers(self.module, self.config)
 
     def hook_modules(self) -> None:
@@ -277,9 +298,10 @@ class Build:
             params_always_full=plan.params_always_full,
             home=plan.weights,
             world=plan.world,
+            transient=plan.transient,
         )
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        self.hooks = Hooks(self.module, self.gatherer, self.reduction, self.units, arriving)
+        self.hooks = Hooks(self.module, self.gatherer, self.reduction, self.units, arriving, self.grad_offload)
         self.made.callback(self.hooks.close)
 
     def keep_parameters(self) -> None:
@@ -340,6 +362,8 @@ class Build:
                 ranks=self.ranks,
                 watch=self.watch,
                 plan=self.plan,
+                device=self.device,
+                transfers=self.transfers,
                 core=self.core,
                 units=self.units,
                 weights=self.weights,

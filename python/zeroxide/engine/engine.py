@@ -82,7 +82,7 @@ class Engine(Accessors, nn.Module):
         inputs, kwargs = cast_inputs(parts.config, (inputs, kwargs))
         depth = parts.hooks.current.depth
         try:
-            with forward_context(parts.config):
+            with forward_context(parts.config, parts.device):
                 output = self.module(*inputs, **kwargs)
         except BaseException:
             parts.hooks.fail_forward(depth)

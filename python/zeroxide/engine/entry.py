@@ -49,8 +49,9 @@ def initialize(
 ) -> tuple[Engine, Any, DataLoader[Any] | None, Any]:
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
-    model: any module with floating-point parameters, all in host memory or all on the meta device (then `weights`
-        makes them). Its parameters move into the engine: outside of forward and backward they are empty tensors.
+    model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
+        on the meta device (then `weights` makes them). Its parameters move into the engine: outside of forward and
+        backward they are empty tensors.
     optimizer: None (then the config's), a fresh torch AdamW or Adam, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zeroxide.device.placement import to_host
+from zeroxide.device.placement import HOST, to_host
 from zeroxide.errors import ModelError
 from zeroxide.optim.saved_state import SavedEntry, check_saved, take_hyperparameters
 from zeroxide.optim.state_view import ParameterState, StateView
@@ -57,7 +57,9 @@ def _sharded(param: torch.Tensor) -> ShardedParam:
 def _state(sharded: ShardedParam, *, shown: bool) -> ParameterState:
     def read(part: str) -> torch.Tensor:
         if part == "step":
-            return torch.tensor(float(sharded.context.core().updates(sharded.unit.index, sharded.position)))
+            return torch.tensor(
+                float(sharded.context.core().updates(sharded.unit.index, sharded.position)), device=HOST
+            )
         return sharded.read("weights" if part == "master" else part).view(sharded.shape)
 
     exact = () if sharded.dtype is torch.float32 else ("master",)
@@ -68,7 +70,7 @@ def _load(sharded: ShardedParam, entry: SavedEntry | None) -> None:
     start, count = sharded.own()
     for part, initial in sharded.states.items():
         if entry is None:
-            sharded.write_own(part, torch.full((count,), initial))
+            sharded.write_own(part, torch.full((count,), initial, dtype=torch.float32, device=HOST))
             continue
         full = to_host(entry.values[part])
         sharded.write_own(part, full[start : start + count].contiguous())

@@ -6,10 +6,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from zeroxide.config import Config
+from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.evaluation import thaw
@@ -45,6 +47,10 @@ class Parts:
     ranks: Ranks
     watch: Watch
     plan: Plan
+    device: torch.device
+    """Where the model computes."""
+    transfers: Transfers | None
+    """What copies to and from it; None where that is the host."""
     core: LiveCore
     units: list[Unit]
     weights: WeightGather
@@ -83,6 +89,8 @@ class Parts:
             ended.callback(self.ranks.close)
             ended.callback(self.watch.close)
             ended.callback(lambda: self.core.end(core, readers))
+            if self.transfers is not None:
+                ended.callback(self.transfers.close)
             self._leave_model(readers)
 
     def _leave_model(self, readers: list[Unit]) -> None:

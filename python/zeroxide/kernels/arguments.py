@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
+from zeroxide.device.placement import HOST
 from zeroxide.errors import TensorError
 
 __all__ = ["FLOATS", "blocks_for", "check", "dtype_number", "table"]
@@ -66,4 +67,4 @@ def table(rows: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
 
     Kernels of the same stream may use its memory after that: torch gives it to nothing that comes before them.
     """
-    return torch.tensor(rows, dtype=torch.int64).to(device)
+    return torch.tensor(rows, dtype=torch.int64, device=HOST).to(device)

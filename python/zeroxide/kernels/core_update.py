@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from zeroxide import _core
-from zeroxide.device.placement import COMPUTE, spec, view_of
+from zeroxide.device.placement import HOST, spec, view_of
 from zeroxide.kernels.arguments import FLOATS
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.launch import Launcher
@@ -27,7 +27,7 @@ ONE = 0x3F80 << 16
 def reference(step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> list[torch.Tensor]:
     """What the state tensors are after the step, as the core makes them of copies in host memory."""
     device = grad.device
-    host = [each.detach().to(COMPUTE, copy=True).view(-1) for each in (*tensors, grad)]
+    host = [each.detach().to(HOST, copy=True).view(-1) for each in (*tensors, grad)]
     *state, gradient = host
     live, numel = state[0], state[0].numel()
     if numel == 0:

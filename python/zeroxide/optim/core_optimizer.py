@@ -13,7 +13,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import RULES, load, parse_bytes
-from zeroxide.device.placement import DTYPE_NAMES, in_compute_memory, plain, spec, to_host
+from zeroxide.device.placement import DTYPE_NAMES, HOST, in_host_memory, plain, spec, to_host
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.optim.rules import FORMAT, RULE, core_groups, rule_of, states
 from zeroxide.optim.saved_state import (
@@ -134,7 +134,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _check(self, group: int, at: int, param: torch.Tensor) -> None:
         if param.dtype not in (torch.float32, torch.bfloat16):
             raise ModelError(f"{self._name(group, at)} is {param.dtype}: expected fp32 or bf16")
-        if not in_compute_memory(param) or not param.is_contiguous():
+        if not in_host_memory(param) or not param.is_contiguous():
             raise ModelError(f"{self._name(group, at)} is not contiguous in host memory ({param.device})")
 
     def _make_core(self, dtype: torch.dtype, members: list[tuple[int, torch.Tensor]]) -> None:
@@ -222,7 +222,7 @@ class CoreOptimizer(torch.optim.Optimizer):
                 "Embedding(sparse=False)"
             )
         if grad is not None and (
-            grad.shape != param.shape or grad.dtype not in DTYPE_NAMES or not in_compute_memory(grad)
+            grad.shape != param.shape or grad.dtype not in DTYPE_NAMES or not in_host_memory(grad)
         ):
             raise ModelError(
                 f"the gradient of {self._name(group, at)} is {grad.dtype} {tuple(grad.shape)} on {grad.device}: "
@@ -250,8 +250,8 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _read(self, param: torch.Tensor, part: str) -> torch.Tensor:
         place = self._places[id(param)]
         if part == "step":
-            return torch.tensor(float(place.core.updates(place.unit, 0)))
-        out = torch.empty(place.shape, dtype=torch.float32)
+            return torch.tensor(float(place.core.updates(place.unit, 0)), device=HOST)
+        out = torch.empty(place.shape, dtype=torch.float32, device=HOST)
         if part != "master":
             place.core.read_param(place.unit, 0, part, 0, spec(out))
             return out
@@ -329,7 +329,11 @@ class CoreOptimizer(torch.optim.Optimizer):
         group = self.param_groups[place.group]
         initial = StatePlan.of(core_groups([group])[0], self.rule, "fp32", torch.float32).initial
         for part in (*initial, *(("master",) if exact else ())):
-            values = torch.full(place.shape, initial[part]) if entry is None else to_host(entry.values[part])
+            values = (
+                torch.full(place.shape, initial[part], dtype=torch.float32, device=HOST)
+                if entry is None
+                else to_host(entry.values[part])
+            )
             target = "weights" if part == "master" else part
             core.fill_begin(unit, target)
             core.fill_param(unit, 0, 0, spec(values.view(-1)))

@@ -102,7 +102,7 @@ class EmptyData(torch.Tensor):
     def of(cls, param: Any) -> EmptyData:
         """The data of `param`, which is empty."""
         with torch._C.DisableTorchFunctionSubclass():
-            data = torch.empty(0, dtype=param.dtype).as_subclass(cls)
+            data = torch.empty(0, dtype=param.dtype, device=param.device).as_subclass(cls)
         data._param = param
         return data
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
 from torch import nn
 
 from zeroxide.config import Config
-from zeroxide.device.placement import device_kind, has_values, in_compute_memory
+from zeroxide.device.placement import HOST, device_kind, has_values, in_host_memory
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
@@ -17,8 +18,8 @@ from zeroxide.precision.bits import FLOATS, why_not_bytes
 __all__ = ["check_model", "check_transport", "refuse_max_norm"]
 
 
-def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config) -> None:
-    """Refuses models that have nothing to train or parameters that cannot be laid out."""
+def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config, device: torch.device = HOST) -> None:
+    """Refuses models that have nothing to train on `device`, or parameters that cannot be laid out there."""
     if not entries:
         raise ModelError(f"{type(module).__name__} has no parameters: there is nothing to train")
     if config.optimizer is not None and not any(entry.trainable for entry in entries):
@@ -53,10 +54,10 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config)
                 "cast it, or freeze it with requires_grad_(False): frozen parameters keep any dtype",
                 name=entry.name,
             )
-        if has_values(entry.param) and not in_compute_memory(entry.param):
+        if has_values(entry.param) and not in_host_memory(entry.param) and entry.param.device != device:
             raise ModelError(
-                f"{entry.name} is on {entry.param.device}: this version computes in host memory; "
-                "build the model on the CPU",
+                f"{entry.name} is on {entry.param.device}, and the model is to compute on {device}: build the model "
+                "there, in host memory or on the meta device, or set zeroxide.device",
                 name=entry.name,
             )
     check_sharing(entries)

@@ -17,6 +17,7 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.config import Config
+from zeroxide.device.placement import HOST
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter, shape_of
 from zeroxide.plan.checks import check_model
@@ -65,15 +66,21 @@ class UnitPlan:
 
 
 def find_units(
-    module: nn.Module, config: Config, compute: torch.dtype, *, world: int, states: Mapping[int, StatePlan]
+    module: nn.Module,
+    config: Config,
+    compute: torch.dtype,
+    *,
+    world: int,
+    states: Mapping[int, StatePlan],
+    device: torch.device = HOST,
 ) -> list[UnitPlan]:
-    """The units of `module` over `world` ranks.
+    """The units of `module`, which computes on `device`, over `world` ranks.
 
     states: by the ids of trainable parameters, how each is updated; Adam in the config's format where it does not say.
     Raises ModelError for a model that cannot be trained.
     """
     entries = list(_parameters_of(module, compute, cast=config.precision.asked))
-    check_model(module, entries, config)
+    check_model(module, entries, config, device)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
     units = _gathered_together(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize)
     if world > 1:

@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import nn
 
-from zeroxide.device.placement import address, in_compute_memory
+from zeroxide.device.placement import address, in_host_memory
 from zeroxide.errors import ModelError
 
 __all__ = ["EXTERNAL", "ParameterPlan", "check_sharing"]
@@ -47,7 +47,7 @@ def check_sharing(entries: Sequence[ParameterPlan]) -> None:
     spans = []
     for entry in entries:
         param = entry.param
-        if in_compute_memory(param) and param.layout is torch.strided and param.numel() and param.is_contiguous():
+        if in_host_memory(param) and param.layout is torch.strided and param.numel() and param.is_contiguous():
             start = address(param)
             spans.append((start, start + param.numel() * param.element_size(), entry))
     spans.sort(key=lambda span: span[:2])

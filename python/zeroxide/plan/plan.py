@@ -10,7 +10,8 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.config import Config
-from zeroxide.device.placement import DTYPE_NAMES
+from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
+from zeroxide.device.transfers import pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
 from zeroxide.plan.checks import check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
@@ -40,6 +41,10 @@ class Plan:
     """Bytes that the process uses without the state."""
     groups: UnitGroups = field(default_factory=UnitGroups)
     stage: int = 0
+    offloads_weights: bool = False
+    """Whether the config asks for parameters somewhere else than where the model computes."""
+    device: torch.device = HOST
+    """Where the model computes."""
     transport: str = "collective"
     """"shared" or "collective": what carries gradients between ranks."""
 
@@ -72,6 +77,12 @@ class Plan:
     def params_always_full(self) -> bool:
         """Whether parameters show their values at all times: every rank has them anyway."""
         return self.stage < 3
+
+    @property
+    def transient(self) -> bool:
+        """Whether weights are on a device other than the host, and only while they are used: at stage 3 the device has
+        not all of them, but for a single rank whose config leaves its parameters there."""
+        return not is_host(self.device) and not self.params_always_full and (self.world > 1 or self.offloads_weights)
 
     @property
     def keeps_edits(self) -> bool:
@@ -150,16 +161,19 @@ def make_plan(
     resident: int,
     ranks: Ranks | None = None,
     states: Mapping[int, StatePlan] | None = None,
+    device: torch.device = HOST,
 ) -> Plan:
     """Finds the units of `module` and places them.
 
     `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
-    `resident` is the resident memory of the process in bytes without the model's own parameters. Raises ModelError
+    `resident` is the resident memory of the process in bytes without the model's own parameters, to which comes what
+    copies to and from `device`, on which the model is to compute, keep locked. Raises ModelError
     for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the payload.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
-    units = find_units(module, config, compute, world=ranks.world, states=states or {})
+    units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device)
+    resident += pinned_bytes(device)
     check_transport(config, ranks)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
@@ -196,6 +210,8 @@ def make_plan(
         resident_before=resident,
         groups=groups,
         stage=config.zero.stage,
+        offloads_weights=config.zero.offload_param.enabled,
+        device=device,
         transport=transport,
     )
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from zeroxide import _core
-from zeroxide.device.placement import address, plain, spec
+from zeroxide.device.placement import HOST, address, in_host, plain, spec
 
 __all__ = [
     "FLOATS",
@@ -60,7 +60,7 @@ def why_not_bytes(tensor: torch.Tensor) -> str | None:
 def fingerprint(tensor: torch.Tensor) -> int:
     """A checksum of all bytes of the tensor."""
     with torch._C.DisableTorchFunctionSubclass():
-        return _core.checksum(spec(bytes_of(tensor.detach())))
+        return _core.checksum(spec(in_host(bytes_of(tensor.detach()))))
 
 
 def same_width(tensor: torch.Tensor) -> torch.Tensor:
@@ -69,7 +69,7 @@ def same_width(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor in host memory, flat uint8, in the order of its elements; its own memory if it can be."""
+    """The bytes of a tensor, flat uint8, in the order of its elements; its own memory if it can be."""
     plain = tensor.detach()
     if plain.is_complex():
         plain = plain.resolve_conj()
@@ -102,7 +102,7 @@ def converted(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     assert converts(values.dtype, dtype), f"{values.dtype} to {dtype} has been refused"
     if dtype is not torch.bfloat16:
         return values.to(dtype)
-    out = torch.empty(values.shape, dtype=dtype)
+    out = torch.empty(values.shape, dtype=dtype, device=HOST)
     round_into(plain(values.to(torch.float32)), out)
     return out
 

@@ -107,15 +107,15 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def forward_context(config: Config) -> AbstractContextManager[Any]:
-    """What forward runs under: torch.autocast where the config asks for it, inside any that the caller opened.
+def forward_context(config: Config, device: torch.device) -> AbstractContextManager[Any]:
+    """What forward on `device` runs under: torch.autocast where the config asks for it, inside any of the caller's.
 
     Weights are not cached in the low dtype: such copies would stay until the end of forward, also of units that were
     released long before, and casting a weight again gives the same bits.
     """
     if config.precision.autocast is None:
         return nullcontext()
-    return autocast(torch_dtype(config.precision.autocast))
+    return autocast(torch_dtype(config.precision.autocast), device)
 
 
 def cast_inputs(config: Config, tree: Any) -> Any:

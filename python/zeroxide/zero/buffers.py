@@ -8,12 +8,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from zeroxide.device.placement import address, has_values
+from zeroxide.device.placement import address, has_values, in_host
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.precision.bits import bytes_of, same_width, tensor_of, why_not_bytes
 
-__all__ = ["check_buffers", "set_buffer", "share_buffers"]
+__all__ = ["check_buffers", "move_buffers", "set_buffer", "share_buffers"]
 
 
 def check_buffers(module: nn.Module, ranks: Ranks, *, made: bool) -> None:
@@ -39,9 +39,19 @@ def share_buffers(module: nn.Module, ranks: Ranks) -> None:
     if ranks.world == 1:
         return
     for buffer in list(module.buffers()):
-        raw = ranks.broadcast_tensor(bytes_of(buffer))
+        raw = ranks.broadcast_tensor(in_host(bytes_of(buffer)))
         if address(raw) != address(buffer) and ranks.rank:
-            set_buffer(module, buffer, tensor_of(raw, buffer.dtype, buffer.shape))
+            set_buffer(module, buffer, tensor_of(raw, buffer.dtype, buffer.shape).to(buffer.device))
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Puts every buffer of `module` on `device`; a buffer of several modules stays one."""
+    made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and has_values(buffer) and buffer.device != device:
+                _, moved = made.setdefault(id(buffer), (buffer, buffer.to(device)))
+                owner._buffers[name] = moved
 
 
 def set_buffer(module: nn.Module, buffer: torch.Tensor, values: torch.Tensor) -> None:

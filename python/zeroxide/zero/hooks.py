@@ -28,7 +28,6 @@ from torch import nn
 from torch.autograd import Variable
 
 from zeroxide.errors import ModelError
-from zeroxide.plan.home import Home
 from zeroxide.plan.plan import is_leaf
 from zeroxide.zero.current_pass import Pass, Uses
 from zeroxide.zero.gather.gatherer import Gatherer
@@ -38,7 +37,9 @@ from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.nested import given, handed_through, replaced, tensors_in
 from zeroxide.zero.passes import PassState, UnitState, UsesState, in_backward
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
+from zeroxide.zero.reduce.offload import GradientOffload
 from zeroxide.zero.reduce.reducer import Reducer
+from zeroxide.zero.saved_weights import SavedWeights
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Hooks"]
@@ -54,12 +55,16 @@ class Hooks:
         reduction: GradientReduction,
         units: list[Unit],
         grad_dtype: torch.dtype,
+        grad_offload: GradientOffload | None = None,
     ) -> None:
         self.gatherer = gatherer
         self.units = units
         self.reduction = reduction
-        self.moves = not gatherer.params_always_full and gatherer.home is not Home.HOST
+        self.moves = not gatherer.params_always_full and gatherer.moves
         """Whether the memory under parameters is another unit's when they are not in use."""
+        self.serves = self.moves and grad_offload is None
+        """Whether a read of weights that are not there is noticed, and waits until they are."""
+        self.saved = SavedWeights(units, self.use) if self.moves and grad_offload is not None else None
         self.marked = {
             unit.index
             for unit in units
@@ -107,8 +112,9 @@ class Hooks:
             self._note_repeated,
             lambda: gatherer.training,
             grad_dtype,
+            grad_offload,
         )
-        self.strays = StrayReaders(gatherer.core, self) if self.moves and not gatherer.stays else None
+        self.strays = StrayReaders(gatherer.core, self) if self.serves and not gatherer.stays else None
 
     def _add(self, handle: Any) -> None:
         self.handles.append(handle)
@@ -118,6 +124,8 @@ class Hooks:
         if in_backward():
             self.current.depth += 1
             return
+        if self.reducer.grad_offload is not None:
+            self.reducer.grad_offload.transfers.refuse_capture()
         self.gatherer.core.watch_readers()
         if self.current.state is PassState.BACKWARD:
             # It failed and was not started by the engine.
@@ -133,6 +141,7 @@ class Hooks:
             if self.uses.state is UsesState.ENDED:
                 self.uses = Uses()
             self.uses.state = UsesState.PENDING
+            self._begin_saving()
         self.gatherer.start_pass(training)
 
     def in_pass(self) -> bool:
@@ -160,12 +169,14 @@ class Hooks:
     def apart(self) -> Iterator[None]:
         """An operation outside of a pass: what it reads is brought, or it raises ModelError."""
         self.uses_apart += 1
+        self._begin_saving()
         try:
             yield
-            if self.moves:
+            if self.serves:
                 self.gatherer.core.watch_readers()
         finally:
             self.uses_apart -= 1
+            self._end_saving()
 
     def use(self, units: Sequence[Unit]) -> None:
         """Gathers units that an operation needs."""
@@ -185,6 +196,7 @@ class Hooks:
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
         current = self.current
+        self._begin_saving()
         current.inputs.append(given(tensors_in(*args, *kwargs.values())))
         if in_backward():
             self._hold(unit)
@@ -202,6 +214,7 @@ class Hooks:
         inputs = self.current.inputs
         # Empty where recomputation stopped early inside the module and the next pass began.
         before = inputs.pop() if inputs else {}
+        self._end_saving()
         if unit.held_through_backward:
             return None
         kept = None
@@ -239,8 +252,19 @@ class Hooks:
             # Last: until then no other thread may use a weight.
             current = self.current
             current.depth = max(0, current.depth - 1)
+            self._end_saving()
             if current.depth == 0 and current.state is PassState.FORWARD:
                 self.current = Pass()
+
+    def _begin_saving(self) -> None:
+        if self.saved is not None and not in_backward():
+            self.saved.begin()
+
+    def _end_saving(self) -> None:
+        """Unless a module is under way, or an operation outside of one."""
+        current = self.current
+        if self.saved is not None and not (current.depth or current.inputs or self.uses_apart or in_backward()):
+            self.saved.end()
 
     def _end_forward(self, output: Any) -> Any:
         kept = self._kept(self.units, output) if self.moves else None
@@ -252,7 +276,7 @@ class Hooks:
             self.gatherer.release_guests()
         else:
             self.gatherer.release_all(hide=self.uses.state is not UsesState.PENDING)
-        if self.moves:
+        if self.serves:
             self.gatherer.core.watch_readers()
         return kept
 
@@ -342,8 +366,9 @@ class Hooks:
         """Releases every unit and ends the exchange of gradients. Called by autograd at the end of a backward."""
         if self.current.state is PassState.BACKWARD:
             self._leave_backward()
-            if self.moves:
+            if self.serves:
                 self.gatherer.core.watch_readers()
+            self.reducer.drain()
             if self.synchronize:
                 try:
                     self.reduction.end_backward()
@@ -370,6 +395,7 @@ class Hooks:
             if self.current.state is not PassState.BACKWARD:
                 self.current = Pass()
             self.current.inputs.clear()
+            self._end_saving()
             self.gatherer.release_all()
 
     def fail_backward(self) -> None:

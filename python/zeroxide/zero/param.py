@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from zeroxide.device.placement import in_compute_memory, spec
+from zeroxide.device.placement import HOST, in_host, is_host, spec
 from zeroxide.distributed import Ranks, UnitGroups, Watch
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal
 from zeroxide.params.handle import handle_of, manage, new_id
 from zeroxide.precision.bits import bytes_of, converted, copy_of, exact_in_fp32, fingerprint, why_not_bytes
+from zeroxide.zero.gather.device_weights import DeviceWeights
 from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.unit import Unit
 
@@ -55,7 +56,9 @@ class ParameterContext:
         """What gathers; None once the engine has ended."""
         self.handed_out: dict[ShardedParam, int] = {}
         """Parameters whose `.data` somebody has taken, with the fingerprint of what it showed then."""
-        self.watches_data = not params_always_full and (on_disk or ranks.world > 1)
+        self.on_device = not all(is_host(unit.device) for unit in units)
+        """Whether parameters show memory of a device, of which the core knows nothing."""
+        self.watches_data = self.on_device or (not params_always_full and (on_disk or ranks.world > 1))
         """Whether what is written through `.data` would be lost, or be one rank's alone."""
         self.changes = 0
         """How often values of parameters have changed since the start."""
@@ -133,8 +136,14 @@ class ParameterContext:
                 + ": change it between steps, inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
                 name=name,
             )
-        if self.on_disk:
-            self.core().rewrite_weights(unit.index)
+        with self.written(unit, edited):
+            if self.on_disk:
+                self.core().rewrite_weights(unit.index)
+
+    def written(self, unit: Unit, positions: Sequence[int]) -> AbstractContextManager[None]:
+        """Within it the core's window of the unit has what the parameters at `positions` show."""
+        weights = self.gatherer.weights
+        return weights.writing(unit, positions) if isinstance(weights, DeviceWeights) else nullcontext()
 
     def changed_by_hand(self, unit: Unit) -> list[int]:
         """Positions of parameters of the unit that were changed through their `.data` since that was taken."""
@@ -249,7 +258,7 @@ class ShardedParam:
         """This rank's piece; nothing is exchanged. Raises ModelError for a frozen weight that fp32 cannot hold."""
         start, count = self.own()
         self._check_fp32()
-        return self._fetch(part, start, torch.empty(count, dtype=torch.float32))
+        return self._fetch(part, start, torch.empty(count, dtype=torch.float32, device=HOST))
 
     def read(self, part: str) -> torch.Tensor:
         """All elements, on every rank. Every rank calls it. Raises as `read_own`."""
@@ -261,7 +270,7 @@ class ShardedParam:
         return self.live(self.read("weights")) if self.trainable else self._together("weights", self.dtype)
 
     def _together(self, part: str, dtype: torch.dtype) -> torch.Tensor:
-        full = torch.empty(self.shape.numel(), dtype=dtype)
+        full = torch.empty(self.shape.numel(), dtype=dtype, device=HOST)
         groups = self.context.groups
         for position, start, count in self.pieces():
             piece = full[start : start + count]
@@ -280,7 +289,7 @@ class ShardedParam:
         if self.trainable or part != "weights":
             core.read_param(*place, part, start, spec(out))
         else:
-            found = out if out.dtype == self.dtype else torch.empty(out.numel(), dtype=self.dtype)
+            found = out if out.dtype == self.dtype else torch.empty(out.numel(), dtype=self.dtype, device=HOST)
             core.read_bytes(*place, start * self.dtype.itemsize, spec(bytes_of(found)))
             if found is not out:
                 out.copy_(found)
@@ -331,7 +340,9 @@ class ShardedParam:
         accumulated = self.context.core().accumulated()[before + sum(self.unit.trainable[: self.position])]
         if everywhere and self.context.ranks.world > 1:
             with self.context.watch.waiting("whether there is a gradient", self.name):
-                accumulated = int(self.context.ranks.gather_rows(torch.tensor([accumulated], dtype=torch.uint8)).amax())
+                accumulated = int(
+                    self.context.ranks.gather_rows(torch.tensor([accumulated], dtype=torch.uint8, device=HOST)).amax()
+                )
         return bool(accumulated)
 
     def live(self, exact: torch.Tensor) -> torch.Tensor:
@@ -350,7 +361,7 @@ class ShardedParam:
 
     def _own_live(self) -> torch.Tensor:
         start, count = self.own()
-        return self._fetch("weights", start, torch.empty(count, dtype=self.dtype))
+        return self._fetch("weights", start, torch.empty(count, dtype=self.dtype, device=HOST))
 
     def open(self, param: nn.Parameter, copy: torch.Tensor | None = None) -> None:
         """See `ParamHandle`. The copy is beside the unit's own memory, which other ranks may share.
@@ -358,7 +369,8 @@ class ShardedParam:
         copy: one that is there already, in the parameter's shape.
         """
         if not self.holds:
-            self.unit.lend(self.position, self.read_live().view(self.shape) if copy is None else copy)
+            shown = self.read_live().view(self.shape) if copy is None else copy
+            self.unit.lend(self.position, shown.to(self.unit.device))
         self.holds += 1
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
@@ -396,19 +408,19 @@ class ShardedParam:
 
     def _take_changes(self, param: nn.Parameter, source: int) -> str | None:
         """Makes what rank `source` shows the parameter's values; returns what is wrong with that, if anything."""
-        fits = (param.shape, param.dtype) == (self.shape, self.dtype) and in_compute_memory(param)
+        fits = (param.shape, param.dtype) == (self.shape, self.dtype) and param.device == self.unit.device
         fits = fits and why_not_bytes(param) is None
         problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
         if problem is not None:
             return problem
-        flat = bytes_of(param).view(self.dtype)
+        flat = in_host(bytes_of(param)).view(self.dtype)
         if self.context.ranks.rank != source:
-            flat = torch.empty(self.shape.numel(), dtype=self.dtype)
+            flat = torch.empty(self.shape.numel(), dtype=self.dtype, device=HOST)
         if self.context.ranks.world > 1:
             self.context.broadcast(flat, source, self.name)
         self._replace(flat)
         if self.holds:
-            self.unit.lend(self.position, copy_of(flat).view(self.shape))
+            self.unit.lend(self.position, copy_of(flat).view(self.shape).to(self.unit.device))
         return None
 
     def _agreed(self, problem: str | None, source: int) -> str | None:

@@ -14,10 +14,13 @@ class UnitState(Enum):
 
     RELEASED: each parameter is an empty tensor; the bytes are wherever the core keeps them.
     GATHERED: each parameter is a view of the unit's flat weights, and the core holds the memory under them.
+    OUTLINED: each parameter is such a view, too, and may have no memory: it is as empty as a released one to whoever
+    uses it, and has its shape. In backward, on a device that has weights only while they are used.
     """
 
     RELEASED = auto()
     GATHERED = auto()
+    OUTLINED = auto()
 
 
 class GradientState(Enum):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import address, has_values, spec
+from zeroxide.device.placement import HOST, address, has_values, move_onto, spec
 from zeroxide.errors import ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.plan import ParameterPlan, Plan
@@ -117,6 +117,8 @@ class _Param:
         self.kind = type(param)
         self.attributes = dict(param.__dict__)
         self.shape, self.dtype = param.shape, param.dtype
+        # One on the meta device never gets values from here.
+        self.device = param.device
         self.grad = param.grad
         tables = {name: getattr(param, name) for name in _HOOKS}
         self.hooks = {name: (table, dict(table or ())) for name, table in tables.items()}
@@ -142,7 +144,8 @@ class _Param:
         else:
             values = _read(place, self.shape, self.dtype)
             whole = values is not None
-            param.data = torch.empty(0, dtype=self.dtype) if values is None else values
+            values = torch.empty(0, dtype=self.dtype, device=HOST) if values is None else values
+            move_onto(param, values.to(self.device))
         param.grad = self.grad if whole else None
         return whole
 
@@ -165,12 +168,12 @@ def _read(place: _ParamLocation | None, shape: torch.Size, dtype: torch.dtype) -
         return None
     try:
         if place.entry.trainable:
-            values = torch.empty(shape, dtype=torch.float32)
+            values = torch.empty(shape, dtype=torch.float32, device=HOST)
             place.core.read_param(place.unit, place.position, "weights", 0, spec(values.view(-1)))
             return converted(values, dtype)
         if place.entry.dtype != dtype:
             return None
-        values = torch.empty(shape, dtype=dtype)
+        values = torch.empty(shape, dtype=dtype, device=HOST)
         place.core.read_bytes(place.unit, place.position, 0, spec(bytes_of(values)))
     except Exception:  # whatever stopped the construction may have stopped the disk, too
         return None

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter, gt
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import address, addresses, in_compute_memory, lies_within, view_of
+from zeroxide.device.placement import HOST, addresses, view_of
 from zeroxide.distributed import UnitGroups
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal, conceal_all, reveal, reveal_all
 from zeroxide.params.handle import unmanage
 from zeroxide.plan.plan import UnitPlan
-from zeroxide.precision.bits import bytes_of, copy_of, tensor_of
+from zeroxide.precision.bits import bytes_of, copy_of
 from zeroxide.zero.passes import GradientState, UnitState
+from zeroxide.zero.unit_memory import make_memory
 
 __all__ = ["Unit"]
 
 # Asked of every parameter in every pass.
 _VERSION: Callable[[torch.Tensor], int] = attrgetter("_version")
-_USES: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class Unit:
     """Parameters gathered and released together. Their order is that of the plan and of the core."""
 
-    def __init__(self, index: int, plan: UnitPlan, core: _core.Offload, dtype: torch.dtype, groups: UnitGroups) -> None:
+    def __init__(
+        self,
+        index: int,
+        plan: UnitPlan,
+        core: _core.Offload,
+        dtype: torch.dtype,
+        groups: UnitGroups,
+        device: torch.device = HOST,
+    ) -> None:
         self.index = index
         self.groups = groups
         self.name = plan.name
@@ -45,24 +53,15 @@ class Unit:
         """The state tensors that the optimizer keeps of each trainable parameter, with what they start from."""
         self.has_frozen = not all(self.trainable)
         self.num_trainable = sum(self.trainable)
-        window = core.window(index)
-        flat = view_of(window, dtype)  # 1D, valid only while gathered
-        self.flat = flat
-        self.layout_numel = flat.numel()
+        self.flat = view_of(core.window(index), dtype)
+        """1D, in the core's memory, valid only while the core holds the unit."""
+        self.layout_numel = self.flat.numel()
         self.dtypes = [entry.dtype for entry in plan.params]
-        self.views: list[torch.Tensor] = []
-        for position, (shape, kind) in enumerate(zip(self.shapes, self.dtypes, strict=True)):
-            start = core.param_offset(index, position) * dtype.itemsize
-            nbytes = shape.numel() * kind.itemsize
-            raw = view_of(window, torch.uint8, start, nbytes) if nbytes else torch.empty(0, dtype=torch.uint8)
-            self.views.append(tensor_of(raw, kind, shape))
-        self.addresses = addresses(self.views)
-        self.storages = [view.untyped_storage() for view in self.views]
-        self.storage_addresses = [storage._cdata for storage in self.storages]
-        self.own_uses = [*map(_USES, self.storage_addresses)]
-        self.first_address = address(flat)
-        self.end_address = self.first_address + flat.nbytes
-        self.empties = [torch.empty(0, dtype=kind) for kind in self.dtypes]
+        self.device = device
+        """Where the parameters show their values."""
+        self.memory = make_memory(index, plan, core, dtype, self.flat, device)
+        self.views = self.memory.views
+        self.empties = [torch.empty(0, dtype=kind, device=device) for kind in self.dtypes]
         self.state = UnitState.RELEASED
         self.gradients = GradientState.IDLE
         self.lent: dict[int, torch.Tensor] = {}
@@ -101,6 +100,7 @@ class Unit:
         self.note_versions()
         self.state = UnitState.GATHERED
         self._show_lent()
+        self._note_shown()
 
     def hide(self) -> None:
         """Makes the parameters empty again."""
@@ -109,6 +109,15 @@ class Unit:
         conceal_all(self.params, self.empties)
         self.state = UnitState.RELEASED
         self._show_lent()
+        self._note_shown()
+
+    def outline(self) -> None:
+        """Gives the parameters, which stay without values, their shapes: gradients are measured by them. An operation
+        on one brings the values."""
+        conceal_all(self.params, self.views)
+        self.state = UnitState.OUTLINED
+        self._show_lent()
+        self._note_shown()
 
     def hand_over(self) -> None:
         """Gives every parameter memory of its own with the values it shows, and forgets that it was a unit's."""
@@ -123,6 +132,7 @@ class Unit:
         """Lets a parameter show `copy`, in its shape and dtype, until it is taken back."""
         self.lent[position] = copy
         reveal(self.params[position], copy)
+        self._note_shown()
 
     def take_back(self, position: int) -> None:
         """Ends `lend`."""
@@ -130,7 +140,9 @@ class Unit:
         if self.state is UnitState.GATHERED:
             reveal(self.params[position], self.views[position])
         else:
-            conceal(self.params[position], self.empties[position])
+            shown = self.empties if self.state is UnitState.RELEASED else self.views
+            conceal(self.params[position], shown[position])
+        self._note_shown()
         self.versions[position] = self.params[position]._version
 
     # What others do to the parameters ---------------------------------------------------------------------------------
@@ -157,10 +169,10 @@ class Unit:
 
     def replaced(self) -> list[int]:
         """Positions of shown parameters whose `.data` somebody has replaced, other than by `lend`."""
-        shown = addresses(self.params)
-        if shown == self.addresses:
+        shown, own_addresses = addresses(self.params), self.memory.addresses()
+        if shown == own_addresses:
             return []
-        pairs = enumerate(zip(shown, self.addresses, strict=True))
+        pairs = enumerate(zip(shown, own_addresses, strict=True))
         found = [position for position, (now, own) in pairs if now != own]
         return [position for position in found if position not in self.lent]
 
@@ -171,7 +183,7 @@ class Unit:
         param, view = self.params[position], self.views[position]
         with torch.no_grad(), torch._C.DisableTorchFunctionSubclass():
             shown = param.detach()
-            same = shown.dtype is not view.dtype and shown.shape == view.shape and in_compute_memory(shown)
+            same = shown.dtype is not view.dtype and shown.shape == view.shape and shown.device == view.device
             if not same or not torch.equal(shown.to(view.dtype), view):
                 return False
         reveal(param, view)
@@ -198,14 +210,17 @@ class Unit:
         param.data = view
 
     def has_readers(self) -> bool:
-        """Whether somebody beside this unit has views of its weights while it is released."""
-        return any(map(gt, map(_USES, self.storage_addresses), self.own_uses))
+        """Whether somebody beside this unit has views of its weights while it is released, and is served."""
+        return self.memory.has_readers()
 
     def contains(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's memory is the unit's. Tensors of other kinds have no memory that could be."""
         if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return False
-        return lies_within(tensor, self.first_address, self.end_address)
+        return self.memory.contains(tensor)
+
+    def _note_shown(self) -> None:
+        self.memory.note_shown(None if self.state is UnitState.RELEASED else self.lent)
 
     def _show_lent(self) -> None:
         for position, copy in self.lent.items():

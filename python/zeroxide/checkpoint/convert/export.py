@@ -15,6 +15,7 @@ from zeroxide.checkpoint.contents import ElementRange, own_pieces, param_records
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.format.cutting import Tensor
 from zeroxide.checkpoint.live_state import LiveState, Staging
+from zeroxide.device.placement import in_host
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.precision.bits import bytes_of, why_not_bytes
 
@@ -113,4 +114,4 @@ class _Export:
                                 file.write(tensor, at, values)
                                 at += values.numel()
                     elif self.team.leads:
-                        file.write(tensor, 0, bytes_of(buffer).view(buffer.dtype))
+                        file.write(tensor, 0, in_host(bytes_of(buffer)).view(buffer.dtype))

@@ -19,6 +19,7 @@ from zeroxide.checkpoint.format.manifest import read_manifest
 from zeroxide.checkpoint.format.stream import SAVED
 from zeroxide.checkpoint.live_state import Staging
 from zeroxide.checkpoint.load.source import Sources
+from zeroxide.device.placement import HOST
 from zeroxide.precision.bits import bytes_of, tensor_of
 from zeroxide.zero.names import plain_name
 
@@ -103,7 +104,7 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
     numels = {plain_name(saved.name): torch.Size(saved.shape).numel() for saved in manifest.parameters}
     buffers = {}
     for saved in manifest.buffers:
-        shape, empty = torch.Size(saved.shape), torch.empty(0, dtype=torch.uint8)
+        shape, empty = torch.Size(saved.shape), torch.empty(0, dtype=torch.uint8, device=HOST)
         values = [bytes_of(each).clone() for _, each in sources.chunks(saved.pieces, 0, shape.numel())]
         kept = tensor_of(torch.cat([empty, *values]), SAVED[saved.pieces[0].dtype], shape)
         buffers[plain_name(saved.name)] = kept

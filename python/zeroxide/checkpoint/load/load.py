@@ -32,7 +32,7 @@ from zeroxide.checkpoint.live_state import LiveState, Staging
 from zeroxide.checkpoint.load.match import match_buffers, match_groups, match_parameters, match_rules
 from zeroxide.checkpoint.load.source import Sources
 from zeroxide.checkpoint.load.spill_file import SpillFile
-from zeroxide.device.placement import spec
+from zeroxide.device.placement import HOST, spec
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import assign
 from zeroxide.optim.rules import FIXED
@@ -333,7 +333,7 @@ class _Load:
 
     @torch.no_grad()
     def _fill_buffer(self, buffer: torch.Tensor, saved: SavedBuffer) -> None:
-        raw = torch.empty(buffer.numel() * buffer.itemsize, dtype=torch.uint8)
+        raw = torch.empty(buffer.numel() * buffer.itemsize, dtype=torch.uint8, device=HOST)
         for start, values in self.sources.chunks(saved.pieces, 0, buffer.numel()):
             found = values if values.dtype == buffer.dtype else values.to(buffer.dtype)
             at = start * buffer.itemsize

@@ -25,6 +25,7 @@ from zeroxide.checkpoint.format.manifest import (
     SavedLossScale,
     SavedScheduler,
 )
+from zeroxide.device.placement import in_host
 from zeroxide.errors import CheckpointError
 from zeroxide.optim.groups import plain
 from zeroxide.precision.bits import copy_of, why_not_bytes
@@ -86,7 +87,7 @@ class Description:
                 raise CheckpointError(
                     f"buffer {name} {problem}, which no checkpoint can hold: register it with persistent=False"
                 )
-        return {name: copy_of(buffer) for name, buffer in buffers.items()} if frozen_in_time else buffers
+        return {name: copy_of(in_host(buffer)) for name, buffer in buffers.items()} if frozen_in_time else buffers
 
     def _families(self, own: Sequence[ElementRange], include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.

@@ -8,6 +8,7 @@ import torch
 
 from zeroxide.checkpoint.live_state import LiveState
 from zeroxide.checkpoint.save.description import BUFFERS, Description
+from zeroxide.device.placement import in_host
 from zeroxide.precision.bits import bytes_of
 
 __all__ = ["values"]
@@ -22,5 +23,5 @@ def values(description: Description, live: LiveState) -> Iterator[torch.Tensor]:
                 held = description.by_name[cut.tensor.name]
                 yield from live.chunks(held, family, cut.start, cut.count, cut.tensor.dtype)
             else:
-                flat = bytes_of(description.buffers[cut.tensor.name]).view(cut.tensor.dtype)
+                flat = in_host(bytes_of(description.buffers[cut.tensor.name])).view(cut.tensor.dtype)
                 yield flat[cut.start : cut.start + cut.count]

@@ -253,7 +253,7 @@ def _one_step(this: Running) -> StepFigures:
         number = this.step * options.accumulate + micro
         # Dropout is a function of the seed and of the batch's number, so a resumed run needs no generator state.
         torch.manual_seed(_seed_of(options.seed, number))
-        batch = this.batches.batch(number)
+        batch = this.batches.batch(number).to(engine.device)
         start = time.perf_counter()
         loss = engine(input_ids=batch, labels=batch, use_cache=False).loss
         value = float(loss.detach())

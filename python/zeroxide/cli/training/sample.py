@@ -25,7 +25,7 @@ def held_out_loss(engine: Any, batches: HeldOutBatches, stop: Callable[[], bool]
         for number in range(len(batches)):
             if stop():
                 return None
-            batch = batches.batch(number)
+            batch = batches.batch(number).to(engine.device)
             predicted = batch.shape[0] * (batch.shape[1] - 1)
             total += float(engine(input_ids=batch, labels=batch, use_cache=False).loss) * predicted
             count += predicted
@@ -52,7 +52,7 @@ def generate(
     """
     generator = torch.Generator().manual_seed(seed)
     tokens: list[int] = []
-    inputs, cache = torch.tensor([prompt]), None
+    inputs, cache = torch.tensor([prompt], device=engine.device), None
     engine.eval()
     try:
         while len(tokens) < count and not stop():
@@ -68,7 +68,8 @@ def generate(
                 break
             tokens.append(token)
             # A model that keeps no such cache is given the whole text again.
-            inputs = torch.tensor([[token] if cache is not None else [*prompt, *tokens]])
+            more = [token] if cache is not None else [*prompt, *tokens]
+            inputs = torch.tensor([more], device=engine.device)
     finally:
         engine.train()
     return tokens

@@ -29,6 +29,7 @@ __all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
 class ZeroxideSection(Section):
     """`zeroxide`. `format` is resolved with precision, what begins with `checkpoint_` with `checkpoint`."""
 
+    device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
     host_memory: MemorySize | None = None
     format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
     io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
@@ -53,6 +54,8 @@ class Zeroxide(Resolved):
 
     key: ClassVar[str] = "zeroxide"
 
+    device: str = field(default="auto", metadata=may_differ("each rank of a host has its own device"))
+    """Where the model computes: "auto", "cpu", or a device as torch names it, without a number the rank's own."""
     host_memory: int | None = field(default=None, metadata=may_differ("hosts may have different amounts of memory"))
     """Budget for the whole process's resident memory; `None` sets no limit."""
     unit_bytes: int | None = None
@@ -86,6 +89,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
     """Budgets and sizes. Raises ConfigError where one leaves no room for another, or a shortcut contradicts one."""
     host_memory = agree("host_memory", given.shortcuts.host_memory, "zeroxide.host_memory", section.host_memory)
     return Zeroxide(
+        device=section.device or Zeroxide.device,
         host_memory=host_memory,
         unit_bytes=section.unit_bytes,
         staging_bytes=_staging(section, host_memory),

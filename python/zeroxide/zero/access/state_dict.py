@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeroxide.device.placement import HOST, in_host
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
@@ -155,7 +156,7 @@ def full_state_dict(
             continue
         if sharded is not None and id(value) not in seen:
             whole = sharded.read_live().view(sharded.shape)
-            seen[id(value)] = whole if context.ranks.rank == 0 else torch.empty(0)
+            seen[id(value)] = whole if context.ranks.rank == 0 else torch.empty(0, device=HOST)
         if context.ranks.rank == 0:
             found = seen.get(id(value), value)
             kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
@@ -211,10 +212,12 @@ def load_full_state_dict(
         shape = target.shape if sharded is None else sharded.shape
         dtype = _taken(target)
         if context.ranks.rank == 0:
-            found = given[name].detach()
+            found = in_host(given[name].detach())
             values = copy_of(found) if found.dtype == dtype else _rounded(found, dtype).contiguous()
         else:
-            values = tensor_of(torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8), dtype, shape)
+            values = tensor_of(
+                torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8, device=HOST), dtype, shape
+            )
         if context.ranks.world > 1:
             context.broadcast(values, 0, name)
         if sharded is None:

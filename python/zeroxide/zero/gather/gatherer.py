@@ -61,6 +61,8 @@ class Gatherer:
     come next are held and sent for while the present one is used; all ranks choose the same ones, by the order of the
     last pass.
 
+    transient: whether they are on a device, which has memory for a unit only while it is used.
+
     A unit that is used though no hook has announced it is a guest: it stays until the pass ends or its room is needed.
     """
 
@@ -74,13 +76,18 @@ class Gatherer:
         params_always_full: bool,
         home: Home,
         world: int,
+        transient: bool = False,
     ) -> None:
         self.core = core
         self.weights = weights
         self.units = units
         self.params_always_full = params_always_full
         self.home = home
-        self.stays = home is Home.HOST or world == 1
+        self.serves = not transient
+        """Whether a read of weights that are not there is noticed."""
+        self.moves = transient or home is not Home.HOST
+        """Whether what was written into weights is lost with their memory when their use ends."""
+        self.stays = not transient and (home is Home.HOST or world == 1)
         self.early = prefetch if not self.stays else 0
         # What is sent for has been read before: reading is one unit further ahead.
         self.reading = 0 if home is not Home.DISK else prefetch + 1 if self.early else prefetch
@@ -220,12 +227,14 @@ class Gatherer:
             self.ahead.remove(unit.index)
         if self.guests and unit in self.guests:
             self.guests.remove(unit)
-        if self.before_release is not None and self.home is not Home.HOST and unit.state is UnitState.GATHERED:
+        if self.before_release is not None and self.moves and unit.state is UnitState.GATHERED:
             # Elsewhere what was written is lost with the memory.
             self.before_release(unit)
         self.used.pop(unit.index, None)
         if not self.stays and not self.in_backward:
             unit.hide()
+        elif not self.serves:
+            unit.outline()
         self.weights.release(unit)
 
     def release_guests(self) -> None:
@@ -253,11 +262,15 @@ class Gatherer:
     def begin_backward(self) -> None:
         """Until the pass ends parameters show the memory of their values, gathered or not: autograd may have saved them
         as they are, and would compute with tensors of size 0. A read of what is not gathered brings it, or is refused
-        by name.
+        by name. On a device nothing notices a read: there parameters that are not gathered have their shapes alone, an
+        operation asks them for their values, and what autograd has saved is brought by itself.
         """
         self.in_backward = True
         for unit in self.units:
-            unit.show()
+            if self.serves:
+                unit.show()
+            elif unit.state is not UnitState.GATHERED:
+                unit.outline()
 
     def release_all(self, *, hide: bool = True) -> None:
         """Ends the use of every unit. With `hide` False, parameters that can be read at any time show values still."""

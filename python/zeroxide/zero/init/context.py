@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from zeroxide import _core
 from zeroxide.config import Config, load
-from zeroxide.device.placement import in_compute_memory
+from zeroxide.device.placement import HOST, in_host_memory
 from zeroxide.distributed import Ranks, Watch, agree, first_line, init_distributed, start
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.params.empty import full_class
@@ -97,7 +97,7 @@ class Construction:
 
     def add(self, name: str, param: nn.Parameter) -> None:
         """Notes a parameter that shows its values."""
-        if in_compute_memory(param) and why_not_bytes(param) is None and not is_lazy(param):
+        if in_host_memory(param) and why_not_bytes(param) is None and not is_lazy(param):
             self.full.pop(id(param), None)
             self.full[id(param)] = (name, param)
 
@@ -146,7 +146,7 @@ class Construction:
         if not found or self.ranks.alone:
             return found
         self._meet("cutting", [self.full[key] for key in keys])
-        rows = self.ranks.gather_rows(torch.tensor(found, dtype=torch.uint8))
+        rows = self.ranks.gather_rows(torch.tensor(found, dtype=torch.uint8, device=HOST))
         return [bool(value) for value in rows.amax(0).tolist()]
 
     def _meet(self, what: str, params: Iterable[tuple[str, nn.Parameter]]) -> None:
@@ -156,7 +156,7 @@ class Construction:
         listed = [f"{name} {_dtype(param)} {list(shape_of(param))}" for name, param in params]
         text = " ".join([what, *listed])
         with self.watch.waiting("agreement", text[:100]):
-            sums = self.ranks.gather_rows(torch.tensor([zlib.crc32(text.encode())]), "building a model")
+            sums = self.ranks.gather_rows(torch.tensor([zlib.crc32(text.encode())], device=HOST), "building a model")
             if sums.min() != sums.max():
                 agree(self.ranks, {"model.what zero.Init comes to": [what, *listed]})
 
@@ -185,7 +185,7 @@ def _cut_already(param: nn.Parameter) -> Slice | None:
 
 
 def _is_shared(param: nn.Parameter) -> bool:
-    plain = torch.empty(1)
+    plain = torch.empty(1, device=HOST)
     counts = [torch._C._storage_Use_Count(each.untyped_storage()._cdata) for each in (param, plain)]
     return bool(counts[0] > counts[1])
 

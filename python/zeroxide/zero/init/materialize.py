@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import has_values, plain, spec
+from zeroxide.device.placement import HOST, has_values, in_host, nothing_like, plain, spec
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, UnitPlan
@@ -48,7 +48,7 @@ def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
                 continue
             if id(param) not in new:
                 # The old parameter stays alive in the plan, so its id is not given to another object meanwhile.
-                made = nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=param.requires_grad)
+                made = nn.Parameter(torch.empty(0, dtype=param.dtype, device=HOST), requires_grad=param.requires_grad)
                 made.__dict__.update(param.__dict__)
                 if type(param) is not nn.Parameter:
                     made.__class__ = type(param)
@@ -89,7 +89,7 @@ def fill_units(
                 _fill(core, index, position, entry, values)
                 if kept is not None:
                     # The slice has them still.
-                    entry.param.data = torch.empty(0, dtype=entry.param.dtype)
+                    entry.param.data = nothing_like(entry.param)
         core.fill_commit(index)
         # Not before: should the construction fail, they are in one place or the other.
         for entry in () if new else plan.params:
@@ -97,7 +97,7 @@ def fill_units(
             if kept is not None:
                 kept.drop()
             else:
-                entry.param.data = torch.empty(0, dtype=entry.param.dtype)
+                entry.param.data = nothing_like(entry.param)
     if new and source is not None:
         rest = {name: owner for name, owner in module.named_modules() if id(owner) not in seen and _meta_buffers(owner)}
         for owner in rest.values():
@@ -111,8 +111,8 @@ def fill_units(
 def _values(entry: ParameterPlan) -> torch.Tensor:
     """What the core is given of a parameter that shows its values: fp32, or the bytes of a frozen one."""
     if entry.trainable:
-        return plain(entry.param.detach().to(torch.float32))
-    return bytes_of(converted(entry.param.detach(), entry.dtype))
+        return plain(in_host(entry.param.detach()).to(torch.float32))
+    return bytes_of(converted(in_host(entry.param.detach()), entry.dtype))
 
 
 def _fill(core: _core.Offload, index: int, position: int, entry: ParameterPlan, values: torch.Tensor) -> None:
@@ -137,7 +137,9 @@ def _make(
     for entry in plan.params:
         param = new[id(entry.param)]
         kind = torch.float32 if entry.trainable else entry.param.dtype
-        param.data = tensor_of(torch.zeros(entry.shape.numel() * kind.itemsize, dtype=torch.uint8), kind, entry.shape)
+        param.data = tensor_of(
+            torch.zeros(entry.shape.numel() * kind.itemsize, dtype=torch.uint8, device=HOST), kind, entry.shape
+        )
         tensors[entry.name] = param.data
         modules.update(dict(entry.owners))
     for owner in modules.values():
@@ -148,7 +150,7 @@ def _make(
         param = new[id(entry.param)]
         values = param.data.contiguous() if entry.trainable else bytes_of(converted(param.data, entry.dtype))
         _fill(core, index, position, entry, ranks.broadcast_tensor(values))
-        param.data = torch.empty(0, dtype=entry.dtype)
+        param.data = torch.empty(0, dtype=entry.dtype, device=HOST)
 
 
 def _meta_buffers(owner: nn.Module) -> bool:
@@ -158,5 +160,5 @@ def _meta_buffers(owner: nn.Module) -> bool:
 def _make_buffers(owner: nn.Module) -> None:
     for name, buffer in owner._buffers.items():
         if buffer is not None and not has_values(buffer):
-            raw = torch.zeros(buffer.numel() * buffer.itemsize, dtype=torch.uint8)
+            raw = torch.zeros(buffer.numel() * buffer.itemsize, dtype=torch.uint8, device=HOST)
             owner._buffers[name] = tensor_of(raw, buffer.dtype, buffer.shape)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zeroxide.device.placement import of_buffer
+from zeroxide.device.placement import HOST, of_buffer
 from zeroxide.distributed import Ranks, all_gather_single
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.params.empty import conceal, reveal
@@ -82,7 +82,7 @@ class Slice:
         nbytes = self.each * dtype.itemsize
         self.mapped = file.take(nbytes) if file is not None and nbytes else None
         if self.mapped is None:
-            self.values = torch.empty(self.each, dtype=dtype)
+            self.values = torch.empty(self.each, dtype=dtype, device=HOST)
         else:
             self.values = of_buffer(self.mapped[0], dtype, self.mapped[1], self.each)
         manage(param, self)
@@ -134,7 +134,7 @@ class Slice:
         if self.ranks.alone:
             flat = copy_of(self.values)
         else:
-            flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype)
+            flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype, device=HOST)
             if self.each:
                 all_gather_single(bytes_of(flat), bytes_of(self.values), group=self.ranks.group)
         self._drop_pages()
@@ -143,13 +143,13 @@ class Slice:
 
     def empty(self, param: nn.Parameter) -> None:
         """Takes the values away again; changes are lost."""
-        conceal(param, torch.empty(0, dtype=self.dtype))
+        conceal(param, torch.empty(0, dtype=self.dtype, device=HOST))
         self.full = False
 
     def drop(self) -> None:
         """Gives the slice's memory back: somebody else has the values now."""
         self.full = False
-        self.values = torch.empty(0, dtype=self.dtype)
+        self.values = torch.empty(0, dtype=self.dtype, device=HOST)
         self.mapped = None
 
     def open(self, param: nn.Parameter) -> None:
@@ -177,7 +177,7 @@ class Slice:
                     name=self.name,
                 )
             if not fits:
-                param.data = torch.empty(self.shape, dtype=self.dtype)
+                param.data = torch.empty(self.shape, dtype=self.dtype, device=HOST)
             self.cut(param, source)
         elif not self.holds:
             self.empty(param)

@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from zeroxide import _core
-from zeroxide.device.placement import autocast_dtype, plain, spec
+from zeroxide.device.placement import autocast_dtype, in_host, plain, spec
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter
@@ -329,9 +329,9 @@ def _is_ordinary(param: nn.Parameter) -> bool:
 
 
 def accumulate_rows(core: _core.Offload, unit: Unit, position: int, grad: torch.Tensor) -> None:
-    """Accumulates a sparse gradient of shape (rows, width), not coalesced."""
-    rows = plain(grad._indices()[0])
-    core.accumulate_rows(unit.index, position, grad.shape[0], spec(rows), spec(plain(grad._values())))
+    """Accumulates a sparse gradient of shape (rows, width), not coalesced, from wherever it is."""
+    rows, values = in_host(plain(grad._indices()[0])), in_host(plain(grad._values()))
+    core.accumulate_rows(unit.index, position, grad.shape[0], spec(rows), spec(values))
 
 
 def raise_closed(unit: Unit) -> NoReturn:

@@ -14,6 +14,7 @@ from zeroxide.errors import ModelError
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.passes import GradientState
 from zeroxide.zero.reduce.large_weights import LargeWeights, accumulate_rows, raise_closed
+from zeroxide.zero.reduce.offload import GradientOffload
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Reducer"]
@@ -34,8 +35,11 @@ class Reducer:
         note_repeated: Callable[[Unit], None],
         is_training: Callable[[], bool],
         grad_dtype: torch.dtype,
+        grad_offload: GradientOffload | None = None,
     ) -> None:
         self.core = core
+        self.grad_offload = grad_offload
+        """What brings gradients down from a device; None where they are in host memory."""
         self.begin = begin
         self.complete = complete
         self.divisor = 1
@@ -59,7 +63,8 @@ class Reducer:
         self.params = [param for param, _ in self.hooked]
         """All trainable parameters."""
         self.units = units
-        self.large = LargeWeights(units, self, note_repeated, is_training, grad_dtype)
+        # On a device a gradient leaves at once, and its parts would leave in more pieces.
+        self.large = LargeWeights(units if grad_offload is None else (), self, note_repeated, is_training, grad_dtype)
 
     def stay_last(self) -> None:
         """Hooks of users that came later must find a gradient: takes it after them."""
@@ -100,14 +105,24 @@ class Reducer:
         """Accumulates a gradient that the hook cannot give to the core as it is."""
         grad = self.share(grad)
         if grad.layout is torch.strided:
-            self.core.accumulate(unit.index, position, 0, spec(plain(grad)), True)
+            if self.grad_offload is not None:
+                self.grad_offload.take(unit, position, grad)
+            else:
+                self.core.accumulate(unit.index, position, 0, spec(plain(grad)), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
+            # What was taken of the parameter before comes first in its sum.
+            self.drain()
             accumulate_rows(self.core, unit, position, grad)
         else:
             raise ModelError(
                 f"the gradient of {unit.names[position]} has layout {grad.layout}: expected dense, or rows of a matrix",
                 name=unit.names[position],
             )
+
+    def drain(self) -> None:
+        """Every gradient that has been taken is in the core."""
+        if self.grad_offload is not None:
+            self.grad_offload.drain()
 
     def share(self, grad: torch.Tensor) -> torch.Tensor:
         """The gradient divided by `divisor`: the same bits as of a divided loss where that is a power of two."""

@@ -1,0 +1,252 @@
+"""Copies between host memory and the device that computes: each way on a stream of its own, in an order made of events.
+
+Host memory that a copy touches belongs to the copy until its event has come: whoever uses it next waits for that first.
+Memory that the device can read in place (`register`) is copied as it lies; everything else passes through page-locked
+blocks, of which there are a fixed number, so that what copies take of host memory is known from the start.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
+from zeroxide.errors import DeviceError
+
+__all__ = ["BLOCKS", "BLOCK_BYTES", "Download", "Transfers", "pinned_bytes", "room_for"]
+
+logger = logging.getLogger("zeroxide")
+
+BLOCK_BYTES = 4 << 20
+"""Bytes of a page-locked block; torch rounds such memory up to a power of two."""
+BLOCKS = 4
+"""Blocks for each direction."""
+
+
+def pinned_bytes(device: torch.device) -> int:
+    """Host bytes that the copies to and from `device` keep locked."""
+    return 0 if is_host(device) else 2 * BLOCKS * BLOCK_BYTES
+
+
+@contextmanager
+def room_for(nbytes: int, name: str, device: torch.device) -> Iterator[None]:
+    """Within it the weights called `name` get `nbytes` on the device. Raises DeviceError where it has none left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = device_room(device)
+        raise DeviceError(
+            f"{device} has no room for {nbytes} bytes of weights of {name}: {free} of {total} bytes are free; let "
+            "weights leave the device with zero_optimization.stage 3 and offload_param, cut units with "
+            "zeroxide.unit_bytes, or take smaller batches",
+            device=device.index,
+            what=name,
+            need=nbytes,
+            free=free,
+            total=total,
+        ) from error
+
+
+class Registry(Protocol):
+    """Makes host memory known to a device, so that it copies from and to it without the host's help."""
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        """Locks the memory in place; returns why that failed, or None."""
+
+    def unregister(self, address: int) -> None:
+        """Ends it."""
+
+
+class _Cuda:
+    """Registration through torch's own copy of the CUDA runtime, in torch's context of the current device."""
+
+    def __init__(self) -> None:
+        self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        error = self._runtime.cudaHostRegister(address, nbytes, 0)
+        return None if error.value == 0 else f"cudaHostRegister: {self._runtime.cudaGetErrorString(error)}"
+
+    def unregister(self, address: int) -> None:
+        self._runtime.cudaHostUnregister(address)
+
+
+REGISTRIES: dict[str, Callable[[], Registry]] = {"cuda": _Cuda}
+"""By the kind of device; a device without one copies through blocks."""
+
+
+class _Block:
+    """A page-locked block, and the event of the last copy that touched it."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=HOST, pin_memory=True)
+        self.event: torch.Event | None = None
+
+    def wait(self) -> None:
+        """Waits until no copy touches the block."""
+        if self.event is not None:
+            self.event.synchronize()
+            self.event = None
+
+
+class Download:
+    """What a copy down has brought, or is bringing: `values`, flat in host memory, may be read after `wait`.
+
+    The device's memory that is copied from is kept until then.
+    """
+
+    def __init__(self, block: _Block, values: torch.Tensor, source: torch.Tensor) -> None:
+        self.block = block
+        self.values = values
+        self._source: torch.Tensor | None = source
+
+    def wait(self) -> torch.Tensor:
+        """The values, once they are there."""
+        self.block.wait()
+        self._source = None
+        return self.values
+
+
+class Transfers:
+    """All copies of one engine to and from one device, counted in bytes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._up, self._down = torch.Stream(device), torch.Stream(device)
+        self._rising = [_Block() for _ in range(BLOCKS)]
+        """Blocks for copies up, that used longest ago first."""
+        self._free = [_Block() for _ in range(BLOCKS)]
+        """Blocks for copies down that nothing lies in."""
+        make = REGISTRIES.get(device.type)
+        self._registry = None if make is None else make()
+        self._registered: dict[int, int] = {}
+        self._last: torch.Event | None = None
+        """After the last copy up in place."""
+
+    def stream(self) -> torch.Stream:
+        """The stream that the model computes on: the caller's current one."""
+        return torch.accelerator.current_stream(self.device)
+
+    def refuse_capture(self) -> None:
+        """Raises DeviceError while the model's stream is captured: a graph repeats copies, and not the host's part."""
+        if is_capturing(self.device):
+            raise DeviceError(
+                "a CUDA graph is being captured: weights and gradients move between host and device in every step, "
+                "with work of the host between, which a graph does not repeat; run the engine outside of the capture",
+                device=self.device.index,
+            )
+
+    # Up -------------------------------------------------------------------------------------------------------------
+
+    def register(self, memory: torch.Tensor, name: str) -> bool:
+        """Lets the device copy from `memory` in place until `close`; False, with one line, where it cannot.
+
+        Nothing may change the memory while a copy from it is under way: see `wait_up`.
+        """
+        if self._registry is None or not memory.nbytes:
+            return False
+        problem = self._registry.register(address(memory), memory.nbytes)
+        if problem is None:
+            self._registered[address(memory)] = memory.nbytes
+            return True
+        logger.warning(
+            "%d bytes of %s cannot be locked in place, and are copied through blocks of %d bytes: %s; raise the limit "
+            "of locked memory (ulimit -l)",
+            memory.nbytes,
+            name,
+            BLOCK_BYTES,
+            problem,
+        )
+        return False
+
+    def allocate(self, storage: torch.UntypedStorage, nbytes: int, name: str) -> None:
+        """Gives an empty storage of the device its memory, which the next copies up may fill.
+
+        Raises DeviceError where the device has none left for the weights called `name`.
+        """
+        with self._up, room_for(nbytes, name, self.device):
+            storage.resize_(nbytes)
+
+    def free(self, storage: torch.UntypedStorage) -> None:
+        """Takes a storage's memory, which copies up that come later may get: they wait for what the model's stream has
+        been given so far."""
+        self._up.wait_event(self.stream().record_event())
+        storage.resize_(0)
+
+    def send_up(self, source: torch.Tensor, target: torch.Tensor, *, in_use: bool) -> torch.Event:
+        """Copies flat bytes into as many on the device, on the stream up; returns the event that follows.
+
+        in_use: whether the model's stream may still read what `target` has. `source` may change at once where it is not
+        registered, and after `wait_up` where it is.
+        """
+        if in_use:
+            self._up.wait_event(self.stream().record_event())
+        in_place = address(source) in self._registered
+        if in_place:
+            with self._up:
+                target.copy_(source, non_blocking=True)
+        else:
+            for start in range(0, source.numel(), BLOCK_BYTES):
+                self._send_block(source[start : start + BLOCK_BYTES], target[start : start + BLOCK_BYTES])
+        self.bytes_up += source.numel()
+        event = self._up.record_event()
+        if in_place:
+            self._last = event
+        return event
+
+    def _send_block(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        block = self._rising.pop(0)
+        self._rising.append(block)
+        block.wait()
+        memory = block.memory[: source.numel()]
+        memory.copy_(source)
+        with self._up:
+            target.copy_(memory, non_blocking=True)
+        block.event = self._up.record_event()
+
+    def wait_up(self) -> None:
+        """Waits until every copy up in place has been made: registered memory may change."""
+        if self._last is not None:
+            self._last.synchronize()
+            self._last = None
+
+    # Down -----------------------------------------------------------------------------------------------------------
+
+    def has_free(self) -> bool:
+        """Whether the next `bring_down` finds a free block."""
+        return bool(self._free)
+
+    def bring_down(self, source: torch.Tensor) -> Download:
+        """Begins to copy `source`, contiguous on the device and at most `BLOCK_BYTES`, after all that its stream has
+        been given so far. The block is taken until `give_back`."""
+        block = self._free.pop()
+        flat = source.view(-1)
+        values = block.memory[: source.nbytes].view(source.dtype)
+        self._down.wait_event(self.stream().record_event())
+        with self._down:
+            values.copy_(flat, non_blocking=True)
+        block.event = self._down.record_event()
+        self.bytes_down += source.nbytes
+        return Download(block, values, source)
+
+    def give_back(self, download: Download) -> None:
+        """Ends the use of what has come down."""
+        download.wait()
+        self._free.append(download.block)
+
+    def close(self) -> None:
+        """Waits for every copy, and lets go of the memory that was registered. Idempotent.
+
+        What goes from here on of the memory that came by the stream up is in use no more.
+        """
+        self._up.wait_event(self.stream().record_event())
+        self._up.synchronize()
+        self._down.synchronize()
+        while self._registry is not None and self._registered:
+            self._registry.unregister(self._registered.popitem()[0])

@@ -1,0 +1,243 @@
+"""Weights on a device that computes: copies of what the core has under its windows, for as long as they are used.
+
+Whatever brings a unit together in host memory (`weight_gather.py`) stays as it is; from there it goes up on a stream of
+its own, ahead of use where the order of the last pass tells what comes next. The model's stream waits for the copy, and
+the host for nothing. Two lives:
+
+- `TransientWeights`: the device has a unit's memory from its gather to its release, and a new use copies it again.
+  Where somebody keeps views of it, it stays until they are gone.
+- `ResidentWeights`: the device has all weights at all times, and every update is followed by one copy up.
+
+Memory is taken and given back on the stream up, so that a copy may get what was released before: it waits until the
+model's stream has passed that release.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from zeroxide.device.transfers import Transfers
+from zeroxide.plan.home import Home
+from zeroxide.plan.plan import Plan
+from zeroxide.precision.bits import bytes_of
+from zeroxide.zero.gather.weight_gather import GatheredWeights, WeightGather
+from zeroxide.zero.unit import Unit
+from zeroxide.zero.unit_memory import DeviceMemory
+
+__all__ = ["DeviceWeights", "ResidentWeights", "TransientWeights", "make_device_weights", "memory_of"]
+
+
+class DeviceWeights:
+    """What both lives have in common.
+
+    host: what brings a unit under its window. transfers: what copies it up.
+    """
+
+    def __init__(self, host: WeightGather, transfers: Transfers) -> None:
+        self.host = host
+        self.transfers = transfers
+        self._arriving: dict[int, torch.Event] = {}
+        """Of units that have been sent up and not been waited for, the event of their copy."""
+
+    @property
+    def sent_bytes(self) -> int:
+        """See `WeightGather`."""
+        return self.host.sent_bytes
+
+    def cover(self, unit: Unit) -> None:
+        """See `WeightGather`."""
+        self.host.cover(unit)
+
+    @contextmanager
+    def writing(self, unit: Unit, positions: Sequence[int]) -> Iterator[None]:
+        """Makes what the device has at some positions the core's, too; inside, the unit is under its window."""
+        memory = memory_of(unit)
+        self.transfers.wait_up()
+        self.host.gather(unit)
+        try:
+            for position in positions:
+                memory.host_bytes(position).copy_(bytes_of(memory.views[position]))
+            yield
+        finally:
+            self.host.release(unit)
+
+    def _send_up(self, unit: Unit, memory: DeviceMemory) -> None:
+        """The unit is under its window; what is not copied in place may leave it at once."""
+        in_use = not memory.is_empty
+        if not in_use:
+            self.transfers.allocate(memory.storage, memory.nbytes, unit.name)
+        self._arriving[unit.index] = self.transfers.send_up(memory.window, memory.flat, in_use=in_use)
+
+    def _join(self, unit: Unit) -> None:
+        """Lets what the model's stream is given from here on find the unit's values."""
+        event = self._arriving.pop(unit.index, None)
+        if event is not None:
+            self.transfers.stream().wait_event(event)
+
+
+def memory_of(unit: Unit) -> DeviceMemory:
+    """The unit's memory on the device that it was made for."""
+    assert isinstance(unit.memory, DeviceMemory), "made for this device by `Unit`"
+    return unit.memory
+
+
+class TransientWeights(DeviceWeights):
+    """Weights that are on the device only while they are used. Every use is announced, in order, on all ranks.
+
+    follows: whether the host must first receive parts of a unit that other ranks send: then it goes up when the unit
+    before it is released, while the device still computes with that.
+    """
+
+    def __init__(self, host: WeightGather, transfers: Transfers, *, follows: bool) -> None:
+        super().__init__(host, transfers)
+        self._follows = follows
+        self._held: dict[int, Unit] = {}
+        """Units in use, or about to be."""
+        self._viewed: dict[int, Unit] = {}
+        """Units that are not, and whose memory somebody has views of."""
+        self._fresh: set[int] = set()
+        """Of these, the ones whose values are those of the core."""
+        self._coming: dict[int, Unit] = {}
+        """Units that the host has begun to bring, and that nobody has sent up."""
+
+    def gather(self, unit: Unit) -> None:
+        """Makes the unit's values usable by what the model's stream is given next. Idempotent."""
+        if unit.index not in self._held:
+            self._start(unit)
+        self._join(unit)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Begins to bring the unit."""
+        if self._viewed:
+            self._free_unviewed()
+        if unit.index in self._held or unit.index in self._coming:
+            return True
+        if self._follows:
+            if not self.host.gather_ahead(unit):
+                return False
+            self._coming[unit.index] = unit
+        else:
+            self._start(unit)
+        return True
+
+    def _start(self, unit: Unit) -> None:
+        self._coming.pop(unit.index, None)
+        self._held[unit.index] = unit
+        viewed = self._viewed.pop(unit.index, None) is not None
+        if unit.index in self._fresh:
+            self._fresh.remove(unit.index)
+            return
+        self.host.gather(unit)
+        self._send_up(unit, memory_of(unit))
+        self.host.release(unit)
+        if viewed:
+            # Whoever has the views waits for nothing.
+            self._join(unit)
+
+    def release(self, unit: Unit) -> None:
+        """Gives the unit's memory back, once the device has done what it was given. Idempotent."""
+        if unit.index in self._held:
+            self._free(unit)
+            if self._viewed:
+                self._free_unviewed()
+            for each in list(self._coming.values()):
+                self._start(each)
+        elif self._coming.pop(unit.index, None) is not None:
+            self.host.release(unit)
+
+    def _free(self, unit: Unit) -> None:
+        del self._held[unit.index]
+        # A copy that nobody has waited for is still writing.
+        self._join(unit)
+        memory = memory_of(unit)
+        if memory.is_viewed():
+            self._viewed[unit.index] = unit
+            self._fresh.add(unit.index)
+        else:
+            self.transfers.free(memory.storage)
+
+    def _free_unviewed(self) -> None:
+        for unit in [each for each in self._viewed.values() if not memory_of(each).is_viewed()]:
+            del self._viewed[unit.index]
+            self._fresh.discard(unit.index)
+            self.transfers.free(memory_of(unit).storage)
+
+    def drain(self) -> None:
+        """What the device has is about to be old, and host memory about to change."""
+        for unit in list(self._held.values()):
+            self._free(unit)
+        for unit in list(self._coming.values()):
+            self.release(unit)
+        self._fresh.clear()
+        self.transfers.wait_up()
+        self.host.drain()
+
+    def after_step(self) -> None:
+        """See `WeightGather`."""
+        self.host.after_step()
+
+
+class ResidentWeights(DeviceWeights):
+    """Weights that the device has at all times.
+
+    shown: units whose parameters always show their values; they go up right after a step, each as soon as its update
+    has ended, the others when they are used first.
+    """
+
+    def __init__(self, host: WeightGather, transfers: Transfers, shown: Sequence[Unit]) -> None:
+        super().__init__(host, transfers)
+        self._shown = shown
+        self._fresh: set[int] = set()
+        """Units whose values on the device are those of the core, or will be when their copy has arrived."""
+
+    def gather(self, unit: Unit) -> None:
+        """Makes the unit's values usable by what the model's stream is given next. Idempotent."""
+        self.gather_ahead(unit)
+        self._join(unit)
+
+    def gather_ahead(self, unit: Unit) -> bool:
+        """Sends the unit up, if it has been updated since."""
+        if unit.index not in self._fresh:
+            memory = memory_of(unit)
+            self.host.gather(unit)
+            self._send_up(unit, memory)
+            self.host.release(unit)
+            self._fresh.add(unit.index)
+        return True
+
+    def release(self, unit: Unit) -> None:
+        """The memory stays."""
+
+    def drain(self) -> None:
+        """See `WeightGather`."""
+        self.transfers.wait_up()
+        self._fresh.clear()
+        self.host.drain()
+
+    def after_step(self) -> None:
+        """See `WeightGather`."""
+        self.host.after_step()
+        for unit in self._shown:
+            self.gather_ahead(unit)
+        if self._shown:
+            # One copy follows another: with the last one all have arrived.
+            self._join(self._shown[-1])
+            self._arriving.clear()
+
+
+def make_device_weights(
+    host: WeightGather, transfers: Transfers, plan: Plan, units: Sequence[Unit]
+) -> TransientWeights | ResidentWeights:
+    """What brings the weights of `units`, which `host` brings under their windows, to the device of `plan`.
+
+    Windows that are the weights' home never move: the device copies from them in place, if it can.
+    """
+    if plan.weights is Home.HOST:
+        for unit in units:
+            transfers.register(memory_of(unit).window, unit.name)
+    if plan.transient:
+        return TransientWeights(host, transfers, follows=isinstance(host, GatheredWeights))
+    return ResidentWeights(host, transfers, units if plan.params_always_full else ())

@@ -1,0 +1,103 @@
+"""Gradients from the device that computes into the core, each copied down once, in the dtype that it has.
+
+A gradient is copied on the stream down as soon as autograd has it, through page-locked blocks, and backward goes on;
+the core takes it when it has come. A unit's gradients are all in the core before anything is sent to other ranks: that
+is done when the next unit is complete, at points that depend on the order of the pass alone, so that all ranks send
+alike.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from zeroxide import _core
+from zeroxide.device.placement import plain, spec
+from zeroxide.device.transfers import BLOCK_BYTES, Download, Transfers
+from zeroxide.zero.reduce.gradient_reduction import GradientReduction
+from zeroxide.zero.reduce.sent import SentGradients
+from zeroxide.zero.unit import Unit
+
+__all__ = ["GradientOffload", "OffloadedReduction"]
+
+
+class GradientOffload:
+    """Gradients on their way down, those that left first at the front."""
+
+    def __init__(self, core: _core.Offload, transfers: Transfers) -> None:
+        self.transfers = transfers
+        self._core = core
+        self._under_way: deque[tuple[Unit, int, int, Download]] = deque()
+        """(unit, position, first element) of each, and what comes."""
+
+    def take(self, unit: Unit, position: int, grad: torch.Tensor) -> None:
+        """Begins to bring a gradient, dense and on the device, to the core. Raises what the core raises."""
+        flat = plain(grad).view(-1)
+        size = BLOCK_BYTES // flat.itemsize
+        for start in range(0, flat.numel(), size):
+            while not self.transfers.has_free():
+                self._add_first()
+            download = self.transfers.bring_down(flat[start : start + size])
+            self._under_way.append((unit, position, start, download))
+
+    def drain_unit(self, unit: Unit) -> None:
+        """Everything of the unit is in the core, and with it what was taken before."""
+        last = max((at for at, (each, *_) in enumerate(self._under_way) if each is unit), default=-1)
+        for _ in range(last + 1):
+            self._add_first()
+
+    def drain(self) -> None:
+        """Nothing is under way."""
+        while self._under_way:
+            self._add_first()
+
+    def forget(self) -> None:
+        """Drops what is under way, after a backward that failed."""
+        while self._under_way:
+            self.transfers.give_back(self._under_way.popleft()[-1])
+
+    def _add_first(self) -> None:
+        unit, position, start, download = self._under_way.popleft()
+        try:
+            self._core.accumulate(unit.index, position, start, spec(download.wait()), True)
+        finally:
+            self.transfers.give_back(download)
+
+
+class OffloadedReduction:
+    """Reduces units whose gradients have come down, one unit behind their completion."""
+
+    def __init__(self, host: GradientReduction, grad_offload: GradientOffload) -> None:
+        self._host = host
+        self._grad_offload = grad_offload
+        self._complete: Unit | None = None
+
+    @property
+    def sent(self) -> SentGradients:
+        """See `GradientReduction`."""
+        return self._host.sent
+
+    def send(self, unit: Unit) -> None:
+        """The unit's gradients have all been taken; those of the unit before it go out."""
+        if self._complete is not unit:
+            self._send_complete()
+            self._complete = unit
+
+    def end_backward(self) -> None:
+        """See `GradientReduction`."""
+        self._grad_offload.drain()
+        self._send_complete()
+        self._host.end_backward()
+
+    def abandon(self) -> None:
+        """See `GradientReduction`."""
+        self._complete = None
+        self._grad_offload.forget()
+        self._host.abandon()
+
+    def _send_complete(self) -> None:
+        unit, self._complete = self._complete, None
+        if unit is not None:
+            self._grad_offload.drain_unit(unit)
+            self._host.send(unit)

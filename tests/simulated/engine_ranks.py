@@ -1,0 +1,72 @@
+"""Every rank trains on a simulated device of its own and in host memory, on its own batches: the bits are the same.
+
+Arguments: stage, home of parameters, home of state, transport, dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("", "numerics")]
+
+from simulated import device, engines
+
+device.load()
+
+from models import batches, build, loss_of
+
+import zeroxide
+
+torch.set_num_threads(1)
+stage, param, state, transport, dtype = sys.argv[1:]
+rank = int(os.environ["RANK"])
+folder = tempfile.mkdtemp()
+
+
+def home(kind: str) -> dict[str, str]:
+    return {"device": kind, **({"nvme_path": folder} if kind == "nvme" else {})}
+
+
+zero = {"stage": int(stage)}
+zero |= {"offload_param": home(param)} if param != "none" else {}
+zero |= {"offload_optimizer": home(state)} if state != "none" else {}
+
+
+def train(where: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "gradient_clipping": 0.5,
+        "gradient_accumulation_steps": 2,
+        "zero_optimization": zero,
+        "zeroxide": {"threads": 1, "transport": transport, "device": where},
+        **({} if dtype == "fp32" else {dtype: {"enabled": True}}),
+    }
+    engine, *_ = zeroxide.initialize(model=build("gpt"), config=config)
+    losses = []
+    for batch in batches("gpt", 6, seed=10 + rank):
+        loss = loss_of(engine(**{name: value.to(where) for name, value in batch.items()}))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    norm = float(engine.get_global_grad_norm())
+    weights = {name: value.cpu() for name, value in engine.module_state_dict().items()}
+    sent = engine.parts.weights.sent_bytes + engine.parts.reduction.sent.total
+    engine.destroy()
+    return [*losses, norm], weights, sent
+
+
+torch.sim.set_delay(0, 300, seed=rank)
+with engines.followed():
+    there, here = train("sim"), train("cpu")
+assert there[0] == here[0], (there[0], here[0])
+assert there[1].keys() == here[1].keys()
+assert all(torch.equal(value, here[1][name]) for name, value in there[1].items())
+assert there[2] <= here[2], "bytes between ranks"
+assert [bool(torch.sim.usage(each).allocations) for each in range(2)] == [rank == 0, rank == 1]
+assert [str(each) for each in torch.sim.races()] == []
+print("same", flush=True)

@@ -1,0 +1,59 @@
+"""Engines on the simulated device, and what of their memory the core touches behind the device's back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from zeroxide.device import transfers
+from zeroxide.device.placement import address
+from zeroxide.plan import discover
+from zeroxide.zero.param import ParameterContext
+
+
+class Registry:
+    """Host memory that the simulated device may copy from in place."""
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        torch.sim.register_host(address, nbytes)
+        return None
+
+    def unregister(self, address: int) -> None:
+        torch.sim.unregister_host(address)
+
+
+@contextmanager
+def followed(unit_bytes: int = 8) -> Iterator[None]:
+    """Units of `unit_bytes` for engines made inside, whose windows are registered, and whose core is followed.
+
+    The simulated device sees what torch does. The core and copies between host tensors it does not see: that they touch
+    a block once that has been waited for, and windows once weights may change, it is told here.
+    """
+    block, download, change = transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change
+    size, transfers.REGISTRIES["sim"] = discover.DEFAULT_UNIT_BYTES, Registry
+
+    def wait(self: transfers._Block) -> None:
+        block(self)
+        torch.sim.host_access(address(self.memory), self.memory.nbytes, True, "the host in a block")
+
+    def read(self: transfers.Download) -> torch.Tensor:
+        values = download(self)
+        torch.sim.host_access(address(values), values.nbytes, False, "the core in a gradient")
+        return values
+
+    def before_change(self: ParameterContext) -> None:
+        change(self)
+        copies = getattr(self.gatherer.weights, "transfers", None)
+        for start, nbytes in () if copies is None else copies._registered.items():
+            torch.sim.host_access(start, nbytes, True, "an update")
+
+    discover.DEFAULT_UNIT_BYTES = unit_bytes
+    transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change = wait, read, before_change
+    try:
+        yield
+    finally:
+        transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change = block, download, change
+        discover.DEFAULT_UNIT_BYTES = size
+        del transfers.REGISTRIES["sim"]

@@ -1,0 +1,81 @@
+"""Whole steps: every wait orders something, and without it an access that nothing orders is found."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import zeroxide
+from simulated import engines
+
+MODES = {
+    "resident": {"stage": 2, "offload_optimizer": "cpu"},
+    "resident-disk": {"stage": 1, "offload_optimizer": "nvme"},
+    "transient": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"},
+    "transient-disk": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "nvme"},
+}
+
+
+def make(mode: str, folder) -> zeroxide.Engine:
+    zero = {
+        key: value if key == "stage" else {"device": value, **({"nvme_path": str(folder)} if value == "nvme" else {})}
+        for key, value in MODES[mode].items()
+    }
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    # Whose weight is read in backward after the last gradient has been taken.
+    model[0].requires_grad_(False)
+    config = {
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": True},
+        "zero_optimization": zero,
+        "zeroxide": {"device": "sim", "threads": 1},
+    }
+    return zeroxide.initialize(model=model, config=config)[0]
+
+
+def steps(mode: str, folder, forgotten: int | None, sim) -> list:
+    """The waits of two steps after a first one, in which one of them is forgotten."""
+    with engines.followed():
+        engine = make(mode, folder)
+        try:
+            for number in range(3):
+                if number == 1:
+                    sim.reset()
+                    if forgotten is not None:
+                        sim.forget_wait(forgotten)
+                x = torch.full((4, 8), 0.5, device="sim", dtype=torch.bfloat16, requires_grad=True)
+                loss = engine(x).float().square().mean()
+                engine.backward(loss)
+                if number > 0:
+                    evaluate(engine, x)
+                engine.step()
+            evaluate(engine, x)
+            waits = sim.wait_list()
+            # What copies touch is taken back, which they must have left.
+            engine.parts.context.before_change()
+        finally:
+            engine.destroy()
+    return waits
+
+
+def evaluate(engine: zeroxide.Engine, x: torch.Tensor) -> None:
+    """Reads all weights, and the host waits for nothing."""
+    with torch.no_grad():
+        engine(x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_any_one_wait_a_race_is_found(mode, tmp_path, sim):
+    sim.set_delay(0, 50, seed=4)
+    waits = steps(mode, tmp_path, None, sim)
+    assert sim.races() == []
+    missed = []
+    for number, wait in enumerate(waits):
+        if wait.needed:
+            steps(mode, tmp_path, number, sim)
+            if not sim.races():
+                missed.append((number, wait.text))
+    assert missed == []
