@@ -24,11 +24,12 @@ def refuse(line: str) -> None:
 
 def sections(options: argparse.Namespace) -> list[tuple[str, Section]]:
     """Headings and what writes the lines under them, the most important first: time may run out."""
-    from benches.gpu import checks, copies, kernels
+    from benches.gpu import checks, copies, engine, kernels
 
     return [
         ("Tests", lambda: checks.tests(options.test_seconds)),
         ("Device suite (Rust)", checks.device_suite),
+        ("Whole steps", engine.steps),
         ("Compile", kernels.compile_times),
         ("Kernels", lambda: kernels.rates(options.elements)),
         ("Host memory", copies.host_memory),
