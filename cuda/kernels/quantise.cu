@@ -1,5 +1,6 @@
-// Block-wise integers for compressed collectives: 256 elements share one fp32 scale, their largest magnitude over 127
-// (int8) or 7 (int4). int4 codes lie two in a byte, the first in the lower half.
+// Block-wise integers for compressed collectives: 256 elements share one bf16 scale, their largest magnitude over 127
+// (int8) or 7 (int4), rounded up. int4 codes lie two in a byte, the first in the lower half. A code has 7 bits and a scale
+// 8, so that their product is exact in fp32: whoever computes it, fused or not, has the same bits.
 //
 // Rounds to nearest, ties to even, or at random so that the mean is the value: element e then uses word e % 4 of the
 // random numbers at `offset + e / 4`, whoever computes it. A block with an infinity or a NaN has the scale NaN, and so
@@ -22,7 +23,7 @@ constexpr float LARGEST = 3.4028234663852886e38f;
 struct QuantiseArgs {
     const void *values;
     void *codes;
-    float *scales;
+    u16 *scales;
     i64 elements;
     u64 seed;
     u64 offset;
@@ -31,7 +32,7 @@ struct QuantiseArgs {
 
 struct DequantiseArgs {
     const void *codes;
-    const float *scales;
+    const u16 *scales;
     void *values;
     i64 elements;
 };
@@ -65,6 +66,10 @@ struct Int4 {
         return (half ^ 8) - 8;
     }
 };
+
+/// The smallest bf16 that is not below a number of at least 0: no value of the block lies beyond its last code by more than
+/// a rounding of the division.
+__device__ inline u16 bf16_up(float value) { return static_cast<u16>((bits_of(value) + 0xffffu) >> 16); }
 
 /// What the values of a block are divided by, and how.
 struct Scale {
@@ -126,9 +131,10 @@ __device__ void quantise_block(const QuantiseArgs &args, i64 block, u32 lane,
         largest = magnitude > largest ? magnitude : largest;
     }
     largest = __reduce_max_sync(ALL_LANES, largest);
-    const Scale scale(largest < INFINITY_BITS ? of_bits(largest) / Int::LEVELS : of_bits(NAN_BITS));
+    const u16 rounded = largest < INFINITY_BITS ? bf16_up(of_bits(largest) / Int::LEVELS) : BF16_NAN;
+    const Scale scale(bf16_to_f32(rounded));
     if (lane == 0) {
-        args.scales[block] = scale.value;
+        args.scales[block] = rounded;
     }
     u32 words[EACH] = {};
     bool near = scale.near;
@@ -199,7 +205,7 @@ __device__ void dequantise_packs(const DequantiseArgs &args, i64 at, i64 stride,
 #pragma unroll
     for (int next = 0; next < COUNT; next++) {
         load(codes[next], from + Int::stored(at + next * stride), Int::stored(left), wide);
-        scales[next] = args.scales[(at + next * stride) / BLOCK];
+        scales[next] = bf16_to_f32(args.scales[(at + next * stride) / BLOCK]);
     }
 #pragma unroll
     for (int next = 0; next < COUNT; next++) {
@@ -207,7 +213,7 @@ __device__ void dequantise_packs(const DequantiseArgs &args, i64 at, i64 stride,
 #pragma unroll
         for (int each = 0; each < EACH; each++) {
             const float value = static_cast<float>(Int::get(codes[next], each)) * scales[next];
-            // The scale was rounded: its largest multiple may lie beyond the largest number, which it stands for.
+            // The scale was rounded up: its largest multiple may lie beyond the largest number, which it stands for.
             const float bounded = value > LARGEST ? LARGEST : value < -LARGEST ? -LARGEST : value;
             pack.at[each] = To::store(bounded);
         }

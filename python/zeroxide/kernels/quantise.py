@@ -57,7 +57,7 @@ class _Dequantise(Structure):
 @dataclass(frozen=True)
 class Quantised:
     """Values as integers. bits: 8 or 4. codes: int8, one an element, or uint8, two elements a byte, the first in the
-    lower half. scales: fp32, one for each 256 elements. elements: how many values there are."""
+    lower half. scales: bf16, one for each 256 elements. elements: how many values there are."""
 
     bits: int
     codes: torch.Tensor
@@ -96,7 +96,7 @@ def _room(values: torch.Tensor, bits: int) -> Quantised:
         raise ValueError(f"quantise: {bits} bits: expected 8 or 4")
     elements = values.numel()
     codes = torch.empty(-(-elements * bits // 8), dtype=CODES[bits], device=values.device)
-    scales = torch.empty(-(-elements // BLOCK), dtype=torch.float32, device=values.device)
+    scales = torch.empty(-(-elements // BLOCK), dtype=torch.bfloat16, device=values.device)
     return Quantised(bits, codes, scales, elements)
 
 
@@ -112,7 +112,7 @@ def dequantise(launcher: Launcher, quantised: Quantised, dtype: torch.dtype) -> 
         )
     bits, elements, codes = quantised.bits, quantised.elements, quantised.codes
     check("dequantise", "codes", codes, [CODES[bits]], numel=-(-elements * bits // 8))
-    check("dequantise", "scales", quantised.scales, [torch.float32], like=codes, numel=-(-elements // BLOCK))
+    check("dequantise", "scales", quantised.scales, [torch.bfloat16], like=codes, numel=-(-elements // BLOCK))
     values = torch.empty(elements, dtype=dtype, device=codes.device)
     if elements:
         args = _Dequantise(address(codes), address(quantised.scales), address(values), elements)
@@ -128,9 +128,9 @@ def reference(values: torch.Tensor, bits: int, *, seed: int | None = None, offse
     rows = padded.view(-1, BLOCK)
     largest = rows.abs().amax(dim=1) if elements else rows.new_zeros(0)
     # By a tensor: torch divides by a number of the host by multiplying with its reciprocal.
-    scales = largest / torch.full_like(largest, levels)
+    scales = _bf16_up(largest / torch.full_like(largest, levels))
     scales = torch.where(largest.isfinite(), scales, torch.full_like(scales, float("nan")))
-    quotients = rows / scales[:, None]
+    quotients = rows / scales[:, None].float()
     if seed is None:
         rounded = quotients.round()
     else:
@@ -146,13 +146,19 @@ def reference(values: torch.Tensor, bits: int, *, seed: int | None = None, offse
     return Quantised(bits, codes, scales, elements)
 
 
+def _bf16_up(values: torch.Tensor) -> torch.Tensor:
+    """fp32 numbers of at least 0, rounded up to bf16."""
+    raised = (values.view(torch.int32) + 0xFFFF) >> 16
+    return raised.to(torch.int16).view(torch.bfloat16)
+
+
 def reference_values(quantised: Quantised, dtype: torch.dtype) -> torch.Tensor:
     """What torch makes of the same integers."""
     codes, elements = quantised.codes, quantised.elements
     if quantised.bits == 4:
         halves = torch.stack([codes & 15, codes >> 4], dim=1).view(-1)[:elements]
         codes = (halves.to(torch.int16) ^ 8) - 8
-    scales = quantised.scales.repeat_interleave(BLOCK)[:elements]
+    scales = quantised.scales.float().repeat_interleave(BLOCK)[:elements]
     largest = torch.finfo(torch.float32).max
     return (codes.float() * scales).clamp(-largest, largest).to(dtype)
 
@@ -170,7 +176,7 @@ def _case(bits: int, dtype: torch.dtype, seed: int | None) -> KernelCase:
         make=make,
         run=lambda launcher, inputs: outputs(quantise(launcher, inputs["values"][0], bits, seed=seed, offset=offset)),
         reference=lambda inputs: outputs(reference(inputs["values"][0], bits, seed=seed, offset=offset)),
-        moved=lambda n: n * dtype.itemsize + n * bits // 8 + 4 * n // BLOCK,
+        moved=lambda n: n * dtype.itemsize + n * bits // 8 + 2 * n // BLOCK,
     )
 
 
@@ -187,7 +193,7 @@ def _back(bits: int, dtype: torch.dtype) -> KernelCase:
         make=make,
         run=lambda launcher, inputs: [dequantise(launcher, given(inputs), dtype)],
         reference=lambda inputs: [reference_values(given(inputs), dtype)],
-        moved=lambda n: n * dtype.itemsize + n * bits // 8 + 4 * n // BLOCK,
+        moved=lambda n: n * dtype.itemsize + n * bits // 8 + 2 * n // BLOCK,
     )
 
 
