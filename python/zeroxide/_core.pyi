@@ -151,6 +151,14 @@ class MeshPosition:
     def __new__(cls, *, rank: int, shards: int, replicas: int, transport: Transport) -> MeshPosition: ...
 
 @final
+class Quantisation:
+    """What travels between ranks as integers: `near` ranks in a row are a group, 0 for all; `weights` of each unit."""
+
+    def __new__(
+        cls, *, near: int = 0, weights: Sequence[bool] = (), gradients: bool = False, feedback: bool = False
+    ) -> Quantisation: ...
+
+@final
 class Settings:
     """Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank."""
 
@@ -170,6 +178,7 @@ class Settings:
         job: str,
         mesh: MeshPosition | None = None,
         comm_dtype: str | None = None,
+        quantisation: Quantisation | None = None,
         reduce_scale: float = 1.0,
     ) -> Settings: ...
 
@@ -240,6 +249,8 @@ class Offload:
     def outgoing(self, unit: int) -> tuple[int, int]: ...
     def incoming(self, unit: int) -> tuple[int, int]: ...
     def receive_from(self, unit: int) -> None: ...
+    def receive_sum(self, unit: int, sums: TensorSpec) -> None: ...
+    def room(self, name: str) -> tuple[int, int]: ...
     def kept_gradients(self, unit: int) -> tuple[int, int]: ...
     def accumulated(self) -> bytes: ...
     def set_accumulated(self, accumulated: bytes) -> None: ...
@@ -287,6 +298,7 @@ class Plan:
         weights_on_disk: bool,
         state_on_disk: bool,
         prefetch: int,
+        quantisation: Quantisation | None = None,
         tile_bytes: int | None = None,
         staging_bytes: int | None = None,
         limit: int | None = None,
@@ -308,6 +320,10 @@ class Plan:
     def buckets(self) -> dict[str, int]: ...
     @property
     def padded(self) -> list[tuple[int, int]]: ...
+    @property
+    def codes(self) -> list[tuple[int, int]]: ...
+    @property
+    def residuals(self) -> list[tuple[int, int]]: ...
     def peak_buckets(self, loaded: bool) -> dict[str, int]: ...
     def expected_process(self, made: int, peak: int, resident: int, heap_growth: int, loaded: bool) -> int: ...
     def disk_traffic(self) -> tuple[int, int]: ...
@@ -404,6 +420,26 @@ class PinnedMemory:
     def address(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+def message_bytes(elements: int, bits: int) -> int:
+    """Bytes of a message of so many elements, whole blocks of 256, with codes of 8 or 4 bits."""
+
+def quantise_message(values: TensorSpec, dtype: str, bits: int, message: TensorSpec) -> None:
+    """Quantises elements, given as a uint8 tensor of their bytes, into a message."""
+
+def dequantise_message(message: TensorSpec, bits: int, values: TensorSpec, dtype: str) -> None:
+    """Brings a message back as elements, in a uint8 tensor of their bytes."""
+
+def expand_message(room: TensorSpec, dtype: str, bits: int) -> None:
+    """Brings the message that ends a room back in place: afterwards the elements fill it."""
+
+def shrink_gradients(
+    room: TensorSpec, dtype: str, residual: TensorSpec | None = None, factor: float = 1.0, beta: float = 0.0
+) -> None:
+    """Quantises elements in place, to a message of 4 bits at the start of their room."""
+
+def add_message(sums: TensorSpec, message: TensorSpec) -> None:
+    """Adds what a message of 4 bits stands for to fp32 sums."""
 
 def checksum(bytes: TensorSpec, /) -> int: ...
 def drop_clean_text() -> int: ...

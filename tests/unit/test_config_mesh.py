@@ -67,6 +67,71 @@ REFUSED = [
 ]
 
 
+def quantised(world: int, **zero: Any) -> Any:
+    return load({"zero_optimization": {"stage": 3, **zero}}, world_size=world)
+
+
+def test_with_quantised_weights_hpz_is_a_secondary_partition():
+    # Catches: optimizer state that is cut over a group alone, and a group of one or of all that is taken for several.
+    found = quantised(8, zero_quantized_weights=True, zero_hpz_partition_size=4)
+    assert found.mesh is None
+    assert found.zero.secondary == 4
+    for size in (1, "auto"):
+        assert quantised(8, zero_quantized_weights=True, zero_hpz_partition_size=size).zero.secondary == 0
+    for key in ("zero_quantized_gradients", "zero_quantized_nontrainable_weights"):
+        found = quantised(8, **{key: True}, zero_hpz_partition_size=4)
+        assert found.mesh == Mesh(dp_replicate=2, dp_shard=4)
+        assert found.zero.secondary == 0
+
+
+ZERO = "zero_optimization"
+NVME = {"device": "nvme", "nvme_path": "/d"}
+QUANTISED_REFUSED = [
+    ({"stage": 2, "zero_quantized_weights": True}, "zero_quantized_weights", "= true needs zero_optimization.stage 3"),
+    ({"stage": 1, "zero_quantized_gradients": True}, "zero_quantized_gradients", "stage 3, got 1"),
+    (
+        {"zero_quantized_weights": True, "offload_param": NVME},
+        "zero_quantized_weights",
+        "not built yet; keep the weights",
+    ),
+    (
+        {"zero_quantized_nontrainable_weights": True, "offload_param": NVME},
+        "zero_quantized_nontrainable_weights",
+        "not",
+    ),
+    ({"zeropp_loco_param": {}}, "zeropp_loco_param", "needs zero_optimization.zero_quantized_gradients = true"),
+    ({"zero_quantized_weights": True, "zero_hpz_partition_size": 3}, "zero_hpz_partition_size", "= 3 does not divide"),
+]
+
+
+@pytest.mark.parametrize(("zero", "key", "words"), QUANTISED_REFUSED)
+def test_quantised_collectives_that_cannot_be_are_refused_in_one_line(zero, key, words):
+    with pytest.raises(ConfigError) as caught:
+        quantised(8, **zero)
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.path == f"{ZERO}.{key}"
+
+
+@pytest.mark.parametrize(("value", "words"), [(1.0, "below 1"), (-0.1, "at least 0"), (True, "a number")])
+def test_the_weight_of_what_was_lost_is_below_one(value, words):
+    # 1 would never keep anything new.
+    with pytest.raises(ConfigError, match=words) as caught:
+        quantised(8, zero_quantized_gradients=True, zeropp_loco_param={"err_beta": value})
+    assert caught.value.path == f"{ZERO}.zeropp_loco_param.err_beta"
+
+
+def test_a_secondary_partition_and_shard_groups_contradict_one_another():
+    with pytest.raises(ConfigError, match=r"contradicts zeroxide\.mesh"):
+        load(
+            {
+                ZERO: {"stage": 3, "zero_quantized_weights": True, "zero_hpz_partition_size": 2},
+                "zeroxide": {"mesh": {"dp_shard": 4}},
+            },
+            world_size=8,
+        )
+
+
 @pytest.mark.parametrize(("world", "mesh", "stage", "hpz", "path", "words"), REFUSED)
 def test_groups_that_cannot_be_are_refused_in_one_line(world, mesh, stage, hpz, path, words):
     # Catches: numbers that are not checked before ranks start, a line that does not name them or the fix.

@@ -161,6 +161,47 @@ def test_hpz():
     assert "needs zero_optimization.stage 3" in refused({"zero_optimization": {"zero_hpz_partition_size": 2}})
 
 
+def test_quantised():
+    """What they do is shown in tests/distributed/test_quantised.py."""
+    asked = {
+        "zero_quantized_weights": True,
+        "zero_quantized_gradients": True,
+        "zero_quantized_nontrainable_weights": True,
+    }
+    found = load({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2, **asked}}, world_size=4)
+    assert found.zero.quantized_weights
+    assert found.zero.quantized_gradients
+    assert found.zero.quantized_frozen
+    assert (found.mesh, found.zero.secondary) == (None, 2)
+    for key in asked:
+        assert f"{key} = true needs zero_optimization.stage 3, got 2" in refused(
+            {"zero_optimization": {"stage": 2, key: True}}
+        )
+        assert load({"zero_optimization": {"stage": 1, key: False}}).zero.stage == 1
+    nvme = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/d"}}
+    assert "not built yet" in refused({"zero_optimization": nvme | {"zero_quantized_weights": True}})
+    assert load({"zero_optimization": nvme | {"zero_quantized_gradients": True}}).zero.quantized_gradients
+    assert load({"zero_optimization": {"stage": 3, **asked}}).no_effect == []
+    torch.manual_seed(0)
+    with started(nn.Linear(4, 2), config=ADAM | {"zero_optimization": {"stage": 3, **asked}}) as engine:
+        engine.backward(engine(torch.ones(1, 4)).sum())
+        engine.step()
+        keys = [key for key, reason in engine.plan().quantisation.no_effect if "there is one rank" in reason]
+        assert set(keys) == {f"zero_optimization.{key}" for key in asked}
+
+
+def test_loco():
+    """What it does is shown in tests/distributed/test_quantised.py."""
+    zero = {"stage": 3, "zero_quantized_gradients": True}
+    found = load({"zero_optimization": zero | {"zeropp_loco_param": {}}}).zero.feedback
+    assert (found.beta, found.reset_steps) == (0.8, 1024)
+    given = {"err_beta": 0.5, "reset_T": 7}
+    found = load({"zero_optimization": zero | {"zeropp_loco_param": given}}).zero.feedback
+    assert (found.beta, found.reset_steps) == (0.5, 7)
+    assert load({"zero_optimization": zero}).zero.feedback is None
+    assert "zero_quantized_gradients = true" in refused({"zero_optimization": {"stage": 3, "zeropp_loco_param": {}}})
+
+
 def test_names():
     """Only that the error says what is missing: nothing here pretends to be there."""
     for name in ("utils", "comm", "ops", "runtime", "moe", "pipe", "get_accelerator", "DeepSpeedEngine"):

@@ -224,9 +224,11 @@ def test_training_goes_on_from_slices(mode, dtype, tmp_path):
 
 
 def test_what_is_not_built_is_refused(tmp_path):
-    for name in ("data_parallel_group", "mpu", "zero_param_parallel_group", "zero_quantized_weights", "param_swapper"):
+    for name in ("data_parallel_group", "mpu", "zero_param_parallel_group", "param_swapper"):
         with pytest.raises(ConfigError, match=name):
             zero.Init(**{name: True})
+    with pytest.raises(ConfigError, match="zero_quantized_weights in the config of"):
+        zero.Init(zero_quantized_weights=True)
     with pytest.raises(ConfigError, match=r"got torch\.int8"):
         zero.Init(dtype=torch.int8)
     with pytest.raises(ConfigError, match="remote_device"):

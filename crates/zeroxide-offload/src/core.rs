@@ -13,6 +13,7 @@ use crate::gradients::Gradients;
 use crate::gradients::transport::GradientTransport;
 use crate::homes::state_layouts;
 use crate::io_report::Traffic;
+use crate::rooms::Rooms;
 use crate::settings::{MeshPosition, Settings, UnitSpec};
 use crate::state::State;
 use crate::step::Step;
@@ -30,6 +31,7 @@ pub(crate) struct Core {
     pub(crate) disk: Option<Disk>,
     pub(crate) weights: Weights,
     pub(crate) gradients: Gradients,
+    pub(crate) rooms: Rooms,
     pub(crate) state: State,
     pub(crate) step: Step,
 }
@@ -47,7 +49,9 @@ impl Core {
             comm_dtype: settings.comm_dtype,
             reduce_scale: settings.reduce_scale,
             dtype: settings.grad,
+            quantised: settings.quantisation.gradients,
         };
+        let rooms = Rooms::new(&budget, &placement)?;
         Ok(Self {
             mesh: settings.mesh,
             compute: settings.compute,
@@ -57,6 +61,7 @@ impl Core {
             disk,
             weights,
             gradients,
+            rooms,
             state: State::default(),
             step: Step::default(),
         })

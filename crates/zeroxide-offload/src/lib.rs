@@ -12,6 +12,7 @@ mod facts;
 mod gradients;
 mod homes;
 mod io_report;
+mod rooms;
 mod settings;
 mod state;
 mod step;
@@ -24,7 +25,10 @@ pub use error::{OffloadError, Result};
 pub use facts::{Concern, Fact, Facts, Named};
 pub use gradients::accumulate::GradNorm;
 pub use io_report::IoReport;
-pub use settings::{Mesh, MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
+pub use rooms::Room;
+pub use settings::{
+    Mesh, MeshPosition, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
+};
 pub use weights::bringer::Bringer;
 pub use weights::residence::Lent;
 pub use zeroxide_exchange::{CancelToken, ExchangeError, SegmentHandle};

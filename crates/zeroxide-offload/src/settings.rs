@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_optim::Optimizer;
 pub use zeroxide_plan::Mesh;
+pub use zeroxide_plan::Quantisation;
 use zeroxide_plan::{Dtypes, Placement, StateBytes, UnitShape};
 pub use zeroxide_plan::{StateHome, Transport, WeightHome};
 use zeroxide_storage::EngineKind;
@@ -79,6 +80,8 @@ pub struct Settings {
     pub mesh: MeshPosition,
     /// Dtype in which gradients travel between ranks.
     pub comm_dtype: Dtype,
+    /// What travels as integers, where the caller carries it.
+    pub quantisation: Quantisation,
     /// What the sum over ranks is multiplied with; 1 / world for a mean.
     pub reduce_scale: f32,
     /// Hard limit of payload bytes; `None` for no limit.
@@ -130,6 +133,7 @@ impl Settings {
             mesh,
             transport,
             dtypes,
+            self.quantisation.clone(),
             self.tile_elements,
             shapes.collect(),
         )

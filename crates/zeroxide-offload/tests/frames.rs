@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Mesh, MeshPosition, Offload, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    Mesh, MeshPosition, Offload, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -44,6 +44,7 @@ fn open(directory: &std::path::Path) -> Offload {
             transport: Transport::Collective,
         },
         comm_dtype: Dtype::F32,
+        quantisation: Quantisation::default(),
         reduce_scale: 0.5,
         limit: None,
         threads: 1,

@@ -9,7 +9,9 @@ use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_memory::Bucket;
 use zeroxide_offload::{MeshPosition, Offload, Settings, Transport, UnitSpec};
 use zeroxide_optim::Optimizer;
-use zeroxide_plan::{Buckets, Dtypes, Mesh, Plan, PlanRequest, StateBytes, UnitRequest};
+use zeroxide_plan::{
+    Buckets, Dtypes, Mesh, Plan, PlanRequest, Quantisation, StateBytes, UnitRequest,
+};
 use zeroxide_storage::{EngineKind, SimOptions};
 
 #[derive(Clone, Debug)]
@@ -53,6 +55,7 @@ impl Job {
                 transport: self.request.transport,
             },
             comm_dtype: comm,
+            quantisation: Quantisation::default(),
             reduce_scale: 1.0,
             limit: Some(limit),
             threads: 1,
@@ -137,6 +140,7 @@ prop_compose! {
             stage, prefetch,
             transport: if collective { Transport::Collective } else { Transport::Shared },
             dtypes: Dtypes { compute, grad, comm },
+            quantisation: Quantisation::default(),
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
             units: units.collect(),

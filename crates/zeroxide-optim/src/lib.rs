@@ -6,6 +6,7 @@
 //! - [`accumulate`]: a gradient arriving in its home buffer, stored or accumulated, with its squared norm and
 //!   the non-finite check taken in the same pass.
 //! - [`sum_scaled`]: the sum of several ranks' gradients, in their order.
+//! - [`quantise`] and its neighbours: block-wise integers, as weights and gradients travel between ranks.
 //! - [`split`] and [`join`]: an fp32 master weight as a live bf16 weight and a 16-bit residual; [`encode_live`] and its
 //!   neighbours: whole values in and out of any format.
 //! - [`Pool`]: the threads that the kernels run on, its own and those of an OpenMP runtime that is there anyway.
@@ -16,6 +17,7 @@
 //! bits are the same for every instruction set, thread count, slice boundary and alignment.
 
 mod accumulate;
+mod blocks;
 mod codec;
 mod convert;
 mod error;
@@ -29,6 +31,9 @@ mod slot;
 mod sum;
 
 pub use accumulate::{Accumulate, AccumulateStats, GradMut, accumulate, accumulate_with};
+pub use blocks::{
+    BLOCK, CodeBits, Feedback, add_message, dequantise, expand, quantise, shrink, shrink_with,
+};
 pub use codec::exact_suffices;
 pub use codec::split::{join, split, with_bf16, with_f16};
 pub use codec::values::{carry_exact, encode_exact, encode_live, join_live, widen};

@@ -16,6 +16,7 @@ mod home;
 mod mesh;
 mod placement;
 mod plan;
+mod quantisation;
 mod schedule;
 mod transit;
 mod unit;
@@ -28,6 +29,7 @@ pub use placement::{
     DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, MIN_TILES_IN_RING, Placement,
 };
 pub use plan::{FRAGMENTS, Passed, Plan, PlanRequest, UnitRequest};
+pub use quantisation::{BLOCK, Quantisation, gradient_message, weight_message};
 pub use schedule::{Collective, CollectiveKind, Phase, Schedule};
 pub use transit::{SLOTS, Transit};
 pub use unit::{LocalShard, PlacedUnit, StateBytes, UnitShape};

@@ -1,11 +1,12 @@
 //! What shapes and homes alone decide: layouts, shards, and the sizes of every arena.
 
-use zeroxide_layout::{Dtype, FRAME};
+use zeroxide_layout::{Dtype, FRAME, PAGE};
 
 use crate::buckets::Buckets;
 use crate::error::Result;
 use crate::home::{StateHome, Transport, WeightHome};
 use crate::mesh::Mesh;
+use crate::quantisation::Quantisation;
 use crate::transit::Transit;
 use crate::unit::{PlacedUnit, UnitShape};
 
@@ -40,6 +41,8 @@ pub struct Placement {
     pub units: Vec<PlacedUnit>,
     /// Room for gradients on their way between ranks.
     pub transit: Transit,
+    /// What travels as integers.
+    pub quantisation: Quantisation,
 }
 
 impl Placement {
@@ -52,6 +55,7 @@ impl Placement {
         mesh: Mesh,
         transport: Transport,
         dtypes: Dtypes,
+        quantisation: Quantisation,
         tile_elements: u64,
         shapes: Vec<UnitShape>,
     ) -> Result<Self> {
@@ -59,13 +63,14 @@ impl Placement {
             .into_iter()
             .map(|shape| PlacedUnit::new(mesh, tile_elements, shape))
             .collect::<Result<Vec<_>>>()?;
-        let transit = Transit::new(mesh, transport, dtypes.comm, &units);
+        let transit = Transit::new(mesh, transport, dtypes.comm, &quantisation, &units);
         Ok(Self {
             mesh,
             transport,
             dtypes,
             units,
             transit,
+            quantisation,
         })
     }
 
@@ -80,6 +85,35 @@ impl Placement {
     /// Bytes of the gradients that this rank keeps for the step.
     pub fn gradient_bytes(&self) -> u64 {
         self.sum(|unit| unit.gradient_bytes(self.dtypes.grad))
+    }
+
+    /// (start, bytes) of each unit's codes in the memory for all of them; no bytes where its weights travel as they are.
+    pub fn codes(&self) -> Vec<(u64, u64)> {
+        in_a_row(self.units.iter().enumerate().map(|(index, unit)| {
+            if self.quantisation.quantises(index) {
+                self.quantisation.code_bytes(self.mesh, unit.layout.len())
+            } else {
+                0
+            }
+        }))
+    }
+
+    /// (start, bytes) of what each unit keeps for its next gradients, in the memory for all of them.
+    pub fn residuals(&self) -> Vec<(u64, u64)> {
+        in_a_row(self.units.iter().map(|unit| {
+            self.quantisation
+                .residual_bytes(self.mesh, unit.layout.trainable_len())
+        }))
+    }
+
+    /// Bytes of all codes, in whole pages.
+    pub fn code_bytes(&self) -> u64 {
+        pages(&self.codes())
+    }
+
+    /// Bytes of all that is kept for the next gradients, in whole pages.
+    pub fn residual_bytes(&self) -> u64 {
+        pages(&self.residuals())
     }
 
     /// Bytes of the optimizer state at home in host memory.
@@ -170,8 +204,11 @@ impl Placement {
             _ => 0,
         });
         Buckets {
-            weights: whole + self.shard_bytes(),
-            gradients: self.gradient_bytes() + self.transit.outgoing + self.transit.incoming,
+            weights: whole + self.shard_bytes() + self.code_bytes(),
+            gradients: self.gradient_bytes()
+                + self.transit.outgoing
+                + self.transit.incoming
+                + self.residual_bytes(),
             optimizer: self.optimizer_bytes(),
             staging: match self.ring_tile() {
                 None => 0,
@@ -237,4 +274,22 @@ impl Placement {
     fn sum(&self, bytes: impl Fn(&PlacedUnit) -> u64) -> u64 {
         self.units.iter().map(bytes).sum()
     }
+}
+
+/// Bytes of all of these, in whole pages.
+fn pages(row: &[(u64, u64)]) -> u64 {
+    let end = row.last().map_or(0, |(start, bytes)| start + bytes);
+    end.next_multiple_of(PAGE as u64)
+}
+
+/// (start, bytes) of each of these when they follow one another.
+fn in_a_row(sizes: impl Iterator<Item = u64>) -> Vec<(u64, u64)> {
+    let mut end = 0;
+    sizes
+        .map(|bytes| {
+            let start = end;
+            end += bytes;
+            (start, bytes)
+        })
+        .collect()
 }

@@ -7,6 +7,7 @@ use crate::error::{PlanError, Result};
 use crate::home::{StateHome, Transport, WeightHome};
 use crate::mesh::Mesh;
 use crate::placement::{DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, Placement};
+use crate::quantisation::Quantisation;
 use crate::unit::{StateBytes, UnitShape};
 
 /// A unit whose homes are the plan's to choose.
@@ -35,6 +36,8 @@ pub struct PlanRequest {
     pub transport: Transport,
     /// Element types.
     pub dtypes: Dtypes,
+    /// What travels as integers.
+    pub quantisation: Quantisation,
     /// Weights are to be on disk.
     pub weights_on_disk: bool,
     /// Optimizer state is to be on disk.
@@ -119,6 +122,7 @@ impl Plan {
             request.mesh,
             request.transport,
             request.dtypes,
+            request.quantisation,
             tile_elements,
             shapes.collect(),
         )?;

@@ -13,6 +13,7 @@ use std::collections::VecDeque;
 use crate::home::{Transport, WeightHome};
 use crate::mesh::Mesh;
 use crate::plan::Plan;
+use crate::quantisation::{gradient_message, weight_message};
 use crate::unit::PlacedUnit;
 
 use frames::Frames;
@@ -48,10 +49,14 @@ impl Phase {
 pub enum CollectiveKind {
     /// Every rank gets the whole weights of a unit.
     AllGather,
+    /// Groups of ranks get the codes of one another's weights of a unit.
+    AllGatherAcross,
     /// Every rank gets all ranks' gradients of a unit.
     AllGatherGradients,
     /// Every rank gets all ranks' gradients of what it sums of a unit.
     AllToAll,
+    /// Every rank gets, from those with its place in other groups, what their groups have summed of what it sums.
+    AllToAllAcross,
     /// Every rank gets from the other replicas of its shard what they have summed.
     AllGatherSums,
 }
@@ -61,8 +66,10 @@ impl CollectiveKind {
     pub const fn name(self) -> &'static str {
         match self {
             Self::AllGather => "all-gather",
+            Self::AllGatherAcross => "all-gather across groups",
             Self::AllGatherGradients => "all-gather of gradients",
             Self::AllToAll => "all-to-all",
+            Self::AllToAllAcross => "all-to-all across groups",
             Self::AllGatherSums => "all-gather of sums",
         }
     }
@@ -79,7 +86,7 @@ pub struct Collective {
     pub unit: usize,
     /// Bytes that leave the rank for others.
     pub sent: u64,
-    /// Those of them that leave its shard group.
+    /// Those of them that leave its group: its shard group, or where integers travel in two hops the ranks near it.
     pub across: u64,
 }
 
@@ -135,7 +142,7 @@ impl Schedule {
         self.shared_bytes + self.collectives.iter().map(|each| each.sent).sum::<u64>()
     }
 
-    /// Bytes that leave a rank's shard group, whatever carries them: none of weights, only of gradients.
+    /// Bytes that leave a rank's group, whatever carries them.
     pub fn across_bytes(&self) -> u64 {
         self.shared_across + self.collectives.iter().map(|each| each.across).sum::<u64>()
     }
@@ -165,8 +172,10 @@ struct Rank<'a> {
     early: usize,
     phase: Phase,
     begun: Vec<Collective>,
-    /// The sums of the unit that was reduced last, where other replicas get them.
-    sums: Option<Collective>,
+    /// Units whose codes the rank keeps of all groups, for the present weights.
+    coded: Vec<bool>,
+    /// Of the units reduced last what is still to be sent, the next collective of each at the front.
+    later: VecDeque<VecDeque<Collective>>,
 }
 
 impl<'a> Rank<'a> {
@@ -189,12 +198,14 @@ impl<'a> Rank<'a> {
             },
             phase: Phase::Forward,
             begun: Vec::new(),
-            sums: None,
+            coded: vec![false; units.len()],
+            later: VecDeque::new(),
         }
     }
 
     fn step(&mut self) {
         self.begun.clear();
+        self.coded.fill(false);
         self.frames.start_step();
         let moves = self.plan.weights != WeightHome::Host;
         if moves {
@@ -262,7 +273,9 @@ impl<'a> Rank<'a> {
                 self.reduce(index);
             }
         }
-        self.send_sums();
+        while !self.later.is_empty() {
+            self.send_later();
+        }
     }
 
     /// Uses a unit, and gathers the ones that come next.
@@ -361,15 +374,37 @@ impl<'a> Rank<'a> {
 
     fn all_gather(&mut self, unit: usize) {
         let placement = &self.plan.placement;
-        let shards = u64::from(placement.mesh.shards);
-        let bytes = placement.units[unit].weight_bytes(placement.dtypes.compute);
-        self.begun.push(Collective {
+        let (mesh, quantisation) = (placement.mesh, &placement.quantisation);
+        let len = placement.units[unit].layout.len();
+        let shards = u64::from(mesh.shards);
+        let begin = |kind, sent, across| Collective {
             phase: self.phase,
-            kind: CollectiveKind::AllGather,
+            kind,
             unit,
-            sent: bytes / shards * (shards - 1),
-            across: 0,
-        });
+            sent,
+            across,
+        };
+        if !quantisation.quantises(unit) {
+            let part = len / shards * placement.dtypes.compute.size() as u64;
+            let across = part * (shards - u64::from(mesh.shards.min(quantisation.near(mesh))));
+            self.begun.push(begin(
+                CollectiveKind::AllGather,
+                part * (shards - 1),
+                across,
+            ));
+            return;
+        }
+        let part = weight_message(len / shards);
+        let far = u64::from(quantisation.far_shards(mesh));
+        if far > 1 && !self.coded[unit] {
+            let sent = part * (far - 1);
+            self.begun
+                .push(begin(CollectiveKind::AllGatherAcross, sent, sent));
+        }
+        let near = shards / far;
+        self.begun
+            .push(begin(CollectiveKind::AllGather, part * far * (near - 1), 0));
+        self.coded[unit] = true;
     }
 
     fn reduce(&mut self, unit: usize) {
@@ -378,37 +413,72 @@ impl<'a> Rank<'a> {
             return;
         }
         let mesh = placement.mesh;
-        let kind = if mesh.replicated() {
-            CollectiveKind::AllGatherGradients
-        } else {
-            CollectiveKind::AllToAll
-        };
-        // As many bytes leave as arrive.
-        let sent = placement.units[unit].incoming_bytes(mesh, placement.dtypes.comm);
         let summed = mesh.summed(placement.units[unit].local.kept);
-        let grad = placement.dtypes.grad.size() as u64;
-        self.send_sums();
-        self.begun.push(Collective {
+        let begin = |kind, sent, across| Collective {
             phase: self.phase,
             kind,
             unit,
             sent,
-            across: summed * placement.dtypes.comm.size() as u64 * strangers(mesh),
-        });
+            across,
+        };
+        let mut later = VecDeque::new();
+        let first = if placement.quantisation.gradients {
+            let part = gradient_message(
+                placement.units[unit].layout.trainable_len() / u64::from(mesh.world()),
+            );
+            let (near, far) = (
+                placement.quantisation.near(mesh),
+                placement.quantisation.far(mesh),
+            );
+            if far > 1 {
+                let sent = part * u64::from(far - 1);
+                later.push_back(begin(CollectiveKind::AllToAllAcross, sent, sent));
+            }
+            begin(
+                CollectiveKind::AllToAll,
+                part * u64::from(far) * u64::from(near - 1),
+                0,
+            )
+        } else {
+            let kind = if mesh.replicated() {
+                CollectiveKind::AllGatherGradients
+            } else {
+                CollectiveKind::AllToAll
+            };
+            // As many bytes leave as arrive.
+            let sent = placement.units[unit].incoming_bytes(mesh, placement.dtypes.comm);
+            let across = summed * placement.dtypes.comm.size() as u64 * self.strangers();
+            begin(kind, sent, across)
+        };
         if !mesh.has_all() && mesh.replicas > 1 {
-            let sent = summed * grad * u64::from(mesh.replicas - 1);
-            self.sums = Some(Collective {
-                phase: self.phase,
-                kind: CollectiveKind::AllGatherSums,
-                unit,
-                sent,
-                across: sent,
-            });
+            let sent = summed * placement.dtypes.grad.size() as u64 * u64::from(mesh.replicas - 1);
+            later.push_back(begin(CollectiveKind::AllGatherSums, sent, sent));
+        }
+        self.send_later();
+        self.begun.push(first);
+        if !later.is_empty() {
+            self.later.push_back(later);
         }
     }
 
-    /// What was reduced before has been summed by now, and goes to the other replicas.
-    fn send_sums(&mut self) {
-        self.begun.extend(self.sums.take());
+    /// Ranks outside of a rank's group, over which a reduction in one hop goes.
+    fn strangers(&self) -> u64 {
+        let placement = &self.plan.placement;
+        if placement.mesh.has_all() {
+            0
+        } else {
+            u64::from(placement.mesh.world() - placement.quantisation.near(placement.mesh))
+        }
+    }
+
+    /// What was reduced before has been summed by now: its next hop begins, of each unit.
+    fn send_later(&mut self) {
+        let units = std::mem::take(&mut self.later);
+        for mut unit in units {
+            self.begun.extend(unit.pop_front());
+            if !unit.is_empty() {
+                self.later.push_back(unit);
+            }
+        }
     }
 }

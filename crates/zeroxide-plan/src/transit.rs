@@ -4,6 +4,7 @@ use zeroxide_layout::{Dtype, PAGE};
 
 use crate::home::Transport;
 use crate::mesh::Mesh;
+use crate::quantisation::Quantisation;
 use crate::unit::PlacedUnit;
 
 /// Units whose gradients can be on their way at once, beside those that have room of their own.
@@ -23,12 +24,18 @@ pub struct Transit {
     pub slot_bytes: u64,
     /// Bytes for what leaves: reserved room and slots, in whole pages each.
     pub outgoing: u64,
-    /// Bytes for what arrives of one unit; 0 where shared memory carries it.
+    /// Bytes for what arrives of one unit, and for its sums where it arrives as integers; 0 where shared memory carries it.
     pub incoming: u64,
 }
 
 impl Transit {
-    pub(crate) fn new(mesh: Mesh, transport: Transport, comm: Dtype, units: &[PlacedUnit]) -> Self {
+    pub(crate) fn new(
+        mesh: Mesh,
+        transport: Transport,
+        comm: Dtype,
+        quantisation: &Quantisation,
+        units: &[PlacedUnit],
+    ) -> Self {
         if mesh.world() == 1 {
             return Self::default();
         }
@@ -49,7 +56,13 @@ impl Transit {
         }
         found.outgoing += found.slots as u64 * page(found.slot_bytes);
         if transport == Transport::Collective {
-            let incoming = |unit: &PlacedUnit| unit.incoming_bytes(mesh, comm);
+            let incoming = |unit: &PlacedUnit| {
+                if quantisation.gradients {
+                    quantisation.incoming_bytes(mesh, unit.layout.trainable_len())
+                } else {
+                    unit.incoming_bytes(mesh, comm)
+                }
+            };
             found.incoming = page(units.iter().map(incoming).max().unwrap_or(0));
         }
         found

@@ -3,7 +3,8 @@
 use proptest::prelude::*;
 use zeroxide_layout::{Dtype, Format, Moment, ParamShape, StateKey, StateLayout};
 use zeroxide_plan::{
-    Buckets, Dtypes, Mesh, Passed, Plan, PlanError, PlanRequest, StateBytes, Transport, UnitRequest,
+    Buckets, Dtypes, Mesh, Passed, Plan, PlanError, PlanRequest, Quantisation, StateBytes,
+    Transport, UnitRequest,
 };
 
 const FRAME: u64 = 2 << 20;
@@ -178,6 +179,7 @@ prop_compose! {
             mesh, stage, prefetch,
             transport: if collective { Transport::Collective } else { Transport::Shared },
             dtypes: Dtypes { compute, grad, comm },
+            quantisation: Quantisation::default(),
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
             units: units.collect(),
@@ -232,6 +234,7 @@ fn refusals_name_numbers_and_help() {
             grad: Dtype::Bf16,
             comm: Dtype::Bf16,
         },
+        quantisation: Quantisation::default(),
         weights_on_disk: false,
         state_on_disk: false,
         units: vec![UnitRequest {
@@ -308,6 +311,7 @@ fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
                 grad: Dtype::Bf16,
                 comm: Dtype::Bf16,
             },
+            quantisation: Quantisation::default(),
             weights_on_disk: on_disk,
             state_on_disk: on_disk,
             units: vec![unit.clone(), unit],

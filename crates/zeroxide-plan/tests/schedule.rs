@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use zeroxide_layout::{Dtype, ParamShape};
 use zeroxide_plan::{
-    Collective, CollectiveKind, Dtypes, Mesh, Phase, Plan, PlanRequest, Schedule, StateBytes,
-    Transport, UnitRequest,
+    Collective, CollectiveKind, Dtypes, Mesh, Phase, Plan, PlanRequest, Quantisation, Schedule,
+    StateBytes, Transport, UnitRequest,
 };
 
 /// One root unit held through backward and `blocks` others of `numel` elements, one turn each.
@@ -60,6 +60,7 @@ fn grouped(
             grad: Dtype::F32,
             comm: Dtype::F32,
         },
+        quantisation: Quantisation::default(),
         weights_on_disk,
         state_on_disk: false,
         units: root
@@ -244,6 +245,9 @@ fn groups_keep_weights_to_themselves_and_exchange_gradients_and_sums() {
                         (sent, sent)
                     }
                     CollectiveKind::AllGatherGradients => panic!("not at stage 3"),
+                    CollectiveKind::AllGatherAcross | CollectiveKind::AllToAllAcross => {
+                        panic!("nothing travels as integers")
+                    }
                 };
                 assert_eq!((each.sent, each.across), (sent, across), "{each:?}");
             }

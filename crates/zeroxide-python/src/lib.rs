@@ -1,5 +1,6 @@
 //! The extension module `zeroxide._core`: conversion between Python and the offload layer, and error mapping.
 
+mod blocks;
 mod bringer;
 mod buffer;
 mod cuda;
@@ -21,6 +22,11 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
+    use crate::blocks::{
+        add_message, dequantise_message, expand_message, message_bytes, quantise_message,
+        shrink_gradients,
+    };
+    #[pymodule_export]
     use crate::bringer::PyBringer;
     #[pymodule_export]
     use crate::cuda::{
@@ -39,7 +45,8 @@ mod _core {
     use crate::process::{drop_clean_text, heap_bytes, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]
     use crate::settings::{
-        PyIoEngine, PyMeshPosition, PySettings, PyStateHome, PyTransport, PyUnitSpec, PyWeightHome,
+        PyIoEngine, PyMeshPosition, PyQuantisation, PySettings, PyStateHome, PyTransport,
+        PyUnitSpec, PyWeightHome,
     };
     #[pymodule_export]
     use crate::spec::{TensorSpec, checksum};

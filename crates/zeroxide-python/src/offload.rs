@@ -6,7 +6,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{Lent, Offload, SegmentHandle, UnitSpec};
+use zeroxide_offload::{Lent, Offload, Room, SegmentHandle, UnitSpec};
 use zeroxide_optim::Optimizer;
 
 use crate::bringer::PyBringer;
@@ -15,7 +15,7 @@ use crate::optimizer::Rule;
 use crate::settings::{PySettings, PyUnitSpec};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
-use crate::words::{GRADIENT, state_name};
+use crate::words::{GRADIENT, state_name, unknown};
 
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
@@ -284,6 +284,23 @@ impl PyOffload {
     /// Sums what has come in with this rank's own, in rank order.
     fn receive_from(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
         map(py, py.detach(|| self.inner.receive_from(unit)))
+    }
+
+    /// Takes the sums of a unit over all ranks, not yet scaled, where the caller sums them.
+    fn receive_sum(&self, py: Python<'_>, unit: usize, sums: &TensorSpec) -> PyResult<()> {
+        let sums = sums.f32()?;
+        map(py, py.detach(|| self.inner.receive_sum(unit, sums)))
+    }
+
+    /// (address, bytes) of room for "codes", "residuals" or "incoming" messages, valid until `close`.
+    fn room(&self, py: Python<'_>, name: &str) -> PyResult<(usize, usize)> {
+        let room = match name {
+            "codes" => Room::Codes,
+            "residuals" => Room::Residuals,
+            "incoming" => Room::Incoming,
+            other => return Err(unknown("room", other, &["codes", "residuals", "incoming"])),
+        };
+        map(py, py.detach(|| self.inner.room(room)))
     }
 
     /// (address, bytes) of the gradients of a unit that this rank keeps, in the gradient dtype, a slice per replica.

@@ -10,6 +10,7 @@ use zeroxide_plan::{
 
 use crate::errors::plan_to_python;
 use crate::optimizer::Rule;
+use crate::settings::PyQuantisation;
 use crate::words::{parse_dtype, parse_format, parse_transport};
 
 /// (name, [(elements, trainable)], held through backward, optimizer rule, format of the optimizer state, turn)
@@ -49,7 +50,8 @@ pub(crate) struct PyPlan {
 impl PyPlan {
     #[new]
     #[pyo3(signature = (*, units, rank, shards, replicas, stage, transport, compute, grad, comm, weights_on_disk,
-                        state_on_disk, prefetch, tile_bytes = None, staging_bytes = None, limit = None, resident = 0))]
+                        state_on_disk, prefetch, quantisation = None, tile_bytes = None, staging_bytes = None, limit = None,
+                        resident = 0))]
     #[expect(
         clippy::too_many_arguments,
         reason = "keyword arguments of a Python constructor"
@@ -68,6 +70,7 @@ impl PyPlan {
         weights_on_disk: bool,
         state_on_disk: bool,
         prefetch: usize,
+        quantisation: Option<PyRef<'_, PyQuantisation>>,
         tile_bytes: Option<u64>,
         staging_bytes: Option<u64>,
         limit: Option<u64>,
@@ -98,6 +101,9 @@ impl PyPlan {
                 grad: parse_dtype(grad)?,
                 comm: parse_dtype(comm)?,
             },
+            quantisation: quantisation
+                .map(|quantisation| quantisation.inner.clone())
+                .unwrap_or_default(),
             weights_on_disk,
             state_on_disk,
             units,
@@ -190,6 +196,18 @@ impl PyPlan {
         units
             .map(|unit| (unit.layout.trainable_len(), unit.layout.len()))
             .collect()
+    }
+
+    /// (start, bytes) of each unit's codes in the room for all of them; no bytes where its weights travel as they are.
+    #[getter]
+    fn codes(&self) -> Vec<(u64, u64)> {
+        self.inner.placement.codes()
+    }
+
+    /// (start, bytes) of what each unit keeps for its next gradients, in the room for all of them.
+    #[getter]
+    fn residuals(&self) -> Vec<(u64, u64)> {
+        self.inner.placement.residuals()
     }
 
     /// The collectives of a step of one micro-batch: (phase, kind, unit, bytes that leave the rank, of them those that

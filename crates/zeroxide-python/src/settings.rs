@@ -4,7 +4,9 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 use zeroxide_layout::ParamShape;
-use zeroxide_offload::{Mesh, MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
+use zeroxide_offload::{
+    Mesh, MeshPosition, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
+};
 use zeroxide_storage::EngineKind;
 
 use crate::optimizer::Rule;
@@ -119,6 +121,34 @@ impl PyMeshPosition {
     }
 }
 
+/// What travels between ranks as integers: `near` ranks in a row are a group, 0 for all; `weights` says it of each unit.
+#[pyclass(
+    frozen,
+    skip_from_py_object,
+    module = "zeroxide._core",
+    name = "Quantisation"
+)]
+#[derive(Clone)]
+pub(crate) struct PyQuantisation {
+    pub(crate) inner: Quantisation,
+}
+
+#[pymethods]
+impl PyQuantisation {
+    #[new]
+    #[pyo3(signature = (*, near = 0, weights = Vec::new(), gradients = false, feedback = false))]
+    fn new(near: u32, weights: Vec<bool>, gradients: bool, feedback: bool) -> Self {
+        Self {
+            inner: Quantisation {
+                near,
+                weights,
+                gradients,
+                feedback,
+            },
+        }
+    }
+}
+
 /// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank.
 #[pyclass(frozen, module = "zeroxide._core", name = "Settings")]
 pub(crate) struct PySettings {
@@ -129,7 +159,7 @@ pub(crate) struct PySettings {
 impl PySettings {
     #[new]
     #[pyo3(signature = (*, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes, engine,
-                        queue_depth, directories, job, mesh = None, comm_dtype = None, reduce_scale = 1.0))]
+                        queue_depth, directories, job, mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0))]
     #[expect(
         clippy::too_many_arguments,
         clippy::needless_pass_by_value,
@@ -149,12 +179,16 @@ impl PySettings {
         job: String,
         mesh: Option<PyRef<'_, PyMeshPosition>>,
         comm_dtype: Option<&str>,
+        quantisation: Option<PyRef<'_, PyQuantisation>>,
         reduce_scale: f32,
     ) -> PyResult<Self> {
         Ok(Self {
             inner: Settings {
                 mesh: mesh.map_or(MeshPosition::ALONE, |mesh| mesh.inner),
                 comm_dtype: parse_dtype(comm_dtype.unwrap_or(compute))?,
+                quantisation: quantisation
+                    .map(|quantisation| quantisation.inner.clone())
+                    .unwrap_or_default(),
                 reduce_scale,
                 limit,
                 threads,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
     from zeroxide.config.sections.scheduler import Scheduler
-    from zeroxide.config.sections.zero import Offload
+    from zeroxide.config.sections.zero import ErrorFeedback, Offload
 
 __all__ = [
     "RULES",
@@ -32,6 +32,7 @@ __all__ = [
     "Adagrad",
     "Config",
     "Dtype",
+    "ErrorFeedback",
     "Lion",
     "LossScale",
     "LowDtype",
@@ -53,6 +54,7 @@ _HOMES = {
     "Lion": "rules",
     "LossScale": "sections.precision",
     "LowDtype": "sections.precision",
+    "ErrorFeedback": "sections.zero",
     "Mesh": "sections.mesh",
     "Offload": "sections.zero",
     "Optimizer": "rules",

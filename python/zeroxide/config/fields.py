@@ -28,6 +28,7 @@ from pydantic_core import PydanticCustomError
 from zeroxide.config.sizes import parse_bytes
 
 __all__ = [
+    "BelowOne",
     "Betas",
     "ByteSize",
     "Count",
@@ -215,6 +216,7 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), expecting("a fi
 Number = Annotated[float, Field(allow_inf_nan=False), expecting("a finite number")]
 Seconds = Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False), expecting("a number of seconds from 1 to 86400")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), expecting("a number from 0 to 1")]
+BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), expecting("a number of at least 0 and below 1")]
 ByteSize = Annotated[
     int, PlainValidator(_size), expecting("a size above 0 and up to 1 PiB, in bytes or such as '64MiB'")
 ]

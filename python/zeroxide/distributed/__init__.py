@@ -6,7 +6,7 @@ from zeroxide.distributed.facts import model_facts, sampler_facts, version_facts
 from zeroxide.distributed.health.activity import IDLE
 from zeroxide.distributed.health.watch import EXIT_CODE, Watch
 from zeroxide.distributed.launch import LaunchInfo, read_environment
-from zeroxide.distributed.mesh import Group, ProcessMesh, UnitGroups
+from zeroxide.distributed.mesh import Group, Hops, ProcessMesh, UnitGroups
 from zeroxide.distributed.process_group import init_distributed, start
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "IDLE",
     "Fact",
     "Group",
+    "Hops",
     "LaunchInfo",
     "ProcessMesh",
     "Ranks",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from zeroxide.config import Mesh
     from zeroxide.distributed.collectives import Ranks
 
-__all__ = ["AXES", "Group", "ProcessMesh", "UnitGroups"]
+__all__ = ["AXES", "Group", "Hops", "ProcessMesh", "UnitGroups"]
 
 AXES = ("pp", "dp_replicate", "dp_shard", "sp", "tp")
 """Axes of the grid; ranks count through the last one first."""
@@ -55,6 +55,27 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Hops:
+    """The two hops in which integers travel among ranks: those near one another are a group, ranks in a row; those far
+    from one another have the same place, one in each group."""
+
+    near: Group = Group()
+    far: Group = Group()
+    ranks: tuple[int, ...] = (0,)
+    """All of them."""
+
+    @classmethod
+    def among(cls, ranks: tuple[int, ...], position: int, near: int) -> Hops:
+        """The hops among `ranks`, of which this one is at `position`, in groups of `near`."""
+        first, place = position - position % near, position % near
+        return cls(Group(ranks[first : first + near], place), Group(ranks[place::near], position // near), ranks)
+
+    def column(self, place: int) -> tuple[int, ...]:
+        """The ranks at one place of each group."""
+        return self.ranks[place :: self.near.size]
+
+
+@dataclass(frozen=True, slots=True)
 class UnitGroups:
     """What a unit of the model knows of the mesh.
 
@@ -69,6 +90,8 @@ class UnitGroups:
     """Ranks that keep the same shard as this one."""
     everyone: tuple[int, ...] = (0,)
     """All ranks that train the unit, ascending: the order in which their gradients are summed."""
+    secondary: int = 0
+    """Ranks in a row of a shard group that are a group for integers that travel; 0 for all of it."""
 
     @property
     def world(self) -> int:
@@ -84,6 +107,19 @@ class UnitGroups:
     def rank(self) -> int:
         """Position of this rank among those that train the unit."""
         return self.everyone.index(self.shard.ranks[self.shard.position])
+
+    @property
+    def near(self) -> int:
+        """Ranks in a group: those between which bytes cost least."""
+        return self.secondary or self.shard.size
+
+    def weight_hops(self) -> Hops:
+        """How weights travel as integers: within the shard group."""
+        return Hops.among(self.shard.ranks, self.shard.position, self.near)
+
+    def gradient_hops(self) -> Hops:
+        """How gradients travel as integers: over all ranks."""
+        return Hops.among(self.everyone, self.rank, self.near)
 
     def owners(self) -> list[int]:
         """The rank that answers for each slice of the unit, in the order of the slices."""
@@ -153,11 +189,12 @@ class ProcessMesh:
         """Ranks over whose tokens a loss is averaged."""
         return self.group("dp_replicate", "dp_shard", "sp")
 
-    def unit_groups(self, *, sharded: bool = True, experts: bool = False) -> UnitGroups:
+    def unit_groups(self, *, sharded: bool = True, experts: bool = False, secondary: int = 0) -> UnitGroups:
         """The groups of a unit.
 
         sharded: whether its members keep shards of it (stages 1 to 3), or each keeps all (stage 0).
         experts: whether it has the experts of one of `ep` places instead of what all ranks have.
+        secondary: see `UnitGroups`.
         """
         everyone = self.loss_group().ranks
         shards = self.sizes["dp_shard"] * self.sizes["sp"]
@@ -174,6 +211,7 @@ class ProcessMesh:
             Group(everyone[first : first + shards], at % shards),
             Group(everyone[at % shards :: shards], at // shards),
             everyone,
+            secondary,
         )
 
     def expert_group(self) -> Group:

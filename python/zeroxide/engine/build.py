@@ -46,9 +46,10 @@ from zeroxide.zero.access.state_dict import StateDicts, refuse_loading
 from zeroxide.zero.buffers import check_buffers, move_buffers
 from zeroxide.zero.connect import connect
 from zeroxide.zero.core import open_core
+from zeroxide.zero.gather.choice import make_weight_gather
 from zeroxide.zero.gather.device_weights import make_device_weights
 from zeroxide.zero.gather.gatherer import Gatherer
-from zeroxide.zero.gather.weight_gather import WeightGather, make_weight_gather
+from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.guard import ModelGuard
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
@@ -57,8 +58,11 @@ from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages
 from zeroxide.zero.param import ParameterContext, shard_all
-from zeroxide.zero.reduce.gradient_reduction import GradientReduction, make_reduction
+from zeroxide.zero.reduce.choice import make_reduction
+from zeroxide.zero.reduce.feedback import Residuals
+from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
+from zeroxide.zero.reduce.quantised import QuantisedGradients
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
@@ -110,6 +114,7 @@ class Build:
     grad_offload: GradientOffload | None
     weights: WeightGather
     reduction: GradientReduction
+    residuals: Residuals | None
     scaler: LossScaler
     counters: Counters
     timers: Timers
@@ -212,6 +217,8 @@ class Build:
             states=state_plans(self.groups, config),
             device=self.device,
         )
+        for path, reason in self.plan.quantisation.no_effect if self.ranks.rank == 0 else ():
+            logger.warning("config key %s has no effect: %s", path, reason)
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)
 
@@ -272,6 +279,12 @@ class Build:
         self.updater = Updater(
             self.config, self.core, self.ranks, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
+        self.residuals = None
+        feedback = self.config.zero.feedback
+        between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
+        if feedback is not None and isinstance(between, QuantisedGradients):
+            self.residuals = Residuals(core, self.units, self.plan.numbers.residuals, feedback, self.scaler)
+            between.residuals = self.residuals
         self.optimizer = EngineOptimizer(self.groups, core, self.updater.apply, self.scaler) if self.groups else None
         self.lr_scheduler = schedule_for(self.config, self.asked.lr_scheduler, self.optimizer)
 
@@ -326,7 +339,7 @@ class Build:
         self.context.hooks = self.hooks
         self.gatherer.before_release = None if plan.params_always_full else self.context.take_over_edits
         if self.optimizer is not None:
-            self.updater.attach(self.optimizer, self.weights, self.hooks, self.context)
+            self.updater.attach(self.optimizer, self.weights, self.hooks, self.context, self.residuals)
 
     def guard_model(self) -> None:
         """Notices what scripts do to the model, and answers for its state dicts and copies."""
@@ -368,6 +381,7 @@ class Build:
                 units=self.units,
                 weights=self.weights,
                 reduction=self.reduction,
+                residuals=self.residuals,
                 gatherer=self.gatherer,
                 hooks=self.hooks,
                 context=self.context,

@@ -30,6 +30,7 @@ from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
+from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.unit import Unit
 
@@ -55,6 +56,8 @@ class Parts:
     units: list[Unit]
     weights: WeightGather
     reduction: GradientReduction
+    residuals: Residuals | None
+    """What quantising gradients has lost, where that is kept."""
     gatherer: Gatherer
     hooks: Hooks
     context: ParameterContext

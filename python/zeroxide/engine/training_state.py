@@ -126,6 +126,12 @@ class TrainingState:
         """Ends the use of all weights: nobody may look at them while they change."""
         self._parts.gatherer.release_all()
 
+    def forget_residuals(self) -> None:
+        """Forgets what quantising gradients has lost: a checkpoint does not hold it, and whoever goes on from here has
+        the bits of whoever resumes."""
+        if self._parts.residuals is not None:
+            self._parts.residuals.forget()
+
     def on_change(self, wait: Callable[[], None]) -> None:
         """`wait` is called before values change from here on, and may hold the change up."""
         self._parts.context.waits.append(wait)

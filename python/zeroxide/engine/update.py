@@ -18,6 +18,7 @@ from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
+from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.norm import agree_on_norm
 
 __all__ = ["Updater"]
@@ -54,10 +55,16 @@ class Updater:
         self._timers = timers
 
     def attach(
-        self, optimizer: EngineOptimizer, weights: WeightGather, hooks: Hooks, context: ParameterContext
+        self,
+        optimizer: EngineOptimizer,
+        weights: WeightGather,
+        hooks: Hooks,
+        context: ParameterContext,
+        residuals: Residuals | None,
     ) -> None:
-        """Says whose steps these are, and who must know when weights change."""
+        """Says whose steps these are, and who must know when weights change or a step is made or left out."""
         self._optimizer, self._weights, self._hooks, self._context = optimizer, weights, hooks, context
+        self._residuals = residuals
 
     def apply(self) -> None:
         """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
@@ -85,6 +92,8 @@ class Updater:
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
             torch.clear_autocast_cache()
             self.applied = True
+        if self._residuals is not None:
+            self._residuals.after_step(self._counters.global_steps + 1, left_out=optimizer.overflow)
         if accumulated:
             self._scaler.update(optimizer.overflow)
         self._timers.add("step", start)

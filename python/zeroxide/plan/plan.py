@@ -17,6 +17,7 @@ from zeroxide.plan.checks import check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
+from zeroxide.plan.quantisation import QuantisationPlan, plan_quantisation
 from zeroxide.plan.report import describe
 from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
@@ -47,6 +48,8 @@ class Plan:
     """Where the model computes."""
     transport: str = "collective"
     """"shared" or "collective": what carries gradients between ranks."""
+    quantisation: QuantisationPlan = field(default_factory=QuantisationPlan)
+    """What travels between ranks as integers."""
 
     @property
     def weights(self) -> Home:
@@ -180,7 +183,9 @@ def make_plan(
         refuse_max_norm(module)
     transport = "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
-    groups = ProcessMesh(ranks.rank, ranks.world, config.mesh).unit_groups(sharded=config.zero.stage > 0)
+    quantisation = plan_quantisation(config, ranks, units, transport, compute)
+    mesh = ProcessMesh(ranks.rank, ranks.world, config.mesh)
+    groups = mesh.unit_groups(sharded=config.zero.stage > 0, secondary=quantisation.secondary)
     numbers = _core.Plan(
         units=_units(units),
         rank=groups.rank,
@@ -194,6 +199,7 @@ def make_plan(
         weights_on_disk=config.zero.offload_param.kind == "nvme",
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
+        quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
         staging_bytes=config.zeroxide.staging_bytes or None,
         limit=config.zeroxide.host_memory,
@@ -213,6 +219,7 @@ def make_plan(
         offloads_weights=config.zero.offload_param.enabled,
         device=device,
         transport=transport,
+        quantisation=quantisation,
     )
 
 

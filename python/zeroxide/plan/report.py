@@ -41,6 +41,7 @@ def describe(plan: Plan) -> list[str]:
         carrier = "shared memory" if plan.transport == "shared" else "collectives"
         over = f" over groups of {shards} ranks, replicated across {plan.groups.replicate.size}" if grouped else ""
         lines.append(f"rank {plan.rank} of {plan.world}, ZeRO stage {plan.stage}{over}, gradients through {carrier}")
+        lines += _as_integers(plan)
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
@@ -53,6 +54,26 @@ def describe(plan: Plan) -> list[str]:
             f"{rest / MIB:.0f} left for activations"
         )
     return lines
+
+
+def _as_integers(plan: Plan) -> list[str]:
+    """What travels as integers, in one line, or none where nothing does."""
+    quantisation = plan.quantisation
+    found = []
+    if any(quantisation.weights):
+        kept = sum(size for _, size in plan.numbers.codes)
+        what = (
+            "weights"
+            if all(quantisation.weights)
+            else f"weights of {sum(quantisation.weights)} of {len(plan.units)} units"
+        )
+        group = f" for a group of {quantisation.secondary} ranks" if quantisation.secondary else ""
+        found.append(f"{what} as int8, {kept / MIB:.0f} MiB of codes kept{group}")
+    if quantisation.gradients:
+        kept = sum(size for _, size in plan.numbers.residuals)
+        feedback = f" with error feedback of {kept / MIB:.0f} MiB" if quantisation.feedback else ""
+        found.append(f"gradients as int4{feedback}")
+    return ["between ranks " + "; ".join(found)] if found else []
 
 
 def _dtype(dtype: torch.dtype) -> str:

@@ -56,6 +56,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
             transport=_core.Transport(plan.transport),
         ),
         comm_dtype=DTYPE_NAMES[plan.comm],
+        quantisation=plan.quantisation.for_core(),
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
     )
     return _core.Offload(settings, units)

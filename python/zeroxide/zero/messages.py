@@ -28,9 +28,16 @@ sign of life. A network that brings less than that, of each of two works, in `ra
 LAST_WAIT = timedelta(seconds=10)
 """How long the end of the process waits for messages that are still on their way."""
 
-KINDS = ("all-gather", "all-to-all", "all-gather of gradients", "all-gather of sums")
+KINDS = (
+    "all-gather",
+    "all-gather across groups",
+    "all-to-all",
+    "all-to-all across groups",
+    "all-gather of gradients",
+    "all-gather of sums",
+)
 # A tag is 31 bits: the highest sets ours apart from a user's; engine, unit and kind.
-_OURS, _ENGINE_SHIFT, _ENGINES, _UNITS = 1 << 30, 20, 1 << 10, 1 << 18
+_OURS, _ENGINE_SHIFT, _ENGINES, _UNITS, _KIND_SHIFT = 1 << 30, 20, 1 << 10, 1 << 17, 3
 
 _engines = itertools.count()
 
@@ -100,7 +107,7 @@ class Messages:
         if unit.index >= _UNITS:
             raise ValueError(f"{unit.name} is unit {unit.index}: at most {_UNITS} have a tag")
         self._number += 1
-        tag = self._first_tag | unit.index << 2 | KINDS.index(kind)
+        tag = self._first_tag | unit.index << _KIND_SHIFT | KINDS.index(kind)
         work = Work(self.watch, kind, unit.name, self._number, tag)
         self._flights = [each for each in self._flights if each.arriving or each.leaving]
         self._flights.append(work)

@@ -5,6 +5,7 @@ use zeroxide_optim::Grad;
 use crate::api::Offload;
 use crate::error::Result;
 use crate::gradients::accumulate::{GradCopy, GradNorm, address_of};
+use crate::rooms::Room;
 
 impl Offload {
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
@@ -94,6 +95,17 @@ impl Offload {
     /// Sums what has come in with this rank's own, in rank order.
     pub fn receive_from(&self, unit: usize) -> Result<()> {
         self.with("receive_from", |core| core.receive_from(unit))
+    }
+
+    /// Takes the sums of a unit over all ranks, where the caller sums them: of the elements that this rank sums, not yet
+    /// scaled.
+    pub fn receive_sum(&self, unit: usize, sums: &[f32]) -> Result<()> {
+        self.with("receive_sum", |core| core.receive_sum(unit, sums))
+    }
+
+    /// (address, bytes) of room for what travels as integers, valid until the core is closed.
+    pub fn room(&self, room: Room) -> Result<(usize, usize)> {
+        self.with("room", |core| core.room(room))
     }
 
     /// (address, bytes) of the gradients of a unit that this rank keeps, in the dtype in which they are kept, one

@@ -15,6 +15,8 @@ pub(crate) struct Gradients {
     pub(crate) comm_dtype: Dtype,
     /// What the sum over ranks is multiplied with.
     pub(crate) reduce_scale: f32,
+    /// Whether they travel as integers: what belongs to no parameter must then be zero, since it counts for a scale.
+    pub(crate) quantised: bool,
     /// In which they are kept and accumulated.
     pub(crate) dtype: Dtype,
 }

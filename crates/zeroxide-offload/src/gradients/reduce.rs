@@ -48,6 +48,9 @@ impl Core {
             }
             state.left();
         }
+        if let (true, Some(outgoing)) = (self.gradients.quantised, this.outgoing.as_mut()) {
+            clear_padding(&this.layout, outgoing, element);
+        }
         if let GradientTransport::Shared { reducer, .. } = &mut self.gradients.transport {
             reducer.send(unit, this.outgoing.take())?;
         }
@@ -117,6 +120,30 @@ impl Core {
         reduce_into(&self.pool, this, &sources, comm_dtype, grad, scale, mesh)
     }
 
+    /// Takes the sums over all ranks, not yet scaled, of the elements that this rank sums. What the unit has sent is let
+    /// go.
+    pub(crate) fn receive_sum(&mut self, unit: usize, sums: &[f32]) -> Result<()> {
+        self.check_usable()?;
+        self.check_unit("receive_sum", unit)?;
+        self.finish_unit(unit)?;
+        let (grad, scale, mesh) = (self.gradients.dtype, self.gradients.reduce_scale, self.mesh);
+        let this = &mut self.units[unit];
+        let summed = this.summed(mesh);
+        if this.outgoing.take().is_none() || to_usize(summed.end - summed.start) != sums.len() {
+            return misuse(
+                "receive_sum",
+                format!(
+                    "{} sums of unit {}: expected it to have been sent, and {} of them",
+                    sums.len(),
+                    this.name,
+                    summed.end - summed.start
+                ),
+            );
+        }
+        let sources = [bytemuck::cast_slice(sums)];
+        reduce_into(&self.pool, this, &sources, Dtype::F32, grad, scale, mesh)
+    }
+
     /// Address and bytes of the gradients that this rank keeps of the unit.
     pub(crate) fn kept_gradients(&self, unit: usize) -> Result<(usize, usize)> {
         self.check_unit("kept_gradients", unit)?;
@@ -177,6 +204,16 @@ impl Core {
         }
         total
     }
+}
+
+/// Makes everything zero that belongs to no parameter.
+fn clear_padding(layout: &UnitLayout, bytes: &mut [u8], element: usize) {
+    let mut end = 0;
+    for piece in layout.params_in(0..layout.trainable_len()) {
+        bytes[byte_range(&(end..piece.range.start), element)].fill(0);
+        end = piece.range.end;
+    }
+    bytes[byte_range(&(end..layout.trainable_len()), element)].fill(0);
 }
 
 /// One stretch of a parameter, summed by one task.

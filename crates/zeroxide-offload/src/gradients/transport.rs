@@ -48,7 +48,12 @@ impl GradientTransport {
             };
             return Ok(Self::Collective {
                 arena: reserve(transit.outgoing)?,
-                incoming: reserve(transit.incoming)?,
+                // What comes in as integers has a room of its own.
+                incoming: reserve(if settings.quantisation.gradients {
+                    0
+                } else {
+                    transit.incoming
+                })?,
                 cancel_token,
             });
         }

@@ -5,7 +5,8 @@ use bytemuck::cast_slice_mut;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_offload::{
-    MeshPosition, Offload, OffloadError, Result, Settings, StateHome, UnitSpec, WeightHome,
+    MeshPosition, Offload, OffloadError, Quantisation, Result, Settings, StateHome, UnitSpec,
+    WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad, Optimizer, update};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -84,6 +85,7 @@ impl Case {
         let settings = Settings {
             mesh: MeshPosition::ALONE,
             comm_dtype: Dtype::F32,
+            quantisation: Quantisation::default(),
             reduce_scale: 1.0,
             limit: self.limit,
             threads: self.threads,

@@ -14,8 +14,8 @@ use std::time::Duration;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Mesh, MeshPosition, Offload, SegmentHandle, Settings, StateHome, Transport, UnitSpec,
-    WeightHome,
+    Mesh, MeshPosition, Offload, Quantisation, SegmentHandle, Settings, StateHome, Transport,
+    UnitSpec, WeightHome,
 };
 use zeroxide_optim::Grad;
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -96,6 +96,7 @@ impl Case {
                 transport: self.transport,
             },
             comm_dtype: Dtype::F32,
+            quantisation: Quantisation::default(),
             reduce_scale,
             limit: None,
             threads: self.threads,

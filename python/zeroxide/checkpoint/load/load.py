@@ -272,6 +272,7 @@ class _Load:
     def _change(self, spill: SpillFile) -> None:
         """Fills everything. A failure leaves nothing half begun, and the other ranks none to wait for."""
         self.training.release_all()
+        self.training.forget_residuals()
         self.core.clear_gradients()
         left = list(reversed(self.fills))
         unit = None

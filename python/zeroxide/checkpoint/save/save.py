@@ -102,6 +102,7 @@ class Save:
             assert name is not None, "rank 0 has opened a directory"
             self.aside = save_dir / name
             self.team.together(self._check_shared, self.target)
+            training.forget_residuals()
         except BaseException:
             self.close()
             raise

@@ -49,6 +49,9 @@ class Mesh(Resolved):
 def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, given: Given) -> Mesh | None:
     """The axes that the two keys come to on the ranks; None for one shard group of all, or at stage 0 all as replicas.
 
+    Where all weights travel as int8, `zero_hpz_partition_size` cuts a secondary partition instead: see
+    `Zero.secondary`.
+
     Raises ConfigError when groups do not divide the ranks, when the axes do not multiply to them, and when a stage does
     not shard what is to be sharded in groups.
     """
@@ -66,6 +69,9 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
                 got=str(hpz),
             )
         _check_divides(_HPZ, hpz, world_size)
+        if zero is not None and zero.zero_quantized_weights:
+            _check_alone(hpz, replicate, shard)
+            return None
         if shard is not None and shard != hpz:
             raise ConfigError(
                 f"{_HPZ} = {hpz} contradicts {_MESH}.dp_shard = {shard}: both are the ranks in a shard group",
@@ -94,6 +100,15 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
         )
     _check_stage(axes, stage)
     return axes if replicate > 1 and stage > 0 else None
+
+
+def _check_alone(hpz: int, replicate: int | None, shard: int | None) -> None:
+    if replicate is not None or shard is not None:
+        raise ConfigError(
+            f"{_HPZ} = {hpz} contradicts {_MESH}: with zero_quantized_weights a group of that key keeps codes of "
+            "weights that all ranks shard; name one of the two",
+            path=_HPZ,
+        )
 
 
 def _check_divides(path: str, size: int, world_size: int) -> None:

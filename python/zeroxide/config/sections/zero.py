@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field
 from zeroxide.config.check import show
 from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.fields import (
+    BelowOne,
     Count,
     Directory,
     Flag,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from zeroxide.config.shortcuts import Shortcuts
 
 __all__ = [
+    "ErrorFeedback",
     "LeafModule",
     "Offload",
     "OffloadOptimizer",
@@ -87,6 +89,13 @@ class LeafModule(Section):
     name_suffixes: Names | None = None
 
 
+class LocoParam(Section):
+    """`zero_optimization.zeropp_loco_param`: error feedback for quantized gradients."""
+
+    err_beta: BelowOne | None = None
+    reset_T: Count | None = None
+
+
 class ZeroSection(Section):
     """`zero_optimization`."""
 
@@ -97,6 +106,10 @@ class ZeroSection(Section):
     cpu_offload: Flag | None = None
     cpu_offload_param: Flag | None = None
     zero_hpz_partition_size: Count | None = None
+    zero_quantized_weights: Flag = False
+    zero_quantized_nontrainable_weights: Flag = False
+    zero_quantized_gradients: Flag = False
+    zeropp_loco_param: LocoParam | None = None
 
     cpu_offload_use_pin_memory: Annotated[Any, NoEffect(_PINNED)] = None
     overlap_comm: Annotated[Flag | None, NoEffect("when to communicate is not left to a switch")] = None
@@ -137,10 +150,6 @@ class ZeroSection(Section):
     save_muon_momentum_buffer_in_memory: Annotated[Any, NoEffect("Muon is not built yet")] = None
 
     zenflow: Annotated[Any, NotBuilt("ZenFlow")] = None
-    zero_quantized_weights: Annotated[Any, NotBuilt("quantized collectives")] = None
-    zero_quantized_nontrainable_weights: Annotated[Any, NotBuilt("quantized collectives")] = None
-    zero_quantized_gradients: Annotated[Any, NotBuilt("quantized collectives")] = None
-    zeropp_loco_param: Annotated[Any, Removed("LoCo error feedback")] = None
     mics_shard_size: Annotated[Any, Removed("MiCS sharding groups", neutral=(-1,), instead=_SHARD_GROUPS)] = None
     mics_hierarchical_params_gather: Annotated[Any, Removed("MiCS sharding groups", instead=_SHARD_GROUPS)] = None
 
@@ -166,6 +175,16 @@ class Offload:
         return f"nvme:{self.path}" if self.kind == "nvme" else self.kind
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorFeedback:
+    """What quantizing gradients loses is kept and added to the next ones."""
+
+    beta: float = 0.8
+    """Weight of what was kept before, from 0 to below 1, beside what is lost now."""
+    reset_steps: int = 1024
+    """Optimizer steps after which what was kept is forgotten."""
+
+
 @dataclass(frozen=True)
 class Zero(Resolved):
     """Sharding and offload."""
@@ -184,12 +203,22 @@ class Zero(Resolved):
     """What names of modules that are gathered whole end in."""
     compute_grad_norm: bool = True
     """Whether the global gradient norm is told to those who ask."""
+    quantized_weights: bool = False
+    """Whether all weights travel as int8."""
+    quantized_frozen: bool = False
+    """Whether weights that are not trained do."""
+    quantized_gradients: bool = False
+    """Whether gradients travel as int4."""
+    feedback: ErrorFeedback | None = None
+    secondary: int = 0
+    """Ranks in a group that keeps codes of all weights for its own members, where weights travel as int8; 0 for all."""
 
 
 def resolve(section: ZeroSection | None, gradients: Gradients, given: Given) -> Zero:
     """Sharding and offload. Raises ConfigError where stage, homes and shortcuts contradict one another."""
     section = section or ZeroSection()
     stage, offload_param, offload_optimizer = _homes(section, given.shortcuts)
+    _check_quantized(section, stage, offload_param)
     leaf = section.leaf_module or LeafModule()
     return Zero(
         stage=stage,
@@ -199,6 +228,11 @@ def resolve(section: ZeroSection | None, gradients: Gradients, given: Given) -> 
         leaf_names=tuple(leaf.names or ()),
         leaf_suffixes=tuple(leaf.name_suffixes or ()),
         compute_grad_norm=_compute_norm(section, stage, gradients),
+        quantized_weights=section.zero_quantized_weights,
+        quantized_frozen=section.zero_quantized_nontrainable_weights,
+        quantized_gradients=section.zero_quantized_gradients,
+        feedback=_feedback(section),
+        secondary=secondary_of(section),
     )
 
 
@@ -255,6 +289,55 @@ def _compute_norm(section: ZeroSection, stage: int, gradients: Gradients) -> boo
         shown = "1.0, the default" if gradients.clipping_is_default else show(gradients.clipping)
         raise ConfigError(f"{key} = false needs gradient_clipping = 0, got {shown}", path=key)
     return False
+
+
+def secondary_of(section: ZeroSection | None) -> int:
+    """Ranks in a group of the secondary partition, 0 without one: with all weights as int8 `zero_hpz_partition_size` is
+    that, and otherwise the ranks of a shard group (see the mesh)."""
+    if section is None or not section.zero_quantized_weights:
+        return 0
+    size = section.zero_hpz_partition_size or 0
+    return size if size > 1 else 0
+
+
+def _check_quantized(section: ZeroSection, stage: int, offload_param: Offload) -> None:
+    """Raises ConfigError where quantized collectives are asked for and nothing of that kind is sent."""
+    asked = {
+        "zero_quantized_weights": section.zero_quantized_weights,
+        "zero_quantized_nontrainable_weights": section.zero_quantized_nontrainable_weights,
+        "zero_quantized_gradients": section.zero_quantized_gradients,
+    }
+    for key, wanted in asked.items():
+        path = f"zero_optimization.{key}"
+        if wanted and stage < 3:
+            raise ConfigError(
+                f"{path} = true needs zero_optimization.stage 3, got {stage}",
+                path=path,
+                expected="false",
+                got="true",
+            )
+        if wanted and "weights" in key and offload_param.kind == "nvme":
+            raise ConfigError(
+                f'{path} = true with zero_optimization.offload_param.device = "nvme": not built yet; keep the '
+                'weights in memory (device "cpu" or "none")',
+                path=path,
+                expected="false",
+                got="true",
+            )
+
+
+def _feedback(section: ZeroSection) -> ErrorFeedback | None:
+    loco = section.zeropp_loco_param
+    if loco is None:
+        return None
+    if not section.zero_quantized_gradients:
+        path = "zero_optimization.zeropp_loco_param"
+        raise ConfigError(
+            f"{path} needs zero_optimization.zero_quantized_gradients = true: without it gradients lose nothing",
+            path=path,
+        )
+    given = {"beta": loco.err_beta, "reset_steps": loco.reset_T}
+    return ErrorFeedback(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 
 def _home(section: OffloadParam | OffloadOptimizer, path: str) -> Offload:

@@ -16,9 +16,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import view_of
-from zeroxide.plan.home import Home
-from zeroxide.plan.plan import Plan
-from zeroxide.zero.messages import Messages, Work
+from zeroxide.zero.messages import Messages
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 
@@ -28,7 +26,6 @@ __all__ = [
     "SharedWeights",
     "SingleRankWeights",
     "WeightGather",
-    "make_weight_gather",
 ]
 
 
@@ -38,6 +35,10 @@ class WeightGather(Protocol):
     @property
     def sent_bytes(self) -> int:
         """Bytes of weights that left this rank for others of its shard group."""
+
+    @property
+    def sent_across(self) -> int:
+        """Of these, the bytes that left its group where a shard group has groups within it."""
 
     def gather(self, unit: Unit) -> None:
         """Makes the unit's weights readable, the other ranks' parts included, and holds them. Idempotent."""
@@ -66,6 +67,7 @@ class _LocalWeights:
     """
 
     sent_bytes = 0
+    sent_across = 0
 
     def __init__(self, core: _core.Offload, *, stays: bool) -> None:
         self.core = core
@@ -135,6 +137,16 @@ class HostWeights(_LocalWeights):
         _end_step_here(self.core, self, self._shown)
 
 
+class Waited(Protocol):
+    """What is on its way, as `Work` is waited for."""
+
+    def received(self) -> None:
+        """Waits until everything has arrived. Raises RanksError when a rank is lost."""
+
+    def sent(self) -> None:
+        """Waits until everything has left. Raises RanksError when a rank is lost."""
+
+
 class GatheredWeights:
     """Weights of which no rank has all: what all-gathers have in common. It knows which units are on their way.
 
@@ -147,11 +159,12 @@ class GatheredWeights:
         self.core = core
         self.messages = messages
         self.sent_bytes = 0
+        self.sent_across = 0
         # Weights that are at home in host memory lie under their windows at all times.
         self._stays = stays
         # A reader that nothing announced is served by a thread of its own.
         self._busy = threading.RLock()
-        self._flights: dict[int, Work] = {}
+        self._flights: dict[int, Waited] = {}
         # Of these, the units whose parts have not all been waited for.
         self._coming: set[int] = set()
         # Of those, the ones that are received beside their windows.
@@ -213,6 +226,7 @@ class GatheredWeights:
         self._coming.add(unit.index)
         messages.start(work, incoming, [(rank, own) for _, rank in others])
         self.sent_bytes += own.nbytes * len(others)
+        self.sent_across += own.nbytes * (group.size - min(group.size, unit.groups.near))
 
     def _room(self, unit: Unit) -> torch.Tensor:
         """Where the unit's own part is and the others' parts go, flat."""
@@ -299,15 +313,3 @@ def _end_step_here(core: _core.Offload, weights: WeightGather, shown: Iterable[U
     for unit in shown:
         weights.gather(unit)
         weights.release(unit)
-
-
-def make_weight_gather(core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages) -> WeightGather:
-    """What brings the weights of `units` together from the ranks that `messages` go between."""
-    stays = plan.weights is Home.HOST
-    if plan.world == 1:
-        return SingleRankWeights(core, stays=stays, params_always_full=plan.params_always_full)
-    if plan.transport == "shared":
-        shown = units if plan.params_always_full else ()
-        return HostWeights(core, messages, shown) if stays else SharedWeights(core, messages, shown)
-    refreshed = units if plan.params_always_full and not plan.replicated else ()
-    return CollectiveWeights(core, messages, stays, refreshed, params_always_full=plan.params_always_full)

@@ -261,7 +261,8 @@ class Init:
         the config.
     mem_efficient_linear, pin_memory: no effect: no function of torch is replaced, and memory is pinned by who moves it.
 
-    Raises ConfigError for groups, model parallelism, quantized weights and a swapper, which are not built.
+    Raises ConfigError for groups, model parallelism and a swapper, which are not built, and for quantized weights,
+    which the config of `initialize` asks for: slices are exact.
     """
 
     def __init__(
@@ -286,14 +287,23 @@ class Init:
             "data_parallel_group": data_parallel_group,
             "mpu": mpu,
             "zero_param_parallel_group": zero_param_parallel_group,
-            "zero_quantized_weights": zero_quantized_weights or None,
-            "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights or None,
             "sequence_data_parallel_group": sequence_data_parallel_group,
             "param_swapper": param_swapper,
         }
         for name, given in refused.items():
             if given is not None:
                 raise ConfigError(f"zero.Init: {name} is not built yet: expected {None}", path=name)
+        quantised = {
+            "zero_quantized_weights": zero_quantized_weights,
+            "zero_quantized_nontrainable_weights": zero_quantized_nontrainable_weights,
+        }
+        for name, wanted in quantised.items():
+            if wanted:
+                raise ConfigError(
+                    f"zero.Init: {name}: slices are exact; set zero_optimization.{name} in the config of "
+                    "zeroxide.initialize, by which weights travel",
+                    path=name,
+                )
         if dtype is not None and dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(f"zero.Init: dtype: expected fp32, bf16 or fp16, got {dtype}", path="dtype")
         if remote_device not in (None, "none", "cpu", "nvme"):

@@ -22,13 +22,12 @@ import torch
 from zeroxide import _core
 from zeroxide.device.placement import memory_at
 from zeroxide.errors import RanksError
-from zeroxide.plan.plan import Plan
 from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import GradientState
 from zeroxide.zero.reduce.sent import SentGradients
 from zeroxide.zero.unit import Unit
 
-__all__ = ["CollectiveGradients", "GradientReduction", "SharedGradients", "SingleRankGradients", "make_reduction"]
+__all__ = ["CollectiveGradients", "GradientReduction", "SharedGradients", "SingleRankGradients"]
 
 
 class GradientReduction(Protocol):
@@ -191,7 +190,7 @@ class CollectiveGradients(_BetweenRanks):
         work = self.messages.work("all-gather of gradients" if groups.replicated else "all-to-all", unit)
         self._reducing = unit, work
         self.messages.start(work, arriving, leaving)
-        near = len(place) if groups.replicated else groups.shard.size - 1
+        near = len(place) if groups.replicated else groups.near - 1
         self.sent.reductions.within += size * self.dtype.itemsize * near
         self.sent.reductions.across += size * self.dtype.itemsize * (len(place) - near)
 
@@ -224,14 +223,3 @@ class CollectiveGradients(_BetweenRanks):
             self._updating.received()
             self._updating.sent()
             self._updating = None
-
-
-def make_reduction(
-    core: _core.Offload, plan: Plan, units: list[Unit], messages: Messages, dtype: torch.dtype
-) -> GradientReduction:
-    """What reduces the gradients of `units` over the ranks that `messages` go between; they travel in `dtype`."""
-    if plan.world == 1:
-        return SingleRankGradients()
-    if plan.transport == "shared":
-        return SharedGradients(core, units, messages, dtype)
-    return CollectiveGradients(core, units, messages, dtype, kept=plan.grad)

@@ -69,14 +69,14 @@ class OffloadedReduction:
     """Reduces units whose gradients have come down, one unit behind their completion."""
 
     def __init__(self, host: GradientReduction, grad_offload: GradientOffload) -> None:
-        self._host = host
+        self.host = host
         self._grad_offload = grad_offload
         self._complete: Unit | None = None
 
     @property
     def sent(self) -> SentGradients:
         """See `GradientReduction`."""
-        return self._host.sent
+        return self.host.sent
 
     def send(self, unit: Unit) -> None:
         """The unit's gradients have all been taken; those of the unit before it go out."""
@@ -88,16 +88,16 @@ class OffloadedReduction:
         """See `GradientReduction`."""
         self._grad_offload.drain()
         self._send_complete()
-        self._host.end_backward()
+        self.host.end_backward()
 
     def abandon(self) -> None:
         """See `GradientReduction`."""
         self._complete = None
         self._grad_offload.forget()
-        self._host.abandon()
+        self.host.abandon()
 
     def _send_complete(self) -> None:
         unit, self._complete = self._complete, None
         if unit is not None:
             self._grad_offload.drain_unit(unit)
-            self._host.send(unit)
+            self.host.send(unit)
