@@ -24,6 +24,7 @@ SIZES = {
     "hook_time": [],
     "checkpoint": ["--rounds", "1", "--model", "124m"],
     "data_parallel": ["--rounds", "2"],
+    "quantised_loss": [],
     "train_step": ["--rounds", "2", "--model", "124m"],
 }
 

@@ -1,6 +1,7 @@
 """Every rank trains on a simulated device of its own and in host memory, on its own batches: the bits are the same.
 
-Arguments: stage, home of parameters, home of state, transport, dtype.
+Arguments: stage, home of parameters, home of state, transport ("quantised" is collective, with gradients that carry
+what rounding has left), dtype.
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ def home(kind: str) -> dict[str, str]:
 zero = {"stage": int(stage)}
 zero |= {"offload_param": home(param)} if param != "none" else {}
 zero |= {"offload_optimizer": home(state)} if state != "none" else {}
+if transport == "quantised":
+    transport = "collective"
+    zero |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
+    zero |= {"zeropp_loco_param": {"err_beta": 0.8, "reset_T": 1024}}
 
 
 def train(where: str) -> tuple[list[float], dict[str, torch.Tensor], int]:

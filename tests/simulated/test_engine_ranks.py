@@ -18,6 +18,7 @@ CASES = [
     ("3", "cpu", "cpu", "collective", "bf16"),
     ("3", "nvme", "nvme", "auto", "fp32"),
     ("3", "nvme", "nvme", "collective", "bf16"),
+    ("3", "cpu", "cpu", "quantised", "bf16"),
 ]
 
 

@@ -47,6 +47,11 @@ class DeviceWeights:
         """See `WeightGather`."""
         return self.host.sent_bytes
 
+    @property
+    def sent_across(self) -> int:
+        """See `WeightGather`."""
+        return self.host.sent_across
+
     def cover(self, unit: Unit) -> None:
         """See `WeightGather`."""
         self.host.cover(unit)
