@@ -247,6 +247,26 @@ def test_a_gradient_in_several_blocks_that_fails_on_its_way_leaves_nothing_behin
     assert losses(True) == losses(False)
 
 
+def test_hooks_for_saved_tensors_of_the_callers_see_activations():
+    """Catches: hooks of the engine's in the place of the caller's, as of torch.autograd.graph.save_on_cpu."""
+    seen = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        seen.append(tuple(tensor.shape))
+        return tensor.detach().cpu()
+
+    engine, fresh = started("transient"), started("transient")
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.to("sim")):
+        loss = loss_of(engine(**batch(0)))
+    engine.backward(loss)
+    engine.step()
+    assert (2, 12, 144) in seen, "the activation between the two layers of a block"
+    assert (144, 48) not in seen, "a weight of one of them"
+    assert [loss.item(), step(engine, 1)] == [step(fresh, 0), step(fresh, 1)]
+    engine.destroy()
+    fresh.destroy()
+
+
 def test_an_in_place_change_of_a_saved_tensor_is_refused():
     """torch does not look, where hooks for saved tensors are in force."""
 

@@ -15,7 +15,9 @@ from running import COVERING, Mode, config_of, started
 from torch import nn
 
 from zeroxide import _core
+from zeroxide.config import load
 from zeroxide.errors import BudgetError
+from zeroxide.plan.plan import make_plan
 from zeroxide.plan.state import StatePlan
 
 BUCKETS = ("weights", "gradients", "optimizer", "staging", "gathered", "total")
@@ -164,3 +166,16 @@ def test_a_mesh_has_its_ranks():
                 units=[], rank=rank, shards=shards, replicas=replicas, stage=3, transport="collective", compute="bf16",
                 grad="bf16", comm="bf16", weights_on_disk=False, state_on_disk=False, prefetch=1,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(("where", "locked"), [("cpu", 0), ("cuda:0", 2 * 4 * (4 << 20))])
+def test_host_memory_that_copies_to_a_device_keep_locked_is_counted(where, locked):
+    """Four blocks of 4 MiB each way, from before any state. No device is touched."""
+    plan = make_plan(
+        build("gpt"),
+        load({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}),
+        threads=1,
+        resident=1 << 20,
+        device=torch.device(where),
+    )
+    assert plan.resident_before == (1 << 20) + locked
