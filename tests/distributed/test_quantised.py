@@ -67,15 +67,15 @@ WAYS = {"flat": INT4, "two hops": {**HPZ, **INT8, **INT4}, "shard groups": {**HP
 FED: list[Case] = [
     {"act": "feed", "name": f"{kind} {way} {with_}", "kind": kind, "zero": {**WAYS[way], **more}, "steps": steps}
     for kind, way in (("steady", "flat"), ("steady", "shard groups"), ("pairs", "two hops"))
-    for with_, more, steps in (("without", {}, 8), ("with", LOCO, 48))
+    for with_, more, steps in (("without", {}, 8), ("with", LOCO, 40))
 ]
 LEARNING = [
-    {"act": "learn", "name": name, "zero": zero, "steps": 30}
+    {"act": "learn", "name": name, "zero": zero, "steps": 24}
     for name, zero in (("learns exactly", {}), ("learns", {**HPZ, **INT8, **INT4, **LOCO}))
 ]
 GATHERED: list[Case] = [
     {"act": "learn", "name": f"{family} {way}", "family": family, "steps": 3, **zero}
-    for family in ("gpt-reentrant", "block-lists", "used-twice")
+    for family in ("gpt-reentrant", "block-lists")
     for way, zero in (
         ("over all", {"zero": INT8}),
         ("in groups", {"zero": {**INT8, **HPZ}}),
@@ -265,12 +265,12 @@ def test_groups_have_the_same_weights_however_modules_run(others):
 
 
 def test_a_model_learns_as_it_does_exactly(others):
-    """30 steps of a tiny GPT; `benches/quantised_loss.py` makes 200 of a larger one.
+    """24 steps of a tiny GPT; `benches/quantised_loss.py` makes 200 of a larger one.
 
     The first loss: a weight moves by at most half a scale, evenly, which is at most the largest weight over 127, so to
     first order the loss moves by at most six standard deviations of `scale / sqrt(12)` times the norm of its gradient:
     0.45, where 0.38 was seen. After that nothing bounds the distance of two courses of training but what they do: the
-    exact loss falls by 41.5, and the mean of the last five was seen 0.03 above it, of which ten times as much is
+    exact loss falls by 40.5, and the mean of the last five was seen 0.06 above it, of which five times as much is
     allowed.
 
     Catches: weights or gradients that are not those of their places, gradients that are not averaged, and what is kept
@@ -281,7 +281,7 @@ def test_a_model_learns_as_it_does_exactly(others):
     assert 0 < abs(lossy["losses"][0] - exact["losses"][0]) < 6 * scale / 12**0.5 * exact["norm"]
     ends = [sum(each["losses"][-5:]) / 5 for each in (exact, lossy)]
     assert abs(ends[1] - ends[0]) < 0.3
-    assert exact["losses"][0] - ends[0] > 41
+    assert exact["losses"][0] - ends[0] > 40
 
 
 def test_a_gradient_that_is_not_finite_leaves_out_the_step_on_all_ranks(others):

@@ -51,7 +51,8 @@ def initialize(
 
     model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
         on the meta device (then `weights` makes them). Its parameters move into the engine: outside of forward and
-        backward they are empty tensors.
+        backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie them in torch
+        2.15, so build it there.
     optimizer: None (then the config's), a fresh torch AdamW or Adam, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
