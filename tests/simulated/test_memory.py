@@ -93,6 +93,35 @@ def test_memory_whose_use_is_recorded(sim):
     assert torch.empty(5000, device="sim").isnan().all().item()
 
 
+def test_memory_may_be_freed_first_and_waited_for_then(sim):
+    """What counts is that its stream has waited when it is asked for memory again."""
+    sim.set_delay(LATE, LATE)
+    side, host = torch.Stream("sim"), torch.empty(5000).pin_memory()
+    used = torch.ones(5000, device="sim")
+    address = used.data_ptr()
+    side.wait_stream(torch.accelerator.current_stream())
+    with side:
+        host.copy_(used, non_blocking=True)
+    del used
+    torch.accelerator.current_stream().wait_stream(side)
+    assert torch.zeros(5000, device="sim").data_ptr() == address
+    side.synchronize()
+    assert host.equal(torch.ones(5000))
+    assert sim.races() == []
+
+
+def test_any_allocation_may_take_what_was_freed(sim):
+    """Whether it has in this run is left to chance, or to sizes."""
+    side, host = torch.Stream("sim"), torch.empty(5000).pin_memory()
+    used = torch.ones(5000, device="sim")
+    side.wait_stream(torch.accelerator.current_stream())
+    with side:
+        host.copy_(used, non_blocking=True)
+    del used
+    torch.empty(1, device="sim")
+    assert found(sim) == {("copy down", "free")}
+
+
 def test_memory_whose_recorded_use_has_ended_unseen_by_the_host(sim):
     """The allocator has seen it, which orders this memory and nothing else."""
     sim.set_delay(0, 0)

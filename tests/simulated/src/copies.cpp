@@ -18,8 +18,7 @@ bool is_sim(const Tensor& tensor) { return tensor.device().type() == TYPE; }
 
 bool plain(const Tensor& source, const Tensor& target) {
   return source.scalar_type() == target.scalar_type() && source.sizes() == target.sizes() &&
-         source.strides() == target.strides() && source.is_non_overlapping_and_dense() && !source.is_conj() &&
-         !target.is_conj() && !source.is_neg() && !target.is_neg();
+         source.strides() == target.strides() && source.is_non_overlapping_and_dense();
 }
 
 void check_storage(const Tensor& tensor) {
@@ -54,7 +53,21 @@ void copy_within(const Tensor& source, const Tensor& target) {
   op.callBoxed(&stack);
 }
 
+// Without the bits that say that memory holds conjugates or opposites: of what is read, and of where that goes.
+Tensor resolved_bits(const Tensor& tensor) {
+  if (tensor.is_conj()) return resolved_bits(tensor.conj()).conj_physical();
+  return tensor.is_neg() ? tensor._neg_view().neg() : tensor;
+}
+
 Tensor copy_from(const Tensor& given, const Tensor& target, bool non_blocking) {
+  if (given.is_conj() || given.is_neg()) return copy_from(resolved_bits(given), target, non_blocking);
+  if (target.is_conj() || target.is_neg()) {
+    bool conjugate = target.is_conj();
+    Tensor there = conjugate ? target.conj() : target._neg_view();
+    copy_from(conjugate ? given.to(target.scalar_type()).conj_physical() : given.to(target.scalar_type()).neg(), there,
+              non_blocking);
+    return target;
+  }
   Tensor source = given.sizes() == target.sizes() ? given : given.expand(target.sizes());
   if (target.numel() == 0 || (source.is_alias_of(target) && source.is_same(target))) return target;
   if (is_sim(source) && is_sim(target)) {
@@ -111,6 +124,9 @@ Tensor& copy_on_host(Tensor& target, const Tensor& source) { return target.copy_
 // `copy_` comes here for tensors of the device, so that within the device another operator has to do it.
 TORCH_LIBRARY_FRAGMENT(aten, m) { m.def("_sim_copy(Tensor(a!) self, Tensor src) -> Tensor(a!)"); }
 TORCH_LIBRARY_IMPL(aten, CPU, m) { m.impl("_sim_copy", &copy_on_host); }
+// What others would do for such bits is to copy.
+TORCH_LIBRARY_IMPL(aten, Conjugate, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
+TORCH_LIBRARY_IMPL(aten, Negative, m) { m.impl("_copy_from", torch::CppFunction::makeFallthrough()); }
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("_copy_from", &copy_from);
   m.impl("_copy_from_and_resize", &copy_from_and_resize);

@@ -140,14 +140,15 @@ class Machine {
   std::array<Usage, DEVICES> usage_;
   std::array<std::size_t, DEVICES> carved_{};
   std::array<std::multimap<std::pair<Stream*, std::size_t>, Block*>, DEVICES> free_;
-  struct Deferred {
+  struct Freed {
     Block* block;
-    std::vector<std::shared_ptr<Recording>> recordings;
+    std::vector<std::shared_ptr<Recording>> recordings;  // of the streams that were recorded, when it was freed
   };
-  std::vector<Deferred> deferred_;
+  std::vector<Freed> deferred_;  // until their recordings are done
+  std::vector<Freed> freed_;     // until their streams are asked for memory
   void reserve();
-  void retire(Block* block, const std::vector<Clock>& seen);
-  void retire_deferred(bool wait);
+  void free_deferred(bool wait);
+  void collect(Stream* stream);
   Block* take_free(Stream* stream, int device, std::size_t bytes);
   Block* carve(Stream* stream, int device, std::size_t bytes);
 

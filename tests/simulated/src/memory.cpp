@@ -150,9 +150,10 @@ Block* Machine::allocate(int device, std::size_t bytes) {
   std::lock_guard lock(mutex_);
   std::size_t counted = round_up(bytes, GRAIN);
   Usage& usage = usage_[device];
-  retire_deferred(false);
-  if (usage.in_use + counted > usage.limit) retire_deferred(true);
+  free_deferred(false);
+  if (usage.in_use + counted > usage.limit) free_deferred(true);
   Stream* stream = streams_[device][current_stream_index(device)].get();
+  collect(stream);
   Block* block = nullptr;
   if (usage.in_use + counted <= usage.limit) {
     block = take_free(stream, device, counted);
@@ -174,43 +175,46 @@ Block* Machine::allocate(int device, std::size_t bytes) {
 void Machine::release(Block* block) {
   if (bad_fork) return;
   std::lock_guard lock(mutex_);
-  if (block->others.empty()) {
-    retire(block, {});
-    return;
-  }
-  Deferred deferred{block, {}};
-  for (Stream* each : block->others) deferred.recordings.push_back(record_on(*each));
-  deferred_.push_back(std::move(deferred));
-}
-
-// From here on the memory may be given out again on its stream, which has to be told that others are done with it.
-void Machine::retire(Block* block, const std::vector<Clock>& seen) {
-  Operation operation = checker_.begin(block->stream->actor, "free");
-  checker_.take(operation, block->address, block->address + block->capacity, seen);
-  unsigned char* memory = alias(reinterpret_cast<void*>(block->address));
-  if (block->stream->idle()) {
-    std::memset(memory, POISON, block->capacity);
-  } else {
-    block->stream->enqueue({Task::Kind::Poison, memory, nullptr, block->capacity});
-  }
-  usage_[block->device].in_use -= block->bytes;
+  Freed freed{block, {}};
+  for (Stream* each : block->others) freed.recordings.push_back(record_on(*each));
   block->others.clear();
-  block->poisoned = true;
-  // The last to come is the first to go, so that who uses it still is found out.
-  auto& those = free_[block->device];
-  std::pair key{block->stream, block->capacity};
-  those.emplace_hint(those.lower_bound(key), key, block);
+  deferred_.push_back(std::move(freed));
+  free_deferred(false);
 }
 
-void Machine::retire_deferred(bool wait) {
-  std::erase_if(deferred_, [&](Deferred& each) {
-    std::vector<Clock> seen;
+void Machine::free_deferred(bool wait) {
+  std::erase_if(deferred_, [&](Freed& each) {
     for (auto& recording : each.recordings) {
       if (wait) recording->wait();
       if (!recording->done()) return false;
-      seen.push_back(recording->clock);
     }
-    retire(each.block, seen);
+    usage_[each.block->device].in_use -= each.block->bytes;
+    freed_.push_back(std::move(each));
+    return true;
+  });
+}
+
+// Whatever was freed on the stream might be given out next. Who uses it on another stream must be known to be done by
+// now: to the stream, which may have waited since, or to the allocator, which has seen recorded streams come so far.
+void Machine::collect(Stream* stream) {
+  std::erase_if(freed_, [&](Freed& each) {
+    Block* block = each.block;
+    if (block->stream != stream) return false;
+    std::vector<Clock> seen;
+    for (auto& recording : each.recordings) seen.push_back(recording->clock);
+    Operation operation = checker_.begin(stream->actor, "free");
+    checker_.take(operation, block->address, block->address + block->capacity, seen);
+    unsigned char* memory = alias(reinterpret_cast<void*>(block->address));
+    if (stream->idle()) {
+      std::memset(memory, POISON, block->capacity);
+    } else {
+      stream->enqueue({Task::Kind::Poison, memory, nullptr, block->capacity});
+    }
+    block->poisoned = true;
+    // The last to come is the first to go, so that who uses it still is found out.
+    auto& those = free_[block->device];
+    std::pair key{stream, block->capacity};
+    those.emplace_hint(those.lower_bound(key), key, block);
     return true;
   });
 }
@@ -222,7 +226,9 @@ void Machine::use_on(Block* block, Stream& stream) {
 
 void Machine::empty_cache() {
   std::lock_guard lock(mutex_);
-  retire_deferred(false);
+  free_deferred(false);
+  for (auto& device : streams_)
+    for (auto& each : device) collect(each.get());
   for (auto& those : free_) {
     for (auto& [key, block] : those) {
       if (block->capacity < 16 * PAGE || !block->stream->idle()) continue;

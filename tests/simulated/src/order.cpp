@@ -211,7 +211,7 @@ void Machine::reset() {
       checker_.clock(HOST).join(checker_.clock(each->actor));
     }
   }
-  retire_deferred(true);
+  free_deferred(true);
   checker_.reset();
   waits_.clear();
   forgotten_.clear();
