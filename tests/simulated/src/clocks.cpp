@@ -81,8 +81,9 @@ void Checker::access(const Operation& operation, Address low, Address high, bool
       report(before, operation, writes, low, high);
       return false;
     }
+    // Whatever comes after this access and would have to be after that one is after both.
     bool covered = low <= before.low && before.high <= high;
-    return !(covered && ordered && (writes || (!before.writes && before.actor == operation.actor)));
+    return !(covered && ordered && (writes || !before.writes));
   });
   if (over) return;
   int kind = std::bit_width(high - low) - 1;
