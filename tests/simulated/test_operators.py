@@ -267,7 +267,7 @@ def assert_trained(result, expected):
 
 def test_backward_is_on_the_stream_of_forward(sim):
     """A copy that is under way on that stream is waited for by its own order, without an event."""
-    sim.set_delay(20_000, 20_000)
+    sim.set_delay(100_000, 100_000)
     side = torch.Stream("sim")
     with side:
         weight = torch.ones(1000, device="sim", requires_grad=True)
