@@ -40,6 +40,8 @@ def attach(library: Any) -> None:
         "host_access": [u64, u64, ctypes.c_bool, text],
         "register_host": [u64, u64],
         "unregister_host": [u64],
+        "set_register_limit": [u64],
+        "lose": [device, ctypes.c_int64],
         "name_stream": [device, device, text],
         "seed": [device, u64],
         "rng_get": [device, ctypes.c_void_p],
@@ -249,6 +251,16 @@ def set_memory_limit(nbytes: int, device: torch.device | str | int | None = None
     _call("set_limit", _index(device), nbytes)
 
 
+def set_register_limit(nbytes: int) -> None:
+    """More host memory than this is not registered at once, as where little may be locked."""
+    _call("set_register_limit", nbytes)
+
+
+def lose(after: int = 0, device: torch.device | str | int | None = None) -> None:
+    """The device does so many more operations and copies, and then nothing until `reset`: whatever asks it raises."""
+    _call("lose", _index(device), after)
+
+
 def set_delay(low: int, high: int, seed: int = 0) -> None:
     """Copies that do not block sleep so many microseconds, drawn evenly, and anew from now on; 0 to 2000 at first."""
     _call("set_delay", low, high, seed)
@@ -322,7 +334,7 @@ def forget_wait(number: int) -> None:
 
 
 def reset() -> None:
-    """Waits for everything, and begins anew with no race, no wait and none to be forgotten."""
+    """Waits for everything, and begins anew with no race, no wait, none to be forgotten, and both devices there."""
     _call("reset")
 
 

@@ -52,6 +52,21 @@ def test_registered_memory_is_as_pinned(sim):
         sim.unregister_host(address)
 
 
+def test_more_memory_than_may_be_locked(sim):
+    host = anonymous(8192)
+    sim.set_register_limit(8191)
+    try:
+        sim.register_host(host.data_ptr(), 4096)
+        refused = "4096 bytes of host memory cannot be registered: 4096 of 8191 are already"
+        with pytest.raises(RuntimeError, match=refused):
+            sim.register_host(host.data_ptr() + 4096, 4096)
+        sim.unregister_host(host.data_ptr())
+        sim.register_host(host.data_ptr() + 4096, 4096)
+        sim.unregister_host(host.data_ptr() + 4096)
+    finally:
+        sim.set_register_limit(2**63)
+
+
 def test_memory_that_is_unregistered_too_early(sim):
     sim.set_delay(LATE, LATE)
     host = anonymous(4096)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -313,6 +314,33 @@ def test_asking_is_one_wait_for_each_recording(sim):
         "the host asks for an event",
         "the host waits for stream 0 of sim:0",
     ]
+
+
+def test_a_device_that_is_lost(sim):
+    """At an operation; from then on for all that asks it, and for nobody who frees what was on it or asks the other."""
+    there, event, stream = torch.ones(10, device="sim"), torch.Event("sim"), sim.current_stream()
+    pinned = torch.ones(10).pin_memory()
+    event.record()
+    sim.lose(after=2)
+    there.add_(1)
+    there.copy_(pinned, non_blocking=True)
+    for ask in (
+        partial(there.add_, 1),
+        partial(there.copy_, pinned, non_blocking=True),
+        there.cpu,
+        partial(torch.empty, 1, device="sim"),
+        event.record,
+        event.query,
+        event.synchronize,
+        stream.synchronize,
+        torch.accelerator.synchronize,
+    ):
+        with pytest.raises(RuntimeError, match="sim:0 is lost: nothing that is on it can be reached any more"):
+            ask()
+    assert torch.ones(1, device="sim:1").item() == 1
+    del there
+    sim.reset()
+    assert torch.ones(1, device="sim").item() == 1
 
 
 def test_devices_copy_to_one_another(sim):

@@ -133,6 +133,14 @@ int sim_unregister_host(std::uint64_t address) {
   return guarded([&] { Machine::get().unregister_host(address); });
 }
 
+int sim_set_register_limit(std::uint64_t bytes) {
+  return guarded([&] { Machine::get().set_register_limit(bytes); });
+}
+
+int sim_lose(int device, std::int64_t after) {
+  return guarded([&] { Machine::get().lose(device, after); });
+}
+
 int sim_name_stream(int device, int index, const char* name) {
   return guarded([&] { Machine::get().name_stream(Machine::get().stream(device, index), name); });
 }

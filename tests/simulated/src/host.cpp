@@ -67,6 +67,10 @@ void Machine::register_host(Address address, std::size_t bytes) {
   if (bytes == 0 || (next != ranges_.end() && next->second.low < address + bytes))
     throw std::runtime_error("host memory at " + std::to_string(address) + " of " + std::to_string(bytes) +
                              " bytes is empty or registered already");
+  if (registered_ + bytes > register_limit_)
+    throw std::runtime_error(std::to_string(bytes) + " bytes of host memory cannot be registered: " +
+                             std::to_string(registered_) + " of " + std::to_string(register_limit_) + " are already");
+  registered_ += bytes;
   ranges_.emplace(address + bytes, HostRange{address, address + bytes, false, {}});
 }
 
@@ -80,10 +84,16 @@ void Machine::unregister_host(Address address) {
       throw std::runtime_error("no host memory is registered at " + std::to_string(address));
     checker_.access(checker_.begin(HOST, "unregister_host"), range->low, range->high, true, true);
     checker_.forget(range->low, range->high);
+    registered_ -= range->high - range->low;
     uses = std::move(range->uses);
     ranges_.erase(range->high);
   }
   for (auto& each : uses) each->wait();
+}
+
+void Machine::set_register_limit(std::size_t bytes) {
+  std::lock_guard lock(mutex_);
+  register_limit_ = bytes;
 }
 
 void Machine::host_access(Address address, std::size_t bytes, bool writes, const std::string& who) {

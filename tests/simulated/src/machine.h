@@ -7,7 +7,7 @@
 #pragma once
 
 #include <array>
-#include <functional>
+#include <atomic>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -43,6 +43,7 @@ struct Block {
 };
 
 struct Event {
+  int device = 0;
   std::shared_ptr<Recording> recording;
   bool asked = false;  // a query of this recording has been counted as a wait
   bool forgotten = false;
@@ -92,6 +93,8 @@ class Machine {
   void register_host(Address address, std::size_t bytes);
   void unregister_host(Address address);
   bool is_pinned(const void* address);
+  /// More than this cannot be registered at once.
+  void set_register_limit(std::size_t bytes);
   void host_access(Address address, std::size_t bytes, bool writes, const std::string& who);
 
   // order.cpp
@@ -122,6 +125,9 @@ class Machine {
   /// A copy of plain bytes as the next thing that the stream does. The host waits for it where `late` is not set, or where
   /// memory of the host is not pinned.
   void copy(Stream& stream, Way way, void* target, const void* source, std::size_t bytes, bool late);
+
+  /// The device does so many more operations and copies; whoever asks it for anything afterwards gets an error.
+  void lose(int device, std::int64_t after);
 
   std::vector<Race> races();
   std::vector<Wait> waits();
@@ -154,6 +160,7 @@ class Machine {
 
   // host.cpp
   std::map<Address, HostRange> ranges_;  // by their end
+  std::size_t registered_ = 0, register_limit_ = ~std::size_t{0};
   std::multimap<std::size_t, Address> free_pinned_;
   std::map<Address, HostRange> deferred_pinned_;
   HostRange* range_of(Address address, std::size_t bytes);
@@ -164,6 +171,9 @@ class Machine {
   std::array<int, DEVICES> next_{};
   std::vector<Wait> waits_;
   std::set<std::uint64_t> forgotten_;
+  std::array<std::atomic<std::int64_t>, DEVICES> left_;  // operations until the device is lost; below 0: it never is
+  void operate(int device);
+  void check_there(int device) const;
   bool wait_counts(const std::string& text, bool news);
   std::shared_ptr<Recording> record_on(Stream& stream);
 };

@@ -83,6 +83,7 @@ Machine& Machine::get() {
 
 Machine::Machine() {
   for (int device = 0; device < DEVICES; device++) {
+    left_[device] = -1;
     for (int index = 0; index < STREAMS; index++) {
       int actor = 1 + device * STREAMS + index;
       streams_[device][index] = std::make_unique<Stream>(device, index, actor);
@@ -147,6 +148,7 @@ Block* Machine::carve(Stream* stream, int device, std::size_t bytes) {
 }
 
 Block* Machine::allocate(int device, std::size_t bytes) {
+  check_there(device);
   std::lock_guard lock(mutex_);
   std::size_t counted = round_up(bytes, GRAIN);
   Usage& usage = usage_[device];

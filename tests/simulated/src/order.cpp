@@ -41,6 +41,18 @@ void Machine::name_stream(Stream& stream, const std::string& name) {
   checker_.name_actor(stream.actor, name);
 }
 
+void Machine::lose(int device, std::int64_t after) { left_.at(device) = after; }
+
+void Machine::check_there(int device) const {
+  if (left_.at(device) == 0)
+    throw std::runtime_error("sim:" + std::to_string(device) + " is lost: nothing that is on it can be reached any more");
+}
+
+void Machine::operate(int device) {
+  check_there(device);
+  if (left_.at(device) > 0) left_.at(device)--;
+}
+
 // Counts a wait of the program. A wait that was to be forgotten has no effect: false.
 bool Machine::wait_counts(const std::string& text, bool news) {
   waits_.push_back({text, news});
@@ -58,7 +70,9 @@ std::shared_ptr<Recording> Machine::record_on(Stream& stream) {
 }
 
 void Machine::record(Event& event, Stream& stream) {
+  check_there(stream.device);
   std::lock_guard lock(mutex_);
+  event.device = stream.device;
   event.recording = record_on(stream);
   event.asked = event.forgotten = false;
 }
@@ -76,6 +90,7 @@ void Machine::block(Event& event, Stream& stream) {
 // However often a program asks whether a recording is done, that is one wait.
 bool Machine::query(Event& event) {
   if (!event.recording) return true;
+  check_there(event.device);
   std::lock_guard lock(mutex_);
   Clock after = checker_.clock(HOST);
   bool news = after.join(event.recording->clock);
@@ -89,6 +104,7 @@ bool Machine::query(Event& event) {
 
 void Machine::synchronize(Event& event) {
   if (!event.recording) return;
+  check_there(event.device);
   {
     std::lock_guard lock(mutex_);
     Clock after = checker_.clock(HOST);
@@ -100,6 +116,7 @@ void Machine::synchronize(Event& event) {
 }
 
 void Machine::join_host(Stream& stream) {
+  check_there(stream.device);
   {
     std::lock_guard lock(mutex_);
     checker_.clock(HOST).join(checker_.clock(stream.actor));
@@ -108,6 +125,7 @@ void Machine::join_host(Stream& stream) {
 }
 
 void Machine::synchronize(Stream& stream) {
+  check_there(stream.device);
   {
     std::lock_guard lock(mutex_);
     Clock after = checker_.clock(HOST);
@@ -120,6 +138,7 @@ void Machine::synchronize(Stream& stream) {
 
 void Machine::synchronize_device(int device) {
   if (device < 0) device = device_now;
+  check_there(device);
   {
     std::lock_guard lock(mutex_);
     Clock after = checker_.clock(HOST);
@@ -152,6 +171,7 @@ void Machine::touch(const Operation& operation, const std::vector<Touch>& touche
 }
 
 Operation Machine::begin(Stream& stream, const std::string& name, const std::vector<Touch>& touched) {
+  operate(stream.device);
   Operation operation;
   {
     std::lock_guard lock(mutex_);
@@ -164,6 +184,7 @@ Operation Machine::begin(Stream& stream, const std::string& name, const std::vec
 
 void Machine::copy(Stream& stream, Way way, void* target, const void* source, std::size_t bytes, bool late) {
   static const char* const NAMES[] = {"copy up", "copy down", "copy within"};
+  operate(stream.device);
   Address to = reinterpret_cast<Address>(target), from = reinterpret_cast<Address>(source);
   {
     std::lock_guard lock(mutex_);
@@ -212,6 +233,7 @@ void Machine::reset() {
     }
   }
   free_deferred(true);
+  for (auto& each : left_) each = -1;
   checker_.reset();
   waits_.clear();
   forgotten_.clear();
