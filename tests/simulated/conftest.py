@@ -6,8 +6,8 @@ test that is run here starts a pytest with all that are selected, and each takes
 
 from __future__ import annotations
 
-import json
 import os
+import pickle
 import subprocess
 import sys
 import tempfile
@@ -45,7 +45,9 @@ def run_inside(config: pytest.Config, items: list[pytest.Item]) -> dict[str, lis
         ended = subprocess.run(
             command, cwd=config.rootpath, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        those = [json.loads(line) for line in file]
+        those = []
+        while file.peek(1):
+            those.append(pickle.load(file))
     found = defaultdict(list)
     for each in those:
         found[each["nodeid"]].append(config.hook.pytest_report_from_serializable(config=config, data=each))
@@ -62,8 +64,9 @@ def run_inside(config: pytest.Config, items: list[pytest.Item]) -> dict[str, lis
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if INSIDE in os.environ and written is not None:
         data = written.hook.pytest_report_to_serializable(config=written, report=report)
-        with open(os.environ[INSIDE], "a") as file:
-            file.write(json.dumps(data) + "\n")
+        with open(os.environ[INSIDE], "ab") as file:
+            # JSON would make lists of tuples, in which pytest keeps why a test was skipped.
+            pickle.dump(data, file)
 
 
 written: pytest.Config | None = None
