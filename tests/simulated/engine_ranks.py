@@ -1,7 +1,7 @@
 """Every rank trains on a simulated device of its own and in host memory, on its own batches: the bits are the same.
 
 Arguments: stage, home of parameters, home of state, transport ("quantised" is collective, with gradients that carry
-what rounding has left), dtype.
+what rounding has left; "viewed" is collective, with a rank that keeps views of a weight), dtype.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ def home(kind: str) -> dict[str, str]:
 zero = {"stage": int(stage)}
 zero |= {"offload_param": home(param)} if param != "none" else {}
 zero |= {"offload_optimizer": home(state)} if state != "none" else {}
+viewed = transport == "viewed"
+if viewed:
+    transport = "collective"
 if transport == "quantised":
     transport = "collective"
     zero |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
@@ -51,7 +54,10 @@ def train(where: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
         "zeroxide": {"threads": 1, "transport": transport, "device": where},
         **({} if dtype == "fp32" else {dtype: {"enabled": True}}),
     }
-    engine, *_ = zeroxide.initialize(model=build("gpt"), config=config)
+    model, kept = build("gpt"), []
+    if viewed and rank == 0:
+        model.h[1].up.register_forward_hook(lambda module, args, output: kept.append(module.weight.detach()))
+    engine, *_ = zeroxide.initialize(model=model, config=config)
     losses = []
     for batch in batches("gpt", 6, seed=10 + rank):
         loss = loss_of(engine(**{name: value.to(where) for name, value in batch.items()}))

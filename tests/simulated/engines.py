@@ -17,7 +17,10 @@ class Registry:
     """Host memory that the simulated device may copy from in place."""
 
     def register(self, address: int, nbytes: int) -> str | None:
-        torch.sim.register_host(address, nbytes)
+        try:
+            torch.sim.register_host(address, nbytes)
+        except RuntimeError as error:
+            return str(error)
         return None
 
     def unregister(self, address: int) -> None:

@@ -19,13 +19,14 @@ CASES = [
     ("3", "nvme", "nvme", "auto", "fp32"),
     ("3", "nvme", "nvme", "collective", "bf16"),
     ("3", "cpu", "cpu", "quantised", "bf16"),
+    ("3", "cpu", "cpu", "viewed", "fp32"),
 ]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_ranks_with_devices_have_the_bits_of_the_host(case):
     """Catches: a gradient sent before it has come down, a unit sent up before its parts are there, ranks that meet at
-    different points, the device of another rank."""
+    different points, the device of another rank, a rank that keeps views and gathers less often."""
     for rank, result in enumerate(run_ranks(2, PROGRAM, list(case))):
         assert result.code == 0, f"rank {rank}: {result.out[-1000:]}\n{result.err[-3000:]}"
         assert result.out.splitlines()[-1] == "same"

@@ -7,6 +7,7 @@ blocks, of which there are a fixed number, so that what copies take of host memo
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import torch
 from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
 from zeroxide.errors import DeviceError
 
-__all__ = ["BLOCKS", "BLOCK_BYTES", "Download", "Transfers", "pinned_bytes", "room_for"]
+__all__ = ["BLOCKS", "BLOCK_BYTES", "Cuda", "Download", "Transfers", "pinned_bytes", "room_for"]
 
 logger = logging.getLogger("zeroxide")
 
@@ -61,21 +62,26 @@ class Registry(Protocol):
         """Ends it."""
 
 
-class _Cuda:
-    """Registration through torch's own copy of the CUDA runtime, in torch's context of the current device."""
+class Cuda:
+    """Registration by the driver, in torch's context. An error of the driver's stays with the call that had it; one of
+    the runtime's would be met by the next kernel of torch's."""
 
-    def __init__(self) -> None:
-        self._runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    def __init__(self, driver: Any = None) -> None:
+        self._driver = ctypes.CDLL("libcuda.so.1") if driver is None else driver
 
     def register(self, address: int, nbytes: int) -> str | None:
-        error = self._runtime.cudaHostRegister(address, nbytes, 0)
-        return None if error.value == 0 else f"cudaHostRegister: {self._runtime.cudaGetErrorString(error)}"
+        """See `Registry`."""
+        code = self._driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
+        return None if code == 0 else f"cuMemHostRegister: error {code}"
 
     def unregister(self, address: int) -> None:
-        self._runtime.cudaHostUnregister(address)
+        """See `Registry`."""
+        code = self._driver.cuMemHostUnregister(ctypes.c_void_p(address))
+        if code != 0:
+            logger.warning("cuMemHostUnregister: error %d: host memory stays locked until the process ends", code)
 
 
-REGISTRIES: dict[str, Callable[[], Registry]] = {"cuda": _Cuda}
+REGISTRIES: dict[str, Callable[[], Registry]] = {"cuda": Cuda}
 """By the kind of device; a device without one copies through blocks."""
 
 
@@ -174,8 +180,12 @@ class Transfers:
             storage.resize_(nbytes)
 
     def free(self, storage: torch.UntypedStorage) -> None:
-        """Takes a storage's memory, which copies up that come later may get: they wait for what the model's stream has
-        been given so far."""
+        """Takes a storage's memory, which what comes later on the stream up may get: that waits for what the model's
+        stream has been given so far.
+
+        It waits here, and not where memory is next asked for: torch has few streams, and hands them out in turn, so
+        that somebody else's may be the same one.
+        """
         self._up.wait_event(self.stream().record_event())
         storage.resize_(0)
 

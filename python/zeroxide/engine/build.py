@@ -329,6 +329,7 @@ class Build:
             groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
+            keeps_edits=plan.keeps_edits,
         )
         shard_all(self.context)
         large = self.hooks.reducer.large

@@ -203,6 +203,7 @@ class Engine(Accessors, nn.Module):
         """
         self._check_trained("save_checkpoint")
         self.parts.guard.check_parameters()
+        self.parts.context.take_down_edits()
         state = {} if client_state is None else client_state
         return self._saves().save(Path(save_dir), tag, state, save_latest, not exclude_frozen_parameters)
 
@@ -247,14 +248,17 @@ class Engine(Accessors, nn.Module):
         self._check_trained("load_checkpoint")
         self.wait_for_checkpoint()
         self.parts.context.before_change()
-        return load_checkpoint(
-            self.training_state,
-            Path(load_dir),
-            tag,
-            strict=load_module_strict,
-            optimizer=load_optimizer_states and not load_module_only,
-            scheduler=load_lr_scheduler_states and not load_module_only,
-        )
+        try:
+            return load_checkpoint(
+                self.training_state,
+                Path(load_dir),
+                tag,
+                strict=load_module_strict,
+                optimizer=load_optimizer_states and not load_module_only,
+                scheduler=load_lr_scheduler_states and not load_module_only,
+            )
+        finally:
+            self.parts.context.after_change()
 
     def save_16bit_model(
         self, save_dir: str | Path, save_filename: str | None = None, exclude_frozen_parameters: bool = False
@@ -262,6 +266,7 @@ class Engine(Accessors, nn.Module):
         """Writes the live weights as safetensors that Hugging Face loads, cut into files, each rank what it holds."""
         from zeroxide.checkpoint.convert.export import save_model
 
+        self.parts.context.take_down_edits()
         include_frozen = not exclude_frozen_parameters
         return save_model(self.training_state, Path(save_dir), save_filename, include_frozen=include_frozen)
 

@@ -34,6 +34,8 @@ def part_from(module: nn.Module, units: list[Unit], *, params_always_full: bool)
         # Nothing may be left over memory that goes now.
         for unit in units:
             unit.hide()
+            if not params_always_full:
+                unit.memory.drop()
     if not params_always_full:
         for each in module.modules():
             if each._parameters:

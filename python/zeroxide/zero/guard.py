@@ -6,7 +6,6 @@ version counters and addresses before a step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import chain
 
 import torch
@@ -125,19 +124,13 @@ class ModelGuard:
             unit.take_in(position)
         if self.keeps_edits:
             if self.context.on_device:
-                self._write_down(unit, replaced)
+                with self.context.written(unit, replaced):
+                    self.context.take_down_edits([unit])
             return
         if (name := unit.edited()) is not None:
             raise self._refusal(name, "was changed in place")
         for position in self.context.changed_by_hand(unit):
             raise self._refusal(unit.names[position], "was changed through its .data")
-
-    def _write_down(self, unit: Unit, replaced: Sequence[int]) -> None:
-        """What is in place of the weights on the device becomes the core's."""
-        changed = sorted({*replaced, *unit.edits(), *self.context.changed_by_hand(unit)})
-        if changed:
-            with self.context.written(unit, changed):
-                unit.note_versions()
 
     def _refusal(self, name: str, what: str) -> ModelError:
         return ModelError(

@@ -180,7 +180,7 @@ class Hooks:
 
     def use(self, units: Sequence[Unit]) -> None:
         """Gathers units that an operation needs."""
-        if in_backward():
+        if in_backward() and not self._asks_in_forward():
             self.begin_backward()
         self.gatherer.use(units)
 
@@ -287,7 +287,9 @@ class Hooks:
         if self.closed:
             raise ModelError("backward after the engine was destroyed: its weights and gradients have gone with it")
         self.current.become(PassState.BACKWARD)
-        self.thread = threading.get_ident()
+        # Backward on a device runs on a thread of autograd's, and what follows it on the caller's again.
+        if self.reducer.grad_offload is None or not in_backward():
+            self.thread = threading.get_ident()
         self.reducer.expect_all()
         self.gatherer.begin_backward()
         for unit in self.spans:
@@ -313,13 +315,15 @@ class Hooks:
 
     def _is_inside_forward(self, unit: Unit) -> bool:
         """Whether forward itself asks for gradients. Nothing is accumulated then; what it reads is brought."""
-        if self.current.state is PassState.BACKWARD or not self.current.depth:
+        if not self._asks_in_forward():
             return False
         if not self.gatherer.stays:
-            for each in self.units:
-                each.show()
+            self.gatherer.show_what_may_be_read()
             self.gatherer.use([unit])
         return True
+
+    def _asks_in_forward(self) -> bool:
+        return self.current.state is not PassState.BACKWARD and self.current.depth > 0
 
     def _hold(self, unit: Unit) -> None:
         """Gathers the unit whose turn it is in backward, and releases the ones before it.

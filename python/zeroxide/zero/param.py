@@ -42,7 +42,10 @@ class ParameterContext:
         groups: UnitGroups,
         params_always_full: bool,
         on_disk: bool,
+        keeps_edits: bool = False,
     ) -> None:
+        self.keeps_edits = keeps_edits
+        """Whether a change in place of a weight that always shows its values counts."""
         self.on_disk = on_disk
         """Whether weights are at home on disk, which does not see what is written into memory."""
         self.core = core
@@ -154,11 +157,27 @@ class ParameterContext:
 
     def before_change(self) -> None:
         """Waits until values may change: no weights are on their way, and nobody reads what is there for himself."""
+        self.take_down_edits()
         self.changes += 1
         self.forget_by_hand()
         self.gatherer.drain()
         for wait in self.waits:
             wait()
+
+    def after_change(self) -> None:
+        """Values have changed, by another way than a step: parameters that show theirs show the new ones."""
+        if isinstance(self.gatherer.weights, DeviceWeights):
+            self.gatherer.weights.refresh()
+
+    def take_down_edits(self, units: Sequence[Unit] | None = None) -> None:
+        """Makes what was written into weights on a device the core's, before anybody asks the core for them."""
+        if not (self.on_device and self.keeps_edits):
+            return
+        for unit in self.units if units is None else units:
+            edited = sorted({*unit.edits(), *self.changed_by_hand(unit)})
+            if edited:
+                with self.written(unit, edited):
+                    unit.note_versions()
 
     def forget_by_hand(self) -> None:
         """Values change by the engine's own hand."""
@@ -286,6 +305,7 @@ class ShardedParam:
         core, place = self.context.core(), (self.unit.index, self.position)
         if not out.numel():
             return out
+        self.context.take_down_edits([self.unit])
         if self.trainable or part != "weights":
             core.read_param(*place, part, start, spec(out))
         else:
@@ -331,6 +351,7 @@ class ShardedParam:
         elif values.numel():
             raw = bytes_of(converted(values, self.dtype))
             core.write_bytes(*place, start * self.dtype.itemsize, spec(raw))
+        self.context.after_change()
 
     def has_gradient(self, everywhere: bool) -> bool:
         """Whether a gradient has come since the last step: on any rank, which all call, or on this one."""

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import HOST, addresses, view_of
+from zeroxide.device.placement import HOST, addresses, is_host, view_of
 from zeroxide.distributed import UnitGroups
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal, conceal_all, reveal, reveal_all
@@ -120,9 +120,13 @@ class Unit:
         self._note_shown()
 
     def hand_over(self) -> None:
-        """Gives every parameter memory of its own with the values it shows, and forgets that it was a unit's."""
+        """Gives every parameter memory of its own with the values it shows, and forgets that it was a unit's.
+
+        On a device the unit's memory is that: it goes with the last of its parameters.
+        """
         for param in self.params:
-            param.data = copy_of(param.data)
+            if is_host(self.device):
+                param.data = copy_of(param.data)
             unmanage(param)
         self.state = UnitState.RELEASED
         self.gradients = GradientState.IDLE

@@ -36,6 +36,9 @@ class UnitMemory(Protocol):
     def note_shown(self, lent: Collection[int] | None) -> None:
         """The parameters are views of the memory but for those at `lent` positions; with None, none is."""
 
+    def drop(self) -> None:
+        """The engine ends: memory that is not the core's goes."""
+
     def has_readers(self) -> bool:
         """Whether somebody beside the unit has views of it and may read them unannounced, which brings the values."""
 
@@ -76,6 +79,9 @@ class WindowMemory:
 
     def note_shown(self, lent: Collection[int] | None) -> None:
         """See `UnitMemory`: each view is known by a storage of its own."""
+
+    def drop(self) -> None:
+        """See `UnitMemory`: a window goes with the core."""
 
     def has_readers(self) -> bool:
         """See `UnitMemory`: a read of what is not there faults, and is served."""
@@ -132,6 +138,11 @@ class DeviceMemory:
         self.shown = 0
         if lent is not None:
             self.shown = sum(1 for at, place in enumerate(self.places) if place.nbytes and at not in lent)
+
+    def drop(self) -> None:
+        """See `UnitMemory`; where somebody has views it goes with the last of them."""
+        if not self.is_viewed():
+            self.storage.resize_(0)
 
     def has_readers(self) -> bool:
         """See `UnitMemory`: nobody can be served."""

@@ -24,6 +24,7 @@ from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.precision.bits import bytes_of
 from zeroxide.zero.gather.weight_gather import GatheredWeights, WeightGather
+from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.unit_memory import DeviceMemory
 
@@ -39,8 +40,8 @@ class DeviceWeights:
     def __init__(self, host: WeightGather, transfers: Transfers) -> None:
         self.host = host
         self.transfers = transfers
-        self._arriving: dict[int, torch.Event] = {}
-        """Of units that have been sent up and not been waited for, the event of their copy."""
+        self._arriving: dict[int, tuple[torch.Event, set[int]]] = {}
+        """Of units that have been sent up, the event of their copy, and the streams that have waited for it."""
 
     @property
     def sent_bytes(self) -> int:
@@ -74,13 +75,20 @@ class DeviceWeights:
         in_use = not memory.is_empty
         if not in_use:
             self.transfers.allocate(memory.storage, memory.nbytes, unit.name)
-        self._arriving[unit.index] = self.transfers.send_up(memory.window, memory.flat, in_use=in_use)
+        self._arriving[unit.index] = self.transfers.send_up(memory.window, memory.flat, in_use=in_use), set()
 
     def _join(self, unit: Unit) -> None:
-        """Lets what the model's stream is given from here on find the unit's values."""
-        event = self._arriving.pop(unit.index, None)
-        if event is not None:
-            self.transfers.stream().wait_event(event)
+        """Lets what the caller's stream is given from here on find the unit's values."""
+        arriving = self._arriving.get(unit.index)
+        if arriving is not None:
+            event, waiting = arriving
+            stream = self.transfers.stream()
+            if stream.stream_id not in waiting:
+                waiting.add(stream.stream_id)
+                stream.wait_event(event)
+
+    def refresh(self) -> None:
+        """Values have changed by another way than a step: parameters that always show theirs show the new ones."""
 
 
 def memory_of(unit: Unit) -> DeviceMemory:
@@ -134,10 +142,16 @@ class TransientWeights(DeviceWeights):
         viewed = self._viewed.pop(unit.index, None) is not None
         if unit.index in self._fresh:
             self._fresh.remove(unit.index)
+            if self._follows:
+                # What this rank still has, others may not.
+                self.host.gather(unit)
+                self.host.release(unit)
             return
         self.host.gather(unit)
-        self._send_up(unit, memory_of(unit))
-        self.host.release(unit)
+        try:
+            self._send_up(unit, memory_of(unit))
+        finally:
+            self.host.release(unit)
         if viewed:
             # Whoever has the views waits for nothing.
             self._join(unit)
@@ -157,6 +171,7 @@ class TransientWeights(DeviceWeights):
         del self._held[unit.index]
         # A copy that nobody has waited for is still writing.
         self._join(unit)
+        self._arriving.pop(unit.index, None)
         memory = memory_of(unit)
         if memory.is_viewed():
             self._viewed[unit.index] = unit
@@ -181,19 +196,23 @@ class TransientWeights(DeviceWeights):
         self.host.drain()
 
     def after_step(self) -> None:
-        """See `WeightGather`."""
+        """See `WeightGather`. Views that somebody keeps show the new values, but where other ranks had to send them."""
         self.host.after_step()
+        for unit in [] if self._follows else list(self._viewed.values()):
+            self.gather(unit)
+            self.release(unit)
 
 
 class ResidentWeights(DeviceWeights):
     """Weights that the device has at all times.
 
-    shown: units whose parameters always show their values; they go up right after a step, each as soon as its update
-    has ended, the others when they are used first.
+    shown: whether parameters always show their values; they go up right after a step, otherwise when they are used
+    first.
     """
 
-    def __init__(self, host: WeightGather, transfers: Transfers, shown: Sequence[Unit]) -> None:
+    def __init__(self, host: WeightGather, transfers: Transfers, units: Sequence[Unit], *, shown: bool) -> None:
         super().__init__(host, transfers)
+        self._units = units
         self._shown = shown
         self._fresh: set[int] = set()
         """Units whose values on the device are those of the core, or will be when their copy has arrived."""
@@ -206,10 +225,11 @@ class ResidentWeights(DeviceWeights):
     def gather_ahead(self, unit: Unit) -> bool:
         """Sends the unit up, if it has been updated since."""
         if unit.index not in self._fresh:
-            memory = memory_of(unit)
             self.host.gather(unit)
-            self._send_up(unit, memory)
-            self.host.release(unit)
+            try:
+                self._send_up(unit, memory_of(unit))
+            finally:
+                self.host.release(unit)
             self._fresh.add(unit.index)
         return True
 
@@ -225,12 +245,27 @@ class ResidentWeights(DeviceWeights):
     def after_step(self) -> None:
         """See `WeightGather`."""
         self.host.after_step()
-        for unit in self._shown:
-            self.gather_ahead(unit)
+        self._send_all([unit for unit in self._units if self._shown or self._is_looked_at(unit)])
+
+    def refresh(self) -> None:
+        """See `DeviceWeights`: what is always shown lies under its window at all times."""
         if self._shown:
+            for unit in self._units:
+                if unit.index not in self._fresh:
+                    self._send_up(unit, memory_of(unit))
+                    self._fresh.add(unit.index)
+            self._send_all(self._units)
+
+    @staticmethod
+    def _is_looked_at(unit: Unit) -> bool:
+        return unit.state is UnitState.GATHERED or memory_of(unit).is_viewed()
+
+    def _send_all(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            self.gather_ahead(unit)
+        if units:
             # One copy follows another: with the last one all have arrived.
-            self._join(self._shown[-1])
-            self._arriving.clear()
+            self._join(units[-1])
 
 
 def make_device_weights(
@@ -245,4 +280,4 @@ def make_device_weights(
             transfers.register(memory_of(unit).window, unit.name)
     if plan.transient:
         return TransientWeights(host, transfers, follows=isinstance(host, GatheredWeights))
-    return ResidentWeights(host, transfers, units if plan.params_always_full else ())
+    return ResidentWeights(host, transfers, units, shown=plan.params_always_full)

@@ -266,6 +266,10 @@ class Gatherer:
         operation asks them for their values, and what autograd has saved is brought by itself.
         """
         self.in_backward = True
+        self.show_what_may_be_read()
+
+    def show_what_may_be_read(self) -> None:
+        """Lets parameters of units that are not gathered be what autograd may have saved, as `begin_backward` says."""
         for unit in self.units:
             if self.serves:
                 unit.show()
