@@ -82,6 +82,24 @@ def test_an_edit_is_there_for_whoever_asks_next(read, tmp_path):
     engine.destroy()
 
 
+@pytest.mark.parametrize("home", ["resident", "resident-3"])
+def test_a_change_of_one_parameter_moves_one_unit(home, sim):
+    """Catches: all weights sent up for every parameter of a state dict that is loaded."""
+    engine = started(home)
+    step(engine, 0)
+    batch = {n: v.to("sim") for n, v in tokens(torch.Generator().manual_seed(0)).items()}
+    with torch.no_grad():
+        engine(**batch)
+        sim.reset_bytes()
+        weight = engine.module.h[1].up.weight
+        zeroxide.safe_set_full_fp32_param(weight, torch.full((144, 48), 0.25))
+        engine(**batch)
+    (nbytes,) = {u.memory.nbytes for u in engine.parts.units if any(p is weight for p in u.params)}
+    # Beside it the batch.
+    assert nbytes <= sim.usage().up < 2 * nbytes
+    engine.destroy()
+
+
 def test_an_edit_survives_a_change_of_another_parameter():
     engine = started("resident")
     weight = edit(engine, 0.5)

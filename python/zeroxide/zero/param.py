@@ -164,10 +164,11 @@ class ParameterContext:
         for wait in self.waits:
             wait()
 
-    def after_change(self) -> None:
-        """Values have changed, by another way than a step: parameters that show theirs show the new ones."""
+    def after_change(self, units: Sequence[Unit] | None = None) -> None:
+        """Values of some units, or of all, have changed since `before_change` by another way than a step: parameters
+        that show theirs show the new ones."""
         if isinstance(self.gatherer.weights, DeviceWeights):
-            self.gatherer.weights.refresh()
+            self.gatherer.weights.refresh(units)
 
     def take_down_edits(self, units: Sequence[Unit] | None = None) -> None:
         """Makes what was written into weights on a device the core's, before anybody asks the core for them."""
@@ -351,7 +352,7 @@ class ShardedParam:
         elif values.numel():
             raw = bytes_of(converted(values, self.dtype))
             core.write_bytes(*place, start * self.dtype.itemsize, spec(raw))
-        self.context.after_change()
+        self.context.after_change([self.unit])
 
     def has_gradient(self, everywhere: bool) -> bool:
         """Whether a gradient has come since the last step: on any rank, which all call, or on this one."""

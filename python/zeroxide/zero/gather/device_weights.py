@@ -87,8 +87,9 @@ class DeviceWeights:
                 waiting.add(stream.stream_id)
                 stream.wait_event(event)
 
-    def refresh(self) -> None:
-        """Values have changed by another way than a step: parameters that always show theirs show the new ones."""
+    def refresh(self, units: Sequence[Unit] | None = None) -> None:
+        """Values of some units, or of all, have changed by another way than a step, since the last `drain`: parameters
+        that always show theirs show the new ones."""
 
 
 def memory_of(unit: Unit) -> DeviceMemory:
@@ -138,23 +139,19 @@ class TransientWeights(DeviceWeights):
 
     def _start(self, unit: Unit) -> None:
         self._coming.pop(unit.index, None)
-        self._held[unit.index] = unit
-        viewed = self._viewed.pop(unit.index, None) is not None
-        if unit.index in self._fresh:
-            self._fresh.remove(unit.index)
-            if self._follows:
-                # What this rank still has, others may not.
-                self.host.gather(unit)
+        if unit.index not in self._fresh or self._follows:
+            # What this rank still has, others may not: they all gather.
+            self.host.gather(unit)
+            try:
+                if unit.index not in self._fresh:
+                    self._send_up(unit, memory_of(unit))
+            finally:
                 self.host.release(unit)
-            return
-        self.host.gather(unit)
-        try:
-            self._send_up(unit, memory_of(unit))
-        finally:
-            self.host.release(unit)
-        if viewed:
+        if self._viewed.pop(unit.index, None) is not None:
             # Whoever has the views waits for nothing.
             self._join(unit)
+        self._fresh.discard(unit.index)
+        self._held[unit.index] = unit
 
     def release(self, unit: Unit) -> None:
         """Gives the unit's memory back, once the device has done what it was given. Idempotent."""
@@ -216,6 +213,8 @@ class ResidentWeights(DeviceWeights):
         self._shown = shown
         self._fresh: set[int] = set()
         """Units whose values on the device are those of the core, or will be when their copy has arrived."""
+        self._before: set[int] = set()
+        """Those that were, when the core's were last about to change."""
 
     def gather(self, unit: Unit) -> None:
         """Makes the unit's values usable by what the model's stream is given next. Idempotent."""
@@ -239,33 +238,36 @@ class ResidentWeights(DeviceWeights):
     def drain(self) -> None:
         """See `WeightGather`."""
         self.transfers.wait_up()
-        self._fresh.clear()
+        self._before, self._fresh = self._fresh, set()
         self.host.drain()
 
     def after_step(self) -> None:
         """See `WeightGather`."""
         self.host.after_step()
-        self._send_all([unit for unit in self._units if self._shown or self._is_looked_at(unit)])
+        sent = [unit for unit in self._units if self._shown or self._is_looked_at(unit)]
+        for unit in sent:
+            self.gather_ahead(unit)
+        self._join_last(sent)
 
-    def refresh(self) -> None:
+    def refresh(self, units: Sequence[Unit] | None = None) -> None:
         """See `DeviceWeights`: what is always shown lies under its window at all times."""
+        if units is not None:
+            self._fresh |= self._before - {unit.index for unit in units}
         if self._shown:
-            for unit in self._units:
-                if unit.index not in self._fresh:
-                    self._send_up(unit, memory_of(unit))
-                    self._fresh.add(unit.index)
-            self._send_all(self._units)
+            sent = [unit for unit in self._units if unit.index not in self._fresh]
+            for unit in sent:
+                self._send_up(unit, memory_of(unit))
+                self._fresh.add(unit.index)
+            self._join_last(sent)
 
     @staticmethod
     def _is_looked_at(unit: Unit) -> bool:
         return unit.state is UnitState.GATHERED or memory_of(unit).is_viewed()
 
-    def _send_all(self, units: Sequence[Unit]) -> None:
-        for unit in units:
-            self.gather_ahead(unit)
-        if units:
-            # One copy follows another: with the last one all have arrived.
-            self._join(units[-1])
+    def _join_last(self, sent: Sequence[Unit]) -> None:
+        """Joins all units that have been sent up, in this order: one copy follows another."""
+        if sent:
+            self._join(sent[-1])
 
 
 def make_device_weights(
