@@ -27,6 +27,7 @@ __all__ = [
     "Offload",
     "PinnedMemory",
     "Plan",
+    "Quantisation",
     "Rule",
     "Settings",
     "StateHome",
@@ -36,15 +37,21 @@ __all__ = [
     "WeightHome",
     "Window",
     "__version__",
+    "add_message",
     "checksum",
+    "dequantise_message",
     "drop_clean_text",
+    "expand_message",
     "heap_bytes",
     "keep_freed_memory",
     "kernel_headers",
     "kernel_source",
+    "message_bytes",
     "probe_cuda",
+    "quantise_message",
     "reset_peak",
     "resident",
+    "shrink_gradients",
     "state_tensors",
 ]
 
@@ -155,7 +162,7 @@ class Quantisation:
     """What travels between ranks as integers: `near` ranks in a row are a group, 0 for all; `weights` of each unit."""
 
     def __new__(
-        cls, *, near: int = 0, weights: Sequence[bool] = (), gradients: bool = False, feedback: bool = False
+        cls, *, near: int = 0, weights: Sequence[bool] = ..., gradients: bool = False, feedback: bool = False
     ) -> Quantisation: ...
 
 @final
