@@ -198,6 +198,21 @@ def test_weights_are_used_after_a_backward_of_torchs_own():
     engine.destroy()
 
 
+def test_a_view_that_is_read_between_a_change_and_the_next_use():
+    """Catches: new values that arrive while the old ones are read."""
+    engine = started("resident-3", model=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    kept: list[torch.Tensor] = []
+    engine.module[1].register_forward_hook(lambda module, args, output: kept.append(module.weight.detach()))
+    x = torch.ones(2, 8, device="sim")
+    with torch.no_grad():
+        engine(x)
+        zeroxide.safe_set_full_fp32_param(engine.module[1].weight, torch.full((8, 8), 0.25))
+        kept[0].sum()
+        engine(x)
+    assert kept[0].eq(0.25).all()
+    engine.destroy()
+
+
 def test_two_streams_wait_for_one_copy():
     """Catches: a copy up that only the first stream to use it has waited for."""
     engine = started("resident-3", model=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))

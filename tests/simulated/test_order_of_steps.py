@@ -16,7 +16,10 @@ from simulated import engines
 MODES = {
     "resident": {"stage": 2, "offload_optimizer": "cpu"},
     "resident-disk": {"stage": 1, "offload_optimizer": "nvme"},
+    "resident-3": {"stage": 3},
     "transient": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"},
+    "transient-state-disk": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "nvme"},
+    "transient-weights-disk": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "cpu"},
     "transient-disk": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "nvme"},
 }
 

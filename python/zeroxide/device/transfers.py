@@ -189,14 +189,14 @@ class Transfers:
         self._up.wait_event(self.stream().record_event())
         storage.resize_(0)
 
-    def send_up(self, source: torch.Tensor, target: torch.Tensor, *, in_use: bool) -> torch.Event:
+    def send_up(self, source: torch.Tensor, target: torch.Tensor, after: torch.Event | None) -> torch.Event:
         """Copies flat bytes into as many on the device, on the stream up; returns the event that follows.
 
-        in_use: whether the model's stream may still read what `target` has. `source` may change at once where it is not
-        registered, and after `wait_up` where it is.
+        after: the last use of what `target` has, if that is not known to be over. `source` may change at once where it
+        is not registered, and after `wait_up` where it is.
         """
-        if in_use:
-            self._up.wait_event(self.stream().record_event())
+        if after is not None:
+            self._up.wait_event(after)
         in_place = address(source) in self._registered
         if in_place:
             with self._up:

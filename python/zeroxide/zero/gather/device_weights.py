@@ -70,12 +70,18 @@ class DeviceWeights:
         finally:
             self.host.release(unit)
 
-    def _send_up(self, unit: Unit, memory: DeviceMemory) -> None:
+    def _send_up(self, unit: Unit) -> None:
         """The unit is under its window; what is not copied in place may leave it at once."""
-        in_use = not memory.is_empty
-        if not in_use:
+        memory, after = memory_of(unit), None
+        if memory.is_empty:
             self.transfers.allocate(memory.storage, memory.nbytes, unit.name)
-        self._arriving[unit.index] = self.transfers.send_up(memory.window, memory.flat, in_use=in_use), set()
+        else:
+            after = self._last_use(unit)
+        self._arriving[unit.index] = self.transfers.send_up(memory.window, memory.flat, after), set()
+
+    def _last_use(self, unit: Unit) -> torch.Event | None:
+        """Up to which event what the device has of the unit may be in use."""
+        return self.transfers.stream().record_event()
 
     def _join(self, unit: Unit) -> None:
         """Lets what the caller's stream is given from here on find the unit's values."""
@@ -144,7 +150,7 @@ class TransientWeights(DeviceWeights):
             self.host.gather(unit)
             try:
                 if unit.index not in self._fresh:
-                    self._send_up(unit, memory_of(unit))
+                    self._send_up(unit)
             finally:
                 self.host.release(unit)
         if self._viewed.pop(unit.index, None) is not None:
@@ -215,6 +221,8 @@ class ResidentWeights(DeviceWeights):
         """Units whose values on the device are those of the core, or will be when their copy has arrived."""
         self._before: set[int] = set()
         """Those that were, when the core's were last about to change."""
+        self._used: torch.Event | None = None
+        """On the model's stream at that time, until the stream up has waited for it: nothing uses old values later."""
 
     def gather(self, unit: Unit) -> None:
         """Makes the unit's values usable by what the model's stream is given next. Idempotent."""
@@ -226,7 +234,7 @@ class ResidentWeights(DeviceWeights):
         if unit.index not in self._fresh:
             self.host.gather(unit)
             try:
-                self._send_up(unit, memory_of(unit))
+                self._send_up(unit)
             finally:
                 self.host.release(unit)
             self._fresh.add(unit.index)
@@ -239,7 +247,16 @@ class ResidentWeights(DeviceWeights):
         """See `WeightGather`."""
         self.transfers.wait_up()
         self._before, self._fresh = self._fresh, set()
+        self._used = self.transfers.stream().record_event()
         self.host.drain()
+
+    def _last_use(self, unit: Unit) -> torch.Event | None:
+        """See `DeviceWeights`: what goes up need not wait for what is computed with new values meanwhile, unless
+        somebody may have looked at the old ones."""
+        if self._is_looked_at(unit):
+            return super()._last_use(unit)
+        used, self._used = self._used, None
+        return used
 
     def after_step(self) -> None:
         """See `WeightGather`."""
@@ -256,7 +273,7 @@ class ResidentWeights(DeviceWeights):
         if self._shown:
             sent = [unit for unit in self._units if unit.index not in self._fresh]
             for unit in sent:
-                self._send_up(unit, memory_of(unit))
+                self._send_up(unit)
                 self._fresh.add(unit.index)
             self._join_last(sent)
 
