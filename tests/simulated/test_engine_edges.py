@@ -14,6 +14,7 @@ from torch import nn
 import zeroxide
 from simulated import engines
 from zeroxide.device.transfers import Cuda
+from zeroxide.engine import build as build_steps
 from zeroxide.zero.passes import PassState
 
 HOMES = {"resident": {"stage": 2}, "resident-3": {"stage": 3}, "transient": {"stage": 3, "offload_param": "cpu"}}
@@ -211,6 +212,26 @@ def test_a_view_that_is_read_between_a_change_and_the_next_use():
         engine(x)
     assert kept[0].eq(0.25).all()
     engine.destroy()
+
+
+@pytest.mark.parametrize("home", HOMES)
+@pytest.mark.parametrize("failing", ["hooks", "parameters", "show"])
+def test_a_construction_that_fails_late_gives_the_values_back(failing, home, sim, monkeypatch):
+    """Catches: parameters left on the device, or without values, and device memory that stays."""
+
+    def fail(under_way):
+        raise RuntimeError("injected")
+
+    steps = tuple((name, fail if name == failing else act) for name, act in build_steps.STEPS)
+    monkeypatch.setattr(build_steps, "STEPS", steps)
+    model, before = build("gpt"), sim.usage().in_use
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="injected"):
+        started(home, model=model)
+    assert {each.device.type for each in model.parameters()} == {"cpu"}
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    gc.collect()
+    assert sim.usage().in_use - before < 4096
 
 
 def test_two_streams_wait_for_one_copy():

@@ -22,8 +22,6 @@ NOT_HERE = {
     "nn.RNN": "backward of a plain nn.RNN on the simulated device has other bits: torch composes it otherwise",
 }
 """Ways that this device cannot show, and why."""
-BUILT_THERE = {"weight_norm by hooks"}
-"""Here others have references to weights, with which no backend outside of torch moves one."""
 
 
 def there(value):
@@ -41,8 +39,6 @@ def test_unusual_use_of_weights_has_plain_torchs_bits(name, sim):
         "zeroxide": {"threads": 1, "device": "sim"},
     }
     model, plain = small.build(), small.build()
-    if name in BUILT_THERE:
-        model.to("sim")
     with engines.followed():
         engine, *_ = zeroxide.initialize(model=model, config=config)
         try:

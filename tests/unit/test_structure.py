@@ -18,7 +18,6 @@ FOREIGN = {
     "_C": "torch",
     "_current_graph_task_id": "torch: which backward is under way",
     "_distributed_c10d": "torch: classes of process groups",
-    "_has_compatible_shallow_copy_type": "torch: whether a tensor can be another one's data, as module.to asks",
     "_functorch": "torch: whether a transform of torch.func is on",
     "_increment_version": "torch: to make a graph that saved old weights refuse to run",
     "_storage_Use_Count": "torch: whether somebody else has views of a storage",

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.errors import ConfigError, ModelError
+from zeroxide.errors import ConfigError
 
 __all__ = [
     "DTYPE_NAMES",
@@ -38,7 +38,6 @@ __all__ = [
     "lies_within",
     "make_current",
     "memory_at",
-    "move_onto",
     "nothing_like",
     "of_buffer",
     "plain",
@@ -115,26 +114,6 @@ def has_values(tensor: torch.Tensor) -> bool:
 def to_host(values: torch.Tensor, *, copy: bool = False) -> torch.Tensor:
     """fp32 values in host memory, flat and contiguous, for the core to read; with `copy`, never the tensor's own."""
     return plain(values.detach().to(device="cpu", dtype=torch.float32, copy=copy)).view(-1)
-
-
-def move_onto(param: nn.Parameter, values: torch.Tensor) -> None:
-    """Makes `values`, which may be on another device, what the parameter shows. It stays the object that it is.
-
-    Tensors of some backends cannot take the place of the host's as data; the parameter then becomes one of theirs.
-    Raises ModelError where others refer to it in a way that does not allow that.
-    """
-    if torch._has_compatible_shallow_copy_type(param, values):
-        param.data = values
-        return
-    made = nn.Parameter(values, requires_grad=param.requires_grad)
-    made.__class__ = type(param)
-    made.__dict__.update(param.__dict__)
-    try:
-        torch.utils.swap_tensors(param, made)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:
-        raise ModelError(
-            f"a parameter on {param.device} cannot become one on {values.device}: {error}; build the model there"
-        ) from None
 
 
 def nothing_like(tensor: torch.Tensor) -> torch.Tensor:

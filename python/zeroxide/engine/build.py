@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
-from zeroxide.device.placement import compute_device, is_host, make_current, move_onto
+from zeroxide.device.placement import compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
 from zeroxide.engine.accumulation import Accumulation, Counters
@@ -296,7 +296,7 @@ class Build:
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
-                move_onto(param, empty)
+                param.data = empty
         move_buffers(self.module, self.device)
         cast_buffers(self.module, self.config)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import HOST, address, has_values, move_onto, spec
+from zeroxide.device.placement import HOST, address, has_values, spec
 from zeroxide.errors import ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.plan import ParameterPlan, Plan
@@ -145,7 +145,7 @@ class _Param:
             values = _read(place, self.shape, self.dtype)
             whole = values is not None
             values = torch.empty(0, dtype=self.dtype, device=HOST) if values is None else values
-            move_onto(param, values.to(self.device))
+            param.data = values.to(self.device)
         param.grad = self.grad if whole else None
         return whole
 
