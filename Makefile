@@ -16,6 +16,8 @@ PYTHON ?= $(shell for each in python3 python3.14 python3.13 python3.12 python3.1
 TRAIN_ARGS ?= --model gpt2 --offload nvme:runs/gpt2/nvme --host-memory 2GiB --steps 60 --out runs/gpt2
 # Passed on to pytest: `make test-py PYTEST_ARGS="tests/unit -k config"`.
 PYTEST_ARGS ?=
+# Files of tests that run at a time. Most tests keep one processor busy, or wait; some have ranks of their own.
+PYTEST_WORKERS ?= 2
 
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name "*.rs" -path "*/src/*" -o -name build.rs -o -name Cargo.toml) \
 	$(shell find cuda -name "*.cu" -o -name "*.cuh" 2>/dev/null)
@@ -38,7 +40,7 @@ test-rust: $(BIN)/python ## Run the Rust tests
 	timeout 1800 $(CARGO) test --locked --workspace --exclude zeroxide-python
 
 test-py: $(VENV)/.wheel $(VENV)/.tools ## Run the Python tests against the wheel
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(PYTEST_WORKERS) --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(VENV)/.wheel $(VENV)/.tools ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -8,9 +8,22 @@ from pathlib import Path
 
 import pytest
 from untrimmed import leave_libraries
+from xdist.scheduler import LoadScopeScheduling
 
 leave_libraries()
 sys.path.insert(0, str(Path(__file__).parent / "numerics"))
+
+
+class ByFile(LoadScopeScheduling):
+    """Gives a worker a whole file, which may make models once for all its tests, or a folder that has one process."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "tests/simulated" if file.startswith("tests/simulated/") else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)
