@@ -19,6 +19,7 @@ __all__ = [
     "CudaContext",
     "CudaKernel",
     "CudaProbe",
+    "DeviceRequest",
     "GradientHook",
     "IoEngine",
     "KeptCubin",
@@ -39,8 +40,10 @@ __all__ = [
     "__version__",
     "add_message",
     "checksum",
+    "decode_weights",
     "dequantise_message",
     "drop_clean_text",
+    "encode_weights",
     "expand_message",
     "heap_bytes",
     "keep_freed_memory",
@@ -51,6 +54,7 @@ __all__ = [
     "quantise_message",
     "reset_peak",
     "resident",
+    "round_bf16",
     "shrink_gradients",
     "state_tensors",
 ]
@@ -70,6 +74,9 @@ class Rule:
     """What a parameter group calls it."""
 
     def __new__(cls, *positional: Never, **hyperparameters: float) -> Self: ...
+    @property
+    def values(self) -> dict[str, float]:
+        """The hyperparameters that it was made with, by name."""
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
 
@@ -107,6 +114,7 @@ class StateHome:
 
     HOST: ClassVar[StateHome]
     DISK: ClassVar[StateHome]
+    DEVICE: ClassVar[StateHome]
     def __new__(cls, word: str, /) -> StateHome: ...
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
@@ -198,6 +206,9 @@ class TensorSpec:
     """
 
     def __new__(cls, tensor: torch.Tensor, /) -> TensorSpec: ...
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor itself."""
 
 @final
 class GradientHook:
@@ -244,8 +255,6 @@ class Offload:
     def fill_commit(self, unit: int) -> None: ...
     def write_param(self, unit: int, param: int, part: str, start: int, values: TensorSpec) -> None: ...
     def read_param(self, unit: int, param: int, part: str, start: int, out: TensorSpec) -> None: ...
-    @staticmethod
-    def round_bf16(values: TensorSpec, out: TensorSpec) -> None: ...
     def updates(self, unit: int, param: int) -> int: ...
     def set_updates(self, unit: int, param: int, updates: int) -> None: ...
     def segment_handle(self) -> tuple[int, int] | None: ...
@@ -277,6 +286,10 @@ class Offload:
     def release(self, unit: int) -> None: ...
     def accumulate(self, unit: int, param: int, start: int, grad: TensorSpec, norm: bool) -> None: ...
     def accumulate_rows(self, unit: int, param: int, count: int, rows: TensorSpec, grad: TensorSpec) -> None: ...
+    def has_gradient(self, unit: int, param: int) -> bool: ...
+    def note_gradient(self, unit: int, param: int) -> bool: ...
+    def note_norm(self, unit: int, param: int, sum_squares: float, nonfinite: bool) -> None: ...
+    def away_runs(self, unit: int, groups: list[Rule]) -> list[tuple[int, int, int, int]]: ...
     def grad_norm(self) -> tuple[float, bool, int]: ...
     def clear_gradients(self) -> None: ...
     def lend(self, unit: int, weight: TensorSpec, grad: TensorSpec) -> None: ...
@@ -285,6 +298,16 @@ class Offload:
     def usage(self) -> dict[str, tuple[int, int]]: ...
     def io(self) -> dict[str, Any] | None: ...
     def close(self, readers: list[int] | None = None) -> None: ...
+
+@final
+class DeviceRequest:
+    """What is asked of a device that computes: whether all `weights_stay` there, the `limit` of bytes on it, and the
+    `share` (0 to 1) of the optimizer state that is at home there, or the `room` in bytes that it fills beside weights.
+    """
+
+    def __new__(
+        cls, *, weights_stay: bool, limit: int | None = None, share: float | None = None, room: int | None = None
+    ) -> DeviceRequest: ...
 
 @final
 class Plan:
@@ -310,11 +333,16 @@ class Plan:
         staging_bytes: int | None = None,
         limit: int | None = None,
         resident: int = 0,
+        device: DeviceRequest | None = None,
     ) -> Plan: ...
     @property
     def weights(self) -> str: ...
     @property
     def state(self) -> str: ...
+    @property
+    def states(self) -> list[str]: ...
+    @property
+    def device_buckets(self) -> dict[str, int] | None: ...
     @property
     def tile_elements(self) -> int: ...
     @property
@@ -449,6 +477,19 @@ def add_message(sums: TensorSpec, message: TensorSpec) -> None:
     """Adds what a message of 4 bits stands for to fp32 sums."""
 
 def checksum(bytes: TensorSpec, /) -> int: ...
+def encode_weights(
+    format: str, compute: str, values: TensorSpec, live: TensorSpec, exact: TensorSpec | None = None
+) -> None:
+    """Stores fp32 values as live weights and what makes those exact, given as uint8 tensors of their bytes."""
+
+def decode_weights(
+    format: str, compute: str, out: TensorSpec, live: TensorSpec, exact: TensorSpec | None = None
+) -> None:
+    """The values that these have, as an update would take them."""
+
+def round_bf16(values: TensorSpec, out: TensorSpec) -> None:
+    """Rounds fp32 values to bf16 as the exact formats do, half up."""
+
 def drop_clean_text() -> int: ...
 def heap_bytes() -> int: ...
 def keep_freed_memory(largest: int | None = None) -> bool: ...

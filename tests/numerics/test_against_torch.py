@@ -185,7 +185,7 @@ def test_a_tie_is_the_only_difference_to_torch_rounding():
     values = torch.cat([bits, ties]).to(torch.int32).view(torch.float32)
     values = values[values.isfinite()]
     mine = torch.empty_like(values, dtype=torch.bfloat16)
-    _core.Offload.round_bf16(spec(values), spec(mine))
+    _core.round_bf16(spec(values), spec(mine))
     theirs = values.bfloat16()
     raw = values.view(torch.int32).to(torch.int64) & 0xFFFF_FFFF
     even_below = ((raw & 0xFFFF) == 0x8000) & ((raw >> 16 & 1) == 0)

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 
 import torch
 
+from simulated.kernels import PlayedKernels
 from zeroxide.device import transfers
 from zeroxide.device.placement import address
+from zeroxide.kernels.launchers import LAUNCHERS
 from zeroxide.plan import discover
 from zeroxide.zero.param import ParameterContext
 
@@ -28,11 +30,13 @@ class Registry:
 
 
 @contextmanager
-def followed(unit_bytes: int = 8) -> Iterator[None]:
+def followed(unit_bytes: int = 8, *, kernels: bool = False) -> Iterator[None]:
     """Units of `unit_bytes` for engines made inside, whose windows are registered, and whose core is followed.
 
     The simulated device sees what torch does. The core and copies between host tensors it does not see: that they touch
     a block once that has been waited for, and windows once weights may change, it is told here.
+
+    kernels: whether the device has kernels, so that optimizer state can be at home there.
     """
     block, download, change = transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change
     size, transfers.REGISTRIES["sim"] = discover.DEFAULT_UNIT_BYTES, Registry
@@ -54,9 +58,12 @@ def followed(unit_bytes: int = 8) -> Iterator[None]:
 
     discover.DEFAULT_UNIT_BYTES = unit_bytes
     transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change = wait, read, before_change
+    if kernels:
+        LAUNCHERS["sim"] = PlayedKernels
     try:
         yield
     finally:
         transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change = block, download, change
         discover.DEFAULT_UNIT_BYTES = size
         del transfers.REGISTRIES["sim"]
+        LAUNCHERS.pop("sim", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -42,6 +42,9 @@ def attach(library: Any) -> None:
         "unregister_host": [u64],
         "set_register_limit": [u64],
         "lose": [device, ctypes.c_int64],
+        "begin_kernel": [text, ctypes.c_void_p, u64],
+        "end_kernel": [ctypes.c_void_p, u64],
+        "peek": [u64, u64, ctypes.c_void_p],
         "name_stream": [device, device, text],
         "seed": [device, u64],
         "rng_get": [device, ctypes.c_void_p],
@@ -378,6 +381,29 @@ def register_host(address: int, nbytes: int) -> None:
 def unregister_host(address: int) -> None:
     """The memory may be freed afterwards: a race where a copy uses it that the host has not waited for."""
     _call("unregister_host", address)
+
+
+@contextmanager
+def kernel(name: str, touched: Sequence[tuple[int, int, bool]]) -> Iterator[None]:
+    """Within it the host plays a kernel on the current stream, which has come so far: it may read and write device
+    memory at the addresses that tensors show.
+
+    touched: (first byte, one past the last, whether it is written) of all that the kernel touches, for the checker.
+    """
+    rows = [each for low, high, writes in touched if low < high for each in (low, high, int(writes))]
+    given = (ctypes.c_uint64 * len(rows))(*rows)
+    _call("begin_kernel", name.encode(), given, len(rows) // 3)
+    try:
+        yield
+    finally:
+        _call("end_kernel", given, len(rows) // 3)
+
+
+def peek(address: int, nbytes: int) -> bytes:
+    """What device memory holds when the current stream has come so far, for whoever plays a kernel."""
+    out = (ctypes.c_char * nbytes)()
+    _call("peek", address, nbytes, out)
+    return bytes(out)
 
 
 def name_stream(given: torch.Stream, name: str) -> None:

@@ -84,6 +84,14 @@ BUILT = [kind for rule in RULES.values() for kind in rule.types]
             "needs zero_optimization.stage 1 or more, got none",
         ),
         (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none", "ratio": 0.5}}},
+            'zero_optimization.offload_optimizer.ratio = 0.5 needs offload_optimizer.device "cpu", got "none"',
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 1.5}}},
+            "zero_optimization.offload_optimizer.ratio: expected a number from 0 to 1, got 1.5",
+        ),
+        (
             {"zero_optimization": {"stage": 3, "cpu_offload": True, "offload_optimizer": {"device": "none"}}},
             'zero_optimization.cpu_offload = true contradicts zero_optimization.offload_optimizer.device = "none"',
         ),

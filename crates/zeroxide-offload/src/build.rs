@@ -52,6 +52,7 @@ fn make_units(
         let state = match spec.state {
             _ if trainable == 0 => StateBlocks::None,
             StateHome::Disk => StateBlocks::Disk { pristine: true },
+            StateHome::Device => StateBlocks::Away,
             StateHome::Host => StateBlocks::Host {
                 blocks: states.blocks(&tensors[index], trainable)?,
             },
@@ -63,7 +64,7 @@ fn make_units(
         blocks.extend(disk_blocks(&tensors[index], id, placed));
         let grad = match spec.weights {
             WeightHome::Borrowed => None,
-            _ if trainable == 0 => None,
+            _ if trainable == 0 || placed.is_away() => None,
             _ => Some(grads.lease(trainable)?),
         };
         units.push(Unit {
@@ -117,6 +118,10 @@ fn make_weights(
     homes: &ShardArena,
 ) -> Result<UnitWeights> {
     let bytes = to_usize(placed.weight_bytes(settings.compute));
+    if placed.is_away() {
+        let window = Window::reserve(bytes)?;
+        return Ok(UnitWeights::Away { window });
+    }
     Ok(match placed.shape.weights {
         WeightHome::Borrowed => UnitWeights::Borrowed { lent: None },
         WeightHome::Disk | WeightHome::Shard => UnitWeights::Moving {

@@ -4,6 +4,7 @@
 //! [`Offload`] is the only entry. Its calls may come from any thread; each holds the state for as long as it runs.
 
 mod api;
+mod away;
 mod build;
 mod core;
 mod disk;
@@ -21,6 +22,7 @@ mod unit;
 mod weights;
 
 pub use api::Offload;
+pub use away::AwayRun;
 pub use error::{OffloadError, Result};
 pub use facts::{Concern, Fact, Facts, Named};
 pub use gradients::accumulate::GradNorm;

@@ -45,6 +45,8 @@ pub(crate) enum StateBlocks {
         /// (state tensor, its bytes), in the order of [`StateLayout::state`].
         blocks: Vec<(StateKey, Lease)>,
     },
+    /// On the device that computes, with weights and gradients: the caller has them.
+    Away,
     /// On disk.
     Disk {
         /// The moments have never been written: they have their initial values and need not be read.

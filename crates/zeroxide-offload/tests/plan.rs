@@ -148,6 +148,7 @@ prop_compose! {
             staging_bytes: odd_ring.then_some((4 << 20) + 1),
             limit: None,
             resident: 0,
+            device: None,
         };
         Job { request, rules }
     }

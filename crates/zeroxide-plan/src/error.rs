@@ -4,6 +4,7 @@ use thiserror::Error;
 use zeroxide_layout::LayoutError;
 
 use crate::buckets::{Buckets, Mib};
+use crate::device::DeviceBuckets;
 
 /// Result of planning.
 pub type Result<T> = std::result::Result<T, PlanError>;
@@ -70,6 +71,18 @@ pub enum PlanError {
         /// Bytes that filling the largest unit takes beside them.
         filling: u64,
     },
+    /// The budget of the device cannot hold what is to be there.
+    #[error(
+        "zeroxide.device_memory {} MiB is too small by {} MiB: the device is to have {} ({buckets}), before any \
+         activation; to help: raise it, or {}",
+        Mib(*limit), Mib(buckets.total() - limit), Mib(buckets.total()), device_help(buckets)
+    )]
+    OverDeviceBudget {
+        /// The budget, in bytes.
+        limit: u64,
+        /// What is to be on the device.
+        buckets: DeviceBuckets,
+    },
 }
 
 impl PlanError {
@@ -86,6 +99,7 @@ impl PlanError {
                 buckets,
                 ..
             } => Some((*need, *limit, buckets.largest())),
+            Self::OverDeviceBudget { limit, buckets } => Some((buckets.total(), *limit, "device")),
         }
     }
 }
@@ -100,5 +114,14 @@ fn help(bucket: &str) -> &'static str {
         }
         "gathered" => "lower zeroxide.unit_bytes or zeroxide.prefetch",
         _ => "lower zeroxide.staging_bytes",
+    }
+}
+
+/// What leaves more of a device free.
+fn device_help(buckets: &DeviceBuckets) -> &'static str {
+    if buckets.optimizer > 0 {
+        "have the CPU update more, with a larger zero_optimization.offload_optimizer.ratio"
+    } else {
+        "let weights leave the device with zero_optimization.stage 3 and offload_param"
     }
 }

@@ -37,6 +37,9 @@ pub enum StateHome {
     Host,
     /// On disk; in the staging ring only while its tile is updated.
     Disk,
+    /// On the device that computes, and with it the unit's weights and gradients: the core keeps no byte of the unit, and
+    /// the caller updates it.
+    Device,
 }
 
 impl StateHome {
@@ -45,6 +48,7 @@ impl StateHome {
         match self {
             Self::Host => "host",
             Self::Disk => "disk",
+            Self::Device => "device",
         }
     }
 }

@@ -11,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod buckets;
+mod device;
 mod error;
 mod home;
 mod mesh;
@@ -22,6 +23,7 @@ mod transit;
 mod unit;
 
 pub use buckets::Buckets;
+pub use device::{DeviceBuckets, DeviceRequest, DeviceShare};
 pub use error::{PlanError, Result};
 pub use home::{StateHome, Transport, WeightHome};
 pub use mesh::Mesh;

@@ -200,7 +200,7 @@ impl Placement {
     /// reserves it.
     pub fn buckets(&self, staging_bytes: u64, gathered_bytes: u64) -> Buckets {
         let whole = self.sum(|unit| match unit.shape.weights {
-            WeightHome::Host => unit.weight_bytes(self.dtypes.compute),
+            WeightHome::Host if !unit.is_away() => unit.weight_bytes(self.dtypes.compute),
             _ => 0,
         });
         Buckets {
@@ -234,8 +234,8 @@ impl Placement {
     /// Bytes (read, written) on disk by one update of everything that is trained, weights that are read left out.
     pub(crate) fn update_traffic(&self) -> (u64, u64) {
         let state = |unit: &PlacedUnit| match unit.shape.state {
-            StateHome::Disk => unit.local.kept * unit.shape.state_bytes.total,
-            StateHome::Host => 0,
+            StateHome::Disk => unit.state_bytes(),
+            StateHome::Host | StateHome::Device => 0,
         };
         let weights = |unit: &PlacedUnit| match unit.shape.weights {
             WeightHome::Disk if unit.local.kept > 0 => {
@@ -253,7 +253,7 @@ impl Placement {
         let (mut at, mut touched) = (0, 0);
         let mut untouched = 0;
         for unit in &self.units {
-            if unit.shape.state == StateHome::Disk {
+            if unit.shape.state != StateHome::Host {
                 continue;
             }
             let state = unit.shape.state_bytes;

@@ -3,6 +3,7 @@
 use zeroxide_layout::{PAGE, ParamShape, TILE_QUANTUM};
 
 use crate::buckets::Buckets;
+use crate::device::{self, DeviceBuckets, DeviceRequest};
 use crate::error::{PlanError, Result};
 use crate::home::{StateHome, Transport, WeightHome};
 use crate::mesh::Mesh;
@@ -54,6 +55,8 @@ pub struct PlanRequest {
     pub limit: Option<u64>,
     /// Bytes that the process uses without the state.
     pub resident: u64,
+    /// The device that computes; `None` where that is the host.
+    pub device: Option<DeviceRequest>,
 }
 
 /// What was chosen.
@@ -67,7 +70,7 @@ pub struct Plan {
     pub stage: u8,
     /// Home of all weights.
     pub weights: WeightHome,
-    /// Home of all optimizer state.
+    /// Home of all optimizer state, but of units that are at home on the device.
     pub state: StateHome,
     /// Elements in a tile that touches the disk.
     pub tile_elements: u64,
@@ -77,8 +80,10 @@ pub struct Plan {
     pub gathered_bytes: u64,
     /// Units that are sent for ahead of their use.
     pub prefetch: usize,
-    /// Payload of every step, by bucket.
+    /// Payload of every step in host memory, by bucket.
     pub buckets: Buckets,
+    /// What a device that computes has; `None` where that is the host.
+    pub device: Option<DeviceBuckets>,
     /// Most bytes of the whole process; `None` for no limit.
     pub limit: Option<u64>,
     /// Bytes that the process uses without the state.
@@ -118,7 +123,7 @@ impl Plan {
             state,
             state_bytes: unit.state_bytes,
         });
-        let placement = Placement::new(
+        let mut placement = Placement::new(
             request.mesh,
             request.transport,
             request.dtypes,
@@ -126,6 +131,10 @@ impl Plan {
             tile_elements,
             shapes.collect(),
         )?;
+        let device = request
+            .device
+            .map(|device| device::place(&mut placement, device, request.prefetch))
+            .transpose()?;
         let staging_bytes = ring_bytes(&placement, request.staging_bytes)?;
         let gathered_bytes = placement.held_at_once(request.prefetch);
         let made = Self {
@@ -138,6 +147,7 @@ impl Plan {
             gathered_bytes,
             prefetch: request.prefetch,
             buckets: placement.buckets(staging_bytes, gathered_bytes),
+            device,
             limit: request.limit,
             resident: request.resident,
             placement,

@@ -129,6 +129,16 @@ impl PlacedUnit {
         self.shape.state == StateHome::Disk && self.local.kept > 0
     }
 
+    /// Whether all of the unit is at home on the device that computes.
+    pub fn is_away(&self) -> bool {
+        self.shape.state == StateHome::Device && self.local.kept > 0
+    }
+
+    /// Bytes of its optimizer state, wherever that is.
+    pub fn state_bytes(&self) -> u64 {
+        self.local.kept * self.shape.state_bytes.total
+    }
+
     /// Whether any block of the unit is at home on disk.
     pub fn touches_disk(&self) -> bool {
         self.shape.weights == WeightHome::Disk || self.state_on_disk()
@@ -163,6 +173,7 @@ impl PlacedUnit {
     pub(crate) fn gradient_bytes(&self, grad: Dtype) -> u64 {
         match self.shape.weights {
             WeightHome::Borrowed => 0,
+            _ if self.is_away() => 0,
             _ => self.local.kept * grad.size() as u64,
         }
     }
@@ -170,8 +181,8 @@ impl PlacedUnit {
     /// Bytes of optimizer state at home in host memory.
     pub(crate) fn optimizer_bytes(&self) -> u64 {
         match self.shape.state {
-            StateHome::Host => self.local.kept * self.shape.state_bytes.total,
-            StateHome::Disk => 0,
+            StateHome::Host => self.state_bytes(),
+            StateHome::Disk | StateHome::Device => 0,
         }
     }
 
@@ -182,8 +193,8 @@ impl PlacedUnit {
             _ => 0,
         };
         let state = match self.shape.state {
-            StateHome::Disk => self.local.kept * self.shape.state_bytes.total,
-            StateHome::Host => 0,
+            StateHome::Disk => self.state_bytes(),
+            StateHome::Host | StateHome::Device => 0,
         };
         weights + state
     }

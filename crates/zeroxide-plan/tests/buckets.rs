@@ -183,7 +183,7 @@ prop_compose! {
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
             units: units.collect(),
-            tile_bytes: None, staging_bytes: None, limit: None, resident: 0,
+            tile_bytes: None, staging_bytes: None, limit: None, resident: 0, device: None,
         }
     }
 }
@@ -252,6 +252,7 @@ fn refusals_name_numbers_and_help() {
         staging_bytes: None,
         limit: Some(100 << 20),
         resident: 50 << 20,
+        device: None,
     };
     assert_eq!(
         Plan::new(request.clone())
@@ -320,6 +321,7 @@ fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
             staging_bytes: None,
             limit: None,
             resident: 0,
+            device: None,
         })
         .expect("nothing is limited")
     };

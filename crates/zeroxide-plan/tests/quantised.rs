@@ -38,6 +38,7 @@ fn plan(mesh: Mesh, quantisation: Quantisation, numels: &[u64]) -> Plan {
         staging_bytes: None,
         limit: None,
         resident: 0,
+        device: None,
     })
     .expect("nothing is limited")
 }

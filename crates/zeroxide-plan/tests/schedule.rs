@@ -76,6 +76,7 @@ fn grouped(
         staging_bytes: None,
         limit: None,
         resident: 0,
+        device: None,
     })
     .expect("nothing is limited")
 }

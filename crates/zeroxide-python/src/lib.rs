@@ -3,6 +3,7 @@
 mod blocks;
 mod bringer;
 mod buffer;
+mod codec;
 mod cuda;
 mod dlpack;
 mod errors;
@@ -29,6 +30,8 @@ mod _core {
     #[pymodule_export]
     use crate::bringer::PyBringer;
     #[pymodule_export]
+    use crate::codec::{decode_weights, encode_weights, round_bf16};
+    #[pymodule_export]
     use crate::cuda::{
         CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,
         kernel_source, probe_cuda,
@@ -40,7 +43,7 @@ mod _core {
     #[pymodule_export]
     use crate::optimizer::{Rule, state_tensors};
     #[pymodule_export]
-    use crate::plan::PyPlan;
+    use crate::plan::{PyDeviceRequest, PyPlan};
     #[pymodule_export]
     use crate::process::{drop_clean_text, heap_bytes, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]

@@ -2,12 +2,11 @@
 
 use std::sync::Arc;
 
-use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_memory::Bucket;
-use zeroxide_offload::{Lent, Offload, Room, SegmentHandle, UnitSpec};
-use zeroxide_optim::Optimizer;
+use zeroxide_offload::{AwayRun, Lent, Offload, Room, SegmentHandle, UnitSpec};
+use zeroxide_optim::{AccumulateStats, Optimizer};
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
@@ -167,25 +166,6 @@ impl PyOffload {
             py.detach(|| self.inner.read_param(unit, param, name, start, out))
         };
         map(py, done)
-    }
-
-    /// Rounds fp32 values to bf16 as the exact formats do, half up.
-    #[staticmethod]
-    fn round_bf16(py: Python<'_>, values: &TensorSpec, out: &TensorSpec) -> PyResult<()> {
-        let (values, out) = (values.f32()?, out.bf16_mut()?);
-        if values.len() != out.len() {
-            return Err(PyValueError::new_err(format!(
-                "{} values into {} places",
-                values.len(),
-                out.len()
-            )));
-        }
-        py.detach(|| {
-            out.iter_mut()
-                .zip(values)
-                .for_each(|(out, value)| *out = zeroxide_optim::bf16_half_up(*value));
-        });
-        Ok(())
     }
 
     /// Updates made so far to one parameter.
@@ -393,6 +373,47 @@ impl PyOffload {
     fn grad_norm(&self, py: Python<'_>) -> PyResult<(f64, bool, usize)> {
         let norm = map(py, py.detach(|| self.inner.grad_norm()))?;
         Ok((norm.sum_squares, norm.nonfinite, norm.accumulated))
+    }
+
+    /// Notes that a gradient of a unit on the device has come; returns whether the parameter had one.
+    fn note_gradient(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.note_gradient(unit, param)))
+    }
+
+    /// Whether a parameter has had a gradient since the last step.
+    fn has_gradient(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<bool> {
+        map(py, py.detach(|| self.inner.has_gradient(unit, param)))
+    }
+
+    /// Notes the sum of squares of that gradient, and whether it holds an infinity or a NaN.
+    fn note_norm(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+        sum_squares: f64,
+        nonfinite: bool,
+    ) -> PyResult<()> {
+        let norm = AccumulateStats {
+            sum_squares,
+            nonfinite,
+        };
+        map(py, py.detach(|| self.inner.note_norm(unit, param, norm)))
+    }
+
+    /// What the next step updates of a unit on the device: (first element in its layout, elements, group, updates made
+    /// before).
+    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
+    fn away_runs(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        groups: Vec<PyRef<'_, Rule>>,
+    ) -> PyResult<Vec<(u64, u64, usize, u64)>> {
+        let groups: Vec<Optimizer> = groups.iter().map(|rule| rule.optimizer()).collect();
+        let found = map(py, py.detach(|| self.inner.away_runs(unit, &groups)))?;
+        let row = |run: AwayRun| (run.start, run.count, run.group, run.updates);
+        Ok(found.into_iter().map(row).collect())
     }
 
     /// Forgets all gradients that have been accumulated.

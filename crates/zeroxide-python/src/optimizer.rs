@@ -12,7 +12,11 @@ use crate::words::{parse_dtype, parse_format};
 /// The base of all optimizer rules, which cannot be made. A rule is made with all of its hyperparameters, by name.
 #[pyclass(frozen, eq, subclass, module = "zeroxide._core")]
 #[derive(PartialEq)]
-pub(crate) struct Rule(Optimizer);
+pub(crate) struct Rule {
+    optimizer: Optimizer,
+    /// Name and value of each hyperparameter.
+    values: Vec<(&'static str, Value)>,
+}
 
 #[pymethods]
 impl Rule {
@@ -45,11 +49,13 @@ impl Rule {
                 )));
             }
         }
-        let mut missing = Vec::new();
+        let (mut values, mut missing) = (Vec::new(), Vec::new());
         for each in known {
             match given.get_item(each.name)? {
                 Some(value) => {
-                    let taken = made.set(each.name, value_of(&each, &value)?);
+                    let value = value_of(&each, &value)?;
+                    values.push((each.name, value));
+                    let taken = made.set(each.name, value);
                     assert!(taken, "{title} has {} of its type", each.name);
                 }
                 None => missing.push(format!("'{}'", each.name)),
@@ -62,7 +68,23 @@ impl Rule {
             )));
         }
         made.validate().map_err(|error| to_python(py, &error))?;
-        Ok(Self(made))
+        Ok(Self {
+            optimizer: made,
+            values,
+        })
+    }
+
+    /// The hyperparameters that it was made with, by name.
+    #[getter]
+    fn values<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let found = PyDict::new(py);
+        for (name, value) in &self.values {
+            match value {
+                Value::Number(number) => found.set_item(name, number)?,
+                Value::Flag(flag) => found.set_item(name, flag)?,
+            }
+        }
+        Ok(found)
     }
 
     /// What a parameter group calls the rule.
@@ -75,7 +97,7 @@ impl Rule {
 impl Rule {
     /// The rule as the core takes it.
     pub(crate) fn optimizer(&self) -> Optimizer {
-        self.0
+        self.optimizer
     }
 }
 

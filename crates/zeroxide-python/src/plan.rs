@@ -5,7 +5,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_layout::{Dtype, ParamShape, StateLayout};
 use zeroxide_plan::{
-    Buckets, Collective, Dtypes, Mesh, Passed, Plan, PlanRequest, Schedule, StateBytes, UnitRequest,
+    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Passed, PlacedUnit, Plan,
+    PlanRequest, Schedule, StateBytes, StateHome, UnitRequest,
 };
 
 use crate::errors::plan_to_python;
@@ -40,6 +41,43 @@ fn unit_request(compute: Dtype, unit: UnitTuple<'_>) -> PyResult<UnitRequest> {
     })
 }
 
+/// What is asked of a device that computes: whether all `weights_stay` there, the `limit` of bytes on it, and the `share`
+/// (0 to 1) of the optimizer state that is at home there, or the `room` in bytes that it fills beside the weights.
+#[pyclass(frozen, module = "zeroxide._core", name = "DeviceRequest")]
+pub(crate) struct PyDeviceRequest {
+    inner: DeviceRequest,
+}
+
+#[pymethods]
+impl PyDeviceRequest {
+    /// Raises `ValueError` unless one of `share` and `room` is given, and for a share outside of 0 to 1.
+    #[new]
+    #[pyo3(signature = (*, weights_stay, limit = None, share = None, room = None))]
+    fn new(
+        weights_stay: bool,
+        limit: Option<u64>,
+        share: Option<f64>,
+        room: Option<u64>,
+    ) -> PyResult<Self> {
+        let state = match (share, room) {
+            (Some(share), None) if (0.0..=1.0).contains(&share) => DeviceShare::Elements(share),
+            (None, Some(room)) => DeviceShare::Room(room),
+            _ => {
+                return Err(PyValueError::new_err(
+                    "expected a share from 0 to 1, or a room in bytes",
+                ));
+            }
+        };
+        Ok(Self {
+            inner: DeviceRequest {
+                weights_stay,
+                limit,
+                state,
+            },
+        })
+    }
+}
+
 /// Where every byte of a training state lies, and what a step exchanges.
 #[pyclass(frozen, module = "zeroxide._core", name = "Plan")]
 pub(crate) struct PyPlan {
@@ -51,7 +89,7 @@ impl PyPlan {
     #[new]
     #[pyo3(signature = (*, units, rank, shards, replicas, stage, transport, compute, grad, comm, weights_on_disk,
                         state_on_disk, prefetch, quantisation = None, tile_bytes = None, staging_bytes = None, limit = None,
-                        resident = 0))]
+                        resident = 0, device = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "keyword arguments of a Python constructor"
@@ -75,6 +113,7 @@ impl PyPlan {
         staging_bytes: Option<u64>,
         limit: Option<u64>,
         resident: u64,
+        device: Option<PyRef<'_, PyDeviceRequest>>,
     ) -> PyResult<Self> {
         let mesh = Mesh {
             rank,
@@ -112,6 +151,7 @@ impl PyPlan {
             staging_bytes,
             limit,
             resident,
+            device: device.map(|device| device.inner),
         };
         Ok(Self {
             inner: Plan::new(request).map_err(|error| plan_to_python(py, &error))?,
@@ -124,10 +164,37 @@ impl PyPlan {
         self.inner.weights.name()
     }
 
-    /// Home of all optimizer state: "host" or "disk".
+    /// Home of all optimizer state, but of units that are at home on the device: "host" or "disk".
     #[getter]
     fn state(&self) -> &'static str {
         self.inner.state.name()
+    }
+
+    /// Home of each unit's optimizer state: "host", "disk" or "device".
+    #[getter]
+    fn states(&self) -> Vec<&'static str> {
+        let units = self.inner.placement.units.iter();
+        let home = |unit: &PlacedUnit| {
+            if unit.is_away() {
+                StateHome::Device
+            } else {
+                self.inner.state
+            }
+        };
+        units.map(|unit| home(unit).name()).collect()
+    }
+
+    /// Bytes on the device that computes, by bucket; `None` where that is the host.
+    #[getter]
+    fn device_buckets<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let Some(buckets) = &self.inner.device else {
+            return Ok(None);
+        };
+        let found = PyDict::new(py);
+        for (name, bytes) in buckets.each() {
+            found.set_item(name, bytes)?;
+        }
+        Ok(Some(found))
     }
 
     /// Elements in a tile that touches the disk.

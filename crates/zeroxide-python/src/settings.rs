@@ -51,7 +51,9 @@ enums! {
         Host = "host", Disk = "disk", Shard = "shard", Borrowed = "borrowed"
     }
     /// Where the optimizer state of a unit is at home.
-    PyStateHome as "StateHome": StateHome, "home of the optimizer state" { Host = "host", Disk = "disk" }
+    PyStateHome as "StateHome": StateHome, "home of the optimizer state" {
+        Host = "host", Disk = "disk", Device = "device"
+    }
     /// How gradients reach the ranks that keep them.
     PyTransport as "Transport": Transport, "transport" { Shared = "shared", Collective = "collective" }
     /// What moves bytes between memory and disk.

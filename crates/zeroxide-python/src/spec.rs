@@ -110,6 +110,12 @@ impl TensorSpec {
         );
         Err(raise(py, Concern::Model, &line, &[]))
     }
+
+    /// The tensor itself.
+    #[getter]
+    fn tensor(&self, py: Python<'_>) -> Py<PyAny> {
+        self.owner.clone_ref(py)
+    }
 }
 
 impl TensorSpec {

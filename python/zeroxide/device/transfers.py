@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import torch
 from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
 from zeroxide.errors import DeviceError
 
-__all__ = ["BLOCKS", "BLOCK_BYTES", "Cuda", "Download", "Transfers", "pinned_bytes", "room_for"]
+__all__ = ["BLOCKS", "BLOCK_BYTES", "Cuda", "Download", "Transfers", "pinned_bytes", "room_for", "room_for_state"]
 
 logger = logging.getLogger("zeroxide")
 
@@ -47,6 +47,28 @@ def room_for(nbytes: int, name: str, device: torch.device) -> Iterator[None]:
             device=device.index,
             what=name,
             need=nbytes,
+            free=free,
+            total=total,
+        ) from error
+
+
+@contextmanager
+def room_for_state(name: str, device: torch.device, planned: Mapping[str, int]) -> Iterator[None]:
+    """Within it the unit `name` gets its optimizer state on the device, which is `planned` to have so many bytes, by
+    bucket. Raises DeviceError where it has none left."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        free, total = device_room(device)
+        need = sum(planned.values())
+        parts = ", ".join(f"{each} {size}" for each, size in planned.items() if size)
+        raise DeviceError(
+            f"{device} has no room for the optimizer state of {name}: {need} bytes are planned there ({parts}), and "
+            f"{free} of {total} are free now; let the CPU update more, with a smaller zeroxide.device_memory or with "
+            'zero_optimization.offload_optimizer.device "cpu" and a larger ratio',
+            device=device.index,
+            what=name,
+            need=need,
             free=free,
             total=total,
         ) from error
@@ -124,6 +146,8 @@ class Transfers:
         self.device = device
         self.bytes_up = 0
         self.bytes_down = 0
+        self.held = self.most_held = 0
+        """Bytes of weights that have memory on the device, now and at the most."""
         self._up, self._down = torch.Stream(device), torch.Stream(device)
         self._rising = [_Block() for _ in range(BLOCKS)]
         """Blocks for copies up, that used longest ago first."""
@@ -178,6 +202,8 @@ class Transfers:
         """
         with self._up, room_for(nbytes, name, self.device):
             storage.resize_(nbytes)
+        self.held += nbytes
+        self.most_held = max(self.most_held, self.held)
 
     def free(self, storage: torch.UntypedStorage) -> None:
         """Takes a storage's memory, which what comes later on the stream up may get: that waits for what the model's
@@ -187,6 +213,7 @@ class Transfers:
         that somebody else's may be the same one.
         """
         self._up.wait_event(self.stream().record_event())
+        self.held -= storage.nbytes()
         storage.resize_(0)
 
     def send_up(self, source: torch.Tensor, target: torch.Tensor, after: torch.Event | None) -> torch.Event:

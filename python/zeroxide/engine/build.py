@@ -36,9 +36,11 @@ from zeroxide.engine.peak import Peak
 from zeroxide.engine.report import Timers
 from zeroxide.engine.resident import resident_without
 from zeroxide.engine.update import Updater
+from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
+from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.precision.policy import cast_buffers, check_batch_norms, check_shapes, own_dtype, torch_dtype
@@ -47,7 +49,7 @@ from zeroxide.zero.buffers import check_buffers, move_buffers
 from zeroxide.zero.connect import connect
 from zeroxide.zero.core import open_core
 from zeroxide.zero.gather.choice import make_weight_gather
-from zeroxide.zero.gather.device_weights import make_device_weights
+from zeroxide.zero.gather.device_weights import ResidentWeights, make_device_weights
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.guard import ModelGuard
@@ -57,6 +59,8 @@ from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_met
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages
+from zeroxide.zero.on_device.core import device_part
+from zeroxide.zero.on_device.state import StateOnDevice
 from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.reduce.choice import make_reduction
 from zeroxide.zero.reduce.feedback import Residuals
@@ -111,6 +115,8 @@ class Build:
     units: list[Unit]
     transfers: Transfers | None
     """What copies to and from the device; None where the model computes in host memory."""
+    launcher: Launcher | None
+    """What updates state that is at home on the device; None where none is."""
     grad_offload: GradientOffload | None
     weights: WeightGather
     reduction: GradientReduction
@@ -208,6 +214,7 @@ class Build:
         check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
         self.device = compute_device(config.zeroxide.device, self.module, self.ranks.local_rank)
         make_current(self.device)
+        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world)
         self.plan = make_plan(
             self.module,
             config,
@@ -216,6 +223,7 @@ class Build:
             ranks=self.ranks,
             states=state_plans(self.groups, config),
             device=self.device,
+            asked=asked,
         )
         for path, reason in self.plan.quantisation.no_effect if self.ranks.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
@@ -244,6 +252,10 @@ class Build:
             Unit(index, unit, core, self.plan.compute, self.plan.groups, self.device)
             for index, unit in enumerate(self.plan.units)
         ]
+        both = device_part(core)
+        if both is not None:
+            assert self.launcher is not None, "no unit is at home on the device without one"
+            both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher)
         for unit in self.units:
             unit.params = [self._present(param) for param in unit.params]
         for group in self.groups:
@@ -263,8 +275,12 @@ class Build:
         if not is_host(self.device):
             self.transfers = Transfers(self.device)
             self.made.callback(self.transfers.close)
-            self.grad_offload = GradientOffload(core, self.transfers)
+            both = device_part(core)
+            on_device = None if both is None else both.state
+            self.grad_offload = GradientOffload(core, self.transfers, on_device)
             self.weights = make_device_weights(self.weights, self.transfers, plan, units)
+            if on_device is not None and isinstance(self.weights, ResidentWeights):
+                on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
 
     def make_optimizer(self) -> None:

@@ -18,7 +18,7 @@ from zeroxide.kernels.arguments import FLOATS, blocks_for, check, table
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.launch import Kernel, Launcher
 
-__all__ = ["CASES", "KERNELS", "Norm", "reference", "scaled_norm"]
+__all__ = ["CASES", "KERNELS", "TOTAL", "Norm", "reference", "scaled_norm", "sums_of_squares"]
 
 THREADS = 256
 CHUNK = 4096
@@ -78,11 +78,31 @@ def scaled_norm(launcher: Launcher, tensors: Sequence[torch.Tensor], scale: floa
 
     Raises TensorError.
     """
+    return _run("scaled_norm", launcher, tensors, scale)[0]
+
+
+def sums_of_squares(launcher: Launcher, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The sum of squares of each of `tensors`, as `scaled_norm` takes them but none of them empty: float64, one element
+    a tensor, infinite or NaN where an element of the tensor is. Raises TensorError.
+    """
+    for at, tensor in enumerate(tensors):
+        if not tensor.numel():
+            raise TensorError(
+                f"sums_of_squares: tensors[{at}] has no element: expected one at least",
+                name=f"tensors[{at}]",
+                expected="elements",
+                got="none",
+            )
+    return _run("sums_of_squares", launcher, tensors, 1.0)[1]
+
+
+def _run(call: str, launcher: Launcher, tensors: Sequence[torch.Tensor], scale: float) -> tuple[Norm, torch.Tensor]:
+    """The norm of all tensors, and the sum of squares of each that is not empty."""
     if not tensors:
-        raise TensorError("scaled_norm: no tensors: expected at least one", name="tensors", expected="one", got="none")
+        raise TensorError(f"{call}: no tensors: expected at least one", name="tensors", expected="one", got="none")
     first = tensors[0]
     for at, tensor in enumerate(tensors):
-        check("scaled_norm", f"tensors[{at}]", tensor, [first.dtype] if at else FLOATS, like=first)
+        check(call, f"tensors[{at}]", tensor, [first.dtype] if at else FLOATS, like=first)
     device = first.device
     result = torch.zeros(2, dtype=torch.float64, device=device)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
@@ -92,9 +112,9 @@ def scaled_norm(launcher: Launcher, tensors: Sequence[torch.Tensor], scale: floa
             rows.append((address(tensor), tensor.numel(), chunks, pieces))
             chunks += -(-tensor.numel() // CHUNK)
             pieces += -(-tensor.numel() // PIECE)
+    sums = torch.empty(chunks + pieces + len(rows), dtype=torch.float64, device=device)
     if rows:
         segments = table(rows, device)
-        sums = torch.empty(chunks + pieces + len(rows), dtype=torch.float64, device=device)
         of_chunks, of_pieces, of_segments = (address(part) for part in torch.split(sums, [chunks, pieces, len(rows)]))
         where, count = address(segments), len(rows)
         # A lane has the sums of 4 bytes.
@@ -105,7 +125,7 @@ def scaled_norm(launcher: Launcher, tensors: Sequence[torch.Tensor], scale: floa
         launcher.launch(PIECES, blocks_for(pieces, THREADS), bytes(piece_args))
         total_args = _Total(where, count, pieces, scale, of_pieces, of_segments, address(result), address(nonfinite))
         launcher.launch(TOTAL, 1, bytes(total_args))
-    return Norm(result[0], result[1], nonfinite[0])
+    return Norm(result[0], result[1], nonfinite[0]), sums[chunks + pieces :]
 
 
 def reference(tensors: Sequence[torch.Tensor], scale: float = 1.0) -> Norm:

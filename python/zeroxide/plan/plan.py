@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import nn
@@ -50,6 +51,8 @@ class Plan:
     """"shared" or "collective": what carries gradients between ranks."""
     quantisation: QuantisationPlan = field(default_factory=QuantisationPlan)
     """What travels between ranks as integers."""
+    device_limit: int | None = None
+    """Most bytes that the engine may take on the device, as the config says."""
 
     @property
     def weights(self) -> Home:
@@ -58,8 +61,13 @@ class Plan:
 
     @property
     def state(self) -> Home:
-        """Home of all optimizer state."""
+        """Home of all optimizer state, but of `units_on_device`."""
         return Home(self.numbers.state)
+
+    @cached_property
+    def units_on_device(self) -> frozenset[int]:
+        """Numbers of the units that are at home on the device: weights, optimizer state and gradients."""
+        return frozenset(index for index, home in enumerate(self.numbers.states) if home == "device")
 
     @property
     def world(self) -> int:
@@ -165,13 +173,15 @@ def make_plan(
     ranks: Ranks | None = None,
     states: Mapping[int, StatePlan] | None = None,
     device: torch.device = HOST,
+    asked: _core.DeviceRequest | None = None,
 ) -> Plan:
     """Finds the units of `module` and places them.
 
     `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
     `resident` is the resident memory of the process in bytes without the model's own parameters, to which comes what
-    copies to and from `device`, on which the model is to compute, keep locked. Raises ModelError
-    for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the payload.
+    copies to and from `device`, on which the model is to compute, keep locked. `asked` is what that device is to have.
+    Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
+    payload, or `config.zeroxide.device_memory` what the device is to have.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
@@ -204,6 +214,7 @@ def make_plan(
         staging_bytes=config.zeroxide.staging_bytes or None,
         limit=config.zeroxide.host_memory,
         resident=resident,
+        device=asked,
     )
     return Plan(
         units=units,
@@ -220,6 +231,7 @@ def make_plan(
         device=device,
         transport=transport,
         quantisation=quantisation,
+        device_limit=config.zeroxide.device_memory,
     )
 
 

@@ -114,7 +114,7 @@ def round_into(values: torch.Tensor, out: torch.Tensor) -> None:
     """
     if out.dtype is torch.bfloat16:
         if values.numel():
-            _core.Offload.round_bf16(spec(values), spec(out))
+            _core.round_bf16(spec(values), spec(out))
     elif address(out) != address(values):
         out.copy_(values)
 

@@ -10,6 +10,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
+from zeroxide.zero.on_device.core import with_device
 
 __all__ = ["open_core"]
 
@@ -24,12 +25,12 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
             name=unit.name,
             params=[(entry.words, entry.trainable) for entry in unit.params],
             weights=_core.WeightHome(plan.numbers.weights),
-            state=_core.StateHome(plan.numbers.state),
+            state=_core.StateHome(home),
             optimizer=unit.state.optimizer,
             format=unit.state.format,
             held_through_backward=unit.held_through_backward,
         )
-        for unit in plan.units
+        for unit, home in zip(plan.units, plan.numbers.states, strict=True)
     ]
     directories = [
         offload.path
@@ -59,4 +60,4 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         quantisation=plan.quantisation.for_core(),
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
     )
-    return _core.Offload(settings, units)
+    return with_device(_core.Offload(settings, units), plan.units_on_device)

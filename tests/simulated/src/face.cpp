@@ -141,6 +141,34 @@ int sim_lose(int device, std::int64_t after) {
   return guarded([&] { Machine::get().lose(device, after); });
 }
 
+// A kernel is played by the caller between the two calls, when the current stream has come so far, as operators are.
+// touched: (low, high, writes) of all that it reads and writes. Nothing else of the device can be touched meanwhile, but
+// for what shares a page with it.
+int sim_begin_kernel(const char* name, const std::uint64_t* touched, std::uint64_t count) {
+  return guarded([&] {
+    Machine& machine = Machine::get();
+    std::vector<Machine::Touch> touches;
+    for (std::uint64_t i = 0; i < count; i++) touches.push_back({touched[3 * i], touched[3 * i + 1], touched[3 * i + 2] != 0});
+    machine.begin(machine.current_stream(current_device()), name, touches);
+    for (auto& each : touches) machine.open(each.low, each.high, true);
+  });
+}
+
+int sim_end_kernel(const std::uint64_t* touched, std::uint64_t count) {
+  return guarded([&] {
+    for (std::uint64_t i = 0; i < count; i++) Machine::get().open(touched[3 * i], touched[3 * i + 1], false);
+  });
+}
+
+// What device memory holds when the current stream has come so far: for whoever plays a kernel, to know what it will read.
+int sim_peek(std::uint64_t address, std::uint64_t bytes, void* out) {
+  return guarded([&] {
+    Machine& machine = Machine::get();
+    machine.begin(machine.current_stream(current_device()), "peek", {});
+    std::memcpy(out, machine.alias(reinterpret_cast<const void*>(address)), bytes);
+  });
+}
+
 int sim_name_stream(int device, int index, const char* name) {
   return guarded([&] { Machine::get().name_stream(Machine::get().stream(device, index), name); });
 }

@@ -80,6 +80,8 @@ class Machine {
   bool is_device(const void* address) const;
   int device_of(const void* address) const;
   void empty_cache();
+  /// Lets code of the host that plays a kernel touch device memory at the addresses that tensors show, or no more.
+  void open(Address low, Address high, bool opened);
   /// Bytes of device memory that are in this process's resident memory.
   std::size_t resident() const;
   Usage usage(int device);

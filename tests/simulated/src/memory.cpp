@@ -127,6 +127,15 @@ int Machine::device_of(const void* address) const {
   return is_device(address) ? static_cast<int>((reinterpret_cast<Address>(address) - base_) / DEVICE_BYTES) : -1;
 }
 
+void Machine::open(Address low, Address high, bool opened) {
+  if (low >= high) return;
+  Address first = low / PAGE * PAGE, end = round_up(high, PAGE);
+  if (!is_device(reinterpret_cast<void*>(low)) || !is_device(reinterpret_cast<void*>(high - 1)))
+    throw std::runtime_error("a kernel is to touch memory that is not the device's");
+  if (mprotect(reinterpret_cast<void*>(first), end - first, opened ? PROT_READ | PROT_WRITE : PROT_NONE) != 0)
+    throw std::runtime_error(std::string("mprotect: ") + std::strerror(errno));
+}
+
 Block* Machine::take_free(Stream* stream, int device, std::size_t bytes) {
   auto& those = free_[device];
   auto found = those.lower_bound({stream, bytes});

@@ -46,6 +46,14 @@ impl Offload {
         )
     }
 
+    /// Whether a parameter has had a gradient since the last step.
+    pub fn has_gradient(&self, unit: usize, param: usize) -> Result<bool> {
+        self.with("has_gradient", |core| {
+            core.check_param("has_gradient", unit, param)?;
+            Ok(core.units[unit].params[param].has_gradient())
+        })
+    }
+
     /// Reads elements `start..` of one parameter's accumulated gradient as fp32; zero if there is none.
     pub fn read_grad(&self, unit: usize, param: usize, start: u64, out: &mut [f32]) -> Result<()> {
         self.fill_outside(out, |out| {

@@ -79,12 +79,17 @@ impl Core {
         }
         .expect("an arrival was opened");
         let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
-        let accumulated = accumulate_pieces(&self.pool, dtype, bytes, source, mode, norm && !away);
+        // A later part goes on with the sum over the pieces: a gradient that comes in parts of whole pieces has the bits
+        // of one that comes whole.
+        let before = if start == 0 {
+            AccumulateStats::default()
+        } else {
+            state.norm
+        };
+        let norm = norm && !away;
+        let accumulated = accumulate_pieces(&self.pool, dtype, bytes, source, mode, norm, before);
         if !away {
-            if start == 0 {
-                state.norm = AccumulateStats::default();
-            }
-            add(&mut state.norm, accumulated);
+            state.norm = accumulated;
         }
         if start + len == numel {
             state.arrived(away);
@@ -168,6 +173,7 @@ impl Core {
     ) -> Result<(bool, Dtype)> {
         self.weights.check_strays()?;
         self.check_param(call, unit, param)?;
+        self.check_here(call, unit)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
         let away = self.mesh.world() > 1;
@@ -320,9 +326,10 @@ fn accumulate_pieces(
     source: Grad<'_>,
     mode: Accumulate,
     norm: bool,
+    before: AccumulateStats,
 ) -> AccumulateStats {
     let len = grad_len(&source);
-    in_pieces(pool, dtype, bytes, |index, piece| {
+    in_pieces(pool, dtype, bytes, before, |index, piece| {
         let start = index * PIECE;
         let part = grad_slice(&source, start..len.min(start + PIECE));
         accumulate(grad_mut(dtype, piece), part, mode, norm)
@@ -331,25 +338,31 @@ fn accumulate_pieces(
 
 /// The norm of what lies in a gradient buffer, with the bits that accumulating it whole would give.
 pub(crate) fn measure(pool: &Pool, dtype: Dtype, bytes: &mut [u8]) -> AccumulateStats {
-    in_pieces(pool, dtype, bytes, |_, piece| {
-        let copy = piece.to_vec();
-        let source = as_grad(dtype, &copy);
-        accumulate(grad_mut(dtype, piece), source, Accumulate::Store, true)
-    })
+    in_pieces(
+        pool,
+        dtype,
+        bytes,
+        AccumulateStats::default(),
+        |_, piece| {
+            let copy = piece.to_vec();
+            let source = as_grad(dtype, &copy);
+            accumulate(grad_mut(dtype, piece), source, Accumulate::Store, true)
+        },
+    )
 }
 
-/// Works on `bytes` piece by piece on all threads, and sums what each piece gives in their order.
+/// Works on `bytes` piece by piece on all threads, and adds what each piece gives to `total` in their order.
 fn in_pieces(
     pool: &Pool,
     dtype: Dtype,
     bytes: &mut [u8],
+    mut total: AccumulateStats,
     work: impl Fn(usize, &mut [u8]) -> AccumulateStats + Sync,
 ) -> AccumulateStats {
     let pieces = bytes.chunks_mut(PIECE * dtype.size());
     let mut found = vec![AccumulateStats::default(); pieces.len()];
     let tasks = pieces.zip(&mut found).collect();
     pool.run_each(tasks, |index, (piece, stats)| *stats = work(index, piece));
-    let mut total = AccumulateStats::default();
     for stats in found {
         add(&mut total, stats);
     }

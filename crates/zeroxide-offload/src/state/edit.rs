@@ -34,6 +34,7 @@ impl Core {
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("write_param", unit, param)?;
+        self.check_here("write_param", unit)?;
         let key = self.units[unit].state_key("write_param", name)?;
         if self.state.fill.is_some() {
             return misuse("write_param", "a unit is being filled");
@@ -101,7 +102,7 @@ impl Core {
         let own = this.own();
         let mut on_disk = false;
         match &mut this.weights {
-            UnitWeights::Borrowed { .. } => {
+            UnitWeights::Borrowed { .. } | UnitWeights::Away { .. } => {
                 return misuse("write_param", "the weight is the caller's own");
             }
             UnitWeights::Host {
@@ -189,6 +190,7 @@ impl Core {
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("read_grad", unit, param)?;
+        self.check_here("read_grad", unit)?;
         self.finish_unit(unit)?;
         let local = self.kept_range("read_grad", unit, param, start, out.len())?;
         let this = &self.units[unit];
@@ -223,6 +225,7 @@ impl Core {
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("write_grad", unit, param)?;
+        self.check_here("write_grad", unit)?;
         self.finish_unit(unit)?;
         let local = self.kept_range("write_grad", unit, param, start, values.len())?;
         let (dtype, element, mesh) = (self.gradients.dtype, self.gradients.dtype.size(), self.mesh);

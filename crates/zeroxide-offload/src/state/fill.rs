@@ -31,7 +31,9 @@ impl Core {
     pub(crate) fn filled_window(&self, unit: usize) -> Range<u64> {
         let this = &self.units[unit];
         match &this.weights {
-            UnitWeights::Borrowed { .. } | UnitWeights::Moving { home: Some(_), .. } => 0..0,
+            UnitWeights::Borrowed { .. }
+            | UnitWeights::Away { .. }
+            | UnitWeights::Moving { home: Some(_), .. } => 0..0,
             UnitWeights::Host { .. } if !self.shares_weights() => 0..this.layout.len(),
             _ => this.own(),
         }
@@ -41,7 +43,7 @@ impl Core {
     /// Everything not filled before the commit is zero.
     pub(crate) fn fill_begin(&mut self, unit: usize, name: &str) -> Result<()> {
         self.check_usable()?;
-        self.check_unit("fill_begin", unit)?;
+        self.check_here("fill_begin", unit)?;
         let key = self.units[unit].state_key("fill_begin", name)?;
         if self.state.fill.is_some() {
             return misuse("fill_begin", "another fill has not been committed");

@@ -130,6 +130,7 @@ impl Core {
         count: usize,
     ) -> Result<Range<u64>> {
         self.check_param(call, unit, param)?;
+        self.check_here(call, unit)?;
         let this = &self.units[unit];
         let element = self.compute.size() as u64;
         let room = this.layout.numel(param) * element;

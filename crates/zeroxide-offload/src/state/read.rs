@@ -34,6 +34,7 @@ impl Core {
     ) -> Result<()> {
         self.check_usable()?;
         self.check_param("read_param", unit, param)?;
+        self.check_here("read_param", unit)?;
         let key = self.units[unit].state_key("read_param", name)?;
         if out.is_empty() {
             return Ok(());

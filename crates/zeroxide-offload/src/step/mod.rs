@@ -1,7 +1,7 @@
 //! One optimizer step: its constants, the stream of tiles, and the update of one tile.
 
 mod lent;
-mod plan;
+pub(crate) mod plan;
 pub(crate) mod stream;
 mod update;
 

@@ -14,7 +14,7 @@ use zeroxide_optim::{Optimizer, Step};
 use crate::core::Core;
 use crate::error::{Result, misuse};
 use crate::step::stream::{ActiveStep, Progress};
-use crate::unit::{ParamState, Unit};
+use crate::unit::{ParamState, StateBlocks, Unit};
 
 /// Elements that share every constant of the update.
 #[derive(Clone, Debug)]
@@ -40,6 +40,10 @@ impl Core {
         let mut step = ActiveStep::default();
         let (mut untouched, mut others) = (Vec::new(), Vec::new());
         for (index, unit) in self.units.iter().enumerate() {
+            if matches!(unit.state, StateBlocks::Away) {
+                step.units.push(Progress::default());
+                continue;
+            }
             let plan = segments(unit, groups, grad_scale)?;
             // Moments that are not on disk yet must all be written, also where there is no gradient.
             let all = unit.state.is_pristine() && !plan.is_empty();
@@ -206,6 +210,20 @@ impl Core {
 ///
 /// Padding between two of them joins the run: its gradient, weight and moments are zero and stay zero.
 fn segments(unit: &Unit, groups: &[Optimizer], grad_scale: f64) -> Result<Vec<Segment>> {
+    Ok(constant_runs(unit, groups)?
+        .into_iter()
+        .map(|(group, updates, range)| Segment {
+            range,
+            step: groups[group].prepare(updates + 1, grad_scale),
+        })
+        .collect())
+}
+
+/// The same runs as (group, updates before this one, elements).
+pub(crate) fn constant_runs(
+    unit: &Unit,
+    groups: &[Optimizer],
+) -> Result<Vec<(usize, u64, Range<u64>)>> {
     let mut order: Vec<usize> = (0..unit.params.len())
         .filter(|param| unit.params[*param].has_gradient())
         .collect();
@@ -227,13 +245,7 @@ fn segments(unit: &Unit, groups: &[Optimizer], grad_scale: f64) -> Result<Vec<Se
             _ => found.push((state.group, state.updates, range)),
         }
     }
-    Ok(found
-        .into_iter()
-        .map(|(group, updates, range)| Segment {
-            range,
-            step: groups[group].prepare(updates + 1, grad_scale),
-        })
-        .collect())
+    Ok(found)
 }
 
 fn check_group(unit: &Unit, group: usize, groups: &[Optimizer]) -> Result<()> {

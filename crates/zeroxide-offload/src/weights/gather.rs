@@ -24,7 +24,7 @@ impl Core {
     /// [`before_gathering`](Self::before_gathering) tells of has happened.
     pub(crate) fn gather(&mut self, unit: usize, covered: bool) -> Result<bool> {
         self.check_usable()?;
-        self.check_unit("gather", unit)?;
+        self.check_here("gather", unit)?;
         self.finish_unit(unit)?;
         self.poll_arrivals();
         if matches!(self.residence(unit), Some(Residence::Away)) {
@@ -56,7 +56,7 @@ impl Core {
                     }
                 )
             }
-            UnitWeights::Borrowed { .. } => true,
+            UnitWeights::Borrowed { .. } | UnitWeights::Away { .. } => true,
         })
     }
 
@@ -114,7 +114,7 @@ impl Core {
             UnitWeights::Moving { .. } => {
                 return misuse("set_all_shards_valid", "the unit is not gathered");
             }
-            UnitWeights::Borrowed { .. } => {}
+            UnitWeights::Borrowed { .. } | UnitWeights::Away { .. } => {}
         }
         Ok(())
     }

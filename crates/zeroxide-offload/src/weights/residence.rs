@@ -63,6 +63,11 @@ pub(crate) enum UnitWeights {
         /// This rank's shard, where that is at home in host memory; `None` for the disk.
         home: Option<Lease>,
     },
+    /// On the device that computes: the caller has them, laid out as the window, which stays empty.
+    Away {
+        /// The range that no memory lies in.
+        window: Window,
+    },
     /// The caller's memory, present while a step runs.
     Borrowed {
         /// What the caller lent.
@@ -74,7 +79,9 @@ impl UnitWeights {
     /// The window, where there is one.
     pub(crate) fn window(&self) -> Option<&Window> {
         match self {
-            UnitWeights::Host { window, .. } | UnitWeights::Moving { window, .. } => Some(window),
+            UnitWeights::Host { window, .. }
+            | UnitWeights::Moving { window, .. }
+            | UnitWeights::Away { window } => Some(window),
             UnitWeights::Borrowed { .. } => None,
         }
     }
@@ -85,6 +92,7 @@ impl UnitWeights {
             UnitWeights::Host { .. } | UnitWeights::Moving { home: Some(_), .. } => true,
             UnitWeights::Moving { residence, .. } => matches!(residence, Residence::Here { .. }),
             UnitWeights::Borrowed { lent } => lent.is_some(),
+            UnitWeights::Away { .. } => false,
         }
     }
 
@@ -106,7 +114,7 @@ impl UnitWeights {
             return Ok(None);
         }
         Ok(match self {
-            UnitWeights::Borrowed { .. } => None,
+            UnitWeights::Borrowed { .. } | UnitWeights::Away { .. } => None,
             UnitWeights::Moving {
                 home: Some(lease), ..
             } => Some(ShardBytes::Home(&mut lease[byte_range(range, element)])),

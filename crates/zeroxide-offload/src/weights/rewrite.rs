@@ -11,7 +11,7 @@ impl Core {
     /// next update joins them to what is live.
     pub(crate) fn rewrite_weights(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
-        self.check_unit("rewrite_weights", unit)?;
+        self.check_here("rewrite_weights", unit)?;
         self.finish_unit(unit)?;
         if !self.units[unit].weights.on_disk() {
             return Ok(());

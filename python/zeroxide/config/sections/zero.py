@@ -15,6 +15,7 @@ from zeroxide.config.fields import (
     Count,
     Directory,
     Flag,
+    Fraction,
     NoEffect,
     NotBuilt,
     Removed,
@@ -77,7 +78,7 @@ class OffloadOptimizer(Section):
     pipeline_write: Annotated[Flag | None, NoEffect(_PIPELINE)] = None
     fast_init: Annotated[Flag | None, NoEffect("state is laid out once, in place")] = None
     cpuadam_cores_perc: Annotated[Any, NoEffect("see zeroxide.threads")] = None
-    ratio: Annotated[Any, NotBuilt("splitting the optimizer between devices", neutral=(1,))] = None
+    ratio: Fraction | None = None
     super_offload: Annotated[Flag | None, NotBuilt("super offload")] = None
 
 
@@ -195,6 +196,8 @@ class Zero(Resolved):
     """ZeRO stage, 0 to 3."""
     offload_param: Offload = field(default_factory=Offload)
     offload_optimizer: Offload = field(default_factory=Offload)
+    cpu_share: float = 1.0
+    """What share of the parameters the CPU updates where `offload_optimizer` is "cpu"; the device updates the rest."""
     leaf_classes: tuple[str, ...] = ()
     """Classes of modules that are gathered whole, as "Name" or "module.path.Name"."""
     leaf_names: tuple[str, ...] = ()
@@ -224,6 +227,7 @@ def resolve(section: ZeroSection | None, gradients: Gradients, given: Given) -> 
         stage=stage,
         offload_param=offload_param,
         offload_optimizer=offload_optimizer,
+        cpu_share=_cpu_share(section, offload_optimizer),
         leaf_classes=tuple(leaf.classes or ()),
         leaf_names=tuple(leaf.names or ()),
         leaf_suffixes=tuple(leaf.name_suffixes or ()),
@@ -276,6 +280,21 @@ def _homes(given: ZeroSection, shortcuts: Shortcuts) -> tuple[int, Offload, Offl
     if stage is None:
         stage = 3 if home_param.enabled or home_state.enabled else 0
     return stage, home_param, home_state
+
+
+def _cpu_share(section: ZeroSection, home: Offload) -> float:
+    """What `ratio` says. Raises ConfigError where there is nothing to be shared between a CPU and a device."""
+    ratio = None if section.offload_optimizer is None else section.offload_optimizer.ratio
+    if ratio is None or ratio == 1 or home.kind == "cpu":
+        return 1.0 if ratio is None else ratio
+    path = "zero_optimization.offload_optimizer.ratio"
+    raise ConfigError(
+        f'{path} = {show(ratio)} needs offload_optimizer.device "cpu", got "{home.kind}": it is the share of '
+        "parameters that the CPU updates, with their state in host memory",
+        path=path,
+        expected="1",
+        got=show(ratio),
+    )
 
 
 def _compute_norm(section: ZeroSection, stage: int, gradients: Gradients) -> bool:

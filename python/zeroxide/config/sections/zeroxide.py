@@ -31,6 +31,7 @@ class ZeroxideSection(Section):
 
     device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
     host_memory: MemorySize | None = None
+    device_memory: MemorySize | None = None
     format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
     io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
     threads: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
@@ -58,6 +59,9 @@ class Zeroxide(Resolved):
     """Where the model computes: "auto", "cpu", or a device as torch names it, without a number the rank's own."""
     host_memory: int | None = field(default=None, metadata=may_differ("hosts may have different amounts of memory"))
     """Budget for the whole process's resident memory; `None` sets no limit."""
+    device_memory: int | None = field(default=None, metadata=may_differ("each rank has its own device"))
+    """Budget for weights, optimizer state and gradients on the device that computes; `None` takes what leaves half of
+    it to activations."""
     unit_bytes: int | None = None
     """Largest flat buffer of weights that is gathered in one piece."""
     staging_bytes: int | None = field(
@@ -91,6 +95,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
     return Zeroxide(
         device=section.device or Zeroxide.device,
         host_memory=host_memory,
+        device_memory=section.device_memory,
         unit_bytes=section.unit_bytes,
         staging_bytes=_staging(section, host_memory),
         tile_bytes=section.tile_bytes,

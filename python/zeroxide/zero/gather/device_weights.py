@@ -14,7 +14,7 @@ model's stream has passed that release.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -210,13 +210,23 @@ class ResidentWeights(DeviceWeights):
     """Weights that the device has at all times.
 
     shown: whether parameters always show their values; they go up right after a step, otherwise when they are used
-    first.
+    first. at_home: numbers of units whose weights are at home here: the host has none of them, and nothing goes up.
     """
 
-    def __init__(self, host: WeightGather, transfers: Transfers, units: Sequence[Unit], *, shown: bool) -> None:
+    def __init__(
+        self,
+        host: WeightGather,
+        transfers: Transfers,
+        units: Sequence[Unit],
+        *,
+        shown: bool,
+        at_home: frozenset[int] = frozenset(),
+    ) -> None:
         super().__init__(host, transfers)
+        self._at_home = at_home
         self._units = units
         self._shown = shown
+        self._frozen = {unit.index for unit in units if not unit.num_trainable}
         self._fresh: set[int] = set()
         """Units whose values on the device are those of the core, or will be when their copy has arrived."""
         self._before: set[int] = set()
@@ -231,7 +241,7 @@ class ResidentWeights(DeviceWeights):
 
     def gather_ahead(self, unit: Unit) -> bool:
         """Sends the unit up, if it has been updated since."""
-        if unit.index not in self._fresh:
+        if not self._is_fresh(unit):
             self.host.gather(unit)
             try:
                 self._send_up(unit)
@@ -239,6 +249,24 @@ class ResidentWeights(DeviceWeights):
                 self.host.release(unit)
             self._fresh.add(unit.index)
         return True
+
+    def _is_fresh(self, unit: Unit) -> bool:
+        return unit.index in self._fresh or unit.index in self._at_home
+
+    def changed(self, units: Iterable[int]) -> None:
+        """Weights at home here are other ones from here on, for the caller's stream: others wait for that."""
+        stream = self.transfers.stream()
+        event = stream.record_event()
+        self._arriving.update((unit, (event, {stream.stream_id})) for unit in units)
+
+    @contextmanager
+    def writing(self, unit: Unit, positions: Sequence[int]) -> Iterator[None]:
+        """See `DeviceWeights`: what is at home here has been written where it is."""
+        if unit.index in self._at_home:
+            yield
+            return
+        with super().writing(unit, positions):
+            yield
 
     def release(self, unit: Unit) -> None:
         """The memory stays."""
@@ -261,7 +289,9 @@ class ResidentWeights(DeviceWeights):
     def after_step(self) -> None:
         """See `WeightGather`."""
         self.host.after_step()
-        sent = [unit for unit in self._units if self._shown or self._is_looked_at(unit)]
+        # What no step updates is as it was.
+        self._fresh |= self._before & self._frozen
+        sent = [each for each in self._units if not self._is_fresh(each) and (self._shown or self._is_looked_at(each))]
         for unit in sent:
             self.gather_ahead(unit)
         self._join_last(sent)
@@ -271,7 +301,7 @@ class ResidentWeights(DeviceWeights):
         if units is not None:
             self._fresh |= self._before - {unit.index for unit in units}
         if self._shown:
-            sent = [unit for unit in self._units if unit.index not in self._fresh]
+            sent = [unit for unit in self._units if not self._is_fresh(unit)]
             for unit in sent:
                 self._send_up(unit)
                 self._fresh.add(unit.index)
@@ -295,8 +325,9 @@ def make_device_weights(
     Windows that are the weights' home never move: the device copies from them in place, if it can.
     """
     if plan.weights is Home.HOST:
-        for unit in units:
+        for unit in [each for each in units if each.index not in plan.units_on_device]:
             transfers.register(memory_of(unit).window, unit.name)
     if plan.transient:
         return TransientWeights(host, transfers, follows=isinstance(host, GatheredWeights))
-    return ResidentWeights(host, transfers, units, shown=plan.params_always_full)
+    shown, at_home = plan.params_always_full, plan.units_on_device
+    return ResidentWeights(host, transfers, units, shown=shown, at_home=at_home)

@@ -15,6 +15,7 @@ import torch
 from zeroxide import _core
 from zeroxide.device.placement import plain, spec
 from zeroxide.device.transfers import BLOCK_BYTES, Download, Transfers
+from zeroxide.zero.on_device.state import StateOnDevice
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.sent import SentGradients
 from zeroxide.zero.unit import Unit
@@ -23,23 +24,33 @@ __all__ = ["GradientOffload", "OffloadedReduction"]
 
 
 class GradientOffload:
-    """Gradients on their way down, those that left first at the front."""
+    """Gradients on their way down, those that left first at the front. Those of units that are at home on the device
+    stay there."""
 
-    def __init__(self, core: _core.Offload, transfers: Transfers) -> None:
+    def __init__(self, core: _core.Offload, transfers: Transfers, on_device: StateOnDevice | None = None) -> None:
         self.transfers = transfers
         self._core = core
+        self._on_device = on_device
+        """What takes gradients of units that are at home on the device, which do not come down."""
         self._under_way: deque[tuple[Unit, int, int, Download]] = deque()
         """(unit, position, first element) of each, and what comes."""
 
     def take(self, unit: Unit, position: int, grad: torch.Tensor) -> None:
-        """Begins to bring a gradient, dense and on the device, to the core. Raises what the core raises."""
+        """Begins to bring a gradient, dense and on the device, to where its unit is. Raises what the core raises."""
         flat = plain(grad).view(-1)
+        if self._on_device is not None and self.keeps(unit):
+            self._on_device.take(unit.index, position, flat)
+            return
         size = BLOCK_BYTES // flat.itemsize
         for start in range(0, flat.numel(), size):
             while not self.transfers.has_free():
                 self._add_first()
             download = self.transfers.bring_down(flat[start : start + size])
             self._under_way.append((unit, position, start, download))
+
+    def keeps(self, unit: Unit) -> bool:
+        """Whether gradients of the unit stay on the device."""
+        return self._on_device is not None and unit.index in self._on_device.units
 
     def drain_unit(self, unit: Unit) -> None:
         """Everything of the unit is in the core, and with it what was taken before."""

@@ -12,6 +12,7 @@ from zeroxide import _core
 from zeroxide.device.placement import plain, spec
 from zeroxide.errors import ModelError
 from zeroxide.zero.hook_handle import Hook
+from zeroxide.zero.on_device.core import host_part
 from zeroxide.zero.passes import GradientState
 from zeroxide.zero.reduce.large_weights import LargeWeights, accumulate_rows, raise_closed
 from zeroxide.zero.reduce.offload import GradientOffload
@@ -57,7 +58,7 @@ class Reducer:
             self.wanted.append(wanted)
             self.missing.append(missing)
             for position in sorted(wanted):
-                hook = Hook(_core.GradientHook(core, unit, position, missing, GradientState.OPEN, self))
+                hook = Hook(_core.GradientHook(host_part(core), unit, position, missing, GradientState.OPEN, self))
                 self.hooked.append((unit.params[position], hook))
                 self.handles.append(_put(*self.hooked[-1]))
         self.params = [param for param, _ in self.hooked]
@@ -110,6 +111,13 @@ class Reducer:
             else:
                 self.core.accumulate(unit.index, position, 0, spec(plain(grad)), True)
         elif grad.layout is torch.sparse_coo and grad.sparse_dim() == 1 and grad.dim() == 2:
+            if self.grad_offload is not None and self.grad_offload.keeps(unit):
+                raise ModelError(
+                    f"the gradient of {unit.names[position]} is sparse, and its optimizer state is on the device, "
+                    "which takes dense ones: use Embedding(sparse=False), or let the CPU update it "
+                    '(zero_optimization.offload_optimizer.device "cpu")',
+                    name=unit.names[position],
+                )
             # What was taken of the parameter before comes first in its sum.
             self.drain()
             accumulate_rows(self.core, unit, position, grad)
