@@ -16,7 +16,10 @@ from simulated import engines
 MODES = {
     "resident": {"stage": 2, "offload_optimizer": "cpu"},
     "resident-disk": {"stage": 1, "offload_optimizer": "nvme"},
-    "resident-3": {"stage": 3},
+    "resident-3": {"stage": 3, "offload_optimizer": "cpu"},
+    "on-device": {"stage": 3},
+    "on-device-shown": {"stage": 2},
+    "on-device-half": {"stage": 2, "offload_optimizer": "cpu", "ratio": 0.5},
     "transient": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "cpu"},
     "transient-state-disk": {"stage": 3, "offload_param": "cpu", "offload_optimizer": "nvme"},
     "transient-weights-disk": {"stage": 3, "offload_param": "nvme", "offload_optimizer": "cpu"},
@@ -25,9 +28,13 @@ MODES = {
 
 
 def make(mode: str, folder) -> zeroxide.Engine:
+    given = dict(MODES[mode])
+    ratio = {"ratio": given.pop("ratio")} if "ratio" in given else {}
     zero = {
-        key: value if key == "stage" else {"device": value, **({"nvme_path": str(folder)} if value == "nvme" else {})}
-        for key, value in MODES[mode].items()
+        key: value
+        if key == "stage"
+        else {"device": value, **({"nvme_path": str(folder)} if value == "nvme" else ratio)}
+        for key, value in given.items()
     }
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
@@ -45,7 +52,7 @@ def make(mode: str, folder) -> zeroxide.Engine:
 
 def steps(mode: str, folder, forgotten: list[int], sim) -> list:
     """The waits of two steps after a first one, in which some of them are forgotten."""
-    with engines.followed():
+    with engines.followed(kernels=True):
         engine = make(mode, folder)
         try:
             for number in range(3):
@@ -67,6 +74,20 @@ def steps(mode: str, folder, forgotten: list[int], sim) -> list:
         finally:
             engine.destroy()
     return waits
+
+
+def test_state_is_where_the_mode_says(tmp_path, sim):
+    with engines.followed(kernels=True):
+        found = {}
+        for mode in MODES:
+            engine = make(mode, tmp_path)
+            found[mode] = len(engine.plan().units_on_device)
+            engine.destroy()
+    assert {mode: count for mode, count in found.items() if count} == {
+        "on-device": 2,
+        "on-device-shown": 2,
+        "on-device-half": 1,
+    }
 
 
 def evaluate(engine: zeroxide.Engine, x: torch.Tensor) -> None:

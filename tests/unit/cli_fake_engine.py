@@ -93,6 +93,9 @@ class FakeEngine(nn.Module):
             "limit": 2 << 30,
         }
 
+    def device_memory(self) -> dict[str, Any]:
+        return {}
+
     def io(self) -> dict[str, Any]:
         count = self.applied
         return {

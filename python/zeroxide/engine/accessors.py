@@ -11,6 +11,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import HOST
 from zeroxide.engine.parts import Parts
 from zeroxide.plan.plan import Plan
+from zeroxide.zero.on_device.core import device_part
 
 __all__ = ["Accessors"]
 
@@ -135,9 +136,25 @@ class Accessors:
         usage["limit"] = self.parts.config.zeroxide.host_memory
         return usage
 
+    def device_memory(self) -> dict[str, Any]:
+        """Bytes of the engine's on the device that computes, per bucket as {"planned", "current", "peak"}, and
+        `zeroxide.device_memory` under "limit"; empty where that is the host. Activations are torch's.
+        """
+        parts, planned = self.parts, self.parts.plan.numbers.device_buckets
+        if planned is None or parts.transfers is None:
+            return {}
+        both = device_part(parts.core())
+        held = both.state.nbytes() if both is not None and both.state is not None else dict.fromkeys(planned, 0)
+        moved = {"current": parts.transfers.held, "peak": parts.transfers.most_held}
+        found: dict[str, Any] = {}
+        for name, bytes_planned in planned.items():
+            beside = moved if name == "weights" else dict.fromkeys(moved, 0)
+            found[name] = {"planned": bytes_planned, **{kind: held[name] + size for kind, size in beside.items()}}
+        return {**found, "limit": parts.plan.device_limit}
+
     def device_traffic(self) -> dict[str, int]:
         """Bytes of weights copied `up` to the device since the start, and of gradients copied `down`; 0 where the model
-        computes in host memory."""
+        computes in host memory. Units whose optimizer state is at home on the device copy neither."""
         transfers = self.parts.transfers
         return {"up": 0, "down": 0} if transfers is None else {"up": transfers.bytes_up, "down": transfers.bytes_down}
 

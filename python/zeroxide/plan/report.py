@@ -31,11 +31,16 @@ def describe(plan: Plan) -> list[str]:
         Home.DISK: "on disk",
     }[plan.weights]
     place = "host memory" if plan.state is Home.HOST else "files"
+    beside = "beside it" if plan.units_on_device else "in host memory"
+    if plan.units_on_device:
+        rest = sum(unit.trainable for index, unit in enumerate(plan.units) if index not in plan.units_on_device)
+        part = f"{100.0 * (trainable - rest) / trainable:.0f} % on {plan.device}"
+        place = f"{part}, the rest in {place}" if rest else f"device memory, all of it on {plan.device}"
     lines = [
         f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(plan.units)} units; "
         f"{_dtype(plan.compute)} weights at home {home}",
         f"optimizer state in {place}, format {', '.join(plan.formats)}; "
-        f"gradients {_dtype(plan.grad)} in host memory; {plan.threads} optimizer threads",
+        f"gradients {_dtype(plan.grad)} {beside}; {plan.threads} optimizer threads",
     ]
     if plan.world > 1:
         carrier = "shared memory" if plan.transport == "shared" else "collectives"
@@ -44,6 +49,7 @@ def describe(plan: Plan) -> list[str]:
         lines += _as_integers(plan)
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
+    lines += _on_device(plan)
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
     if filling:
         lines.append(f"while the engine is made, staging has {filling / MIB:.0f} MiB more for initial values")
@@ -54,6 +60,16 @@ def describe(plan: Plan) -> list[str]:
             f"{rest / MIB:.0f} left for activations"
         )
     return lines
+
+
+def _on_device(plan: Plan) -> list[str]:
+    """What the device has, in one line, or none where the model computes in host memory."""
+    buckets = plan.numbers.device_buckets
+    if buckets is None:
+        return []
+    each = ", ".join(f"{name} {size / MIB:.0f}" for name, size in buckets.items() if size)
+    limit = "" if plan.device_limit is None else f" of {plan.device_limit / MIB:.0f}"
+    return [f"on {plan.device} {sum(buckets.values()) / MIB:.0f}{limit} MiB ({each}), beside activations"]
 
 
 def _as_integers(plan: Plan) -> list[str]:

@@ -110,6 +110,8 @@ class Mapping {
   // The operator of the host has written into memory that is not the device's: the result moves there.
   static void fill(const c10::Storage& device, const c10::Storage& host) {
     std::size_t bytes = std::min(device.nbytes(), host.nbytes());
+    // Where another thread has given the stream something since the operator began, fresh memory is yet to be poisoned.
+    Machine::get().current_stream(device.device().index()).drain();
     if (bytes > 0) std::memcpy(Machine::get().alias(device.data()), host.data(), bytes);
   }
 

@@ -40,6 +40,10 @@ def conclude(this: Running) -> None:
         expected["process"] = this.expected_process
     for number, line in enumerate(describe_memory(expected, memory)):
         reporter.say(f"  {'memory' if number == 0 else '':<9} {line}")
+    device = engine.device_memory()
+    planned = {name: usage["planned"] for name, usage in device.items() if isinstance(usage, dict)}
+    for number, line in enumerate(describe_memory(planned, device)):
+        reporter.say(f"  {'device' if number == 0 else '':<9} {line}")
     _say_traffic(this)
     peak, limit = int(memory["process"]["peak"]), memory.get("limit")
     reporter.say(f"peak resident memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))

@@ -231,6 +231,8 @@ class ResidentWeights(DeviceWeights):
         """Units whose values on the device are those of the core, or will be when their copy has arrived."""
         self._before: set[int] = set()
         """Those that were, when the core's were last about to change."""
+        self._stepping = False
+        """Whether the units that go up have just been updated, and nobody has had the time to look at them."""
         self._used: torch.Event | None = None
         """On the model's stream at that time, until the stream up has waited for it: nothing uses old values later."""
 
@@ -256,8 +258,9 @@ class ResidentWeights(DeviceWeights):
     def changed(self, units: Iterable[int]) -> None:
         """Weights at home here are other ones from here on, for the caller's stream: others wait for that."""
         stream = self.transfers.stream()
-        event = stream.record_event()
-        self._arriving.update((unit, (event, {stream.stream_id})) for unit in units)
+        # One wait of a stream is for all of them.
+        arriving = stream.record_event(), {stream.stream_id}
+        self._arriving.update(dict.fromkeys(units, arriving))
 
     @contextmanager
     def writing(self, unit: Unit, positions: Sequence[int]) -> Iterator[None]:
@@ -279,9 +282,9 @@ class ResidentWeights(DeviceWeights):
         self.host.drain()
 
     def _last_use(self, unit: Unit) -> torch.Event | None:
-        """See `DeviceWeights`: what goes up need not wait for what is computed with new values meanwhile, unless
-        somebody may have looked at the old ones."""
-        if self._is_looked_at(unit):
+        """See `DeviceWeights`: what goes up need not wait for what is computed with new values meanwhile, nor for the
+        update of units at home here, unless somebody may have looked at the old ones since."""
+        if self._is_looked_at(unit) and not self._stepping:
             return super()._last_use(unit)
         used, self._used = self._used, None
         return used
@@ -292,8 +295,12 @@ class ResidentWeights(DeviceWeights):
         # What no step updates is as it was.
         self._fresh |= self._before & self._frozen
         sent = [each for each in self._units if not self._is_fresh(each) and (self._shown or self._is_looked_at(each))]
-        for unit in sent:
-            self.gather_ahead(unit)
+        self._stepping = True
+        try:
+            for unit in sent:
+                self.gather_ahead(unit)
+        finally:
+            self._stepping = False
         self._join_last(sent)
 
     def refresh(self, units: Sequence[Unit] | None = None) -> None:
