@@ -63,8 +63,8 @@ bench: $(VENV)/.wheel $(VENV)/.tools ## Run the benchmarks; each prints one JSON
 	$(BIN)/python -m benches
 
 # A bare machine with a GPU has neither cargo nor the registries: what is built elsewhere is carried there, the extension
-# module in python/zeroxide and the device suite in target/gpu. Where they can be built they are: a module that lies there
-# has the kernels of the day when it was built.
+# module in python/zeroxide with its machine code in kernels/cubins, and the device suite in target/gpu. Where they can be
+# built they are: a module that lies there has the kernels of the day when it was built.
 CARRIED := $(if $(shell command -v $(CARGO)),,$(wildcard python/zeroxide/_core*.so))
 GPU_PYTHON ?= $(or $(wildcard $(BIN)/python),$(if $(CARRIED),python3,$(BIN)/python))
 GPU_NEEDS := $(if $(CARRIED),,$(VENV)/.wheel $(VENV)/.tools) $(if $(shell command -v $(CARGO)),target/gpu/device-suite)
@@ -85,7 +85,7 @@ develop: $(VENV)/.wheel $(VENV)/.tools ## Install the working tree itself, so th
 	$(BIN)/maturin develop --release --locked
 
 clean: ## Remove everything that was built or installed here
-	rm -rf $(VENV) dist target python/zeroxide/_core*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) dist target python/zeroxide/_core*.so python/zeroxide/kernels/cubins .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 
 help: ## List the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,15 +101,24 @@ $(VENV)/.maturin: requirements-dev.txt | $(BIN)/python
 	$(BIN)/pip install --quiet -c requirements-dev.txt maturin
 	@touch $@
 
-dist/.built: $(RUST_SOURCES) $(PYTHON_SOURCES) | $(VENV)/.maturin
+# The second command replaces a wheel of the same version, which the first takes for up to date.
+define INSTALL
+	wheel=$$(ls dist/*.whl) && $(BIN)/pip install --quiet -c requirements-dev.txt "$$wheel[train]"
+	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
+endef
+
+# Machine code of the kernels is made by the wheel itself, with the compiler that comes with torch, and packed into it:
+# the second build has nothing to compile. What is there already of the same sources is not made again.
+dist/.built: $(RUST_SOURCES) $(PYTHON_SOURCES) cuda/cubins.py | $(VENV)/.maturin
 	rm -rf dist
+	$(BIN)/maturin build --release --locked --out dist
+	$(INSTALL)
+	$(BIN)/python cuda/cubins.py python/zeroxide/kernels/cubins
 	$(BIN)/maturin build --release --locked --out dist
 	@touch $@
 
-# The second command replaces a wheel of the same version, which the first takes for up to date.
 $(VENV)/.wheel: dist/.built requirements-dev.txt
-	wheel=$$(ls dist/*.whl) && $(BIN)/pip install --quiet -c requirements-dev.txt "$$wheel[train]"
-	$(BIN)/pip install --quiet --no-deps --force-reinstall dist/*.whl
+	$(INSTALL)
 	@touch $@
 
 $(VENV)/.tools: requirements-dev.txt | $(BIN)/python

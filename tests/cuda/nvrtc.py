@@ -1,44 +1,48 @@
-"""NVRTC from torch's own wheels, as far as a compile gate needs it: a source, and what it becomes for a GPU."""
+"""What kernels become for a GPU, by NVRTC as the product calls it: machine code, its registers, its loads.
+
+Machine code is what came with zeroxide where that was made of the sources as they are, else it is kept under
+`target/kernels`: nothing is compiled twice.
+"""
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import re
 import shutil
+import struct
 import subprocess
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from emulated import CUDA
+import numpy as np
+from emulated import CUDA, ROOT
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
-OPTIONS = (
-    "--std=c++17",
-    "--fmad=false",
-    "--ptxas-options=-v",
-    f"--include-path={CUDA / 'include'}",
-)
+from zeroxide import _core
+from zeroxide.errors import DeviceError
+from zeroxide.kernels.compile import compiler
+from zeroxide.kernels.shipped import ARCHITECTURES, FOLDER, file_name
+
+__all__ = ["ARCHITECTURES", "Compiled", "compiled", "disassembler", "nvrtc", "text_of", "tree_headers", "wide_in_code"]
+
+CACHE = ROOT / "target" / "kernels"
 WHY_NOT = "NVRTC is not installed: torch's CUDA wheels bring it"
 
 
-def wheel_folders(inside: str) -> list[Path]:
-    """Folders of NVIDIA's wheels that have that name."""
-    spec = find_spec("nvidia")
-    places = [Path(each) for each in (spec.submodule_search_locations or [])] if spec else []
-    return [path for place in places for path in place.glob(f"*/{inside}")]
-
-
 @functools.cache
-def nvrtc() -> ctypes.CDLL | None:
-    found = [path for folder in wheel_folders("lib") for path in folder.glob("libnvrtc.so.*")]
-    return ctypes.CDLL(str(found[0])) if found else None
+def nvrtc() -> _core.Nvrtc | None:
+    try:
+        return compiler()
+    except DeviceError:
+        return None
 
 
 def disassembler() -> str | None:
-    """`nvdisasm`, which comes in a wheel of its own or with the toolkit."""
-    found = [str(path) for folder in wheel_folders("bin") for path in folder.glob("nvdisasm")]
+    """`nvdisasm`, which comes with triton, in a wheel of its own or with the toolkit."""
+    triton, nvidia = find_spec("triton"), find_spec("nvidia")
+    places = [Path(each) / "backends/nvidia" for each in (triton.submodule_search_locations if triton else ())]
+    places += [Path(each) for each in (nvidia.submodule_search_locations if nvidia else ())]
+    found = [str(path) for place in places for path in place.glob("**/bin/nvdisasm")]
     return found[0] if found else shutil.which("nvdisasm")
 
 
@@ -47,35 +51,29 @@ class Compiled:
     """What a source became. registers, spilled: of each entry point; spilled in bytes."""
 
     log: str
-    ptx: str
     cubin: bytes
     registers: dict[str, int]
     spilled: dict[str, int]
 
 
-class CompileError(RuntimeError):
-    """NVRTC's log."""
+def text_of(source: str) -> str:
+    return (CUDA / "kernels" / f"{source}.cu").read_text()
 
 
-def compiled(source: str, text: str, architecture: str) -> Compiled:
-    made = nvrtc()
-    program, size = ctypes.c_void_p(), ctypes.c_size_t()
-    made.nvrtcCreateProgram(ctypes.byref(program), text.encode(), f"{source}.cu".encode(), 0, None, None)
-    options = [each.encode() for each in (f"--gpu-architecture={architecture}", *OPTIONS)]
-    failed = made.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
+@functools.cache
+def tree_headers() -> list[tuple[str, str]]:
+    """What sources include, as the extension module has it: name and text."""
+    folder = CUDA / "include"
+    return [(str(path.relative_to(folder)), path.read_text()) for path in sorted(folder.rglob("*.cuh"))]
 
-    def read(what: str) -> bytes:
-        getattr(made, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        getattr(made, f"nvrtcGet{what}")(program, buffer)
-        return buffer.raw
 
-    log = read("ProgramLog").rstrip(b"\0").decode()
-    if failed:
-        raise CompileError(f"{source} for {architecture}: {log}")
-    result = Compiled(log, read("PTX").rstrip(b"\0").decode(), read("CUBIN"), *resources(log))
-    made.nvrtcDestroyProgram(ctypes.byref(program))
-    return result
+def compiled(source: str, text: str, architecture: int) -> Compiled:
+    """Raises DeviceError where the compiler refuses the text."""
+    given = (f"{source}.cu", text, tree_headers())
+    kept = _core.read_cubin(FOLDER / file_name(source, architecture), *given, architecture=architecture)
+    if kept is None or kept.compiler != nvrtc().version:
+        kept = nvrtc().compile(*given, architecture=architecture, cache=CACHE)
+    return Compiled(kept.log, kept.cubin, *resources(kept.log))
 
 
 def resources(log: str) -> tuple[dict[str, int], dict[str, int]]:
@@ -88,15 +86,37 @@ def resources(log: str) -> tuple[dict[str, int], dict[str, int]]:
     return registers, spilled
 
 
-def wide_in_ptx(ptx: str) -> dict[str, int]:
-    """16-byte loads and stores of global memory in each entry point."""
-    parts = re.split(r"\.entry (\w+)\(", ptx)
-    wide = re.compile(r"\b(?:ld|st)\.global\S*\.(?:v4\.[bufs]32|v2\.[bufs]64)\b")
-    return {name: len(wide.findall(body)) for name, body in zip(parts[1::2], parts[2::2], strict=True)}
+GLOBAL_MEMORY = (0x381, 0x386, 0x981, 0x986)
+"""LDG and STG, the lower 12 bits of an instruction, without and with a descriptor. Bits 73 to 75 are the size."""
+SIXTEEN_BYTES = 6
 
 
-def wide_in_cubin(cubin: bytes, folder: Path) -> dict[str, int]:
-    """The same as machine code has it: LDG.E.128 and STG.E.128."""
+def wide_in_code(cubin: bytes) -> dict[str, int]:
+    """16-byte loads and stores of global memory in each entry point: instructions have 16 bytes."""
+    found = {}
+    for name, code in sections(cubin).items():
+        if name.startswith(".text."):
+            words = np.frombuffer(code, dtype="<u8").reshape(-1, 2)
+            moves = np.isin(words[:, 0] & 0xFFF, GLOBAL_MEMORY)
+            found[name.removeprefix(".text.")] = int((moves & (words[:, 1] >> 9 & 7 == SIXTEEN_BYTES)).sum())
+    return found
+
+
+def sections(elf: bytes) -> dict[str, bytes]:
+    """Name and bytes of each section of a file of machine code."""
+    (table,) = struct.unpack_from("<Q", elf, 40)
+    each, count, names = struct.unpack_from("<HHH", elf, 58)
+    rows = [struct.unpack_from("<IIQQQQ", elf, table + at * each) for at in range(count)]
+    text = rows[names][4]
+    return {
+        elf[text + row[0] : elf.index(0, text + row[0])].decode(): elf[row[4] : row[4] + row[5]]
+        for row in rows
+        if row[1]
+    }
+
+
+def wide_by_disassembler(cubin: bytes, folder: Path) -> dict[str, int]:
+    """The same, as `nvdisasm` reads the code: LDG.E.128 and STG.E.128."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     text = subprocess.run([disassembler(), "-c", path], check=True, capture_output=True, text=True).stdout

@@ -35,15 +35,13 @@ def driver(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A compiler, and one small kernel of it."""
-    compiler = _core.Nvrtc(nvrtc_libraries())
+    """One small kernel."""
     cache = tmp_path_factory.mktemp("cache")
-    return compiler, compiler.compile("fill.cu", SOURCE, [], architecture=90, cache=cache)
+    return _core.Nvrtc(nvrtc_libraries()).compile("fill.cu", SOURCE, [], architecture=90, cache=cache)
 
 
 def loaded(driver, made, entry="zx_fill"):
-    compiler, kept = made
-    return _core.CudaContext(0, driver.path).load(compiler, "fill.cu", kept, entry)
+    return _core.CudaContext(0, driver.path).load("fill.cu", made, entry)
 
 
 def fields(error: BaseException) -> dict[str, object]:

@@ -31,7 +31,7 @@ def fill(launcher, cache):
     """Adds `value` to `count` floats at `address`: `fill(address, count, value)` on torch's current stream."""
     compiler = compiling.compiler()
     kept = compiler.compile("fill.cu", FILL, [], architecture=launcher.context.architecture, cache=cache)
-    kernel = launcher.context.load(compiler, "fill.cu", kept, "zx_fill")
+    kernel = launcher.context.load("fill.cu", kept, "zx_fill")
 
     def start(tensor, value, threads=256):
         args = struct.pack("=Qqff", tensor.data_ptr(), tensor.numel(), value, 0.0)
@@ -160,7 +160,7 @@ def test_code_for_another_device_is_refused(launcher, cache):
     other = next(each for each in (80, 120) if each // 10 != launcher.context.architecture // 10)
     kept = compiler.compile("fill.cu", FILL, [], architecture=other, cache=cache)
     with pytest.raises(DeviceError, match=r"cannot load fill\.cu: CUDA_ERROR_"):
-        launcher.context.load(compiler, "fill.cu", kept, "zx_fill")
+        launcher.context.load("fill.cu", kept, "zx_fill")
 
 
 def in_child(context, channel):
@@ -191,7 +191,7 @@ context = _core.CudaContext(0)
 compiler = compiling.compiler()
 text = 'struct A { int *at; }; extern "C" __global__ void zx_bad(const A a) { *a.at = 1; }'
 kept = compiler.compile("bad.cu", text, [], architecture=context.architecture, cache=sys.argv[1])
-kernel = context.load(compiler, "bad.cu", kept, "zx_bad")
+kernel = context.load("bad.cu", kept, "zx_bad")
 kernel.launch(1, 1, 0, 0, struct.pack("=Q", 8))
 try:
     torch.cuda.synchronize()

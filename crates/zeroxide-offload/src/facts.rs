@@ -360,6 +360,7 @@ impl Facts for CudaError {
             Lost { call: text, device: number, reason: text }
             Driver { call: text, device: number, code: number, reason: text }
             Forked { created: number, current: number }
-            Cache { action: text, path: path, source: system })
+            Cache { action: text, path: path, source: system }
+            Damaged { path: path, reason: text })
     }
 }

@@ -9,7 +9,7 @@ use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use zeroxide_device::cuda::{
-    self, Compiler, Context, Cubin, CudaError, DRIVER, Grid, Kernel, Probe, Source, Version,
+    self, Compiler, Context, CudaError, DRIVER, Grid, Kept, Kernel, Probe, Source, Version,
 };
 use zeroxide_device::{Device, Registration};
 use zeroxide_memory::{Arena, Bucket, Budget, Lease};
@@ -76,19 +76,10 @@ pub(crate) struct Nvrtc {
     compiler: Compiler,
 }
 
-/// Machine code that came out of the cache or from the compiler.
+/// Machine code that came out of a file or from the compiler.
 #[pyclass(frozen, module = "zeroxide._core")]
 pub(crate) struct KeptCubin {
-    cubin: Cubin,
-    /// What the compiler said; empty where it was not asked.
-    #[pyo3(get)]
-    log: String,
-    /// Whether the code was in the cache.
-    #[pyo3(get)]
-    cached: bool,
-    /// Why the code could not be kept in the cache, in one line.
-    #[pyo3(get)]
-    problem: Option<String>,
+    kept: Kept,
 }
 
 #[pymethods]
@@ -96,8 +87,68 @@ impl KeptCubin {
     /// The file of machine code.
     #[getter]
     fn cubin<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, self.cubin.bytes())
+        PyBytes::new(py, self.kept.cubin().bytes())
     }
+
+    /// What the compiler said when it made the code.
+    #[getter]
+    fn log(&self) -> &str {
+        self.kept.log()
+    }
+
+    /// The version of the compiler that made it.
+    #[getter]
+    fn compiler(&self) -> (u32, u32) {
+        pair(self.kept.compiler)
+    }
+
+    /// Whether a file had the code.
+    #[getter]
+    fn cached(&self) -> bool {
+        self.kept.cached
+    }
+
+    /// Why the code could not be kept in the cache, in one line.
+    #[getter]
+    fn problem(&self) -> Option<String> {
+        self.kept.problem.as_ref().map(ToString::to_string)
+    }
+
+    /// The code, and all that it was made of, as `read_cubin` takes it.
+    fn file<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, &self.kept.file())
+    }
+}
+
+/// Options, or those that kernels are compiled with.
+fn options_or_usual(options: Option<Vec<String>>) -> Vec<String> {
+    options.unwrap_or_else(|| cuda::OPTIONS.map(String::from).to_vec())
+}
+
+/// Machine code in a file, if it was made of `text` for that architecture; None where there is none, or of something
+/// else.
+#[pyfunction]
+#[pyo3(signature = (path, name, text, headers, *, architecture, options = None))]
+#[expect(clippy::needless_pass_by_value, reason = "PyO3 makes the path")]
+pub(crate) fn read_cubin(
+    py: Python<'_>,
+    path: PathBuf,
+    name: String,
+    text: String,
+    headers: Vec<(String, String)>,
+    architecture: u32,
+    options: Option<Vec<String>>,
+) -> PyResult<Option<KeptCubin>> {
+    let options = options_or_usual(options);
+    let source = Source {
+        name,
+        text,
+        headers,
+    };
+    let found = py
+        .detach(|| cuda::read_cubin(&path, &source, architecture, &options))
+        .map_err(failed(py))?;
+    Ok(found.map(|kept| KeptCubin { kept }))
 }
 
 #[pymethods]
@@ -143,7 +194,7 @@ impl Nvrtc {
         cache: PathBuf,
         options: Option<Vec<String>>,
     ) -> PyResult<KeptCubin> {
-        let options = options.unwrap_or_else(|| cuda::OPTIONS.map(String::from).to_vec());
+        let options = options_or_usual(options);
         let source = Source {
             name,
             text,
@@ -154,12 +205,7 @@ impl Nvrtc {
                 cuda::Cache::new(cache).compile(&self.compiler, &source, architecture, &options)
             })
             .map_err(failed(py))?;
-        Ok(KeptCubin {
-            cubin: kept.cubin,
-            log: kept.log,
-            cached: kept.cached,
-            problem: kept.problem.map(|error| error.to_string()),
-        })
+        Ok(KeptCubin { kept })
     }
 }
 
@@ -215,19 +261,17 @@ impl CudaContext {
         py.detach(|| self.context.memory()).map_err(failed(py))
     }
 
-    /// Loads the kernel `entry` of what `compiler` made of `source_name`.
+    /// Loads the kernel `entry` of what a compiler made of `source_name`.
     fn load(
         &self,
         py: Python<'_>,
-        compiler: &Nvrtc,
         source_name: &str,
         kept: &KeptCubin,
         entry: &str,
     ) -> PyResult<CudaKernel> {
-        let version = compiler.compiler.version();
         let loaded = py.detach(|| {
-            self.context.check_compiler(version)?;
-            self.context.load(source_name, &kept.cubin, entry)
+            self.context.check_compiler(kept.kept.compiler)?;
+            self.context.load(source_name, kept.kept.cubin(), entry)
         });
         Ok(CudaKernel {
             kernel: loaded.map_err(failed::<CudaError>(py))?,

@@ -34,7 +34,7 @@ mod _core {
     #[pymodule_export]
     use crate::cuda::{
         CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,
-        kernel_source, probe_cuda,
+        kernel_source, probe_cuda, read_cubin,
     };
     #[pymodule_export]
     use crate::gradient_hook::GradientHook;

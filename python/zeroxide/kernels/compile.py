@@ -18,7 +18,7 @@ import torch
 from zeroxide import _core
 from zeroxide.errors import DeviceError
 
-__all__ = ["cache_directory", "compile_source", "compiler", "nvrtc_libraries"]
+__all__ = ["cache_directory", "compile_source", "compiler", "kernel_text", "nvrtc_libraries"]
 
 LOADER_NAMES = ("libnvrtc.so.13", "libnvrtc.so.12")
 """What the loader may find without being told where."""
@@ -53,17 +53,21 @@ def compiler() -> _core.Nvrtc:
     return _core.Nvrtc(nvrtc_libraries())
 
 
+def kernel_text(source: str) -> str:
+    """The text of `cuda/kernels/<source>.cu`, which the extension module carries."""
+    text = _core.kernel_source(source)
+    assert text is not None, f"no source of kernels is called {source}"
+    return text
+
+
 def compile_source(source: str, architecture: int) -> _core.KeptCubin:
     """Machine code of `cuda/kernels/<source>.cu` for a compute capability, as 90 for 9.0.
 
     Warns where it cannot be kept. Raises DeviceError where it cannot be made: no NVRTC, one that does not know the
     architecture, a source that it refuses, with its log.
     """
-    text = _core.kernel_source(source)
-    assert text is not None, f"no source of kernels is called {source}"
-    kept = compiler().compile(
-        f"{source}.cu", text, _core.kernel_headers(), architecture=architecture, cache=cache_directory()
-    )
+    text, headers = kernel_text(source), _core.kernel_headers()
+    kept = compiler().compile(f"{source}.cu", text, headers, architecture=architecture, cache=cache_directory())
     if kept.problem is not None:
         warnings.warn(kept.problem, RuntimeWarning, stacklevel=2)
     return kept

@@ -9,7 +9,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.errors import DeviceError
-from zeroxide.kernels.compile import compile_source, compiler
+from zeroxide.kernels.shipped import machine_code
 
 __all__ = ["CudaLauncher", "Kernel", "Launcher"]
 
@@ -38,8 +38,8 @@ class Launcher(Protocol):
 class CudaLauncher:
     """Runs kernels on one CUDA device, in torch's context of it and on the stream that is torch's current one.
 
-    A kernel is compiled when it is launched first, or comes out of the cache. Memory that a kernel uses is torch's to
-    keep for it as for torch's own: a tensor that another stream made needs `record_stream`.
+    A kernel's code comes with zeroxide or out of the cache, or is compiled when it is launched first. Memory that a
+    kernel uses is torch's to keep for it as for torch's own: a tensor that another stream made needs `record_stream`.
     """
 
     def __init__(self, device: torch.device | None = None, *, library: str = _core.CUDA_DRIVER) -> None:
@@ -70,8 +70,9 @@ class CudaLauncher:
         if loaded is None:
             kept = self._compiled.get(kernel.source)
             if kept is None:
-                kept = self._compiled[kernel.source] = compile_source(kernel.source, self.context.architecture)
-            loaded = self.context.load(compiler(), f"{kernel.source}.cu", kept, kernel.entry)
+                kept = machine_code(kernel.source, self.context.architecture, self.context.driver_version)
+                self._compiled[kernel.source] = kept
+            loaded = self.context.load(f"{kernel.source}.cu", kept, kernel.entry)
             self._loaded[kernel] = loaded
         return loaded
 

@@ -6,13 +6,14 @@ use super::error::{CudaError, Result, Version};
 use super::sys::nvrtc::{COMPILATION, INVALID_OPTION, Nvrtc, c_text, failure};
 
 /// How kernels are compiled: no fused multiply-add but where a source says so, and division and square root as IEEE 754
-/// has them, so that kernels compute the bits that the CPU computes.
-pub const OPTIONS: [&str; 5] = [
+/// has them, so that kernels compute the bits that the CPU computes. The log tells registers and spills of every kernel.
+pub const OPTIONS: [&str; 6] = [
     "--std=c++17",
     "--fmad=false",
     "--prec-div=true",
     "--prec-sqrt=true",
     "--ftz=false",
+    "--ptxas-options=-v",
 ];
 
 /// A source with all that it may include.
@@ -155,7 +156,7 @@ impl Compiler {
                 })?;
                 Ok(Compiled {
                     cubin,
-                    log: outcome.log,
+                    log: without_times(&outcome.log),
                 })
             }
             COMPILATION | INVALID_OPTION => Err(CudaError::Compile {
@@ -191,6 +192,14 @@ impl Compiler {
     }
 }
 
+/// A log without what differs each time the same is compiled.
+fn without_times(log: &str) -> String {
+    log.lines()
+        .filter(|line| !line.contains(": Compile time ="))
+        .flat_map(|line| [line, "\n"])
+        .collect()
+}
+
 /// The lines of a log in one, or what stands for a log that is empty.
 fn one_line(log: &str, otherwise: &str) -> String {
     let lines: Vec<_> = log
@@ -218,6 +227,14 @@ mod tests {
         assert_eq!(
             one_line("\n \n", "NVRTC_ERROR_COMPILATION"),
             "NVRTC_ERROR_COMPILATION"
+        );
+    }
+
+    #[test]
+    fn a_log_is_the_same_each_time() {
+        assert_eq!(
+            without_times("a\nptxas info    : Compile time = 1.5 ms\nb"),
+            "a\nb\n"
         );
     }
 

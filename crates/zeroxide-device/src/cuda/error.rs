@@ -261,6 +261,14 @@ pub enum CudaError {
         /// What the operating system said.
         source: io::Error,
     },
+    /// Machine code that came with zeroxide and is not as it was made.
+    #[error("{} is damaged: {reason}; install zeroxide again", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 impl From<zeroxide_memory::Forked> for CudaError {
