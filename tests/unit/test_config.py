@@ -57,6 +57,7 @@ EFFECTS = [
     ("data_types.keep_in_fp32_modules", ["gate*"], {}, "precision.keep_in_fp32", ("gate*",)),
     ("communication_data_type", "fp32", BF16, "precision.reduce_dtype", "fp32"),
     ("gradient_allreduce_op", "sum", {}, "gradients.reduce_sum", True),
+    ("activation_checkpointing.cpu_checkpointing", True, {}, "activation_checkpointing.cpu_checkpointing", True),
     ("zeroxide.transport", "collective", {}, "zeroxide.transport", "collective"),
     ("optimizer.type", "AdamW", {"optimizer": {}}, "optimizer", Optimizer()),
     ("optimizer.params.lr", 0.25, ADAM, "optimizer", Optimizer(lr=0.25)),
@@ -239,7 +240,7 @@ NOT_BUILT = [
     ("hybrid_engine.enabled", True, "hybrid engine"),
     ("sequence_parallel_size", 2, "sequence parallelism"),
     ("aio.use_gds", True, "GPUDirect"),
-    ("activation_checkpointing.cpu_checkpointing", True, "activation offload"),
+    ("activation_checkpointing.contiguous_memory_optimization", True, "contiguous activation"),
     ("checkpoint.load_universal", True, "universal"),
     ("bf16.bf16_optimizer_states", True, "bf16 optimizer states"),
 ]

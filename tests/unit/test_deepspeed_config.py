@@ -114,7 +114,7 @@ def test_not_built():
     for key, config in {
         "bf16.bf16_master_weights_and_grads": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "lower_precision_safe_modules": {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
-        "cpu_checkpointing": {"activation_checkpointing": {"cpu_checkpointing": True}},
+        "partition_activations": {"activation_checkpointing": {"partition_activations": True}},
         "flops_profiler": {"flops_profiler": {"enabled": True}},
         "csv_monitor": {"csv_monitor": {"enabled": True}},
         "optimizer.type": {"optimizer": {"type": "Lamb"}},
@@ -122,6 +122,14 @@ def test_not_built():
         line = refused(config)
         assert key in line
         assert "not built yet" in line
+
+
+def test_cpu_checkpointing(caplog):
+    config = ADAM | {"activation_checkpointing": {"cpu_checkpointing": True}}
+    assert load(config).activation_checkpointing.cpu_checkpointing
+    with started(nn.Linear(4, 2), config=config) as engine:
+        assert engine.device_traffic()["activations_down"] == 0
+    assert any("cpu_checkpointing has no effect: the model computes in host memory" in each for each in caplog.messages)
 
 
 def test_lion_betas():

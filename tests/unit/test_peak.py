@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zeroxide import _core
-from zeroxide.engine.peak import Peak
+from zeroxide.engine.peak import FRAGMENTS, Peak, room_in_budget
 
 MIB = 1 << 20
 
@@ -135,3 +135,13 @@ def test_several_count_side_by_side(monkeypatch):
     reach(150)
     assert (first.most(), second.most(), second.since_start_over()) == (300, 200, 150)
     assert first.since_start_over() == 300
+
+
+def test_room_in_a_budget(monkeypatch):
+    """Of what is planned and taken, and of what is resident, the greater counts. Catches: one of them left out."""
+    monkeypatch.setattr(_core, "resident", lambda: {"rss": 500 * MIB, "peak": 900 * MIB})
+    limit = int(800 * MIB * FRAGMENTS) + 1
+    assert room_in_budget(None, 0, 0) is None
+    assert room_in_budget(limit, 400 * MIB, 50 * MIB) == 300 * MIB
+    assert room_in_budget(limit, 400 * MIB, 150 * MIB) == 250 * MIB
+    assert room_in_budget(limit, 900 * MIB, 0) == 0

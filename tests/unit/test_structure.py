@@ -35,6 +35,7 @@ FOREIGN = {
     "_indices": "torch: of a sparse tensor as it is, not coalesced",
     "_modules": "torch: a module's own children",
     "_non_persistent_buffers_set": "torch: which buffers are not state",
+    "_new_with_weak_ptr": "torch: a storage that may be gone, as torch.multiprocessing shares one",
     "_opt_called": "torch: what schedulers warn by",
     "_optimizer_load_state_dict_post_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_load_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from zeroxide.config.fields import Flag, NoEffect
-from zeroxide.config.sections.activation_checkpointing import ActivationCheckpointing
+from zeroxide.config.sections.activation_checkpointing import ActivationCheckpointingSection
 from zeroxide.config.sections.aio import AioSection
 from zeroxide.config.sections.batch import BatchKeys
 from zeroxide.config.sections.checkpoint import CheckpointSection
@@ -35,7 +35,7 @@ class Document(UnbuiltKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
     scheduler: SchedulerSection | None = None
     zero_optimization: Annotated[ZeroSection | None, BeforeValidator(stage_of_switch)] = None
     aio: AioSection | None = None
-    activation_checkpointing: ActivationCheckpointing | None = None
+    activation_checkpointing: ActivationCheckpointingSection | None = None
     checkpoint: CheckpointSection | None = None
     zeroxide: ZeroxideSection | None = None
 

@@ -10,6 +10,7 @@ from zeroxide.config.document import Document
 from zeroxide.config.given import Given
 from zeroxide.config.resolved import Config
 from zeroxide.config.sections import (
+    activation_checkpointing,
     aio,
     batch,
     checkpoint,
@@ -56,6 +57,7 @@ def resolve(
         optimizer=optimizer.resolve(document.optimizer, given),
         scheduler=scheduler.resolve(document.scheduler, given),
         aio=aio.resolve(document.aio),
+        activation_checkpointing=activation_checkpointing.resolve(document.activation_checkpointing),
         zeroxide=zeroxide.resolve(own, given),
         checkpoint=checkpoint.resolve(document.checkpoint, own),
         report=report.resolve(document),

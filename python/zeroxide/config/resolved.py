@@ -8,6 +8,7 @@ from typing import Any
 
 from zeroxide.config.facts import may_differ
 from zeroxide.config.rules import Rule
+from zeroxide.config.sections.activation_checkpointing import ActivationCheckpointing
 from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
@@ -38,6 +39,7 @@ class Config:
     mesh: Mesh | None = None
     """How the ranks are grouped; `None` is one shard group of all ranks, or at stage 0 all ranks as replicas."""
     aio: Aio = field(default_factory=Aio)
+    activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     zeroxide: Zeroxide = field(default_factory=Zeroxide)
     report: Report = field(default_factory=Report)

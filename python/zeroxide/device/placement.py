@@ -8,6 +8,7 @@ compute memory themselves, and what is there can be given to the core by its add
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from operator import methodcaller
@@ -30,6 +31,7 @@ __all__ = [
     "device_kind",
     "device_of",
     "device_room",
+    "fresh_pages",
     "has_values",
     "in_host",
     "in_host_memory",
@@ -75,6 +77,13 @@ def plain(tensor: torch.Tensor) -> torch.Tensor:
 def memory_at(address: int, nbytes: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory of the core as a flat tensor; valid as long as the call that gave the address says."""
     return torch.frombuffer((ctypes.c_char * nbytes).from_address(address), dtype=dtype)
+
+
+def fresh_pages(nbytes: int) -> torch.Tensor:
+    """Bytes in pages that nothing else lies in, which go back to the system when nothing refers to them. Raises OSError
+    where it has none."""
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def view_of(window: Any, dtype: torch.dtype, start: int = 0, numel: int = -1) -> torch.Tensor:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
 
+from zeroxide.device.host_pool import Piece
 from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
 from zeroxide.errors import DeviceError
 
@@ -148,6 +149,9 @@ class Transfers:
         self.bytes_down = 0
         self.held = self.most_held = 0
         """Bytes of weights that have memory on the device, now and at the most."""
+        self.stowed_up = 0
+        """Bytes of tensors that have come back from host memory, where they were `stowed_down`."""
+        self.stowed_down = 0
         self._up, self._down = torch.Stream(device), torch.Stream(device)
         self._rising = [_Block() for _ in range(BLOCKS)]
         """Blocks for copies up, that used longest ago first."""
@@ -158,6 +162,8 @@ class Transfers:
         self._registered: dict[int, int] = {}
         self._last: torch.Event | None = None
         """After the last copy up in place."""
+        self._last_restored: torch.Event | None = None
+        """After the last `restore`, until the stream down has waited for it."""
 
     def stream(self) -> torch.Stream:
         """The stream that the model computes on: the caller's current one."""
@@ -238,14 +244,19 @@ class Transfers:
         return event
 
     def _send_block(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        block = self._rising.pop(0)
-        self._rising.append(block)
-        block.wait()
+        block = self._next_rising()
         memory = block.memory[: source.numel()]
         memory.copy_(source)
         with self._up:
             target.copy_(memory, non_blocking=True)
         block.event = self._up.record_event()
+
+    def _next_rising(self) -> _Block:
+        """The block for copies up that was used longest ago, once no copy touches it."""
+        block = self._rising.pop(0)
+        self._rising.append(block)
+        block.wait()
+        return block
 
     def wait_up(self) -> None:
         """Waits until every copy up in place has been made: registered memory may change."""
@@ -276,6 +287,68 @@ class Transfers:
         """Ends the use of what has come down."""
         download.wait()
         self._free.append(download.block)
+
+    # Down and up again ----------------------------------------------------------------------------------------------
+
+    def stow(self, source: torch.Tensor, pieces: Sequence[Piece], ready: torch.Event) -> torch.Event:
+        """Copies flat bytes of the device into as many of the host, on the stream down, once `ready` has come; returns
+        the event that follows. The source stays as it is until then. The host waits where a piece is not in place."""
+        if self._last_restored is not None:
+            # Whatever was brought up from these pieces before.
+            self._down.wait_event(self._last_restored)
+            self._last_restored = None
+        self._down.wait_event(ready)
+        at = 0
+        for piece in pieces:
+            part = source[at : at + piece.memory.numel()]
+            at += part.numel()
+            if piece.in_place:
+                with self._down:
+                    piece.memory.copy_(part, non_blocking=True)
+            else:
+                self._stow_blocks(part, piece.memory)
+        self.stowed_down += source.numel()
+        return self._down.record_event()
+
+    def _stow_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
+        """Through the blocks for copies up, which always has one that is free soon, one copy ahead of the host."""
+        under_way: list[tuple[_Block, torch.Tensor]] = []
+        for start in range(0, source.numel(), BLOCK_BYTES):
+            block = self._next_rising()
+            part = source[start : start + BLOCK_BYTES]
+            with self._down:
+                block.memory[: part.numel()].copy_(part, non_blocking=True)
+            block.event = self._down.record_event()
+            under_way.append((block, target[start : start + BLOCK_BYTES]))
+            if len(under_way) == BLOCKS - 1:
+                self._empty(*under_way.pop(0))
+        for each in under_way:
+            self._empty(*each)
+
+    @staticmethod
+    def _empty(block: _Block, target: torch.Tensor) -> None:
+        block.wait()
+        target.copy_(block.memory[: target.numel()])
+
+    def restore(self, pieces: Sequence[Piece], target: torch.Tensor, stowed: torch.Event) -> torch.Event:
+        """Copies what was stowed, when that event had come, into flat bytes of the device that were taken on the
+        current stream, on the stream up; returns the event that follows. Whoever frees the target lets its stream wait
+        for that first."""
+        self._up.wait_event(self.stream().record_event())
+        self._up.wait_event(stowed)
+        at = 0
+        for piece in pieces:
+            part = target[at : at + piece.memory.numel()]
+            at += part.numel()
+            if piece.in_place:
+                with self._up:
+                    part.copy_(piece.memory, non_blocking=True)
+            else:
+                for start in range(0, part.numel(), BLOCK_BYTES):
+                    self._send_block(piece.memory[start : start + BLOCK_BYTES], part[start : start + BLOCK_BYTES])
+        self.stowed_up += target.numel()
+        self._last_restored = self._up.record_event()
+        return self._last_restored
 
     def close(self) -> None:
         """Waits for every copy, and lets go of the memory that was registered. Idempotent.

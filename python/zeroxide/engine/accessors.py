@@ -126,11 +126,14 @@ class Accessors:
         The process's "peak" is the most that was resident since `initialize`, which resets the kernel's peak (so that
         `ru_maxrss` and `VmHWM` begin anew, too). Where the system does not allow that, a peak below that of before is
         known from samples only: at every step with a budget, and here; "exact" tells. "heap" is what the C allocator
-        has taken for its heaps.
+        has taken for its heaps. Activations in host memory have the bucket "activations", which is not in "total".
         """
         usage: dict[str, Any] = {
             name: {"current": current, "peak": peak} for name, (current, peak) in self.parts.core().usage().items()
         }
+        activations = self.parts.activations
+        if activations is not None:
+            usage["activations"] = {"current": activations.pool.nbytes, "peak": activations.pool.nbytes}
         usage["process"] = {**_core.resident(), "peak": self.parts.peak.most(), "exact": self.parts.peak.exact}
         usage["process"]["heap"] = _core.heap_bytes()
         usage["limit"] = self.parts.config.zeroxide.host_memory
@@ -153,10 +156,16 @@ class Accessors:
         return {**found, "limit": parts.plan.device_limit}
 
     def device_traffic(self) -> dict[str, int]:
-        """Bytes of weights copied `up` to the device since the start, and of gradients copied `down`; 0 where the model
-        computes in host memory. Units whose optimizer state is at home on the device copy neither."""
-        transfers = self.parts.transfers
-        return {"up": 0, "down": 0} if transfers is None else {"up": transfers.bytes_up, "down": transfers.bytes_down}
+        """Bytes of weights copied `up` to the device since the start, of gradients copied `down`, and of activations
+        copied down and up again (`activations_down`, `activations_up`); 0 where the model computes in host memory. Units whose optimizer state is at home on the device copy neither weights
+        nor gradients."""
+        copies = self.parts.transfers
+        return {
+            "up": 0 if copies is None else copies.bytes_up,
+            "down": 0 if copies is None else copies.bytes_down,
+            "activations_up": 0 if copies is None else copies.stowed_up,
+            "activations_down": 0 if copies is None else copies.stowed_down,
+        }
 
     def io(self) -> dict[str, Any]:
         """Disk traffic since the start, in bytes and seconds.

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
+from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
@@ -32,7 +33,7 @@ from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
-from zeroxide.engine.peak import Peak
+from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.report import Timers
 from zeroxide.engine.resident import resident_without
 from zeroxide.engine.update import Updater
@@ -67,6 +68,7 @@ from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
 from zeroxide.zero.reduce.quantised import QuantisedGradients
+from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
@@ -118,6 +120,7 @@ class Build:
     launcher: Launcher | None
     """What updates state that is at home on the device; None where none is."""
     grad_offload: GradientOffload | None
+    activations: SavedActivations | None
     weights: WeightGather
     reduction: GradientReduction
     residuals: Residuals | None
@@ -227,6 +230,9 @@ class Build:
         )
         for path, reason in self.plan.quantisation.no_effect if self.ranks.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
+        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.ranks.rank == 0:
+            path = "activation_checkpointing.cpu_checkpointing"
+            logger.warning("config key %s has no effect: %s", path, "the model computes in host memory")
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)
 
@@ -271,9 +277,10 @@ class Build:
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
         connect(core, plan, self.ranks)
-        self.transfers = self.grad_offload = None
+        self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
             self.transfers = Transfers(self.device)
+            self._keep_activations(self.transfers)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
@@ -282,6 +289,18 @@ class Build:
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
+
+    def _keep_activations(self, transfers: Transfers) -> None:
+        if not self.config.activation_checkpointing.cpu_checkpointing:
+            return
+        own = self.config.zeroxide
+        expected = self.plan.resident_before + self.plan.expected_peaks()["total"]
+        pool = HostPool(
+            lambda memory: transfers.register(memory, "activations"), partial(room_in_budget, own.host_memory, expected)
+        )
+        self.activations = SavedActivations(transfers, pool, self.module.buffers, own.prefetch)
+        # The device lets go of the memory first.
+        self.made.callback(self.activations.close)
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and the schedule over it."""
@@ -330,7 +349,9 @@ class Build:
             transient=plan.transient,
         )
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        self.hooks = Hooks(self.module, self.gatherer, self.reduction, self.units, arriving, self.grad_offload)
+        self.hooks = Hooks(
+            self.module, self.gatherer, self.reduction, self.units, arriving, self.grad_offload, self.activations
+        )
         self.made.callback(self.hooks.close)
 
     def keep_parameters(self) -> None:
@@ -394,6 +415,7 @@ class Build:
                 plan=self.plan,
                 device=self.device,
                 transfers=self.transfers,
+                activations=self.activations,
                 core=self.core,
                 units=self.units,
                 weights=self.weights,

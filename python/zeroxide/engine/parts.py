@@ -32,6 +32,7 @@ from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
+from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Parts"]
@@ -52,6 +53,8 @@ class Parts:
     """Where the model computes."""
     transfers: Transfers | None
     """What copies to and from it; None where that is the host."""
+    activations: SavedActivations | None
+    """What keeps activations in host memory; None where they stay where they are."""
     core: LiveCore
     units: list[Unit]
     weights: WeightGather
@@ -92,6 +95,8 @@ class Parts:
             ended.callback(self.ranks.close)
             ended.callback(self.watch.close)
             ended.callback(lambda: self.core.end(core, readers))
+            if self.activations is not None:
+                ended.callback(self.activations.close)
             if self.transfers is not None:
                 ended.callback(self.transfers.close)
             self._leave_model(readers)

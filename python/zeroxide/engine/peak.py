@@ -11,7 +11,10 @@ import weakref
 from zeroxide import _core
 from zeroxide.errors import BudgetError
 
-__all__ = ["Peak", "check_budget"]
+__all__ = ["Peak", "check_budget", "room_in_budget"]
+
+FRAGMENTS = 1.025
+"""What the C allocator makes of what is asked of it, as the planner expects."""
 
 _live: weakref.WeakSet[Peak] = weakref.WeakSet()
 
@@ -63,6 +66,14 @@ class Peak:
         else:
             self._before = _core.resident()["peak"]
         self._seen = _core.resident()["rss"]
+
+
+def room_in_budget(limit: int | None, expected: int, beside: int) -> int | None:
+    """Bytes that may still be taken of a budget of `limit`, of which `expected` are planned and `beside` taken besides:
+    what is resident at present counts where it is more. None without a budget."""
+    if limit is None:
+        return None
+    return max(0, int(limit / FRAGMENTS) - max(expected + beside, _core.resident()["rss"]))
 
 
 def check_budget(peak: Peak, limit: int | None, step: int) -> None:

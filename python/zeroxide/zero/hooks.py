@@ -39,7 +39,8 @@ from zeroxide.zero.passes import PassState, UnitState, UsesState, in_backward
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload
 from zeroxide.zero.reduce.reducer import Reducer
-from zeroxide.zero.saved_weights import SavedWeights
+from zeroxide.zero.saved_activations import SavedActivations
+from zeroxide.zero.saved_tensors import SavedTensors
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Hooks"]
@@ -56,6 +57,7 @@ class Hooks:
         units: list[Unit],
         grad_dtype: torch.dtype,
         grad_offload: GradientOffload | None = None,
+        activations: SavedActivations | None = None,
     ) -> None:
         self.gatherer = gatherer
         self.units = units
@@ -64,7 +66,9 @@ class Hooks:
         """Whether the memory under parameters is another unit's when they are not in use."""
         self.serves = self.moves and grad_offload is None
         """Whether a read of weights that are not there is noticed, and waits until they are."""
-        self.saved = SavedWeights(units, self.use) if self.moves and grad_offload is not None else None
+        self.saved: SavedTensors | None = None
+        if grad_offload is not None and (self.moves or activations is not None):
+            self.saved = SavedTensors(units, self.use if self.moves else None, activations)
         self.marked = {
             unit.index
             for unit in units
@@ -419,6 +423,8 @@ class Hooks:
             self.uses.state = UsesState.ENDED
             self.uses.accumulators.clear()
             self.reducer.end_backward()
+            if self.saved is not None:
+                self.saved.end_backward()
 
     def close(self) -> None:
         """Removes all hooks."""

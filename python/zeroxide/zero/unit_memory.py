@@ -111,7 +111,7 @@ class DeviceMemory:
         ]
         self.storage.resize_(0)
         self.saved = 0
-        """Tensors over the storage that autograd has saved; backward announces their use (`saved_weights.py`)."""
+        """Tensors over the storage that autograd has saved; backward announces their use (`saved_tensors.py`)."""
         self.shown = 0
         """Parameters that are views of the storage now."""
         self._own_uses = _USES(self.storage._cdata)

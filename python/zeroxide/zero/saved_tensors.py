@@ -1,8 +1,8 @@
-"""Weights on a device that autograd saves in forward: backward brings them back before it reads them.
+"""What autograd saves in forward on a device, and backward asks for again: one pair of torch's hooks for all of it.
 
-Backward reads what forward has saved, by operations that no module announces, too. In host memory such a read faults
-and is served; a device would read memory that is another's by then. So forward runs with hooks of torch's for saved
-tensors: a weight is saved as what it is, and its unit is used when it is asked for.
+Backward reads what forward has saved, by operations that no module announces, too. In host memory a read of a weight
+that is not there faults and is served; a device would read memory that is another's by then. So a weight is saved as
+what it is, and its unit is used when it is asked for. Activations may wait in host memory (`saved_activations.py`).
 
 With such hooks torch does not look whether a saved tensor has been changed in place since. They do it instead.
 """
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from zeroxide.zero.gather.device_weights import memory_of
+from zeroxide.zero.saved_activations import SavedActivations, StowedView
 from zeroxide.zero.unit import Unit
 
-__all__ = ["SavedWeights"]
+__all__ = ["SavedTensors"]
 
 _Hook = Callable[[Any], Any]
 
@@ -25,12 +26,16 @@ _Hook = Callable[[Any], Any]
 class _Saved:
     """A tensor as it was saved, and its version then."""
 
-    __slots__ = ("tensor", "version")
+    __slots__ = ("version", "versioned")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         # Not the tensor itself, which may be an output that refers to the node that saves it.
-        self.tensor = tensor.detach()
+        self.versioned = tensor.detach()
         self.version = tensor._version
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.versioned.shape
 
 
 class _SavedWeight(_Saved):
@@ -48,15 +53,22 @@ class _SavedWeight(_Saved):
         self.memory.saved -= 1
 
 
-class SavedWeights:
+class SavedTensors:
     """The hooks of one model, in force from `begin` to `end` on the thread that runs forward.
 
-    use: gathers units that an operation needs.
+    use: gathers units that an operation needs; None where the device has all weights at all times.
     """
 
-    def __init__(self, units: Iterable[Unit], use: Callable[[Sequence[Unit]], None]) -> None:
+    def __init__(
+        self,
+        units: Iterable[Unit],
+        use: Callable[[Sequence[Unit]], None] | None,
+        activations: SavedActivations | None = None,
+    ) -> None:
         self._units = {memory_of(unit).storage._cdata: unit for unit in units}
         self._use = use
+        self.activations = activations
+        """What keeps them in host memory; None where they stay on the device."""
         self._active = False
         self._others: tuple[_Hook, _Hook] | None = None
         """Hooks of the caller's, which tensors that are no weights go to."""
@@ -67,6 +79,8 @@ class SavedWeights:
             self._others = torch._C._autograd._top_saved_tensors_default_hooks(True)
             torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._unpack)
             self._active = True
+            if self.activations is not None:
+                self.activations.begin()
 
     def end(self) -> None:
         """It has ended. Idempotent."""
@@ -74,28 +88,39 @@ class SavedWeights:
             torch._C._autograd._pop_saved_tensors_default_hooks()
             self._active, self._others = False, None
 
+    def end_backward(self) -> None:
+        """A backward has ended, and its graph may be gone."""
+        if self.activations is not None:
+            self.activations.collect()
+
     def _pack(self, tensor: torch.Tensor) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
-            unit = None
-            if tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-                unit = self._units.get(tensor.untyped_storage()._cdata)
-            if unit is None and self._others is not None:
+            plain = tensor.layout is torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+            unit = self._units.get(tensor.untyped_storage()._cdata) if plain else None
+            if unit is not None:
+                return _Saved(tensor) if self._use is None else _SavedWeight(tensor, unit)
+            if self._others is not None:
                 pack, unpack = self._others
                 return unpack, pack(tensor)
-            return _Saved(tensor) if unit is None else _SavedWeight(tensor, unit)
+            kept = self.activations.keep(tensor) if plain and self.activations is not None else None
+            return _Saved(tensor) if kept is None else kept
 
     def _unpack(self, saved: Any) -> torch.Tensor:
         if isinstance(saved, tuple):
             unpack, packed = saved
             found: torch.Tensor = unpack(packed)
             return found
-        tensor: torch.Tensor = saved.tensor
+        tensor: torch.Tensor = saved.versioned
         if tensor._version != saved.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device} is at version {tensor._version}, and was "
+                f"{tensor.dtype} {tuple(saved.shape)} on {tensor.device} is at version {tensor._version}, and was "
                 f"saved at version {saved.version}"
             )
+        if isinstance(saved, StowedView):
+            assert self.activations is not None, "it keeps what it has made"
+            return self.activations.bring(saved)
         if isinstance(saved, _SavedWeight):
+            assert self._use is not None, "weights are brought where they come and go"
             self._use([saved.unit])
         return tensor
