@@ -196,6 +196,7 @@ class Settings:
         comm_dtype: str | None = None,
         quantisation: Quantisation | None = None,
         reduce_scale: float = 1.0,
+        defers_steps: bool = False,
     ) -> Settings: ...
 
 @final

@@ -12,7 +12,10 @@ from zeroxide.device import transfers
 from zeroxide.device.placement import address
 from zeroxide.kernels.launchers import LAUNCHERS
 from zeroxide.plan import discover
+from zeroxide.zero.gather.weight_gather import _LocalWeights
 from zeroxide.zero.param import ParameterContext
+from zeroxide.zero.unit import Unit
+from zeroxide.zero.unit_memory import DeviceMemory
 
 
 class Registry:
@@ -34,11 +37,13 @@ def followed(unit_bytes: int = 8, *, kernels: bool = False) -> Iterator[None]:
     """Units of `unit_bytes` for engines made inside, whose windows are registered, and whose core is followed.
 
     The simulated device sees what torch does. The core and copies between host tensors it does not see: that they touch
-    a block once that has been waited for, and windows once weights may change, it is told here.
+    a block once that has been waited for, and windows once weights may change and whenever they are asked for first since,
+    which ends their update, it is told here.
 
     kernels: whether the device has kernels, so that optimizer state can be at home there.
     """
     block, download, change = transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change
+    ask = _LocalWeights._gather
     size, transfers.REGISTRIES["sim"] = discover.DEFAULT_UNIT_BYTES, Registry
 
     def wait(self: transfers._Block) -> None:
@@ -56,7 +61,12 @@ def followed(unit_bytes: int = 8, *, kernels: bool = False) -> Iterator[None]:
         for start, nbytes in () if copies is None else copies._registered.items():
             torch.sim.host_access(start, nbytes, True, "an update")
 
-    discover.DEFAULT_UNIT_BYTES = unit_bytes
+    def gather(self: _LocalWeights, unit: Unit) -> None:
+        ask(self, unit)
+        if self._stays and isinstance(unit.memory, DeviceMemory) and unit.memory.nbytes:
+            torch.sim.host_access(address(unit.memory.window), unit.memory.nbytes, True, "an update")
+
+    discover.DEFAULT_UNIT_BYTES, _LocalWeights._gather = unit_bytes, gather
     transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change = wait, read, before_change
     if kernels:
         LAUNCHERS["sim"] = PlayedKernels
@@ -64,6 +74,6 @@ def followed(unit_bytes: int = 8, *, kernels: bool = False) -> Iterator[None]:
         yield
     finally:
         transfers._Block.wait, transfers.Download.wait, ParameterContext.before_change = block, download, change
-        discover.DEFAULT_UNIT_BYTES = size
+        discover.DEFAULT_UNIT_BYTES, _LocalWeights._gather = size, ask
         del transfers.REGISTRIES["sim"]
         LAUNCHERS.pop("sim", None)

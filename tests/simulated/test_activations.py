@@ -286,6 +286,7 @@ def test_what_is_shared_goes_once_and_what_is_not_the_engines_stays():
             out = (a * b).tanh() * (b * c) * self.table
             scale = torch.full_like(x, 2.0)
             self.unused = out * scale
+            out = out.tanh().tanh().tanh()
             scale.add_(1)
             return (out * scale).sum()
 
@@ -309,9 +310,9 @@ def test_what_is_shared_goes_once_and_what_is_not_the_engines_stays():
 
     (*kept, down), (*plain, _) = found(True), found(False)
     assert kept == plain
-    # x; what the three are views of, three grains; tanh and b * c. Of scale what was saved first has been changed, and
-    # the rest is last.
-    assert down == (1 + 3 + 2) * ROW
+    # x; what the three are views of, three grains; tanh and b * c; scale, and three times tanh. Scale as it is then is
+    # last.
+    assert down == (1 + 3 + 2 + 1 + 3) * ROW
 
 
 def test_autocast():

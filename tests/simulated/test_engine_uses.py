@@ -16,6 +16,7 @@ from zeroxide.cli.training.job import run
 from zeroxide.cli.training.options import TrainOptions
 from zeroxide.device.transfers import BLOCK_BYTES
 from zeroxide.errors import ConfigError, DeviceError, ModelError
+from zeroxide.zero.gather.device_weights import memory_of
 
 HOMES = {"resident": {"stage": 2}, "resident-3": {"stage": 3}, "transient": {"stage": 3, "offload_param": "cpu"}}
 
@@ -93,6 +94,22 @@ def test_transient_weights_leave_the_device(sim):
     assert sim.usage().peak - before < 6 * unit
     engine.step()
     assert sim.usage().in_use - before < unit
+    engine.destroy()
+
+
+@pytest.mark.parametrize("home", ["resident-3", "transient"])
+def test_a_step_goes_on_under_the_next_forward(home):
+    """Catches: an update of everything before `step` returns, while the device has nothing to do."""
+    engine = started(home)
+    step(engine, 0)
+    engine.finish_step()
+    last = memory_of(engine.parts.units[-1])
+    before = last.window.clone()
+    step(engine, 1)
+    assert torch.equal(last.window, before)
+    with torch.no_grad():
+        engine(**batch(2))
+    assert not torch.equal(last.window, before)
     engine.destroy()
 
 

@@ -63,7 +63,10 @@ impl Core {
             gradients,
             rooms,
             state: State::default(),
-            step: Step::default(),
+            step: Step {
+                deferred: settings.defers_steps,
+                ..Step::default()
+            },
         })
     }
 

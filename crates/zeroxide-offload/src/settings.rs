@@ -84,6 +84,9 @@ pub struct Settings {
     pub quantisation: Quantisation,
     /// What the sum over ranks is multiplied with; 1 / world for a mean.
     pub reduce_scale: f32,
+    /// Whether a step may be under way after it was begun though nothing is at home on disk: nobody reads a weight that
+    /// was not gathered.
+    pub defers_steps: bool,
     /// Hard limit of payload bytes; `None` for no limit.
     pub limit: Option<u64>,
     /// Compute threads.

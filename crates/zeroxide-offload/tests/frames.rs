@@ -46,6 +46,7 @@ fn open(directory: &std::path::Path) -> Offload {
         comm_dtype: Dtype::F32,
         quantisation: Quantisation::default(),
         reduce_scale: 0.5,
+        defers_steps: false,
         limit: None,
         threads: 1,
         compute: Dtype::Bf16,

@@ -57,6 +57,7 @@ impl Job {
             comm_dtype: comm,
             quantisation: Quantisation::default(),
             reduce_scale: 1.0,
+            defers_steps: false,
             limit: Some(limit),
             threads: 1,
             compute,

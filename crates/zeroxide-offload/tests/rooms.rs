@@ -43,6 +43,7 @@ fn open(gradients: bool) -> Offload {
             ..Quantisation::default()
         },
         reduce_scale: 0.5,
+        defers_steps: false,
         limit: None,
         threads: 1,
         compute: Dtype::F32,

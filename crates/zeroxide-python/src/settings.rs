@@ -161,7 +161,8 @@ pub(crate) struct PySettings {
 impl PySettings {
     #[new]
     #[pyo3(signature = (*, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes, engine,
-                        queue_depth, directories, job, mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0))]
+                        queue_depth, directories, job, mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0,
+                        defers_steps = false))]
     #[expect(
         clippy::too_many_arguments,
         clippy::needless_pass_by_value,
@@ -183,6 +184,7 @@ impl PySettings {
         comm_dtype: Option<&str>,
         quantisation: Option<PyRef<'_, PyQuantisation>>,
         reduce_scale: f32,
+        defers_steps: bool,
     ) -> PyResult<Self> {
         Ok(Self {
             inner: Settings {
@@ -192,6 +194,7 @@ impl PySettings {
                     .map(|quantisation| quantisation.inner.clone())
                     .unwrap_or_default(),
                 reduce_scale,
+                defers_steps,
                 limit,
                 threads,
                 compute: parse_dtype(compute)?,

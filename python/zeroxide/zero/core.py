@@ -7,7 +7,7 @@ import secrets
 
 from zeroxide import _core
 from zeroxide.config import Config
-from zeroxide.device.placement import DTYPE_NAMES
+from zeroxide.device.placement import DTYPE_NAMES, is_host
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.on_device.core import with_device
@@ -59,5 +59,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         comm_dtype=DTYPE_NAMES[plan.comm],
         quantisation=plan.quantisation.for_core(),
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
+        # A device computes with copies of what has been gathered; between ranks others may wait for the update.
+        defers_steps=not is_host(plan.device) and plan.world == 1,
     )
     return with_device(_core.Offload(settings, units), plan.units_on_device)

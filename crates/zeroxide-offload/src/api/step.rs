@@ -24,7 +24,7 @@ impl Offload {
 
     /// One update of every parameter whose gradient has been accumulated; `grad_scale` multiplies the gradients.
     ///
-    /// With state at home on disk this returns while the step is under way; each later use of a unit waits until that
+    /// With state at home on disk, or where steps are deferred, this returns while the step is under way; each later use of a unit waits until that
     /// unit is done. Errors of the rest come out there, or at [`finish`](Self::finish).
     pub fn step(&self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
         self.with("step", |core| core.step(groups, grad_scale))

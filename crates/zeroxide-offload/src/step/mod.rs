@@ -12,6 +12,8 @@ use crate::step::stream::ActiveStep;
 /// Optimizer steps: the one under way, and what those before it have left.
 #[derive(Default)]
 pub(crate) struct Step {
+    /// Whether steps go on after they were begun though nothing is at home on disk.
+    pub(crate) deferred: bool,
     /// The step under way.
     pub(crate) active: Option<ActiveStep>,
     /// Steps begun.

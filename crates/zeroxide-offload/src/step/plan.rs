@@ -26,7 +26,7 @@ pub(crate) struct Segment {
 impl Core {
     /// Begins one update of every parameter whose gradient has been accumulated; `grad_scale` multiplies the gradients.
     ///
-    /// Where nothing is at home on disk, the step is done when this returns. After an error the state is mixed and
+    /// Where nothing is at home on disk, the step is done when this returns, unless steps are deferred. After an error the state is mixed and
     /// every further call says so.
     pub(crate) fn step_begin(&mut self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
         self.check_usable()?;
@@ -83,7 +83,7 @@ impl Core {
             self.weights_renewed(unit);
         }
         self.step.active = Some(step);
-        if self.disk.is_none() {
+        if self.disk.is_none() && !self.step.deferred {
             return self.finish_step();
         }
         let started = self.start_all_reads();

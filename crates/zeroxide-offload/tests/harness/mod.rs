@@ -87,6 +87,7 @@ impl Case {
             comm_dtype: Dtype::F32,
             quantisation: Quantisation::default(),
             reduce_scale: 1.0,
+            defers_steps: false,
             limit: self.limit,
             threads: self.threads,
             compute: Dtype::Bf16,

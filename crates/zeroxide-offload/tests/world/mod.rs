@@ -98,6 +98,7 @@ impl Case {
             comm_dtype: Dtype::F32,
             quantisation: Quantisation::default(),
             reduce_scale,
+            defers_steps: false,
             limit: None,
             threads: self.threads,
             compute: Dtype::Bf16,
