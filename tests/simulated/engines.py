@@ -37,7 +37,7 @@ def followed(unit_bytes: int = 8, *, kernels: bool = False) -> Iterator[None]:
     """Units of `unit_bytes` for engines made inside, whose windows are registered, and whose core is followed.
 
     The simulated device sees what torch does. The core and copies between host tensors it does not see: that they touch
-    a block once that has been waited for, and windows once weights may change and whenever they are asked for first since,
+    a block once that has been waited for, and windows once weights may change and when they are asked for first since,
     which ends their update, it is told here.
 
     kernels: whether the device has kernels, so that optimizer state can be at home there.
