@@ -22,7 +22,7 @@ PYTEST_WORKERS ?= 2
 RUST_SOURCES := Cargo.toml Cargo.lock $(shell find crates -name "*.rs" -path "*/src/*" -o -name build.rs -o -name Cargo.toml) \
 	$(shell find cuda -name "*.cu" -o -name "*.cuh" 2>/dev/null)
 PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
-	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed)
+	$(shell find python -name '*.py' -o -name '*.pyi' -o -name py.typed -o -name '*.pth')
 
 # PyO3 builds against one interpreter, whichever command compiles it, so that nothing is compiled twice for another.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python

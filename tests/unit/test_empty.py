@@ -12,6 +12,7 @@ import pytest
 import torch
 from models import build
 from running import Mode, assert_released, config_of, started
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -271,7 +272,17 @@ def test_models_in_slices_are_not_saved_empty(tmp_path):
     with zero.Init():
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
         assert model[0].weight.detach().shape == (4, 4)
-    for act in (model.state_dict, lambda: copy.deepcopy(model), lambda: model[0].weight.data, model.double):
+    # Libraries look at the names of a state dict before they load one; whoever takes it for values is told.
+    state = model.state_dict()
+    assert list(state) == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    acts = [
+        lambda: torch.save(state, tmp_path / "state.pt"),
+        lambda: save_file(state, tmp_path / "state.safetensors"),
+        lambda: [value.clone() for value in state.values()],
+        lambda: copy.deepcopy(state),
+        lambda: state["0.weight"].zero_(),
+    ]
+    for act in (*acts, lambda: copy.deepcopy(model), lambda: model[0].weight.data, model.double):
         with pytest.raises(ModelError, match=r"0\.weight \(4, 4\) is empty"):
             act()
     with zero.GatheredParameters(model):

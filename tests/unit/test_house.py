@@ -174,6 +174,7 @@ PLACED = {
     "python/zeroxide/distributed/mesh.py": "tells torch of the groups of ranks that carry host memory",
     "python/zeroxide/kernels/launchers.py": "chooses a launcher by the kind of device",
     "python/zeroxide/kernels/launch.py": "starts kernels on torch's current stream of a device",
+    "python/zeroxide/integrations/deepspeed/accelerator.py": "answers scripts that ask for the device",
     "python/zeroxide/params/operations.py": "names attributes of torch that look at no value",
     "python/zeroxide/checkpoint/convert/deepspeed.py": "reads a file, with no model and no device at hand",
     "python/zeroxide/cli/training/sample.py": "is a user of the engine: takes logits to the host to draw from them",

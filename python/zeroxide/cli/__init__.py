@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import typer
 
 from zeroxide.cli.convert import convert
+from zeroxide.cli.run import run
 from zeroxide.cli.train import train
 from zeroxide.errors import ZeroxideError
 
@@ -32,6 +33,8 @@ def _application() -> typer.Typer:
     )
     application.command()(train)
     application.command()(convert)
+    # What follows the script is the script's.
+    application.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
     return application
 
 

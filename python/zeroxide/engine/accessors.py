@@ -85,6 +85,10 @@ class Accessors:
         """Whether ranks share weights: stage 3."""
         return self.parts.config.zero.stage >= 3
 
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """True: whoever saves the model gets all of it, whatever the config says."""
+        return True
+
     def bfloat16_enabled(self) -> bool:
         """Whether weights and activations are bf16."""
         return self.parts.config.precision.dtype == "bf16"
@@ -157,8 +161,10 @@ class Accessors:
 
     def device_traffic(self) -> dict[str, int]:
         """Bytes of weights copied `up` to the device since the start, of gradients copied `down`, and of activations
-        copied down and up again (`activations_down`, `activations_up`); 0 where the model computes in host memory. Units whose optimizer state is at home on the device copy neither weights
-        nor gradients."""
+        copied down and up again (`activations_down`, `activations_up`); 0 where the model computes in host memory.
+
+        Units whose optimizer state is at home on the device copy neither weights nor gradients.
+        """
         copies = self.parts.transfers
         return {
             "up": 0 if copies is None else copies.bytes_up,

@@ -282,6 +282,17 @@ class Engine(Accessors, nn.Module):
         destination.update({prefix + name: value for name, value in found.items()})
         return destination
 
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """`module_state_dict` under the name that Hugging Face's libraries ask for; None on ranks other than 0."""
+        found = self.module_state_dict(exclude_frozen_parameters=exclude_frozen_parameters)
+        return found if self.global_rank == 0 else None
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        """The same at every stage."""
+        return self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+
     def load_module_state_dict(
         self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, fetch_z3_params: bool = False
     ) -> None:

@@ -61,6 +61,8 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     rule: ClassVar[str]
     """What a parameter group calls the rule."""
+    places_late: ClassVar[bool] = False
+    """Whether state takes no memory before the first step, as with an optimizer that an engine may take over."""
 
     def __init__(
         self,
@@ -88,7 +90,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._check_rules()
         core_groups(self.param_groups)
         self._made = True
-        self._place_new(lambda param: param.requires_grad)
+        self._place_first()
 
     def _check_rules(self) -> None:
         """Raises ConfigError for a group that names another rule, as an optimizer has one, or no format."""
@@ -117,8 +119,15 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _name(self, group: int, at: int) -> str:
         return name_of(self.param_groups[group], at)
 
-    def _place_new(self, wanted: Callable[[torch.Tensor], bool]) -> None:
-        """Places the wanted parameters that are not placed yet. Raises before anything is placed."""
+    def _place_first(self) -> None:
+        """Places the parameters that require a gradient, or checks that they can be placed."""
+        if self.places_late:
+            self._new(lambda param: param.requires_grad)
+        else:
+            self._place_new(lambda param: param.requires_grad)
+
+    def _new(self, wanted: Callable[[torch.Tensor], bool]) -> list[tuple[int, int, torch.Tensor]]:
+        """The wanted parameters that are not placed yet, as `_members` lists them. Raises for one that cannot be."""
         new = [
             (group, at, param)
             for group, at, param in self._members()
@@ -126,6 +135,11 @@ class CoreOptimizer(torch.optim.Optimizer):
         ]
         for group, at, param in new:
             self._check(group, at, param)
+        return new
+
+    def _place_new(self, wanted: Callable[[torch.Tensor], bool]) -> None:
+        """Places the wanted parameters that are not placed yet. Raises before anything is placed."""
+        new = self._new(wanted)
         for dtype in (torch.float32, torch.bfloat16):
             members = [(group, param) for group, _, param in new if param.dtype is dtype]
             if members:
@@ -192,7 +206,7 @@ class CoreOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._closed:
-            raise RuntimeError("the optimizer was closed")
+            raise RuntimeError("the optimizer was closed, or an engine has taken its groups over: call engine.step()")
         groups = core_groups(self.param_groups)
         self._place_new(lambda param: param.grad is not None)
         used = [
@@ -242,7 +256,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         try:
             self._check_rules()
             core_groups(self.param_groups)
-            self._place_new(lambda param: param.requires_grad)
+            self._place_first()
         except BaseException:
             del self.param_groups[before:]
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -16,6 +16,8 @@ from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
 
 __all__ = [
+    "STEPPED",
+    "HandsOver",
     "assign",
     "check_all_grouped",
     "check_groups",
@@ -26,6 +28,9 @@ __all__ = [
     "state_facts",
     "state_plans",
 ]
+
+
+STEPPED = "the optimizer has already stepped: pass it before its first step"
 
 
 def defaults_from(config: Config) -> dict[str, Any]:
@@ -47,14 +52,24 @@ def _with_defaults(group: Mapping[str, Any], number: int, defaults: Mapping[str,
     return {**own, **group, RULE: rule.name}
 
 
+@runtime_checkable
+class HandsOver(Protocol):
+    """An optimizer of a plain loop that an engine may take over."""
+
+    def hand_over(self) -> list[dict[str, Any]]:
+        """Its groups; the optimizer has no state from then on. Raises ConfigError where it has made a step."""
+
+
 def _from_torch(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """The optimizer's own groups: a schedule made over it goes on driving them."""
+    if isinstance(optimizer, HandsOver):
+        return optimizer.hand_over()
     rule, kind = taken_over(optimizer), type(optimizer)
     for group in optimizer.param_groups:
         refuse_options(group)
     # Adagrad has its sums from the beginning; what is left in them is not looked at again.
     if any(state.get("step", 1) for state in optimizer.state.values() if state):
-        raise ConfigError("the optimizer has already stepped: pass it before its first step", path="optimizer")
+        raise ConfigError(STEPPED, path="optimizer")
     groups = []
     for group in optimizer.param_groups:
         # Hyperparameters stay what they are: one that is a tensor may be filled in place, and is read at every step.

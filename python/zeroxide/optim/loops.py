@@ -9,8 +9,9 @@ from typing import Any
 import torch
 
 from zeroxide.config import RULES, Rule
+from zeroxide.errors import ConfigError
 from zeroxide.optim.core_optimizer import CoreOptimizer
-from zeroxide.optim.groups import refuse_options
+from zeroxide.optim.groups import STEPPED, refuse_options
 from zeroxide.optim.rules import hyperparameters
 
 __all__ = ["DeepSpeedLoop", "Loop"]
@@ -78,6 +79,18 @@ class Loop(CoreOptimizer):
 
 class DeepSpeedLoop(Loop):
     """A class below this one is DeepSpeed's of the rule `of`."""
+
+    places_late = True
+
+    def hand_over(self) -> list[dict[str, Any]]:
+        """See `HandsOver`: a schedule made over the groups goes on driving them."""
+        if self.state:
+            raise ConfigError(STEPPED, path="optimizer")
+        for group in self.param_groups:
+            refuse_options(group)
+        self.close()
+        self._opt_called = True  # its schedules need not warn: the engine steps
+        return list(self.param_groups)
 
     @classmethod
     def _follow(cls, rule: type[Rule]) -> None:

@@ -64,6 +64,9 @@ class _Empty:
                 return found
             # A module that is cast or moved would put the result in the parameter's place.
             raise _refusal(first, name)
+        if name == "detach" and isinstance(first, _Empty) and context is None:
+            # A state dict of slices has their names; whoever asks for values of it is told.
+            return EmptyData.of(first)
         if name == "data" and isinstance(first, _Empty):
             if len(args) == 1 and context is not None and not inside:
                 return EmptyData.of(first)
@@ -115,9 +118,10 @@ class EmptyData(torch.Tensor):
         if need in (Need.NOTHING, Need.SHAPE):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs):
-            found = [each for each in tree_leaves((args, kwargs)) if isinstance(each, EmptyData)]
-            raise _refusal(found[0]._param, name_of(func))
+        found = [each for each in tree_leaves((args, kwargs)) if isinstance(each, EmptyData)]
+        foreign = [each for each in found if not each._param._handle.in_engine]
+        if foreign or need in (Need.CHANGE, Need.ADDRESS) or _writes(kwargs):
+            raise _refusal((foreign or found)[0]._param, name_of(func))
 
         def values(data: EmptyData) -> torch.Tensor:
             with torch.no_grad():
@@ -155,10 +159,11 @@ def _filled(param: Any, what: str) -> Any:
 
 def _refusal(param: Any, what: str) -> ModelError:
     handle = param._handle
+    elsewhere = "; state_dict() has them anywhere" if handle.in_engine else ""
     return ModelError(
         f"{handle.name} {tuple(handle.shape)} is empty, and {what} needs its values: they are there while its module "
-        "runs forward or backward, and inside zeroxide.zero.GatheredParameters, with modifier_rank=0 to change them; "
-        "state_dict() has them anywhere",
+        "runs forward or backward, and inside zeroxide.zero.GatheredParameters, with modifier_rank=0 to change them"
+        f"{elsewhere}",
         name=handle.name,
     )
 

@@ -31,10 +31,11 @@ from zeroxide.checkpoint.format.manifest import (
 )
 from zeroxide.checkpoint.format.stream import StreamWriter, saved_name
 from zeroxide.checkpoint.live_state import CHUNK_ELEMENTS
+from zeroxide.device.placement import HOST
 from zeroxide.errors import CheckpointError, ConfigError, StorageError
 from zeroxide.precision.bits import ORDINARY, bytes_of, converted, copy_of, why_not_bytes
 
-__all__ = ["TARGETS", "convert"]
+__all__ = ["TARGETS", "convert", "read_weights"]
 
 TARGETS = {"checkpoint": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What can be made: a checkpoint of zeroxide, or a model folder with floating-point weights of a dtype."""
@@ -64,6 +65,37 @@ def convert(
     except OSError as error:
         reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
         raise StorageError(f"nothing was written to {target}: {reason}", path=target, errno=error.errno) from error
+
+
+def read_weights(source: Path, tag: str | None, dtype: torch.dtype, *, include_frozen: bool) -> dict[str, torch.Tensor]:
+    """Weights and buffers of a checkpoint by name, where `convert` finds it, whole in host memory.
+
+    Weights have `dtype` but for those whose elements are no ordinary numbers; all names of a tied one have one tensor.
+    Raises CheckpointError.
+    """
+    directory, foreign = _locate(source, tag)
+    found = read_deepspeed(directory) if foreign else read_own(directory, moments=False)
+    weights: dict[str, torch.Tensor] = {}
+    for each in found.parameters:
+        if not (each.trainable or include_frozen):
+            continue
+        numel = torch.Size(each.shape).numel()
+        if numel and (each.name, WEIGHTS) not in found.segments:
+            raise CheckpointError(
+                f"the weights of {each.name} are not in the checkpoint, as it was saved without frozen parameters"
+            )
+        whole_one = torch.empty(numel, dtype=_model_dtype(found, each, dtype), device=HOST)
+        at = 0
+        for values in _range(found, WEIGHTS, Cut(_tensor(found, each, dtype), 0, numel)) if numel else ():
+            whole_one[at : at + values.numel()] = converted(values, whole_one.dtype)
+            at += values.numel()
+        weights.update(dict.fromkeys(each.names, whole_one.view(each.shape)))
+    return weights | dict(found.buffers)
+
+
+def _tensor(found: Portable, param: PortableParameter, dtype: torch.dtype) -> Tensor:
+    """A weight as it is in what is made of the checkpoint."""
+    return Tensor(param.name, _model_dtype(found, param, dtype), tuple(param.shape))
 
 
 def _locate(source: Path, tag: str | None) -> tuple[Path, bool]:
@@ -214,7 +246,7 @@ def _write_model(found: Portable, directory: Path, dtype: torch.dtype, include_f
             "--exclude-frozen"
         )
     tensors = [
-        Tensor(each.name, _model_dtype(found, each, dtype), tuple(each.shape))
+        _tensor(found, each, dtype)
         for each in found.parameters
         if (each.trainable or include_frozen) and each.name not in missing
     ]

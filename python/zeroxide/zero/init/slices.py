@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import mmap
 import tempfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import nn
@@ -26,6 +27,8 @@ __all__ = ["Slice", "SliceFile", "slice_of"]
 CHUNK = 64 << 20
 """Bytes of the file that are mapped at once."""
 PAGE = 4096
+TRIES = 8
+"""How often a directory that vanishes is made again."""
 
 
 class SliceFile:
@@ -44,7 +47,7 @@ class SliceFile:
         size = -(-nbytes // PAGE) * PAGE
         if self.chunk is None or self.used + size > len(self.chunk):
             try:
-                with tempfile.TemporaryFile(dir=self.directory) as file:
+                with self._unnamed() as file:
                     file.truncate(max(CHUNK, size))
                     self.chunk = mmap.mmap(file.fileno(), max(CHUNK, size))
             except OSError as error:
@@ -57,6 +60,15 @@ class SliceFile:
         start = self.used
         self.used += size
         return self.chunk, start
+
+    def _unnamed(self) -> IO[bytes]:
+        """A file without a name in the directory, which is made where it is missing."""
+        for _ in range(TRIES):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            # An engine that ends, also that of another rank, takes the directory with it if nothing is in it.
+            with suppress(FileNotFoundError):
+                return tempfile.TemporaryFile(dir=self.directory)
+        return tempfile.TemporaryFile(dir=self.directory)
 
 
 class Slice:

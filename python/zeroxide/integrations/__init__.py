@@ -1,0 +1,1 @@
+"""zeroxide under the names that other libraries look for."""

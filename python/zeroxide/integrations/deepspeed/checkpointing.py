@@ -1,0 +1,52 @@
+"""`deepspeed.checkpointing`: activation checkpointing by torch's own function, which the engine follows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.utils.checkpoint
+
+from zeroxide.errors import ConfigError
+
+__all__ = ["checkpoint", "configure", "is_configured", "reset"]
+
+_configured = False
+
+
+def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, run again in backward instead of keeping what it saves."""
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+
+
+def configure(
+    mpu_: Any,
+    deepspeed_config: Any = None,
+    partition_activations: bool | None = None,
+    contiguous_checkpointing: bool | None = None,
+    num_checkpoints: int | None = None,
+    checkpoint_in_cpu: bool | None = None,
+    synchronize: bool | None = None,
+    profile: bool | None = None,
+) -> None:
+    """Notes that checkpointing was configured. Raises ConfigError for what changes where activations are kept."""
+    global _configured
+    asked = {
+        "mpu_": mpu_ is not None,
+        "partition_activations": partition_activations,
+        "contiguous_checkpointing": contiguous_checkpointing,
+        "checkpoint_in_cpu": checkpoint_in_cpu,
+    }
+    for name, value in asked.items():
+        if value:
+            raise ConfigError(f"deepspeed.checkpointing.configure: {name} is not built in zeroxide yet", path=name)
+    _configured = True
+
+
+def is_configured() -> bool:
+    """Whether `configure` has been called."""
+    return _configured
+
+
+def reset() -> None:
+    """Nothing is kept from one step to the next."""

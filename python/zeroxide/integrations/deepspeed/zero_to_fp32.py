@@ -1,0 +1,66 @@
+"""`deepspeed.utils.zero_to_fp32`: whole weights in fp32 out of a checkpoint, zeroxide's or DeepSpeed's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zeroxide.checkpoint.convert.convert import convert, read_weights
+from zeroxide.device.placement import HOST
+from zeroxide.errors import ConfigError
+
+__all__ = [
+    "convert_zero_checkpoint_to_fp32_state_dict",
+    "get_fp32_state_dict_from_zero_checkpoint",
+    "load_state_dict_from_zero_checkpoint",
+]
+
+
+def get_fp32_state_dict_from_zero_checkpoint(
+    checkpoint_dir: str | Path,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+    lazy_mode: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Weights in fp32, and buffers, by name; tied weights have one tensor. The model is in host memory once.
+
+    checkpoint_dir: what was given to `save_checkpoint`. tag: the newest if None. Raises CheckpointError, and
+    ConfigError for `lazy_mode`, which is not built.
+    """
+    if lazy_mode:
+        raise ConfigError(
+            "lazy_mode is not built: convert_zero_checkpoint_to_fp32_state_dict writes a model folder in little memory",
+            path="lazy_mode",
+        )
+    return read_weights(Path(checkpoint_dir), tag, torch.float32, include_frozen=not exclude_frozen_parameters)
+
+
+def convert_zero_checkpoint_to_fp32_state_dict(
+    checkpoint_dir: str | Path,
+    output_dir: str | Path,
+    max_shard_size: Any = "5GB",
+    safe_serialization: bool = True,
+    tag: str | None = None,
+    exclude_frozen_parameters: bool = False,
+) -> None:
+    """Writes weights in fp32 as safetensors that Hugging Face loads into the folder `output_dir`.
+
+    max_shard_size: without effect; files are cut at a size of their own. Raises ConfigError for
+    `safe_serialization=False`, CheckpointError, StorageError.
+    """
+    if not safe_serialization:
+        raise ConfigError("safe_serialization = False asks for pickles: only safetensors are written", path="tag")
+    convert(Path(checkpoint_dir), Path(output_dir), "fp32", tag, include_frozen=not exclude_frozen_parameters)
+
+
+def load_state_dict_from_zero_checkpoint(
+    model: nn.Module, checkpoint_dir: str | Path, tag: str | None = None
+) -> nn.Module:
+    """The model in host memory, with the weights of the checkpoint. Raises CheckpointError, and what torch raises for
+    weights that do not fit."""
+    model = model.to(HOST)
+    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag), strict=False)
+    return model

@@ -1,0 +1,203 @@
+"""`import deepspeed` without a DeepSpeed: what is found, when, and what is said of the rest.
+
+Each case is a new interpreter: what is imported when is what these are about.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import zeroxide
+
+PACKAGE = Path(zeroxide.__file__).parents[1]
+
+USED = {
+    "deepspeed": "initialize init_distributed DeepSpeedEngine __version__ tp_model_init get_accelerator "
+    "add_config_arguments init_inference PipelineModule OnDevice comm zero checkpointing ops runtime utils version",
+    "deepspeed.accelerator": "get_accelerator",
+    "deepspeed.checkpoint.utils": "clone_tensors_for_torch_save",
+    "deepspeed.checkpointing": "configure checkpoint is_configured reset",
+    "deepspeed.comm": "init_distributed is_initialized get_rank get_world_size get_local_rank barrier all_reduce "
+    "broadcast all_gather_object ReduceOp",
+    "deepspeed.elasticity": "compute_elastic_config",
+    "deepspeed.git_version_info": "version",
+    "deepspeed.launcher.runner": "DEEPSPEED_ENVIRONMENT_NAME",
+    "deepspeed.module_inject.layers": "GatherReplacedLayerParams",
+    "deepspeed.moe.layer": "MoE",
+    "deepspeed.moe.utils": "split_params_into_different_moe_groups_for_optimizer",
+    "deepspeed.ops.adagrad": "DeepSpeedCPUAdagrad",
+    "deepspeed.ops.adam": "DeepSpeedCPUAdam FusedAdam",
+    "deepspeed.ops.lion": "DeepSpeedCPULion FusedLion",
+    "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
+    "deepspeed.profiling.flops_profiler": "get_model_profile",
+    "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer",
+    "deepspeed.runtime.engine": "DeepSpeedEngine",
+    "deepspeed.runtime.lr_schedules": "VALID_LR_SCHEDULES WarmupLR WarmupDecayLR WarmupCosineLR",
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP",
+    "deepspeed.runtime.utils": "move_to_device see_memory_usage",
+    "deepspeed.runtime.zero.offload_config": "OffloadStateTypeEnum OffloadDeviceEnum",
+    "deepspeed.runtime.zero.partition_parameters": "ZeroParamStatus zero_wrapper_for_fp_tensor_constructor "
+    "_orig_torch_arange get_accelerator GatheredParameters Init",
+    "deepspeed.utils": "logger log_dist groups RepeatingLoader set_z3_leaf_modules get_z3_leaf_modules "
+    "unset_z3_leaf_modules z3_leaf_module safe_get_full_grad safe_set_full_grad safe_get_full_fp32_param "
+    "safe_set_full_fp32_param safe_get_full_optimizer_state safe_set_full_optimizer_state safe_get_local_grad "
+    "safe_get_local_fp32_param safe_get_local_optimizer_state",
+    "deepspeed.utils.groups": "_get_sequence_parallel_group _get_sequence_parallel_world_size "
+    "_get_sequence_parallel_rank _get_data_parallel_group",
+    "deepspeed.utils.logging": "logger",
+    "deepspeed.utils.zero_to_fp32": "get_fp32_state_dict_from_zero_checkpoint get_model_state_file get_optim_files "
+    "convert_zero_checkpoint_to_fp32_state_dict load_state_dict_from_zero_checkpoint",
+    "deepspeed.version": "version",
+    "deepspeed.zero": "Init GatheredParameters register_external_parameter ZeroParamStatus",
+}
+"""What the newest releases of transformers, accelerate, PEFT, TRL, Lightning, axolotl, LLaMA-Factory, ms-swift and
+OpenRLHF import, and what scripts for DeepSpeed do; written down from their sources, not from ours."""
+
+
+def python(source: str, *paths: Path, **env: str) -> str:
+    """What a new interpreter prints. Its end is 0, and it does not import zeroxide from the folder of the test."""
+    known = os.environ.get("PYTHONPATH")
+    found = [*map(str, paths), str(PACKAGE), *([known] if known else [])]
+    ended = subprocess.run(
+        [sys.executable, "-c", source],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(found), **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+@pytest.fixture
+def another(tmp_path: Path) -> Path:
+    """A folder in which something called deepspeed is installed."""
+    package, metadata = tmp_path / "deepspeed", tmp_path / "deepspeed-0.19.8.dist-info"
+    package.mkdir()
+    metadata.mkdir()
+    (package / "__init__.py").write_text("theirs = True\n")
+    (package / "extra.py").write_text("theirs = True\n")
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.19.8\n")
+    return tmp_path
+
+
+def test_every_name_that_libraries_use_is_there():
+    """Catches: a name left out of the table, a place that does not exist, a module that is no attribute."""
+    source = f"""
+import importlib, json
+import zeroxide.integrations.deepspeed, deepspeed
+missing = []
+for module, names in json.loads({json.dumps(json.dumps(USED))}).items():
+    found, chain = importlib.import_module(module), deepspeed
+    for part in module.split(".")[1:]:
+        chain = getattr(chain, part)
+    assert chain is found, module
+    missing += [f"{{module}}.{{name}}" for name in names.split() if not hasattr(found, name)]
+from zeroxide.integrations.deepspeed.surface import SURFACE
+for module, names in SURFACE.items():
+    missing += [f"{{module}}.{{name}}" for name in names if not hasattr(importlib.import_module(module), name)]
+    assert set(dir(importlib.import_module(module))) >= set(names), module
+print(missing)
+"""
+    assert python(source).strip() == "[]"
+
+
+def test_libraries_that_look_for_deepspeed_find_it():
+    """Catches: metadata that nobody can read, and an import that begins torch."""
+    source = """
+import sys, importlib.metadata, importlib.util
+import zeroxide.integrations.deepspeed
+import deepspeed
+assert "torch" not in sys.modules
+assert importlib.util.find_spec("deepspeed") is not None
+assert importlib.metadata.metadata("deepspeed")["Name"] == "deepspeed"
+assert importlib.metadata.version("deepspeed") == deepspeed.__version__ == "0.19.8+zeroxide"
+assert importlib.util.find_spec("deepspeed.no_such_module") is None
+assert importlib.metadata.version("numpy")
+zeroxide.integrations.deepspeed.activate()
+assert sum(type(each).__name__ == "_Finder" for each in sys.meta_path) == 1
+"""
+    python(source)
+
+
+def test_installing_zeroxide_changes_nothing(another: Path):
+    """Catches: a finder that importing zeroxide puts in force."""
+    source = "import zeroxide, zeroxide.optim, importlib.util as u; print(u.find_spec('deepspeed') is None)"
+    assert python(source, ZEROXIDE_AS_DEEPSPEED="0").strip() == "True"
+    source = "import zeroxide, deepspeed; print(deepspeed.theirs)"
+    assert python(source, another, ZEROXIDE_AS_DEEPSPEED="").strip() == "True"
+
+
+def test_beside_a_deepspeed_that_is_installed(another: Path):
+    """Catches: the other's modules or version found under the name."""
+    source = """
+import importlib.metadata, importlib.util
+import zeroxide.integrations.deepspeed
+import deepspeed
+assert not hasattr(deepspeed, "theirs")
+assert importlib.metadata.version("deepspeed") == "0.19.8+zeroxide"
+assert importlib.util.find_spec("deepspeed.extra") is None
+"""
+    python(source, another)
+
+
+@pytest.mark.parametrize("first", ["deepspeed", "accelerate"])
+def test_too_late_is_said(another: Path, first: str):
+    """Catches: a name that is in force for some of a process. Nobody has looked for it in a process that can go on."""
+    (another / "accelerate.py").write_text("")
+    source = f"""
+import sys, {first}
+from zeroxide.errors import ModelError
+try:
+    import zeroxide.integrations.deepspeed
+except ModelError as error:
+    print(error)
+assert not any(type(each).__name__ == "_Finder" for each in sys.meta_path)
+"""
+    said = python(source, another)
+    assert said.startswith(f"{first} has been imported")
+    assert "zeroxide run" in said
+    assert said.count("\n") == 1
+
+
+def test_what_is_not_built_says_so_when_it_is_used():
+    """Catches: a placeholder that refuses to be imported, or to be asked about, and one that can be called."""
+    source = """
+import zeroxide.integrations.deepspeed, deepspeed
+from deepspeed.pipe import PipelineModule
+from zeroxide.errors import ModelError
+assert not isinstance(3, PipelineModule)
+for call in (lambda: PipelineModule([], 2), lambda: deepspeed.tp_model_init(None, 2, None)):
+    try:
+        call()
+    except ModelError as error:
+        print(error)
+try:
+    deepspeed.utils.no_such_name
+except AttributeError as error:
+    print(error)
+try:
+    from deepspeed.utils import no_such_name
+except ImportError:
+    print("ImportError")
+"""
+    assert python(source).splitlines() == [
+        "deepspeed.pipe.PipelineModule: pipeline parallelism is not built in zeroxide yet",
+        "deepspeed.tp_model_init: tensor parallelism is not built in zeroxide yet",
+        "deepspeed.utils.no_such_name: zeroxide, which answers for DeepSpeed 0.19.8, has no such name",
+        "ImportError",
+    ]
+
+
+def test_a_variable_reaches_every_python(another: Path):
+    """The wheel's `zeroxide.pth`. Catches: a file that is not in the wheel."""
+    source = "import deepspeed, subprocess, sys; print(deepspeed.__version__)"
+    assert python(source, ZEROXIDE_AS_DEEPSPEED="1").strip() == "0.19.8+zeroxide"
+    source = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {source!r}], check=True)"
+    assert python(source, another, ZEROXIDE_AS_DEEPSPEED="1").strip() == "0.19.8+zeroxide"
