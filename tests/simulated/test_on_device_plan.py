@@ -157,6 +157,16 @@ def test_a_share_that_cannot_be_on_the_device_is_refused_by_name(zero, device, w
     assert place_state(plain, model(), torch.device(device), world)[1] is None
 
 
+def test_sparse_gradients_keep_state_in_host_memory():
+    """Catches: state on a device whose first backward would be refused, where nobody has asked for it there."""
+    sparse = nn.Sequential(nn.Embedding(8, 4, sparse=True), nn.Linear(4, 4))
+    with engines.followed(kernels=True):
+        assert place_state(load(config()), sparse, torch.device("sim:0"), 1)[1] is None
+        with pytest.raises(ConfigError, match="gradients of 0 are sparse, and only the CPU adds up rows"):
+            place_state(load(config(ratio(0.5))), sparse, torch.device("sim:0"), 1)
+        assert place_state(load(config()), sparse[1], torch.device("sim:0"), 1)[1] is not None
+
+
 def test_a_budget_of_a_device_without_a_device_is_told(caplog):
     with caplog.at_level(logging.WARNING, "zeroxide"):
         place_state(load(config(device_memory="1GiB")), model(), torch.device("cpu"), 1)

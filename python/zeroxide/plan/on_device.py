@@ -35,7 +35,7 @@ def place_state(
     """
     limit = config.zeroxide.device_memory
     share = 1.0 - config.zero.cpu_share
-    problem = _why_not(config, device, world)
+    problem = _why_not(config, module, device, world)
     if share and problem is not None:
         raise ConfigError(
             f"{_RATIO} = {config.zero.cpu_share:g}: {problem}; use 1",
@@ -64,7 +64,7 @@ def place_state(
     return _core.DeviceRequest(weights_stay=stay, limit=limit, room=room), launcher
 
 
-def _why_not(config: Config, device: torch.device, world: int) -> str | None:
+def _why_not(config: Config, module: nn.Module, device: torch.device, world: int) -> str | None:
     """Why no state can be at home on the device; None where it can."""
     if is_host(device):
         return "the model computes in host memory, and the CPU updates all of it"
@@ -72,6 +72,9 @@ def _why_not(config: Config, device: torch.device, world: int) -> str | None:
         return f"with several ranks, {world} here, the CPU updates all of the state"
     if config.zero.offload_param.enabled:
         return "parameters that leave the device (offload_param) are updated by the CPU"
+    for name, each in module.named_modules():
+        if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse:
+            return f"gradients of {name or 'the model'} are sparse, and only the CPU adds up rows"
     return None
 
 
