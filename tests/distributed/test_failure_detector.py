@@ -157,7 +157,8 @@ def test_other_ranks_judge_rank_0_alone():
 
 
 def child(source):
-    process = subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE)
+    # Nobody writes to it: what the tests themselves read from may be at its end.
+    process = subprocess.Popen([sys.executable, "-c", source], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     process.stdout.readline()
     with open(f"/proc/{process.pid}/stat") as file:
         return process, Process(process.pid, int(file.read().rpartition(")")[2].split()[19]))
@@ -175,6 +176,7 @@ def test_a_process_that_is_gone_need_not_be_waited_for():
     assert "was killed" in failure.line
     assert f"process {process.pid}" in failure.line
     process.stdout.close()
+    process.stdin.close()
 
 
 def test_a_pid_that_was_given_to_another_process_is_gone():
@@ -189,6 +191,7 @@ def test_a_zombie_is_gone():
     assert identity.look()[0] == "gone"
     process.wait()
     process.stdout.close()
+    process.stdin.close()
 
 
 def test_a_silent_process_that_computes_is_left_alone(monkeypatch):
