@@ -52,7 +52,9 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     `safe_serialization=False`, CheckpointError, StorageError.
     """
     if not safe_serialization:
-        raise ConfigError("safe_serialization = False asks for pickles: only safetensors are written", path="tag")
+        raise ConfigError(
+            "safe_serialization = False asks for pickles: only safetensors are written", path="safe_serialization"
+        )
     convert(Path(checkpoint_dir), Path(output_dir), "fp32", tag, include_frozen=not exclude_frozen_parameters)
 
 
@@ -62,5 +64,5 @@ def load_state_dict_from_zero_checkpoint(
     """The model in host memory, with the weights of the checkpoint. Raises CheckpointError, and what torch raises for
     weights that do not fit."""
     model = model.to(HOST)
-    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag), strict=False)
+    model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag))
     return model

@@ -1,0 +1,78 @@
+"""What lies behind names of `deepspeed` and is more than another name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from running import started
+from safetensors.torch import load_file
+from torch import nn
+
+import zeroxide
+from zeroxide.errors import ConfigError
+from zeroxide.integrations.deepspeed import fused, tensors, zero_to_fp32
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+        self.register_buffer("scale", torch.full((4,), 2.0))
+
+    def forward(self, x):
+        return self.last(self.first(x)) * self.scale
+
+
+def test_weights_out_of_a_checkpoint(tmp_path):
+    """Catches: weights rounded to bf16, a tied weight under one name alone, a part of a weight left out."""
+    with started(Tied(), config={"bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}}) as engine:
+        engine.backward(engine(torch.ones(2, 4, dtype=torch.bfloat16)).sum())
+        engine.step()
+        expected = {name: zeroxide.safe_get_full_fp32_param(each) for name, each in engine.module.named_parameters()}
+        engine.save_checkpoint(tmp_path)
+    found = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path)
+    assert set(found) == {"first.weight", "first.bias", "last.weight", "last.bias", "scale"}
+    assert found["first.weight"] is found["last.weight"]
+    for name, values in expected.items():
+        assert found[name].dtype is torch.float32
+        assert torch.equal(found[name], values), name
+    model = zero_to_fp32.load_state_dict_from_zero_checkpoint(Tied(), tmp_path)
+    assert torch.equal(model.last.weight, expected["first.weight"])
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        zero_to_fp32.load_state_dict_from_zero_checkpoint(nn.Linear(4, 4), tmp_path)
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model")
+    assert torch.equal(load_file(tmp_path / "model/model.safetensors")["first.weight"], expected["first.weight"])
+    with pytest.raises(ConfigError, match="only safetensors are written"):
+        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "other", safe_serialization=False)
+    with pytest.raises(ConfigError, match="lazy_mode is not built"):
+        zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path, lazy_mode=True)
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_an_optimizer_for_gpus_is_taken_over(decoupled):
+    """Against torch's own in fp32: one update of at most lr, rounded. Catches: a decay of the other kind."""
+    plain, model = nn.Linear(4, 4), nn.Linear(4, 4)
+    model.load_state_dict(plain.state_dict())
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    oracle = kind(plain.parameters(), lr=0.1, weight_decay=0.5)
+    plain(torch.ones(2, 4)).square().sum().backward()
+    oracle.step()
+    optimizer = fused.FusedAdam(model.parameters(), lr=0.1, adam_w_mode=decoupled, weight_decay=0.5)
+    with started(model, optimizer=optimizer, gradient_clipping=0.0) as engine:
+        engine.backward(engine(torch.ones(2, 4)).square().sum())
+        engine.step()
+        for one, other in zip(engine.module.parameters(), plain.parameters(), strict=True):
+            # A few roundings of an update of 0.1 and of weights below 1.
+            assert (zeroxide.safe_get_full_fp32_param(one) - other).abs().max() <= 1e-6
+        with pytest.raises(RuntimeError, match=r"call engine\.step"):
+            optimizer.step()
+
+
+def test_copies_keep_what_is_tied():
+    tied = torch.ones(3)
+    found = tensors.clone_tensors_for_torch_save({"a": tied, "b": [tied, torch.zeros(2)], "c": (1, "x")})
+    assert found["a"] is found["b"][0]
+    assert found["a"] is not tied
+    assert found["c"] == (1, "x")
