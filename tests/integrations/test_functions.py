@@ -10,7 +10,15 @@ from torch import nn
 
 import zeroxide
 from zeroxide.errors import ConfigError
-from zeroxide.integrations.deepspeed import fused, tensors, zero_to_fp32
+from zeroxide.integrations.deepspeed import entry, fused, tensors, zero_to_fp32
+
+
+@pytest.fixture
+def own_group():
+    """A process group of one rank is made by whoever asks, and ends with the test."""
+    assert not torch.distributed.is_initialized()
+    yield
+    torch.distributed.destroy_process_group()
 
 
 class Tied(nn.Module):
@@ -68,6 +76,19 @@ def test_an_optimizer_for_gpus_is_taken_over(decoupled):
             assert (zeroxide.safe_get_full_fp32_param(one) - other).abs().max() <= 1e-6
         with pytest.raises(RuntimeError, match=r"call engine\.step"):
             optimizer.step()
+
+
+def test_keys_that_deepspeed_does_not_read_are_left_out(caplog, own_group):
+    """TRL 1.16.0 writes such keys. Catches: refusing them, or taking them for the section's own."""
+    config = {"zero_optimization": {"stage": 3}, "zero_optimization.stage": 1, "optimizer": {"type": "AdamW"}}
+    engine, *_ = entry.initialize(model=nn.Linear(4, 4), config=config)
+    assert engine.zero_optimization_stage() == 3
+    assert "'zero_optimization.stage' has no effect, as with DeepSpeed" in caplog.text
+    engine.destroy()
+    with pytest.raises(ConfigError, match=r'unknown key "fp15\.enabled"'):
+        entry.initialize(model=nn.Linear(4, 4), config={"fp15.enabled": True})
+    with pytest.raises(ConfigError, match=r'unknown key "zero_optimization\.stage"'):
+        zeroxide.initialize(model=nn.Linear(4, 4), config=config)
 
 
 def test_copies_keep_what_is_tied():

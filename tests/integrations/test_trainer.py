@@ -7,20 +7,13 @@ turns into as many of its update of at most 1e-3 a weight. Six steps and a loss 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from programs import run_cases
 from safetensors.torch import load_file
 
-import zeroxide
-
-HERE = Path(__file__).parent
-PACKAGE = Path(zeroxide.__file__).parents[1]
 CLOSE = 2e-6
 
 ONE_RANK = [
@@ -46,19 +39,7 @@ TWO_RANKS = [
 
 
 def train(folder: Path, cases, *options: str):
-    modules = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
-    ended = subprocess.run(
-        [
-            *(sys.executable, "-m", "zeroxide.cli", "run", *options),
-            *(HERE / "trainer_program.py", folder, json.dumps(cases)),
-        ],
-        env={**os.environ, "PYTHONPATH": modules, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert ended.returncode == 0, ended.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text())
+    return run_cases("trainer_program.py", folder, cases, *options)
 
 
 @pytest.fixture(scope="module")

@@ -48,6 +48,43 @@ def one_line(error, match, call, *args, **kwargs):
     assert "\n" not in str(caught.value)
 
 
+def test_what_parameters_say_of_themselves(mode, tmp_path):
+    """DeepSpeed's keys. Catches: a unit that counts as in use after its pass."""
+    model = build("gpt")
+    with started(model, config=config_of(mode, tmp_path)) as engine:
+        weight, seen = model.h[0].up.weight, []
+        handle = model.h[0].up.register_forward_hook(lambda *_: seen.append(weight.ds_active_sub_modules))
+        with torch.no_grad():
+            engine(ids())
+        handle.remove()
+        assert model.h[0] in seen[0]
+        assert weight.ds_active_sub_modules == set()
+        found = weight.ds_summary()
+        assert (found["id"], found["status"], found["persist"]) == (weight.ds_id, "NOT_AVAILABLE", False)
+        assert (found["numel"], found["shape"], found["ds_numel"], found["ds_shape"]) == (0, (0,), 144 * 48, (144, 48))
+        assert (found["requires_grad"], found["grad_shape"], found["active_sub_modules"]) == (True, None, set())
+        assert found["ds_tensor.shape"] == (144 * 48,)
+        assert weight.ds_summary(use_debug_name=True)["id"] == "h.0.up.weight"
+
+
+def test_hooks_that_libraries_remove_and_put_back(mode, tmp_path):
+    """What TRL does around a generation. Catches: a facade of an engine that is gone, or that takes any module."""
+    model = build("gpt")
+    external = model.h[0].up.bias
+    zero.register_external_parameter(model.h[1], external)
+    with started(model, config=config_of(mode, tmp_path)) as engine:
+        offload = engine.optimizer.parameter_offload
+        assert offload.module is engine
+        assert [(name, param is external) for name, param in offload.module.ds_external_parameters()] == [
+            ("h.0.up.bias", True)
+        ]
+        assert offload.param_coordinator.is_invalid_trace()
+        assert (offload.forward_hooks, offload.backward_hooks) == ([], [])
+        offload._register_deepspeed_module(offload.module)
+        offload._register_deepspeed_module(model)
+        one_line(ModelError, "no part of this engine", offload._register_deepspeed_module, nn.Linear(2, 2))
+
+
 # Gathered parameters ----------------------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ from zeroxide.engine.report import print_progress
 from zeroxide.engine.training_state import TrainingState
 from zeroxide.errors import ModelError
 from zeroxide.precision.policy import cast_inputs, forward_context
+from zeroxide.zero.access.parameter_offload import ParameterOffload, external_parameters
 from zeroxide.zero.access.state_dict import full_state_dict, load_given_state_dict
 from zeroxide.zero.untraced import leave_untraced
 
@@ -52,6 +53,8 @@ class Engine(Accessors, nn.Module):
         self.training_dataloader = parts.dataloader
         self.training_state = TrainingState(parts)
         self._saver: Saver | None = None
+        if parts.optimizer is not None and parts.config.zero.stage == 3:
+            parts.optimizer.parameter_offload = ParameterOffload(self)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -69,6 +72,10 @@ class Engine(Accessors, nn.Module):
                 name=name,
                 obj=self,
             ) from None
+
+    def ds_external_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yields (name, parameter) of those that `zero.register_external_parameter` was called for."""
+        return external_parameters(self.module)
 
     # Training -------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from zeroxide.optim.rules import FIXED, core_groups
 from zeroxide.optim.saved_state import hooked_load, hooked_save
 from zeroxide.optim.state_view import StateView
 from zeroxide.precision.loss_scale import LossScaler
+from zeroxide.zero.access.parameter_offload import ParameterOffload
 
 __all__ = ["EngineOptimizer", "check_schedule_call"]
 
@@ -28,6 +29,9 @@ class EngineOptimizer(torch.optim.Optimizer):
     are views
     that read from where the state is, when somebody looks at it. Which parameters are in which group is fixed.
     """
+
+    parameter_offload: ParameterOffload
+    """DeepSpeed's object for the parameters. The engine sets it, at stage 3 only, as DeepSpeed does."""
 
     def __init__(
         self, groups: list[dict[str, Any]], core: _core.Offload, apply: Callable[[], None], scaler: LossScaler

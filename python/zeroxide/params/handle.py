@@ -1,7 +1,7 @@
 """Parameters whose values are elsewhere: what they say of themselves while they are empty.
 
 Such a parameter shows size 0 wherever it is not in use, as with DeepSpeed, and answers under DeepSpeed's names:
-`ds_shape`, `ds_numel`, `ds_id`, `ds_status`, `ds_tensor` and `ds_persist`.
+`ds_shape`, `ds_numel`, `ds_id`, `ds_status`, `ds_tensor`, `ds_persist`, `ds_active_sub_modules` and `ds_summary()`.
 """
 
 from __future__ import annotations
@@ -63,6 +63,9 @@ class ParamHandle(Protocol):
 
     def available(self) -> bool:
         """Whether the parameter shows its values now."""
+
+    def users(self) -> set[nn.Module]:
+        """Modules that use the parameter where it is, at present."""
 
     def local(self) -> torch.Tensor:
         """This rank's part of the values, flat; a copy, or memory that must not be written."""
@@ -132,6 +135,27 @@ class ManagedParameter(nn.Parameter):
     def ds_persist(self) -> bool:
         """Whether it always shows its values, as at stages 0 to 2."""
         return self._handle.persists
+
+    @property
+    def ds_active_sub_modules(self) -> set[nn.Module]:
+        """Modules that use it now; a copy, so that emptying it releases nothing."""
+        return self._handle.users()
+
+    def ds_summary(self, use_debug_name: bool = False) -> dict[str, Any]:
+        """What there is to say of it, under DeepSpeed's keys. Its gradient is never shown: `safe_get_full_grad`."""
+        return {
+            "id": getattr(self._handle, "name", self.ds_id) if use_debug_name else self.ds_id,
+            "status": self.ds_status.name,
+            "numel": self.numel(),
+            "ds_numel": self.ds_numel,
+            "shape": tuple(self.shape),
+            "ds_shape": tuple(self.ds_shape),
+            "requires_grad": self.requires_grad,
+            "grad_shape": None,
+            "persist": self.ds_persist,
+            "active_sub_modules": self.ds_active_sub_modules,
+            "ds_tensor.shape": self.ds_tensor.shape,
+        }
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if id(self) not in memo:

@@ -244,6 +244,11 @@ class ShardedParam:
         """Whether the parameter shows its values now."""
         return self.holds > 0 or self.unit.state is UnitState.GATHERED
 
+    def users(self) -> set[nn.Module]:
+        """See `ParamHandle`."""
+        in_use = self.unit.state is UnitState.GATHERED and not self.persists
+        return set(self.unit.modules) if in_use else set()
+
     def touch(self, param: nn.Parameter) -> None:
         """A module looks at the parameter: in a pass, it is about to use it."""
         if self.context.lacks(self.unit):

@@ -6,10 +6,12 @@ Libraries count on one from then on, also where there is one rank.
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any
 
 from zeroxide.distributed import init_distributed
 from zeroxide.engine.entry import initialize as initialize_engine
+from zeroxide.integrations.deepspeed.logging import logger
 from zeroxide.zero import Init as ZeroInit
 
 __all__ = ["Init", "initialize"]
@@ -17,9 +19,27 @@ __all__ = ["Init", "initialize"]
 
 @functools.wraps(initialize_engine)
 def initialize(*args: Any, **kwargs: Any) -> Any:
-    """See `zeroxide.initialize`. Makes torch's default process group where there is none, also for one rank."""
+    """See `zeroxide.initialize`. Makes torch's default process group where there is none, also for one rank.
+
+    Keys of a config dict that have a section and a key in one name are left out, as DeepSpeed does not read them.
+    """
     init_distributed(distributed_port=kwargs.get("distributed_port", 29500), verbose=False)
-    return initialize_engine(*args, **kwargs)
+    asked = inspect.signature(initialize_engine).bind(*args, **kwargs)
+    for name in ("config", "config_params"):
+        if isinstance(asked.arguments.get(name), dict):
+            asked.arguments[name] = _without_dotted(asked.arguments[name])
+    return initialize_engine(*asked.args, **asked.kwargs)
+
+
+def _without_dotted(config: dict[str, Any]) -> dict[str, Any]:
+    # TRL 1.16.0 (models/utils.py, prepare_deepspeed) writes "zero_optimization.reduce_bucket_size" and the like.
+    dotted = sorted(key for key in map(str, config) if "." in key and key.partition(".")[0] in config)
+    for key in dotted:
+        section, _, name = key.partition(".")
+        logger.warning(
+            "config key %r has no effect, as with DeepSpeed: %r would have to stand in %r", key, name, section
+        )
+    return {key: value for key, value in config.items() if key not in dotted}
 
 
 class Init(ZeroInit):

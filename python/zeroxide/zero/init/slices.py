@@ -112,6 +112,10 @@ class Slice:
         """Whether the parameter shows its values now."""
         return self.full
 
+    def users(self) -> set[nn.Module]:
+        """See `ParamHandle`."""
+        return set()
+
     def local(self) -> torch.Tensor:
         """This rank's elements, without padding."""
         start = self.ranks.rank * self.each
