@@ -20,6 +20,7 @@ __all__ = [
     "CudaKernel",
     "CudaProbe",
     "DeviceRequest",
+    "FileQueue",
     "GradientHook",
     "IoEngine",
     "KeptCubin",
@@ -460,6 +461,19 @@ class PinnedMemory:
     def address(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+@final
+class FileQueue:
+    """Transfers between uint8 tensors and files that run while the caller goes on: block bytes at a time, at most depth
+    of them in the kernel, by io_uring ("uring"), a pool of workers ("threads") or what the kernel allows ("auto")."""
+
+    def __new__(cls, engine: str, depth: int, workers: int, block: int) -> FileQueue: ...
+    def read(self, bytes: TensorSpec, path: str | PathLike[str], offset: int) -> None: ...
+    def write(self, bytes: TensorSpec, path: str | PathLike[str], offset: int) -> None: ...
+    def wait(self) -> int: ...
+    @property
+    def pending(self) -> int: ...
+    def describe(self) -> str: ...
 
 def message_bytes(elements: int, bits: int) -> int:
     """Bytes of a message of so many elements, whole blocks of 256, with codes of 8 or 4 bits."""

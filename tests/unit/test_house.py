@@ -234,6 +234,7 @@ HOLDERS = {
     "zeroxide-python/src/codec.rs": "turns tensors in host memory into stored weights and back",
     "zeroxide-python/src/cuda.rs": "is registered host memory as a Python buffer",
     "zeroxide-python/src/dlpack.rs": "asks torch where a tensor in host memory is",
+    "zeroxide-python/src/file_queue.rs": "moves tensors in host memory from and to files",
     "zeroxide-python/src/gradient_hook.rs": "passes the gradients that autograd leaves to the core",
     "zeroxide-python/src/lib.rs": "exports the classes",
     "zeroxide-python/src/offload.rs": "passes tensors to the core and windows to Python",

@@ -7,6 +7,7 @@ mod codec;
 mod cuda;
 mod dlpack;
 mod errors;
+mod file_queue;
 mod gradient_hook;
 mod offload;
 mod optimizer;
@@ -36,6 +37,8 @@ mod _core {
         CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,
         kernel_source, probe_cuda, read_cubin,
     };
+    #[pymodule_export]
+    use crate::file_queue::FileQueue;
     #[pymodule_export]
     use crate::gradient_hook::GradientHook;
     #[pymodule_export]

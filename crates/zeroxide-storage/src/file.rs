@@ -62,15 +62,57 @@ impl DiskFile {
             .write(true)
             .open(&path)
             .map_err(|source| refusal("open", &path, source))?;
-        let bytes = plain
-            .metadata()
-            .map_err(|source| StorageError::File {
-                action: "stat",
-                path: path.clone(),
-                source,
-            })?
-            .len();
+        let bytes = size_of_file(&plain, &path)?;
         Ok(Arc::new(Self::prefer_direct(plain, path, bytes)))
+    }
+
+    /// Opens a file for reading only; its size is taken as it is now. `direct` false keeps to the page cache, for
+    /// transfers that are not aligned.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::File`] when it cannot be opened.
+    pub fn open_to_read(path: impl Into<PathBuf>, direct: bool) -> Result<Arc<Self>, StorageError> {
+        let path = path.into();
+        let plain = File::open(&path).map_err(|source| refusal("open", &path, source))?;
+        let bytes = size_of_file(&plain, &path)?;
+        let file = if direct {
+            open_direct(&path, false)
+        } else {
+            None
+        };
+        Ok(Arc::new(Self::of(plain, file, path, bytes)))
+    }
+
+    /// Opens a file for writing and reading, made as the umask says if there is none, with at least `bytes` bytes
+    /// allocated on disk; what it has is kept. `direct` as for [`open_to_read`](Self::open_to_read).
+    ///
+    /// # Errors
+    ///
+    /// As [`create`](Self::create); a file that was there stays.
+    pub fn open_to_write(
+        path: impl Into<PathBuf>,
+        bytes: u64,
+        direct: bool,
+    ) -> Result<Arc<Self>, StorageError> {
+        let path = path.into();
+        let plain = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(|source| refusal("open", &path, source))?;
+        let before = size_of_file(&plain, &path)?;
+        if before < bytes {
+            reserve(&plain, &path, before, bytes)?;
+        }
+        let file = if direct {
+            open_direct(&path, true)
+        } else {
+            None
+        };
+        Ok(Arc::new(Self::of(plain, file, path, before.max(bytes))))
     }
 
     /// The path the file was opened by.
@@ -94,29 +136,37 @@ impl DiskFile {
     }
 
     fn prefer_direct(plain: File, path: PathBuf, bytes: u64) -> Self {
-        match open_direct(&path) {
-            Some(file) => Self {
-                file,
-                path,
-                direct: true,
-                bytes,
-            },
-            None => Self {
-                file: plain,
-                path,
-                direct: false,
-                bytes,
-            },
+        let direct = open_direct(&path, true);
+        Self::of(plain, direct, path, bytes)
+    }
+
+    fn of(plain: File, direct: Option<File>, path: PathBuf, bytes: u64) -> Self {
+        Self {
+            direct: direct.is_some(),
+            file: direct.unwrap_or(plain),
+            path,
+            bytes,
         }
+    }
+}
+
+fn size_of_file(file: &File, path: &Path) -> Result<u64, StorageError> {
+    match file.metadata() {
+        Ok(found) => Ok(found.len()),
+        Err(source) => Err(StorageError::File {
+            action: "stat",
+            path: path.to_path_buf(),
+            source,
+        }),
     }
 }
 
 /// Opens `path` with `O_DIRECT` and reads once. Some file systems accept the flag and refuse the
 /// transfer, some kernels accept both on tmpfs: only a real read tells.
-fn open_direct(path: &Path) -> Option<File> {
+fn open_direct(path: &Path, write: bool) -> Option<File> {
     let file = OpenOptions::new()
         .read(true)
-        .write(true)
+        .write(write)
         .custom_flags(libc::O_DIRECT)
         .open(path)
         .ok()?;
@@ -133,13 +183,18 @@ fn open_direct(path: &Path) -> Option<File> {
 }
 
 fn allocate(file: &File, path: &Path, bytes: u64) -> Result<(), StorageError> {
+    reserve(file, path, 0, bytes)
+}
+
+/// Gives a file of `before` bytes disk space for `bytes`.
+fn reserve(file: &File, path: &Path, before: u64, bytes: u64) -> Result<(), StorageError> {
     // Asked first, so that a hopeless request does not fill the disk for other processes on its way
     // to failing.
     let free = syscall::free_bytes(path).unwrap_or(u64::MAX);
-    if bytes > free {
+    if bytes - before > free {
         return Err(StorageError::NoSpace {
             path: path.to_path_buf(),
-            need: bytes,
+            need: bytes - before,
             free,
         });
     }
@@ -148,7 +203,7 @@ fn allocate(file: &File, path: &Path, bytes: u64) -> Result<(), StorageError> {
     }
     let outcome = match syscall::fallocate(file, bytes) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
-            fill(file, bytes)
+            fill(file, before, bytes)
         }
         other => other,
     };
@@ -170,10 +225,10 @@ fn allocate(file: &File, path: &Path, bytes: u64) -> Result<(), StorageError> {
     })
 }
 
-/// Writes zeros over the whole file: the preallocation of file systems that have no other.
-fn fill(file: &File, bytes: u64) -> io::Result<()> {
+/// Writes zeros from `before` on: the preallocation of file systems that have no other.
+fn fill(file: &File, before: u64, bytes: u64) -> io::Result<()> {
     let zeros = vec![0_u8; FILL_BYTES];
-    let mut offset = 0;
+    let mut offset = before;
     while offset < bytes {
         let length = (bytes - offset).min(FILL_BYTES as u64);
         // The length is at most FILL_BYTES, a usize.

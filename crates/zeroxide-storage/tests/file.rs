@@ -103,3 +103,32 @@ fn what_cannot_be_opened_says_why() {
         "{error}"
     );
 }
+
+/// A user's file is kept as it is, and made longer where a write asks for more.
+#[test]
+fn a_file_of_the_users_keeps_what_it_has() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("data");
+    for direct in [true, false] {
+        fs::write(&path, vec![7; 100]).unwrap();
+        let file = DiskFile::open_to_write(&path, 8192, direct).unwrap();
+        assert_eq!(file.bytes(), 8192);
+        let found = fs::read(&path).unwrap();
+        assert_eq!(
+            (found.len(), &found[..100], found[100]),
+            (8192, &[7; 100][..], 0)
+        );
+        assert_eq!(
+            DiskFile::open_to_write(&path, 10, direct).unwrap().bytes(),
+            8192
+        );
+        assert!(direct || !file.is_direct());
+        let mut permissions = fs::metadata(&path).unwrap().permissions();
+        permissions.set_readonly(true);
+        fs::set_permissions(&path, permissions).unwrap();
+        assert_eq!(DiskFile::open_to_read(&path, direct).unwrap().bytes(), 8192);
+        fs::remove_file(&path).unwrap();
+    }
+    DiskFile::open_to_write(&path, 1, true).unwrap();
+    assert_eq!(fs::metadata(&path).unwrap().mode() & 0o400, 0o400);
+}

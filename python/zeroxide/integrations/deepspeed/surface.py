@@ -47,6 +47,33 @@ _EXPERTS = _later("expert parallelism")
 _TENSOR = _later("tensor parallelism")
 _SEQUENCE = _later("sequence parallelism")
 _INFERENCE = _later("inference engines")
+_BUILDERS = {
+    name: f"{_HERE}.op_builder:{name}"
+    for name in (
+        "AsyncIOBuilder",
+        "CPUAdagradBuilder",
+        "CPUAdamBuilder",
+        "CPULionBuilder",
+        "DeepCompileBuilder",
+        "EvoformerAttnBuilder",
+        "FPQuantizerBuilder",
+        "FusedAdamBuilder",
+        "FusedLambBuilder",
+        "FusedLionBuilder",
+        "GDSBuilder",
+        "InferenceBuilder",
+        "InferenceCoreBuilder",
+        "InferenceCutlassBuilder",
+        "QuantizerBuilder",
+        "RaggedOpsBuilder",
+        "RaggedUtilsBuilder",
+        "RandomLTDBuilder",
+        "SpatialInferenceBuilder",
+        "StochasticTransformerBuilder",
+        "TransformerBuilder",
+        "UtilsBuilder",
+    )
+}
 _LEAVES = {
     name: f"zeroxide.zero:{name}"
     for name in (
@@ -144,6 +171,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
             "train_micro_batch_size_per_gpu and gradient_accumulation_steps"
         )
     },
+    "deepspeed.env_report": {"op_report": f"{_HERE}.op_builder:op_report"},
     "deepspeed.git_version_info": {"version": f"{_HERE}.surface:VERSION", "git_hash": f"{_HERE}.surface:COMMIT"},
     "deepspeed.launcher": {},
     "deepspeed.launcher.runner": {
@@ -155,10 +183,14 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.moe": {"MoE": _EXPERTS},
     "deepspeed.moe.layer": {"MoE": _EXPERTS},
     "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _EXPERTS},
-    "deepspeed.ops": {},
+    "deepspeed.ops": {"__compatible_ops__": f"{_HERE}.op_builder:COMPATIBLE"},
     "deepspeed.ops.adagrad": {"DeepSpeedCPUAdagrad": _CPU_ADAGRAD},
     "deepspeed.ops.adam": {"DeepSpeedCPUAdam": _CPU_ADAM, "FusedAdam": f"{_HERE}.fused:FusedAdam"},
+    "deepspeed.ops.aio": {"AsyncIOBuilder": _BUILDERS["AsyncIOBuilder"]},
     "deepspeed.ops.lion": {"DeepSpeedCPULion": _CPU_LION, "FusedLion": f"{_HERE}.fused:FusedLion"},
+    "deepspeed.ops.op_builder": {**_BUILDERS, "OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
+    "deepspeed.ops.op_builder.all_ops": {"ALL_OPS": f"{_HERE}.op_builder:ALL_OPS"},
+    "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
     "deepspeed.profiling": {},
     "deepspeed.profiling.flops_profiler": {"get_model_profile": _later("the FLOPs profiler")},
