@@ -12,7 +12,7 @@ from torch import nn
 import zeroxide
 from simulated import engines
 from zeroxide.config import load
-from zeroxide.errors import BudgetError, ConfigError, DeviceError
+from zeroxide.errors import BudgetError, ConfigError, DeviceError, ModelError
 from zeroxide.plan.on_device import place_state
 
 WIDTH = 512
@@ -171,3 +171,32 @@ def test_a_budget_of_a_device_without_a_device_is_told(caplog):
     with caplog.at_level(logging.WARNING, "zeroxide"):
         place_state(load(config(device_memory="1GiB")), model(), torch.device("cpu"), 1)
     assert "zeroxide.device_memory has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("zero", "asked", "line"),
+    [
+        (ratio(0.5), None, "optim_states, hp_params, lp_grads, contiguous_grad_buffer of 4 units are at home on sim"),
+        (ratio(0.5), ["optim_states"], 'set zero_optimization.offload_optimizer to {"device": "cpu"}'),
+        (ratio(0.5), ["lp_params"], "the weights stay on sim"),
+        (ratio(1.0), None, "leave lp_params out of include"),
+        (ratio(1.0), ["optim_states", "hp_params", "contiguous_grad_buffer"], None),
+        ({**ratio(1.0), "offload_param": {"device": "cpu"}}, None, None),
+    ],
+)
+def test_states_that_are_to_leave_the_device(zero, asked, line, sim):
+    """Catches: state that stays, and nobody is told."""
+    with engines.followed(kernels=True):
+        engine = made(zero)
+        try:
+            for call in (engine.offload_states, engine.optimizer.offload_states):
+                if line is None:
+                    call(include=asked)
+                    engine.reload_states()
+                    engine.empty_partition_cache()
+                else:
+                    with pytest.raises(ModelError) as caught:
+                        call(include=asked)
+                    assert line in str(caught.value)
+        finally:
+            engine.destroy()

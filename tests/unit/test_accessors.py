@@ -11,6 +11,7 @@ from running import started
 from torch import nn
 
 import zeroxide
+from zeroxide.errors import ConfigError, ModelError
 
 CONFIG = {
     "train_micro_batch_size_per_gpu": 3,
@@ -41,6 +42,26 @@ def test_settings_under_deepspeed_s_names(stage):
     with started(nn.Linear(4, 2), config={"optimizer": {"type": "Adam"}}) as engine:
         assert engine.gradient_clipping() == 1.0
         assert engine.wall_clock_breakdown() is False
+
+
+def test_states_that_scripts_move_off_the_device():
+    """On the CPU nothing is on a device. Catches: a word of nobody's, and disk, taken without a word."""
+    with started(nn.Linear(4, 2), config=CONFIG) as engine:
+        engine.offload_states()
+        engine.offload_states(include=["optim_states", "lp_params"], device="cpu", pin_memory=False, non_blocking=True)
+        engine.optimizer.offload_states(device="none")
+        engine.reload_states()
+        engine.optimizer.reload_states(non_blocking=True)
+        engine.empty_partition_cache()
+        with pytest.raises(ConfigError, match=r"expected some of optim_states.*got states"):
+            engine.offload_states(include=["states"])
+        with pytest.raises(ConfigError, match="expected cpu or none, got nvme"):
+            engine.offload_states(device="nvme")
+    model = nn.Linear(4, 2).requires_grad_(False)
+    with started(model, config={"train_batch_size": 1}) as engine:
+        for call in (engine.offload_states, engine.reload_states):
+            with pytest.raises(ModelError, match="this engine only evaluates"):
+                call()
 
 
 def test_a_rate_that_is_set_is_used():

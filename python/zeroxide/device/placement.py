@@ -211,6 +211,12 @@ def device_room(device: torch.device) -> tuple[int, int]:
     return free, total
 
 
+def empty_cache(device: torch.device) -> None:
+    """Gives memory that torch keeps for later back to the device."""
+    if not is_host(device):
+        torch.accelerator.empty_cache()
+
+
 def is_capturing(device: torch.device) -> bool:
     """Whether what the current stream is given goes into a graph instead of being done."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from zeroxide import _core
 from zeroxide.config import Config
-from zeroxide.device.placement import HOST
+from zeroxide.device.placement import HOST, empty_cache
+from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.errors import ModelError
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.on_device.core import device_part
 
@@ -194,6 +197,37 @@ class Accessors:
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""
         return dict(self.parts.timers.seconds)
+
+    # For scripts that free the device between steps ----------------------------------------------------------------
+
+    def offload_states(
+        self,
+        include: Iterable[str] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Sees that between steps nothing of `include` (DeepSpeed's words; None: everything) is on the device.
+
+        State in host memory or on disk never is, so that nothing is moved and the last two have no effect. Raises
+        ModelError, which names the setting that helps, for what is at home on the device, and without an optimizer;
+        ConfigError for other words, and for NVMe.
+        """
+        self._stateful("offload_states").offload_states(include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Ends `offload_states`: everything is at home. Raises ModelError without an optimizer."""
+        self._stateful("reload_states").reload_states(non_blocking)
+
+    def empty_partition_cache(self) -> None:
+        """Gives memory that torch keeps for later back to the device. Memory for weights is the budget's and stays."""
+        empty_cache(self.parts.device)
+
+    def _stateful(self, asked: str) -> EngineOptimizer:
+        optimizer: EngineOptimizer | None = self.parts.optimizer
+        if optimizer is None:
+            raise ModelError(f"{asked}: this engine only evaluates: it has no state to move")
+        return optimizer
 
     # Settable, as scripts do --------------------------------------------------------------------------------------
 

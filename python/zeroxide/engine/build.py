@@ -31,6 +31,7 @@ from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import check_schedule, loader_for, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak, room_in_budget
@@ -320,7 +321,10 @@ class Build:
         if feedback is not None and isinstance(between, QuantisedGradients):
             self.residuals = Residuals(core, self.units, self.plan.numbers.residuals, feedback, self.scaler)
             between.residuals = self.residuals
-        self.optimizer = EngineOptimizer(self.groups, core, self.updater.apply, self.scaler) if self.groups else None
+        self.optimizer = None
+        if self.groups:
+            check = partial(check_offload, self.plan)
+            self.optimizer = EngineOptimizer(self.groups, core, self.updater.apply, self.scaler, check)
         self.lr_scheduler = schedule_for(self.config, self.asked.lr_scheduler, self.optimizer)
 
     # Weights move ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any, NoReturn
 
@@ -34,7 +34,12 @@ class EngineOptimizer(torch.optim.Optimizer):
     """DeepSpeed's object for the parameters. The engine sets it, at stage 3 only, as DeepSpeed does."""
 
     def __init__(
-        self, groups: list[dict[str, Any]], core: _core.Offload, apply: Callable[[], None], scaler: LossScaler
+        self,
+        groups: list[dict[str, Any]],
+        core: _core.Offload,
+        apply: Callable[[], None],
+        scaler: LossScaler,
+        check_offload: Callable[[Iterable[str] | None, str], None],
     ) -> None:
         self._placed: list[list[torch.Tensor]] | None = None
         self._view: StateView | None = None
@@ -44,6 +49,7 @@ class EngineOptimizer(torch.optim.Optimizer):
         self._core = core
         self._apply = apply
         self._scaler = scaler
+        self._check_offload = check_offload
         self._placed = [list(group["params"]) for group in self.param_groups]
         self._fixed = [{key: group.get(key) for key in FIXED} for group in self.param_groups]
         self.overflow = False
@@ -101,6 +107,19 @@ class EngineOptimizer(torch.optim.Optimizer):
                         path=key,
                     )
         self.core_groups()
+
+    def offload_states(
+        self,
+        include: Iterable[str] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """See `Engine.offload_states`."""
+        self._check_offload(include, device)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """See `Engine.reload_states`."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Raises ConfigError: groups are fixed once the state is placed."""

@@ -46,7 +46,7 @@ _PIPELINE = _later("pipeline parallelism")
 _EXPERTS = _later("expert parallelism")
 _TENSOR = _later("tensor parallelism")
 _SEQUENCE = _later("sequence parallelism")
-_INFERENCE = _later("inference engines")
+_INFERENCE = f"{_HERE}.inference:InferenceEngine"
 _BUILDERS = {
     name: f"{_HERE}.op_builder:{name}"
     for name in (
@@ -143,7 +143,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "dist": f"{_HERE}.comm",
         "get_accelerator": _ACCELERATOR,
         "init_distributed": _INIT_DISTRIBUTED,
-        "init_inference": _INFERENCE,
+        "init_inference": f"{_HERE}.inference:init_inference",
         "initialize": f"{_HERE}.entry:initialize",
         "logger": _LOGGER,
         "log_dist": _LOG_DIST,
