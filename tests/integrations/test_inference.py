@@ -1,4 +1,4 @@
-"""`deepspeed.init_inference`, against transformers by itself in the same dtype: the same operations, so the same bits."""
+"""`deepspeed.init_inference`, against transformers by itself in the same dtype: the same operations and bits."""
 
 from __future__ import annotations
 

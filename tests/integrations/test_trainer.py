@@ -26,9 +26,14 @@ ONE_RANK = [
     ("stage 2 nvme config", 2, "nvme", ["optimizer in the config"]),
     ("stage 3", 3, "none", ["generation"]),
     ("stage 3 nvme", 3, "nvme", ["optimizer in the config", "best"]),
+    ("plain bf16", None, "none", ["bf16"]),
     ("plain pretrained", None, "none", ["from_pretrained", "resized"]),
     ("stage 3 cpu", 3, "cpu", ["from_pretrained", "resized"]),
+    ("stage 3 bf16", 3, "nvme", ["bf16"]),
+    ("stage 2 fp16", 2, "cpu", ["fp16"]),
 ]
+LOW = ["stage 3 bf16", "stage 2 fp16"]
+"""Those that compute in 16 bits."""
 SCHEDULED = [name for name, _, _, more in ONE_RANK if "optimizer in the config" in more]
 """Those whose rates DeepSpeed's schedule gives, which begins a step later than Trainer's."""
 TWO_RANKS = [
@@ -71,11 +76,24 @@ def check_alike(found, plain):
         assert found[key] == pytest.approx(plain[key], rel=CLOSE), key
 
 
-@pytest.mark.parametrize("name", [name for name, stage, _, more in ONE_RANK if stage and "from_pretrained" not in more])
+@pytest.mark.parametrize(
+    "name", [name for name, stage, _, more in ONE_RANK if stage and name not in LOW and "from_pretrained" not in more]
+)
 def test_losses_are_those_of_trainer_alone(alone, name):
     """Catches: an optimizer or a clipping of other numbers, boundaries that are not Trainer's, a mean that is a sum."""
     check_alike(alone[name], alone["plain rates" if name in SCHEDULED else "plain"])
     assert alone[name]["engine"] == "zeroxide.engine.engine"
+
+
+@pytest.mark.parametrize(("name", "plain"), [("stage 3 bf16", "plain bf16"), ("stage 2 fp16", "plain")])
+def test_losses_in_16_bits(alone, name, plain):
+    """Against Trainer's autocast in bf16, and its fp32. bf16 keeps 8 bits: logits below 1/2 are off by 2**-10, which
+    moves a loss near 4 by no more than twice that, and weights rounded once more by as much again; gradients are off
+    by 2**-8 of themselves, twice. fp16 keeps 3 bits more. Catches: a loss scale that stays in, weights that stay."""
+    found, bits = alone[name], 11 if "fp16" in name else 8
+    assert found["losses"] == pytest.approx(alone[plain]["losses"], rel=2.0**-bits / 4)
+    assert found["evaluations"] == pytest.approx(alone[plain]["evaluations"], rel=2.0**-bits / 4)
+    assert found["norms"] == pytest.approx(alone[plain]["norms"], rel=2 * 2.0**-bits)
 
 
 def test_weights_that_are_loaded_in_parts(alone):

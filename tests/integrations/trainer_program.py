@@ -110,6 +110,8 @@ def arguments(out: Path, given: dict | None, more: list[str]) -> TrainingArgumen
         report_to=[],
         disable_tqdm=True,
         seed=0,
+        bf16="bf16" in more,
+        fp16="fp16" in more,
     )
 
 

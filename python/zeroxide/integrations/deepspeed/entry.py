@@ -21,14 +21,18 @@ __all__ = ["Init", "initialize"]
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """See `zeroxide.initialize`. Makes torch's default process group where there is none, also for one rank.
 
-    Keys of a config dict that have a section and a key in one name are left out, as DeepSpeed does not read them.
+    Keys of a config dict that have a section and a key in one name are left out, as DeepSpeed does not read them. At
+    stage 3 over several ranks `module.state_dict()` has names and shapes alone, and no rank waits for another.
     """
     init_distributed(distributed_port=kwargs.get("distributed_port", 29500), verbose=False)
     asked = inspect.signature(initialize_engine).bind(*args, **kwargs)
     for name in ("config", "config_params"):
         if isinstance(asked.arguments.get(name), dict):
             asked.arguments[name] = _without_dotted(asked.arguments[name])
-    return initialize_engine(*asked.args, **asked.kwargs)
+    found = initialize_engine(*asked.args, **asked.kwargs)
+    # Accelerate's own way to save has every rank but the first ask its module for a dict that nobody looks into.
+    found[0].parts.state_dicts.names_alone = True
+    return found
 
 
 def _without_dotted(config: dict[str, Any]) -> dict[str, Any]:

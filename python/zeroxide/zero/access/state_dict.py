@@ -4,7 +4,8 @@
 `save_pretrained`. At stages 0 to 2 its tensors are the live weights, as they are in torch. At stage 3 they are copies:
 a module's parameters are gathered one by one while it writes its part of the dict, which takes as much memory as the
 module on every rank that asks. Over several ranks all must ask: one that asks alone says in the log what it waits for,
-and the watch ends the job when the others do something else.
+and the watch ends the job when the others do something else. Where scripts for DeepSpeed run, in which ranks ask alone,
+dicts over several ranks have names and shapes without values, and say so when values are asked for.
 
 Loading a dict into a module of an engine is refused at every stage: parameters are empty, or master weights would not
 hear of it.
@@ -26,6 +27,7 @@ from torch import nn
 
 from zeroxide.device.placement import HOST, in_host
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.params.absent import AbsentValues
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
 from zeroxide.zero.buffers import set_buffer
@@ -53,6 +55,8 @@ class StateDicts:
         # By parameter, what the last dict that asked for it was given: tied parameters are one tensor in a dict.
         self.given: dict[int, weakref.ref[torch.Tensor]] = {}
         self.changes = context.changes
+        self.names_alone = False
+        """Whether dicts over several ranks have names and shapes alone, so that one rank can ask by itself."""
         self.methods = [
             Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
             for each in module.modules()
@@ -73,8 +77,8 @@ class StateDicts:
         }
         if _bare or not sharded_params:
             save(destination, prefix, keep_vars)
-        elif self.context.ranks.world > 1 and _asked_for_names():
-            save(destination, prefix, True)
+        elif self.context.ranks.world > 1 and (self.names_alone or _asked_for_names()):
+            self._save_names(save, destination, prefix, sharded_params)
         elif keep_vars:
             sharded = next(iter(sharded_params.values()))
             raise ModelError(
@@ -88,6 +92,17 @@ class StateDicts:
                 for name, sharded in sharded_params.items():
                     if isinstance(value := destination.get(prefix + name), torch.Tensor):
                         self.given[sharded.ident] = weakref.ref(value)
+
+    def _save_names(
+        self, save: Any, destination: dict[str, Any], prefix: str, sharded_params: dict[str, ShardedParam]
+    ) -> None:
+        """The module's part without values of its parameters; nothing is exchanged."""
+        own: dict[str, Any] = {}
+        save(own, prefix, True)
+        for name, sharded in sharded_params.items():
+            own[prefix + name] = AbsentValues.of(sharded.name, sharded.shape, sharded.dtype)
+        for name, value in own.items():
+            destination[name] = value.detach() if isinstance(value, torch.Tensor) else value
 
     @contextmanager
     def _shown(self, sharded_params: dict[str, ShardedParam], destination: dict[str, Any]) -> Iterator[None]:

@@ -1,0 +1,109 @@
+"""Train GPT-2 with Hugging Face's Trainer and a DeepSpeed config, or with a loop over the same engine.
+
+The same script on both sides: `deepspeed` is DeepSpeed under the peers' interpreter, and zeroxide where
+ZEROXIDE_AS_DEEPSPEED is set. One argument: a JSON object
+
+    {"model": "124m", "rows": 1, "columns": 128, "steps": 20, "stage": 3, "offload": "nvme" | "cpu" | "none",
+     "directory": scratch files, "weights": a folder of save_pretrained, "how": "trainer" | "loop" | "alone",
+     "settings": "lean" | "defaults", "threads": 2}
+
+"alone" is Trainer without a config, in bf16 by autocast.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import Any
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    begun = time.perf_counter()
+
+    import deepspeed_step
+    import gpt2
+    import process
+    import torch
+    from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+    deepspeed_step.one_process_world()
+    torch.set_num_threads(spec["threads"])
+    sizes = gpt2.model_config(spec["model"])
+    settings: dict[str, Any] | None = None
+    if spec["how"] != "alone":
+        settings = deepspeed_step.configuration(spec, largest=sizes.vocab_size * sizes.n_embd)
+        settings["zero_optimization"]["stage"] = spec["stage"]
+        if spec["stage"] < 3:
+            settings["zero_optimization"].pop("offload_param", None)
+
+    class Batches(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return spec["steps"] * spec["rows"]
+
+        def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+            found = gpt2.batch(spec["model"], 1, spec["columns"], at)
+            return {name: values[0] for name, values in found.items()}
+
+    class Clock(TrainerCallback):
+        """When each step begins, and when the last one has ended: a step may go on under the next forward."""
+
+        def __init__(self) -> None:
+            self.begun: list[float] = []
+            self.losses: list[float] = []
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+            self.begun.append(time.perf_counter())
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
+            if "loss" in (logs or {}):
+                self.losses.append(float(logs["loss"]))
+
+    clock = Clock()
+    args = TrainingArguments(
+        spec["directory"],
+        deepspeed=settings,
+        use_cpu=True,
+        bf16=True,
+        per_device_train_batch_size=spec["rows"],
+        max_steps=spec["steps"],
+        learning_rate=1e-4,
+        weight_decay=0.01,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+    )
+    model = GPT2LMHeadModel.from_pretrained(spec["weights"], dtype=torch.float32)
+    built = process.memory()
+    if spec["how"] == "loop":
+        import deepspeed
+
+        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=settings)
+        for step in range(spec["steps"]):
+            clock.begun.append(time.perf_counter())
+            loss = engine(**gpt2.batch(spec["model"], spec["rows"], spec["columns"], step)).loss
+            engine.backward(loss)
+            engine.step()
+            clock.losses.append(float(loss.detach()))
+    else:
+        trainer = Trainer(model=model, args=args, train_dataset=Batches(), callbacks=[clock])
+        trainer.train()
+    clock.begun.append(time.perf_counter())
+    process.emit(
+        {
+            "seconds": [after - before for before, after in zip(clock.begun, clock.begun[1:], strict=False)],
+            "first_step_after": clock.begun[1] - begun,
+            "losses": clock.losses,
+            "memory": {"built": built, "end": process.memory()},
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
