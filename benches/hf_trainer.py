@@ -11,6 +11,7 @@ for the losses.
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import statistics
 import subprocess
@@ -38,6 +39,59 @@ def saved_weights(side: bench.Side, model: str, directory: Path) -> Path:
     return place
 
 
+def contestants(options: argparse.Namespace) -> dict[str, tuple[bench.Side, dict[str, Any], dict[str, str]]]:
+    """Who runs, by name: the interpreter, what the worker is told, and its environment."""
+    ours, peers = bench.zeroxide_side(), bench.peers_side()
+    allocator = bench.ALLOCATORS[options.allocator]
+    named = {"ZEROXIDE_AS_DEEPSPEED": "1"} | allocator
+    found: dict[str, tuple[bench.Side, dict[str, Any], dict[str, str]]] = {}
+    for offload in options.offload:
+        for settings in options.settings:
+            given = {"offload": offload, "settings": settings, "how": "trainer"}
+            found[f"deepspeed {offload} {settings}"] = peers, given, allocator
+            found[f"zeroxide {offload} {settings}"] = ours, given, named
+        found[f"zeroxide {offload} loop"] = ours, {"offload": offload, "settings": "defaults", "how": "loop"}, named
+    alone = {"offload": "none", "settings": "defaults", "how": "alone"}
+    return found | {"trainer alone": (ours, alone, allocator)}
+
+
+def run(
+    side: bench.Side, given: dict[str, Any], environment: dict[str, str], weights: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One process; its scratch files are gone afterwards."""
+    scratch = options.directory / "hf-trainer"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    spec = given | {"model": options.model, "rows": 1, "columns": 128, "steps": options.steps, "stage": 3}
+    spec |= {"directory": str(scratch), "weights": str(weights), "threads": options.threads}
+    try:
+        return bench.run_worker(
+            side, "hf_trainer.py", spec, threads=options.threads, environment=environment, prefix=options.prefix
+        )
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Prints medians, and ratios with their goals."""
+    for name, runs in found.items():
+        first = statistics.median(run["first_step_after"] for run in runs)
+        losses = " ".join(f"{loss:.3f}" for loss in runs[0]["losses"][:: max(1, options.steps // 5)])
+        print(
+            f"{name:26s} step {median_step(runs):6.3f} s  peak {median_peak(runs) / 2**30:5.2f} GiB  "
+            f"first step after {first:5.1f} s  losses {losses}"
+        )
+    for offload in options.offload:
+        goals = "" if offload not in GOALS else "  (goals {}, {})".format(*GOALS[offload])
+        for settings in options.settings:
+            theirs, own = found[f"deepspeed {offload} {settings}"], found[f"zeroxide {offload} {settings}"]
+            step, peak = median_step(own) / median_step(theirs), median_peak(own) / median_peak(theirs)
+            print(f"{offload} {settings}: step {step:.2f}, peak {peak:.2f} of DeepSpeed's{goals}")
+        if "defaults" in options.settings:
+            loop = median_step(found[f"zeroxide {offload} loop"])
+            print(f"{offload}: Trainer takes {median_step(found[f'zeroxide {offload} defaults']) / loop - 1:+.1%}")
+
+
 def main() -> None:
     parser = bench.arguments(__doc__ or "")
     bench.scratch_argument(parser)
@@ -47,53 +101,14 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["lean", "defaults"], help="configs (default both)")
     parser.add_argument("--allocator", default="keep", choices=bench.ALLOCATORS, help="default %(default)s")
     options = parser.parse_args()
-    ours, peers = bench.zeroxide_side(), bench.peers_side()
     options.directory.mkdir(parents=True, exist_ok=True)
-    weights = saved_weights(ours, options.model, options.directory)
-    named = {"ZEROXIDE_AS_DEEPSPEED": "1"} | bench.ALLOCATORS[options.allocator]
-    contestants: list[tuple[str, bench.Side, dict[str, Any], dict[str, str]]] = []
-    for offload in options.offload:
-        for settings in options.settings:
-            given = {"offload": offload, "settings": settings, "how": "trainer"}
-            tail = f"{offload} {settings}"
-            contestants.append((f"deepspeed {tail}", peers, given, bench.ALLOCATORS[options.allocator]))
-            contestants.append((f"zeroxide {tail}", ours, given, named))
-        contestants.append(
-            (f"zeroxide {offload} loop", ours, {"offload": offload, "settings": "defaults", "how": "loop"}, named)
-        )
-    alone = {"offload": "none", "settings": "defaults", "how": "alone"}
-    contestants.append(("trainer alone", ours, alone, bench.ALLOCATORS[options.allocator]))
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name, *_ in contestants}
+    weights = saved_weights(bench.zeroxide_side(), options.model, options.directory)
+    those = contestants(options)
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in those}
     for _ in range(options.rounds):
-        for name, side, given, environment in contestants:
-            scratch = options.directory / "hf-trainer"
-            shutil.rmtree(scratch, ignore_errors=True)
-            scratch.mkdir(parents=True)
-            spec = given | {"model": options.model, "rows": 1, "columns": 128, "steps": options.steps, "stage": 3}
-            spec |= {"directory": str(scratch), "weights": str(weights), "threads": options.threads}
-            found[name].append(
-                bench.run_worker(
-                    side, "hf_trainer.py", spec, threads=options.threads, environment=environment, prefix=options.prefix
-                )
-            )
-            shutil.rmtree(scratch, ignore_errors=True)
-    for name, runs in found.items():
-        step = statistics.median(s for run in runs for s in run["seconds"][FIRST_MEASURED_STEP:])
-        peak = statistics.median(run["memory"]["end"]["peak"] for run in runs)
-        first = statistics.median(run["first_step_after"] for run in runs)
-        print(f"{name:28s} step {step:6.3f} s  peak {peak / 2**30:5.2f} GiB  first step after {first:5.1f} s", end="")
-        print("  losses " + " ".join(f"{loss:.3f}" for loss in runs[0]["losses"][:: max(1, options.steps // 5)]))
-    for offload in options.offload:
-        goals = GOALS.get(offload)
-        for settings in options.settings:
-            theirs, own = found[f"deepspeed {offload} {settings}"], found[f"zeroxide {offload} {settings}"]
-            ratio = median_step(own) / median_step(theirs)
-            memory = median_peak(own) / median_peak(theirs)
-            goal = "" if goals is None else f"  (goals {goals[0]}, {goals[1]})"
-            print(f"{offload} {settings}: step {ratio:.2f}, peak {memory:.2f} of DeepSpeed's{goal}")
-        if "defaults" in options.settings:
-            loop = median_step(found[f"zeroxide {offload} loop"])
-            print(f"{offload}: Trainer takes {median_step(found[f'zeroxide {offload} defaults']) / loop - 1:+.1%}")
+        for name, (side, given, environment) in those.items():
+            found[name].append(run(side, given, environment, weights, options))
+    report(found, options)
 
 
 def median_step(runs: list[dict[str, Any]]) -> float:

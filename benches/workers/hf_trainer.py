@@ -18,25 +18,45 @@ import time
 from typing import Any
 
 
-def main() -> None:
-    spec = json.loads(sys.argv[1])
-    begun = time.perf_counter()
-
+def settings_of(spec: dict[str, Any]) -> dict[str, Any] | None:
+    """The DeepSpeed config of the run, None for Trainer alone."""
     import deepspeed_step
     import gpt2
-    import process
-    import torch
-    from transformers import GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
-    deepspeed_step.one_process_world()
-    torch.set_num_threads(spec["threads"])
+    if spec["how"] == "alone":
+        return None
     sizes = gpt2.model_config(spec["model"])
-    settings: dict[str, Any] | None = None
-    if spec["how"] != "alone":
-        settings = deepspeed_step.configuration(spec, largest=sizes.vocab_size * sizes.n_embd)
-        settings["zero_optimization"]["stage"] = spec["stage"]
-        if spec["stage"] < 3:
-            settings["zero_optimization"].pop("offload_param", None)
+    settings = deepspeed_step.configuration(spec, largest=sizes.vocab_size * sizes.n_embd)
+    settings["zero_optimization"]["stage"] = spec["stage"]
+    if spec["stage"] < 3:
+        settings["zero_optimization"].pop("offload_param", None)
+    return settings
+
+
+def loop(spec: dict[str, Any], model: Any, settings: dict[str, Any] | None) -> tuple[list[float], list[float]]:
+    """Steps by hand: when each began, and the losses."""
+    import deepspeed
+    import gpt2
+
+    begun, losses = [], []
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=settings)
+    for step in range(spec["steps"]):
+        begun.append(time.perf_counter())
+        loss = engine(**gpt2.batch(spec["model"], spec["rows"], spec["columns"], step)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    return begun, losses
+
+
+def trainer(spec: dict[str, Any], model: Any, arguments: Any) -> tuple[list[float], list[float]]:
+    """Trainer's steps: when each began, and the losses that it logs. A step may go on under the next forward."""
+    import gpt2
+    import torch
+    from transformers import Trainer, TrainerCallback
+
+    begun: list[float] = []
+    losses: list[float] = []
 
     class Batches(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -47,21 +67,30 @@ def main() -> None:
             return {name: values[0] for name, values in found.items()}
 
     class Clock(TrainerCallback):
-        """When each step begins, and when the last one has ended: a step may go on under the next forward."""
-
-        def __init__(self) -> None:
-            self.begun: list[float] = []
-            self.losses: list[float] = []
-
         def on_step_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            self.begun.append(time.perf_counter())
+            begun.append(time.perf_counter())
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **more: Any) -> None:
             if "loss" in (logs or {}):
-                self.losses.append(float(logs["loss"]))
+                losses.append(float(logs["loss"]))
 
-    clock = Clock()
-    args = TrainingArguments(
+    Trainer(model=model, args=arguments, train_dataset=Batches(), callbacks=[Clock()]).train()
+    return begun, losses
+
+
+def main() -> None:
+    spec = json.loads(sys.argv[1])
+    started = time.perf_counter()
+
+    import deepspeed_step
+    import process
+    import torch
+    from transformers import GPT2LMHeadModel, TrainingArguments
+
+    deepspeed_step.one_process_world()
+    torch.set_num_threads(spec["threads"])
+    settings = settings_of(spec)
+    arguments = TrainingArguments(
         spec["directory"],
         deepspeed=settings,
         use_cpu=True,
@@ -81,25 +110,13 @@ def main() -> None:
     )
     model = GPT2LMHeadModel.from_pretrained(spec["weights"], dtype=torch.float32)
     built = process.memory()
-    if spec["how"] == "loop":
-        import deepspeed
-
-        engine, *_ = deepspeed.initialize(model=model, model_parameters=list(model.parameters()), config=settings)
-        for step in range(spec["steps"]):
-            clock.begun.append(time.perf_counter())
-            loss = engine(**gpt2.batch(spec["model"], spec["rows"], spec["columns"], step)).loss
-            engine.backward(loss)
-            engine.step()
-            clock.losses.append(float(loss.detach()))
-    else:
-        trainer = Trainer(model=model, args=args, train_dataset=Batches(), callbacks=[clock])
-        trainer.train()
-    clock.begun.append(time.perf_counter())
+    begun, losses = loop(spec, model, settings) if spec["how"] == "loop" else trainer(spec, model, arguments)
+    begun.append(time.perf_counter())
     process.emit(
         {
-            "seconds": [after - before for before, after in zip(clock.begun, clock.begun[1:], strict=False)],
-            "first_step_after": clock.begun[1] - begun,
-            "losses": clock.losses,
+            "seconds": [after - before for before, after in zip(begun, begun[1:], strict=False)],
+            "first_step_after": begun[1] - started,
+            "losses": losses,
             "memory": {"built": built, "end": process.memory()},
         }
     )
