@@ -12,6 +12,7 @@ ZEROXIDE_AS_DEEPSPEED is set. One argument: a JSON object
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -114,7 +115,7 @@ def main() -> None:
     begun.append(time.perf_counter())
     process.emit(
         {
-            "seconds": [after - before for before, after in zip(begun, begun[1:], strict=False)],
+            "seconds": [after - before for before, after in itertools.pairwise(begun)],
             "first_step_after": begun[1] - started,
             "losses": losses,
             "memory": {"built": built, "end": process.memory()},
