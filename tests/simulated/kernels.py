@@ -108,6 +108,9 @@ class PlayedKernels:
         self._emulator = Emulator(built())
         self.launched: list[str] = []
 
+    def load(self, kernel: Kernel) -> None:
+        """See `Loader`. All of them are built."""
+
     def launch(self, kernel: Kernel, blocks: int, args: bytes) -> None:
         """See `Launcher`."""
         self.launched.append(kernel.entry)

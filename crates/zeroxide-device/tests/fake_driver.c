@@ -19,6 +19,9 @@
 #ifndef DEVICES
 #define DEVICES 2
 #endif
+#ifndef CAPABILITY
+#define CAPABILITY 90
+#endif
 #define MANY 4096
 #define FREE ((size_t)1 << 30)
 #define POISON 0xA5
@@ -103,7 +106,7 @@ int cuDeviceGet(int *device, int number) { *device = number; return number < DEV
 int cuDeviceGetName(char *text, int bytes, int device) { snprintf(text, bytes, "Fake %d", device); return 0; }
 int cuDeviceGetAttribute(int *value, int which, int device) {
     (void)device;
-    *value = which == 75 ? 9 : which == 76 ? 0 : which == 16 ? 4 : which == 97 ? 232448 : 1;
+    *value = which == 75 ? CAPABILITY / 10 : which == 76 ? CAPABILITY % 10 : which == 16 ? 4 : which == 97 ? 232448 : 1;
     return 0;
 }
 

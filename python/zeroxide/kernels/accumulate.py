@@ -10,6 +10,7 @@ import torch
 from zeroxide.device.placement import address
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
 
 __all__ = ["CASES", "KERNELS", "accumulate", "reference"]
@@ -45,9 +46,11 @@ def accumulate(
     """
     check("accumulate", "the home", home, FLOATS)
     check("accumulate", "the gradient", gradient, FLOATS, like=home, numel=home.numel())
-    if home.numel():
+    kernel = BY_DTYPES[home.dtype, gradient.dtype]
+    if by_torch(launcher, kernel):
+        home.view(-1).copy_(reference(home.view(-1), gradient.view(-1), add=add, scale=scale))
+    elif home.numel():
         args = _Arguments(address(home), address(gradient), home.numel(), scale, add)
-        kernel = BY_DTYPES[home.dtype, gradient.dtype]
         launcher.launch(kernel, blocks_for(home.numel(), THREADS * EACH), bytes(args))
 
 

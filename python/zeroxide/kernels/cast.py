@@ -11,6 +11,7 @@ from zeroxide.device.placement import address
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check, table
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
 
 __all__ = ["CASES", "KERNELS", "cast", "pack", "reference", "unpack"]
@@ -51,10 +52,14 @@ def cast(launcher: Launcher, sources: Sequence[torch.Tensor], targets: Sequence[
         if source.numel():
             rows.append((address(source), address(target), source.numel(), tiles))
             tiles += -(-(source.numel() + FIRST_PACK) // TILE)
-    if rows:
+    kernel = BY_DTYPES[first.dtype, into.dtype]
+    if by_torch(launcher, kernel):
+        for target, values in zip(targets, reference(sources, into.dtype), strict=True):
+            target.view(-1).copy_(values.view(-1))
+    elif rows:
         segments = table(rows, first.device)
         args = _Arguments(address(segments), len(rows), tiles)
-        launcher.launch(BY_DTYPES[first.dtype, into.dtype], blocks_for(tiles, 1), bytes(args))
+        launcher.launch(kernel, blocks_for(tiles, 1), bytes(args))
 
 
 def pack(launcher: Launcher, tensors: Sequence[torch.Tensor], flat: torch.Tensor) -> None:

@@ -16,6 +16,7 @@ from zeroxide.device.placement import address
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
 
 __all__ = ["CASES", "KERNELS", "RowSums", "add_chunk", "gradient_reference", "gradient_to", "reference"]
@@ -96,10 +97,15 @@ def add_chunk(launcher: Launcher, sums: RowSums, logits: torch.Tensor, first: in
     rows, width = logits.shape
     for name, tensor in (("largest", sums.largest), ("sum", sums.sum), ("target_logit", sums.target_logit)):
         check("add_chunk", name, tensor, [torch.float32], like=logits, numel=rows)
-    if logits.numel():
+    kernel = FORWARD[logits.dtype]
+    if not logits.numel():
+        return
+    if by_torch(launcher, kernel):
+        _add_by_torch(sums, logits, first, targets)
+    else:
         state = (address(sums.largest), address(sums.sum), address(sums.target_logit))
         args = _Forward(address(logits), address(targets), *state, rows, width, first)
-        launcher.launch(FORWARD[logits.dtype], blocks_for(rows, 1), bytes(args))
+        launcher.launch(kernel, blocks_for(rows, 1), bytes(args))
 
 
 def gradient_to(
@@ -121,10 +127,47 @@ def gradient_to(
     check("gradient_to", "gradients", gradients, [logits.dtype], like=logits, numel=logits.numel())
     for name, tensor in (("largest", sums.largest), ("sum", sums.sum), ("scale", scale)):
         check("gradient_to", name, tensor, [torch.float32], like=logits, numel=rows)
-    if logits.numel():
+    kernel = BACKWARD[logits.dtype]
+    if not logits.numel():
+        return
+    if by_torch(launcher, kernel):
+        gradients.copy_(_gradient_by_torch(logits, first, targets, sums, scale).view(gradients.shape))
+    else:
         given = (address(each) for each in (logits, gradients, targets, sums.largest, sums.sum, scale))
         args = _Backward(*given, rows, width, first)
-        launcher.launch(BACKWARD[logits.dtype], blocks_for(rows, 1), bytes(args))
+        launcher.launch(kernel, blocks_for(rows, 1), bytes(args))
+
+
+def _base(largest: torch.Tensor) -> torch.Tensor:
+    """What exponents of each row are taken relative to: 0 where all is minus infinity so far. (rows, 1)."""
+    return torch.where(largest == -torch.inf, torch.zeros_like(largest), largest)[:, None]
+
+
+def _add_by_torch(sums: RowSums, logits: torch.Tensor, first: int, targets: torch.Tensor) -> None:
+    """`add_chunk` without a kernel."""
+    values = logits.float()
+    # A kernel's maximum passes a NaN over; it is in the sum.
+    largest = torch.maximum(sums.largest.view(-1), values.masked_fill(values.isnan(), -torch.inf).amax(1))
+    base = _base(largest)
+    before = (sums.largest.view(-1, 1) - base).exp()[:, 0]
+    total = sums.sum.view(-1) * before + (values - base).exp().sum(1)
+    columns = targets.view(-1) - first
+    here = (columns >= 0) & (columns < logits.shape[1])
+    found = values.gather(1, columns.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    sums.sum.view(-1).copy_(total)
+    sums.largest.view(-1).copy_(largest)
+    sums.target_logit.view(-1).copy_(torch.where(here, found, sums.target_logit.view(-1)))
+
+
+def _gradient_by_torch(
+    logits: torch.Tensor, first: int, targets: torch.Tensor, sums: RowSums, scale: torch.Tensor
+) -> torch.Tensor:
+    """`gradient_to` without a kernel, as a new tensor."""
+    probabilities = (logits.float() - _base(sums.largest.view(-1))).exp() / sums.sum.view(-1, 1)
+    columns = torch.arange(first, first + logits.shape[1], device=logits.device)
+    differences = probabilities - (columns == targets.view(-1, 1)).float()
+    scales = scale.view(-1, 1)
+    return torch.where(scales == 0, torch.zeros_like(differences), differences * scales).to(logits.dtype)
 
 
 def reference(logits: torch.Tensor, targets: torch.Tensor, ignore: int = -100) -> torch.Tensor:

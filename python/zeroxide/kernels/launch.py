@@ -11,7 +11,7 @@ from zeroxide import _core
 from zeroxide.errors import DeviceError
 from zeroxide.kernels.shipped import machine_code
 
-__all__ = ["CudaLauncher", "Kernel", "Launcher"]
+__all__ = ["CudaLauncher", "Kernel", "Launcher", "Loader"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,13 @@ class Launcher(Protocol):
 
     def launch(self, kernel: Kernel, blocks: int, args: bytes) -> None:
         """Starts `kernel` on a grid of `blocks` blocks; `args` is its one argument, a struct as it lies in memory."""
+
+
+class Loader(Launcher, Protocol):
+    """A launcher that can tell ahead whether a kernel can run."""
+
+    def load(self, kernel: Kernel) -> object:
+        """Makes `kernel` ready. Raises DeviceError where it cannot be made or loaded."""
 
 
 class CudaLauncher:

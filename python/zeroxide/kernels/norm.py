@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroxide.device.placement import address
+from zeroxide.device.placement import HOST, address, in_host
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check, table
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
 
 __all__ = ["CASES", "KERNELS", "TOTAL", "Norm", "reference", "scaled_norm", "sums_of_squares"]
@@ -25,6 +26,8 @@ CHUNK = 4096
 PIECE = 64 * CHUNK
 SUMS = 16
 PARTS = 70
+PIECES_AT_ONCE = 16
+"""Pieces whose squares torch holds in float64: 32 MiB."""
 
 CHUNKS = {dtype: Kernel("norm", f"zx_norm_chunks_{name}", THREADS) for dtype, name in FLOATS.items()}
 PIECES = Kernel("norm", "zx_norm_pieces", THREADS)
@@ -103,6 +106,8 @@ def _run(call: str, launcher: Launcher, tensors: Sequence[torch.Tensor], scale: 
     first = tensors[0]
     for at, tensor in enumerate(tensors):
         check(call, f"tensors[{at}]", tensor, [first.dtype] if at else FLOATS, like=first)
+    if by_torch(launcher, CHUNKS[first.dtype], PIECES, TOTAL):
+        return _by_torch(tensors, scale)
     device = first.device
     result = torch.zeros(2, dtype=torch.float64, device=device)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
@@ -130,27 +135,39 @@ def _run(call: str, launcher: Launcher, tensors: Sequence[torch.Tensor], scale: 
 
 def reference(tensors: Sequence[torch.Tensor], scale: float = 1.0) -> Norm:
     """What torch makes of the same, sum by sum in the same order."""
-    total = tensors[0].new_zeros((), dtype=torch.float64)
-    for tensor in tensors:
-        of_tensor = torch.zeros_like(total)
-        for piece in torch.split(tensor.detach().view(-1), PIECE):
-            of_piece = torch.zeros_like(total)
-            for chunk in chunk_sums(piece):
-                of_piece = of_piece + chunk
-            of_tensor = of_tensor + of_piece
-        total = total + of_tensor
-    # By the host's sqrt, which is correctly rounded; torch's need not be.
-    norm = torch.full_like(total, math.sqrt(total.item()) * scale)
-    return Norm(total, norm, (~total.isfinite()).to(torch.int64))
+    return _by_torch(tensors, scale)[0]
 
 
-def chunk_sums(piece: torch.Tensor) -> torch.Tensor:
+def _by_torch(tensors: Sequence[torch.Tensor], scale: float) -> tuple[Norm, torch.Tensor]:
+    """What `_run` gives. torch adds up chunks, the host what they come to; there sqrt is correctly rounded, too."""
+    sums = [_sum_of_squares(tensor.detach().view(-1)) for tensor in tensors if tensor.numel()]
+    total = 0.0
+    for each in sums:
+        total += each
+    device = tensors[0].device
+    values = torch.tensor([total, math.sqrt(total) * scale, *sums], dtype=torch.float64, device=HOST).to(device)
+    nonfinite = torch.tensor(int(not math.isfinite(total)), device=HOST).to(device)
+    return Norm(values[0], values[1], nonfinite), values[2:]
+
+
+def _sum_of_squares(flat: torch.Tensor) -> float:
+    total, of_piece, chunks = 0.0, 0.0, 0
+    for pieces in torch.split(flat, PIECES_AT_ONCE * PIECE):
+        for chunk in in_host(chunk_sums(pieces)).tolist():
+            of_piece += chunk
+            chunks += 1
+            if chunks == PIECE // CHUNK:
+                total, of_piece, chunks = total + of_piece, 0.0, 0
+    return total + of_piece
+
+
+def chunk_sums(flat: torch.Tensor) -> torch.Tensor:
     """Sums of squares of each chunk of a flat tensor, float64."""
-    chunks = -(-piece.numel() // CHUNK)
-    squares = torch.zeros(chunks * CHUNK, dtype=torch.float64, device=piece.device)
-    squares[: piece.numel()] = piece.double().square()
+    chunks = -(-flat.numel() // CHUNK)
+    squares = torch.zeros(chunks * CHUNK, dtype=torch.float64, device=flat.device)
+    squares[: flat.numel()] = flat.double().square()
     rows = squares.view(chunks, CHUNK // SUMS, SUMS)
-    sums = torch.zeros(chunks, SUMS, dtype=torch.float64, device=piece.device)
+    sums = torch.zeros(chunks, SUMS, dtype=torch.float64, device=flat.device)
     for row in range(CHUNK // SUMS):
         sums = sums + rows[:, row]
     while sums.shape[1] > 1:

@@ -15,6 +15,7 @@ from zeroxide.device.placement import address
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
 
 __all__ = [
@@ -96,12 +97,15 @@ def gather_rows(
     check("gather_rows", "sources", sources, [torch.int64], like=rows)
     if scales is not None:
         check("gather_rows", "scales", scales, [torch.float32], like=rows, numel=sources.numel())
+    kernel = GATHER[rows.dtype]
+    if by_torch(launcher, kernel):
+        return gather_reference(rows, sources.view(-1), None if scales is None else scales.view(-1))
     count, width = sources.numel(), rows.shape[1]
     out = torch.empty(count, width, dtype=rows.dtype, device=rows.device)
     if out.numel():
         where = None if scales is None else address(scales)
         args = _Gather(address(rows), address(out), address(sources), where, count, width)
-        launcher.launch(GATHER[rows.dtype], blocks_for(count, 1), bytes(args))
+        launcher.launch(kernel, blocks_for(count, 1), bytes(args))
     return out
 
 
@@ -117,12 +121,15 @@ def combine_rows(
     check("combine_rows", "positions", positions, [torch.int64], like=rows)
     if weights is not None:
         check("combine_rows", "weights", weights, [torch.float32], like=rows, numel=positions.numel())
+    kernel = COMBINE[rows.dtype]
+    if by_torch(launcher, kernel):
+        return combine_reference(rows, positions, None if weights is None else weights.view(positions.shape))
     (tokens, ways), width = positions.shape, rows.shape[1]
     out = torch.empty(tokens, width, dtype=rows.dtype, device=rows.device)
     if out.numel():
         where = None if weights is None else address(weights)
         args = _Combine(address(rows), address(out), address(positions), where, tokens, width, ways)
-        launcher.launch(COMBINE[rows.dtype], blocks_for(tokens, 1), bytes(args))
+        launcher.launch(kernel, blocks_for(tokens, 1), bytes(args))
     return out
 
 

@@ -12,6 +12,7 @@ from zeroxide.device.placement import address
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check, short
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
 from zeroxide.kernels.philox import random_words
 
@@ -76,6 +77,9 @@ def quantise(
     """
     check("quantise", "values", values, FLOATS)
     result = _room(values, bits)
+    kernel = QUANTISE[bits, values.dtype]
+    if by_torch(launcher, kernel):
+        return reference(values, bits, seed=seed, offset=offset)
     if values.numel():
         args = _Quantise(
             address(values),
@@ -87,7 +91,7 @@ def quantise(
             seed is not None,
         )
         blocks = blocks_for(result.scales.numel(), THREADS * EACH // BLOCK)
-        launcher.launch(QUANTISE[bits, values.dtype], blocks, bytes(args))
+        launcher.launch(kernel, blocks, bytes(args))
     return result
 
 
@@ -113,10 +117,13 @@ def dequantise(launcher: Launcher, quantised: Quantised, dtype: torch.dtype) -> 
     bits, elements, codes = quantised.bits, quantised.elements, quantised.codes
     check("dequantise", "codes", codes, [CODES[bits]], numel=-(-elements * bits // 8))
     check("dequantise", "scales", quantised.scales, [torch.bfloat16], like=codes, numel=-(-elements // BLOCK))
+    kernel = DEQUANTISE[bits, dtype]
+    if by_torch(launcher, kernel):
+        return reference_values(quantised, dtype)
     values = torch.empty(elements, dtype=dtype, device=codes.device)
     if elements:
         args = _Dequantise(address(codes), address(quantised.scales), address(values), elements)
-        launcher.launch(DEQUANTISE[bits, dtype], blocks_for(elements, THREADS * EACH), bytes(args))
+        launcher.launch(kernel, blocks_for(elements, THREADS * EACH), bytes(args))
     return values
 
 

@@ -5,28 +5,27 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from ctypes import Structure, c_int64, c_uint32, c_void_p
-from dataclasses import dataclass
 
 import torch
 
-from zeroxide import _core
 from zeroxide.device.placement import address
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check, dtype_number
 from zeroxide.kernels.constants import CONSTANTS, coupled
+from zeroxide.kernels.core_update import reference
+from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
+from zeroxide.kernels.step import CODECS, Step, state_tensors
 
-__all__ = ["CODECS", "KERNELS", "Step", "state_tensors", "update"]
+__all__ = ["KERNELS", "Step", "state_tensors", "update"]
 
 THREADS = 256
 EACH = 8
 
-CODECS = {("fp32", "f32"): "fp32", ("fp32", "bf16"): "master_bf16", ("fp32", "f16"): "master_f16",
-          ("split", "bf16"): "split"}  # fmt: skip
-"""What entry points call a state format for weights of a dtype."""
+AT_ONCE = 1 << 22
+"""Elements that the CPU updates at once where there is no kernel: so many are copied to host memory."""
 
 KERNELS = tuple(
     Kernel("adam" if rule == "adamw" else rule, f"zx_{rule}_{codec}", THREADS)
@@ -57,44 +56,6 @@ def _arguments(constants: type[Structure]) -> type[Structure]:
 _ARGUMENTS = {rule: _arguments(constants) for rule, (constants, _) in CONSTANTS.items()}
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a rule. All elements share it.
-
-    rule: its name in a parameter group. hyperparameters: all of them, by name, as `_core.RULES[rule].hyperparameters`
-    lists them. number: of the step, from 1. grad_scale: multiplies every gradient first. Raises what the rule raises
-    for a hyperparameter that is outside of its range.
-    """
-
-    rule: str
-    hyperparameters: Mapping[str, float]
-    number: int = 1
-    grad_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.core_rule()
-        if self.number < 1:
-            raise ValueError(f"step {self.number}: steps are counted from 1")
-
-    def core_rule(self) -> _core.Rule:
-        """The rule as the core takes it."""
-        return _core.RULES[self.rule](**self.hyperparameters)
-
-
-def state_tensors(step: Step, format: str, live: torch.dtype) -> list[tuple[str, torch.dtype]]:
-    """Name and dtype of each state tensor, the live weight first."""
-    return list(_state_tensors(step.rule, tuple(step.hyperparameters.items()), format, live))
-
-
-@functools.lru_cache(maxsize=256)
-def _state_tensors(
-    rule: str, hyperparameters: tuple[tuple[str, float], ...], format: str, live: torch.dtype
-) -> tuple[tuple[str, torch.dtype], ...]:
-    """The same, asked of the core once: an update of every range of parameters wants to know."""
-    listed = _core.state_tensors(_core.RULES[rule](**dict(hyperparameters)), format, FLOATS[live])
-    return tuple((name, getattr(torch, dtype)) for name, dtype, _, _ in listed)
-
-
 def update(launcher: Launcher, step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> None:
     """Updates a range of parameters in place.
 
@@ -118,6 +79,11 @@ def update(launcher: Launcher, step: Step, format: str, tensors: Sequence[torch.
     if live.numel() == 0:
         return
     codec = CODECS[format, FLOATS[live.dtype]]
+    rule = "adamw" if step.rule == "adam" and not coupled(step.hyperparameters) else step.rule
+    kernel = _BY_ENTRY[f"zx_{rule}_{codec}"]
+    if by_torch(launcher, kernel):
+        _by_core(step, format, tensors, grad)
+        return
     moments = [address(tensor) for tensor in tensors[1 if codec == "fp32" else 2 :]]
     _, prepare = CONSTANTS[step.rule]
     args = _ARGUMENTS[step.rule](
@@ -130,5 +96,13 @@ def update(launcher: Launcher, step: Step, format: str, tensors: Sequence[torch.
         dtype_number(grad.dtype),
         prepare(step.hyperparameters, step.number, step.grad_scale),
     )
-    rule = "adamw" if step.rule == "adam" and not coupled(step.hyperparameters) else step.rule
-    launcher.launch(_BY_ENTRY[f"zx_{rule}_{codec}"], blocks_for(live.numel(), THREADS * EACH), bytes(args))
+    launcher.launch(kernel, blocks_for(live.numel(), THREADS * EACH), bytes(args))
+
+
+def _by_core(step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> None:
+    """The same without a kernel, and with its bits: by the CPU, on copies in host memory."""
+    for start in range(0, grad.numel(), AT_ONCE):
+        parts = [tensor.view(-1)[start : start + AT_ONCE] for tensor in tensors]
+        after = reference(step, format, parts, grad.view(-1)[start : start + AT_ONCE])
+        for part, values in zip(parts, after, strict=True):
+            part.copy_(values)

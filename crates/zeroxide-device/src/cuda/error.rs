@@ -78,7 +78,7 @@ pub enum CudaError {
     },
     /// The compiler does not know what the device is.
     #[error(
-        "NVRTC {nvrtc} cannot compile {source_name} for sm_{architecture}: it knows {known}; use a newer nvidia-cuda-nvrtc"
+        "NVRTC {nvrtc} cannot compile for sm_{architecture}: it knows {known}; use a newer nvidia-cuda-nvrtc"
     )]
     UnknownArchitecture {
         /// The source file.
