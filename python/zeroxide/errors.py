@@ -187,7 +187,7 @@ class DeviceError(ZeroxideError):
     reason: str | None = None
     """What the driver, the loader or the operating system said."""
     tried: str | None = None
-    """Where the compiler was looked for."""
+    """Where a library was looked for."""
     source_name: str | None = None
     """The source file of a kernel."""
     architecture: int | None = None
@@ -201,7 +201,7 @@ class DeviceError(ZeroxideError):
     call: str | None = None
     """The function that failed."""
     code: int | None = None
-    """The driver's code for it."""
+    """The driver's or cuFile's code for it."""
     what: str | None = None
     """What was asked for, or what a handle is of."""
     at: int | None = None

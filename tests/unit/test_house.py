@@ -202,6 +202,7 @@ HOST_MEMORY = re.compile(
 )
 HOLDERS = {
     "zeroxide-device/src/cuda/sys/driver.rs": "gives the driver texts and numbers to fill in",
+    "zeroxide-device/src/cuda/sys/cufile.rs": "gives cuFile a file and takes its handle: no compute memory",
     "zeroxide-device/src/cuda/sys/kernel.rs": "gives the driver a kernel's argument",
     "zeroxide-device/src/cuda/sys/library.rs": "finds functions of the driver and the compiler: no compute memory",
     "zeroxide-device/src/cuda/sys/nvrtc.rs": "gives the compiler texts: no compute memory",

@@ -361,6 +361,9 @@ impl Facts for CudaError {
             Driver { call: text, device: number, code: number, reason: text }
             Forked { created: number, current: number }
             Cache { action: text, path: path, source: system }
+            NoStorage { tried: text, reason: text }
+            Storage { call: text, code: number, reason: text }
+            NotDirect { path: path, source: system }
             Damaged { path: path, reason: text })
     }
 }

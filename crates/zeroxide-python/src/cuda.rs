@@ -58,6 +58,21 @@ pub(crate) fn probe_cuda(py: Python<'_>, library: &str) -> CudaProbe {
     }
 }
 
+/// Looks whether devices can read files in `directory` without host memory in between; an error says what is missing.
+/// The library may log to the current directory and may take long: a process of its own should ask.
+#[pyfunction]
+#[pyo3(signature = (libraries, directory, *, driver = DRIVER))]
+#[expect(clippy::needless_pass_by_value, reason = "PyO3 makes path and names")]
+pub(crate) fn probe_storage(
+    py: Python<'_>,
+    libraries: Vec<String>,
+    directory: PathBuf,
+    driver: &str,
+) -> PyResult<()> {
+    py.detach(|| cuda::probe_storage(driver, &libraries, &directory))
+        .map_err(failed(py))
+}
+
 /// The text of a kernel's source by its name without `.cu`; None where there is none of that name.
 #[pyfunction]
 pub(crate) fn kernel_source(name: &str) -> Option<String> {

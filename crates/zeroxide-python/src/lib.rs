@@ -35,7 +35,7 @@ mod _core {
     #[pymodule_export]
     use crate::cuda::{
         CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,
-        kernel_source, probe_cuda, read_cubin,
+        kernel_source, probe_cuda, probe_storage, read_cubin,
     };
     #[pymodule_export]
     use crate::file_queue::FileQueue;

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
+from zeroxide.device.direct_storage import check_direct_storage
 from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
@@ -218,6 +219,7 @@ class Build:
         check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
         self.device = compute_device(config.zeroxide.device, self.module, self.ranks.local_rank)
         make_current(self.device)
+        check_direct_storage(config, self.device)
         asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world)
         self.plan = make_plan(
             self.module,

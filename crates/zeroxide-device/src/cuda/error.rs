@@ -261,6 +261,34 @@ pub enum CudaError {
         /// What the operating system said.
         source: io::Error,
     },
+    /// cuFile's library is nowhere.
+    #[error(
+        "cuFile cannot be loaded from {tried} ({reason}); it comes with torch's CUDA wheels: pip install nvidia-cufile"
+    )]
+    NoStorage {
+        /// Where it was looked for.
+        tried: String,
+        /// What the loader said of the last one.
+        reason: String,
+    },
+    /// A refusal of cuFile's.
+    #[error("{call} says {code} ({reason})")]
+    Storage {
+        /// The call.
+        call: &'static str,
+        /// cuFile's code.
+        code: u32,
+        /// Its name in NVIDIA's headers, and what is known of it.
+        reason: String,
+    },
+    /// A directory in which no file can be opened for direct I/O.
+    #[error("no file in {} can be opened for direct I/O: {source}", path.display())]
+    NotDirect {
+        /// The directory.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
     /// Machine code that came with zeroxide and is not as it was made.
     #[error("{} is damaged: {reason}; install zeroxide again", path.display())]
     Damaged {

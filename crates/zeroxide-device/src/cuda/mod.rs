@@ -4,7 +4,7 @@
 //! A [`Context`] is the part that this process takes in a device's primary context, which is the one that torch uses:
 //! memory and streams of either are the other's as well. A context is a [`Device`](crate::Device) like the host, and
 //! makes [`Kernel`]s of [`Cubin`]s. A [`Compiler`] makes those of [`Source`]s, and a [`Cache`] keeps them; [`read_cubin`] takes
-//! one that was made where the library was built.
+//! one that was made where the library was built. [`probe_storage`] tells whether a file could be read without host memory.
 
 mod cache;
 mod compile;
@@ -13,6 +13,7 @@ mod error;
 mod kept;
 mod memory;
 mod sources;
+mod storage;
 mod sys;
 
 pub use cache::Cache;
@@ -22,4 +23,5 @@ pub use error::{CudaError, Version};
 pub use kept::{Kept, read_cubin};
 pub use memory::{CudaEvent, CudaMemory, CudaStream};
 pub use sources::{headers, names, source};
+pub use storage::probe_storage;
 pub use sys::kernel::Grid;

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from zeroxide.config.facts import Resolved, may_differ
-from zeroxide.config.fields import Count, Flag, NoEffect, NotBuilt, Section, expecting
+from zeroxide.config.fields import Count, Flag, NoEffect, Section, expecting
 
 __all__ = ["Aio", "AioSection", "resolve"]
 
@@ -24,7 +24,7 @@ class AioSection(Section):
     thread_count: Annotated[Any, NoEffect(_QUEUE)] = None
     single_submit: Annotated[Any, NoEffect("requests are submitted in batches as they come")] = None
     overlap_events: Annotated[Any, NoEffect("submission and completion always overlap")] = None
-    use_gds: Annotated[Flag | None, NotBuilt("GPUDirect Storage")] = None
+    use_gds: Flag | None = None
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,14 @@ class Aio(Resolved):
 
     queue_depth: int = field(default=32, metadata=may_differ("it fits the host's disk"))
     """Most disk requests in flight at once."""
+    use_gds: bool = False
+    """Whether weights on disk are to be read to the device without host memory in between."""
 
 
 def resolve(section: AioSection | None) -> Aio:
     """The queue as `section` asks for it."""
-    depth = section.queue_depth if section is not None else None
-    return Aio() if depth is None else Aio(queue_depth=depth)
+    if section is None:
+        return Aio()
+    usual = Aio()
+    depth = usual.queue_depth if section.queue_depth is None else section.queue_depth
+    return Aio(queue_depth=depth, use_gds=bool(section.use_gds))

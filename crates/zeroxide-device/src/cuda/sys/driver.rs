@@ -53,7 +53,7 @@ pub(crate) enum KernelAttribute {
 
 functions! {
     /// NVIDIA's names are on the right: `_v2` is what its header makes of the plain name.
-    Functions {
+    Functions -> c_int {
         init = c"cuInit" (c_uint);
         driver_version = c"cuDriverGetVersion" (*mut c_int);
         error_name = c"cuGetErrorName" (c_int, *mut *const c_char);

@@ -62,13 +62,13 @@ fn last_error() -> String {
 }
 
 /// A table of a library's functions: for each its name in Rust, its name in the library and its parameters' types. All
-/// of them return a code, 0 for success.
+/// of them return what stands behind the table's name, which says whether that was a success.
 macro_rules! functions {
-    ($(#[$doc:meta])* $table:ident { $($name:ident = $symbol:literal ($($kind:ty),* $(,)?);)* }) => {
+    ($(#[$doc:meta])* $table:ident -> $status:ty { $($name:ident = $symbol:literal ($($kind:ty),* $(,)?);)* }) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub(super) struct $table {
-            $(pub(super) $name: unsafe extern "C" fn($($kind),*) -> std::ffi::c_int,)*
+            $(pub(super) $name: unsafe extern "C" fn($($kind),*) -> $status,)*
         }
 
         impl $table {
@@ -81,7 +81,7 @@ macro_rules! functions {
                     let $name = unsafe {
                         std::mem::transmute::<
                             *mut std::ffi::c_void,
-                            unsafe extern "C" fn($($kind),*) -> std::ffi::c_int,
+                            unsafe extern "C" fn($($kind),*) -> $status,
                         >($name)
                     };
                 )*

@@ -16,7 +16,7 @@ pub(crate) const COMPILATION: c_int = 6;
 
 functions! {
     /// What is used of NVRTC.
-    Functions {
+    Functions -> c_int {
         version = c"nvrtcVersion" (*mut c_int, *mut c_int);
         count_architectures = c"nvrtcGetNumSupportedArchs" (*mut c_int);
         architectures = c"nvrtcGetSupportedArchs" (*mut c_int);
