@@ -11,9 +11,11 @@ namespace emu {
 
 enum Order : int { FORWARD = 0, REVERSE = 1, RANDOM = 2 };
 
-/// Lanes that meet in shuffles. Values lie twice, by turns: a lane may bring its next one while others read the last.
+/// Lanes that meet in shuffles. Values lie twice, by turns: a lane may bring its next one while others read the last. So do
+/// the marks by which a race detector knows of a meeting: who leaves one knows nothing of who has come to the next.
 struct Warp {
     uint64_t values[2][32];
+    char marks[2];
     uint32_t arrived = 0, expected = 0;
     uint64_t opened = 0;
 };
@@ -40,6 +42,7 @@ struct Grid {
     Index grid, block, at;
     unsigned lanes = 0, live = 0, arrived = 0;
     uint64_t opened = 0;
+    char marks[2];
     std::vector<Warp> warps;
     std::function<void()> body;
     std::mt19937 random;
@@ -70,7 +73,8 @@ void check_aligned(const void *address, size_t bytes) {
 
 EMU_SCHEDULER void block_barrier() {
     Fiber &fiber = *here.fibers.current;
-    release(&here.opened);
+    char *mark = &here.marks[here.opened % 2];
+    release(mark);
     // A lane that has ended never comes: the kernels here keep all lanes until their last barrier.
     if (++here.arrived == here.lanes) {
         here.arrived = 0;
@@ -81,7 +85,7 @@ EMU_SCHEDULER void block_barrier() {
     }
     // The last to come is not the first to go on: the order of the launch decides.
     here.fibers.yield();
-    acquire(&here.opened);
+    acquire(mark);
 }
 
 /// Waits for all lanes of `mask`, and gives which turn of the warp this was.
@@ -95,8 +99,8 @@ EMU_SCHEDULER static uint64_t turn_of_warp(uint32_t mask) {
     if (warp.arrived != 0 && warp.expected != mask) {
         fail("lanes of a warp came with different masks");
     }
-    release(&warp.opened);
     const uint64_t turn = warp.opened;
+    release(&warp.marks[turn % 2]);
     warp.expected = mask;
     warp.arrived |= own;
     if (warp.arrived == mask) {
@@ -107,7 +111,7 @@ EMU_SCHEDULER static uint64_t turn_of_warp(uint32_t mask) {
         fiber.since = turn;
         here.fibers.yield();
     }
-    acquire(&warp.opened);
+    acquire(&warp.marks[turn % 2]);
     return turn;
 }
 
