@@ -220,6 +220,10 @@ class DeviceError(ZeroxideError):
     """Bytes of a kernel's argument."""
     got: int | None = None
     """Bytes that were given for it."""
+    step: int | None = None
+    """The optimizer step that failed half way, from 1."""
+    cause: str | None = None
+    """What it failed with."""
     blocks: int | None = None
     """Blocks of a grid."""
     threads: int | None = None

@@ -332,6 +332,7 @@ def test_a_device_that_is_lost(sim):
         event.record,
         event.query,
         event.synchronize,
+        partial(stream.wait_event, event),
         stream.synchronize,
         torch.accelerator.synchronize,
     ):

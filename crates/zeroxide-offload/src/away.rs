@@ -9,6 +9,7 @@ use zeroxide_optim::{AccumulateStats, Optimizer};
 
 use crate::core::Core;
 use crate::error::{Result, misuse};
+use crate::step::Poison;
 use crate::step::plan::constant_runs;
 use crate::unit::StateBlocks;
 
@@ -86,6 +87,17 @@ impl Core {
         self.check_param("note_norm", unit, param)?;
         self.units[unit].params[param].norm = norm;
         Ok(())
+    }
+
+    /// The caller's part of a step has failed: the state is that of two steps.
+    pub(crate) fn fail_step(&mut self, cause: &str, begun: bool) {
+        let step = self.step.count + u64::from(!begun);
+        self.step.poisoned.get_or_insert_with(|| Poison {
+            step,
+            cause: cause.to_owned(),
+            away: true,
+        });
+        self.abandon_step();
     }
 
     /// What the next step updates of the unit, in layout order.

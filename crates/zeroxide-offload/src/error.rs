@@ -51,6 +51,17 @@ pub enum OffloadError {
         /// The error it failed with.
         cause: String,
     },
+    /// The same, where the step failed on the device that computes, or in what followed it there.
+    #[error(
+        "optimizer step {step} failed half way on the device and its state is mixed; resume from the last checkpoint \
+         ({cause})"
+    )]
+    PoisonedAway {
+        /// The step that failed.
+        step: u64,
+        /// The error it failed with.
+        cause: String,
+    },
     /// A view of a unit's weights was read after they were let go, and they could not be brought.
     #[error(
         "weights of {unit} were read while they were not gathered, and could not be brought: {cause}; keep a copy of what \

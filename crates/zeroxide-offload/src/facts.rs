@@ -190,6 +190,7 @@ impl Facts for OffloadError {
             Self::Layout(error) => error.concern(),
             Self::NoFrames { .. } => Concern::Budget,
             Self::Poisoned { .. } => Concern::Storage,
+            Self::PoisonedAway { .. } => Concern::Device,
             Self::Stray { .. } | Self::Strayed { .. } => Concern::Model,
             Self::Misuse { .. } => Concern::Core,
         }
@@ -199,6 +200,7 @@ impl Facts for OffloadError {
         facts_of!(self, OffloadError: [Storage] [Memory] [Optim] [Exchange] [Layout]
             NoFrames { unit: text, need: number, held: number, capacity: frames }
             Poisoned { step: number, cause: text }
+            PoisonedAway { step: number, cause: text }
             Stray { unit: model, cause: text }
             Strayed { line: text }
             Misuse { call: text, what: text })

@@ -229,6 +229,7 @@ fn errors_between_ranks_and_tiers() {
     let samples = [
         OffloadError::NoFrames { unit: "a".into(), need: 1, held: 2, capacity: 3 },
         OffloadError::Poisoned { step: 1, cause: "a disk".into() },
+        OffloadError::PoisonedAway { step: 1, cause: "a kernel".into() },
         OffloadError::Stray { unit: "a".into(), cause: "why".into() },
         OffloadError::Strayed { line: "so".into() },
         OffloadError::Misuse { call: "step", what: "too early".into() },

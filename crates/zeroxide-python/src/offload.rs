@@ -60,8 +60,7 @@ impl PyOffload {
     /// Starts to fill "weights" (all their bits) or a state tensor of the unit's rule; what is not filled becomes zero.
     fn fill_begin(&self, py: Python<'_>, unit: usize, part: &str) -> PyResult<()> {
         let name = state_name(part);
-        let done = py.detach(|| self.inner.fill_begin(unit, name));
-        map(py, done)
+        map(py, py.detach(|| self.inner.fill_begin(unit, name)))
     }
 
     /// Gives elements `start..` of one parameter of the unit being filled, as fp32.
@@ -122,12 +121,10 @@ impl PyOffload {
 
     /// Writes what was filled to where it is at home.
     fn fill_commit(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
-        let done = py.detach(|| self.inner.fill_commit(unit));
-        map(py, done)
+        map(py, py.detach(|| self.inner.fill_commit(unit)))
     }
 
-    /// Writes elements `start..` of one parameter's "weights", "grad" or a state tensor of its rule, as fp32, where
-    /// this
+    /// Writes elements `start..` of one parameter's "weights", "grad" or a state tensor of its rule, as fp32, where this
     /// rank keeps them; all else stays.
     fn write_param(
         &self,
@@ -317,8 +314,7 @@ impl PyOffload {
 
     /// Starts reading a unit if there is room; whether it is here or on its way.
     fn prefetch(&self, py: Python<'_>, unit: usize) -> PyResult<bool> {
-        let done = py.detach(|| self.inner.prefetch(unit));
-        map(py, done)
+        map(py, py.detach(|| self.inner.prefetch(unit)))
     }
 
     /// Begins or ends a pass: makes sure that late readers of weights are caught, and raises what could not be brought
@@ -334,8 +330,7 @@ impl PyOffload {
 
     /// Lets a unit's memory be taken by another one. Idempotent.
     fn release(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
-        let done = py.detach(|| self.inner.release(unit));
-        map(py, done)
+        map(py, py.detach(|| self.inner.release(unit)))
     }
 
     /// Takes elements `start..` of one parameter's gradient; with `norm`, also its part of the global norm. A
@@ -416,6 +411,16 @@ impl PyOffload {
         Ok(found.into_iter().map(row).collect())
     }
 
+    /// Ends all work with the state: a step failed where units on the device are updated, before or after it had `begun`.
+    fn fail_step(&self, py: Python<'_>, cause: &str, begun: bool) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.fail_step(cause, begun)))
+    }
+
+    /// Raises where a step has failed half way.
+    fn check_usable(&self, py: Python<'_>) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.check_usable()))
+    }
+
     /// Forgets all gradients that have been accumulated.
     fn clear_gradients(&self, py: Python<'_>) -> PyResult<()> {
         map(py, py.detach(|| self.inner.clear_gradients()))
@@ -449,8 +454,7 @@ impl PyOffload {
 
     /// Ends the step under way, if there is one.
     fn finish(&self, py: Python<'_>) -> PyResult<()> {
-        let done = py.detach(|| self.inner.finish());
-        map(py, done)
+        map(py, py.detach(|| self.inner.finish()))
     }
 
     /// Payload bytes per bucket: {name: (current, peak)}, and "total".

@@ -47,6 +47,7 @@ __all__ = [
     "storage_address",
     "to_host",
     "view_of",
+    "why_lost",
 ]
 
 HOST = torch.device("cpu")
@@ -215,6 +216,17 @@ def empty_cache(device: torch.device) -> None:
     """Gives memory that torch keeps for later back to the device."""
     if not is_host(device):
         torch.accelerator.empty_cache()
+
+
+def why_lost(device: torch.device) -> str | None:
+    """What a device answers that is lost to this process; None from one that is there. The host waits for nothing."""
+    if is_host(device):
+        return None
+    try:
+        torch.accelerator.current_stream(device).record_event()
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return None
 
 
 def is_capturing(device: torch.device) -> bool:

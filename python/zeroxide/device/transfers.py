@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
+from zeroxide.device.health import DeviceHealth
 from zeroxide.device.host_pool import Piece
 from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
 from zeroxide.errors import DeviceError
@@ -81,8 +82,8 @@ class Registry(Protocol):
     def register(self, address: int, nbytes: int) -> str | None:
         """Locks the memory in place; returns why that failed, or None."""
 
-    def unregister(self, address: int) -> None:
-        """Ends it."""
+    def unregister(self, address: int) -> str | None:
+        """Ends it; returns why that failed, or None."""
 
 
 class Cuda:
@@ -97,11 +98,10 @@ class Cuda:
         code = self._driver.cuMemHostRegister_v2(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), ctypes.c_uint(0))
         return None if code == 0 else f"cuMemHostRegister: error {code}"
 
-    def unregister(self, address: int) -> None:
+    def unregister(self, address: int) -> str | None:
         """See `Registry`."""
         code = self._driver.cuMemHostUnregister(ctypes.c_void_p(address))
-        if code != 0:
-            logger.warning("cuMemHostUnregister: error %d: host memory stays locked until the process ends", code)
+        return None if code == 0 else f"cuMemHostUnregister: error {code}"
 
 
 REGISTRIES: dict[str, Callable[[], Registry]] = {"cuda": Cuda}
@@ -141,10 +141,14 @@ class Download:
 
 
 class Transfers:
-    """All copies of one engine to and from one device, counted in bytes."""
+    """All copies of one engine to and from one device, counted in bytes.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    What asks the device raises DeviceError once that is lost. What gives its memory back does not.
+    """
+
+    def __init__(self, health: DeviceHealth) -> None:
+        self.health = health
+        self.device = device = health.device
         self.bytes_up = 0
         self.bytes_down = 0
         self.held = self.most_held = 0
@@ -168,6 +172,14 @@ class Transfers:
     def stream(self) -> torch.Stream:
         """The stream that the model computes on: the caller's current one."""
         return torch.accelerator.current_stream(self.device)
+
+    def mark(self) -> torch.Event:
+        """An event after all that the model's stream has been given so far."""
+        try:
+            return self.stream().record_event()
+        except RuntimeError as error:
+            self.health.examine(error)
+            raise
 
     def refuse_capture(self) -> None:
         """Raises DeviceError while the model's stream is captured: a graph repeats copies, and not the host's part."""
@@ -206,7 +218,7 @@ class Transfers:
 
         Raises DeviceError where the device has none left for the weights called `name`.
         """
-        with self._up, room_for(nbytes, name, self.device):
+        with self.health.doing(f"weights of {name} got memory"), self._up, room_for(nbytes, name, self.device):
             storage.resize_(nbytes)
         self.held += nbytes
         self.most_held = max(self.most_held, self.held)
@@ -218,7 +230,11 @@ class Transfers:
         It waits here, and not where memory is next asked for: torch has few streams, and hands them out in turn, so
         that somebody else's may be the same one.
         """
-        self._up.wait_event(self.stream().record_event())
+        try:
+            self._up.wait_event(self.mark())
+        except DeviceError:
+            if not self.health.lost:
+                raise
         self.held -= storage.nbytes()
         storage.resize_(0)
 
@@ -228,17 +244,18 @@ class Transfers:
         after: the last use of what `target` has, if that is not known to be over. `source` may change at once where it
         is not registered, and after `wait_up` where it is.
         """
-        if after is not None:
-            self._up.wait_event(after)
-        in_place = address(source) in self._registered
-        if in_place:
-            with self._up:
-                target.copy_(source, non_blocking=True)
-        else:
-            for start in range(0, source.numel(), BLOCK_BYTES):
-                self._send_block(source[start : start + BLOCK_BYTES], target[start : start + BLOCK_BYTES])
+        with self.health.doing("weights went up"):
+            if after is not None:
+                self._up.wait_event(after)
+            in_place = address(source) in self._registered
+            if in_place:
+                with self._up:
+                    target.copy_(source, non_blocking=True)
+            else:
+                for start in range(0, source.numel(), BLOCK_BYTES):
+                    self._send_block(source[start : start + BLOCK_BYTES], target[start : start + BLOCK_BYTES])
+            event = self._up.record_event()
         self.bytes_up += source.numel()
-        event = self._up.record_event()
         if in_place:
             self._last = event
         return event
@@ -261,7 +278,8 @@ class Transfers:
     def wait_up(self) -> None:
         """Waits until every copy up in place has been made: registered memory may change."""
         if self._last is not None:
-            self._last.synchronize()
+            with self.health.doing("weights went up"):
+                self._last.synchronize()
             self._last = None
 
     # Down -----------------------------------------------------------------------------------------------------------
@@ -273,19 +291,25 @@ class Transfers:
     def bring_down(self, source: torch.Tensor) -> Download:
         """Begins to copy `source`, contiguous on the device and at most `BLOCK_BYTES`, after all that its stream has
         been given so far. The block is taken until `give_back`."""
-        block = self._free.pop()
-        flat = source.view(-1)
-        values = block.memory[: source.nbytes].view(source.dtype)
-        self._down.wait_event(self.stream().record_event())
-        with self._down:
-            values.copy_(flat, non_blocking=True)
-        block.event = self._down.record_event()
+        with self.health.doing("gradients came down"):
+            block = self._free.pop()
+            flat = source.view(-1)
+            values = block.memory[: source.nbytes].view(source.dtype)
+            self._down.wait_event(self.stream().record_event())
+            with self._down:
+                values.copy_(flat, non_blocking=True)
+            block.event = self._down.record_event()
         self.bytes_down += source.nbytes
         return Download(block, values, source)
 
+    def values_of(self, download: Download) -> torch.Tensor:
+        """What has come down, once it is there."""
+        with self.health.doing("gradients came down"):
+            return download.wait()
+
     def give_back(self, download: Download) -> None:
         """Ends the use of what has come down."""
-        download.wait()
+        self.values_of(download)
         self._free.append(download.block)
 
     # Down and up again ----------------------------------------------------------------------------------------------
@@ -293,22 +317,24 @@ class Transfers:
     def stow(self, source: torch.Tensor, pieces: Sequence[Piece], ready: torch.Event) -> torch.Event:
         """Copies flat bytes of the device into as many of the host, on the stream down, once `ready` has come; returns
         the event that follows. The source stays as it is until then. The host waits where a piece is not in place."""
-        if self._last_restored is not None:
-            # Whatever was brought up from these pieces before.
-            self._down.wait_event(self._last_restored)
-            self._last_restored = None
-        self._down.wait_event(ready)
-        at = 0
-        for piece in pieces:
-            part = source[at : at + piece.memory.numel()]
-            at += part.numel()
-            if piece.in_place:
-                with self._down:
-                    piece.memory.copy_(part, non_blocking=True)
-            else:
-                self._stow_blocks(part, piece.memory)
+        with self.health.doing("activations came down"):
+            if self._last_restored is not None:
+                # Whatever was brought up from these pieces before.
+                self._down.wait_event(self._last_restored)
+                self._last_restored = None
+            self._down.wait_event(ready)
+            at = 0
+            for piece in pieces:
+                part = source[at : at + piece.memory.numel()]
+                at += part.numel()
+                if piece.in_place:
+                    with self._down:
+                        piece.memory.copy_(part, non_blocking=True)
+                else:
+                    self._stow_blocks(part, piece.memory)
+            stowed = self._down.record_event()
         self.stowed_down += source.numel()
-        return self._down.record_event()
+        return stowed
 
     def _stow_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
         """Through the blocks for copies up, which always has one that is free soon, one copy ahead of the host."""
@@ -334,29 +360,47 @@ class Transfers:
         """Copies what was stowed, when that event had come, into flat bytes of the device that were taken on the
         current stream, on the stream up; returns the event that follows. Whoever frees the target lets its stream wait
         for that first."""
-        self._up.wait_event(self.stream().record_event())
-        self._up.wait_event(stowed)
-        at = 0
-        for piece in pieces:
-            part = target[at : at + piece.memory.numel()]
-            at += part.numel()
-            if piece.in_place:
-                with self._up:
-                    part.copy_(piece.memory, non_blocking=True)
-            else:
-                for start in range(0, part.numel(), BLOCK_BYTES):
-                    self._send_block(piece.memory[start : start + BLOCK_BYTES], part[start : start + BLOCK_BYTES])
+        with self.health.doing("activations went up"):
+            self._up.wait_event(self.stream().record_event())
+            self._up.wait_event(stowed)
+            at = 0
+            for piece in pieces:
+                part = target[at : at + piece.memory.numel()]
+                at += part.numel()
+                if piece.in_place:
+                    with self._up:
+                        part.copy_(piece.memory, non_blocking=True)
+                else:
+                    for start in range(0, part.numel(), BLOCK_BYTES):
+                        self._send_block(piece.memory[start : start + BLOCK_BYTES], part[start : start + BLOCK_BYTES])
+            self._last_restored = self._up.record_event()
         self.stowed_up += target.numel()
-        self._last_restored = self._up.record_event()
         return self._last_restored
 
     def close(self) -> None:
-        """Waits for every copy, and lets go of the memory that was registered. Idempotent.
+        """Waits for every copy, unless the device is lost, and lets go of the memory that was registered. Idempotent.
 
         What goes from here on of the memory that came by the stream up is in use no more.
         """
-        self._up.wait_event(self.stream().record_event())
-        self._up.synchronize()
-        self._down.synchronize()
+        try:
+            if not self.health.lost:
+                with self.health.doing("the engine ended"):
+                    self._up.wait_event(self.stream().record_event())
+                    self._up.synchronize()
+                    self._down.synchronize()
+        except DeviceError as error:
+            if not self.health.lost:
+                raise
+            logger.warning("%s", error)
+        finally:
+            self._unregister()
+
+    def _unregister(self) -> None:
+        left, problem = 0, None
         while self._registry is not None and self._registered:
-            self._registry.unregister(self._registered.popitem()[0])
+            start, nbytes = self._registered.popitem()
+            said = self._registry.unregister(start)
+            if said is not None:
+                left, problem = left + nbytes, said
+        if problem is not None:
+            logger.warning("%d bytes of host memory stay locked until the process ends: %s", left, problem)

@@ -24,8 +24,9 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.config.facts import config_facts
 from zeroxide.device.direct_storage import check_direct_storage
+from zeroxide.device.health import DeviceHealth
 from zeroxide.device.host_pool import HostPool
-from zeroxide.device.placement import compute_device, is_host, make_current
+from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
 from zeroxide.engine.accumulation import Accumulation, Counters
@@ -145,6 +146,7 @@ class Build:
         self.asked = asked
         self.module = asked.model
         self.made = made
+        self.health = DeviceHealth(HOST)
 
     # Before anything is changed -------------------------------------------------------------------------------------
 
@@ -218,6 +220,7 @@ class Build:
         mark_leaf_modules(self.module, config)
         check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
         self.device = compute_device(config.zeroxide.device, self.module, self.ranks.local_rank)
+        self.health.device = self.device
         make_current(self.device)
         check_direct_storage(config, self.device)
         asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world)
@@ -264,7 +267,7 @@ class Build:
         both = device_part(core)
         if both is not None:
             assert self.launcher is not None, "no unit is at home on the device without one"
-            both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher)
+            both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher, self.health)
         for unit in self.units:
             unit.params = [self._present(param) for param in unit.params]
         for group in self.groups:
@@ -282,13 +285,13 @@ class Build:
         connect(core, plan, self.ranks)
         self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
-            self.transfers = Transfers(self.device)
+            self.transfers = Transfers(self.health)
             self._keep_activations(self.transfers)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
             self.grad_offload = GradientOffload(core, self.transfers, on_device)
-            self.weights = make_device_weights(self.weights, self.transfers, plan, units)
+            self.weights = make_device_weights(self.weights, self.transfers, plan, units, core.check_usable)
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
@@ -372,6 +375,7 @@ class Build:
             groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
+            health=self.health,
             keeps_edits=plan.keeps_edits,
         )
         shard_all(self.context)
@@ -420,6 +424,7 @@ class Build:
                 watch=self.watch,
                 plan=self.plan,
                 device=self.device,
+                health=self.health,
                 transfers=self.transfers,
                 activations=self.activations,
                 core=self.core,
@@ -477,8 +482,9 @@ def build(asked: Request) -> Engine:
     check_shapes(asked.model)
     with ExitStack() as made:
         under_way = Build(asked, made)
-        for _, act in STEPS:
-            act(under_way)
+        with under_way.health.doing("the engine was made"):
+            for _, act in STEPS:
+                act(under_way)
         engine = under_way.engine()
         made.pop_all()
     return engine

@@ -88,12 +88,13 @@ class Engine(Accessors, nn.Module):
         self.watch.doing = ("forward", None, None, None)
         inputs, kwargs = cast_inputs(parts.config, (inputs, kwargs))
         depth = parts.hooks.current.depth
-        try:
-            with forward_context(parts.config, parts.device):
-                output = self.module(*inputs, **kwargs)
-        except BaseException:
-            parts.hooks.fail_forward(depth)
-            raise
+        with parts.health.doing("the model ran forward"):
+            try:
+                with forward_context(parts.config, parts.device):
+                    output = self.module(*inputs, **kwargs)
+            except BaseException:
+                parts.hooks.fail_forward(depth)
+                raise
         parts.timers.add("forward", start)
         return output
 
@@ -111,16 +112,17 @@ class Engine(Accessors, nn.Module):
             loss = loss / accumulation.steps
         start = time.perf_counter()
         self.watch.doing = ("backward", None, None, None)
-        parts.hooks.begin_backward()
-        accumulation.take_as_divided()
-        try:
-            parts.scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
-        except BaseException:
-            parts.hooks.fail_backward()
-            raise
-        finally:
-            accumulation.divide_gradients()
-        parts.hooks.end_backward()
+        with parts.health.doing("backward ran"):
+            parts.hooks.begin_backward()
+            accumulation.take_as_divided()
+            try:
+                parts.scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+            except BaseException:
+                parts.hooks.fail_backward()
+                raise
+            finally:
+                accumulation.divide_gradients()
+            parts.hooks.end_backward()
         accumulation.count_backward()
         self.watch.doing = IDLE
         parts.timers.add("backward", start)
@@ -141,7 +143,8 @@ class Engine(Accessors, nn.Module):
         self._check_trained("step")
         self.parts.accumulation.stepping = True
         try:
-            self._step(lr_kwargs or {})
+            with self.parts.health.doing("a step was made"):
+                self._step(lr_kwargs or {})
         finally:
             self.parts.accumulation.stepping = False
 
@@ -210,9 +213,10 @@ class Engine(Accessors, nn.Module):
         """
         self._check_trained("save_checkpoint")
         self.parts.guard.check_parameters()
-        self.parts.context.take_down_edits()
         state = {} if client_state is None else client_state
-        return self._saves().save(Path(save_dir), tag, state, save_latest, not exclude_frozen_parameters)
+        with self.parts.health.noticing("a checkpoint was saved"):
+            self.parts.context.take_down_edits()
+            return self._saves().save(Path(save_dir), tag, state, save_latest, not exclude_frozen_parameters)
 
     def _saves(self) -> Saver:
         if self._saver is None:
@@ -254,18 +258,21 @@ class Engine(Accessors, nn.Module):
 
         self._check_trained("load_checkpoint")
         self.wait_for_checkpoint()
-        self.parts.context.before_change()
-        try:
-            return load_checkpoint(
-                self.training_state,
-                Path(load_dir),
-                tag,
-                strict=load_module_strict,
-                optimizer=load_optimizer_states and not load_module_only,
-                scheduler=load_lr_scheduler_states and not load_module_only,
-            )
-        finally:
-            self.parts.context.after_change()
+        # What is of two steps already is not one that was left as it is, or that another checkpoint mends.
+        self.parts.core().check_usable()
+        with self.parts.health.doing("a checkpoint was loaded"):
+            self.parts.context.before_change()
+            try:
+                return load_checkpoint(
+                    self.training_state,
+                    Path(load_dir),
+                    tag,
+                    strict=load_module_strict,
+                    optimizer=load_optimizer_states and not load_module_only,
+                    scheduler=load_lr_scheduler_states and not load_module_only,
+                )
+            finally:
+                self.parts.context.after_change()
 
     def save_16bit_model(
         self, save_dir: str | Path, save_filename: str | None = None, exclude_frozen_parameters: bool = False

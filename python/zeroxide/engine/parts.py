@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from zeroxide.config import Config
+from zeroxide.device.health import DeviceHealth
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.engine.accumulation import Accumulation, Counters
@@ -51,6 +52,8 @@ class Parts:
     plan: Plan
     device: torch.device
     """Where the model computes."""
+    health: DeviceHealth
+    """Whether it still does."""
     transfers: Transfers | None
     """What copies to and from it; None where that is the host."""
     activations: SavedActivations | None

@@ -87,8 +87,13 @@ class Updater:
             factor = min(1.0, clip / (self.norm + CLIP_EPSILON)) if clip and finite else 1.0
             self._context.before_change()
             core.step(optimizer.core_groups(), factor / loss_scale)
-            self._weights.after_step()
-            self._hooks.after_step()
+            try:
+                self._weights.after_step()
+                self._hooks.after_step()
+            except Exception as error:
+                # The state is that of a step which nothing has counted.
+                core.fail_step(str(error), True)
+                raise
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
             torch.clear_autocast_cache()
             self.applied = True

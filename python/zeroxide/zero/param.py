@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from zeroxide.device.health import DeviceHealth
 from zeroxide.device.placement import HOST, in_host, is_host, spec
 from zeroxide.distributed import Ranks, UnitGroups, Watch
 from zeroxide.errors import ModelError
@@ -42,8 +43,11 @@ class ParameterContext:
         groups: UnitGroups,
         params_always_full: bool,
         on_disk: bool,
+        health: DeviceHealth,
         keeps_edits: bool = False,
     ) -> None:
+        self.health = health
+        """Whether the device that parameters show their values on is there."""
         self.keeps_edits = keeps_edits
         """Whether a change in place of a weight that always shows its values counts."""
         self.on_disk = on_disk
@@ -397,7 +401,8 @@ class ShardedParam:
         """
         if not self.holds:
             shown = self.read_live().view(self.shape) if copy is None else copy
-            self.unit.lend(self.position, shown.to(self.unit.device))
+            with self.context.health.doing(f"values of {self.name} were asked for"):
+                self.unit.lend(self.position, shown.to(self.unit.device))
         self.holds += 1
 
     def close(self, param: nn.Parameter, source: int | None) -> None:
@@ -440,7 +445,8 @@ class ShardedParam:
         problem = self._agreed(None if fits else f"{param.dtype} {tuple(param.shape)} on {param.device}", source)
         if problem is not None:
             return problem
-        flat = in_host(bytes_of(param)).view(self.dtype)
+        with self.context.health.doing(f"values of {self.name} were changed"):
+            flat = in_host(bytes_of(param)).view(self.dtype)
         if self.context.ranks.rank != source:
             flat = torch.empty(self.shape.numel(), dtype=self.dtype, device=HOST)
         if self.context.ranks.world > 1:

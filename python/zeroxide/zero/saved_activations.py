@@ -76,6 +76,7 @@ class _Stowed:
         tensor: torch.Tensor,
         copies: _Copies,
         stream: torch.Stream,
+        ready: torch.Event,
         ended: deque[tuple[_Copies, torch.Stream]],
     ) -> None:
         storage = tensor.untyped_storage()
@@ -86,7 +87,7 @@ class _Stowed:
         self.copies = copies
         self.stream = stream
         """The stream whose memory is in `source`, then in `target`."""
-        self.ready = stream.record_event()
+        self.ready = ready
         self.ended = ended
         self.handed: StorageWeakRef | None = None
         """What has come up and been given to autograd."""
@@ -167,17 +168,18 @@ class SavedActivations:
                 self._buffered = {each.untyped_storage()._cdata for each in self._buffers()}
             if storage._cdata in self._buffered:
                 return None
+            ready = self._transfers.mark()
             lent = None if self._closed else self.pool.take(storage.nbytes())
             if lent is None:
                 self._say_full()
                 self._send_last(None)
                 return None
-            return StowedView(tensor, self._stow(tensor, storage, lent))
+            return StowedView(tensor, self._stow(tensor, storage, lent, ready))
 
-    def _stow(self, tensor: torch.Tensor, storage: torch.UntypedStorage, lent: Lent) -> _Stowed:
+    def _stow(self, tensor: torch.Tensor, storage: torch.UntypedStorage, lent: Lent, ready: torch.Event) -> _Stowed:
         self._serial += 1
         copies = _Copies(self._flat(storage), lent, self._serial)
-        stowed = _Stowed(tensor, copies, self._transfers.stream(), self._ended)
+        stowed = _Stowed(tensor, copies, self._transfers.stream(), ready, self._ended)
         reference = weakref.ref(stowed)
         self._by_storage[storage._cdata] = self._in_order[self._serial] = reference
         self._send_last(reference)
@@ -204,7 +206,8 @@ class SavedActivations:
         if self._leaving is not None and (leaving := self._leaving()) is not None:
             copies = leaving.copies
             if copies.source is not None and copies.stowed is not None:
-                leaving.stream.wait_event(copies.stowed)
+                if not self._transfers.health.lost:
+                    leaving.stream.wait_event(copies.stowed)
                 copies.source = None
         self._leaving = None
 
@@ -298,9 +301,11 @@ class SavedActivations:
                 self._in_order.pop(copies.serial, None)
                 if self._by_storage.get(copies.key, _nothing)() is None:
                     self._by_storage.pop(copies.key, None)
-                if copies.source is not None and copies.stowed is not None:
+                there = not self._transfers.health.lost
+                if there and copies.source is not None and copies.stowed is not None:
                     stream.wait_event(copies.stowed)
-                if copies.target is not None and copies.arrived is not None and stream.stream_id not in copies.joined:
+                waits = copies.target is not None and stream.stream_id not in copies.joined
+                if there and waits and copies.arrived is not None:
                     stream.wait_event(copies.arrived)
                 if not self._closed:
                     self.pool.give_back(copies.lent)

@@ -79,6 +79,7 @@ void Machine::record(Event& event, Stream& stream) {
 
 void Machine::block(Event& event, Stream& stream) {
   if (!event.recording) return;
+  check_there(stream.device);
   std::lock_guard lock(mutex_);
   Clock after = checker_.clock_now(stream.actor);
   bool news = after.join(event.recording->clock);

@@ -14,7 +14,8 @@
 //! | `step`, `finish` | yes | no | for the step under way |
 //! | `prefetch`, `release`, `cover`, `beside`, `set_all_shards_valid`, `has_room` | yes | no | where pages move of which writes are in flight |
 //! | `rewrite_weights`, `fill_*`, `read_*`, `write_*`, `receive_from`, `receive_sum` | yes | no | for the step under way and their own tiles |
-//! | `note_gradient`, `note_norm`, `away_runs` | yes | no | no |
+//! | `note_gradient`, `note_norm`, `away_runs`, `check_usable` | yes | no | no |
+//! | `fail_step` | yes | no | for what is in flight |
 //! | `watch_readers`, `set_group`, `lend`, `join`, `room`, `close` and what tells of parameters, windows and gradients | yes | no | `close` for what is in flight |
 //!
 //! `watch_readers` and `close` also take the lock of the fault net, whose thread takes the other one; `Bringer` has one of

@@ -30,6 +30,20 @@ impl Offload {
         self.with("step", |core| core.step(groups, grad_scale))
     }
 
+    /// Ends all work with the state: a step failed with `cause` where the caller updates units that are away, before
+    /// [`step`](Self::step) was called for it or, if it has `begun`, after. Every later call says so.
+    pub fn fail_step(&self, cause: &str, begun: bool) -> Result<()> {
+        self.with("fail_step", |core| {
+            core.fail_step(cause, begun);
+            Ok(())
+        })
+    }
+
+    /// Refuses a state that is mixed, as calls that use it do.
+    pub fn check_usable(&self) -> Result<()> {
+        self.with("check_usable", |core| core.check_usable())
+    }
+
     /// Ends the step under way, if there is one.
     pub fn finish(&self) -> Result<()> {
         self.with("finish", Core::finish_step)

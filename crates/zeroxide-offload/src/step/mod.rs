@@ -18,22 +18,40 @@ pub(crate) struct Step {
     pub(crate) active: Option<ActiveStep>,
     /// Steps begun.
     pub(crate) count: u64,
-    /// The step that failed half way, and its error.
-    pub(crate) poisoned: Option<(u64, String)>,
+    /// The step that failed half way.
+    pub(crate) poisoned: Option<Poison>,
     /// Tiles updated.
     pub(crate) tiles: Tally,
     /// Time that calls spent on steps, waiting included.
     pub(crate) updating: Stopwatch,
 }
 
+/// Why no call goes on from the state: a step that failed half way.
+pub(crate) struct Poison {
+    /// Which, from 1.
+    pub(crate) step: u64,
+    /// The error that it failed with.
+    pub(crate) cause: String,
+    /// Whether it failed where the caller updates units that are away.
+    pub(crate) away: bool,
+}
+
+impl Poison {
+    fn error(&self) -> OffloadError {
+        let (step, cause) = (self.step, self.cause.clone());
+        if self.away {
+            OffloadError::PoisonedAway { step, cause }
+        } else {
+            OffloadError::Poisoned { step, cause }
+        }
+    }
+}
+
 impl Step {
     /// Refuses everything once a step has failed half way.
     pub(crate) fn check_whole(&self) -> Result<()> {
         match &self.poisoned {
-            Some((step, cause)) => Err(OffloadError::Poisoned {
-                step: *step,
-                cause: cause.clone(),
-            }),
+            Some(poison) => Err(poison.error()),
             None => Ok(()),
         }
     }

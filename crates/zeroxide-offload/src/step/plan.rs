@@ -13,6 +13,7 @@ use zeroxide_optim::{Optimizer, Step};
 
 use crate::core::Core;
 use crate::error::{Result, misuse};
+use crate::step::Poison;
 use crate::step::stream::{ActiveStep, Progress};
 use crate::unit::{ParamState, StateBlocks, Unit};
 
@@ -197,9 +198,11 @@ impl Core {
     /// After an error the state is mixed: the step ends, and no buffer is given up before the disk is done with it.
     fn record_outcome(&mut self, outcome: Result<()>) -> Result<()> {
         if let Err(error) = &outcome {
-            self.step
-                .poisoned
-                .get_or_insert((self.step.count, error.to_string()));
+            self.step.poisoned.get_or_insert_with(|| Poison {
+                step: self.step.count,
+                cause: error.to_string(),
+                away: false,
+            });
             self.abandon_step();
         }
         outcome

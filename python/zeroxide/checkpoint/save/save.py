@@ -81,6 +81,7 @@ class Save:
         self._held_aside: commit.Aside | None = None
 
         def describe() -> dict[str, Any]:
+            training.core.check_usable()
             commit.check_tag(self.tag, save_dir)
             _check_boundary(training)
             self.description = Description(

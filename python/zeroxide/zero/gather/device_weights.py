@@ -14,7 +14,7 @@ model's stream has passed that release.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -81,12 +81,12 @@ class DeviceWeights:
 
     def _last_use(self, unit: Unit) -> torch.Event | None:
         """Up to which event what the device has of the unit may be in use."""
-        return self.transfers.stream().record_event()
+        return self.transfers.mark()
 
     def _join(self, unit: Unit) -> None:
         """Lets what the caller's stream is given from here on find the unit's values."""
         arriving = self._arriving.get(unit.index)
-        if arriving is not None:
+        if arriving is not None and not self.transfers.health.lost:
             event, waiting = arriving
             stream = self.transfers.stream()
             if stream.stream_id not in waiting:
@@ -211,6 +211,7 @@ class ResidentWeights(DeviceWeights):
 
     shown: whether parameters always show their values; they go up right after a step, otherwise when they are used
     first. at_home: numbers of units whose weights are at home here: the host has none of them, and nothing goes up.
+    check: refuses them where a step has failed half way, as the core refuses its own.
     """
 
     def __init__(
@@ -220,10 +221,12 @@ class ResidentWeights(DeviceWeights):
         units: Sequence[Unit],
         *,
         shown: bool,
-        at_home: frozenset[int] = frozenset(),
+        at_home: frozenset[int],
+        check: Callable[[], None],
     ) -> None:
         super().__init__(host, transfers)
         self._at_home = at_home
+        self._check = check
         self._units = units
         self._shown = shown
         self._frozen = {unit.index for unit in units if not unit.num_trainable}
@@ -238,6 +241,8 @@ class ResidentWeights(DeviceWeights):
 
     def gather(self, unit: Unit) -> None:
         """Makes the unit's values usable by what the model's stream is given next. Idempotent."""
+        if unit.index in self._at_home:
+            self._check()
         self.gather_ahead(unit)
         self._join(unit)
 
@@ -259,7 +264,7 @@ class ResidentWeights(DeviceWeights):
         """Weights at home here are other ones from here on, for the caller's stream: others wait for that."""
         stream = self.transfers.stream()
         # One wait of a stream is for all of them.
-        arriving = stream.record_event(), {stream.stream_id}
+        arriving = self.transfers.mark(), {stream.stream_id}
         self._arriving.update(dict.fromkeys(units, arriving))
 
     @contextmanager
@@ -278,7 +283,7 @@ class ResidentWeights(DeviceWeights):
         """See `WeightGather`."""
         self.transfers.wait_up()
         self._before, self._fresh = self._fresh, set()
-        self._used = self.transfers.stream().record_event()
+        self._used = self.transfers.mark()
         self.host.drain()
 
     def _last_use(self, unit: Unit) -> torch.Event | None:
@@ -325,11 +330,12 @@ class ResidentWeights(DeviceWeights):
 
 
 def make_device_weights(
-    host: WeightGather, transfers: Transfers, plan: Plan, units: Sequence[Unit]
+    host: WeightGather, transfers: Transfers, plan: Plan, units: Sequence[Unit], check: Callable[[], None]
 ) -> TransientWeights | ResidentWeights:
     """What brings the weights of `units`, which `host` brings under their windows, to the device of `plan`.
 
-    Windows that are the weights' home never move: the device copies from them in place, if it can.
+    Windows that are the weights' home never move: the device copies from them in place, if it can. `check` refuses
+    weights that are the state of two steps.
     """
     if plan.weights is Home.HOST:
         for unit in [each for each in units if each.index not in plan.units_on_device]:
@@ -337,4 +343,4 @@ def make_device_weights(
     if plan.transient:
         return TransientWeights(host, transfers, follows=isinstance(host, GatheredWeights))
     shown, at_home = plan.params_always_full, plan.units_on_device
-    return ResidentWeights(host, transfers, units, shown=shown, at_home=at_home)
+    return ResidentWeights(host, transfers, units, shown=shown, at_home=at_home, check=check)

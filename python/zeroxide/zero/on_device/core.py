@@ -7,10 +7,13 @@ keeps the books of every parameter and refuses by name what it is asked about by
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from zeroxide import _core
 from zeroxide.zero.on_device.state import StateOnDevice
+from zeroxide.zero.on_device.unit import UnitOnDevice
 
 __all__ = ["CoreOnDevice", "device_part", "host_part", "with_device"]
 
@@ -36,6 +39,14 @@ class CoreOnDevice:
         self.state.follow()
         return self.state
 
+    @contextmanager
+    def _values_of(self, unit: int) -> Iterator[UnitOnDevice]:
+        """Within it values of a unit there are read and written."""
+        there = self._there()
+        state = there.units[unit]
+        with there.health.doing(f"values of {state.name} were asked for"):
+            yield state
+
     # Values ---------------------------------------------------------------------------------------------------------
 
     def fill_begin(self, unit: int, part: str) -> None:
@@ -45,7 +56,8 @@ class CoreOnDevice:
         if not self._has(unit):
             self.host.fill_begin(unit, part)
             return
-        self._there().units[unit].clear(part)
+        with self._values_of(unit) as state:
+            state.clear(part)
         self._filling = unit, part
 
     def fill_param(self, unit: int, param: int, start: int, values: _core.TensorSpec) -> None:
@@ -54,8 +66,8 @@ class CoreOnDevice:
             self.host.fill_param(unit, param, start, values)
             return
         given = values.tensor.view(-1)
-        state = self._there().units[unit]
-        state.write(self._part_filled(unit), state.place(param, start, given.numel()), given)
+        with self._values_of(unit) as state:
+            state.write(self._part_filled(unit), state.place(param, start, given.numel()), given)
 
     def fill_bytes(self, unit: int, param: int, start: int, bytes: _core.TensorSpec) -> None:
         """See `_core.Offload`."""
@@ -86,11 +98,11 @@ class CoreOnDevice:
             self.host.read_param(unit, param, part, start, out)
             return
         target = out.tensor.view(-1)
-        state = self._there().units[unit]
-        if part == "grad" and not self._has_gradient(unit, param):
-            target.zero_()
-        elif target.numel():
-            target.copy_(state.read(part, state.place(param, start, target.numel())))
+        with self._values_of(unit) as state:
+            if part == "grad" and not self._has_gradient(unit, param):
+                target.zero_()
+            elif target.numel():
+                target.copy_(state.read(part, state.place(param, start, target.numel())))
 
     def write_param(self, unit: int, param: int, part: str, start: int, values: _core.TensorSpec) -> None:
         """See `_core.Offload`."""
@@ -98,14 +110,13 @@ class CoreOnDevice:
             self.host.write_param(unit, param, part, start, values)
             return
         given = values.tensor.view(-1)
-        there = self._there()
-        if part == "grad":
-            there.write_gradient(unit, param, start, given)
-            return
-        state = there.units[unit]
-        state.write(part, state.place(param, start, given.numel()), given)
+        with self._values_of(unit) as state:
+            if part == "grad":
+                self._there().write_gradient(unit, param, start, given)
+            else:
+                state.write(part, state.place(param, start, given.numel()), given)
         if part == "weights":
-            there.changed([unit])
+            self._there().changed([unit])
 
     def read_bytes(self, unit: int, param: int, start: int, out: _core.TensorSpec) -> None:
         """See `_core.Offload`."""
@@ -113,7 +124,8 @@ class CoreOnDevice:
             self.host.read_bytes(unit, param, start, out)
             return
         target = out.tensor.view(-1)
-        target.copy_(self._there().units[unit].frozen(param, start, target.numel()))
+        with self._values_of(unit) as state:
+            target.copy_(state.frozen(param, start, target.numel()))
 
     def write_bytes(self, unit: int, param: int, start: int, bytes: _core.TensorSpec) -> None:
         """See `_core.Offload`."""
@@ -125,7 +137,8 @@ class CoreOnDevice:
 
     def _write_bytes(self, unit: int, param: int, start: int, bytes: _core.TensorSpec) -> None:
         given = bytes.tensor.view(-1)
-        self._there().units[unit].frozen(param, start, given.numel()).copy_(given)
+        with self._values_of(unit) as state:
+            state.frozen(param, start, given.numel()).copy_(given)
 
     # Gradients and steps --------------------------------------------------------------------------------------------
 

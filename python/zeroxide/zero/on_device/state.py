@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from zeroxide import _core
+from zeroxide.device.health import DeviceHealth
 from zeroxide.device.placement import in_host
 from zeroxide.device.transfers import Transfers
-from zeroxide.errors import DeviceError
 from zeroxide.kernels import Launcher
 from zeroxide.kernels.accumulate import accumulate
 from zeroxide.kernels.norm import sums_of_squares
@@ -29,7 +29,10 @@ __all__ = ["StateOnDevice"]
 class StateOnDevice:
     """What the device has and updates, by the numbers of units."""
 
-    def __init__(self, core: _core.Offload, plan: Plan, units: Sequence[Unit], launcher: Launcher) -> None:
+    def __init__(
+        self, core: _core.Offload, plan: Plan, units: Sequence[Unit], launcher: Launcher, health: DeviceHealth
+    ) -> None:
+        self.health = health
         self.units = {
             unit.index: UnitOnDevice(unit, plan, core) for unit in units if unit.index in plan.units_on_device
         }
@@ -40,30 +43,23 @@ class StateOnDevice:
         self._unmeasured: set[tuple[int, int]] = set()
         """(unit, position) of gradients that have changed since their norm was last taken."""
         self._stream: torch.Stream | None = None
-        self._mixed: str | None = None
-        """What went wrong in the middle of a step."""
 
     def connect(self, transfers: Transfers, told: Callable[[Iterable[int]], None]) -> None:
         """`told` hears of units whose weights are other ones for what the caller's stream is given next."""
         self._transfers, self._told = transfers, told
 
-    def check_whole(self) -> None:
-        """Raises DeviceError after a step that failed half way."""
-        if self._mixed is not None:
-            raise DeviceError(
-                f"an optimizer step failed half way, and the state is that of two steps: {self._mixed}; go on from the "
-                "last checkpoint"
-            )
-
     def follow(self) -> None:
-        """What the caller's stream is given next comes after all that was done with the state before."""
-        self.check_whole()
+        """What the caller's stream is given next comes after all that was done with the state before. Raises what the
+        core raises where a step has failed half way, on either side, and DeviceError where the device is lost."""
+        self._core.check_usable()
+        self.health.check()
         if self._transfers is None:
             # While the engine is made, everything is on one stream.
             return
         stream = self._transfers.stream()
         if self._stream is not None and stream != self._stream:
-            stream.wait_stream(self._stream)
+            with self.health.doing("streams waited for one another"):
+                stream.wait_stream(self._stream)
         self._stream = stream
 
     def changed(self, units: Iterable[int]) -> None:
@@ -78,7 +74,8 @@ class StateOnDevice:
         add = self._core.note_gradient(unit, position)
         self._unmeasured.add((unit, position))
         state = self.units[unit]
-        accumulate(self._launcher, state.grad[state.place(position)], grad, add=add)
+        with self.health.doing(f"gradients of {state.name} were added up"):
+            accumulate(self._launcher, state.grad[state.place(position)], grad, add=add)
 
     def write_gradient(self, unit: int, position: int, start: int, values: torch.Tensor) -> None:
         """Replaces elements of a gradient; where there was none, the others are zero."""
@@ -103,7 +100,8 @@ class StateOnDevice:
         if measured:
             tensors = [self.units[unit].grad[self.units[unit].place(at)] for unit, at in measured]
             # One small copy, which no result waits for longer than for the gradients themselves.
-            sums = in_host(sums_of_squares(self._launcher, tensors)).tolist()
+            with self.health.doing("the norm of gradients was taken"):
+                sums = in_host(sums_of_squares(self._launcher, tensors)).tolist()
         of_each = dict(zip(measured, sums, strict=True))
         for unit, at in found:
             total = of_each.get((unit, at), 0.0)
@@ -113,26 +111,33 @@ class StateOnDevice:
     # The update -----------------------------------------------------------------------------------------------------
 
     def step(self, groups: list[_core.Rule], grad_scale: float) -> None:
-        """Updates every unit that has had a gradient, and then all that is the core's: the device works meanwhile."""
+        """Updates every unit that has had a gradient, and then all that is the core's: the device works meanwhile.
+
+        Once the first of them has begun, an error is what every later call of either side says.
+        """
         self.follow()
         runs = {unit: self._core.away_runs(unit, groups) for unit in self.units}
+        begun = False
         try:
             for unit, of_unit in runs.items():
                 for start, count, group, updates in of_unit:
                     rule = groups[group]
                     assert rule.rule is not None, "groups hold rules, not their base"
                     step = Step(rule.rule, rule.values, updates + 1, grad_scale)
+                    begun = True
                     self._update(self.units[unit], slice(start, start + count), step)
             self.changed([unit for unit, of_unit in runs.items() if of_unit])
             self._core.step(groups, grad_scale)
         except BaseException as error:
-            self._mixed = str(error) or type(error).__name__
+            if begun:
+                self._core.fail_step(str(error) or type(error).__name__, False)
             raise
         self._unmeasured.clear()
 
     def _update(self, state: UnitOnDevice, where: slice, step: Step) -> None:
         tensors = [state.live[where], *(tensor[where] for tensor in state.tensors.values())]
-        update(self._launcher, step, state.format, tensors, state.grad[where])
+        with self.health.doing(f"{state.name} was updated"):
+            update(self._launcher, step, state.format, tensors, state.grad[where])
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 

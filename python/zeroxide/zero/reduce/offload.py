@@ -71,7 +71,7 @@ class GradientOffload:
     def _add_first(self) -> None:
         unit, position, start, download = self._under_way.popleft()
         try:
-            self._core.accumulate(unit.index, position, start, spec(download.wait()), True)
+            self._core.accumulate(unit.index, position, start, spec(self.transfers.values_of(download)), True)
         finally:
             self.transfers.give_back(download)
 
