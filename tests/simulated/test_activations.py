@@ -273,7 +273,7 @@ def test_a_change_in_place_is_refused():
 
 def test_what_is_shared_goes_once_and_what_is_not_the_engines_stays():
     """Views of one storage, saved with and without a change in between; buffers; hooks of the caller's. Catches: a copy
-    for each view, stale bytes, a buffer that is copied, a caller that sees nothing."""
+    for each view, down or up, bytes of before the change, a buffer that is copied, a caller that sees nothing."""
 
     class Shares(nn.Module):
         def __init__(self) -> None:
@@ -290,11 +290,12 @@ def test_what_is_shared_goes_once_and_what_is_not_the_engines_stays():
             scale.add_(1)
             return (out * scale).sum()
 
-    def found(keep: bool) -> tuple[float, float, int]:
+    def found(keep: bool) -> tuple[float, float, float, dict[str, int]]:
         torch.manual_seed(0)
         engine = started(Shares(), "resident", keep=keep)
         loss = step(engine, 0)
-        down = engine.device_traffic()["activations_down"]
+        first = float(engine.get_global_grad_norm())
+        moved = engine.device_traffic()
         seen = []
         with torch.autograd.graph.saved_tensors_hooks(
             lambda each: seen.append(each.shape) or each.detach(), lambda x: x
@@ -302,17 +303,71 @@ def test_what_is_shared_goes_once_and_what_is_not_the_engines_stays():
             out = engine(data(1))
         assert (BATCH, WIDTH) in seen
         engine.backward(out)
-        assert engine.device_traffic()["activations_down"] == down
+        assert engine.device_traffic()["activations_down"] == moved["activations_down"]
         engine.step()
         norm = float(engine.get_global_grad_norm())
         engine.destroy()
-        return loss, norm, down
+        return loss, first, norm, moved
 
-    (*kept, down), (*plain, _) = found(True), found(False)
+    (*kept, moved), (*plain, _) = found(True), found(False)
     assert kept == plain
     # x; what the three are views of, three grains; tanh and b * c; scale, and three times tanh. Scale as it is then is
     # last.
-    assert down == (1 + 3 + 2 + 1 + 3) * ROW
+    assert moved["activations_down"] == (1 + 3 + 2 + 1 + 3) * ROW
+    # The last tanh is there still, and each of the others comes once.
+    assert moved["activations_up"] == (1 + 3 + 2 + 1 + 2) * ROW
+
+
+def test_a_device_that_is_full_when_a_tensor_is_brought_ahead(sim, monkeypatch):
+    """It comes when it is asked for. Catches: a backward that fails though it has room for what it needs."""
+    ahead, refused = saved_activations.SavedActivations._bring_ahead, []
+
+    def full(self, serial: int) -> None:
+        sim.set_memory_limit(sim.usage().in_use)
+        before = self._transfers.stowed_up
+        ahead(self, serial)
+        refused.append(self._transfers.stowed_up == before)
+        sim.set_memory_limit(32 << 30)
+
+    monkeypatch.setattr(saved_activations.SavedActivations, "_bring_ahead", full)
+    try:
+        kept = outcome("other", "resident", keep=True)
+    finally:
+        sim.set_memory_limit(32 << 30)
+    assert refused
+    assert all(refused)
+    assert kept[0] == outcome("other", "resident", keep=False)[0]
+
+
+def test_a_tensor_that_another_stream_has_brought_is_not_given_out_while_it_is_used(sim):
+    """The head computes on a stream of its own, whose backward brings the last block's tensors ahead, in memory of that
+    stream, to which it goes back when the block is done with it. Catches: memory that nobody has been told the other
+    stream of."""
+    other = torch.Stream("sim")
+
+    class Streams(Model):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            for block in self.blocks:
+                x = block(x)
+            main = torch.sim.current_stream()
+            other.wait_stream(main)
+            with other:
+                out = self.head(x.tanh().tanh()).square().mean()
+            main.wait_stream(other)
+            return out
+
+    engine = started(Streams("plain"), "resident", zeroxide={"prefetch": 3})
+    for seed in range(2):
+        # No gradient comes down, for which the host would wait.
+        x = data(seed).requires_grad_()
+        torch.autograd.grad(engine(x), x)
+        with other:
+            # All sizes that are given back.
+            for size in (ROW, 4 * ROW) * 8:
+                torch.empty(size, dtype=torch.uint8, device="sim").fill_(1)
+        torch.accelerator.synchronize()
+    engine.destroy()
 
 
 def test_autocast():

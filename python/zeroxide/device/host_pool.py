@@ -13,7 +13,7 @@ import torch
 
 from zeroxide.device.placement import fresh_pages
 
-__all__ = ["GRAIN", "HostPool", "Lent", "Piece"]
+__all__ = ["GRAIN", "HostPool", "Lent"]
 
 GRAIN = 1 << 20
 """Bytes that memory is given out in."""
@@ -22,19 +22,11 @@ SLAB = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Bytes in a row, flat."""
-
-    memory: torch.Tensor
-    in_place: bool
-    """Whether the device copies to and from them without the host's help."""
-
-
-@dataclass(frozen=True, slots=True)
 class Lent:
     """What holds one tensor's bytes, in their order."""
 
-    pieces: list[Piece]
+    pieces: list[torch.Tensor]
+    """Each flat bytes."""
     ranges: list[tuple[int, int, int]]
     """(slab, first grain, grains) of each piece."""
 
@@ -49,7 +41,9 @@ class HostPool:
     def __init__(self, lock: Callable[[torch.Tensor], bool], room: Callable[[int], int | None]) -> None:
         self._lock = lock
         self._room = room
-        self._slabs: list[Piece] = []
+        self._slabs: list[torch.Tensor] = []
+        self._locks = True
+        """Whether all of them could be locked."""
         self._free: list[tuple[int, int, int]] = []
         """(slab, first grain, grains) in that order; no two touch."""
         self.nbytes = 0
@@ -80,8 +74,7 @@ class HostPool:
         pieces, left = [], nbytes
         for slab, first, count in ranges:
             size = min(left, count * GRAIN)
-            whole = self._slabs[slab]
-            pieces.append(Piece(whole.memory[first * GRAIN :][:size], whole.in_place))
+            pieces.append(self._slabs[slab][first * GRAIN :][:size])
             left -= size
         return Lent(pieces, ranges)
 
@@ -112,11 +105,11 @@ class HostPool:
             memory = fresh_pages(size)
         except OSError:
             return False
-        in_place = all(each.in_place for each in self._slabs) and self._lock(memory)
-        if not in_place:
+        self._locks = self._locks and self._lock(memory)
+        if not self._locks:
             # Resident from now on, as locked memory is: what is counted is what is there.
             memory.zero_()
         self._free.append((len(self._slabs), 0, size // GRAIN))
-        self._slabs.append(Piece(memory, in_place))
+        self._slabs.append(memory)
         self.nbytes += size
         return True

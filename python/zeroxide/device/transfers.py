@@ -16,7 +16,6 @@ from typing import Any, Protocol
 import torch
 
 from zeroxide.device.health import DeviceHealth
-from zeroxide.device.host_pool import Piece
 from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
 from zeroxide.errors import DeviceError
 
@@ -314,9 +313,10 @@ class Transfers:
 
     # Down and up again ----------------------------------------------------------------------------------------------
 
-    def stow(self, source: torch.Tensor, pieces: Sequence[Piece], ready: torch.Event) -> torch.Event:
+    def stow(self, source: torch.Tensor, pieces: Sequence[torch.Tensor], ready: torch.Event) -> torch.Event:
         """Copies flat bytes of the device into as many of the host, on the stream down, once `ready` has come; returns
-        the event that follows. The source stays as it is until then. The host waits where a piece is not in place."""
+        the event that follows. The source stays as it is until then. For what goes to memory that is not locked, the
+        host waits."""
         with self.health.doing("activations came down"):
             if self._last_restored is not None:
                 # Whatever was brought up from these pieces before.
@@ -324,39 +324,15 @@ class Transfers:
                 self._last_restored = None
             self._down.wait_event(ready)
             at = 0
-            for piece in pieces:
-                part = source[at : at + piece.memory.numel()]
-                at += part.numel()
-                if piece.in_place:
-                    with self._down:
-                        piece.memory.copy_(part, non_blocking=True)
-                else:
-                    self._stow_blocks(part, piece.memory)
+            with self._down:
+                for memory in pieces:
+                    memory.copy_(source[at : at + memory.numel()], non_blocking=True)
+                    at += memory.numel()
             stowed = self._down.record_event()
         self.stowed_down += source.numel()
         return stowed
 
-    def _stow_blocks(self, source: torch.Tensor, target: torch.Tensor) -> None:
-        """Through the blocks for copies up, which always has one that is free soon, one copy ahead of the host."""
-        under_way: list[tuple[_Block, torch.Tensor]] = []
-        for start in range(0, source.numel(), BLOCK_BYTES):
-            block = self._next_rising()
-            part = source[start : start + BLOCK_BYTES]
-            with self._down:
-                block.memory[: part.numel()].copy_(part, non_blocking=True)
-            block.event = self._down.record_event()
-            under_way.append((block, target[start : start + BLOCK_BYTES]))
-            if len(under_way) == BLOCKS - 1:
-                self._empty(*under_way.pop(0))
-        for each in under_way:
-            self._empty(*each)
-
-    @staticmethod
-    def _empty(block: _Block, target: torch.Tensor) -> None:
-        block.wait()
-        target.copy_(block.memory[: target.numel()])
-
-    def restore(self, pieces: Sequence[Piece], target: torch.Tensor, stowed: torch.Event) -> torch.Event:
+    def restore(self, pieces: Sequence[torch.Tensor], target: torch.Tensor, stowed: torch.Event) -> torch.Event:
         """Copies what was stowed, when that event had come, into flat bytes of the device that were taken on the
         current stream, on the stream up; returns the event that follows. Whoever frees the target lets its stream wait
         for that first."""
@@ -364,15 +340,10 @@ class Transfers:
             self._up.wait_event(self.stream().record_event())
             self._up.wait_event(stowed)
             at = 0
-            for piece in pieces:
-                part = target[at : at + piece.memory.numel()]
-                at += part.numel()
-                if piece.in_place:
-                    with self._up:
-                        part.copy_(piece.memory, non_blocking=True)
-                else:
-                    for start in range(0, part.numel(), BLOCK_BYTES):
-                        self._send_block(piece.memory[start : start + BLOCK_BYTES], part[start : start + BLOCK_BYTES])
+            with self._up:
+                for memory in pieces:
+                    target[at : at + memory.numel()].copy_(memory, non_blocking=True)
+                    at += memory.numel()
             self._last_restored = self._up.record_event()
         self.stowed_up += target.numel()
         return self._last_restored

@@ -206,8 +206,7 @@ class SavedActivations:
         if self._leaving is not None and (leaving := self._leaving()) is not None:
             copies = leaving.copies
             if copies.source is not None and copies.stowed is not None:
-                if not self._transfers.health.lost:
-                    leaving.stream.wait_event(copies.stowed)
+                leaving.stream.wait_event(copies.stowed)
                 copies.source = None
         self._leaving = None
 
@@ -301,11 +300,9 @@ class SavedActivations:
                 self._in_order.pop(copies.serial, None)
                 if self._by_storage.get(copies.key, _nothing)() is None:
                     self._by_storage.pop(copies.key, None)
-                there = not self._transfers.health.lost
-                if there and copies.source is not None and copies.stowed is not None:
+                if copies.source is not None and copies.stowed is not None:
                     stream.wait_event(copies.stowed)
-                waits = copies.target is not None and stream.stream_id not in copies.joined
-                if there and waits and copies.arrived is not None:
+                if copies.target is not None and copies.arrived is not None and stream.stream_id not in copies.joined:
                     stream.wait_event(copies.arrived)
                 if not self._closed:
                     self.pool.give_back(copies.lent)

@@ -86,7 +86,7 @@ class DeviceWeights:
     def _join(self, unit: Unit) -> None:
         """Lets what the caller's stream is given from here on find the unit's values."""
         arriving = self._arriving.get(unit.index)
-        if arriving is not None and not self.transfers.health.lost:
+        if arriving is not None:
             event, waiting = arriving
             stream = self.transfers.stream()
             if stream.stream_id not in waiting:
