@@ -91,8 +91,8 @@ def main() -> None:
     options = parser.parse_args()
     device.load()
     if options.check:
-        for delay in (0.005, 0.02):
-            bench.emit("model_check", check(delay))
+        for delay, micro_batches in ((0.02, 1), (0.1, 1), (0.02, 2)):
+            bench.emit("model_check", check(delay, micro_batches))
         return
     costs = llama.Costs(llama.shapes())
     theirs = {

@@ -27,8 +27,8 @@ from zeroxide.zero.gather.weight_gather import SingleRankWeights
 from zeroxide.zero.reduce import offload
 from zeroxide.zero.reduce.offload import GradientOffload
 
-STORE_BYTES, ADD_BYTES = 4, 6
-"""That a bf16 gradient touches where it is copied from a block to its place, and where it is added to what is there."""
+MEASURE_BYTES, STORE_BYTES, ADD_BYTES = 2, 4, 6
+"""That a bf16 gradient touches where it is measured in its place, copied there from a block, and added to others."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ def patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
 
 def copies(recorder: Recorder) -> list[tuple[Any, str, Any]]:
     """Changes that have copies and the host's waits for them recorded."""
-    copy, block_wait = torch.Tensor.copy_, transfers._Block.wait
+    copy, place_wait = torch.Tensor.copy_, transfers._Place.wait
     wait_up, send_up = transfers.Transfers.wait_up, transfers.Transfers.send_up
     stow, restore = transfers.Transfers.stow, transfers.Transfers.restore
 
@@ -56,9 +56,9 @@ def copies(recorder: Recorder) -> list[tuple[Any, str, Any]]:
             recorder.add(Copy(recorder.stream, way, self.nbytes * recorder.scale))
         return copy(self, source, non_blocking)
 
-    def wait(self: transfers._Block) -> None:
+    def wait(self: transfers._Place) -> None:
         recorder.wait(None, self.event)
-        block_wait(self)
+        place_wait(self)
 
     def wait_all(self: transfers.Transfers) -> None:
         recorder.wait(None, self._last)
@@ -78,6 +78,7 @@ def copies(recorder: Recorder) -> list[tuple[Any, str, Any]]:
 
     return [
         (torch.Tensor, "copy_", copy_),
+        (transfers._Place, "wait", wait),
         (transfers._Block, "wait", wait),
         (transfers.Transfers, "wait_up", wait_all),
         (transfers.Transfers, "send_up", send),
@@ -98,12 +99,12 @@ def gradients_and_updates(recorder: Recorder) -> list[tuple[Any, str, Any]]:
         take(self, unit, position, grad)
 
     def add(self: GradientOffload) -> None:
-        unit, position, _, download = self._under_way[0]
+        unit, position, start, download = self._under_way[0]
         scale = recorder.costs.numel(unit.names[position]) / torch.Size(unit.shapes[position]).numel()
-        stored = not self._core.has_gradient(unit.index, position)
+        stored = STORE_BYTES if not self._core.has_gradient(unit.index, position) else ADD_BYTES
         elements = download.values.numel() * scale
         add_first(self)
-        recorder.add(Host(nbytes=(STORE_BYTES if stored else ADD_BYTES) * elements, what=f"add {unit.name}"))
+        recorder.add(Host(nbytes=(MEASURE_BYTES if start is None else stored) * elements, what=f"add {unit.name}"))
 
     def gather_(self: SingleRankWeights, unit: Any) -> None:
         gather(self, unit)
@@ -147,6 +148,7 @@ def proportions() -> Iterator[None]:
     with patched(
         (discover, "DEFAULT_UNIT_BYTES", discover.DEFAULT_UNIT_BYTES // area),
         (transfers, "BLOCK_BYTES", block),
+        (transfers, "LEAVING_BYTES", transfers.LEAVING_BYTES // area),
         (offload, "BLOCK_BYTES", block),
         (saved_activations, "MIN_BYTES", 1024),
         (host_pool, "GRAIN", 2048),

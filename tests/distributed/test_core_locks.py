@@ -93,6 +93,8 @@ calls = {
     "finish": lambda: core.finish(),
     "gather": lambda: core.gather(0),
     "gather_ahead": lambda: core.gather_ahead(0),
+    "gradient_arrived": lambda: core.gradient_arrived(0, 0),
+    "gradient_room": lambda: core.gradient_room(0, 0),
     "grad_norm": lambda: core.grad_norm(),
     "has_gradient": lambda: core.has_gradient(0, 0),
     "has_room": lambda: core.has_room(0),
@@ -135,7 +137,7 @@ ends = {"cancel": lambda: core.cancel("rank 1 is gone", [1]), "close": lambda: c
 every = {name for name in dir(core) if not name.startswith("_")}
 assert set(calls) | set(ends) == every, set(calls) ^ every
 # The only calls that may themselves wait for the silent rank.
-peers = {"accumulate", "accumulate_rows", "gather", "gather_ahead", "send"}
+peers = {"accumulate", "accumulate_rows", "gather", "gather_ahead", "gradient_room", "send"}
 
 outcomes = {}
 

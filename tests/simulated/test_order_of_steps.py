@@ -12,11 +12,13 @@ from torch import nn
 
 import zeroxide
 from simulated import engines
+from zeroxide.device import transfers
 
 MODES = {
     "resident": {"stage": 2, "offload_optimizer": "cpu"},
     "resident-disk": {"stage": 1, "offload_optimizer": "nvme"},
     "resident-3": {"stage": 3, "offload_optimizer": "cpu"},
+    "leaving": {"stage": 3, "offload_optimizer": "cpu"},
     "on-device": {"stage": 3},
     "on-device-shown": {"stage": 2},
     "on-device-half": {"stage": 2, "offload_optimizer": "cpu", "ratio": 0.5},
@@ -38,6 +40,8 @@ def make(mode: str, folder) -> zeroxide.Engine:
     }
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    if mode == "leaving":
+        model.extend([nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)])
     # Whose weight is read in backward after the last gradient has been taken.
     model[0].requires_grad_(False)
     config = {
@@ -52,7 +56,8 @@ def make(mode: str, folder) -> zeroxide.Engine:
 
 def steps(mode: str, folder, forgotten: list[int], sim) -> list:
     """The waits of two steps after a first one, in which some of them are forgotten."""
-    with engines.followed(kernels=True):
+    # Where the whole model is one unit, the host waits for nothing in backward.
+    with engines.followed(1 << 20 if mode == "leaving" else 8, kernels=True):
         engine = make(mode, folder)
         try:
             for number in range(3):
@@ -109,7 +114,10 @@ def is_missed(mode: str, folder, number: int, waits: list, sim) -> bool:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_without_any_one_wait_a_race_is_found(mode, tmp_path, sim):
+def test_without_any_one_wait_a_race_is_found(mode, tmp_path, sim, monkeypatch):
+    if mode == "leaving":
+        # Memory of a gradient that is on its way down is given out again.
+        monkeypatch.setattr(transfers, "LEAVING_BYTES", 0)
     sim.set_delay(0, 50, seed=4)
     waits = steps(mode, tmp_path, [], sim)
     assert sim.races() == []

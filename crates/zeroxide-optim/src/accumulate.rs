@@ -104,6 +104,51 @@ pub fn accumulate_with(
     }
 }
 
+/// What [`accumulate`] with `norm` tells of values that lie at home, which it leaves as they are: the same bits as if
+/// they had been stored there by it.
+pub fn measure(values: Grad<'_>) -> AccumulateStats {
+    measure_with(isa(), values)
+}
+
+/// [`measure`] on a given instruction set, with the same bits.
+///
+/// # Panics
+/// If the processor has no such instructions.
+pub fn measure_with(isa: Isa, values: Grad<'_>) -> AccumulateStats {
+    let sum_squares = match values {
+        Grad::F32(values) => measure_kernel::<F32>(isa, values),
+        Grad::Bf16(values) => measure_kernel::<Bf16>(isa, values),
+        Grad::F16(values) => measure_kernel::<F16>(isa, values),
+    };
+    AccumulateStats {
+        sum_squares,
+        nonfinite: !sum_squares.is_finite(),
+    }
+}
+
+per_isa! {
+    fn measure_kernel[T: Element][T](values: &[T::Bits]) -> f64 = measure_loop::<T>(values);
+}
+
+#[inline(always)]
+fn measure_loop<T: Element>(values: &[T::Bits]) -> f64 {
+    let mut sum = 0.0;
+    for chunk in values.chunks(CHUNK) {
+        let mut lanes = [0.0_f64; LANES];
+        let (rows, rest) = chunk.as_chunks::<LANES>();
+        for row in rows {
+            for (value, lane) in row.iter().zip(&mut lanes) {
+                add_square::<T>(lane, *value);
+            }
+        }
+        for (value, lane) in rest.iter().zip(&mut lanes) {
+            add_square::<T>(lane, *value);
+        }
+        sum += fold(lanes);
+    }
+    sum
+}
+
 per_isa! {
     fn accumulate_kernel[To: Element, From: Element, const ADD: bool, const NORM: bool][To, From, ADD, NORM](
         dst: &mut [To::Bits], src: &[From::Bits],

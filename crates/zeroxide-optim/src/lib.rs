@@ -30,7 +30,9 @@ mod rules;
 mod slot;
 mod sum;
 
-pub use accumulate::{Accumulate, AccumulateStats, GradMut, accumulate, accumulate_with};
+pub use accumulate::{
+    Accumulate, AccumulateStats, GradMut, accumulate, accumulate_with, measure, measure_with,
+};
 pub use blocks::{
     BLOCK, CodeBits, Feedback, add_message, dequantise, expand, quantise, shrink, shrink_with,
 };

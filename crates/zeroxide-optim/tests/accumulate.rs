@@ -11,7 +11,7 @@ mod random;
 use half::{bf16, f16};
 use random::Random;
 use zeroxide_optim::{
-    Accumulate, AccumulateStats, Grad, GradMut, Isa, accumulate, accumulate_with,
+    Accumulate, AccumulateStats, Grad, GradMut, Isa, accumulate, accumulate_with, measure_with,
 };
 
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -273,4 +273,27 @@ fn slices_of_different_length_are_refused() {
         Accumulate::Store,
         false,
     );
+}
+
+/// Catches: an order of the sums other than that of accumulation, and a chunk or an end that is left out.
+#[test]
+fn what_lies_at_home_measures_as_if_it_had_been_stored() {
+    let mut random = Random::new(11);
+    for kind in KINDS {
+        for len in [0, 1, 15, 16, 17, 4095, 4096, 4097, 3 * 4096 + 21] {
+            let values: Vec<f32> = (0..len).map(|_| random.normal() as f32).collect();
+            let values = Values::new(kind, &values);
+            let mut home = values.clone();
+            let stored = accumulate(home.grad_mut(), values.grad(), Accumulate::Store, true);
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_supported()) {
+                assert_eq!(
+                    measure_with(isa, values.grad()),
+                    stored,
+                    "{kind:?} {len} {isa:?}"
+                );
+            }
+        }
+        let broken = Values::new(kind, &[1.0, f32::INFINITY]);
+        assert!(measure_with(Isa::Baseline, broken.grad()).nonfinite);
+    }
 }

@@ -349,6 +349,21 @@ impl PyOffload {
         map(py, done)
     }
 
+    /// (address, bytes) of where who brings a first gradient puts it before `gradient_arrived`; None where it is added.
+    fn gradient_room(
+        &self,
+        py: Python<'_>,
+        unit: usize,
+        param: usize,
+    ) -> PyResult<Option<(usize, usize)>> {
+        map(py, py.detach(|| self.inner.gradient_room(unit, param)))
+    }
+
+    /// A gradient lies where `gradient_room` said: takes its part of the global norm.
+    fn gradient_arrived(&self, py: Python<'_>, unit: usize, param: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.gradient_arrived(unit, param)))
+    }
+
     /// Adds to rows (int64) of one parameter's gradient, of `count` rows in all.
     fn accumulate_rows(
         &self,
@@ -396,8 +411,7 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.note_norm(unit, param, norm)))
     }
 
-    /// What the next step updates of a unit on the device: (first element in its layout, elements, group, updates made
-    /// before).
+    /// What the next step updates of a unit on the device: (first element, elements, group, updates made before).
     #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
     fn away_runs(
         &self,
@@ -443,13 +457,11 @@ impl PyOffload {
     }
 
     /// One update of every parameter whose gradient has been accumulated. With state on disk it goes on after the
-    /// call, and each
-    /// later use of a unit waits until that unit is done.
+    /// call, and each later use of a unit waits until that unit is done.
     #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
     fn step(&self, py: Python<'_>, groups: Vec<PyRef<'_, Rule>>, grad_scale: f64) -> PyResult<()> {
         let groups: Vec<Optimizer> = groups.iter().map(|rule| rule.optimizer()).collect();
-        let done = py.detach(|| self.inner.step(&groups, grad_scale));
-        map(py, done)
+        map(py, py.detach(|| self.inner.step(&groups, grad_scale)))
     }
 
     /// Ends the step under way, if there is one.
@@ -493,7 +505,6 @@ impl PyOffload {
     #[pyo3(signature = (readers = None))]
     fn close(&self, py: Python<'_>, readers: Option<Vec<usize>>) -> PyResult<()> {
         let readers = readers.unwrap_or_default();
-        let done = py.detach(|| self.inner.close(&readers));
-        map(py, done)
+        map(py, py.detach(|| self.inner.close(&readers)))
     }
 }

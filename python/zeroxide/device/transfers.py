@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -19,19 +20,39 @@ from zeroxide.device.health import DeviceHealth
 from zeroxide.device.placement import HOST, address, device_room, is_capturing, is_host
 from zeroxide.errors import DeviceError
 
-__all__ = ["BLOCKS", "BLOCK_BYTES", "Cuda", "Download", "Transfers", "pinned_bytes", "room_for", "room_for_state"]
+__all__ = [
+    "BLOCKS",
+    "BLOCK_BYTES",
+    "Cuda",
+    "Download",
+    "Transfers",
+    "blocks_down",
+    "pinned_bytes",
+    "room_for",
+    "room_for_state",
+]
 
 logger = logging.getLogger("zeroxide")
 
 BLOCK_BYTES = 4 << 20
 """Bytes of a page-locked block; torch rounds such memory up to a power of two."""
 BLOCKS = 4
-"""Blocks for each direction."""
+"""Blocks for each direction, at the least."""
+MOST_BLOCKS = 32
+"""At the most, for copies down."""
+LEAVING_BYTES = 128 << 20
+"""Of what is copied down in place, so many bytes may be on the device besides the last two tensors."""
 
 
-def pinned_bytes(device: torch.device) -> int:
-    """Host bytes that the copies to and from `device` keep locked."""
-    return 0 if is_host(device) else 2 * BLOCKS * BLOCK_BYTES
+def blocks_down(nbytes: int) -> int:
+    """How many blocks copies down have, where tensors of up to `nbytes` pass through them. While one of them has room
+    for itself in all that are free, who sends it down does not wait for its copy."""
+    return min(max(BLOCKS, -(-nbytes // BLOCK_BYTES)), MOST_BLOCKS)
+
+
+def pinned_bytes(device: torch.device, down: int = BLOCKS) -> int:
+    """Host bytes that the copies to and from `device` keep locked, with so many blocks for copies down."""
+    return 0 if is_host(device) else (BLOCKS + down) * BLOCK_BYTES
 
 
 @contextmanager
@@ -107,45 +128,66 @@ REGISTRIES: dict[str, Callable[[], Registry]] = {"cuda": Cuda}
 """By the kind of device; a device without one copies through blocks."""
 
 
-class _Block:
-    """A page-locked block, and the event of the last copy that touched it."""
+class _Place:
+    """Host memory that the device copies to and from, by the event of the last copy that touched it."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=HOST, pin_memory=True)
         self.event: torch.Event | None = None
 
     def wait(self) -> None:
-        """Waits until no copy touches the block."""
+        """Waits until no copy touches the memory."""
         if self.event is not None:
             self.event.synchronize()
             self.event = None
 
 
+class _Block(_Place):
+    """A page-locked block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = torch.empty(BLOCK_BYTES, dtype=torch.uint8, device=HOST, pin_memory=True)
+
+
 class Download:
     """What a copy down has brought, or is bringing: `values`, flat in host memory, may be read after `wait`.
 
-    The device's memory that is copied from is kept until then.
+    The device's memory that is copied from is kept until then, or until `let_go`.
     """
 
-    def __init__(self, block: _Block, values: torch.Tensor, source: torch.Tensor) -> None:
-        self.block = block
+    def __init__(self, place: _Place, values: torch.Tensor, source: torch.Tensor, stream: torch.Stream) -> None:
+        self.place = place
         self.values = values
         self._source: torch.Tensor | None = source
+        self._stream = stream
+        """The stream whose memory the source is."""
+
+    @property
+    def held(self) -> int:
+        """Bytes of the device that are kept."""
+        return 0 if self._source is None else self._source.nbytes
 
     def wait(self) -> torch.Tensor:
         """The values, once they are there."""
-        self.block.wait()
+        self.place.wait()
         self._source = None
         return self.values
 
+    def let_go(self) -> None:
+        """Keeps the device's memory no longer: its stream waits for the copy, and whoever gets the memory comes after
+        that."""
+        if self._source is not None and self.place.event is not None:
+            self._stream.wait_event(self.place.event)
+        self._source = None
+
 
 class Transfers:
-    """All copies of one engine to and from one device, counted in bytes.
+    """All copies of one engine to and from one device, counted in bytes. down: blocks for copies down.
 
     What asks the device raises DeviceError once that is lost. What gives its memory back does not.
     """
 
-    def __init__(self, health: DeviceHealth) -> None:
+    def __init__(self, health: DeviceHealth, down: int = BLOCKS) -> None:
         self.health = health
         self.device = device = health.device
         self.bytes_up = 0
@@ -158,8 +200,10 @@ class Transfers:
         self._up, self._down = torch.Stream(device), torch.Stream(device)
         self._rising = [_Block() for _ in range(BLOCKS)]
         """Blocks for copies up, that used longest ago first."""
-        self._free = [_Block() for _ in range(BLOCKS)]
+        self._free = [_Block() for _ in range(down)]
         """Blocks for copies down that nothing lies in."""
+        self._leaving: deque[Download] = deque()
+        """Copies down in place whose sources are kept, those that began first at the front."""
         make = REGISTRIES.get(device.type)
         self._registry = None if make is None else make()
         self._registered: dict[int, int] = {}
@@ -192,7 +236,7 @@ class Transfers:
     # Up -------------------------------------------------------------------------------------------------------------
 
     def register(self, memory: torch.Tensor, name: str) -> bool:
-        """Lets the device copy from `memory` in place until `close`; False, with one line, where it cannot.
+        """Lets the device copy from and to `memory` in place until `close`; False, with one line, where it cannot.
 
         Nothing may change the memory while a copy from it is under way: see `wait_up`.
         """
@@ -299,7 +343,27 @@ class Transfers:
                 values.copy_(flat, non_blocking=True)
             block.event = self._down.record_event()
         self.bytes_down += source.nbytes
-        return Download(block, values, source)
+        return Download(block, values, source, self.stream())
+
+    def bring_into(self, source: torch.Tensor, target: torch.Tensor) -> Download:
+        """Begins to copy `source`, flat on the device, into as much registered memory, after all that its stream has
+        been given so far. The host waits for nothing: where much is leaving, that stream waits for what left first."""
+        with self.health.doing("gradients came down"):
+            stream, place = self.stream(), _Place()
+            self._down.wait_event(stream.record_event())
+            with self._down:
+                target.copy_(source, non_blocking=True)
+            place.event = self._down.record_event()
+            self.bytes_down += source.nbytes
+            self._leaving = deque(each for each in self._leaving if each.held)
+            # What left last may be large, and has had no time yet.
+            held = sum(each.held for each in self._leaving) - (self._leaving[-1].held if self._leaving else 0)
+            while held > LEAVING_BYTES:
+                first = self._leaving.popleft()
+                held -= first.held
+                first.let_go()
+        self._leaving.append(Download(place, target, source, stream))
+        return self._leaving[-1]
 
     def values_of(self, download: Download) -> torch.Tensor:
         """What has come down, once it is there."""
@@ -309,7 +373,8 @@ class Transfers:
     def give_back(self, download: Download) -> None:
         """Ends the use of what has come down."""
         self.values_of(download)
-        self._free.append(download.block)
+        if isinstance(download.place, _Block):
+            self._free.append(download.place)
 
     # Down and up again ----------------------------------------------------------------------------------------------
 

@@ -285,16 +285,26 @@ class Build:
         connect(core, plan, self.ranks)
         self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
-            self.transfers = Transfers(self.health)
+            self.transfers = Transfers(self.health, self.plan.blocks_down)
             self._keep_activations(self.transfers)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
-            self.grad_offload = GradientOffload(core, self.transfers, on_device)
+            self.grad_offload = GradientOffload(
+                core, self.transfers, on_device, dtype=plan.grad, in_place=self._keeping_gradients()
+            )
             self.weights = make_device_weights(self.weights, self.transfers, plan, units, core.check_usable)
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
+
+    def _keeping_gradients(self) -> list[Unit]:
+        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
+        state on disk their memory is given back after the update."""
+        plan = self.plan
+        if plan.world > 1 or plan.state is not Home.HOST:
+            return []
+        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def _keep_activations(self, transfers: Transfers) -> None:
         if not self.config.activation_checkpointing.cpu_checkpointing:

@@ -12,7 +12,7 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
-from zeroxide.device.transfers import pinned_bytes
+from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
 from zeroxide.plan.checks import check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
@@ -53,6 +53,8 @@ class Plan:
     """What travels between ranks as integers."""
     device_limit: int | None = None
     """Most bytes that the engine may take on the device, as the config says."""
+    blocks_down: int = BLOCKS
+    """Blocks of page-locked memory for copies down from the device."""
 
     @property
     def weights(self) -> Home:
@@ -186,7 +188,8 @@ def make_plan(
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
     units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device)
-    resident += pinned_bytes(device)
+    blocks = _blocks_down(config, ranks, units)
+    resident += pinned_bytes(device, blocks)
     check_transport(config, ranks)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
@@ -232,6 +235,19 @@ def make_plan(
         transport=transport,
         quantisation=quantisation,
         device_limit=config.zeroxide.device_memory,
+        blocks_down=blocks,
+    )
+
+
+def _blocks_down(config: Config, ranks: Ranks, units: list[UnitPlan]) -> int:
+    """Blocks for copies down from a device: enough for the largest gradient, where those of every step pass through
+    them and do not go straight to where they are kept."""
+    adds = config.batch.gradient_accumulation_steps > 1
+    if ranks.world == 1 and config.zero.offload_optimizer.kind != "nvme" and not adds:
+        return BLOCKS
+    itemsize = torch_dtype(config.precision.dtype).itemsize
+    return blocks_down(
+        max((entry.numel * itemsize for unit in units for entry in unit.params if entry.trainable), default=0)
     )
 
 

@@ -27,6 +27,24 @@ impl Offload {
         )
     }
 
+    /// (address, bytes) of where the first gradient of a parameter since the last step may be put by who brings it there
+    /// itself, and then calls [`gradient_arrived`](Self::gradient_arrived); `None` where it is to be accumulated. Valid
+    /// until then, or until gradients are accumulated or forgotten.
+    pub fn gradient_room(&self, unit: usize, param: usize) -> Result<Option<(usize, usize)>> {
+        self.with_peers(
+            "gradient_room",
+            |core| Ok(core.before_accumulating(unit, param)),
+            |core| core.gradient_room(unit, param),
+        )
+    }
+
+    /// A gradient lies where [`gradient_room`](Self::gradient_room) said: takes its part of the global norm.
+    pub fn gradient_arrived(&self, unit: usize, param: usize) -> Result<()> {
+        self.with("gradient_arrived", |core| {
+            core.gradient_arrived(unit, param)
+        })
+    }
+
     /// Adds to rows of one parameter's gradient, of `count` rows in all.
     pub fn accumulate_rows(
         &self,

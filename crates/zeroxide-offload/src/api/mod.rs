@@ -8,13 +8,13 @@
 //! |---|---|---|---|
 //! | `usage`, `total_usage`, `io`, `cancel`, `bringer` | no | no | no |
 //! | `gather`, `gather_ahead` | yes | until every rank has updated weights that are one copy for all | until the unit is read, or frames are free |
-//! | `accumulate`, `accumulate_rows` | yes | until all have read what the unit sent in the last backward | for the step's tiles of the unit |
+//! | `accumulate`, `accumulate_rows`, `gradient_room` | yes | until all have read what the unit sent in the last backward | for the step's tiles of the unit |
 //! | `send` | yes | as `accumulate` | no |
 //! | `receive` | yes | with `wait`, until all have sent the unit | for the step under way |
 //! | `step`, `finish` | yes | no | for the step under way |
 //! | `prefetch`, `release`, `cover`, `beside`, `set_all_shards_valid`, `has_room` | yes | no | where pages move of which writes are in flight |
 //! | `rewrite_weights`, `fill_*`, `read_*`, `write_*`, `receive_from`, `receive_sum` | yes | no | for the step under way and their own tiles |
-//! | `note_gradient`, `note_norm`, `away_runs`, `check_usable` | yes | no | no |
+//! | `note_gradient`, `note_norm`, `away_runs`, `gradient_arrived`, `check_usable` | yes | no | no |
 //! | `fail_step` | yes | no | for what is in flight |
 //! | `watch_readers`, `set_group`, `lend`, `join`, `room`, `close` and what tells of parameters, windows and gradients | yes | no | `close` for what is in flight |
 //!

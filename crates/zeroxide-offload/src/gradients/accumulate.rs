@@ -4,7 +4,9 @@ use std::collections::HashMap;
 use std::ops::Not;
 
 use zeroxide_layout::Dtype;
-use zeroxide_optim::{Accumulate, AccumulateStats, Grad, GradMut, Pool, accumulate};
+use zeroxide_optim::{
+    Accumulate, AccumulateStats, Grad, GradMut, Pool, accumulate, measure as measure_values,
+};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
@@ -160,6 +162,50 @@ impl Core {
         if !away {
             state.norm = measure(&self.pool, dtype, bytes);
         }
+        Ok(())
+    }
+
+    /// Where the first gradient of a parameter since the last step may be put by who brings it there itself: (address,
+    /// bytes), in the dtype in which gradients are kept. `None` where one has been accumulated, to which the next is
+    /// added, or where other ranks have a part in it.
+    ///
+    /// The room is the caller's until [`gradient_arrived`](Self::gradient_arrived), or until a gradient comes by
+    /// [`accumulate`](Self::accumulate) or gradients are forgotten: nothing writes there from then on but the core.
+    pub(crate) fn gradient_room(
+        &mut self,
+        unit: usize,
+        param: usize,
+    ) -> Result<Option<(usize, usize)>> {
+        let (away, dtype) = self.open_arrival("gradient_room", unit, param)?;
+        let this = &mut self.units[unit];
+        let (offset, numel) = (this.layout.offset(param), this.layout.numel(param));
+        let state = &mut this.params[param];
+        if away || state.has_arrived(away) {
+            return Ok(None);
+        }
+        state.arriving = Some((numel, Accumulate::Store));
+        let buffer = this.grad.as_mut().expect("an arrival was opened");
+        let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
+        Ok(Some((bytes.as_mut_ptr().expose_provenance(), bytes.len())))
+    }
+
+    /// A gradient lies where [`gradient_room`](Self::gradient_room) said, and its norm is taken.
+    pub(crate) fn gradient_arrived(&mut self, unit: usize, param: usize) -> Result<()> {
+        self.check_param("gradient_arrived", unit, param)?;
+        let this = &mut self.units[unit];
+        let (offset, numel) = (this.layout.offset(param), this.layout.numel(param));
+        let state = &mut this.params[param];
+        if state.arriving != Some((numel, Accumulate::Store)) {
+            return misuse(
+                "gradient_arrived",
+                format!("nobody has room for {} parameter {param}", this.name),
+            );
+        }
+        let dtype = self.gradients.dtype;
+        let buffer = this.grad.as_mut().expect("there was room in it");
+        let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
+        state.norm = measure(&self.pool, dtype, bytes);
+        state.arrived(false);
         Ok(())
     }
 
@@ -343,11 +389,7 @@ pub(crate) fn measure(pool: &Pool, dtype: Dtype, bytes: &mut [u8]) -> Accumulate
         dtype,
         bytes,
         AccumulateStats::default(),
-        |_, piece| {
-            let copy = piece.to_vec();
-            let source = as_grad(dtype, &copy);
-            accumulate(grad_mut(dtype, piece), source, Accumulate::Store, true)
-        },
+        |_, piece| measure_values(as_grad(dtype, piece)),
     )
 }
 

@@ -23,7 +23,7 @@ from zeroxide.device.transfers import Transfers
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.precision.bits import bytes_of
-from zeroxide.zero.gather.weight_gather import GatheredWeights, WeightGather
+from zeroxide.zero.gather.weight_gather import GatheredWeights, SingleRankWeights, WeightGather
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.unit_memory import DeviceMemory
@@ -295,8 +295,10 @@ class ResidentWeights(DeviceWeights):
         return used
 
     def after_step(self) -> None:
-        """See `WeightGather`."""
-        self.host.after_step()
+        """See `WeightGather`. With one rank a unit goes up while the host updates the next one."""
+        one_by_one = isinstance(self.host, SingleRankWeights)
+        if not one_by_one:
+            self.host.after_step()
         # What no step updates is as it was.
         self._fresh |= self._before & self._frozen
         sent = [each for each in self._units if not self._is_fresh(each) and (self._shown or self._is_looked_at(each))]
@@ -306,6 +308,8 @@ class ResidentWeights(DeviceWeights):
                 self.gather_ahead(unit)
         finally:
             self._stepping = False
+        if one_by_one:
+            self.host.after_step()
         self._join_last(sent)
 
     def refresh(self, units: Sequence[Unit] | None = None) -> None:

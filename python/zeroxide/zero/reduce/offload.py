@@ -1,19 +1,22 @@
 """Gradients from the device that computes into the core, each copied down once, in the dtype that it has.
 
-A gradient is copied on the stream down as soon as autograd has it, through page-locked blocks, and backward goes on;
-the core takes it when it has come. A unit's gradients are all in the core before anything is sent to other ranks: that
-is done when the next unit is complete, at points that depend on the order of the pass alone, so that all ranks send
-alike.
+A gradient is copied on the stream down as soon as autograd has it, and backward goes on. The first of a step goes
+straight to where the core keeps it, if the device can write there: neither backward nor the device waits for that, and
+the host measures it when it has come. Everything else goes through page-locked blocks, from which the core takes it,
+and while none of them is free backward waits. A unit's gradients are all in the core before anything is sent to other
+ranks: that is done when the next unit is complete, at points that depend on the order of the pass alone, so that all
+ranks send alike.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 
 import torch
 
 from zeroxide import _core
-from zeroxide.device.placement import plain, spec
+from zeroxide.device.placement import memory_at, plain, spec
 from zeroxide.device.transfers import BLOCK_BYTES, Download, Transfers
 from zeroxide.zero.on_device.state import StateOnDevice
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
@@ -25,15 +28,37 @@ __all__ = ["GradientOffload", "OffloadedReduction"]
 
 class GradientOffload:
     """Gradients on their way down, those that left first at the front. Those of units that are at home on the device
-    stay there."""
+    stay there.
 
-    def __init__(self, core: _core.Offload, transfers: Transfers, on_device: StateOnDevice | None = None) -> None:
+    dtype: in which the core keeps gradients. in_place: numbers of units whose gradients it keeps in memory that never
+    moves, which the device is told of.
+    """
+
+    def __init__(
+        self,
+        core: _core.Offload,
+        transfers: Transfers,
+        on_device: StateOnDevice | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        in_place: Iterable[Unit] = (),
+    ) -> None:
         self.transfers = transfers
         self._core = core
+        self._dtype = dtype
+        self._homes: dict[int, torch.Tensor] = {}
+        """By the numbers of units, the memory that the device can write to."""
+        for unit in in_place:
+            home = memory_at(*core.kept_gradients(unit.index), torch.uint8)
+            if not transfers.register(home, f"gradients of {unit.name}"):
+                # What is locked is locked; the rest would be refused, too.
+                break
+            self._homes[unit.index] = home
         self._on_device = on_device
         """What takes gradients of units that are at home on the device, which do not come down."""
-        self._under_way: deque[tuple[Unit, int, int, Download]] = deque()
-        """(unit, position, first element) of each, and what comes."""
+        self._under_way: deque[tuple[Unit, int, int | None, Download]] = deque()
+        """(unit, position, first element) of each, and what comes; None in place of an element where it comes whole to
+        where it is kept."""
 
     def take(self, unit: Unit, position: int, grad: torch.Tensor) -> None:
         """Begins to bring a gradient, dense and on the device, to where its unit is. Raises what the core raises."""
@@ -41,12 +66,25 @@ class GradientOffload:
         if self._on_device is not None and self.keeps(unit):
             self._on_device.take(unit.index, position, flat)
             return
+        if (home := self._place_for(unit, position, flat)) is not None:
+            self._under_way.append((unit, position, None, self.transfers.bring_into(flat, home)))
+            return
         size = BLOCK_BYTES // flat.itemsize
         for start in range(0, flat.numel(), size):
             while not self.transfers.has_free():
                 self._add_first()
             download = self.transfers.bring_down(flat[start : start + size])
             self._under_way.append((unit, position, start, download))
+
+    def _place_for(self, unit: Unit, position: int, flat: torch.Tensor) -> torch.Tensor | None:
+        """Where the device is to put a gradient itself; None where that cannot be."""
+        if unit.index not in self._homes or flat.dtype != self._dtype or not flat.numel():
+            return None
+        if any(each is unit and at == position for each, at, *_ in self._under_way):
+            # Used twice in one backward: the second is added.
+            self.drain()
+        room = self._core.gradient_room(unit.index, position)
+        return None if room is None else memory_at(*room, self._dtype)
 
     def keeps(self, unit: Unit) -> bool:
         """Whether gradients of the unit stay on the device."""
@@ -71,7 +109,11 @@ class GradientOffload:
     def _add_first(self) -> None:
         unit, position, start, download = self._under_way.popleft()
         try:
-            self._core.accumulate(unit.index, position, start, spec(self.transfers.values_of(download)), True)
+            values = self.transfers.values_of(download)
+            if start is None:
+                self._core.gradient_arrived(unit.index, position)
+            else:
+                self._core.accumulate(unit.index, position, start, spec(values), True)
         finally:
             self.transfers.give_back(download)
 
