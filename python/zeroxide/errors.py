@@ -51,8 +51,8 @@ class ZeroxideError(Exception):
 class ConfigError(ZeroxideError, ValueError):
     """The config, a keyword shortcut or a command-line option is wrong.
 
-    `path` is the dotted path of the first wrong key ("zero_optimization.stage"), `expected` and `got` describe it,
-    and `problems` holds one line for every wrong key that was found, this one first.
+    `path` is the dotted path of the first wrong key ("zero_optimization.stage"), `expected` and `got` describe it.
+    `found` holds an error for every wrong key that was found, this one first, and `problems` the lines of them.
     """
 
     def __init__(
@@ -62,13 +62,14 @@ class ConfigError(ZeroxideError, ValueError):
         path: str | None = None,
         expected: str | None = None,
         got: str | None = None,
-        problems: Sequence[str] = (),
+        found: Sequence[ConfigError] = (),
     ) -> None:
         super().__init__(message)
         self.path = path
         self.expected = expected
         self.got = got
-        self.problems: tuple[str, ...] = tuple(problems) or (str(self),)
+        self.found: tuple[ConfigError, ...] = tuple(found) or (self,)
+        self.problems = tuple(str(each) for each in self.found)
 
 
 class BudgetError(ZeroxideError):

@@ -77,7 +77,7 @@ EFFECTS = [
             (WARMUP, "warmup_max_lr", 0.5),
             (WARMUP, "last_batch_iteration", 5),
             (DECAY, "total_num_steps", 9),
-            (DECAY, "warmup_min_lr", 0.01),
+            (DECAY, "warmup_min_lr", 0.0005),
             (COSINE, "total_num_steps", 9),
             (COSINE, "warmup_min_ratio", 0.25),
             (COSINE, "cos_min_ratio", 0.5),

@@ -12,7 +12,7 @@ from torch import nn
 import zeroxide
 from zeroxide.config import load
 from zeroxide.errors import ConfigError
-from zeroxide.optim import DeepSpeedCPULion
+from zeroxide.optim import DeepSpeedCPULion, Lion
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
 
@@ -109,6 +109,9 @@ def test_falling_warmup():
         params = {"warmup_min_lr": low, "warmup_max_lr": high}
         assert "warmup_min_lr" in refused({"scheduler": {"type": "WarmupLR", "params": params}})
 
+    decay = {"type": "WarmupDecayLR", "params": {"total_num_steps": 9, "warmup_min_lr": 0.01}}
+    assert "is above scheduler.params.warmup_max_lr = 0.001, its default" in refused({"scheduler": decay})
+
 
 def test_not_built():
     for key, config in {
@@ -133,8 +136,10 @@ def test_cpu_checkpointing(caplog):
 
 
 def test_lion_betas():
-    assert load({"optimizer": {"type": "Lion"}}).optimizer.betas == (0.9, 0.99)
+    # deepspeed/ops/lion/fused_lion.py:36, deepspeed/ops/lion/cpu_lion.py:15
+    assert load({"optimizer": {"type": "Lion"}}).optimizer.betas == (0.9, 0.999)
     assert DeepSpeedCPULion([nn.Parameter(torch.ones(1))]).param_groups[0]["betas"] == (0.9, 0.999)
+    assert Lion([nn.Parameter(torch.ones(1))]).param_groups[0]["betas"] == (0.9, 0.99)
 
 
 def test_adagrad_state():
@@ -154,6 +159,10 @@ def test_removed():
         line = refused({key: {"enabled": True}})
         assert "neither zeroxide nor DeepSpeed 0.19.8 has it" in line
         assert "not built" not in line
+    for name in ("OneBitAdam", "OneBitLamb", "ZeroOneAdam"):
+        line = refused({"optimizer": {"type": name}})
+        assert "neither zeroxide nor DeepSpeed 0.19.8 has 1-bit optimizers" in line
+        assert "zero_quantized_gradients" in line
     assert "rows of an embedding" in refused({"sparse_gradients": True})
     assert "MiCS" in refused({"zero_optimization": {"stage": 3, "mics_shard_size": 2}})
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
+from zeroxide.cli.config import config
 from zeroxide.cli.convert import convert
 from zeroxide.cli.run import run
 from zeroxide.cli.train import train
@@ -32,6 +33,7 @@ def _application() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     application.command()(train)
+    application.add_typer(config, name="config")
     application.command()(convert)
     # What follows the script is the script's.
     application.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)

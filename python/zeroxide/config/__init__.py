@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zeroxide.config.sizes import format_bytes, parse_bytes
-from zeroxide.errors import ConfigError
+from zeroxide.config.source import read
 
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
@@ -65,8 +65,6 @@ _HOMES = {
     "Scheduler": "sections.scheduler",
 }
 
-_LARGEST_FILE = 8 << 20  # bytes; real configs are a few KiB
-
 
 def load(
     config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -89,32 +87,8 @@ def load(
     """
     from zeroxide.config.resolve import resolve  # pydantic costs a tenth of a second to import
 
-    data, origin = _read(config)
-    return resolve(data, shortcuts, world_size=world_size, origin=origin, own_dtype=own_dtype)
-
-
-def _read(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> tuple[Mapping[str, Any], str]:
-    """Return the parsed document and what to call it in messages."""
-    if config is None:
-        return {}, "config"
-    if isinstance(config, Mapping):
-        return config, "config"
-    if not isinstance(config, str | os.PathLike):
-        raise ConfigError(f"config: expected a mapping or the path of a JSON file, got {type(config).__name__}")
-
-    from zeroxide.config import jsonc
-
-    path = os.fspath(config)
-    try:
-        if os.path.getsize(path) > _LARGEST_FILE:
-            raise ConfigError(f"{path}: expected a config of at most 8 MiB, got {os.path.getsize(path)} bytes")
-        with open(path, encoding="utf-8") as file:
-            return jsonc.parse(file.read()), path
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise ConfigError(f"config file {path!r}: {reason}") from error
+    source = read(config)
+    return resolve(source.data, shortcuts, world_size=world_size, origin=source.origin, own_dtype=own_dtype)
 
 
 def __getattr__(name: str) -> Any:

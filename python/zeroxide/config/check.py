@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -13,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from zeroxide.config.fields import NoEffect, NotBuilt, Removed, Section, asks_for_nothing
 from zeroxide.errors import ConfigError
 
-__all__ = ["dotted", "nearest", "show", "validate"]
+__all__ = ["Problem", "dotted", "inspect", "nearest", "refusal", "section_of", "show", "validate"]
 
 S = TypeVar("S", bound=Section)
 Path = tuple[str, ...]
@@ -70,22 +71,33 @@ def _suggestion(path: Path, prefix: Path, model: type[Section], root: type[Secti
     return "no known key is like it"
 
 
-def _problems(
-    error: ValidationError, prefix: Path, model: type[Section], root: type[Section]
-) -> Iterator[tuple[Path, str | None, str | None, str]]:
-    """Yield (path, expected, got, line) for each thing pydantic found."""
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a document: where, what was expected and what there was, and the line that says so.
+
+    `path` ends at the key that is wrong or missing, or at an element of its list.
+    """
+
+    path: Path
+    expected: str | None
+    got: str | None
+    line: str
+
+
+def _problems(error: ValidationError, prefix: Path, model: type[Section], root: type[Section]) -> Iterator[Problem]:
+    """Yield a problem for each thing pydantic found."""
     for item in error.errors(include_url=False):
         path = (*prefix, *(str(part) for part in item["loc"] if part != "[key]"))
         name = dotted(path)
         if item["type"] == "extra_forbidden":
-            yield path, None, None, f'unknown key "{name}": {_suggestion(path, prefix, model, root)}'
+            yield Problem(path, None, None, f'unknown key "{name}": {_suggestion(path, prefix, model, root)}')
         elif item["type"] == "missing":
-            yield path, "a value", "nothing", f"{name}: required, and not given"
+            yield Problem(path, "a value", "nothing", f"{name}: required, and not given")
         else:
             expected = "an object" if item["type"] in ("model_type", "model_attributes_type") else item["msg"]
             expected = "a key that is a string" if item["type"] == "invalid_key" else expected
             got = show(item["input"])
-            yield path, expected, got, f"{name}: expected {expected}, got {got}"
+            yield Problem(path, expected, got, f"{name}: expected {expected}, got {got}")
 
 
 def _marks(section: Section, prefix: Path) -> Iterator[tuple[Path, NoEffect | NotBuilt, Any]]:
@@ -108,21 +120,20 @@ def _is_off(value: object, neutral: tuple[Any, ...]) -> bool:
     return any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in neutral)
 
 
-def validate(
+def inspect(
     model: type[S],
     data: Mapping[str, Any],
     *,
     prefix: Path = (),
     root: type[Section] | None = None,
-    origin: str = "config",
     no_effect: list[tuple[str, str]],
-) -> S:
-    """Return `data` as a `model`, appending keys without effect to `no_effect`.
+) -> tuple[S | None, list[Problem]]:
+    """Return `data` as a `model`, None where it is none, and all that is wrong with it.
 
-    `prefix` is where `data` stands in the document, `root` the model of the whole document (for suggestions), and
-    `origin` what the user calls the source. Raises `ConfigError` naming the first problem and counting the others.
+    Keys without effect are appended to `no_effect`. `prefix` is where `data` stands in the document, `root` the model
+    of the whole document (for suggestions).
     """
-    problems: list[tuple[Path, str | None, str | None, str]] = []
+    problems: list[Problem] = []
     section: S | None = None
     try:
         section = model.model_validate(dict(data))
@@ -139,15 +150,39 @@ def validate(
                 line = f"{name}: {mark.what}: not built yet (got {show(value)}); remove the key or switch it off"
                 if isinstance(mark, Removed):
                     line = f"{name}: {mark.what}: neither zeroxide nor DeepSpeed 0.19.8 has it; {mark.instead}"
-                problems.append((path, None, show(value), line))
+                problems.append(Problem(path, None, show(value), line))
+    return section, problems
+
+
+def refusal(problems: Sequence[Problem], origin: str) -> ConfigError:
+    """The error that names the first of `problems`, counts the others and has all of them in `found`."""
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more: {', '.join(dotted(each.path) for each in problems[1:4])})"
+    return ConfigError(
+        f"{origin}: {first.line}" + (more if len(problems) > 1 else ""),
+        path=dotted(first.path),
+        expected=first.expected,
+        got=first.got,
+        found=[
+            ConfigError(each.line, path=dotted(each.path), expected=each.expected, got=each.got) for each in problems
+        ],
+    )
+
+
+def validate(
+    model: type[S],
+    data: Mapping[str, Any],
+    *,
+    prefix: Path = (),
+    root: type[Section] | None = None,
+    origin: str = "config",
+    no_effect: list[tuple[str, str]],
+) -> S:
+    """Return `data` as a `model`, as `inspect` does; `origin` is what the user calls the source.
+
+    Raises `ConfigError` naming the first problem and counting the others.
+    """
+    section, problems = inspect(model, data, prefix=prefix, root=root, no_effect=no_effect)
     if problems or section is None:
-        path, expected, got, line = problems[0]
-        more = f" (and {len(problems) - 1} more: {', '.join(dotted(each[0]) for each in problems[1:4])})"
-        raise ConfigError(
-            f"{origin}: {line}" + (more if len(problems) > 1 else ""),
-            path=dotted(path),
-            expected=expected,
-            got=got,
-            problems=[each[3] for each in problems],
-        )
+        raise refusal(problems, origin)
     return section

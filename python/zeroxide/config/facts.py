@@ -23,6 +23,10 @@ class Resolved:
     key: ClassVar[str]
     """What stands before the names of its fields in the name of a fact: where a user finds them in the document."""
 
+    def written(self) -> dict[str, Any]:
+        """What a document says that comes to this, by dotted key; None where a key is better left out."""
+        raise NotImplementedError
+
 
 def may_differ(reason: str) -> dict[str, str]:
     """The metadata of a field in which ranks may differ for that `reason`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from pydantic import (
     Field,
     PlainValidator,
     ValidationError,
+    WithJsonSchema,
     WrapValidator,
     model_validator,
 )
@@ -50,6 +52,7 @@ __all__ = [
     "choice",
     "directory",
     "expecting",
+    "in_any_case",
     "whole",
     "whole_of_text",
 ]
@@ -82,7 +85,7 @@ class Removed(NotBuilt):
     instead: str = "remove the key"
 
 
-_GROUP_SIZES = ("autotp_size", "tp_size", "ep_size")
+GROUP_SIZES = ("autotp_size", "tp_size", "ep_size")
 """Keys that split the work over as many processes: 1 asks for nothing."""
 
 
@@ -93,7 +96,7 @@ def asks_for_nothing(value: object) -> bool:
         if isinstance(enabled, bool):
             return not enabled
         return all(
-            asks_for_nothing(item) or (key in _GROUP_SIZES and item == 1 and item is not True)
+            asks_for_nothing(item) or (key in GROUP_SIZES and item == 1 and item is not True)
             for key, item in value.items()
         )
     return value is None or value is False or value == "auto" or (isinstance(value, int | float) and value == 0)
@@ -205,6 +208,22 @@ def _print_interval(value: Any) -> int | None:
     return value
 
 
+def in_any_case(*words: str) -> str:
+    """A pattern of JSON schemas that takes each of `words` in upper and lower case."""
+    each = ("".join(f"[{c.upper()}{c.lower()}]" if c.isalpha() else re.escape(c) for c in word) for word in words)
+    return f"^({'|'.join(each)})$"
+
+
+_SIZE_WORDS = {"type": "string", "pattern": r"^\s*(\d+(\.\d+)?|\.\d+)\s*([KMGTPkmgtp]?[Ii]?[Bb]|[KMGTPkmgtp])?\s*$"}
+
+
+def _size_schema(least: int) -> WithJsonSchema:
+    return WithJsonSchema({"anyOf": [{"type": "integer", "minimum": least, "maximum": LARGEST_SIZE}, _SIZE_WORDS]})
+
+
+_BETA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+_RATE = {"type": "number", "minimum": 0}
+
 Flag = Annotated[bool, BeforeValidator(_bool_of), expecting("true or false")]
 Count = Annotated[
     int, Field(ge=1, le=LARGEST_COUNT), BeforeValidator(whole), expecting(f"an integer from 1 to {LARGEST_COUNT}")
@@ -218,18 +237,38 @@ Seconds = Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False), expecting
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), expecting("a number from 0 to 1")]
 BelowOne = Annotated[float, Field(ge=0, lt=1, allow_inf_nan=False), expecting("a number of at least 0 and below 1")]
 ByteSize = Annotated[
-    int, PlainValidator(_size), expecting("a size above 0 and up to 1 PiB, in bytes or such as '64MiB'")
+    int,
+    PlainValidator(_size),
+    expecting("a size above 0 and up to 1 PiB, in bytes or such as '64MiB'"),
+    _size_schema(1),
 ]
 MemorySize = Annotated[
-    int, PlainValidator(_memory), expecting("a size from 1 MiB to 1 PiB, in bytes or such as '2GiB'")
+    int,
+    PlainValidator(_memory),
+    expecting("a size from 1 MiB to 1 PiB, in bytes or such as '2GiB'"),
+    _size_schema(SMALLEST_MEMORY),
 ]
-Betas = Annotated[tuple[float, float], PlainValidator(_betas), expecting("two numbers, each at least 0 and below 1")]
+Betas = Annotated[
+    tuple[float, float],
+    PlainValidator(_betas),
+    expecting("two numbers, each at least 0 and below 1"),
+    WithJsonSchema({"type": "array", "items": _BETA, "minItems": 2, "maxItems": 2}),
+]
 Rates = Annotated[
     float | list[float],
     PlainValidator(_rates),
     expecting("a finite number, 0 or more, or a list of one for each parameter group"),
+    WithJsonSchema({"anyOf": [_RATE, {"type": "array", "items": _RATE, "minItems": 1}]}),
 ]
-Directory = Annotated[Path, PlainValidator(directory), expecting("the path of a directory")]
+Directory = Annotated[
+    Path,
+    PlainValidator(directory),
+    expecting("the path of a directory"),
+    WithJsonSchema({"type": "string", "pattern": r"\S"}),
+]
 PrintInterval = Annotated[
-    int | None, PlainValidator(_print_interval), expecting("an integer of at least 1, or Infinity for never")
+    int | None,
+    PlainValidator(_print_interval),
+    expecting("an integer of at least 1, or Infinity for never"),
+    WithJsonSchema({"type": "integer", "minimum": 1, "maximum": LARGEST_COUNT}),
 ]

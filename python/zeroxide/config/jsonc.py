@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-__all__ = ["JsonError", "parse"]
+__all__ = ["JsonError", "lines", "parse"]
 
 
 class JsonError(ValueError):
@@ -80,3 +80,35 @@ def parse(text: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise JsonError(f"expected one object in braces, got {type(value).__name__}")
     return value
+
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def lines(text: str) -> dict[str, int]:
+    """The line of every key in a text that `parse` takes, from 1, by dotted path; objects inside lists are left out."""
+    plain = strip_comments(text.removeprefix("\ufeff"))
+    found: dict[str, int] = {}
+    _keys(plain, _skip(plain, 0), "", found)
+    return found
+
+
+def _skip(text: str, at: int) -> int:
+    match = _SPACE.match(text, at)
+    return match.end() if match else at
+
+
+def _keys(text: str, at: int, prefix: str, found: dict[str, int]) -> int:
+    """Notes the keys of the object that begins at `at`; returns where it ends."""
+    at = _skip(text, at + 1)
+    while text[at] != "}":
+        begin = at
+        name, at = json.JSONDecoder().raw_decode(text, at)
+        path = f"{prefix}{name}"
+        found[path] = text.count("\n", 0, begin) + 1
+        at = _skip(text, _skip(text, at) + 1)  # the colon
+        at = _keys(text, at, f"{path}.", found) if text[at] == "{" else json.JSONDecoder().raw_decode(text, at)[1]
+        at = _skip(text, at)
+        if text[at] == ",":
+            at = _skip(text, at + 1)
+    return at + 1

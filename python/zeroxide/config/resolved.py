@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from zeroxide.config.facts import may_differ
+from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.rules import Rule
 from zeroxide.config.sections.activation_checkpointing import ActivationCheckpointing
 from zeroxide.config.sections.aio import Aio
@@ -48,3 +48,12 @@ class Config:
     """Keys that were accepted and do nothing, each with the reason, in the order of the schema."""
     source: Mapping[str, Any] = field(default_factory=dict, metadata=_SAYS_NOTHING_NEW)
     """The config as the user gave it, parsed but not changed."""
+
+    def written(self) -> dict[str, Any]:
+        """The document that comes to this, in full, by dotted key. None stands for a key that is better left out."""
+        said: dict[str, Any] = {}
+        for each in fields(self):
+            section = getattr(self, each.name)
+            if isinstance(section, Resolved):
+                said |= section.written()
+        return said

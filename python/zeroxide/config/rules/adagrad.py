@@ -16,8 +16,9 @@ __all__ = ["Adagrad"]
 class Adagrad(Rule):
     """Adagrad (Duchi, Hazan and Singer 2011), as torch.optim.Adagrad computes it.
 
-    lr: learning rate, divided by `1 + (step - 1) * lr_decay`. weight_decay: `weight_decay * weight` is added to the
-    gradient. initial_accumulator_value: what the sum of squares starts from. eps: added to its root.
+    lr: learning rate. lr_decay: the rate is divided by `1 + (step - 1) * lr_decay`. weight_decay: `weight_decay *
+    weight` is added to the gradient. initial_accumulator_value: what the sum of squares starts from. eps:
+    added to its root.
     """
 
     name: ClassVar[str] = "adagrad"

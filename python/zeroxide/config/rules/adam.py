@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from zeroxide.config.fields import Betas, Flag, NonNegative
 from zeroxide.config.rules.rule import AMSGRAD, FP32_STATES, DeepSpeedClass, Rule
@@ -26,10 +28,12 @@ class Optimizer(Rule):
     name: ClassVar[str] = "adam"
     types: ClassVar[tuple[str, ...]] = ("Adam", "AdamW")
     keys: ClassVar[Mapping[str, Any]] = {
-        "adam_w_mode": Flag | None,
+        "adam_w_mode": Annotated[Flag | None, Field(description="whether Adam is AdamW, as DeepSpeed has it")],
         "amsgrad": AMSGRAD,
         "fp32_optimizer_states": FP32_STATES,
-        "torch_adam": Flag | None,
+        "torch_adam": Annotated[
+            Flag | None, Field(description="whether weight_decay is torch's where it is not given")
+        ],
     }
     keyless: ClassVar[tuple[str, ...]] = ("decoupled",)
     torch: ClassVar[tuple[str, ...]] = ("AdamW", "Adam")
@@ -55,6 +59,11 @@ class Optimizer(Rule):
     weight_decay: NonNegative = 0.0
     decoupled: bool = True
     bias_correction: Flag = True
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        mode = {"optimizer.type": "AdamW" if self.decoupled else "Adam", "optimizer.params.adam_w_mode": self.decoupled}
+        return super().written() | mode
 
     @classmethod
     def of_keys(cls, keys: dict[str, Any], kind: str, origin: str) -> dict[str, Any]:

@@ -23,11 +23,11 @@ class Lion(Rule):
     name: ClassVar[str] = "lion"
     types: ClassVar[tuple[str, ...]] = ("Lion",)
     keys: ClassVar[Mapping[str, Any]] = {"fp32_optimizer_states": FP32_STATES}
-    loop_defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-4}
+    loop_defaults: ClassVar[Mapping[str, Any]] = {"lr": 1e-4, "betas": (0.9, 0.99)}  # the paper's
     deepspeed: ClassVar[DeepSpeedClass | None] = DeepSpeedClass(
         "DeepSpeedCPULion", {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0}
     )
 
     lr: NonNegative = 1e-3
-    betas: Betas = (0.9, 0.99)
+    betas: Betas = (0.9, 0.999)
     weight_decay: NonNegative = 0.0

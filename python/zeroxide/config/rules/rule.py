@@ -57,6 +57,11 @@ class Rule(Resolved):
     """Defaults of the class for plain loops that are not those of the config."""
     deepspeed: ClassVar[DeepSpeedClass | None] = None
 
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        said = {name: getattr(self, name) for name in self.names() if name not in self.keyless}
+        return {"optimizer.type": self.types[0], **{f"optimizer.params.{name}": value for name, value in said.items()}}
+
     @classmethod
     def people(cls) -> str:
         """What messages call the rule."""

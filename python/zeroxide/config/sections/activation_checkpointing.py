@@ -17,6 +17,7 @@ class ActivationCheckpointingSection(Section):
     partition_activations: Annotated[Flag | None, NotBuilt("partitioned activations")] = None
     contiguous_memory_optimization: Annotated[Flag | None, NotBuilt("contiguous activation buffers")] = None
     cpu_checkpointing: Flag | None = None
+    """Whether activations wait for backward in host memory; without effect where the model computes there."""
     number_checkpoints: Annotated[Any, NoEffect("only sizes contiguous activation buffers")] = None
     synchronize_checkpoint_boundary: Annotated[Any, NoEffect("checkpoint boundaries need no synchronisation")] = None
     profile: Annotated[Any, NoEffect("use torch.profiler")] = None
@@ -32,6 +33,10 @@ class ActivationCheckpointing(Resolved):
         default=False, metadata=may_differ("each rank has memory of its own; it changes no number")
     )
     """Whether what autograd saves on a device waits for backward in host memory."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return {"activation_checkpointing.cpu_checkpointing": self.cpu_checkpointing}
 
 
 def resolve(section: ActivationCheckpointingSection | None) -> ActivationCheckpointing:

@@ -19,6 +19,7 @@ class AioSection(Section):
     """`aio`."""
 
     queue_depth: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
+    """Most disk requests in flight at once."""
     block_size: Annotated[Any, NoEffect("a request carries one tile; see zeroxide.tile_bytes")] = None
     intra_op_parallelism: Annotated[Any, NoEffect(_QUEUE)] = None
     thread_count: Annotated[Any, NoEffect(_QUEUE)] = None
@@ -37,6 +38,10 @@ class Aio(Resolved):
     """Most disk requests in flight at once."""
     use_gds: bool = False
     """Whether weights on disk are to be read to the device without host memory in between."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return {"aio.queue_depth": self.queue_depth}
 
 
 def resolve(section: AioSection | None) -> Aio:

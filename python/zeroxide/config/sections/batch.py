@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from zeroxide.config.facts import Resolved
 from zeroxide.config.fields import Count, Flag, Section
@@ -17,10 +18,15 @@ class BatchKeys(Section):
     """The keys."""
 
     train_batch_size: Count | None = None
+    """Samples in an optimizer step over all ranks: the product of the next two and the number of ranks."""
     train_micro_batch_size_per_gpu: Count | None = None
+    """Samples in one forward pass of one rank."""
     gradient_accumulation_steps: Count | None = None
+    """Forward and backward passes in an optimizer step."""
     managed_gradient_accumulation: Flag = True
+    """Whether the engine counts micro-batches; otherwise every call of `step` is an optimizer step."""
     dataloader_drop_last: Flag = False
+    """Whether the data loader drops a last batch that is not full."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,10 @@ class Batch(Resolved):
     """Whether the engine counts micro-batches; otherwise every call of `step` is an optimizer step."""
     dataloader_drop_last: bool = False
     """Whether the data loader drops a last batch that is not full."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return dataclasses.asdict(self)
 
 
 def resolve(keys: BatchKeys, given: Given) -> Batch:

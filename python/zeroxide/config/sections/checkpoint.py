@@ -20,6 +20,7 @@ class CheckpointWriter(Section):
     """`checkpoint.writer`: whether training goes on while a checkpoint is written."""
 
     decoupled: Flag | None = None
+    """As `zeroxide.checkpoint_background`."""
     type: Annotated[Any, NoEffect(_WRITER)] = None
     io_buffer_size: Annotated[Any, NoEffect(_WRITER)] = None
     io_buffer_double: Annotated[Any, NoEffect(_WRITER)] = None
@@ -49,6 +50,10 @@ class Checkpoint(Resolved):
     """Whether training goes on while a checkpoint is written."""
     memory: int | None = None
     """Most memory in which state waits to be written; `None` is half of what is free, within the memory budget."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return {"zeroxide.checkpoint_background": self.background, "zeroxide.checkpoint_memory": self.memory}
 
 
 def resolve(section: CheckpointSection | None, own: ZeroxideSection) -> Checkpoint:

@@ -18,7 +18,9 @@ class GradientKeys(Section):
     """The keys."""
 
     gradient_clipping: NonNegative | None = None
+    """Largest global norm of the gradients; 0 leaves them as they are."""
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], choice("mean", "sum")] = "mean"
+    """Whether gradients are averaged or summed over ranks."""
     prescale_gradients: Annotated[Flag | None, NoEffect(_SUMMED)] = None
     gradient_predivide_factor: Annotated[Any, NoEffect(_SUMMED)] = None
     seq_parallel_communication_data_type: Annotated[Any, NoEffect("gradients are summed in fp32")] = None
@@ -37,6 +39,11 @@ class Gradients(Resolved):
     """Whether nobody asked for that norm."""
     reduce_sum: bool = False
     """Whether gradients are summed over ranks instead of averaged."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        op = "sum" if self.reduce_sum else "mean"
+        return {"gradient_clipping": self.clipping or 0.0, "gradient_allreduce_op": op}
 
 
 def resolve(keys: GradientKeys, given: Given) -> Gradients:

@@ -25,7 +25,9 @@ class MeshSection(Section):
     """`zeroxide.mesh`: sizes of the axes along which ranks are grouped. What is not named follows, or is 1."""
 
     dp_replicate: Count | None = None
+    """Groups that each have all of the state."""
     dp_shard: Count | None = None
+    """Ranks in a group, each of which has a shard."""
     pp: Annotated[Any, NotBuilt("pipeline parallelism", neutral=(1,))] = None
     sp: Annotated[Any, NotBuilt("sequence parallelism", neutral=(1,))] = None
     tp: Annotated[Any, NotBuilt("tensor parallelism", neutral=(1,))] = None
@@ -44,6 +46,10 @@ class Mesh(Resolved):
     sp: int = 1
     tp: int = 1
     ep: int = 1
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return {f"{self.key}.dp_replicate": self.dp_replicate, f"{self.key}.dp_shard": self.dp_shard}
 
 
 def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, given: Given) -> Mesh | None:

@@ -7,21 +7,25 @@ from typing import Annotated, Any, cast
 
 from pydantic import Field, create_model
 
+from zeroxide.config.check import show
 from zeroxide.config.fields import Flag, NoEffect, NotBuilt, Section, expecting
 from zeroxide.config.given import Given, agree
 from zeroxide.config.rules import RULES, Optimizer, Rule
 from zeroxide.errors import ConfigError
 
-__all__ = ["OptimizerSection", "keys_of", "resolve"]
+__all__ = ["OptimizerSection", "keys_of", "resolve", "types"]
 
 _BUILT: dict[str, type[Rule]] = {kind: rule for rule in RULES.values() for kind in rule.types}
 """By the names that DeepSpeed has for them."""
 
 # DeepSpeed's own optimizers and torch's, which DeepSpeed takes by name.
 _TO_COME = (
-    *("lamb", "muon", "musgd", "muadam", "muadamw", "onebitadam", "onebitlamb", "zerooneadam"),
+    *("lamb", "muon", "musgd", "muadam", "muadamw"),
     *("rmsprop", "adadelta", "adamax", "nadam", "radam", "asgd", "rprop", "lbfgs", "sparseadam", "adafactor"),
 )
+
+_REMOVED = ("onebitadam", "onebitlamb", "zerooneadam")
+"""What DeepSpeed had before 0.19.8."""
 
 _SHORTCUTS = ("lr", "betas", "eps", "weight_decay")
 
@@ -30,7 +34,9 @@ class OptimizerSection(Section):
     """`optimizer`. The keys of `params` depend on `type` and are checked once that is known."""
 
     type: Annotated[str, expecting("the name of an optimizer")]
+    """The optimizer. "Adam" is AdamW unless adam_w_mode says no."""
     params: Annotated[dict[str, Any], expecting("an object")] = Field(default_factory=dict)
+    """Its hyperparameters."""
     legacy_fusion: Annotated[Any, NoEffect("the update is always one fused pass")] = None
 
 
@@ -42,6 +48,11 @@ class _Params(Section):
     capturable: Annotated[Any, NoEffect("the update is not part of a CUDA graph")] = None
     differentiable: Annotated[Any, NotBuilt("differentiating through the optimizer")] = None
     maximize: Annotated[Flag | None, NotBuilt("maximising the loss")] = None
+
+
+def types() -> dict[str, type[Rule]]:
+    """The rule of each `optimizer.type`, in DeepSpeed's spelling."""
+    return dict(_BUILT)
 
 
 def keys_of(rule: type[Rule]) -> type[Section]:
@@ -63,6 +74,13 @@ def resolve(section: OptimizerSection | None, given: Given) -> Rule | None:
     params: dict[str, Any] = {}
     if section is not None:
         kind = next((name for name in _BUILT if name.lower() == section.type.lower()), "")
+        if section.type.lower() in _REMOVED:
+            raise ConfigError(
+                f'{given.origin}: optimizer.type: "{section.type}": neither zeroxide nor DeepSpeed 0.19.8 has 1-bit '
+                'optimizers; use "AdamW", and zero_optimization.zero_quantized_gradients where the network is slow',
+                path="optimizer.type",
+                got=show(section.type),
+            )
         if not kind:
             raise given.unknown_type("optimizer.type", section.type, tuple(_BUILT), _TO_COME)
         if "max_grad_norm" in section.params:

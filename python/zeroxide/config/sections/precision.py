@@ -5,15 +5,27 @@ These are the sections `bf16`, `fp16`, `torch_autocast` and `data_types` and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, PlainValidator
+from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from zeroxide.config.check import show
 from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import Count, Flag, NoEffect, NonNegative, NotBuilt, Section, choice, expecting, whole
+from zeroxide.config.fields import (
+    Count,
+    Flag,
+    NoEffect,
+    NonNegative,
+    NotBuilt,
+    Section,
+    choice,
+    expecting,
+    in_any_case,
+    whole,
+)
 from zeroxide.config.given import Given
 from zeroxide.errors import ConfigError
 
@@ -71,14 +83,29 @@ ScalePower = Annotated[
     expecting(f"an integer from 0 to {LARGEST_SCALE_POWER}"),
 ]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), expecting("a finite number above 0")]
-LowName = Annotated[Literal["bf16", "fp16"], PlainValidator(_low), expecting('"bfloat16" or "float16"')]
+_LOW_NAMES = [name for name, dtype in DTYPE_NAMES.items() if dtype != "fp32"]
+LowName = Annotated[
+    Literal["bf16", "fp16"],
+    PlainValidator(_low),
+    expecting('"bfloat16" or "float16"'),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"enum": _LOW_NAMES},
+                {"type": "string", "pattern": in_any_case(*_LOW_NAMES, *(f"torch.{name}" for name in _LOW_NAMES))},
+            ]
+        }
+    ),
+]
 
 
 class Bf16(Section):
     """`bf16`: train with bf16 weights, gradients and activations; the optimizer state stays exact."""
 
     enabled: Flag = False
+    """Whether weights, gradients and activations are bf16."""
     check_grad_overflow: Flag | None = None
+    """Whether a step whose gradients are not finite is left out."""
     immediate_grad_update: Annotated[
         Flag | None, NoEffect("gradients are always accumulated as soon as they arrive")
     ] = None
@@ -93,13 +120,21 @@ class Fp16(Section):
     """
 
     enabled: Flag = False
+    """Whether weights, gradients and activations are fp16."""
     auto_cast: Flag | None = None
+    """Whether floating-point inputs of the model are cast to fp16."""
     loss_scale: NonNegative | None = None
+    """A constant factor on the loss; 0 for one that changes."""
     initial_scale_power: ScalePower | None = None
+    """The power of 2 that a changing factor begins with."""
     loss_scale_window: Count | None = None
+    """Steps in a row without an overflow after which the factor is doubled."""
     hysteresis: Count | None = None
+    """The overflow that halves the factor: those before it only skip their steps."""
     consecutive_hysteresis: Flag | None = None
+    """Whether the overflows before it must follow one another."""
     min_loss_scale: Positive | None = None
+    """The factor is never halved below this."""
     fp16_master_weights_and_grads: Annotated[Flag | None, NotBuilt("fp16 master weights")] = None
 
 
@@ -107,7 +142,9 @@ class TorchAutocast(Section):
     """`torch_autocast`: fp32 weights, and forward under torch.autocast, which chooses the dtype of each operation."""
 
     enabled: Flag = False
+    """Whether every forward runs under torch.autocast."""
     dtype: LowName | None = None
+    """Its dtype."""
     lower_precision_safe_modules: Annotated[
         Any, NotBuilt("gathering and reducing some modules in the dtype of autocast", neutral=([],))
     ] = None
@@ -120,9 +157,13 @@ class DataTypes(Section):
     """
 
     grad_accum_dtype: DtypeName | None = None
+    """What gradients are stored and accumulated in; without it the dtype of the weights."""
     buffer_dtype: DtypeName | None = None
+    """What floating-point buffers are cast to; without it each keeps its own."""
     param_dtype: DtypeName | None = None
+    """Names the dtype of the weights, which the sections bf16 and fp16 set; without either, fp32 casts them."""
     keep_in_fp32_modules: Annotated[list[str], expecting('"auto" or a list of name patterns')] | None = None
+    """Patterns of names of buffers that are fp32 under bf16 and fp16; without it the model's own lists."""
 
 
 class PrecisionKeys(Section):
@@ -134,6 +175,7 @@ class PrecisionKeys(Section):
     torch_autocast: TorchAutocast | None = None
     data_types: DataTypes | None = None
     communication_data_type: DtypeName | None = None
+    """What gradients travel in between ranks; without it the dtype of the weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +197,19 @@ class LossScale:
     """Whether the overflows before it must follow one another: a good step restores the count."""
     minimum: float = 1.0
     """The scale is never halved below this."""
+
+    def written(self) -> dict[str, Any]:
+        """What the section `fp16` says that comes to this, by dotted key."""
+        if not self.dynamic:
+            return {"fp16.loss_scale": self.initial}
+        return {
+            "fp16.loss_scale": 0,
+            "fp16.initial_scale_power": round(math.log2(self.initial)),
+            "fp16.loss_scale_window": self.window,
+            "fp16.hysteresis": self.hysteresis,
+            "fp16.consecutive_hysteresis": self.consecutive_hysteresis,
+            "fp16.min_loss_scale": self.minimum,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +243,27 @@ class Precision(Resolved):
     """dtype that the model's floating-point buffers are cast to; `None` keeps each in its own."""
     keep_in_fp32: tuple[str, ...] | None = None
     """Patterns of names of buffers that are fp32 under bf16 and fp16; `None` takes the model's own lists."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`. A dtype that follows from the model's weights is left out."""
+        dtype = self.dtype if self.asked else None
+        said: dict[str, Any] = {"bf16.enabled": dtype == "bf16", "fp16.enabled": dtype == "fp16"}
+        if dtype == "bf16":
+            said["bf16.check_grad_overflow"] = self.check_overflow
+        if dtype == "fp16" and self.loss_scale is not None:
+            said["fp16.auto_cast"] = self.cast_inputs
+            said |= self.loss_scale.written()
+        said["torch_autocast.enabled"] = self.autocast is not None
+        if self.autocast is not None:
+            said["torch_autocast.dtype"] = {"bf16": "bfloat16", "fp16": "float16"}[self.autocast]
+        return said | {
+            "data_types.param_dtype": dtype,
+            "data_types.grad_accum_dtype": self.grad_dtype if self.asked else None,
+            "data_types.buffer_dtype": self.buffer_dtype,
+            "data_types.keep_in_fp32_modules": None if self.keep_in_fp32 is None else list(self.keep_in_fp32),
+            "communication_data_type": self.reduce_dtype if self.asked else None,
+            "zeroxide.format": self.format if self.asked else None,
+        }
 
 
 def resolve(

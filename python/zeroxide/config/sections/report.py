@@ -17,10 +17,13 @@ class ReportKeys(Section):
     """The keys."""
 
     steps_per_print: PrintInterval = None
+    """Optimizer steps between progress lines; without it there are none."""
     wall_clock_breakdown: Flag = False
+    """Whether progress lines carry the time of forward, backward and step."""
     memory_breakdown: Annotated[Flag | None, NoEffect("engine.memory() always has it")] = None
     dump_state: Annotated[Flag | None, NoEffect("print engine.plan() instead")] = None
     log_level: Annotated[Any, NoEffect("set the level of Python's logger 'zeroxide'")] = None
+    disable_python_gc: Annotated[Flag | None, NoEffect("Python's garbage collector is left as it is")] = None
     timers: Annotated[Any, NoEffect("throughput is timed without synchronising")] = None
 
 
@@ -34,6 +37,10 @@ class Report(Resolved):
     """Optimizer steps between progress lines; `None` prints none."""
     wall_clock_breakdown: bool = field(default=False, metadata=_ONE_PRINTS)
     """Whether progress lines carry the time of forward, backward and step."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return {"steps_per_print": self.steps_per_print, "wall_clock_breakdown": self.wall_clock_breakdown}
 
 
 def resolve(keys: ReportKeys) -> Report:

@@ -58,7 +58,9 @@ class OffloadParam(Section):
     """`zero_optimization.offload_param`: where the weights live between uses."""
 
     device: Device = "none"
+    """Where they live."""
     nvme_path: Directory | None = None
+    """The directory, where that is "nvme"."""
     buffer_count: Annotated[Any, NoEffect(_BUFFERS)] = None
     buffer_size: Annotated[Any, NoEffect(_BUFFERS)] = None
     max_in_cpu: Annotated[Any, NoEffect(_UNITS)] = None
@@ -69,7 +71,9 @@ class OffloadOptimizer(Section):
     """`zero_optimization.offload_optimizer`: where master weights and moments live."""
 
     device: Device = "none"
+    """Where they live."""
     nvme_path: Directory | None = None
+    """The directory, where that is "nvme"."""
     buffer_count: Annotated[Any, NoEffect(_BUFFERS)] = None
     buffer_size: Annotated[Any, NoEffect(_BUFFERS)] = None
     pin_memory: Annotated[Flag | None, NoEffect(_PINNED)] = None
@@ -79,6 +83,7 @@ class OffloadOptimizer(Section):
     fast_init: Annotated[Flag | None, NoEffect("state is laid out once, in place")] = None
     cpuadam_cores_perc: Annotated[Any, NoEffect("see zeroxide.threads")] = None
     ratio: Fraction | None = None
+    """The share of the parameters that the CPU updates where device is "cpu"; a GPU updates the rest."""
     super_offload: Annotated[Flag | None, NotBuilt("super offload")] = None
 
 
@@ -86,30 +91,43 @@ class LeafModule(Section):
     """`zero_optimization.leaf_module`: modules that are gathered whole."""
 
     classes: Names | None = None
+    """Their classes, as "Name" or "module.path.Name"."""
     names: Names | None = None
+    """Their full names."""
     name_suffixes: Names | None = None
+    """What their names end in."""
 
 
 class LocoParam(Section):
     """`zero_optimization.zeropp_loco_param`: error feedback for quantized gradients."""
 
     err_beta: BelowOne | None = None
+    """Weight of what was kept before, beside what is lost now."""
     reset_T: Count | None = None
+    """Optimizer steps after which what was kept is forgotten."""
 
 
 class ZeroSection(Section):
     """`zero_optimization`."""
 
     stage: Annotated[int, Field(ge=0, le=3), BeforeValidator(whole_of_text), expecting("0, 1, 2 or 3")] | None = None
+    """What is sharded over ranks: nothing, optimizer state, gradients too, weights too."""
     compute_grad_norm: Flag = True
+    """Whether the global gradient norm is told to those who ask."""
     offload_param: OffloadParam | None = None
     offload_optimizer: OffloadOptimizer | None = None
     cpu_offload: Flag | None = None
+    """As `offload_optimizer.device` = "cpu"."""
     cpu_offload_param: Flag | None = None
+    """As `offload_param.device` = "cpu"."""
     zero_hpz_partition_size: Count | None = None
+    """Ranks in a group that gathers weights within itself; must divide the ranks."""
     zero_quantized_weights: Flag = False
+    """Whether all weights travel as int8."""
     zero_quantized_nontrainable_weights: Flag = False
+    """Whether weights that are not trained travel as int8."""
     zero_quantized_gradients: Flag = False
+    """Whether gradients travel as int4."""
     zeropp_loco_param: LocoParam | None = None
 
     cpu_offload_use_pin_memory: Annotated[Any, NoEffect(_PINNED)] = None
@@ -215,6 +233,32 @@ class Zero(Resolved):
     feedback: ErrorFeedback | None = None
     secondary: int = 0
     """Ranks in a group that keeps codes of all weights for its own members, where weights travel as int8; 0 for all."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        said: dict[str, Any] = {
+            "stage": self.stage,
+            **_home_written("offload_param", self.offload_param),
+            **_home_written("offload_optimizer", self.offload_optimizer),
+            "offload_optimizer.ratio": self.cpu_share,
+            "compute_grad_norm": self.compute_grad_norm,
+            "leaf_module.classes": list(self.leaf_classes),
+            "leaf_module.names": list(self.leaf_names),
+            "leaf_module.name_suffixes": list(self.leaf_suffixes),
+            "zero_hpz_partition_size": self.secondary or 1,
+            "zero_quantized_weights": self.quantized_weights,
+            "zero_quantized_nontrainable_weights": self.quantized_frozen,
+            "zero_quantized_gradients": self.quantized_gradients,
+        }
+        if self.feedback is not None:
+            said["zeropp_loco_param.err_beta"] = self.feedback.beta
+            said["zeropp_loco_param.reset_T"] = self.feedback.reset_steps
+        return {f"{self.key}.{name}": value for name, value in said.items()}
+
+
+def _home_written(name: str, home: Offload) -> dict[str, Any]:
+    path = {} if home.path is None else {f"{name}.nvme_path": str(home.path)}
+    return {f"{name}.device": home.kind, **path}
 
 
 def resolve(section: ZeroSection | None, gradients: Gradients, given: Given) -> Zero:

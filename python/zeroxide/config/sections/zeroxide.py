@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,22 +31,37 @@ class ZeroxideSection(Section):
     """`zeroxide`. `format` is resolved with precision, what begins with `checkpoint_` with `checkpoint`."""
 
     device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
+    """Where the model computes; without it, where its weights are, else a GPU if there is one."""
     host_memory: MemorySize | None = None
+    """Most resident memory of a process, as the operating system counts it; without it there is no limit."""
     device_memory: MemorySize | None = None
+    """Most memory of the device for weights, optimizer state and gradients; without it half is left to activations."""
     format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
+    """How exact weights are kept: two 16-bit halves (bf16 only, the default there) or an fp32 master copy."""
     io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
+    """What moves bytes between memory and disk."""
     threads: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
+    """Optimizer threads; without it one for each CPU that the process may use."""
     unit_bytes: MemorySize | None = None
+    """Largest flat buffer of weights that is gathered in one piece."""
     tile_bytes: ByteSize | None = None
+    """Size of one disk request and of one optimizer task."""
     staging_bytes: MemorySize | None = None
+    """Size of the ring through which all disk traffic goes."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
+    """How many units are read ahead of the one in use."""
     trim_libraries: Flag = True
+    """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[
         Literal["auto", "shared_memory", "collective"], choice("auto", "shared_memory", "collective")
     ] = "auto"
+    """What carries weights and gradients between ranks: shared memory where all are on one host, if it is "auto"."""
     checkpoint_background: Flag | None = None
+    """Whether training goes on while a checkpoint is written."""
     checkpoint_memory: MemorySize | None = None
+    """Most memory in which state waits to be written; without it half of what is free, within host_memory."""
     rank_timeout: Seconds | None = None
+    """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
     mesh: MeshSection | None = None
 
 
@@ -87,6 +103,10 @@ class Zeroxide(Resolved):
         default=10.0, metadata=may_differ("rank 0's counts for all but itself; it changes no number")
     )
     """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
+
+    def written(self) -> dict[str, Any]:
+        """See `Resolved.written`."""
+        return {f"{self.key}.{name}": value for name, value in dataclasses.asdict(self).items()}
 
 
 def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
