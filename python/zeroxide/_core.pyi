@@ -20,6 +20,7 @@ __all__ = [
     "CudaKernel",
     "CudaProbe",
     "DeviceRequest",
+    "DiskSpeed",
     "FileQueue",
     "GradientHook",
     "IoEngine",
@@ -47,9 +48,11 @@ __all__ = [
     "encode_weights",
     "expand_message",
     "heap_bytes",
+    "instruction_set",
     "keep_freed_memory",
     "kernel_headers",
     "kernel_source",
+    "measure_disk",
     "message_bytes",
     "probe_cuda",
     "probe_storage",
@@ -384,6 +387,23 @@ class Bringer:
     def close(self) -> None: ...
 
 @final
+class DiskSpeed:
+    """What the disk of a directory can do."""
+
+    @property
+    def engine(self) -> str:
+        """The engine of the queue and why it was chosen."""
+    @property
+    def direct(self) -> bool:
+        """Whether transfers bypass the page cache."""
+    @property
+    def write(self) -> float:
+        """Bytes a second."""
+    @property
+    def read(self) -> float:
+        """Bytes a second."""
+
+@final
 class CudaProbe:
     """What a machine has of CUDA."""
 
@@ -513,6 +533,15 @@ def decode_weights(
 
 def round_bf16(values: TensorSpec, out: TensorSpec) -> None:
     """Rounds fp32 values to bf16 as the exact formats do, half up."""
+
+def instruction_set() -> str:
+    """The instruction set that the kernels run on: "baseline", "avx2" or "avx512"."""
+
+def measure_disk(directory: str | PathLike[str], nbytes: int, seconds: float) -> DiskSpeed:
+    """Writes and reads a temporary file of at most `nbytes` in a directory, each for at most about `seconds`.
+
+    Raises StorageError where the directory cannot be used.
+    """
 
 def drop_clean_text() -> int: ...
 def heap_bytes() -> int: ...

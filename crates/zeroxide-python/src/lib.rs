@@ -12,6 +12,7 @@ mod gradient_hook;
 mod offload;
 mod optimizer;
 mod plan;
+mod probe;
 mod process;
 mod settings;
 mod spec;
@@ -47,6 +48,8 @@ mod _core {
     use crate::optimizer::{Rule, state_tensors};
     #[pymodule_export]
     use crate::plan::{PyDeviceRequest, PyPlan};
+    #[pymodule_export]
+    use crate::probe::{PyDiskSpeed, instruction_set, measure};
     #[pymodule_export]
     use crate::process::{drop_clean_text, heap_bytes, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]

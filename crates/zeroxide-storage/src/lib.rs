@@ -25,6 +25,7 @@
 
 mod error;
 mod file;
+mod measure;
 mod private;
 mod queue;
 mod store;
@@ -36,6 +37,7 @@ mod syscall;
 
 pub use error::{Holder, StorageError};
 pub use file::{DIRECT_ALIGN, DiskFile};
+pub use measure::{DiskSpeed, Pass, measure_disk};
 pub use queue::{
     Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, OpKind,
     Operation, Queue, QueueOptions, SimBacking, SimOptions, Trigger, open_queue, open_queue_with,

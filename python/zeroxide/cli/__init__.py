@@ -14,6 +14,7 @@ import typer
 
 from zeroxide.cli.config import config
 from zeroxide.cli.convert import convert
+from zeroxide.cli.doctor import doctor
 from zeroxide.cli.run import run
 from zeroxide.cli.train import train
 from zeroxide.errors import ZeroxideError
@@ -34,6 +35,7 @@ def _application() -> typer.Typer:
     )
     application.command()(train)
     application.add_typer(config, name="config")
+    application.command()(doctor)
     application.command()(convert)
     # What follows the script is the script's.
     application.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
