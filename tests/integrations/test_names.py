@@ -49,6 +49,10 @@ USED = {
     "deepspeed.runtime.zero.offload_config": "OffloadStateTypeEnum OffloadDeviceEnum",
     "deepspeed.runtime.zero.partition_parameters": "ZeroParamStatus zero_wrapper_for_fp_tensor_constructor "
     "_orig_torch_arange get_accelerator GatheredParameters Init",
+    "deepspeed.runtime.zero.stage3": "estimate_zero3_model_states_mem_needs_all_live "
+    "estimate_zero3_model_states_mem_needs_all_cold",
+    "deepspeed.runtime.zero.stage_1_and_2": "estimate_zero2_model_states_mem_needs_all_live "
+    "estimate_zero2_model_states_mem_needs_all_cold",
     "deepspeed.utils": "logger log_dist groups RepeatingLoader set_z3_leaf_modules get_z3_leaf_modules "
     "unset_z3_leaf_modules z3_leaf_module safe_get_full_grad safe_set_full_grad safe_get_full_fp32_param "
     "safe_set_full_fp32_param safe_get_full_optimizer_state safe_set_full_optimizer_state safe_get_local_grad "

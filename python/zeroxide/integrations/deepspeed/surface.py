@@ -225,6 +225,22 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "see_memory_usage": f"{_HERE}.logging:see_memory_usage",
     },
     "deepspeed.runtime.zero": {},
+    "deepspeed.runtime.zero.stage3": {
+        name: f"{_HERE}.estimates:{name}"
+        for name in (
+            "estimate_zero3_model_states_mem_needs_all_cold",
+            "estimate_zero3_model_states_mem_needs_all_live",
+            "model_to_params",
+        )
+    },
+    "deepspeed.runtime.zero.stage_1_and_2": {
+        name: f"{_HERE}.estimates:{name}"
+        for name in (
+            "estimate_zero2_model_states_mem_needs_all_cold",
+            "estimate_zero2_model_states_mem_needs_all_live",
+            "model_to_params",
+        )
+    },
     "deepspeed.runtime.zero.config": {
         "OffloadDeviceEnum": f"{_HERE}.offload_states:OffloadDeviceEnum",
         "ZeroStageEnum": f"{_HERE}.offload_states:ZeroStageEnum",
