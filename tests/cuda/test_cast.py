@@ -6,6 +6,7 @@ import pytest
 import torch
 from emulated import Emulator, Guards, same_bits
 
+from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS
 from zeroxide.kernels.cast import TILE, cast
 
@@ -27,3 +28,21 @@ def test_every_shift_between_source_and_target(libraries, source, target):
         if not guards.intact() or not same_bits(into, values.to(target)):
             wrong.append((of_source, of_target))
     assert wrong == []
+
+
+def test_refusals():
+    """One line that names the tensor; nothing is launched."""
+    ones, half = torch.ones(4), torch.ones(4, dtype=torch.bfloat16)
+
+    def refused(sources, targets):
+        with pytest.raises(TensorError) as caught:
+            cast(None, sources, targets)
+        return caught.value.name, caught.value.expected, caught.value.got
+
+    assert refused([ones, ones], [half]) == ("targets", "2 tensors", "1 tensors")
+    assert refused([ones, half], [half, half]) == ("sources[1]", "float32", "bfloat16")
+    assert refused([ones, ones], [half, ones]) == ("targets[1]", "bfloat16", "float32")
+    assert refused([ones, ones], [half, half[:3]]) == ("targets[1]", "a tensor of 4 elements", "of 3 elements")
+    assert refused([ones, torch.ones(8)[::2]], [half, half])[:2] == ("sources[1]", "a contiguous tensor")
+    assert refused([ones, ones], [half, half.to("meta")]) == ("targets[1]", "a tensor on cpu", "on meta")
+    assert refused([ones], [half.to("meta")]) == ("targets[0]", "a tensor on cpu", "on meta")

@@ -52,6 +52,7 @@ def test_refusals():
     assert refused([ones.int()])[1:] == ("tensors[0]", "float32 or bfloat16 or float16", "int32")
     assert refused([torch.ones(4, 4).T])[1:] == ("tensors[0]", "a contiguous tensor", "strided (1, 4) over (4, 4)")
     assert refused([ones, torch.ones(4, device="meta")])[1:] == ("tensors[1]", "a tensor on cpu", "on meta")
+    assert refused([ones, ones, torch.ones(8)[::2]])[1:3] == ("tensors[2]", "a contiguous tensor")
     line = "scaled_norm: tensors[1] is on meta: expected a tensor on cpu"
     assert refused([ones, torch.ones(4, device="meta")])[0] == line
 

@@ -79,6 +79,9 @@ def test_refusals():
     assert refused([ones, ones, torch.ones(5)], ones) == ("exp_avg_sq", "a tensor of 4 elements", "of 5 elements")
     assert refused([ones, ones, ones], ones.double())[0] == "the gradient"
     assert refused([ones, ones, ones], ones.to("meta")) == ("the gradient", "a tensor on cpu", "on meta")
+    assert refused([ones, torch.ones(8)[::2], ones], ones)[:2] == ("exp_avg", "a contiguous tensor")
+    assert refused([ones, ones, ones.to("meta")], ones) == ("exp_avg_sq", "a tensor on cpu", "on meta")
+    assert refused([ones, ones, ones], torch.ones(8)[::2])[:2] == ("the gradient", "a contiguous tensor")
     with pytest.raises(InvalidValueError, match="lr"):
         Step("adam", {**_core.RULES["adam"].hyperparameters, "lr": -1.0})
     with pytest.raises(ValueError, match="step 0: steps are counted from 1"):

@@ -55,7 +55,10 @@ class Tied(nn.Module):
 
 
 @contextmanager
-def engine_of(place: str, precision: str = "split", rule: str = "adamw", **more) -> Iterator[zeroxide.Engine]:
+def engine_of(
+    place: str, precision: str = "split", rule: str = "adamw", groups: bool = False, **more
+) -> Iterator[zeroxide.Engine]:
+    """groups: whether biases are a group of their own, with another rate and no decay."""
     torch.manual_seed(0)
     model, given = Tied(), dict(PLACES[place])
     where = given.pop("device")
@@ -74,7 +77,11 @@ def engine_of(place: str, precision: str = "split", rule: str = "adamw", **more)
         **PRECISIONS[precision].get("zeroxide", {}),
         **more.get("zeroxide", {}),
     }
-    engine = zeroxide.initialize(model=model, config=config)[0]
+    parameters = [
+        {"params": [model.first.weight, model.mixed.weight]},
+        {"params": [model.first.bias], "lr": 3e-2, "weight_decay": 0.0},
+    ]
+    engine = zeroxide.initialize(model=model, config=config, model_parameters=parameters if groups else None)[0]
     try:
         yield engine
     finally:
@@ -141,3 +148,13 @@ def test_every_rule_and_format_has_the_bits_of_state_in_host_memory(rule, precis
         assert differing(found[place][1], found["cpu"][1]) == [], place
         assert found[place][2] == found["cpu"][2], place
     assert [str(each) for each in sim.races()] == []
+
+
+def test_groups_of_one_unit_and_of_several():
+    """Catches: an update with the hyperparameters of another group."""
+    found = {}
+    for place in ("none", "cpu"):
+        with engine_of(place, groups=True) as engine:
+            found[place] = train(engine), outcome(engine)
+    assert found["none"][0] == found["cpu"][0]
+    assert differing(found["none"][1], found["cpu"][1]) == []

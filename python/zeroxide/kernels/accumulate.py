@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from ctypes import Structure, c_float, c_int64, c_uint32, c_void_p
 
@@ -36,6 +37,10 @@ class _Arguments(Structure):
     )
 
 
+_PACK = struct.Struct("=QQqfI").pack
+"""The bytes of `_Arguments`, sooner than by it: there is a launch for each gradient."""
+
+
 def accumulate(
     launcher: Launcher, home: torch.Tensor, gradient: torch.Tensor, *, add: bool, scale: float = 1.0
 ) -> None:
@@ -50,8 +55,9 @@ def accumulate(
     if by_torch(launcher, kernel):
         home.view(-1).copy_(reference(home.view(-1), gradient.view(-1), add=add, scale=scale))
     elif home.numel():
-        args = _Arguments(address(home), address(gradient), home.numel(), scale, add)
-        launcher.launch(kernel, blocks_for(home.numel(), THREADS * EACH), bytes(args))
+        numel = home.numel()
+        args = _PACK(address(home), address(gradient), numel, scale, add)
+        launcher.launch(kernel, blocks_for(numel, THREADS * EACH), args)
 
 
 def reference(home: torch.Tensor, gradient: torch.Tensor, *, add: bool, scale: float = 1.0) -> torch.Tensor:

@@ -7,9 +7,9 @@ from ctypes import Structure, c_int64, c_void_p
 
 import torch
 
-from zeroxide.device.placement import address
+from zeroxide.device.placement import address, addresses
 from zeroxide.errors import TensorError
-from zeroxide.kernels.arguments import FLOATS, blocks_for, check, table
+from zeroxide.kernels.arguments import FLOATS, blocks_for, check, check_alike, table
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
@@ -45,20 +45,25 @@ def cast(launcher: Launcher, sources: Sequence[torch.Tensor], targets: Sequence[
     if not sources:
         return
     first, into = sources[0], targets[0]
-    rows, tiles = [], 0
-    for at, (source, target) in enumerate(zip(sources, targets, strict=True)):
-        check("cast", f"sources[{at}]", source, [first.dtype] if at else FLOATS, like=first)
-        check("cast", f"targets[{at}]", target, [into.dtype] if at else FLOATS, like=first, numel=source.numel())
-        if source.numel():
-            rows.append((address(source), address(target), source.numel(), tiles))
-            tiles += -(-(source.numel() + FIRST_PACK) // TILE)
+    check_alike("cast", "sources", sources, first)
+    check_alike("cast", "targets", targets, first)
+    sizes = [source.numel() for source in sources]
+    for at, (target, numel) in enumerate(zip(targets, sizes, strict=True)):
+        if target.numel() != numel:
+            check("cast", f"targets[{at}]", target, FLOATS, numel=numel)
+    rows: list[int] = []
+    tiles = 0
+    for source_at, target_at, numel in zip(addresses(sources), addresses(targets), sizes, strict=True):
+        if numel:
+            rows += (source_at, target_at, numel, tiles)
+            tiles += -(-(numel + FIRST_PACK) // TILE)
     kernel = BY_DTYPES[first.dtype, into.dtype]
     if by_torch(launcher, kernel):
         for target, values in zip(targets, reference(sources, into.dtype), strict=True):
             target.view(-1).copy_(values.view(-1))
     elif rows:
         segments = table(rows, first.device)
-        args = _Arguments(address(segments), len(rows), tiles)
+        args = _Arguments(address(segments), len(rows) // 4, tiles)
         launcher.launch(kernel, blocks_for(tiles, 1), bytes(args))
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zeroxide.device.placement import HOST, address, in_host
+from zeroxide.device.placement import HOST, address, addresses, in_host
 from zeroxide.errors import TensorError
-from zeroxide.kernels.arguments import FLOATS, blocks_for, check, table
+from zeroxide.kernels.arguments import FLOATS, blocks_for, check_alike, table
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
@@ -88,14 +88,11 @@ def sums_of_squares(launcher: Launcher, tensors: Sequence[torch.Tensor]) -> torc
     """The sum of squares of each of `tensors`, as `scaled_norm` takes them but none of them empty: float64, one element
     a tensor, infinite or NaN where an element of the tensor is. Raises TensorError.
     """
-    for at, tensor in enumerate(tensors):
-        if not tensor.numel():
-            raise TensorError(
-                f"sums_of_squares: tensors[{at}] has no element: expected one at least",
-                name=f"tensors[{at}]",
-                expected="elements",
-                got="none",
-            )
+    if 0 in (sizes := [tensor.numel() for tensor in tensors]):
+        name = f"tensors[{sizes.index(0)}]"
+        raise TensorError(
+            f"sums_of_squares: {name} has no element: expected one at least", name=name, expected="elements", got="none"
+        )
     return _run("sums_of_squares", launcher, tensors, 1.0)[1]
 
 
@@ -104,24 +101,27 @@ def _run(call: str, launcher: Launcher, tensors: Sequence[torch.Tensor], scale: 
     if not tensors:
         raise TensorError(f"{call}: no tensors: expected at least one", name="tensors", expected="one", got="none")
     first = tensors[0]
-    for at, tensor in enumerate(tensors):
-        check(call, f"tensors[{at}]", tensor, [first.dtype] if at else FLOATS, like=first)
+    check_alike(call, "tensors", tensors, first)
     if by_torch(launcher, CHUNKS[first.dtype], PIECES, TOTAL):
         return _by_torch(tensors, scale)
     device = first.device
     result = torch.zeros(2, dtype=torch.float64, device=device)
     nonfinite = torch.zeros(1, dtype=torch.int64, device=device)
-    rows, chunks, pieces = [], 0, 0
-    for tensor in tensors:
-        if tensor.numel():
-            rows.append((address(tensor), tensor.numel(), chunks, pieces))
-            chunks += -(-tensor.numel() // CHUNK)
-            pieces += -(-tensor.numel() // PIECE)
-    sums = torch.empty(chunks + pieces + len(rows), dtype=torch.float64, device=device)
-    if rows:
+    rows: list[int] = []
+    count = chunks = pieces = 0
+    for where, numel in zip(addresses(tensors), [tensor.numel() for tensor in tensors], strict=True):
+        if numel:
+            rows += (where, numel, chunks, pieces)
+            count += 1
+            chunks += -(-numel // CHUNK)
+            pieces += -(-numel // PIECE)
+    sums = torch.empty(chunks + pieces + count, dtype=torch.float64, device=device)
+    if count:
         segments = table(rows, device)
-        of_chunks, of_pieces, of_segments = (address(part) for part in torch.split(sums, [chunks, pieces, len(rows)]))
-        where, count = address(segments), len(rows)
+        of_chunks = address(sums)
+        of_pieces = of_chunks + chunks * sums.itemsize
+        of_segments = of_pieces + pieces * sums.itemsize
+        where = address(segments)
         # A lane has the sums of 4 bytes.
         a_block = THREADS * 4 // first.element_size() // SUMS
         chunk_args = _Chunks(where, count, chunks, of_chunks)

@@ -10,6 +10,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.kernels.arguments import FLOATS
+from zeroxide.kernels.constants import CONSTANTS, coupled
 
 __all__ = ["CODECS", "Step", "state_tensors"]
 
@@ -20,7 +21,7 @@ CODECS = {("fp32", "f32"): "fp32", ("fp32", "bf16"): "master_bf16", ("fp32", "f1
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a rule. All elements share it.
+    """One step of a rule. All elements share it, and what they have in common is worked out once.
 
     rule: its name in a parameter group. hyperparameters: all of them, by name, as `_core.RULES[rule].hyperparameters`
     lists them. number: of the step, from 1. grad_scale: multiplies every gradient first. Raises what the rule raises
@@ -33,9 +34,27 @@ class Step:
     grad_scale: float = 1.0
 
     def __post_init__(self) -> None:
+        # A copy: what is worked out once must not change.
+        object.__setattr__(self, "hyperparameters", dict(self.hyperparameters))
         self.core_rule()
         if self.number < 1:
             raise ValueError(f"step {self.number}: steps are counted from 1")
+
+    @functools.cached_property
+    def constants(self) -> bytes:
+        """The rule's constants as kernels take them."""
+        _, prepare = CONSTANTS[self.rule]
+        return bytes(prepare(self.hyperparameters, self.number, self.grad_scale))
+
+    @functools.cached_property
+    def kernel_rule(self) -> str:
+        """What kernels call the rule."""
+        return "adamw" if self.rule == "adam" and not coupled(self.hyperparameters) else self.rule
+
+    @functools.cached_property
+    def listed(self) -> dict[tuple[str, torch.dtype], list[tuple[str, torch.dtype]]]:
+        """State tensors by format and dtype of the live weight, as far as they were asked for."""
+        return {}
 
     def core_rule(self) -> _core.Rule:
         """The rule as the core takes it."""
@@ -44,13 +63,8 @@ class Step:
 
 def state_tensors(step: Step, format: str, live: torch.dtype) -> list[tuple[str, torch.dtype]]:
     """Name and dtype of each state tensor, the live weight first."""
-    return list(_state_tensors(step.rule, tuple(step.hyperparameters.items()), format, live))
-
-
-@functools.lru_cache(maxsize=256)
-def _state_tensors(
-    rule: str, hyperparameters: tuple[tuple[str, float], ...], format: str, live: torch.dtype
-) -> tuple[tuple[str, torch.dtype], ...]:
-    """The same, asked of the core once: an update of every range of parameters wants to know."""
-    listed = _core.state_tensors(_core.RULES[rule](**dict(hyperparameters)), format, FLOATS[live])
-    return tuple((name, getattr(torch, dtype)) for name, dtype, _, _ in listed)
+    listed = step.listed.get((format, live))
+    if listed is None:
+        found = _core.state_tensors(step.core_rule(), format, FLOATS[live])
+        listed = step.listed[format, live] = [(name, getattr(torch, dtype)) for name, dtype, _, _ in found]
+    return listed

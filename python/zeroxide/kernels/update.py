@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
-from ctypes import Structure, c_int64, c_uint32, c_void_p
+from ctypes import Structure, c_int64, c_uint32, c_void_p, sizeof
 
 import torch
 
-from zeroxide.device.placement import address
+from zeroxide.device.placement import address, addresses
 from zeroxide.errors import TensorError
 from zeroxide.kernels.arguments import FLOATS, blocks_for, check, dtype_number
-from zeroxide.kernels.constants import CONSTANTS, coupled
+from zeroxide.kernels.constants import CONSTANTS
 from zeroxide.kernels.core_update import reference
 from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
@@ -32,7 +33,7 @@ KERNELS = tuple(
     for rule in ("adam", "adamw", "lion", "adagrad", "sgd")
     for codec in CODECS.values()
 )
-_BY_ENTRY = {kernel.entry: kernel for kernel in KERNELS}
+_BY_RULE = {tuple(kernel.entry.removeprefix("zx_").split("_", 1)): kernel for kernel in KERNELS}
 
 
 def _arguments(constants: type[Structure]) -> type[Structure]:
@@ -54,6 +55,13 @@ def _arguments(constants: type[Structure]) -> type[Structure]:
 
 
 _ARGUMENTS = {rule: _arguments(constants) for rule, (constants, _) in CONSTANTS.items()}
+_PACK = struct.Struct("=5QqI").pack
+"""The bytes of these but for their constants, which are the same for all of a step and begin where this ends."""
+_PADDING = {
+    rule: bytes(sizeof(arguments) - arguments.rule.offset - sizeof(CONSTANTS[rule][0]))
+    for rule, arguments in _ARGUMENTS.items()
+}
+"""What is behind the constants."""
 
 
 def update(launcher: Launcher, step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> None:
@@ -73,30 +81,35 @@ def update(launcher: Launcher, step: Step, format: str, tensors: Sequence[torch.
         raise TensorError(
             f"update: {len(tensors)} tensors: expected {names}", name="tensors", expected=names, got=str(len(tensors))
         )
+    numel, device = live.numel(), live.device
     for tensor, (name, dtype) in zip(tensors, expected, strict=True):
-        check("update", name, tensor, [dtype], like=live, numel=live.numel())
-    check("update", "the gradient", grad, FLOATS, like=live, numel=live.numel())
-    if live.numel() == 0:
+        if (
+            tensor.dtype is not dtype
+            or tensor.numel() != numel
+            or tensor.device != device
+            or not tensor.is_contiguous()
+        ):
+            check("update", name, tensor, [dtype], like=live, numel=numel)
+    check("update", "the gradient", grad, FLOATS, like=live, numel=numel)
+    if numel == 0:
         return
     codec = CODECS[format, FLOATS[live.dtype]]
-    rule = "adamw" if step.rule == "adam" and not coupled(step.hyperparameters) else step.rule
-    kernel = _BY_ENTRY[f"zx_{rule}_{codec}"]
+    kernel = _BY_RULE[step.kernel_rule, codec]
     if by_torch(launcher, kernel):
         _by_core(step, format, tensors, grad)
         return
-    moments = [address(tensor) for tensor in tensors[1 if codec == "fp32" else 2 :]]
-    _, prepare = CONSTANTS[step.rule]
-    args = _ARGUMENTS[step.rule](
-        address(live),
-        None if codec == "fp32" else address(tensors[1]),
-        moments[0],
-        moments[1] if len(moments) > 1 else None,
+    first, *others = addresses(tensors)
+    exact = 0 if codec == "fp32" else others.pop(0)
+    args = _PACK(
+        first,
+        exact,
+        others[0],
+        others[1] if len(others) > 1 else 0,
         address(grad),
-        live.numel(),
+        numel,
         dtype_number(grad.dtype),
-        prepare(step.hyperparameters, step.number, step.grad_scale),
     )
-    launcher.launch(kernel, blocks_for(live.numel(), THREADS * EACH), bytes(args))
+    launcher.launch(kernel, blocks_for(numel, THREADS * EACH), args + step.constants + _PADDING[step.rule])
 
 
 def _by_core(step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor) -> None:

@@ -9,6 +9,7 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,11 +47,11 @@ def estimates(module: nn.Module, stage: int, local: int, nodes: int) -> Iterator
     """Yields the choices for `local` ranks on each of `nodes` hosts. Raises ModelError for a model that cannot be
     trained."""
     for param, optimizer in _HOMES[stage]:
-        zero: dict[str, object] = {"stage": stage, "offload_optimizer": {"device": optimizer, "nvme_path": "."}}
+        zero: dict[str, Any] = {"stage": stage, "offload_optimizer": {"device": optimizer, "nvme_path": "."}}
         if param is not None:
             zero["offload_param"] = {"device": param, "nvme_path": "."}
         world = local * nodes
-        given = {
+        given: dict[str, Any] = {
             "bf16": {"enabled": True},
             "optimizer": {"type": "AdamW"},
             "train_micro_batch_size_per_gpu": 1,

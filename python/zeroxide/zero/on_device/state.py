@@ -118,12 +118,15 @@ class StateOnDevice:
         self.follow()
         runs = {unit: self._core.away_runs(unit, groups) for unit in self.units}
         begun = False
+        steps: dict[tuple[int, int], Step] = {}
         try:
             for unit, of_unit in runs.items():
                 for start, count, group, updates in of_unit:
-                    rule = groups[group]
-                    assert rule.rule is not None, "groups hold rules, not their base"
-                    step = Step(rule.rule, rule.values, updates + 1, grad_scale)
+                    step = steps.get((group, updates))
+                    if step is None:
+                        rule = groups[group]
+                        assert rule.rule is not None, "groups hold rules, not their base"
+                        step = steps[group, updates] = Step(rule.rule, rule.values, updates + 1, grad_scale)
                     begun = True
                     self._update(self.units[unit], slice(start, start + count), step)
             self.changed([unit for unit, of_unit in runs.items() if of_unit])
