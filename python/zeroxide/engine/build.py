@@ -290,21 +290,11 @@ class Build:
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
-            self.grad_offload = GradientOffload(
-                core, self.transfers, on_device, dtype=plan.grad, in_place=self._keeping_gradients()
-            )
+            self.grad_offload = GradientOffload(core, self.transfers, on_device)
             self.weights = make_device_weights(self.weights, self.transfers, plan, units, core.check_usable)
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
-
-    def _keeping_gradients(self) -> list[Unit]:
-        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
-        state on disk their memory is given back after the update."""
-        plan = self.plan
-        if plan.world > 1 or plan.state is not Home.HOST:
-            return []
-        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def _keep_activations(self, transfers: Transfers) -> None:
         if not self.config.activation_checkpointing.cpu_checkpointing:
@@ -367,11 +357,22 @@ class Build:
             world=plan.world,
             transient=plan.transient,
         )
+        if self.grad_offload is not None:
+            # Locked memory is resident: what has moved out of the model is not any more.
+            self.grad_offload.go_straight(self._keeping_gradients(), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
         self.hooks = Hooks(
             self.module, self.gatherer, self.reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.made.callback(self.hooks.close)
+
+    def _keeping_gradients(self) -> list[Unit]:
+        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
+        state on disk their memory is given back after the update."""
+        plan = self.plan
+        if plan.world > 1 or plan.state is not Home.HOST:
+            return []
+        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def keep_parameters(self) -> None:
         """Makes the engine answer for the parameters while they are empty."""

@@ -28,37 +28,31 @@ __all__ = ["GradientOffload", "OffloadedReduction"]
 
 class GradientOffload:
     """Gradients on their way down, those that left first at the front. Those of units that are at home on the device
-    stay there.
+    stay there."""
 
-    dtype: in which the core keeps gradients. in_place: numbers of units whose gradients it keeps in memory that never
-    moves, which the device is told of.
-    """
-
-    def __init__(
-        self,
-        core: _core.Offload,
-        transfers: Transfers,
-        on_device: StateOnDevice | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        in_place: Iterable[Unit] = (),
-    ) -> None:
+    def __init__(self, core: _core.Offload, transfers: Transfers, on_device: StateOnDevice | None = None) -> None:
         self.transfers = transfers
         self._core = core
-        self._dtype = dtype
-        self._homes: dict[int, torch.Tensor] = {}
-        """By the numbers of units, the memory that the device can write to."""
-        for unit in in_place:
-            home = memory_at(*core.kept_gradients(unit.index), torch.uint8)
-            if not transfers.register(home, f"gradients of {unit.name}"):
-                # What is locked is locked; the rest would be refused, too.
-                break
-            self._homes[unit.index] = home
+        self._dtype: torch.dtype | None = None
+        """In which the core keeps gradients that go straight there."""
+        self._straight: set[int] = set()
+        """Numbers of the units whose gradients do."""
         self._on_device = on_device
         """What takes gradients of units that are at home on the device, which do not come down."""
         self._under_way: deque[tuple[Unit, int, int | None, Download]] = deque()
         """(unit, position, first element) of each, and what comes; None in place of an element where it comes whole to
         where it is kept."""
+
+    def go_straight(self, units: Iterable[Unit], dtype: torch.dtype) -> None:
+        """Has the device write gradients of units from now on where the core keeps them, in `dtype` and in memory that
+        never moves, as far as that can be locked."""
+        self._dtype = dtype
+        for unit in units:
+            memory = memory_at(*self._core.kept_gradients(unit.index), torch.uint8)
+            if not self.transfers.register(memory, f"gradients of {unit.name}"):
+                # The rest would be refused, too.
+                return
+            self._straight.add(unit.index)
 
     def take(self, unit: Unit, position: int, grad: torch.Tensor) -> None:
         """Begins to bring a gradient, dense and on the device, to where its unit is. Raises what the core raises."""
@@ -78,7 +72,7 @@ class GradientOffload:
 
     def _place_for(self, unit: Unit, position: int, flat: torch.Tensor) -> torch.Tensor | None:
         """Where the device is to put a gradient itself; None where that cannot be."""
-        if unit.index not in self._homes or flat.dtype != self._dtype or not flat.numel():
+        if unit.index not in self._straight or flat.dtype != self._dtype or not flat.numel():
             return None
         if any(each is unit and at == position for each, at, *_ in self._under_way):
             # Used twice in one backward: the second is added.
