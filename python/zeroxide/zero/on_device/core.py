@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
+
 from zeroxide import _core
 from zeroxide.zero.on_device.state import StateOnDevice
 from zeroxide.zero.on_device.unit import UnitOnDevice
@@ -101,6 +103,10 @@ class CoreOnDevice:
         with self._values_of(unit) as state:
             if part == "grad" and not self._has_gradient(unit, param):
                 target.zero_()
+            elif not state.trainable[param]:
+                size = state.compute.itemsize
+                raw = state.frozen(param, start * size, target.numel() * size)
+                target.copy_(raw.view(state.compute) if part == "weights" else torch.zeros_like(target))
             elif target.numel():
                 target.copy_(state.read(part, state.place(param, start, target.numel())))
 

@@ -37,6 +37,7 @@ class UnitOnDevice:
         self.numels = [entry.numel for entry in planned.params]
         self.offsets = [core.param_offset(unit.index, at) for at in range(len(planned.params))]
         """Of each parameter, in elements of the compute dtype."""
+        self.trainable = unit.trainable
         with room_for_state(unit.name, device, plan.numbers.device_buckets or {}):
             memory.storage.resize_(memory.nbytes)
             memory.flat.zero_()
@@ -62,10 +63,12 @@ class UnitOnDevice:
         }
 
     def place(self, position: int, start: int = 0, count: int = -1) -> slice:
-        """Where elements `start ..` (all, if `count` is -1) of a trained parameter lie."""
+        """Where elements `start ..` (all, if `count` is -1) of a trained parameter lie. Raises IndexError beyond it."""
         first = self.offsets[position] + start
         numel = self.numels[position]
         end = start + (numel - start if count < 0 else count)
+        if not self.trainable[position]:
+            raise IndexError(f"parameter {position} of unit {self.name} is frozen: it has bytes alone")
         if not 0 <= start <= end <= numel:
             raise IndexError(f"elements {start}..{end} of {numel} of parameter {position} of unit {self.name}")
         return slice(first, first + end - start)
