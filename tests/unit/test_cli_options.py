@@ -123,7 +123,9 @@ def test_steps_may_grow_where_the_rate_does_not_depend_on_them():
 
 def test_the_command_offers_every_option_with_its_default():
     offered = inspect.signature(train).parameters
-    assert offered.keys() - {"context", "paths", "resume"} == {field.name for field in dataclasses.fields(TrainOptions)}
+    assert offered.keys() - {"context", "paths", "resume", "as_json"} == {
+        field.name for field in dataclasses.fields(TrainOptions)
+    }
     for field in dataclasses.fields(TrainOptions):
         default = offered[field.name].default
         assert default == (None if field.name == "data" else field.default), field.name

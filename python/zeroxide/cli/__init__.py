@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
+from zeroxide.cli.completion import completion
 from zeroxide.cli.config import config
 from zeroxide.cli.convert import convert
 from zeroxide.cli.doctor import doctor
@@ -19,27 +20,29 @@ from zeroxide.cli.run import run
 from zeroxide.cli.train import train
 from zeroxide.errors import ZeroxideError
 
-__all__ = ["main"]
+__all__ = ["application", "main"]
 
 _USAGE = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-def _application() -> typer.Typer:
-    application = typer.Typer(
+def application() -> typer.Typer:
+    """The command with all of its own."""
+    made = typer.Typer(
         name="zeroxide",
         help="Train PyTorch models whose state does not fit, under a byte budget.",
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
     )
-    application.command()(train)
-    application.add_typer(config, name="config")
-    application.command()(doctor)
-    application.command()(convert)
+    made.command()(train)
+    made.add_typer(config, name="config")
+    made.command()(doctor)
+    made.command()(completion)
+    made.command()(convert)
     # What follows the script is the script's.
-    application.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
-    return application
+    made.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
+    return made
 
 
 def _fail(message: str, status: int) -> int:
@@ -49,7 +52,7 @@ def _fail(message: str, status: int) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line `arguments` (default: the process's own) and return its exit status."""
-    command = typer.main.get_command(_application())
+    command = typer.main.get_command(application())
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status = command.main(given, prog_name="zeroxide", standalone_mode=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +22,10 @@ def convert(
         ),
     ] = None,
     tag: Annotated[str | None, typer.Option(help="Which checkpoint. Default: the newest.", show_default=False)] = None,
-    exclude_frozen: Annotated[bool, typer.Option(help="Leave out the weights of frozen parameters.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    exclude_frozen: Annotated[
+        bool, typer.Option("--exclude-frozen", help="Leave out the weights of frozen parameters.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint: DeepSpeed's ZeRO-1, 2 or 3 into zeroxide's, or either into safetensors for Hugging Face.
 
@@ -31,6 +35,9 @@ def convert(
     from zeroxide.checkpoint.convert.convert import convert as run
 
     path, notes = run(Path(source), Path(target), to, tag, include_frozen=not exclude_frozen)
+    if as_json:
+        print(json.dumps({"path": str(path), "notes": notes}, indent=1))
+        return
     for note in notes:
         print(f"zeroxide: note: {note}", flush=True)
     print(path, flush=True)

@@ -1,17 +1,19 @@
-"""`zeroxide run`: a script for DeepSpeed, unchanged."""
+"""`zeroxide run`: a script for DeepSpeed, unchanged; also the torchrun commands that start it on several hosts."""
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import site
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from zeroxide.cli.launching.hostfile import commands, is_here, read_hosts
 from zeroxide.errors import ConfigError
 
 __all__ = ["run"]
@@ -19,6 +21,8 @@ __all__ = ["run"]
 VARIABLE = "ZEROXIDE_AS_DEEPSPEED"
 """Set to 1, `import deepspeed` finds zeroxide in every Python that is started with it (`zeroxide.pth`)."""
 STARTUP = "zeroxide.pth"
+
+_TORCHRUN = ["-m", "torch.distributed.run"]
 
 
 def run(
@@ -29,12 +33,61 @@ def run(
     ranks: Annotated[
         int | None, typer.Option("--ranks", min=1, help="Start the script with this many ranks, by torchrun.")
     ] = None,
-) -> NoReturn:
+    hostfile: Annotated[
+        str | None,
+        typer.Option(help='Hosts, "NAME slots=RANKS" a line: print the command of each and run that of this host.'),
+    ] = None,
+    port: Annotated[
+        int, typer.Option(min=1, max=65535, help="With --hostfile: where rank 0 is met, on the first host.")
+    ] = 29500,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
+) -> None:
     """Start a script in which `import deepspeed` finds zeroxide, also in the processes that it starts."""
-    check_startup()
-    arguments = command_line(command, ranks)
-    print(f"zeroxide: deepspeed is zeroxide in: {shlex.join(arguments)}", file=sys.stderr, flush=True)
-    os.execve(arguments[0], arguments, {**os.environ, VARIABLE: "1"})
+    if as_json and not dry_run:
+        raise ConfigError("--json is for --dry-run: what a script prints is its own", path="--json")
+    if hostfile is None:
+        _start(command_line(command, ranks), dry_run=dry_run, as_json=as_json)
+        return
+    if ranks is not None:
+        raise ConfigError("--ranks and --hostfile: the file says how many; leave --ranks out", path="--ranks")
+    words = _script(command)
+    if words is None:
+        raise ConfigError(f"--hostfile starts scripts, and {command[0]} is a program", path="--hostfile")
+    hosts = read_hosts(hostfile)
+    lines = commands(hosts, words, port)
+    here = [number for number, host in enumerate(hosts) if is_here(host.name)]
+    if as_json:
+        rows = zip(hosts, lines, strict=True)
+        found = [{"host": host.name, "ranks": host.slots, "command": line} for host, line in rows]
+        print(json.dumps({"hosts": found, "here": [hosts[number].name for number in here]}, indent=1))
+        return
+    for number, (host, line) in enumerate(zip(hosts, lines, strict=True)):
+        mark = "  # this host" if number in here else ""
+        print(f"{host.name}: {VARIABLE}=1 {shlex.join(line)}{mark}", flush=True)
+    if dry_run:
+        return
+    if len(here) != 1:
+        names = ", ".join(hosts[number].name for number in here) or "none of them"
+        raise ConfigError(
+            f"--hostfile {hostfile}: this host is {names}; run the line of each host there, by ssh or a job's script",
+            path="--hostfile",
+            expected="one line of this host",
+            got=names,
+        )
+    _start([sys.executable, *_TORCHRUN, *lines[here[0]][1:]], dry_run=False, as_json=False)
+
+
+def _start(arguments: list[str], *, dry_run: bool, as_json: bool) -> None:
+    """Becomes the program that `arguments` name."""
+    if as_json:
+        print(json.dumps({"command": arguments, "environment": {VARIABLE: "1"}}, indent=1))
+    elif dry_run:
+        print(f"{VARIABLE}=1 {shlex.join(arguments)}")
+    else:
+        check_startup()
+        print(f"zeroxide: deepspeed is zeroxide in: {shlex.join(arguments)}", file=sys.stderr, flush=True)
+        os.execve(arguments[0], arguments, {**os.environ, VARIABLE: "1"})
 
 
 def check_startup() -> None:
@@ -50,18 +103,9 @@ def check_startup() -> None:
 
 def command_line(command: list[str], ranks: int | None) -> list[str]:
     """What is run for the words of a command, the program's path first. Raises ConfigError where there is none."""
-    first, *rest = command
-    if first == "-m":
-        if not rest:
-            raise ConfigError("-m: expected the name of a module after it", path="-m")
-        words = ["-m", *rest]
-    elif Path(first).is_file() and not os.access(first, os.X_OK):
-        words = command
-    elif first.endswith(".py"):
-        if not Path(first).is_file():
-            raise ConfigError(f"{first}: no such script in {Path.cwd()}", path="command", got=first)
-        words = command
-    else:
+    words = _script(command)
+    if words is None:
+        first, *rest = command
         program = shutil.which(first)
         if program is None:
             raise ConfigError(f"{first}: neither a script nor a program on PATH", path="command", got=first)
@@ -69,6 +113,21 @@ def command_line(command: list[str], ranks: int | None) -> list[str]:
             raise ConfigError(f"--ranks starts scripts, and {first} is a program: tell it how many", path="--ranks")
         return [program, *rest]
     if ranks is not None:
-        start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        words = [*start, *words]
+        words = [*_TORCHRUN, "--standalone", f"--nproc-per-node={ranks}", *words]
     return [sys.executable, *words]
+
+
+def _script(command: list[str]) -> list[str] | None:
+    """What Python is given for a script or a module; None where the command is a program."""
+    first, *rest = command
+    if first == "-m":
+        if not rest:
+            raise ConfigError("-m: expected the name of a module after it", path="-m")
+        return command
+    if Path(first).is_file() and not os.access(first, os.X_OK):
+        return command
+    if first.endswith(".py"):
+        if not Path(first).is_file():
+            raise ConfigError(f"{first}: no such script in {Path.cwd()}", path="command", got=first)
+        return command
+    return None

@@ -11,12 +11,14 @@ import typer
 
 from zeroxide.cli.training.options import TrainOptions
 from zeroxide.distributed.launch import read_environment
-from zeroxide.errors import RanksError
 
 __all__ = ["train"]
 
 _PATHS = "More --data, so that a shell may expand a glob."
 _MODEL, _DATA, _MEMORY, _OUTPUT = "Model and training", "Data", "Memory and disk", "Output"
+_JSON = Annotated[
+    bool, typer.Option("--json", help="Print events as JSON, one a line, as the log has them.", rich_help_panel=_OUTPUT)
+]
 
 # Option -> panel of the help, and what it says. Names, types and defaults are those of `TrainOptions`.
 _OPTIONS = {
@@ -50,11 +52,12 @@ _OPTIONS = {
 }
 
 
-def train(context: typer.Context, paths: list[str] | None, resume: bool, **given: Any) -> int:
+def train(context: typer.Context, paths: list[str] | None, resume: bool, as_json: bool, **given: Any) -> int:
     """Train a language model on text, with its parameters and optimizer state where you say.
 
     \b
     zeroxide train --model gpt2 --offload nvme:/mnt/fast --host-memory 2GiB --steps 300
+    torchrun --nproc-per-node 2 -m zeroxide.cli train --model gpt2
     """
     options = TrainOptions(**{**given, "data": (*(given["data"] or ()), *(paths or ()))})
     explicit = {
@@ -65,21 +68,11 @@ def train(context: typer.Context, paths: list[str] | None, resume: bool, **given
     if paths:
         explicit.add("data")
     if not resume:
-        options.checked()  # before torch is imported: a wrong option is answered at once
-    _only_one()
+        options.checked()  # before torch is imported: a wrong option is answered at once, and so are wrong variables
+    read_environment(os.environ)
     from zeroxide.cli.training.job import run
 
-    return run(options, resume=resume, explicit=frozenset(explicit))
-
-
-def _only_one() -> None:
-    """Each of several ranks would write the same files: refused before anything is read."""
-    world = read_environment(os.environ).world
-    if world > 1:
-        raise RanksError(
-            f"zeroxide train is one process, and the environment names {world} ranks: start it without a launcher; "
-            "for several ranks write a script around zeroxide.initialize"
-        )
+    return run(options, resume=resume, explicit=frozenset(explicit), as_json=as_json)
 
 
 def _parameters() -> list[inspect.Parameter]:
@@ -93,6 +86,7 @@ def _parameters() -> list[inspect.Parameter]:
         inspect.Parameter("context", keyword, annotation=typer.Context),
         inspect.Parameter("paths", keyword, annotation=argument, default=None),
     ]
+    made.append(inspect.Parameter("as_json", keyword, annotation=_JSON, default=False))
     for name, (panel, text) in _OPTIONS.items():
         # A switch has no --no- form.
         words = [f"--{name.replace('_', '-')}"] if hints[name] is bool else []

@@ -28,12 +28,12 @@ def conclude(this: Running) -> None:
     """Measure, save and show the trained model."""
     options, reporter, engine = this.options, this.reporter, this.engine
     loss = evaluate(this)
-    if loss is None and not this.stop.requested:
+    if loss is None and not this.together.stopping:
         reporter.say("no held-out loss: the held-out text is too short")
     _save_model(this)
-    if options.sample_tokens and not this.stop.requested:
+    if options.sample_tokens and not this.together.stopping:
         _sample(this)
-    plotted = _plot(this)
+    plotted = _plot(this) if this.together.first else None
     memory = engine.memory()
     expected = engine.plan().expected_peaks(loaded=this.loaded)
     if this.expected_process is not None:
@@ -70,8 +70,14 @@ def _say_traffic(this: Running) -> None:
 
 def _save_model(this: Running) -> None:
     """Write a folder that `transformers` loads, aside and then by one rename."""
-    target = this.folder.model
-    aside = target.with_name("model.writing")
+    aside = this.folder.model.with_name("model.writing")
+    this.together.from_first(lambda: _describe_model(this, aside))
+    this.engine.save_16bit_model(str(aside))
+    this.together.from_first(lambda: _rename(aside, this.folder.model))
+
+
+def _describe_model(this: Running, aside: Path) -> None:
+    """Writes all but the weights."""
     try:
         shutil.rmtree(aside, ignore_errors=True)
         shutil.copytree(this.data.tokenizer_folder, aside)
@@ -81,13 +87,21 @@ def _save_model(this: Running) -> None:
         config.save_pretrained(aside)
         if this.model.generation_config is not None:
             this.model.generation_config.save_pretrained(aside)
-        this.engine.save_16bit_model(str(aside))
+    except OSError as error:
+        raise _not_written(this.folder.model, error) from None
+
+
+def _rename(aside: Path, target: Path) -> None:
+    try:
         shutil.rmtree(target, ignore_errors=True)
         aside.rename(target)
     except OSError as error:
-        raise StorageError(
-            f"cannot write the model to {target}: {error.strerror or error}", path=target, errno=error.errno
-        ) from None
+        raise _not_written(target, error) from None
+
+
+def _not_written(target: Path, error: OSError) -> StorageError:
+    line = f"cannot write the model to {target}: {error.strerror or error}"
+    return StorageError(line, path=target, errno=error.errno)
 
 
 def _tokenizer(data: Dataset) -> Any:
@@ -124,7 +138,7 @@ def _sample(this: Running) -> None:
         vocabulary_size=data.vocabulary_size,
         end_of_text=data.end_of_text,
         seed=options.seed,
-        stop=lambda: this.stop.requested,
+        stop=lambda: this.together.stopping,
     )
     tokenizer = _tokenizer(data)
     begin, text = tokenizer.decode(prompt), tokenizer.decode(tokens)
@@ -150,7 +164,7 @@ def evaluate(this: Running) -> float | None:
     from zeroxide.cli.training.sample import held_out_loss
 
     begin = time.perf_counter()
-    loss = held_out_loss(this.engine, this.held_out, lambda: this.stop.requested)
+    loss = held_out_loss(this.engine, this.held_out, lambda: this.together.stopping)
     if loss is None:
         return None
     perplexity = math.exp(min(loss, 700.0))

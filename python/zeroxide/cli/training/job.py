@@ -12,8 +12,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
@@ -27,7 +30,10 @@ from zeroxide.cli.training.options import TrainOptions
 from zeroxide.cli.training.report import Reporter, StepFigures
 from zeroxide.cli.training.run_folder import Record, RunFolder, refuse_differences
 from zeroxide.cli.training.running import Running
+from zeroxide.cli.training.together import Together
 from zeroxide.config.sizes import format_bytes
+from zeroxide.distributed import Ranks
+from zeroxide.distributed.process_group import start
 from zeroxide.errors import CheckpointError, ConfigError, ModelError, NumericsError
 
 __all__ = ["run"]
@@ -38,25 +44,33 @@ def run(
     *,
     resume: bool = False,
     explicit: frozenset[str] = frozenset(),
+    as_json: bool = False,
     initialize: Callable[..., Any] | None = None,
     reporter: Reporter | None = None,
 ) -> int:
     """Train as `options` say and return the exit status: 0, or 128 + the signal that stopped the run after a step.
 
-    With `resume`, go on with the run in `--out`: options not in `explicit` are those of that run. `initialize` stands
-    in for `zeroxide.initialize`. Raises `ZeroxideError`.
+    With `resume`, go on with the run in `--out`: options not in `explicit` are those of that run. With `as_json` the
+    events are printed instead of lines for people. `initialize` stands in for `zeroxide.initialize`. Raises
+    `ZeroxideError`.
     """
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        reporter = reporter or Reporter()
+        reporter = reporter or Reporter(as_json=as_json)
         cleanup.callback(reporter.close)
-        this, notes = _prepare(options, resume, explicit, initialize, reporter, stop, cleanup)
-        reporter.open_log(this.folder.log, append=resume)
+        ranks = start()
+        cleanup.callback(ranks.close)
+        together = Together(ranks, stop)
+        if not together.first:
+            reporter = Reporter(cleanup.enter_context(open(os.devnull, "w", encoding="utf-8")))
+        this, notes = _prepare(options, resume, explicit, initialize, reporter, together, cleanup)
+        if together.first:
+            reporter.open_log(this.folder.log, append=resume)
         _announce(this, notes)
         stop.defer()
         try:
             _train(this)
-            if stop.requested:
+            if together.stopping:
                 return _stop_early(this)
             conclude(this)
         except KeyboardInterrupt:
@@ -68,16 +82,65 @@ def run(
         return 0
 
 
+@dataclass(frozen=True)
+class _Begun:
+    """What rank 0 finds or makes before there is an engine, and the others open."""
+
+    folder: RunFolder
+    options: TrainOptions
+    choice: ModelChoice
+    data: Dataset
+    record: Record
+
+
 def _prepare(
     options: TrainOptions,
     resume: bool,
     explicit: frozenset[str],
     initialize: Callable[..., Any] | None,
     reporter: Reporter,
-    stop: StopRequest,
+    together: Together,
     cleanup: contextlib.ExitStack,
 ) -> tuple[Running, list[str]]:
     """Return the run, ready for its next step, and what else to tell the user. `cleanup` gets what must be closed."""
+    mine: list[_Begun] = []
+
+    def first() -> list[Any]:
+        mine.append(_begin(options, resume, explicit, reporter, together.ranks, cleanup))
+        return [str(mine[0].folder.path), mine[0].options.as_json()]
+
+    path, told = together.from_first(first)
+    begun = mine[0] if mine else _join(path, TrainOptions.from_json(told), together.ranks, cleanup)
+    options, choice, data = begun.options, begun.choice, begun.data
+    import torch
+
+    torch.set_num_threads(options.threads)
+    batches = TrainingBatches(data.train, batch_size=options.batch_size, seq_len=options.seq_len, seed=options.seed)
+    held_out = HeldOutBatches(
+        data.held_out, batch_size=options.batch_size, seq_len=options.seq_len, limit=options.eval_batches
+    )
+    _fit_config(choice, data)
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    model = build_model(choice, dtypes[options.dtype])
+    count = num_parameters(model)  # the engine takes the shapes away
+    engine, notes = make_engine(options, choice, model, initialize)
+    cleanup.callback(engine.destroy)
+    this = Running(options, begun.folder, reporter, together, choice, data, engine, model, count, batches, held_out)
+    if resume:
+        _load_checkpoint(this, begun.record)
+    this.seen.append(engine.memory()["process"])
+    return this, notes
+
+
+def _begin(
+    options: TrainOptions,
+    resume: bool,
+    explicit: frozenset[str],
+    reporter: Reporter,
+    ranks: Ranks,
+    cleanup: contextlib.ExitStack,
+) -> _Begun:
+    """On rank 0: opens the run's folder, checks the options, and has the tokens made where they are not there."""
     recorded: Record | None = None
     folder: RunFolder | None = None
     if resume:
@@ -85,7 +148,7 @@ def _prepare(
         cleanup.callback(folder.close)
         recorded = folder.read_record()
         options = _merge(recorded.options, options, explicit)
-    options = options.checked()
+    options = options.checked(ranks.local_world)
     import torch
 
     torch.set_num_threads(options.threads)
@@ -103,28 +166,24 @@ def _prepare(
             f"the tokenizer has {data.vocabulary_size:,} tokens, the embedding of {choice.name} only "
             f"{choice.vocabulary_size:,} rows"
         )
-    batches = TrainingBatches(data.train, batch_size=options.batch_size, seq_len=options.seq_len, seed=options.seed)
-    held_out = HeldOutBatches(
-        data.held_out, batch_size=options.batch_size, seq_len=options.seq_len, limit=options.eval_batches
-    )
+    # A corpus that is too short is found out before there is a record of the run.
+    TrainingBatches(data.train, batch_size=options.batch_size, seq_len=options.seq_len, seed=options.seed)
     if options.sample_prompt is not None:
         encode_prompt(data, options.sample_prompt)  # an empty one should not be found out at the end
-    record = Record(options, choice.digest(), data.corpus_digest)
+    record = Record(options, choice.digest(), data.corpus_digest, ranks.world)
     if recorded is not None:
         refuse_differences(recorded, record)
     else:
         folder.write_record(record)
-    _fit_config(choice, data)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    model = build_model(choice, dtypes[options.dtype])
-    count = num_parameters(model)  # the engine takes the shapes away
-    engine, notes = make_engine(options, choice, model, initialize)
-    cleanup.callback(engine.destroy)
-    this = Running(options, folder, reporter, stop, choice, data, engine, model, count, batches, held_out)
-    if resume:
-        _load_checkpoint(this, record)
-    this.seen.append(engine.memory()["process"])
-    return this, notes
+    return _Begun(folder, options, choice, data, record)
+
+
+def _join(path: str, options: TrainOptions, ranks: Ranks, cleanup: contextlib.ExitStack) -> _Begun:
+    """On the other ranks: opens what rank 0 has made. Raises DataError where they do not see its folder."""
+    folder, choice = RunFolder(Path(path), shared=True), choose_model(options.model)
+    data = open_dataset(folder.data)
+    cleanup.callback(data.close)
+    return _Begun(folder, options, choice, data, Record(options, choice.digest(), data.corpus_digest, ranks.world))
 
 
 def _merge(recorded: TrainOptions, given: TrainOptions, explicit: frozenset[str]) -> TrainOptions:
@@ -193,7 +252,8 @@ def _announce(this: Running, notes: list[str]) -> None:
     options, choice, data = this.options, this.choice, this.data
     origin = "fine-tuned" if choice.has_weights else "from scratch"
     biases = "" if choice.has_weights else f" (biases {options.bias_lr:g})"
-    plan = this.engine.plan()
+    plan, world = this.engine.plan(), this.together.world
+    ranks = f" on {world} ranks" if world > 1 else ""
     rows = [
         ("model", f"{choice.name}, {this.num_parameters:,} parameters, {options.dtype}, {origin}"),
         (
@@ -203,8 +263,8 @@ def _announce(this: Running, notes: list[str]) -> None:
         ),
         (
             "training",
-            f"{options.steps} steps of {options.tokens_per_step:,} tokens "
-            f"({options.batch_size} x {options.seq_len} x {options.accumulate}), AdamW, "
+            f"{options.steps} steps of {options.tokens_per_step * world:,} tokens "
+            f"({options.batch_size} x {options.seq_len} x {options.accumulate}{ranks}), AdamW, "
             f"lr {options.lr:g}{biases} {options.schedule} after {options.warmup} steps, clip {options.clip:g}, "
             f"seed {options.seed}",
         ),
@@ -228,7 +288,7 @@ def _train(this: Running) -> None:
     options = this.options
     this.reporter.start(this.step, options.steps)
     try:
-        while this.step < options.steps and not this.stop.requested:
+        while this.step < options.steps and not this.together.stopping:
             figures = _one_step(this)
             this.step += 1
             this.reporter.step(figures, options.steps)
@@ -250,7 +310,8 @@ def _one_step(this: Running) -> StepFigures:
     mean_loss = 0.0
     lr = float(engine.get_lr()[0])
     for micro in range(options.accumulate):
-        number = this.step * options.accumulate + micro
+        # One after the other as one rank would take them, so that so many ranks see what so many micro-batches would.
+        number = (this.step * options.accumulate + micro) * this.together.world + this.together.ranks.rank
         # Dropout is a function of the seed and of the batch's number, so a resumed run needs no generator state.
         torch.manual_seed(_seed_of(options.seed, number))
         batch = this.batches.batch(number).to(engine.device)
@@ -281,6 +342,7 @@ def _one_step(this: Running) -> StepFigures:
         raise NumericsError(
             f"the gradient norm is {norm} at step {this.step + 1}; {_last_checkpoint(this)}", step=this.step, value=norm
         )
+    mean_loss = this.together.step(mean_loss)
     seconds, after, memory = time.perf_counter() - begin, engine.io(), engine.memory()
     this.traffic.append((after["read_bytes"] - before["read_bytes"], after["write_bytes"] - before["write_bytes"]))
     busy = sum(after[key] - before[key] for key in ("read_seconds", "write_seconds"))
@@ -289,7 +351,7 @@ def _one_step(this: Running) -> StepFigures:
         loss=mean_loss,
         grad_norm=norm,
         lr=lr,
-        tokens=options.tokens_per_step,
+        tokens=options.tokens_per_step * this.together.world,
         seconds=seconds,
         forward_seconds=forward,
         backward_seconds=backward,
@@ -331,7 +393,8 @@ def _save_checkpoint(this: Running) -> None:
     state = {"step": this.step, "micro_batches": this.step * this.options.accumulate, "corpus": this.data.corpus_digest}
     this.engine.save_checkpoint(str(this.folder.checkpoint_folder), tag=f"step-{this.step}", client_state=state)
     this.saved_step = this.step
-    this.folder.drop_old_checkpoints()
+    if this.together.first:
+        this.folder.drop_old_checkpoints()
     seconds = time.perf_counter() - begin
     this.reporter.say(f"checkpoint of step {this.step} in {this.folder.checkpoint_folder} ({seconds:.1f} s)")
     this.reporter.event("checkpoint", step=this.step, seconds=seconds)
@@ -340,9 +403,9 @@ def _save_checkpoint(this: Running) -> None:
 def _stop_early(this: Running) -> int:
     if this.saved_step != this.step:
         _save_checkpoint(this)
-    this.reporter.event("stopped", step=this.step, signal=this.stop.name)
+    stop = this.together.stop
+    this.reporter.event("stopped", step=this.step, signal=stop.name)
     this.reporter.say(
-        f"stopped by {this.stop.name} after step {this.step}; "
-        f"go on with: zeroxide train --resume --out {this.folder.path}"
+        f"stopped by {stop.name} after step {this.step}; go on with: zeroxide train --resume --out {this.folder.path}"
     )
-    return this.stop.exit_status
+    return stop.exit_status

@@ -80,8 +80,11 @@ class TrainOptions:
     io_engine: str = "auto"
     """`auto`, `io_uring` or `threads`."""
 
-    def checked(self) -> TrainOptions:
-        """Return the same options, defaults resolved. Raises `ConfigError` for the first that makes no sense."""
+    def checked(self, ranks_here: int = 1) -> TrainOptions:
+        """Return the same options, defaults resolved. Raises `ConfigError` for the first that makes no sense.
+
+        So many ranks of this host share its processors.
+        """
         _count("steps", self.steps, 1)
         _count("batch_size", self.batch_size, 1)
         _count("seq_len", self.seq_len, 2, _LARGEST_SEQUENCE)
@@ -117,7 +120,7 @@ class TrainOptions:
             )
         self._check_offload()
         self._check_host_memory()
-        threads = self.threads or len(os.sched_getaffinity(0))
+        threads = self.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
         return dataclasses.replace(self, warmup=warmup, format=state_format, threads=threads)
 
     def _check_offload(self) -> None:

@@ -89,10 +89,14 @@ class StepFigures:
 
 
 class Reporter:
-    """Writes to `stream` (default: standard output) and, once `open_log` was called, to a JSONL file."""
+    """Writes to `stream` (default: standard output) and, once `open_log` was called, to a JSONL file.
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    With `as_json` the stream has the log's lines, and no others.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, as_json: bool = False) -> None:
         self._stream = stream if stream is not None else sys.stdout
+        self._as_json = as_json
         self._log: TextIO | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -105,7 +109,9 @@ class Reporter:
             raise StorageError(f"cannot write {path}: {error.strerror}", path=path, errno=error.errno) from None
 
     def say(self, line: str) -> None:
-        """Print one line."""
+        """Print one line for people."""
+        if self._as_json:
+            return
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -122,15 +128,18 @@ class Reporter:
         if self._log is None:
             return
         value = {"event": kind, "time": round(time.time(), 3), **{key: _plain(item) for key, item in fields.items()}}
+        line = json.dumps(value, allow_nan=False)
+        if self._as_json:
+            print(line, file=self._stream, flush=True)
         try:
-            self._log.write(json.dumps(value, allow_nan=False) + "\n")
+            self._log.write(f"{line}\n")
             self._log.flush()
         except OSError as error:
             raise StorageError(f"cannot write the log: {error.strerror}", errno=error.errno) from None
 
     def start(self, step: int, steps: int) -> None:
         """Show a bar for steps [step, steps) where the stream is a terminal."""
-        if not self._stream.isatty():
+        if self._as_json or not self._stream.isatty():
             return
         # Imported only where it shows something: it costs some 6 MiB of resident memory.
         from rich.console import Console

@@ -38,14 +38,20 @@ class Record:
     options: TrainOptions
     model_digest: str
     corpus_digest: str
+    ranks: int = 1
 
 
 class RunFolder:
-    """A folder this process works in alone. Made by `create` or `resume`, given up by `close`."""
+    """A folder that one run works in alone. Made by `create` or `resume`, given up by `close`.
 
-    def __init__(self, path: Path) -> None:
+    Of several ranks the first holds it, and the others have it `shared`.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
         self._lock: int | None = None
+        if shared:
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path / "LOCK", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -151,6 +157,7 @@ class RunFolder:
             "options": record.options.as_json(),
             "model_digest": record.model_digest,
             "corpus_digest": record.corpus_digest,
+            "ranks": record.ranks,
         }
         aside = self.path / "run.json.new"
         try:
@@ -172,6 +179,7 @@ class RunFolder:
                 options=TrainOptions.from_json(value["options"]),
                 model_digest=str(value["model_digest"]),
                 corpus_digest=str(value["corpus_digest"]),
+                ranks=int(value.get("ranks", 1)),
             )
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror}", path=path) from None
@@ -190,6 +198,8 @@ def refuse_differences(recorded: Record, wanted: Record) -> None:
     problems = conflicts(recorded.options, wanted.options)
     if recorded.model_digest != wanted.model_digest and not any(text.startswith("--model ") for text in problems):
         problems.append("the config of --model (changed since the run began)")
+    if recorded.ranks != wanted.ranks:
+        problems.append(f"the number of ranks (run: {recorded.ranks}, now: {wanted.ranks})")
     if recorded.corpus_digest != wanted.corpus_digest:
         problems.append("the text of --data (not what the run began with)")
     if problems:

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
 from zeroxide.cli.training.dataset import Dataset
-from zeroxide.cli.training.interrupt import StopRequest
 from zeroxide.cli.training.models import ModelChoice
 from zeroxide.cli.training.options import TrainOptions
 from zeroxide.cli.training.report import Reporter
 from zeroxide.cli.training.run_folder import RunFolder
+from zeroxide.cli.training.together import Together
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ class Running:
     options: TrainOptions
     folder: RunFolder
     reporter: Reporter
-    stop: StopRequest
+    together: Together
     choice: ModelChoice
     data: Dataset
     engine: Any

@@ -1,0 +1,1 @@
+"""What `zeroxide run` knows of several hosts."""
