@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,7 +13,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import HOST, empty_cache
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
-from zeroxide.errors import ModelError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.on_device.core import device_part
 
@@ -57,7 +58,27 @@ class Accessors:
 
     def gradient_clipping(self) -> float:
         """Largest global gradient norm; 0 where gradients are left as they are."""
-        return self.parts.config.gradients.clipping or 0.0
+        return self.parts.updater.clipping or 0.0
+
+    def set_gradient_clipping(self, max_norm: float) -> None:
+        """Changes the largest global gradient norm from the next step on, on this rank; 0 leaves gradients as they are.
+
+        Every rank sets the same. Raises ConfigError for what is no finite number of at least 0.
+        """
+        if not math.isfinite(max_norm) or max_norm < 0:
+            raise ConfigError(
+                f"gradient_clipping: expected a finite number of at least 0, got {max_norm!r}",
+                path="gradient_clipping",
+                got=repr(max_norm),
+            )
+        self.parts.updater.clipping = float(max_norm) or None
+
+    def measure_grad_norm(self) -> torch.Tensor:
+        """Norm of all gradients since the last step, without the loss scale: fp64 of shape (); NaN where not finite.
+
+        Every rank calls it. The next step finds the same.
+        """
+        return torch.tensor(self.parts.updater.measure(), dtype=torch.float64, device=HOST)
 
     def steps_per_print(self) -> int | None:
         """Optimizer steps from one line of progress to the next; None for no lines."""

@@ -45,6 +45,8 @@ class Updater:
         """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
         self.applied = False
         """Whether the last step changed the weights."""
+        self.clipping = config.gradients.clipping
+        """Largest global gradient norm of the next step; None leaves gradients as they are."""
         self._config = config
         self._core = core
         self._ranks = ranks
@@ -66,6 +68,11 @@ class Updater:
         self._optimizer, self._weights, self._hooks, self._context = optimizer, weights, hooks, context
         self._residuals = residuals
 
+    def measure(self) -> float:
+        """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
+        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._ranks, self._groups, self._watch)
+        return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
+
     def apply(self) -> None:
         """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
         together."""
@@ -83,7 +90,7 @@ class Updater:
             self._counters.skipped_steps += 1
             core.clear_gradients()
         elif accumulated:
-            clip = config.gradients.clipping
+            clip = self.clipping
             factor = min(1.0, clip / (self.norm + CLIP_EPSILON)) if clip and finite else 1.0
             self._context.before_change()
             core.step(optimizer.core_groups(), factor / loss_scale)
