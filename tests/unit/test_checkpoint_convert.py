@@ -251,11 +251,15 @@ def test_what_the_client_saved_and_we_cannot_hold_is_said(tmp_path):
         made_up(),
         stage=2,
         world=1,
-        extra={"more": {"tensor": torch.ones(1)}, "lr_scheduler": {"a": 1}, "ds_config": {}},
+        extra={
+            "more": {"tensor": torch.ones(20000), "score": torch.ones(1)},
+            "lr_scheduler": {"a": 1},
+            "ds_config": {},
+        },
     )
     path, notes = run(tmp_path / "theirs", tmp_path / "ours")
     assert len(notes) == 2
-    assert any("client_state['more']['tensor'] is a torch.Tensor" in note for note in notes)
+    assert any("client_state['more']['tensor'] has 80000 bytes" in note for note in notes)
     assert any("schedule is left out" in note for note in notes)
     manifest = json.loads((path / "manifest.json").read_text())
     assert manifest["client_state"] == {"epoch": 1.5}
@@ -356,7 +360,7 @@ def test_what_cannot_be_asked_for(make, tmp_path):
 
 def test_the_command(make, tmp_path, capsys):
     written = made_up()
-    write(tmp_path / "theirs", written, stage=2, world=2, extra={"more": {"tensor": torch.ones(1)}})
+    write(tmp_path / "theirs", written, stage=2, world=2, extra={"more": {"tensor": torch.ones(20000)}})
     assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 0
     out = capsys.readouterr().out.splitlines()
     assert out[-1] == str(tmp_path / "ours" / "global_step3")

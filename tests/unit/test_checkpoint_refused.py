@@ -194,7 +194,7 @@ def test_saving_within_accumulation_is_refused(make, tmp_path):
 @pytest.mark.parametrize(
     ("value", "line"),
     [
-        ({"a": [1, torch.ones(1)]}, r"client_state\['a'\]\[1\] is a torch.Tensor"),
+        ({"a": [1, torch.ones(20000)]}, r"client_state\['a'\]\[1\] has 80000 bytes"),
         ({"a": {2: {1}}}, r"client_state\['a'\]\[2\] is a set"),
         ({b"k": 1}, "a key of client_state is a bytes"),
         ([1], "client_state must be a dict, got list"),
@@ -284,3 +284,34 @@ def test_plain_values_survive_json(value):
             assert repr(one) == repr(other)
 
     same(decode(json.loads(json.dumps(encode(value, "value")))), value)
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.tensor(0.1),
+        torch.arange(6).view(2, 3).t(),
+        torch.tensor([1.5, -0.0, float("nan")], dtype=torch.bfloat16),
+        torch.empty(0, 3, dtype=torch.bool),
+        torch.tensor([1 - 2j]),
+        nn.Parameter(torch.ones(2)),
+    ],
+)
+def test_small_tensors_survive(tensor):
+    """Catches: another dtype or shape, rounding, elements in the order of memory."""
+    found = decode(json.loads(json.dumps(encode({"a": [tensor]}, "value"))))["a"][0]
+    assert type(found) is torch.Tensor
+    assert (found.dtype, found.shape) == (tensor.dtype, tensor.shape)
+    assert found.requires_grad is False
+    one, other = (each.detach().reshape(-1).view(torch.uint8) for each in (found, tensor))
+    assert torch.equal(one, other)
+
+
+def test_tensors_that_are_no_text():
+    with pytest.raises(CheckpointError, match=r"value\['w'\] has 65540 bytes: at most 65536 are saved as JSON"):
+        encode({"w": torch.zeros(16385)}, "value")
+    with pytest.raises(CheckpointError, match="value has layout sparse_coo"):
+        encode(torch.eye(2).to_sparse(), "value")
+    for wrong in (["float32", [2], "AAAA"], ["float33", [1], "AAAAAA=="], ["float32", [1], "no"], 7, ["cuda", [1], ""]):
+        with pytest.raises(ValueError, match="no tensor"):
+            decode({"$tensor": wrong})

@@ -5,19 +5,28 @@ What JSON has no form for is written as a dict with one key that starts with a d
     (1, 2)         {"$tuple": [1, 2]}
     {3: "x"}       {"$dict": [[3, "x"]]}
     Counter(...)   {"$counter": [[3, 1]]}
+    a tensor       {"$tensor": ["float32", [2], "AACAPwAAAEA="]}, its bytes in base64
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 from collections import Counter
 from typing import Any
 
+import torch
+
+from zeroxide.device.placement import in_host
 from zeroxide.errors import CheckpointError
+from zeroxide.precision.bits import bytes_of, tensor_of, why_not_bytes
 
 __all__ = ["decode", "encode"]
 
-TUPLE, DICT, COUNTER = "$tuple", "$dict", "$counter"
+TUPLE, DICT, COUNTER, TENSOR = "$tuple", "$dict", "$counter", "$tensor"
 MAX_DEPTH = 100
+MAX_TENSOR = 1 << 16
+"""Bytes of a tensor: scores and counts, not weights."""
 
 
 def encode(value: Any, where: str, depth: int = 0) -> Any:
@@ -30,6 +39,8 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     for plain in (int, float, str):
         if isinstance(value, plain):
             return plain(value)
+    if isinstance(value, torch.Tensor):
+        return {TENSOR: _encoded(value, where)}
     if isinstance(value, list):
         return [encode(item, f"{where}[{at}]", depth + 1) for at, item in enumerate(value)]
     if isinstance(value, tuple):
@@ -50,6 +61,29 @@ def encode(value: Any, where: str, depth: int = 0) -> Any:
     )
 
 
+def _encoded(tensor: torch.Tensor, where: str) -> list[Any]:
+    problem = why_not_bytes(tensor)
+    if problem is not None or tensor.nbytes > MAX_TENSOR:
+        problem = problem or f"has {tensor.nbytes} bytes: at most {MAX_TENSOR} are saved as JSON"
+        raise CheckpointError(f"{where} {problem}; save large tensors as buffers of the model")
+    data = bytes_of(in_host(tensor.detach()).contiguous())
+    return [
+        str(tensor.dtype).removeprefix("torch."),
+        list(tensor.shape),
+        base64.b64encode(data.numpy().tobytes()).decode(),
+    ]
+
+
+def _decoded(form: Any) -> torch.Tensor:
+    try:
+        name, shape, text = form
+        dtype = getattr(torch, name)
+        raw = torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+        return tensor_of(raw, dtype, torch.Size(shape))
+    except (TypeError, AttributeError, RuntimeError, binascii.Error) as error:
+        raise ValueError(f"no tensor: {error}") from None
+
+
 def decode(value: Any) -> Any:
     """The value that `encode` was given. Raises ValueError for a form that `encode` never makes."""
     if isinstance(value, list):
@@ -60,6 +94,8 @@ def decode(value: Any) -> Any:
         (form, inner), *_ = value.items()
         if form == TUPLE:
             return tuple(decode(item) for item in inner)
+        if form == TENSOR:
+            return _decoded(inner)
         if form in (DICT, COUNTER):
             pairs = {decode(key): decode(item) for key, item in inner}
             return Counter(pairs) if form == COUNTER else pairs

@@ -8,6 +8,7 @@ from typing import Any
 import torch.utils.checkpoint
 
 from zeroxide.errors import ConfigError
+from zeroxide.integrations.deepspeed.logging import logger
 
 __all__ = ["checkpoint", "configure", "is_configured", "reset"]
 
@@ -29,17 +30,21 @@ def configure(
     synchronize: bool | None = None,
     profile: bool | None = None,
 ) -> None:
-    """Notes that checkpointing was configured. Raises ConfigError for what changes where activations are kept."""
+    """Notes that checkpointing was configured. Raises ConfigError for what changes where activations are kept.
+
+    `checkpoint_in_cpu` says what the config's `activation_checkpointing.cpu_checkpointing` does, and a line says so.
+    """
     global _configured
     asked = {
         "mpu_": mpu_ is not None,
         "partition_activations": partition_activations,
         "contiguous_checkpointing": contiguous_checkpointing,
-        "checkpoint_in_cpu": checkpoint_in_cpu,
     }
     for name, value in asked.items():
         if value:
             raise ConfigError(f"deepspeed.checkpointing.configure: {name} is not built in zeroxide yet", path=name)
+    if checkpoint_in_cpu:
+        logger.info("activations wait in host memory where the config says activation_checkpointing.cpu_checkpointing")
     _configured = True
 
 

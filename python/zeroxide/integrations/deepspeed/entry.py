@@ -9,9 +9,12 @@ import functools
 import inspect
 from typing import Any
 
+from torch import nn
+
 from zeroxide.distributed import init_distributed
 from zeroxide.engine.entry import initialize as initialize_engine
 from zeroxide.integrations.deepspeed.logging import logger
+from zeroxide.integrations.ownership import Ownership, owner_of
 from zeroxide.zero import Init as ZeroInit
 
 __all__ = ["Init", "initialize"]
@@ -21,18 +24,29 @@ __all__ = ["Init", "initialize"]
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """See `zeroxide.initialize`. Makes torch's default process group where there is none, also for one rank.
 
-    Keys of a config dict that have a section and a key in one name are left out, as DeepSpeed does not read them. At
-    stage 3 over several ranks `module.state_dict()` has names and shapes alone, and no rank waits for another.
+    Keys of a config dict that have a section and a key in one name are left out, as DeepSpeed does not read them. A
+    model that such an engine has is taken over from it with its exact weights: that engine ends, and every rank has
+    memory for the whole model meanwhile. At stage 3 over several ranks `module.state_dict()` has names and shapes alone,
+    and no rank waits for another.
     """
     init_distributed(distributed_port=kwargs.get("distributed_port", 29500), verbose=False)
     asked = inspect.signature(initialize_engine).bind(*args, **kwargs)
     for name in ("config", "config_params"):
         if isinstance(asked.arguments.get(name), dict):
             asked.arguments[name] = _without_dotted(asked.arguments[name])
-    found = initialize_engine(*asked.args, **asked.kwargs)
+    model = asked.arguments.get("model")
+    if not isinstance(model, nn.Module):
+        return initialize_engine(*asked.args, **asked.kwargs)
+    before = owner_of(model)
+    if before is not None:
+        logger.info("the engine that has the model ends: another one takes it over")
+        before.give_back()
+    owner = Ownership.of(model, trains=True)
+    made = initialize_engine(*asked.args, **asked.kwargs)
     # Accelerate's own way to save has every rank but the first ask its module for a dict that nobody looks into.
-    found[0].parts.state_dicts.names_alone = True
-    return found
+    made[0].parts.state_dicts.names_alone = True
+    owner.belongs_to(model, made[0])
+    return made
 
 
 def _without_dotted(config: dict[str, Any]) -> dict[str, Any]:

@@ -285,16 +285,14 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "print_rank_0": f"{_HERE}.logging:print_rank_0",
     },
     "deepspeed.utils.zero_to_fp32": {
-        **{
-            name: f"{_HERE}.zero_to_fp32:{name}"
-            for name in (
-                "convert_zero_checkpoint_to_fp32_state_dict",
-                "get_fp32_state_dict_from_zero_checkpoint",
-                "load_state_dict_from_zero_checkpoint",
-            )
-        },
-        "get_model_state_file": _later("a pickled file of model states (load_checkpoint reads the whole)"),
-        "get_optim_files": _later("pickled files of optimizer states (load_checkpoint reads the whole)"),
+        name: f"{_HERE}.zero_to_fp32:{name}"
+        for name in (
+            "convert_zero_checkpoint_to_fp32_state_dict",
+            "get_fp32_state_dict_from_zero_checkpoint",
+            "get_model_state_file",
+            "get_optim_files",
+            "load_state_dict_from_zero_checkpoint",
+        )
     },
     "deepspeed.version": {"version": f"{_HERE}.surface:VERSION"},
     "deepspeed.zero": {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,16 @@ import torch
 from torch import nn
 
 from zeroxide.checkpoint.convert.convert import convert, read_weights
+from zeroxide.checkpoint.format.json_codec import decode
+from zeroxide.checkpoint.format.manifest import MANIFEST, read_manifest
 from zeroxide.device.placement import HOST
-from zeroxide.errors import ConfigError
+from zeroxide.errors import CheckpointError, ConfigError
 
 __all__ = [
     "convert_zero_checkpoint_to_fp32_state_dict",
     "get_fp32_state_dict_from_zero_checkpoint",
+    "get_model_state_file",
+    "get_optim_files",
     "load_state_dict_from_zero_checkpoint",
 ]
 
@@ -66,3 +72,46 @@ def load_state_dict_from_zero_checkpoint(
     model = model.to(HOST)
     model.load_state_dict(get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir, tag))
     return model
+
+
+def get_optim_files(checkpoint_dir: str | Path) -> list[str]:
+    """Files of optimizer state in `checkpoint_dir`, which is a tag's. Lightning asks the first for the stage.
+
+    Of zeroxide's checkpoints, which have no pickles and know no stage, a temporary file that says 2: their parts are
+    put together whatever it is. Raises CheckpointError where there is neither.
+    """
+    folder = Path(checkpoint_dir)
+    if not (folder / MANIFEST).is_file():
+        return _deepspeed_files(folder, "*_optim_states.pt")
+    return [_written(folder, "optim_states.pt", {"optimizer_state_dict": {"zero_stage": 2}})]
+
+
+def get_model_state_file(checkpoint_dir: str | Path, zero_stage: int) -> str:
+    """The file in `checkpoint_dir`, which is a tag's, that has what was given to `save_checkpoint` as `client_state`.
+
+    Of zeroxide's checkpoints a temporary file with that alone: `get_fp32_state_dict_from_zero_checkpoint` has the
+    weights. Raises CheckpointError where there is neither.
+    """
+    folder = Path(checkpoint_dir)
+    if not (folder / MANIFEST).is_file():
+        return _deepspeed_files(folder, "*mp_rank_00_model_states.pt")[0]
+    return _written(folder, "model_states.pt", decode(read_manifest(folder).client_state))
+
+
+def _deepspeed_files(folder: Path, pattern: str) -> list[str]:
+    found = sorted(map(str, folder.glob(pattern)))
+    if not found:
+        raise CheckpointError(f"{folder} has no {pattern} and no {MANIFEST}: it is no checkpoint's", path=folder)
+    return found
+
+
+@cache
+def _temporary() -> tempfile.TemporaryDirectory[str]:
+    # Removed when the process ends.
+    return tempfile.TemporaryDirectory(prefix="zeroxide-")
+
+
+def _written(folder: Path, name: str, content: dict[str, Any]) -> str:
+    place = Path(tempfile.mkdtemp(prefix=f"{folder.name}-", dir=_temporary().name)) / name
+    torch.save(content, place)
+    return str(place)
