@@ -14,6 +14,7 @@ mod optimizer;
 mod plan;
 mod probe;
 mod process;
+mod report;
 mod settings;
 mod spec;
 mod window;

@@ -4,13 +4,13 @@ use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use zeroxide_memory::Bucket;
 use zeroxide_offload::{AwayRun, Lent, Offload, Room, SegmentHandle, UnitSpec};
 use zeroxide_optim::{AccumulateStats, Optimizer};
 
 use crate::bringer::PyBringer;
 use crate::errors::map;
 use crate::optimizer::Rule;
+use crate::report;
 use crate::settings::{PySettings, PyUnitSpec};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
@@ -471,34 +471,13 @@ impl PyOffload {
 
     /// Payload bytes per bucket: {name: (current, peak)}, and "total".
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let result = PyDict::new(py);
-        for bucket in Bucket::ALL {
-            let usage = self.inner.usage(bucket);
-            result.set_item(bucket.name(), (usage.current, usage.peak))?;
-        }
-        let total = self.inner.total_usage();
-        result.set_item("total", (total.current, total.peak))?;
-        Ok(result)
+        report::usage(py, &self.inner)
     }
 
     /// Disk traffic since the start; `None` where nothing is at home on disk.
     fn io<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let Some(report) = map(py, py.detach(|| self.inner.io()))? else {
-            return Ok(None);
-        };
-        let result = PyDict::new(py);
-        let counters = &report.counters;
-        result.set_item("read_bytes", counters.read.bytes)?;
-        result.set_item("write_bytes", counters.write.bytes)?;
-        result.set_item("reads", counters.read.operations)?;
-        result.set_item("writes", counters.write.operations)?;
-        result.set_item("read_seconds", counters.read.busy.as_secs_f64())?;
-        result.set_item("write_seconds", counters.write.busy.as_secs_f64())?;
-        result.set_item("wait_seconds", report.waited.as_secs_f64())?;
-        result.set_item("update_seconds", report.updating.as_secs_f64())?;
-        result.set_item("tiles_updated", report.tiles)?;
-        result.set_item("engine", report.engine)?;
-        Ok(Some(result))
+        let found = map(py, py.detach(|| self.inner.io()))?;
+        found.map(|found| report::io(py, &found)).transpose()
     }
 
     /// Ends all disk traffic, removes the scratch files and gives all memory back. Idempotent.

@@ -326,10 +326,8 @@ class Build:
         if feedback is not None and isinstance(between, QuantisedGradients):
             self.residuals = Residuals(core, self.units, self.plan.numbers.residuals, feedback, self.scaler)
             between.residuals = self.residuals
-        self.optimizer = None
-        if self.groups:
-            check = partial(check_offload, self.plan)
-            self.optimizer = EngineOptimizer(self.groups, core, self.updater.apply, self.scaler, check)
+        check, apply = partial(check_offload, self.plan), self.updater.apply
+        self.optimizer = EngineOptimizer(self.groups, core, apply, self.scaler, check) if self.groups else None
         self.lr_scheduler = schedule_for(self.config, self.asked.lr_scheduler, self.optimizer)
 
     # Weights move ---------------------------------------------------------------------------------------------------
