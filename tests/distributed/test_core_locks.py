@@ -83,6 +83,7 @@ calls = {
     "accumulated": lambda: core.accumulated(),
     "away_runs": lambda: core.away_runs(0, [ADAM]),
     "beside": lambda: core.beside(0),
+    "check_usable": lambda: core.check_usable(),
     "bringer": lambda: core.bringer().take(),
     "clear_gradients": lambda: core.clear_gradients(),
     "cover": lambda: core.cover(0),
@@ -134,8 +135,10 @@ calls = {
     "write_param": lambda: core.write_param(0, 0, "weight", 0, spec(ones)),
 }
 ends = {"cancel": lambda: core.cancel("rank 1 is gone", [1]), "close": lambda: core.close()}
+# Nothing works after it.
+last = {"fail_step": lambda: core.fail_step("a kernel failed", False)}
 every = {name for name in dir(core) if not name.startswith("_")}
-assert set(calls) | set(ends) == every, set(calls) ^ every
+assert set(calls) | set(ends) | set(last) == every, set(calls) ^ every
 # The only calls that may themselves wait for the silent rank.
 peers = {"accumulate", "accumulate_rows", "gather", "gather_ahead", "gradient_room", "send"}
 
@@ -183,6 +186,9 @@ for name, thread in {"first": first, **later}.items():
 assert outcomes["first"] == f"RanksError: {line}", outcomes
 for name in later:
     assert outcomes[name].startswith(("RanksError", "CoreError")), (name, outcomes[name])
+for name, call in last.items():
+    started(name, call).join(30)
+    assert name in outcomes, f"{name} hangs"
 core.close()
 print("done", sorted(later))
 """

@@ -26,8 +26,8 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
 
     Keys of a config dict that have a section and a key in one name are left out, as DeepSpeed does not read them. A
     model that such an engine has is taken over from it with its exact weights: that engine ends, and every rank has
-    memory for the whole model meanwhile. At stage 3 over several ranks `module.state_dict()` has names and shapes alone,
-    and no rank waits for another.
+    memory for the whole model meanwhile. At stage 3 over several ranks `module.state_dict()` has names and shapes
+    alone, and no rank waits for another.
     """
     init_distributed(distributed_port=kwargs.get("distributed_port", 29500), verbose=False)
     asked = inspect.signature(initialize_engine).bind(*args, **kwargs)

@@ -29,7 +29,10 @@ __all__ = [
     "model_to_params",
 ]
 
-_HOMES = {2: [(None, "cpu"), (None, "nvme")], 3: [("cpu", "cpu"), ("cpu", "nvme"), ("nvme", "nvme")]}
+_HOMES: dict[int, list[tuple[str | None, str]]] = {
+    2: [(None, "cpu"), (None, "nvme")],
+    3: [("cpu", "cpu"), ("cpu", "nvme"), ("nvme", "nvme")],
+}
 """By stage, homes of parameters and of optimizer state."""
 
 
