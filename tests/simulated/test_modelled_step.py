@@ -74,9 +74,8 @@ def test_a_record_of_the_engine_has_every_product_and_byte(zero, costs):
     assert computed(record) == pytest.approx(needed(costs))
     assert copied(record, "down") == 2 * costs.total
     layer = sum(costs.numel(name) for name in costs.shapes if "layers.0." in name)
-    # Layers go up for forward and for backward, and that before the last once more: it is sent ahead while the last
-    # one is used, and let go for it.
-    again = layer * (LAYERS + 1) if zero is OFFLOADED else 0
+    # Layers go up for forward and for backward, the last one once for both.
+    again = layer * (LAYERS - 1) if zero is OFFLOADED else 0
     assert copied(record, "up") == 2 * (costs.total + again)
     assert sum(each.nbytes for each in record if isinstance(each, Host) and each.what == "update") == 26 * costs.total
 

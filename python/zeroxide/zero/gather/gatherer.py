@@ -89,6 +89,8 @@ class Gatherer:
         """Whether what was written into weights is lost with their memory when their use ends."""
         self.stays = not transient and (home is Home.HOST or world == 1)
         self.early = prefetch if not self.stays else 0
+        self.keeps_next = transient and world == 1
+        """Whether a unit whose use ends, and that comes next, too, is held for that. Ranks gather it anew."""
         # What is sent for has been read before: reading is one unit further ahead.
         self.reading = 0 if home is not Home.DISK else prefetch + 1 if self.early else prefetch
         self.ahead: list[int] = []
@@ -140,8 +142,8 @@ class Gatherer:
         for index in order.rest():
             if len(wanted) == self.early:
                 break
-            released = index not in self.used
-            if released and index != unit.index and index not in wanted:
+            again = index == unit.index
+            if (self.keeps_next if again else index not in self.used) and index not in wanted:
                 wanted.append(index)
         return wanted
 
@@ -223,7 +225,9 @@ class Gatherer:
 
     def release(self, unit: Unit) -> None:
         """Ends the use of the unit's parameters. Idempotent."""
-        if unit.index in self.ahead:
+        # What comes next is this unit again.
+        kept = unit.index in self.ahead and unit.index in self.used
+        if unit.index in self.ahead and not kept:
             self.ahead.remove(unit.index)
         if self.guests and unit in self.guests:
             self.guests.remove(unit)
@@ -235,7 +239,8 @@ class Gatherer:
             unit.hide()
         elif not self.serves:
             unit.outline()
-        self.weights.release(unit)
+        if not kept:
+            self.weights.release(unit)
 
     def release_guests(self) -> None:
         """Ends the use of what no hook will."""
