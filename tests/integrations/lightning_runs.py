@@ -177,6 +177,21 @@ def test_saving_in_the_background(fit, tmp_path: Path):
     assert run.global_step == 5
 
 
+def test_saving_between_two_micro_batches(fit, tmp_path: Path):
+    """Catches: a save that is refused there, or that takes the gradients away."""
+
+    class Saves(Model):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.trainer.save_checkpoint(tmp_path / f"{len(self.losses)}.ckpt")
+
+    model, plain = Saves(), Model()
+    fit(model, accumulate_grad_batches=3, max_epochs=2)
+    trainer("ddp", accumulate_grad_batches=3, max_epochs=2).fit(plain, loader())
+    assert model.losses == pytest.approx(plain.losses, rel=CLOSE)
+    assert len(list(tmp_path.iterdir())) == 10
+    trainer("zeroxide_stage_1").test(Model(), loader(), ckpt_path=tmp_path / "4.ckpt", verbose=False)
+
+
 def test_what_is_in_a_checkpoint_before_it_is_saved(fit, tmp_path: Path):
     """Catches: gathering the model for a dict that is thrown away, and empty weights in it."""
 

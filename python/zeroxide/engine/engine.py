@@ -204,8 +204,13 @@ class Engine(Accessors, nn.Module):
         client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen_parameters: bool = False,
+        *,
+        leave_out_gradients: bool = False,
     ) -> Path:
         """Writes weights, optimizer state, schedule and `client_state` (JSON): all or nothing. Returns the path.
+
+        Gradients are not part of it: between a backward and the step that uses it CheckpointError is raised, unless
+        `leave_out_gradients` says that whoever resumes does without them. Here they stay.
 
         Every rank must call it. With `zeroxide.checkpoint_background` it returns when the save has begun: the
         checkpoint is there when `wait_for_checkpoint` has returned, and a failure is raised by that, by the next save
@@ -214,9 +219,10 @@ class Engine(Accessors, nn.Module):
         self._check_trained("save_checkpoint")
         self.parts.guard.check_parameters()
         state = {} if client_state is None else client_state
+        include_frozen = not exclude_frozen_parameters
         with self.parts.health.noticing("a checkpoint was saved"):
             self.parts.context.take_down_edits()
-            return self._saves().save(Path(save_dir), tag, state, save_latest, not exclude_frozen_parameters)
+            return self._saves().save(Path(save_dir), tag, state, save_latest, include_frozen, leave_out_gradients)
 
     def _saves(self) -> Saver:
         if self._saver is None:

@@ -36,16 +36,19 @@ def save_checkpoint(
     client_state: dict[str, Any],
     save_latest: bool,
     include_frozen: bool,
+    leave_out_gradients: bool = False,
 ) -> tuple[Path, int]:
     """Writes `save_dir/tag` (`global_step<N>` if the tag is None), whole or not at all.
 
     Returns that path, and the bytes of state that this rank wrote.
 
     Every rank must call it with the same arguments; `client_state` is rank 0's. Raises CheckpointError on all ranks,
-    with every earlier checkpoint as it was, when gradients are being accumulated, when something is not JSON, when
+    with every earlier checkpoint as it was, when gradients are being accumulated, unless they are to be left out, when
+    something is not JSON, when
     the ranks disagree, or when the files of any rank cannot be written.
     """
-    save = Save(training, save_dir, tag, client_state, save_latest, include_frozen, frozen_in_time=False)
+    asked = (training, save_dir, tag, client_state, save_latest, include_frozen, leave_out_gradients)
+    save = Save(*asked, frozen_in_time=False)
     live = LiveState(training, Staging())
     try:
         reports = save.team.together(lambda: save.write(values(save.description, live)), save.target)
@@ -70,6 +73,7 @@ class Save:
         client_state: dict[str, Any],
         save_latest: bool,
         include_frozen: bool,
+        leave_out_gradients: bool = False,
         *,
         frozen_in_time: bool,
     ) -> None:
@@ -83,7 +87,8 @@ class Save:
         def describe() -> dict[str, Any]:
             training.core.check_usable()
             commit.check_tag(self.tag, save_dir)
-            _check_boundary(training)
+            if not leave_out_gradients:
+                _check_boundary(training)
             self.description = Description(
                 training, client_state, include_frozen, self.team.rank, self.team.world, frozen_in_time=frozen_in_time
             )

@@ -26,13 +26,19 @@ class Saver:
         self._stats = {"saves": 0, "bytes": 0, "seconds_stopped": 0.0, "seconds_writing": 0.0, "memory_peak": 0}
 
     def save(
-        self, save_dir: Path, tag: str | None, client_state: dict[str, Any], save_latest: bool, include_frozen: bool
+        self,
+        save_dir: Path,
+        tag: str | None,
+        client_state: dict[str, Any],
+        save_latest: bool,
+        include_frozen: bool,
+        leave_out_gradients: bool,
     ) -> Path:
         """A save as the config says: in the background, or done when this returns. Concludes the one before."""
         start = time.perf_counter()
         try:
             self.conclude()
-            asked = (self._training, save_dir, tag, client_state, save_latest, include_frozen)
+            asked = (self._training, save_dir, tag, client_state, save_latest, include_frozen, leave_out_gradients)
             if not self._training.in_background:
                 path, size = save_checkpoint(*asked)
                 self._stats["bytes"] += size

@@ -38,7 +38,8 @@ def save_folder(engine: Engine, folder: Path, rest: dict[str, Any], broadcast: C
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(rest, folder / name)
     older = broadcast([each.name for each in folder.glob(_BESIDE) if each.name != name])
-    engine.save_checkpoint(folder, TAG, client_state={_KEY: name})
+    # Lightning saves whenever somebody asks, and begins a window anew when it resumes.
+    engine.save_checkpoint(folder, TAG, client_state={_KEY: name}, leave_out_gradients=True)
     if older:
         # The one before is needed until the new one is there.
         engine.wait_for_checkpoint()
