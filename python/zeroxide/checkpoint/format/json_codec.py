@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from zeroxide.device.placement import in_host
+from zeroxide.device.placement import HOST, in_host
 from zeroxide.errors import CheckpointError
 from zeroxide.precision.bits import bytes_of, tensor_of, why_not_bytes
 
@@ -78,7 +78,7 @@ def _decoded(form: Any) -> torch.Tensor:
     try:
         name, shape, text = form
         dtype = getattr(torch, name)
-        raw = torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8)
+        raw = torch.tensor(list(base64.b64decode(text, validate=True)), dtype=torch.uint8, device=HOST)
         return tensor_of(raw, dtype, torch.Size(shape))
     except (TypeError, AttributeError, RuntimeError, binascii.Error) as error:
         raise ValueError(f"no tensor: {error}") from None
