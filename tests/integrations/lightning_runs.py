@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
@@ -163,16 +164,18 @@ def test_a_folder_and_a_file(fit, plain, tmp_path: Path):
     assert model.losses == pytest.approx(plain[0][5:], rel=CLOSE)
 
 
-def test_saving_in_the_background(fit, tmp_path: Path):
+@pytest.mark.parametrize("kept_at_once", [1, -1])
+def test_saving_in_the_background(fit, tmp_path: Path, kept_at_once):
     """Catches: a run that ends before its last checkpoint is there, and one that is removed while it is written."""
-    kept = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=1)
+    kept = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=kept_at_once)
     strategy = ZeroxideStrategy(config={"zero_optimization": {"stage": 3}, "zeroxide": {"checkpoint_background": True}})
     run = fit(Model(), strategy, callbacks=[kept], enable_checkpointing=True)
-    assert [each.name for each in tmp_path.iterdir()] == ["epoch=0-step=5.ckpt"]
+    saved = ["epoch=0-step=5.ckpt"] if kept_at_once == 1 else [f"epoch=0-step={step}.ckpt" for step in range(1, 6)]
+    assert sorted(each.name for each in tmp_path.iterdir()) == saved
     # Nothing is under way any more.
     assert run.strategy.engine.wait_for_checkpoint() is None
     other = Model()
-    fit(other, ckpt_path=kept.best_model_path, max_epochs=2)
+    fit(other, ckpt_path=tmp_path / "epoch=0-step=5.ckpt", max_epochs=2)
     assert len(other.losses) == 5
     assert run.global_step == 5
 
@@ -395,3 +398,77 @@ def test_norms_between_backward_and_step():
                 engine.set_gradient_clipping(wrong)
     finally:
         engine.destroy()
+
+
+@pytest.fixture
+def fabric():
+    """Fabric of one rank, whose engines end with the test."""
+    made = lightning.Fabric(accelerator="cpu", devices=1, strategy="zeroxide_stage_3", precision="bf16-mixed")
+    made.launch()
+    yield made
+    for engine in made.strategy.engines:
+        engine.destroy()
+
+
+def tokens() -> torch.Tensor:
+    return torch.arange(12).view(2, 6)
+
+
+def test_models_of_fabric(fabric, tmp_path: Path):
+    """Catches: outputs in bf16, a backward of another model, weights in a file that are rounded, an evaluation with the
+    weights of before, a compiled model that is no engine's."""
+    made = [network(), network()]
+    models = [
+        fabric.setup(torch.compile(each, backend="eager"), torch.optim.AdamW(each.parameters(), lr=0.1))
+        for each in made
+    ]
+    (one, first), (other, _) = models
+    loss = one(tokens()).square().mean()
+    assert loss.dtype is torch.float32
+    with pytest.raises(ModelError, match="2 models are trained: say which"):
+        fabric.backward(loss)
+    before = fabric.strategy.get_module_state_dict(_engine(other))
+    fabric.backward(loss, model=one)
+    assert first.step(closure=lambda: 7) == 7
+    after = fabric.strategy.get_module_state_dict(_engine(one))
+    assert not torch.equal(after["0.weight"], before["0.weight"])
+    assert {values.dtype for values in after.values()} == {torch.float32}
+    fabric.save(tmp_path / "whole", {"model": one, "optimizer": first, "epoch": 3})
+    looks = fabric.setup(network())
+    rest = fabric.load(tmp_path / "whole", {"model": looks})
+    assert rest == {"epoch": 3}
+    assert torch.equal(looks(tokens()), one(tokens()))
+    fabric.save(tmp_path / "weights.pt", {"model": looks})
+    fabric.load(tmp_path / "weights.pt", {"model": other})
+    assert torch.equal(looks(tokens()), other(tokens()))
+    state = {"model": other, "epoch": 0}
+    assert fabric.load(tmp_path / "whole", state) == {}
+    assert state["epoch"] == 3
+    with pytest.raises(KeyError, match="has no 'more'"):
+        fabric.load(tmp_path / "whole", {"model": other, "more": 1})
+
+
+def _engine(model: Any) -> Any:
+    return getattr(model._forward_module, "_orig_mod", model._forward_module)
+
+
+def test_what_fabric_is_refused(fabric, tmp_path: Path):
+    made = network()
+    optimizers = [torch.optim.AdamW(made.parameters()), torch.optim.AdamW(made[1].parameters())]
+    with pytest.raises(ConfigError, match="2 optimizers does not go with"):
+        fabric.setup(made, *optimizers)
+    with pytest.raises(ModelError, match=r"call fabric\.setup\(model, optimizer\)"):
+        fabric.setup_optimizers(optimizers[0])
+    model, optimizer = fabric.setup(made, optimizers[0])
+    with pytest.raises(ConfigError, match=r"clip_val=1\.0 does not go with"):
+        fabric.clip_gradients(model, optimizer, clip_val=1.0)
+    with pytest.raises(ConfigError, match=r"norm_type=inf does not go with"):
+        fabric.clip_gradients(model, optimizer, max_norm=1.0, norm_type=float("inf"))
+    with pytest.raises(ConfigError, match="filter does not go with"):
+        fabric.save(tmp_path / "a", {"model": model}, filter={"model": lambda *_: True})
+    fabric.backward(model(tokens()).sum() * float("inf"))
+    with pytest.raises(RuntimeError, match="the norm of the gradients is nan"):
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+    fabric.save(tmp_path / "a", {"model": model})
+    with pytest.raises(ModelError, match=r"is an engine's: pass the model"):
+        fabric.load(tmp_path / "a")
