@@ -166,10 +166,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.comm": {"init_distributed": _INIT_DISTRIBUTED, **_DISTRIBUTED, **_RANKS},
     "deepspeed.comm.comm": {"init_distributed": _INIT_DISTRIBUTED, **_DISTRIBUTED, **_RANKS},
     "deepspeed.elasticity": {
-        "compute_elastic_config": Unbuilt(
-            "DeepSpeed has removed elastic batch sizes: set train_batch_size, "
-            "train_micro_batch_size_per_gpu and gradient_accumulation_steps"
-        )
+        "compute_elastic_config": f"{_HERE}.elasticity:compute_elastic_config",
+        "elasticity_enabled": f"{_HERE}.elasticity:elasticity_enabled",
     },
     "deepspeed.env_report": {"op_report": f"{_HERE}.op_builder:op_report"},
     "deepspeed.git_version_info": {"version": f"{_HERE}.surface:VERSION", "git_hash": f"{_HERE}.surface:COMMIT"},
