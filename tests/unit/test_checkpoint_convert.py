@@ -345,7 +345,7 @@ def test_only_weights_are_read_for_a_model(make, tmp_path):
 
 def test_what_cannot_be_asked_for(make, tmp_path):
     make().save_checkpoint(tmp_path / "out")
-    with pytest.raises(ConfigError, match="--to int8: expected one of checkpoint, fp32, bf16, fp16"):
+    with pytest.raises(ConfigError, match="--to int8: expected one of checkpoint, universal, fp32, bf16, fp16"):
         run(tmp_path / "out", tmp_path / "model", "int8")
     with pytest.raises(ConfigError, match="is a checkpoint of zeroxide already"):
         run(tmp_path / "out", tmp_path / "model", "checkpoint")

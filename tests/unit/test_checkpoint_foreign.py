@@ -54,7 +54,7 @@ def test_a_checkpoint_of_others_is_named(kind, where, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["fsdp2", "universal"])
+@pytest.mark.parametrize("kind", ["fsdp2"])
 def test_what_cannot_be_converted_is_named(kind, tmp_path):
     make, line = FORMATS[kind]
     make(tmp_path / "c")

@@ -203,8 +203,8 @@ def test_another_rank_is_told_and_computes_nothing_of_it():
     with pytest.raises(RanksError, match="rank 0: it failed"):
         other.from_first(lambda: pytest.fail("rank 0 does this"))
     # Its own signal counts once all know of it.
-    stop.number = None
     assert other.step(2.0) == 1.5
+    stop.number = signal.SIGINT
     assert not other.stopping
     assert other.step(1.0) == 2.0
     assert other.stopping

@@ -1,7 +1,7 @@
 """`zeroxide completion`: a script by which a shell completes the command's words, made from the commands themselves.
 
-The script is plain: pressing Tab starts no Python. Options, commands and fixed choices are completed, files for the
-rest.
+The script is plain: pressing Tab starts no Python. Options, commands and fixed choices are completed, and files for
+the rest.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`zeroxide convert`: checkpoints of DeepSpeed into zeroxide's, and either into a model folder."""
+"""`zeroxide convert`: checkpoints of DeepSpeed into zeroxide's and back, and either into a model folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ def convert(
     to: Annotated[
         str | None,
         typer.Option(
-            help="checkpoint, or a model in fp32, bf16 or fp16. Default: checkpoint from DeepSpeed's, else fp32.",
+            help="checkpoint, universal (DeepSpeed's), or a model in fp32, bf16 or fp16. Default: checkpoint from "
+            "DeepSpeed's, else fp32.",
             show_default=False,
         ),
     ] = None,
@@ -27,8 +28,9 @@ def convert(
         bool, typer.Option("--exclude-frozen", help="Leave out the weights of frozen parameters.")
     ] = False,
 ) -> None:
-    """Convert a checkpoint: DeepSpeed's ZeRO-1, 2 or 3 into zeroxide's, or either into safetensors for Hugging Face.
+    """Convert a checkpoint: DeepSpeed's into zeroxide's or back, or either into safetensors for Hugging Face.
 
+    Of DeepSpeed's, ZeRO-1, 2 and 3 and universal ones are read, and universal ones are written.
     Pickles are read without running anything that they contain.
     """
     # Only now, so that help and a wrong option cost no start of torch.

@@ -15,6 +15,7 @@ from zeroxide.checkpoint.contents import WEIGHTS
 from zeroxide.checkpoint.convert.deepspeed import is_deepspeed, read_deepspeed
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.convert.portable import Portable, PortableParameter, read_own
+from zeroxide.checkpoint.convert.universal import LATEST, is_universal, read_universal, write_universal
 from zeroxide.checkpoint.format import commit, cutting
 from zeroxide.checkpoint.format.cutting import Cut, Tensor, cut_into_files, whole
 from zeroxide.checkpoint.format.json_codec import encode
@@ -37,8 +38,10 @@ from zeroxide.precision.bits import ORDINARY, bytes_of, converted, copy_of, why_
 
 __all__ = ["TARGETS", "convert", "read_weights"]
 
-TARGETS = {"checkpoint": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What can be made: a checkpoint of zeroxide, or a model folder with floating-point weights of a dtype."""
+MODELS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""The dtypes of floating-point weights that a model folder can have."""
+TARGETS = ("checkpoint", "universal", *MODELS)
+"""What can be made: a checkpoint of zeroxide, a universal one of DeepSpeed, or a model folder."""
 
 
 def convert(
@@ -46,22 +49,25 @@ def convert(
 ) -> tuple[Path, list[str]]:
     """Converts the checkpoint `tag` in `source` (or at it; the newest if the tag is None) into `target`.
 
-    `to` is a key of TARGETS; None makes a checkpoint from DeepSpeed's and an fp32 model from zeroxide's. Returns what
+    `to` is one of TARGETS; None makes a checkpoint from DeepSpeed's and an fp32 model from zeroxide's. Returns what
     was written, and lines about what was left out. Raises ConfigError for another `to`, CheckpointError where the
     source cannot be read, StorageError or CheckpointError where the target cannot be written.
     """
     if to is not None and to not in TARGETS:
         raise ConfigError(f"--to {to}: expected one of {', '.join(TARGETS)}", path="to", got=to)
-    directory, foreign = _locate(source, tag)
-    kind = to or ("checkpoint" if foreign else "fp32")
-    if kind == "checkpoint" and not foreign:
-        raise ConfigError(f"{directory} is a checkpoint of zeroxide already: give --to fp32, bf16 or fp16", path="to")
-    found = read_deepspeed(directory) if foreign else read_own(directory, moments=False)
-    dtype = TARGETS[kind]
+    directory, form = _locate(source, tag)
+    kind = to or ("fp32" if form == "checkpoint" else "checkpoint")
+    if kind == form:
+        whose = "zeroxide" if form == "checkpoint" else "that form"
+        others = ", ".join(each for each in TARGETS if each != kind)
+        raise ConfigError(f"{directory} is a checkpoint of {whose} already: give --to {others}", path="to")
+    found = _read(directory, form, moments=kind == "universal")
     try:
-        if dtype is None:
+        if kind == "checkpoint":
             return _write_checkpoint(found, target, directory.name, include_frozen), list(found.notes)
-        return _write_model(found, target, dtype, include_frozen), list(found.notes)
+        if kind == "universal":
+            return write_universal(found, target, directory.name, include_frozen), list(found.notes)
+        return _write_model(found, target, MODELS[kind], include_frozen), list(found.notes)
     except OSError as error:
         reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
         raise StorageError(f"nothing was written to {target}: {reason}", path=target, errno=error.errno) from error
@@ -73,8 +79,7 @@ def read_weights(source: Path, tag: str | None, dtype: torch.dtype, *, include_f
     Weights have `dtype` but for those whose elements are no ordinary numbers; all names of a tied one have one tensor.
     Raises CheckpointError.
     """
-    directory, foreign = _locate(source, tag)
-    found = read_deepspeed(directory) if foreign else read_own(directory, moments=False)
+    found = _read(*_locate(source, tag), moments=False)
     weights: dict[str, torch.Tensor] = {}
     for each in found.parameters:
         if not (each.trainable or include_frozen):
@@ -98,14 +103,29 @@ def _tensor(found: Portable, param: PortableParameter, dtype: torch.dtype) -> Te
     return Tensor(param.name, _model_dtype(found, param, dtype), tuple(param.shape))
 
 
-def _locate(source: Path, tag: str | None) -> tuple[Path, bool]:
-    """The directory of the checkpoint, and whether it is DeepSpeed's."""
-    if tag is None and is_deepspeed(source):
-        return source, True
+def _locate(source: Path, tag: str | None) -> tuple[Path, str]:
+    """The directory of the checkpoint, and its form: "checkpoint" for zeroxide's, "zero" or "universal"."""
+    if tag is None and (is_universal(source) or is_deepspeed(source)):
+        return source, _form(source)
     if tag is None and (source / MANIFEST).is_file():
-        return source, False
+        return source, "checkpoint"
+    if tag is None and not (source / "latest").is_file() and (source / LATEST).is_file():
+        tag = (source / LATEST).read_text(encoding="utf-8", errors="replace").strip()
     found = commit.find(source, tag)
-    return found, not (found / MANIFEST).exists() and is_deepspeed(found)
+    return found, _form(found)
+
+
+def _form(directory: Path) -> str:
+    if (directory / MANIFEST).exists():
+        return "checkpoint"
+    return "universal" if is_universal(directory) else "zero" if is_deepspeed(directory) else "checkpoint"
+
+
+def _read(directory: Path, form: str, *, moments: bool) -> Portable:
+    """The checkpoint there. Without `moments`, of zeroxide's own the weights and buffers alone."""
+    if form == "universal":
+        return read_universal(directory)
+    return read_deepspeed(directory) if form == "zero" else read_own(directory, moments=moments)
 
 
 # A checkpoint --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from zeroxide.checkpoint.format.json_codec import encode
 from zeroxide.checkpoint.load.foreign import foreign_format
 from zeroxide.errors import CheckpointError
 
-__all__ = ["is_deepspeed", "read_deepspeed"]
+__all__ = ["HYPERPARAMETERS", "MOMENTS", "Reader", "is_deepspeed", "load_file", "read_deepspeed"]
 
 OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 OWN = "deepspeed."
@@ -42,6 +42,7 @@ ENGINE_KEYS = frozenset(
         *("shared_params", "lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
         *("skipped_steps", "global_steps", "global_samples", "dp_world_size", "mp_world_size"),
         *("ds_config", "ds_version", "checkpoint_parallel_dims", "checkpoint_parallel_dimensions"),
+        "universal_checkpoint_info",
     }
 )
 """Keys of the model states that are DeepSpeed's; every other one is the client's."""
@@ -65,8 +66,11 @@ def is_deepspeed(directory: Path) -> bool:
     return directory.is_dir() and any(next(directory.glob(pattern), None) is not None for pattern in patterns)
 
 
-def _load(path: Path) -> dict[str, Any]:
-    """One of the files. Raises CheckpointError for one that is damaged or holds anything that could run."""
+def load_file(path: Path, *, plain: bool = False) -> Any:
+    """What one of the files holds: a dict, or, if `plain`, anything that runs nothing.
+
+    Raises CheckpointError for one that is damaged or holds anything that could run.
+    """
     try:
         unknown = [name for name in get_unsafe_globals_in_checkpoint(path) if not name.startswith(OWN)]
         if unknown:
@@ -87,7 +91,7 @@ def _load(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint of DeepSpeed: {first}", path=path.parent
         ) from None
-    if not isinstance(found, dict):
+    if not plain and not isinstance(found, dict):
         raise CheckpointError(f"{path} is not a checkpoint of DeepSpeed: it holds no dict", path=path.parent)
     return found
 
@@ -99,7 +103,7 @@ def read_deepspeed(directory: Path) -> Portable:
     and for checkpoints with experts or of several model-parallel ranks.
     """
     try:
-        return _Reader(directory).portable()
+        return Reader(directory).portable()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{directory} is not laid out as DeepSpeed's checkpoints are: {type(error).__name__}: {error}",
@@ -111,7 +115,9 @@ Cut = Iterator[tuple[str, Sequence[int], int, list[tuple[int, int, int, int]]]]
 """Of each trainable parameter: name, shape, its flat tensor, and its runs (rank, flat tensor, first element, count)."""
 
 
-class _Reader:
+class Reader:
+    """Reads the parts of a checkpoint; `portable` puts them together."""
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.notes: list[str] = []
@@ -124,24 +130,26 @@ class _Reader:
         self._check_world()
         name = "zero_pp_rank_{}_mp_rank_00_model_states.pt" if self.stage == 3 else "mp_rank_00_model_states.pt"
         self.models = [
-            _load(self._there(directory / name.format(rank))) for rank in range(self.world if self.stage == 3 else 1)
+            load_file(self.there(directory / name.format(rank))) for rank in range(self.world if self.stage == 3 else 1)
         ]
         self.model = self.models[0]
         if self.model.get("param_shapes") is None:
-            raise self._wrong("it was saved without ZeRO: stages 1 to 3 can be converted")
+            raise self.wrong("it was saved without ZeRO: stages 1 to 3 can be converted")
 
-    def _wrong(self, what: str) -> CheckpointError:
+    def wrong(self, what: str) -> CheckpointError:
+        """The error that says why it cannot be converted."""
         return CheckpointError(f"{self.directory} cannot be converted: {what}", path=self.directory)
 
-    def _there(self, path: Path) -> Path:
+    def there(self, path: Path) -> Path:
+        """The path, if there is a file."""
         if not path.is_file():
-            raise self._wrong(f"{path.name} is missing")
+            raise self.wrong(f"{path.name} is missing")
         return path
 
     def _state(self, path: Path) -> dict[str, Any]:
-        found = _load(path).get("optimizer_state_dict")
+        found = load_file(path).get("optimizer_state_dict")
         if not isinstance(found, dict):
-            raise self._wrong(
+            raise self.wrong(
                 f"{path.name} has no optimizer_state_dict, so it is not of DeepSpeed's ZeRO stages 1 to 3, and FSDP2's "
                 "or universal checkpoints have other files"
             )
@@ -149,31 +157,31 @@ class _Reader:
 
     def _optimizer_files(self) -> list[Path]:
         if any(self.directory.glob("*expert_*_states.pt")) or any(self.directory.glob("expp_rank_*")):
-            raise self._wrong("it has experts")
+            raise self.wrong("it has experts")
         found: dict[int, Path] = {}
         for path in sorted(self.directory.glob("*_optim_states.pt")):
             match = OPTIMIZER.fullmatch(path.name)
             if match is None or int(match[2]):
-                raise self._wrong(f"{path.name} belongs to model parallelism")
+                raise self.wrong(f"{path.name} belongs to model parallelism")
             if int(match[1]) in found:
-                raise self._wrong(f"{path.name} and {found[int(match[1])].name} are of one rank: remove the stale one")
+                raise self.wrong(f"{path.name} and {found[int(match[1])].name} are of one rank: remove the stale one")
             found[int(match[1])] = path
         if not found and (foreign := foreign_format(self.directory)) is not None:
-            raise self._wrong(f"it {foreign}")
+            raise self.wrong(f"it {foreign}")
         if not found:
-            raise self._wrong("it has no *_optim_states.pt: stages 1 to 3 can be converted")
+            raise self.wrong("it has no *_optim_states.pt: stages 1 to 3 can be converted")
         for rank in range(max(found)):
             if rank not in found:
-                raise self._wrong(f"the optimizer state of rank {rank} is missing")
+                raise self.wrong(f"the optimizer state of rank {rank} is missing")
         return [found[rank] for rank in sorted(found)]
 
     def _check_world(self) -> None:
         count = self.states[0]["partition_count"]
         expected = max(count) if isinstance(count, list) else count
         if expected != self.world:
-            raise self._wrong(f"it was saved by {expected} ranks and has the optimizer state of {self.world}")
+            raise self.wrong(f"it was saved by {expected} ranks and has the optimizer state of {self.world}")
         if self.stage not in (1, 2, 3):
-            raise self._wrong(f"its ZeRO stage is {self.stage}")
+            raise self.wrong(f"its ZeRO stage is {self.stage}")
 
     # Trainable parameters -----------------------------------------------------------------------------------------
 
@@ -195,7 +203,8 @@ class _Reader:
             result.append(found)
         return result
 
-    def _groups(self) -> list[dict[str, Any]]:
+    def groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the optimizer."""
         base = self.states[0]["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
         if isinstance(base, list):
             return [{} for _ in base]
@@ -203,19 +212,20 @@ class _Reader:
         return groups
 
     def _group_of(self, flat: int) -> int:
-        for number, group in enumerate(self._groups()):
+        for number, group in enumerate(self.groups()):
             if flat in group.get("params", [number]):
                 return number
         raise ValueError(f"flat tensor {flat} is in no group")
 
-    def _updates(self, flat: int) -> int:
+    def updates(self, flat: int) -> int:
+        """How often the parameters of a flat tensor were updated."""
         base = self.states[0]["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
         if isinstance(base, list):
             return int(self.states[0].get("base_optimizer_state_step", base[flat].get("step", 0)))
         step = base["state"].get(flat, {}).get("step", base["param_groups"][self._group_of(flat)].get("step", 0))
         return int(step)
 
-    def _sharded(self) -> Iterator[tuple[str, Sequence[int], int, dict[str, list[torch.Tensor]]]]:
+    def sharded(self) -> Iterator[tuple[str, Sequence[int], int, dict[str, list[torch.Tensor]]]]:
         """(name, shape, flat tensor, elements by part) of each trainable parameter."""
         parts = {part: self._flats(part) for part in ("weights", *MOMENTS)}
         cut = self._cut_stage_3 if self.stage == 3 else self._cut_stages_1_and_2
@@ -224,7 +234,7 @@ class _Reader:
             for part, flats in parts.items():
                 segments = [flats[rank][number][start : start + count] for rank, number, start, count in runs]
                 if sum(segment.numel() for segment in segments) != prod(shape):
-                    raise self._wrong(
+                    raise self.wrong(
                         f"{part} of {name} is not complete; state that was offloaded to NVMe is not in the checkpoint"
                     )
                 found[part] = segments
@@ -279,7 +289,7 @@ class _Reader:
                     segments.append(part[: min(left, part.numel())])
                     left -= segments[-1].numel()
                 if left:
-                    raise self._wrong(f"{name} is not complete")
+                    raise self.wrong(f"{name} is not complete")
                 yield name, tuple(shape), segments
         elif self.stage == 1:
             # There they are only among the weights of the module.
@@ -294,13 +304,13 @@ class _Reader:
         for alias, stored in (self.model.get("shared_params") or {}).items():
             names.setdefault(stored, []).append(alias)
         parameters, segments = [], {}
-        for name, shape, flat, parts in self._sharded():
+        for name, shape, flat, parts in self.sharded():
             parameters.append(
                 PortableParameter(
                     names=[name, *names.get(name, [])],
                     shape=list(shape),
                     trainable=True,
-                    updates=self._updates(flat),
+                    updates=self.updates(flat),
                     group=self._group_of(flat),
                 )
             )
@@ -316,7 +326,7 @@ class _Reader:
             segments=segments,
             buffers={name: module[name] for name in self.model["buffer_names"] if name in module},
             precision=self._precision(),
-            groups=[self._hyperparameters(group) for group in self._groups()],
+            groups=[self._hyperparameters(group) for group in self.groups()],
             scheduler=self._scheduler(),
             counters=self._counters(),
             client_state=self._client_state(),

@@ -20,7 +20,7 @@ def foreign_format(directory: Path) -> str | None:
             "torch.distributed.checkpoint.format_utils.dcp_to_torch_save and give that to engine.load_module_state_dict"
         )
     if (directory / "zero").is_dir() and not any(directory.glob("*_optim_states.pt")):
-        return "is a universal checkpoint of DeepSpeed: give zeroxide convert the ZeRO checkpoint it was made from"
+        return "is a universal checkpoint of DeepSpeed: zeroxide convert makes one of zeroxide's from it"
     if any(directory.glob("*_optim_states.pt")):
         return "is a checkpoint of DeepSpeed: zeroxide convert makes one of zeroxide's from it"
     return None

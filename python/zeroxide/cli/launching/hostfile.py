@@ -53,7 +53,7 @@ def read_hosts(path: str) -> list[Host]:
 
 
 def commands(hosts: Sequence[Host], words: Sequence[str], port: int) -> list[list[str]]:
-    """What starts the ranks of each host: torchrun, with rank 0 on the first one. `words`: a script, or -m MODULE."""
+    """What starts the ranks of each host: torchrun, with rank 0 on the first. `words` are a script, or -m MODULE."""
     begin = [f"--nnodes={len(hosts)}", f"--master-addr={hosts[0].name}", f"--master-port={port}"]
     return [
         ["torchrun", *begin, f"--node-rank={number}", f"--nproc-per-node={host.slots}", *words]

@@ -33,7 +33,9 @@ class CheckpointSection(Section):
     """`checkpoint`: how checkpoints are written."""
 
     tag_validation: Annotated[Any, NoEffect("ranks that disagree about the tag are always refused")] = None
-    load_universal: Annotated[Flag | None, NotBuilt("loading DeepSpeed's universal checkpoints")] = None
+    load_universal: Annotated[
+        Flag | None, NotBuilt("loading universal checkpoints as they are, which zeroxide convert turns into its own")
+    ] = None
     use_node_local_storage: Annotated[Flag | None, NotBuilt("checkpoints spread over node-local disks")] = None
     parallel_write: Annotated[Any, NoEffect("every process writes its own shard")] = None
     checkpoint_serialization: Annotated[Any, NoEffect(_WRITER)] = None
