@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from datetime import timedelta
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from torch import nn
 
 import zeroxide
 from zeroxide.config import load
-from zeroxide.errors import ConfigError
+from zeroxide.distributed import process_group
+from zeroxide.errors import ConfigError, RanksError
 from zeroxide.optim import DeepSpeedCPULion, Lion
 
 ADAM = {"optimizer": {"type": "AdamW", "params": {"lr": 0.01}}}
@@ -51,6 +53,21 @@ def test_unknown_keys():
     for key in ("seed", "_comment", "zero_optimization.stage", "gradient_cliping"):
         assert f'unknown key "{key}"' in refused({key: 1})
     assert 'the nearest known key is "gradient_clipping"' in refused({"gradient_cliping": 1})
+
+
+def test_timeout(monkeypatch):
+    """deepspeed/constants.py:19."""
+    limits = []
+    monkeypatch.setattr(process_group, "_make_group", lambda launch, backend, limit, method: limits.append(limit))
+    zeroxide.init_distributed(verbose=False)
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "3")
+    zeroxide.init_distributed(verbose=False)
+    zeroxide.init_distributed(verbose=False, timeout=7)
+    zeroxide.init_distributed(verbose=False, timeout=timedelta(hours=1))
+    assert [limit.total_seconds() for limit in limits] == [600, 180, 7, 3600]
+    monkeypatch.setenv("DEEPSPEED_TIMEOUT", "soon")
+    with pytest.raises(RanksError, match="DEEPSPEED_TIMEOUT: expected a whole number of minutes from 1 on, got 'soon'"):
+        zeroxide.init_distributed(verbose=False)
 
 
 def test_param_dtype():

@@ -6,8 +6,9 @@ import atexit
 import itertools
 import logging
 import os
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -98,7 +99,8 @@ def init_distributed(
     auto_mpi_discovery: whether the variables of MPI and SLURM are read where torchrun's are missing.
     distributed_port: where rank 0 listens if MASTER_PORT is not set.
     verbose: whether rank 0 logs what was started.
-    timeout: of the start and of every collective, as a timedelta or in seconds; torch's 30 minutes if None.
+    timeout: of the start and of every collective, as a timedelta or in seconds; if None as many minutes
+        as DEEPSPEED_TIMEOUT says, or 10, as with DeepSpeed.
     init_method: a URL as torch takes it ("tcp://host:port", "file:///path"), instead of the environment's address.
     dist_init_required: False leaves everything as it is.
     config: accepted for the signature's sake; it holds DeepSpeed's communication log, which zeroxide does not keep.
@@ -122,12 +124,20 @@ def init_distributed(
         launch = read_environment({**kept, **given}, distributed_port)
     else:
         launch = read_environment(os.environ, distributed_port, other_launchers=auto_mpi_discovery)
-    seconds = timeout.total_seconds() if isinstance(timeout, timedelta) else timeout
-    limit = timedelta(seconds=DEFAULT_TIMEOUT_SECONDS if seconds is None else seconds)
+    if not isinstance(timeout, timedelta):
+        timeout = timedelta(seconds=_deepspeeds_seconds(os.environ) if timeout is None else timeout)
     backend = dist_backend or default_backend()
-    _make_group(launch, backend, limit, init_method)
+    _make_group(launch, backend, timeout, init_method)
     if verbose and launch.rank == 0:
         logging.getLogger("zeroxide").info("%d ranks over %s, told by %s", launch.world, backend, launch.launcher)
+
+
+def _deepspeeds_seconds(environment: Mapping[str, str]) -> float:
+    """DeepSpeed's default (deepspeed/constants.py:19 of 0.19.8). Raises RanksError for a variable that is no number."""
+    text = environment.get("DEEPSPEED_TIMEOUT", "10").strip()
+    if not re.fullmatch(r"[1-9][0-9]{0,6}", text):
+        raise RanksError(f"DEEPSPEED_TIMEOUT: expected a whole number of minutes from 1 on, got {text!r}")
+    return 60.0 * int(text)
 
 
 def _make_group(launch: LaunchInfo, backend: str, timeout: timedelta, init_method: str | None) -> None:
