@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from simulated.build import CACHE
+from zeroxide.errors import DeviceError
 from zeroxide.kernels import Kernel, accumulate, norm, update
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
@@ -106,6 +107,7 @@ class PlayedKernels:
 
     def __init__(self, device: torch.device) -> None:
         self._emulator = Emulator(built())
+        self._device = device
         self.launched: list[str] = []
 
     def load(self, kernel: Kernel) -> None:
@@ -113,6 +115,11 @@ class PlayedKernels:
 
     def launch(self, kernel: Kernel, blocks: int, args: bytes) -> None:
         """See `Launcher`."""
+        if torch.accelerator.current_device_index() != self._device.index:
+            # As CUDA's launcher.
+            raise DeviceError(
+                f"kernel {kernel.entry} is launched on {self._device}, which is not torch's current device"
+            )
         self.launched.append(kernel.entry)
         with torch.sim.kernel(kernel.entry, TOUCHED[kernel.source](kernel, args)):
             self._emulator.launch(kernel, blocks, args)

@@ -55,6 +55,10 @@ pub(crate) fn encode_weights(
         live.len(),
         exact.as_ref().map(|bytes| bytes.len()),
     )?;
+    if values.is_empty() {
+        // Bytes that are none lie at no multiple of a word.
+        return Ok(());
+    }
     py.detach(|| {
         encode_live(&layout, values, live);
         if let Some(exact) = exact {
@@ -80,6 +84,9 @@ pub(crate) fn decode_weights(
     let (out, live) = (out.f32_mut()?, live.bytes()?);
     let exact = exact.map(TensorSpec::bytes).transpose()?;
     check_lengths(&layout, out.len(), live.len(), exact.map(<[u8]>::len))?;
+    if out.is_empty() {
+        return Ok(());
+    }
     py.detach(|| match exact {
         Some(exact) if has_exact => {
             carry_exact(&layout, exact, out);

@@ -7,6 +7,7 @@ told the same in one line.
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 
 import torch
@@ -22,6 +23,7 @@ class DeviceHealth:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._process = os.getpid()
         self._told: tuple[str, str, str] | None = None
         """The line, what was done when it was lost, and what torch or the driver said."""
         self._under_way: list[_Doing] = []
@@ -53,7 +55,8 @@ class DeviceHealth:
         what: what was done, where nothing is under way that says so.
         """
         if self._told is None:
-            reason = why_lost(self.device)
+            # A forked child has no device, and is told so by whoever it asks.
+            reason = why_lost(self.device) if os.getpid() == self._process else None
             if reason is None:
                 return
             what = " and ".join(each.what for each in self._under_way) or what

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from operator import methodcaller
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = [
     "autocast",
     "autocast_dtype",
     "compute_device",
+    "current",
     "device_kind",
     "device_of",
     "device_room",
@@ -204,6 +205,12 @@ def make_current(device: torch.device) -> None:
     the kind alone, and what torch makes for a context of its own, such as page-locked memory, goes there."""
     if not is_host(device):
         torch.accelerator.set_device_index(device.index)
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """Within it a device other than the host is torch's current one, whatever a script, or an engine on another device,
+    has made of that: kernels are launched on it alone."""
+    return nullcontext() if is_host(device) else torch.accelerator.device_index(device.index)
 
 
 def device_room(device: torch.device) -> tuple[int, int]:

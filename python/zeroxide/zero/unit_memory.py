@@ -120,6 +120,11 @@ class DeviceMemory:
         """Whether somebody has views of it whose use nobody will announce."""
         return _USES(self.storage._cdata) > self._own_uses + self.saved + self.shown
 
+    def own_view(self, nbytes: int) -> torch.Tensor:
+        """The first bytes, for as long as the unit lasts, for what is at home there with it: nobody's view."""
+        self._own_uses += 1
+        return self.flat[:nbytes]
+
     @property
     def is_empty(self) -> bool:
         """Whether the storage has no memory."""

@@ -13,7 +13,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.health import DeviceHealth
-from zeroxide.device.placement import in_host
+from zeroxide.device.placement import current, in_host
 from zeroxide.device.transfers import Transfers
 from zeroxide.kernels import Launcher
 from zeroxide.kernels.accumulate import accumulate
@@ -74,7 +74,7 @@ class StateOnDevice:
         add = self._core.note_gradient(unit, position)
         self._unmeasured.add((unit, position))
         state = self.units[unit]
-        with self.health.doing(f"gradients of {state.name} were added up"):
+        with current(self.health.device), self.health.doing(f"gradients of {state.name} were added up"):
             accumulate(self._launcher, state.grad[state.place(position)], grad, add=add)
 
     def write_gradient(self, unit: int, position: int, start: int, values: torch.Tensor) -> None:
@@ -100,7 +100,7 @@ class StateOnDevice:
         if measured:
             tensors = [self.units[unit].grad[self.units[unit].place(at)] for unit, at in measured]
             # One small copy, which no result waits for longer than for the gradients themselves.
-            with self.health.doing("the norm of gradients was taken"):
+            with current(self.health.device), self.health.doing("the norm of gradients was taken"):
                 sums = in_host(sums_of_squares(self._launcher, tensors)).tolist()
         of_each = dict(zip(measured, sums, strict=True))
         for unit, at in found:
@@ -139,7 +139,7 @@ class StateOnDevice:
 
     def _update(self, state: UnitOnDevice, where: slice, step: Step) -> None:
         tensors = [state.live[where], *(tensor[where] for tensor in state.tensors.values())]
-        with self.health.doing(f"{state.name} was updated"):
+        with current(self.health.device), self.health.doing(f"{state.name} was updated"):
             update(self._launcher, step, state.format, tensors, state.grad[where])
 
     # Bytes ----------------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ class UnitOnDevice:
             """The state tensors beside the live weight, by name, in the core's order."""
             self.grad = torch.zeros(count, dtype=plan.grad, device=device)
         # Reserved as bytes: frozen parameters follow in their own dtypes.
-        self.live = memory.flat[: count * plan.compute.itemsize].view(plan.compute)
+        self.live = memory.own_view(count * plan.compute.itemsize).view(plan.compute)
         own = set(unit.states)
         self.exact = next((tensor for name, tensor in self.tensors.items() if name not in own), None)
         """What makes live weights exact; None where they are."""
