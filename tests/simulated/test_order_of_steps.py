@@ -6,8 +6,11 @@ those that come after it on the same stream are forgotten with it, until a race 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from launching import run_ranks
 from torch import nn
 
 import zeroxide
@@ -126,3 +129,15 @@ def test_without_any_one_wait_a_race_is_found(mode, tmp_path, sim, monkeypatch):
         if wait.needed and not is_missed(mode, tmp_path, number, waits, sim):
             missed.append((number, wait.text))
     assert missed == []
+
+
+RANKS = [("resident", "auto"), ("transient", "collective"), ("transient-home", "auto")]
+
+
+@pytest.mark.parametrize("case", RANKS, ids="-".join)
+def test_without_any_one_wait_of_two_ranks_a_race_is_found(case):
+    """Catches: a wait that orders nothing which needs an order."""
+    for rank, result in enumerate(run_ranks(2, Path(__file__).with_name("order_ranks.py"), list(case))):
+        assert result.code == 0, f"rank {rank}: {result.out[-1000:]}\n{result.err[-3000:]}"
+        needed, missed = result.out.splitlines()[-1].split(" ", 1)
+        assert (int(needed) > 4, missed) == (True, "[]")
