@@ -241,3 +241,52 @@ def test_a_forked_child_of_an_engine_on_a_device_is_refused_and_the_parent_goes_
     assert lines[-2:] == ["destroyed", "parent"], ended.stdout + ended.stderr
     assert len(lines) == 5
     assert all("fork" in line and "lost" not in line for line in lines[:3]), lines
+
+
+def test_rows_of_a_gradient_are_refused_where_state_is_on_the_device_and_added_up_elsewhere():
+    """The simulated device has no sparse tensors: these are the host's. Catches: rows that are lost, or dropped without
+    a word."""
+    rows = torch.sparse_coo_tensor(torch.tensor([[1, 5, 1]]), torch.ones(3, 8), (8, 8))
+    engine = started("none")
+    unit = next(each for each in engine.parts.units if "first.weight" in each.names)
+    position = unit.names.index("first.weight")
+    with pytest.raises(ModelError, match=r"first\.weight is sparse, and its optimizer state is on the device"):
+        engine.parts.hooks.reducer.accumulate_unusual(unit, position, rows)
+    engine.destroy()
+    engine = started("host")
+    unit = engine.parts.units[unit.index]
+    reducer = engine.parts.hooks.reducer
+    reducer.check_open(unit)
+    reducer.accumulate_unusual(unit, position, 2 * rows)
+    # Of a backward by itself, whose loss is divided by the two micro-batches.
+    assert torch.equal(zeroxide.safe_get_full_grad(unit.params[position]), rows.to_dense())
+    engine.parts.hooks.end_backward()
+    engine.zero_grad()
+    engine.destroy()
+
+
+@pytest.mark.parametrize("place", ["none", "host"])
+def test_a_batch_on_the_wrong_device_is_torchs_error_and_leaves_nothing(place, tmp_path):
+    """Catches: a pass that stays open, an error that is taken for a lost device."""
+    engine = started(place)
+    expected = trains(engine, tmp_path)
+    engine.destroy()
+    engine = started(place)
+    for wrong in ("cpu", "sim:1"):
+        with pytest.raises(RuntimeError, match="same device") as caught:
+            engine(torch.ones(4, 8, dtype=torch.bfloat16, device=wrong))
+        assert "lost" not in str(caught.value)
+    assert trains(engine, tmp_path) == expected
+    engine.destroy()
+
+
+@pytest.mark.parametrize("place", ["none", "host"])
+def test_a_stream_of_another_device_is_nothing_to_the_engine(place, tmp_path):
+    """Catches: copies and kernels on what is current of another device."""
+    engine = started(place)
+    expected = trains(engine, tmp_path)
+    engine.destroy()
+    engine = started(place)
+    with torch.Stream("sim:1"):
+        assert trains(engine, tmp_path) == expected
+    engine.destroy()
