@@ -9,8 +9,8 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import spec
-from zeroxide.errors import BudgetError, ModelError, StorageError
-from zeroxide.integrations.deepspeed.aio import AsyncIO, aio_handle, aio_read, aio_write
+from zeroxide.errors import BudgetError, ConfigError, ModelError, StorageError
+from zeroxide.integrations.deepspeed.aio import AsyncIO, aio_handle, aio_read, aio_write, deepspeed_memcpy
 from zeroxide.integrations.deepspeed.op_builder import ALL_OPS, BUILDERS, COMPATIBLE, op_report
 
 SIZES = [1, 4095, 4096, 3 * 4096, (1 << 20) + 4096, (2 << 20) + 13]
@@ -81,12 +81,62 @@ def test_nothing_fails_in_silence(engine, tmp_path):
         _core.FileQueue(engine[0], 0, 1, 4096)
 
 
-def test_a_full_disk_is_one_line():
-    """/dev/full takes no byte. Catches: a write that counts though the kernel refused it."""
+def test_what_is_no_file_is_refused(tmp_path):
+    """Catches: a pipe that is waited for, a new file that is left behind where there was no room for it."""
     handle = aio_handle()
-    with pytest.raises(StorageError, match="/dev/full"):
-        handle.sync_pwrite(torch.zeros(4096, dtype=torch.uint8), "/dev/full")
+    os.mkfifo(tmp_path / "pipe")
+    for path in ("/dev/full", str(tmp_path / "pipe")):
+        for call in (handle.async_pread, handle.async_pwrite):
+            with pytest.raises(StorageError, match="it is no regular file"):
+                call(torch.zeros(4096, dtype=torch.uint8), path)
+    with pytest.raises(StorageError, match=r"huge"):
+        handle.async_pwrite(torch.zeros(4096, dtype=torch.uint8), str(tmp_path / "huge"), 1 << 50)
+    assert not (tmp_path / "huge").exists()
     assert handle._queue.pending == 0
+
+
+def test_nothing_is_a_transfer_too(tmp_path):
+    """Scripts assert how many there were. Catches: an empty tensor that counts for none, or reads from no file."""
+    handle = aio_handle()
+    assert handle.sync_pwrite(torch.empty(0), str(tmp_path / "file")) == 1
+    assert (tmp_path / "file").read_bytes() == b""
+    with pytest.raises(StorageError, match="missing"):
+        handle.async_pread(torch.empty(0), str(tmp_path / "missing"))
+
+
+def test_a_handle_that_goes_away_ends_its_transfers(tmp_path):
+    """Catches: a file of full length with a part of the data."""
+    values = some(64 << 20)
+    handle = aio_handle(4096, 1)
+    handle.async_pwrite(values, str(tmp_path / "file"))
+    del handle
+    assert (tmp_path / "file").read_bytes() == values.numpy().tobytes()
+
+
+def test_memory_that_is_replaced_meanwhile_is_said(tmp_path):
+    """Catches: somebody else's tensor that is overwritten, and nobody is told."""
+    handle = aio_handle()
+    handle.sync_pwrite(some(1 << 20), str(tmp_path / "file"))
+    values = torch.empty(1 << 20, dtype=torch.uint8)
+    handle.async_pread(values, str(tmp_path / "file"))
+    values.set_(torch.empty(1 << 20, dtype=torch.uint8))
+    with pytest.raises(ModelError, match="got other memory while a transfer of it was under way"):
+        handle.wait()
+
+
+def test_a_forked_child_has_no_transfers(tmp_path):
+    """Catches: a child that waits for ever for what its parent's queue answers."""
+    handle = aio_handle()
+    handle.async_pwrite(some(1 << 20), str(tmp_path / "file"))
+    child = os.fork()
+    if child == 0:
+        try:
+            handle.wait()
+        except StorageError as error:
+            os._exit(7 if "forked child" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert handle.wait() == 1
 
 
 def test_deepspeeds_handle(tmp_path):
@@ -114,8 +164,17 @@ def test_deepspeeds_handle(tmp_path):
     assert aio_read(found, path, 4096, 4, False, False, True) == 0
     assert not found.any()
     assert aio_write(values, path, 4096, 4, False, False, True) == 0
-    with pytest.raises(ModelError, match="expected a contiguous tensor"):
-        handle.sync_pwrite(values.t(), path)
+    for wrong in (values.t(), torch.ones(2, dtype=torch.complex64).conj()):
+        with pytest.raises(ModelError, match="expected a contiguous tensor"):
+            handle.sync_pwrite(wrong, path)
+    with pytest.raises(ConfigError, match="block_size: expected a multiple of 4096 bytes, got 1000"):
+        aio_handle(1000)
+    with pytest.raises(ConfigError, match="file_offset: expected"):
+        handle.async_pread(found, path, -1)
+    deepspeed_memcpy(found, values)
+    assert torch.equal(found, values)
+    with pytest.raises(ModelError, match="1 elements of torch"):
+        deepspeed_memcpy(found, torch.ones(1, dtype=torch.int64))
 
 
 def test_a_comparison_finds_what_differs(tmp_path):
@@ -169,6 +228,7 @@ def test_builders_say_what_there_is(capsys):
         if not builder.is_compatible():
             with pytest.raises(ModelError, match=f"the operator {builder.name} is not built"):
                 builder.load()
+    assert not hasattr(BUILDERS["CPUAdamBuilder"]().load(), "create_adam")
     with pytest.raises(ModelError, match=r"cpu_adam\.create_adam.*use ops\.adam\.DeepSpeedCPUAdam"):
         BUILDERS["CPUAdamBuilder"]().load().create_adam(0)
     flat = BUILDERS["UtilsBuilder"]().load().flatten([torch.ones(2), torch.zeros(3)])

@@ -42,6 +42,9 @@ def test_a_batch_above_the_limit_is_said(caplog):
         ({"max_train_batch_size": 8, "micro_batch_sizes": [2], "min_gpus": 3, "max_gpus": 2}, "min_gpus is 3"),
         ({"max_train_batch_size": 8, "micro_batch_sizes": [2], "max_gpus": "4"}, "expected an integer above 0"),
         ({"max_train_batch_size": 8, "micro_batch_sizes": [2], "version": 0.3}, "expected 0.1 or 0.2"),
+        ({"max_train_batch_size": 8, "micro_batch_sizes": [2], "version": "x"}, "expected 0.1 or 0.2"),
+        ({"max_train_batch_size": "many", "micro_batch_sizes": [2]}, "expected an integer above 0, got 'many'"),
+        ({"max_train_batch_size": 8, "micro_batch_sizes": [2], "min_gpu": 1}, "unknown key 'min_gpu'"),
         ({"max_train_batch_size": 8, "micro_batch_sizes": [2], "version": 0.1}, "5 ranks do not divide a batch of 8"),
     ],
 )

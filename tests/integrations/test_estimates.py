@@ -7,6 +7,7 @@ import torch
 from models import build
 from running import started
 
+from zeroxide.errors import ConfigError
 from zeroxide.integrations.deepspeed import estimates
 
 
@@ -37,7 +38,7 @@ def test_what_is_printed(capsys):
     assert largest == max(sum(p.numel() for p in each.parameters(recurse=False)) for each in model.modules())
     estimates.estimate_zero3_model_states_mem_needs_all_live(model, num_gpus_per_node=2)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "zeroxide at stage 3, 1 host(s) with 2 rank(s) each, bf16 and AdamW, beside activations:"
+    assert lines[0] == "zeroxide at stage 3 on the CPU, 1 host(s) with 2 rank(s) each, beside activations:"
     assert [line.rpartition("| ")[2] for line in lines[3:]] == [
         "offload_param=cpu, offload_optimizer=cpu",
         "offload_param=cpu, offload_optimizer=nvme",
@@ -46,6 +47,11 @@ def test_what_is_printed(capsys):
     estimates.estimate_zero3_model_states_mem_needs_all_cold(total_params=10_000_000, largest_layer_params=3_000_000)
     assert "a model of 10 M parameters, 3 M in its largest layer" in capsys.readouterr().out
     estimates.estimate_zero2_model_states_mem_needs_all_cold(total_params=10_000_000, num_nodes=2)
-    assert "stage 2, 2 host(s)" in capsys.readouterr().out
+    assert "stage 2 on the CPU, 2 host(s)" in capsys.readouterr().out
+    for call, given in ((estimates.estimate_zero3_model_states_mem_needs_all_cold, (1000, 0)),):
+        with pytest.raises(ConfigError, match="above 0"):
+            call(*given)
+    with pytest.raises(ConfigError, match="expected at least one"):
+        estimates.estimate_zero2_model_states_mem_needs_all_live(model, num_gpus_per_node=0)
     estimates.estimate_zero2_model_states_mem_needs_all_live(model)
     assert capsys.readouterr().out.count("offload_optimizer") == 2

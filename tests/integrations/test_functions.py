@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 import zeroxide
-from zeroxide.errors import ConfigError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.integrations.deepspeed import entry, fused, tensors, zero_to_fp32
+from zeroxide.params.absent import AbsentValues
 
 
 @pytest.fixture
@@ -97,3 +98,43 @@ def test_copies_keep_what_is_tied():
     assert found["a"] is found["b"][0]
     assert found["a"] is not tied
     assert found["c"] == (1, "x")
+
+
+def test_a_mistake_in_a_second_config_leaves_the_engine(own_group):
+    """Catches: an engine that ends, with its optimizer's state, before the config of the next one is read."""
+    model = nn.Linear(4, 4)
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}}
+    engine, *_ = entry.initialize(model=model, config=config)
+    with pytest.raises(ConfigError, match="train_batch_sizes"):
+        entry.initialize(model=model, config={"train_batch_sizes": 1})
+    engine.backward(engine(torch.ones(2, 4)).sum())
+    engine.step()
+    assert engine.global_steps == 1
+    engine.destroy()
+    assert "names and shapes alone" in " ".join((entry.initialize.__doc__ or "").split())
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda absent, own: own.add_(absent, alpha=0.1),
+        lambda absent, own: own.mul_(absent),
+        lambda absent, own: torch._foreach_add_([own], [absent]),
+        lambda absent, own: own.copy_(absent),
+        lambda absent, own: absent + own,
+        lambda absent, own: absent.numpy(),
+        lambda absent, own: absent.tolist(),
+        lambda absent, own: absent.sum().item(),
+        lambda absent, own: absent[0].cpu(),
+        lambda absent, own: f"{absent.norm():.3f}",
+        lambda absent, own: bool(absent.any()),
+        lambda absent, own: absent.__dlpack__(),
+    ],
+)
+def test_values_that_are_absent_are_never_taken_for_nothing(use):
+    """Catches: a moving average that decays, since torch adds nothing where it has a tensor on the meta device."""
+    own, absent = torch.ones(2, 3), AbsentValues.of("a.weight", torch.Size([2, 3]), torch.float32)
+    with pytest.raises(ModelError, match=r"a\.weight was asked for its values"):
+        use(absent, own)
+    assert torch.equal(own, torch.ones(2, 3))
+    assert [list(each.shape) for each in torch.cat([absent, absent]).chunk(2, 1)] == [[4, 2], [4, 1]]

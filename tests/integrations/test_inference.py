@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from running import started
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -77,6 +78,9 @@ def test_configs(model, tmp_path, caplog):
         ({"dtyp": "fp16"}, "unknown key 'dtyp'"),
         ({"config": "/missing.json"}, "/missing.json"),
         ({"config": 3}, "expected a dict or a path, got int"),
+        ({"max_out_tokens": None}, "expected a number above 0, got None"),
+        ({"zero": "yes"}, "expected a section for stage 3, got 'yes'"),
+        ({"zero": {"stage": 2}}, "expected a section for stage 3"),
     ],
 )
 def test_what_is_refused(model, given, line):
@@ -84,3 +88,19 @@ def test_what_is_refused(model, given, line):
         init_inference(model, **given)
     assert line in str(caught.value)
     assert next(model.parameters()).dtype is torch.float32
+
+
+def test_a_model_that_an_engine_has_is_left_alone(model):
+    """Catches: weights that are cast under an engine, whose every later step would fail."""
+    with started(model, config={"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 2}}) as engine:
+        with pytest.raises(ModelError, match="has its values in an engine"):
+            init_inference(model)
+        engine.backward(engine(PROMPT, labels=PROMPT).loss)
+        engine.step()
+
+
+def test_its_state_dict_is_the_modules(model, own_group):
+    """Catches: weights under two names."""
+    engine = init_inference(model, dtype="fp32", zero={"offload_param": {"device": "cpu"}})
+    assert set(engine.state_dict()) == {f"module.{name}" for name in model.state_dict()}
+    engine.destroy()

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
+use zeroxide_memory::{ForkGuard, Lease};
 use zeroxide_storage::{
     Completion, DIRECT_ALIGN, DiskFile, EngineKind, OpKind, Operation, Queue, QueueOptions,
     StorageError, open_queue_with,
@@ -21,14 +22,18 @@ pub(crate) struct FileQueue {
     queue: Arc<dyn Queue>,
     block: usize,
     work: Mutex<Work>,
+    /// Held by who waits, so that others can begin transfers meanwhile.
+    answers: Mutex<Receiver<Completion>>,
+    guard: ForkGuard,
 }
 
 /// What was asked for and has not been waited for.
 struct Work {
     reply: Sender<Completion>,
-    answers: Receiver<Completion>,
     /// Pieces to come, of each transfer by its number.
     left: HashMap<u64, usize>,
+    /// Transfers of nothing, which end at once.
+    empty: usize,
     next: u64,
 }
 
@@ -69,11 +74,17 @@ impl FileQueue {
         let (reply, answers) = channel();
         let work = Mutex::new(Work {
             reply,
-            answers,
             left: HashMap::new(),
+            empty: 0,
             next: 0,
         });
-        Ok(Self { queue, block, work })
+        Ok(Self {
+            queue,
+            block,
+            work,
+            answers: Mutex::new(answers),
+            guard: ForkGuard::new(),
+        })
     }
 
     /// Begins to fill the tensor of bytes from the file at `offset`. Nobody may touch the tensor until `wait` has
@@ -101,12 +112,15 @@ impl FileQueue {
             .map_err(|error| to_python(py, &error))
     }
 
-    /// Transfers that have not been waited for.
+    /// Transfers that have not been waited for; none in a forked child, which has none of its own.
     #[getter]
     fn pending(&self, py: Python<'_>) -> usize {
         py.detach(|| {
+            if self.guard.is_forked() {
+                return 0;
+            }
             let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-            work.left.len()
+            work.left.len() + work.empty
         })
     }
 
@@ -126,14 +140,13 @@ impl FileQueue {
         offset: u64,
     ) -> PyResult<()> {
         let length = bytes.bytes()?.len();
-        if length == 0 {
-            return Ok(());
-        }
         let buffer = bytes.lease(py);
-        let direct = buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGN)
+        let direct = length > 0
+            && buffer.as_ptr().addr().is_multiple_of(DIRECT_ALIGN)
             && length.is_multiple_of(DIRECT_ALIGN)
             && offset.is_multiple_of(DIRECT_ALIGN as u64);
         py.detach(|| {
+            self.check_process()?;
             let end = offset.saturating_add(length as u64);
             let file = match kind {
                 OpKind::Read => DiskFile::open_to_read(path, direct)?,
@@ -153,17 +166,29 @@ impl FileQueue {
         .map_err(|error| to_python(py, &error))
     }
 
+    fn check_process(&self) -> Result<(), StorageError> {
+        self.guard
+            .check_process()
+            .map_err(|forked| StorageError::Forked {
+                created: forked.created,
+                current: forked.current,
+            })
+    }
+
     /// Hands the pieces of one transfer over.
     fn submit(
         &self,
         kind: OpKind,
         file: &Arc<DiskFile>,
         mut offset: u64,
-        mut rest: zeroxide_memory::Lease,
+        mut rest: Lease,
     ) -> Result<(), StorageError> {
         let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
         let tag = work.next;
         work.next += 1;
+        if rest.is_empty() {
+            work.empty += 1;
+        }
         let mut pieces = 0;
         let mut outcome = Ok(());
         while !rest.is_empty() && outcome.is_ok() {
@@ -191,32 +216,48 @@ impl FileQueue {
     }
 
     fn finish(&self) -> Result<usize, StorageError> {
-        let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = work.left.len();
+        self.check_process()?;
+        let answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ended = 0;
         let mut failed = None;
-        while !work.left.is_empty() {
+        loop {
+            {
+                let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
+                ended += std::mem::take(&mut work.empty);
+                if work.left.is_empty() {
+                    break;
+                }
+            }
             // The queue answers every operation that it has taken, and there is a sender here.
-            let Ok(answer) = work.answers.recv() else {
+            let Ok(answer) = answers.recv() else {
                 return Err(StorageError::Closed);
             };
+            let mut work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
             let done = work.left.get_mut(&answer.tag).is_some_and(|left| {
                 *left -= 1;
                 *left == 0
             });
             if done {
                 work.left.remove(&answer.tag);
+                ended += 1;
             }
             if let Err(error) = answer.result {
                 failed = failed.or(Some(error));
             }
         }
-        failed.map_or(Ok(count), Err)
+        failed.map_or(Ok(ended), Err)
     }
 }
 
 impl Drop for FileQueue {
     fn drop(&mut self) {
-        // All that is under way is answered before the memory that it moves can go.
-        self.queue.close();
+        // What was begun ends, so that no file has a part of what was to be written; `aio_handle` says what failed.
+        let end = || {
+            let _ = self.finish();
+            self.queue.close();
+        };
+        if Python::try_attach(|py| py.detach(end)).is_none() {
+            end();
+        }
     }
 }

@@ -74,8 +74,12 @@ impl DiskFile {
     /// [`StorageError::File`] when it cannot be opened.
     pub fn open_to_read(path: impl Into<PathBuf>, direct: bool) -> Result<Arc<Self>, StorageError> {
         let path = path.into();
-        let plain = File::open(&path).map_err(|source| refusal("open", &path, source))?;
-        let bytes = size_of_file(&plain, &path)?;
+        let plain = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(&path)
+            .map_err(|source| refusal("open", &path, source))?;
+        let bytes = size_of_users(&plain, &path)?;
         let file = if direct {
             open_direct(&path, false)
         } else {
@@ -96,16 +100,14 @@ impl DiskFile {
         direct: bool,
     ) -> Result<Arc<Self>, StorageError> {
         let path = path.into();
-        let plain = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(|source| refusal("open", &path, source))?;
-        let before = size_of_file(&plain, &path)?;
+        let (plain, made) = open_or_make(&path).map_err(|source| refusal("open", &path, source))?;
+        let before = size_of_users(&plain, &path)?;
         if before < bytes {
-            reserve(&plain, &path, before, bytes)?;
+            reserve(&plain, &path, before, bytes, extend).inspect_err(|_| {
+                if made {
+                    let _ = std::fs::remove_file(&path);
+                }
+            })?;
         }
         let file = if direct {
             open_direct(&path, true)
@@ -150,6 +152,39 @@ impl DiskFile {
     }
 }
 
+/// The file at `path`, and whether it was made now.
+fn open_or_make(path: &Path) -> io::Result<(File, bool)> {
+    let mut options = OpenOptions::new();
+    options
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_NONBLOCK);
+    match options.open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        other => return other.map(|file| (file, false)),
+    }
+    match options.create_new(true).open(path) {
+        // Somebody else was faster.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Ok((options.create_new(false).open(path)?, false))
+        }
+        other => other.map(|file| (file, true)),
+    }
+}
+
+/// The size of a file of the user's, which has to be one: a pipe would be waited for.
+fn size_of_users(file: &File, path: &Path) -> Result<u64, StorageError> {
+    let bytes = size_of_file(file, path)?;
+    match file.metadata() {
+        Ok(found) if found.is_file() => Ok(bytes),
+        _ => Err(StorageError::File {
+            action: "open",
+            path: path.to_path_buf(),
+            source: io::Error::other("it is no regular file"),
+        }),
+    }
+}
+
 fn size_of_file(file: &File, path: &Path) -> Result<u64, StorageError> {
     match file.metadata() {
         Ok(found) => Ok(found.len()),
@@ -183,11 +218,17 @@ fn open_direct(path: &Path, write: bool) -> Option<File> {
 }
 
 fn allocate(file: &File, path: &Path, bytes: u64) -> Result<(), StorageError> {
-    reserve(file, path, 0, bytes)
+    reserve(file, path, 0, bytes, fill)
 }
 
-/// Gives a file of `before` bytes disk space for `bytes`.
-fn reserve(file: &File, path: &Path, before: u64, bytes: u64) -> Result<(), StorageError> {
+/// Gives a file of `before` bytes disk space for `bytes`; `otherwise` where the file system cannot.
+fn reserve(
+    file: &File,
+    path: &Path,
+    before: u64,
+    bytes: u64,
+    otherwise: fn(&File, u64) -> io::Result<()>,
+) -> Result<(), StorageError> {
     // Asked first, so that a hopeless request does not fill the disk for other processes on its way
     // to failing.
     let free = syscall::free_bytes(path).unwrap_or(u64::MAX);
@@ -203,7 +244,7 @@ fn reserve(file: &File, path: &Path, before: u64, bytes: u64) -> Result<(), Stor
     }
     let outcome = match syscall::fallocate(file, bytes) {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS)) => {
-            fill(file, before, bytes)
+            otherwise(file, bytes)
         }
         other => other,
     };
@@ -212,7 +253,7 @@ fn reserve(file: &File, path: &Path, before: u64, bytes: u64) -> Result<(), Stor
             let free = syscall::free_bytes(path).unwrap_or(0);
             StorageError::NoSpace {
                 path: path.to_path_buf(),
-                need: bytes,
+                need: bytes - before,
                 free,
             }
         } else {
@@ -225,10 +266,22 @@ fn reserve(file: &File, path: &Path, before: u64, bytes: u64) -> Result<(), Stor
     })
 }
 
-/// Writes zeros from `before` on: the preallocation of file systems that have no other.
-fn fill(file: &File, before: u64, bytes: u64) -> io::Result<()> {
+/// Makes a file longer that others may write to as well: none of what they have written is touched.
+fn extend(file: &File, bytes: u64) -> io::Result<()> {
+    file.lock()?;
+    let outcome = match file.metadata() {
+        Ok(found) if found.len() < bytes => file.set_len(bytes),
+        Ok(_) => Ok(()),
+        Err(error) => Err(error),
+    };
+    file.unlock()?;
+    outcome
+}
+
+/// Writes zeros over the whole file: the preallocation of file systems that have no other.
+fn fill(file: &File, bytes: u64) -> io::Result<()> {
     let zeros = vec![0_u8; FILL_BYTES];
-    let mut offset = before;
+    let mut offset = 0;
     while offset < bytes {
         let length = (bytes - offset).min(FILL_BYTES as u64);
         // The length is at most FILL_BYTES, a usize.

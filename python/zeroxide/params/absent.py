@@ -10,7 +10,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.utils._pytree import tree_leaves
 
+from zeroxide.device.placement import has_values
 from zeroxide.errors import ModelError
 
 __all__ = ["AbsentValues"]
@@ -32,11 +34,20 @@ class AbsentValues(torch.Tensor):
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        kwargs = kwargs or {}
+        leaves = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        name = next((each.name for each in leaves if isinstance(each, AbsentValues)), cls.name)
+        # torch leaves a tensor that has values as it is where one on the meta device is added to it in place.
+        if any(has_values(each) for each in leaves if not isinstance(each, AbsentValues)):
+            raise _refusal(name)
         try:
-            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-        except (NotImplementedError, RuntimeError) as error:
-            named = next((each.name for each in args if isinstance(each, AbsentValues)), cls.name)
-            raise _refusal(named) from error
+            found = super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
+        except (BufferError, NotImplementedError, RuntimeError, TypeError) as error:
+            raise _refusal(name) from error
+        for each in tree_leaves(found):
+            if isinstance(each, AbsentValues):
+                each.name = name
+        return found
 
     def tolist(self) -> NoReturn:
         """Raises ModelError."""

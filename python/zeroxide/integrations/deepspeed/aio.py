@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 
 from zeroxide import _core
-from zeroxide.device.placement import address, in_host_memory, of_buffer, spec
-from zeroxide.errors import ModelError, StorageError
+from zeroxide.device.placement import address, in_host_memory, of_buffer, spec, storage_address
+from zeroxide.errors import ConfigError, ModelError, StorageError
 from zeroxide.integrations.deepspeed.locked_tensors import LockedTensors
+from zeroxide.integrations.deepspeed.logging import logger
 
 __all__ = ["AsyncIO", "aio_handle", "aio_read", "aio_write", "deepspeed_memcpy"]
 
@@ -41,10 +42,27 @@ class aio_handle:
         overlap_events: bool = False,
         intra_op_parallelism: int = 1,
     ) -> None:
+        if type(block_size) is not int or block_size <= 0 or block_size % _ALIGNMENT:
+            raise ConfigError(
+                f"aio_handle: block_size: expected a multiple of {_ALIGNMENT} bytes, got {block_size!r}",
+                path="block_size",
+            )
         self._given = block_size, queue_depth, single_submit, overlap_events, intra_op_parallelism
         self._queue = _core.FileQueue("auto", queue_depth, intra_op_parallelism, block_size)
         self._locked = LockedTensors()
-        self._to_compare: list[tuple[torch.Tensor, Path, int]] = []
+        self._to_compare: list[tuple[torch.Tensor, str, int]] = []
+        self._moving: list[tuple[torch.Tensor, tuple[int, int]]] = []
+        """Tensors of transfers under way, each with where its memory was when that began."""
+
+    def __del__(self) -> None:
+        # Nobody has waited: what was begun ends all the same, and a failure is said.
+        queue = self.__dict__.get("_queue")
+        if queue is None or not queue.pending:
+            return
+        try:
+            queue.wait()
+        except StorageError as error:
+            logger.error("an aio_handle was let go of with transfers that nobody had waited for: %s", error)
 
     def get_block_size(self) -> int:
         """Bytes of one request to the kernel."""
@@ -71,14 +89,18 @@ class aio_handle:
         times the threads, since it cuts a tensor into as many equal parts."""
         return _ALIGNMENT
 
-    def async_pread(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:
-        """Begins to fill the tensor from the file; 0. `wait` ends it."""
-        self._queue.read(spec(_bytes_of(buffer)), _path(filename), file_offset)
+    def async_pread(self, buffer: torch.Tensor, filename: str | int, file_offset: int = 0) -> int:
+        """Begins to fill the tensor from the file, by name or by the descriptor of an open one; 0. `wait` ends it, and
+        until then the tensor's memory must stay."""
+        self._queue.read(spec(_bytes_of(buffer)), _path(filename), _offset(file_offset))
+        self._moving.append((buffer, _memory(buffer)))
         return 0
 
     def async_pwrite(self, buffer: torch.Tensor, filename: str | int, file_offset: int = 0) -> int:
-        """Begins to write the tensor into the file, by name or by the descriptor of an open one; 0. `wait` ends it."""
-        self._queue.write(spec(_bytes_of(buffer)), _path(filename), file_offset)
+        """Begins to write the tensor into the file, by name or by the descriptor of an open one; 0. `wait` ends it, and
+        until then the tensor and its memory must stay as they are."""
+        self._queue.write(spec(_bytes_of(buffer)), _path(filename), _offset(file_offset))
+        self._moving.append((buffer, _memory(buffer)))
         return 0
 
     def sync_pread(self, buffer: torch.Tensor, filename: str, file_offset: int = 0) -> int:
@@ -117,9 +139,15 @@ class aio_handle:
 
     def wait(self) -> int:
         """Waits for all that was begun; how many transfers there were. Raises StorageError for one that failed, when
-        all have ended."""
-        compare, self._to_compare = self._to_compare, []
+        all have ended, and ModelError where a tensor has other memory than when its transfer began."""
+        (compare, self._to_compare), (moving, self._moving) = (self._to_compare, []), (self._moving, [])
         count = self._queue.wait()
+        for buffer, before in moving:
+            if _memory(buffer) != before:
+                raise ModelError(
+                    f"a tensor of shape {tuple(buffer.shape)} got other memory while a transfer of it was under way: "
+                    "its bytes, those of the file, and of whatever has the old memory now, may be wrong: wait first"
+                )
         for buffer, path, offset in compare:
             _compare(buffer, path, offset)
         return count
@@ -137,9 +165,11 @@ class aio_handle:
         """Whether the tensor lies in memory that this handle has locked. Every tensor in host memory can be moved."""
         return self._locked.holds(buffer)
 
-    def _ended(self, buffer: torch.Tensor, filename: str, file_offset: int, validate: bool, asynchronous: bool) -> int:
+    def _ended(
+        self, buffer: torch.Tensor, filename: str | int, file_offset: int, validate: bool, asynchronous: bool
+    ) -> int:
         if validate:
-            self._to_compare.append((buffer, Path(filename), file_offset))
+            self._to_compare.append((buffer, _path(filename), file_offset))
         return 0 if asynchronous else self.wait()
 
 
@@ -170,7 +200,12 @@ def aio_write(
 
 
 def deepspeed_memcpy(target: torch.Tensor, source: torch.Tensor) -> int:
-    """Copies one tensor in host memory into another of as many elements and the same dtype; 0."""
+    """Copies one tensor in host memory into another of as many elements and the same dtype; 0. Raises ModelError for
+    others."""
+    if (target.numel(), target.dtype) != (source.numel(), source.dtype):
+        raise ModelError(
+            f"deepspeed_memcpy: {source.numel()} elements of {source.dtype} into {target.numel()} of {target.dtype}"
+        )
     target.view(-1).copy_(source.view(-1))
     return 0
 
@@ -185,7 +220,7 @@ class AsyncIO:
 
 
 def _bytes_of(buffer: torch.Tensor) -> torch.Tensor:
-    if not in_host_memory(buffer) or not buffer.is_contiguous():
+    if not in_host_memory(buffer) or not buffer.is_contiguous() or buffer.is_conj() or buffer.is_neg():
         raise ModelError(
             f"expected a contiguous tensor in host memory, got {buffer.dtype} {tuple(buffer.shape)} on "
             f"{buffer.device} with strides {buffer.stride()}"
@@ -193,16 +228,29 @@ def _bytes_of(buffer: torch.Tensor) -> torch.Tensor:
     return buffer.detach().view(-1).view(torch.uint8)
 
 
+def _memory(buffer: torch.Tensor) -> tuple[int, int]:
+    """Where a tensor's memory begins, and its bytes."""
+    return storage_address(buffer), buffer.untyped_storage().nbytes()
+
+
+def _offset(file_offset: int) -> int:
+    if not 0 <= file_offset < 1 << 63:
+        raise ConfigError(
+            f"file_offset: expected a number of bytes of at least 0, got {file_offset}", path="file_offset"
+        )
+    return file_offset
+
+
 def _path(filename: str | int) -> str:
     return f"/proc/self/fd/{filename}" if isinstance(filename, int) else str(filename)
 
 
-def _compare(buffer: torch.Tensor, path: Path, offset: int) -> None:
+def _compare(buffer: torch.Tensor, path: str, offset: int) -> None:
     """Raises StorageError where the file has other bytes than the tensor."""
     moved = _bytes_of(buffer)
     if not moved.numel():
         return
-    with path.open("rb") as file:
+    with Path(path).open("rb") as file:
         file.seek(offset)
         found = of_buffer(bytearray(file.read(moved.numel())), torch.uint8)
     if found.numel() == moved.numel() and torch.equal(found, moved):

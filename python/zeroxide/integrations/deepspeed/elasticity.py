@@ -26,6 +26,14 @@ _COMPOSITE = (
 """Numbers with more divisors than any smaller one (Ramanujan 1915, Highly composite numbers)."""
 
 
+_KEYS = frozenset(
+    (
+        *("enabled", "ignore_non_elastic_batch_info", "max_gpus", "max_train_batch_size", "micro_batch_sizes"),
+        *("min_gpus", "min_time", "model_parallel_size", "num_gpus_per_node", "prefer_larger_batch", "version"),
+    )
+)
+
+
 @dataclass(frozen=True)
 class _Asked:
     """The section "elasticity"."""
@@ -42,7 +50,8 @@ class _Asked:
 
 def elasticity_enabled(ds_config: Mapping[str, Any]) -> bool:
     """Whether the config has a section "elasticity" that is on."""
-    return bool(ds_config.get("elasticity", {}).get("enabled", False))
+    section = ds_config.get("elasticity")
+    return isinstance(section, Mapping) and section.get("enabled", False) is True
 
 
 def compute_elastic_config(
@@ -136,9 +145,15 @@ def _read(config: Mapping[str, Any]) -> _Asked:
         raise _error("the config has no section of that name")
     if not elasticity_enabled(config):
         raise _error("it is off: set enabled to true", "enabled")
+    for key in section:
+        if key not in _KEYS:
+            raise _error(f"unknown key {key!r}", str(key))
     for key in ("max_train_batch_size", "micro_batch_sizes"):
         if key not in section:
             raise _error(f"{key}: required, and not given", key)
+    limit = section["max_train_batch_size"]
+    if type(limit) is not int or limit < 1:
+        raise _error(f"max_train_batch_size: expected an integer above 0, got {limit!r}", "max_train_batch_size")
     micro = section["micro_batch_sizes"]
     if not isinstance(micro, list) or not micro or not all(type(each) is int and each > 0 for each in micro):
         raise _error(f"micro_batch_sizes: expected a list of integers above 0, got {micro!r}", "micro_batch_sizes")
@@ -150,12 +165,12 @@ def _read(config: Mapping[str, Any]) -> _Asked:
     least, most, per_node, parallel = numbers.values()
     if most < least:
         raise _error(f"min_gpus is {least}, and max_gpus {most}", "min_gpus")
-    version = float(section.get("version", 0.2))
+    version = section.get("version", 0.2)
     if version not in (0.1, 0.2):
-        raise _error(f"version: expected 0.1 or 0.2, got {version}", "version")
+        raise _error(f"version: expected 0.1 or 0.2, got {version!r}", "version")
     if parallel > 1 and version == 0.1:
         raise _error("model_parallel_size: version 0.1 knows none: set version to 0.2", "model_parallel_size")
-    limit, larger = int(section["max_train_batch_size"]), bool(section.get("prefer_larger_batch", True))
+    larger = bool(section.get("prefer_larger_batch", True))
     return _Asked(limit, micro, least, most, per_node, parallel, larger, version)
 
 

@@ -11,16 +11,19 @@ from typing import Any
 
 from torch import nn
 
+from zeroxide.config import load
 from zeroxide.distributed import init_distributed
 from zeroxide.engine.entry import initialize as initialize_engine
+from zeroxide.integrations.deepspeed.comm import get_world_size
 from zeroxide.integrations.deepspeed.logging import logger
 from zeroxide.integrations.ownership import Ownership, owner_of
+from zeroxide.precision.policy import own_dtype
 from zeroxide.zero import Init as ZeroInit
 
 __all__ = ["Init", "initialize"]
 
 
-@functools.wraps(initialize_engine)
+@functools.wraps(initialize_engine, assigned=("__module__", "__name__", "__qualname__"))
 def initialize(*args: Any, **kwargs: Any) -> Any:
     """See `zeroxide.initialize`. Makes torch's default process group where there is none, also for one rank.
 
@@ -39,6 +42,9 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
         return initialize_engine(*asked.args, **asked.kwargs)
     before = owner_of(model)
     if before is not None:
+        # What is wrong with the config is said while the model still has its engine.
+        given = asked.arguments.get("config") or asked.arguments.get("config_params")
+        load(given, world_size=get_world_size(), own_dtype=functools.partial(own_dtype, model))
         logger.info("the engine that has the model ends: another one takes it over")
         before.give_back()
     owner = Ownership.of(model, trains=True)

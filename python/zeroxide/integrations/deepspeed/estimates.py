@@ -1,6 +1,7 @@
 """DeepSpeed's estimates of memory, answered by zeroxide's planner: what a step takes here, counted and not estimated.
 
-Training in bf16 with AdamW, without activations. Nothing of a model is loaded or changed.
+Training in bf16 with AdamW, in host memory and on disk, without activations, where the model computes on the CPU; a GPU
+has its own part beside. Nothing of a model is loaded or changed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from zeroxide.config import format_bytes, load
 from zeroxide.distributed import Ranks
+from zeroxide.errors import ConfigError
 from zeroxide.params.handle import shape_of
 from zeroxide.plan.plan import Plan, make_plan
 
@@ -49,6 +51,10 @@ class Estimate:
 def estimates(module: nn.Module, stage: int, local: int, nodes: int) -> Iterator[Estimate]:
     """Yields the choices for `local` ranks on each of `nodes` hosts. Raises ModelError for a model that cannot be
     trained."""
+    if local < 1 or nodes < 1:
+        raise ConfigError(
+            f"an estimate for {nodes} hosts with {local} ranks each: expected at least one", path="num_nodes"
+        )
     for param, optimizer in _HOMES[stage]:
         zero: dict[str, Any] = {"stage": stage, "offload_optimizer": {"device": optimizer, "nvme_path": "."}}
         if param is not None:
@@ -117,6 +123,12 @@ class _Layer(nn.Module):
 
 
 def _stack(total: int, largest: int) -> nn.Module:
+    if not 0 < largest <= total:
+        raise ConfigError(
+            f"an estimate of {total} parameters in all and {largest} in the largest layer: expected the first to be at "
+            "least the second, and that above 0",
+            path="largest_layer_params",
+        )
     full, rest = divmod(int(total), int(largest))
     return nn.Sequential(*(_Layer(int(largest)) for _ in range(full)), *([_Layer(rest)] if rest else []))
 
@@ -124,7 +136,7 @@ def _stack(total: int, largest: int) -> nn.Module:
 def _print(model: nn.Module, stage: int, local: int, nodes: int) -> None:
     total, largest = model_to_params(model)
     lines = [
-        f"zeroxide at stage {stage}, {nodes} host(s) with {local} rank(s) each, bf16 and AdamW, beside activations:",
+        f"zeroxide at stage {stage} on the CPU, {nodes} host(s) with {local} rank(s) each, beside activations:",
         f"a model of {total / 1e6:.0f} M parameters, {largest / 1e6:.0f} M in its largest layer",
         "  memory a rank |   disk a rank | options",
     ]

@@ -19,6 +19,7 @@ from zeroxide.engine.entry import initialize
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.integrations.deepspeed.accelerator import get_accelerator
 from zeroxide.integrations.deepspeed.logging import logger
+from zeroxide.params.handle import handle_of
 
 __all__ = ["InferenceEngine", "init_inference"]
 
@@ -43,7 +44,7 @@ _NOT_BUILT: Mapping[str, tuple[Any, ...]] = {
     "quant": ({}, {"enabled": False}),
     "save_mp_checkpoint_path": (None,),
     "set_empty_params": (False,),
-    "tensor_parallel": ({}, {"tp_size": 1}, {"enabled": False}),
+    "tensor_parallel": ({}, {"tp_size": 1}, {"enabled": False}, {"enabled": True, "tp_size": 1}),
     "triton_autotune": (False,),
     "use_triton": (False,),
 }
@@ -71,8 +72,12 @@ class InferenceEngine(nn.Module):
         self.module = module
         self.inference_config = dict(config)
         """The keys as given."""
-        self.max_out_tokens = int(config.get("max_out_tokens", 1024))
-        self._engine: Any = None
+        self.max_out_tokens: int = config.get("max_out_tokens", 1024)
+        # Beside the modules: its weights are those of `module`.
+        object.__setattr__(self, "_engine", None)
+
+    def _give(self, engine: Any) -> None:
+        object.__setattr__(self, "_engine", engine)
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Runs the model."""
@@ -82,7 +87,7 @@ class InferenceEngine(nn.Module):
         """The model's `generate`. Raises ModelError for a model without, or a prompt beyond `max_out_tokens`."""
         if not hasattr(self.module, "generate"):
             raise ModelError(f"generate: a {type(self.module).__name__} has no such method")
-        prompt = kwargs.get("input_ids", inputs[0] if inputs else None)
+        prompt = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
         if isinstance(prompt, torch.Tensor) and prompt.dim() == 2 and prompt.shape[1] > self.max_out_tokens:
             raise ModelError(
                 f"generate: a prompt of {prompt.shape[1]} tokens, and max_out_tokens is {self.max_out_tokens}: raise it"
@@ -111,28 +116,50 @@ def init_inference(
     """A model for inference, in eval mode; DeepSpeed's signature, and its defaults: fp16, 1024 tokens.
 
     config, kwargs: keys of DeepSpeed's inference config. `dtype`: a torch dtype, or "fp32", "fp16", "bf16". `zero`:
-    what "zero_optimization" is in a training config; its stage is 3. `keep_module_on_host`: the model stays where it
-    is.
+    what "zero_optimization" is in a training config, at stage 3. `keep_module_on_host`: the model stays where it is.
 
-    Raises ConfigError for a key with two values, an unknown one, or one that asks for what is not built.
+    Raises ConfigError for a key with two values, an unknown one, or one that asks for what is not built, ModelError for
+    a model that an engine has.
     """
     asked = _merged(_read(config), kwargs)
     dtype = _checked(asked)
+    _check_free(model)
     zero = asked.get("zero") or {}
     engine = InferenceEngine(model, asked)
     if zero:
         init_distributed(verbose=False)
         precision = {torch.float16: {"fp16": {"enabled": True}}, torch.bfloat16: {"bf16": {"enabled": True}}}
-        given = {"train_batch_size": 1, "zero_optimization": {**zero, "stage": 3}, **precision.get(dtype, {})}
-        for param in model.parameters():
+        given = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3, **zero},
+            **precision.get(dtype, {}),
+        }
+        trained = [param for param in model.parameters() if param.requires_grad]
+        for param in trained:
             param.requires_grad_(False)
-        engine._engine = initialize(model=model, config=given)[0]
+        try:
+            engine._give(initialize(model=model, config=given)[0])
+        except BaseException:
+            for param in trained:
+                param.requires_grad_(True)
+            raise
     else:
         model.to(dtype)
         if not asked.get("keep_module_on_host", False):
             model.to(get_accelerator().current_device_name())
     engine.eval()
     return engine
+
+
+def _check_free(model: nn.Module) -> None:
+    """Raises ModelError for a model that an engine has."""
+    for name, param in model.named_parameters():
+        handle = handle_of(param)
+        if handle is not None and handle.in_engine:
+            raise ModelError(
+                f"init_inference: {name} has its values in an engine: call that, or destroy it before at stages 0 to 2",
+                name=name,
+            )
 
 
 def _read(config: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
@@ -173,6 +200,16 @@ def _checked(asked: Mapping[str, Any]) -> torch.dtype:
                 raise ConfigError(f"init_inference: {key}={value!r} is not built in zeroxide yet", path=key)
         elif key not in _USED:
             raise ConfigError(f"init_inference: unknown key {key!r}", path=key)
+    tokens = asked.get("max_out_tokens", 1024)
+    if type(tokens) is not int or tokens <= 0:
+        raise ConfigError(
+            f"init_inference: max_out_tokens: expected a number above 0, got {tokens!r}", path="max_out_tokens"
+        )
+    zero = asked.get("zero") or {}
+    if not isinstance(zero, Mapping) or zero.get("stage", 3) != 3:
+        raise ConfigError(f"init_inference: zero: expected a section for stage 3, got {zero!r}", path="zero")
+    if zero and "keep_module_on_host" in asked:
+        logger.warning("init_inference: keep_module_on_host has no effect: zero says where the weights are")
     dtype = asked.get("dtype", torch.float16)
     found = _DTYPES.get(dtype.removeprefix("torch.")) if isinstance(dtype, str) else dtype
     if found not in _DTYPES.values():

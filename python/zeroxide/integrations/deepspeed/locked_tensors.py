@@ -30,12 +30,13 @@ class LockedTensors:
         try:
             memory = fresh_pages(nbytes)
             _lock(memory)
-        except OSError as refused:
+        except (OSError, OverflowError) as refused:
             limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
             shown = "any number" if limit == resource.RLIM_INFINITY else limit
+            reason = getattr(refused, "strerror", None) or refused
             error = BudgetError(
-                f"new_cpu_locked_tensor: {nbytes} bytes cannot be locked ({refused.strerror}): a process may lock "
-                f"{shown} here (ulimit -l), as far as there is memory"
+                f"new_cpu_locked_tensor: {nbytes} bytes cannot be locked ({reason}): a process may lock {shown} here "
+                "(ulimit -l), as far as there is memory"
             )
             error.need, error.limit = nbytes, None if limit == resource.RLIM_INFINITY else limit
             raise error from None

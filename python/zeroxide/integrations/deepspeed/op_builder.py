@@ -18,6 +18,10 @@ from zeroxide.integrations.deepspeed.aio import AsyncIO
 __all__ = ["ALL_OPS", "BUILDERS", "COMPATIBLE", "OpBuilder", "op_report"]
 
 
+class _NoFunction(ModelError, AttributeError):
+    """A function that zeroxide has not: who asks whether it is there hears that it is not."""
+
+
 class _InEngine:
     """Functions of DeepSpeed's extension that only its own classes call."""
 
@@ -27,10 +31,9 @@ class _InEngine:
     def __getattr__(self, function: str) -> NoReturn:
         if function.startswith("__"):
             raise AttributeError(function)
-        raise ModelError(
+        raise _NoFunction(
             f"{self._name}.{function}: zeroxide has no such function, since its optimizers are not called so: use "
-            f"{self._instead}",
-            name=f"{self._name}.{function}",
+            f"{self._instead}"
         )
 
 
