@@ -15,11 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent / "numerics"))
 
 
 class ByFile(LoadScopeScheduling):
-    """Gives a worker a whole file, which may make models once for all its tests, or a folder that has one process."""
+    """Gives a worker a whole file, which may make models once for all its tests, or runs them in one process."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return "tests/simulated" if file.startswith("tests/simulated/") else file
+        return nodeid.partition("::")[0]
 
 
 def pytest_xdist_make_scheduler(config, log):

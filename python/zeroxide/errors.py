@@ -52,7 +52,7 @@ class ConfigError(ZeroxideError, ValueError):
     """The config, a keyword shortcut or a command-line option is wrong.
 
     `path` is the dotted path of the first wrong key ("zero_optimization.stage"), `expected` and `got` describe it.
-    `found` holds an error for every wrong key that was found, this one first, and `problems` the lines of them.
+    `problems` holds one line for every wrong key that was found, this one first.
     """
 
     def __init__(
@@ -62,14 +62,22 @@ class ConfigError(ZeroxideError, ValueError):
         path: str | None = None,
         expected: str | None = None,
         got: str | None = None,
+        problems: Sequence[str] = (),
         found: Sequence[ConfigError] = (),
     ) -> None:
         super().__init__(message)
         self.path = path
         self.expected = expected
         self.got = got
-        self.found: tuple[ConfigError, ...] = tuple(found) or (self,)
-        self.problems = tuple(str(each) for each in self.found)
+        self.problems = tuple(problems) or tuple(str(each) for each in found) or (str(self),)
+        if found:
+            # On other ranks the lines arrive, which are all that a message can carry.
+            self._found = tuple(found)
+
+    @property
+    def found(self) -> tuple[ConfigError, ...]:
+        """An error for every wrong key that was found where the config was read, this one first."""
+        return getattr(self, "_found", (self,))
 
 
 class BudgetError(ZeroxideError):

@@ -1,7 +1,7 @@
-"""The tests of this folder run in one process of their own, which has the device from its start.
+"""The tests of each file here run in a process of their own, which has the device from its start.
 
 A process cannot give the device back, and has it in autograd only if nothing has gone backward before. So the first
-test that is run here starts a pytest with all that are selected, and each takes over its reports from there.
+test that is run of a file starts a pytest with all of it that are selected, and each takes over its reports from there.
 """
 
 from __future__ import annotations
@@ -20,18 +20,26 @@ import pytest
 sys.path[:0] = [str(Path(__file__).parents[1] / each) for each in ("numerics", "zoo", "distributed")]
 INSIDE = "ZEROXIDE_TESTS_SIMULATED"
 HERE = Path(__file__).parent
-reports: dict[str, list[Any]] | None = None
+WHOLE_FILE = 1500
+"""Seconds that a file may take; within it each test has its own limit."""
+reports: dict[Path, dict[str, list[Any]]] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if INSIDE not in os.environ and HERE in item.path.parents:
+            item.add_marker(pytest.mark.timeout(WHOLE_FILE))
 
 
 def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
-    global reports
     # pytest asks the hooks of all folders about every test.
     if INSIDE in os.environ or HERE not in item.path.parents:
         return None
-    if reports is None:
-        reports = dict(run_inside(item.config, [each for each in item.session.items if HERE in each.path.parents]))
+    if item.path not in reports:
+        same = [each for each in item.session.items if each.path == item.path]
+        reports[item.path] = dict(run_inside(item.config, same))
     item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for report in reports[item.nodeid]:
+    for report in reports[item.path][item.nodeid]:
         item.ihook.pytest_runtest_logreport(report=report)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
