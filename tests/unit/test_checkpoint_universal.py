@@ -71,15 +71,89 @@ def test_every_element_arrives(tmp_path, stage, where):
     assert all(weights[name].equal(value) for (name, part), value in written.values.items() if part == "weights")
 
 
-def test_moments_that_were_never_made_are_zero(tmp_path):
+def without(target, name, *parts):
+    for part in parts:
+        (target / "zero" / name / f"{part}.pt").unlink()
+
+
+def updates_of(path):
+    return {
+        each["names"][0]: each["updates"] for each in json.loads((path / "manifest.json").read_text())["parameters"]
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_moments_that_were_never_made_are_zero(tmp_path, stage):
     """DeepSpeed writes none for a parameter that had no gradient."""
     written = made_up()
-    target = universal_files.write(tmp_path / "theirs", written, stage=1)
-    for part in ("exp_avg", "exp_avg_sq", "step"):
-        (target / "zero" / "blocks.0.up.bias" / f"{part}.pt").unlink()
-    path, _ = run(tmp_path / "theirs", tmp_path / "ours")
-    assert not assemble(path, "exp_avg")["blocks.0.up.bias"].any()
-    assert assemble(path, "exp_avg")["norm.weight"].equal(written.values["norm.weight", "exp_avg"])
+    target = universal_files.write(tmp_path / "theirs", written, stage=stage)
+    names = ["blocks.0.up.bias", "blocks.0.scale"]
+    for name in names:
+        without(target, name, "exp_avg", "exp_avg_sq", *(["step"] if stage == 1 else []))
+    path, notes = run(tmp_path / "theirs", tmp_path / "ours")
+    assert notes == [
+        "2 parameters have no moments in the checkpoint (first blocks.0.scale): moments and the count of updates begin "
+        "at zero"
+    ]
+    trained = {name for name, _ in written.values}
+    assert updates_of(path) == {name: 3 * (name not in names) for name in trained} | dict.fromkeys(written.frozen, 0)
+    for part in ("exp_avg", "exp_avg_sq"):
+        found = assemble(path, part)
+        assert found.keys() == trained
+        assert not any(found[name].any() for name in names)
+        assert found["norm.weight"].equal(written.values["norm.weight", part])
+
+
+def test_a_step_of_zero_needs_no_moments(tmp_path):
+    target = universal_files.write(tmp_path / "theirs", made_up(), stage=1)
+    without(target, "norm.weight", "exp_avg", "exp_avg_sq")
+    torch.save(0, target / "zero" / "norm.weight" / "step.pt")
+    path, notes = run(tmp_path / "theirs", tmp_path / "ours")
+    assert [note.partition(":")[0] for note in notes] == [
+        "1 parameter has no moments in the checkpoint (first norm.weight)"
+    ]
+    assert updates_of(path)["norm.weight"] == 0
+
+
+def test_a_step_that_nobody_has_is_told(tmp_path):
+    target = universal_files.write(tmp_path / "theirs", made_up(), stage=1)
+    without(target, "norm.weight", "step")
+    path, notes = run(tmp_path / "theirs", tmp_path / "ours")
+    assert notes == [
+        "1 parameter has no step in the checkpoint (first norm.weight): the count of updates begins at zero"
+    ]
+    assert updates_of(path)["norm.weight"] == 0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("lost", [("exp_avg",), ("exp_avg_sq",), ("exp_avg", "exp_avg_sq")], ids=" ".join)
+def test_lost_moments_are_an_error(tmp_path, capsys, stage, lost):
+    """One of two, and, where each parameter has its step, both. Weights alone can be had all the same."""
+    written = made_up()
+    target = universal_files.write(tmp_path / "theirs", written, stage=stage)
+    for name in {name for name, _ in written.values}:
+        without(target, name, *lost)
+    if len(lost) == 2 and stage == 3:
+        path, notes = run(tmp_path / "theirs", tmp_path / "ours")
+        assert [note.partition(" (")[0] for note in notes] == ["7 parameters have no moments in the checkpoint"]
+        assert set(updates_of(path).values()) == {0}
+    else:
+        assert main(["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]) == 1
+        assert f"{lost[0]}.pt of embed.weight is missing" in capsys.readouterr().err
+    weights = read_weights(tmp_path / "theirs", None, torch.float32, include_frozen=False)
+    assert all(weights[name].equal(value) for (name, part), value in written.values.items() if part == "weights")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_another_view_of_a_parameter_that_deepspeed_cuts(tmp_path, stage):
+    written = made_up()
+    target = universal_files.write(tmp_path / "theirs", written, stage=stage)
+    for part, file in FILES.items():
+        value = written.values["blocks.0.up.weight", part]
+        torch.save(
+            {"sub_param_shape": [7, 5], "param": value.view(5, 7)}, target / f"zero/blocks.0.up.weight/{file}.pt"
+        )
+    check_ours(run(tmp_path / "theirs", tmp_path / "ours")[0], written)
 
 
 def missing(name):
@@ -88,6 +162,10 @@ def missing(name):
 
 def other(value, name="zero/norm.weight/fp32.pt"):
     return lambda target: torch.save(value, target / name)
+
+
+def step(value):
+    return other(value, "zero/norm.weight/step.pt")
 
 
 def renamed(target):
@@ -100,6 +178,16 @@ def climbing(target):
     torch.save(states, target / "mp_rank_00_model_states.pt")
 
 
+def stepped(count):
+    """A step that is with the optimizer, as from stage 3."""
+
+    def damage(target):
+        without(target, "norm.weight", "step")
+        torch.save({"param_groups": [{"step": count}, {}]}, target / "zero" / "optimizer_state.pt")
+
+    return damage
+
+
 class Runs:
     """What a pickle of this would run."""
 
@@ -108,16 +196,33 @@ class Runs:
 
 
 DAMAGE = [
-    (missing("zero/norm.weight/fp32.pt"), "fp32.pt is missing"),
+    (missing("zero/norm.weight/fp32.pt"), "fp32.pt of norm.weight is missing"),
     (missing("zero/optimizer_state.pt"), "optimizer_state.pt is missing"),
     (missing("mp_rank_00_model_states.pt"), "model_states.pt is missing"),
-    (other({"param": torch.zeros(3)}), "fp32.pt of norm.weight: expected 1 elements, got 3 elements"),
-    (other({"param": "x"}), "expected 1 elements, got str"),
+    (other({"param": torch.zeros(3)}), r"fp32.pt of norm.weight: .* of shape \(1,\), got float32 of shape \(3,\)"),
+    (other({"param": "x"}), "expected fp32, bf16 or fp16 of shape .*, got str"),
+    (other({"param": torch.zeros(1, dtype=torch.int64)}), r"got int64 of shape \(1,\)"),
+    (other({"param": torch.zeros(1, dtype=torch.complex64)}), "got complex64"),
+    (other({"param": torch.ones(1).to_sparse()}), "got a tensor that has layout sparse_coo"),
+    (other({"param": torch.ones(1, device="meta")}), "got a tensor without values"),
+    (other({"param": torch.zeros(5, 7)}, "zero/blocks.0.up.weight/fp32.pt"), r"of shape \(7, 5\), got .* \(5, 7\)"),
+    (other({"param": torch.zeros(35)}, "zero/blocks.0.up.weight/exp_avg.pt"), r"exp_avg.pt of blocks.0.up.*\(35,\)"),
+    (other(torch.zeros(35), "zero/blocks.0.up.weight/fp32.pt"), r"of shape \(7, 5\), got float32 of shape \(35,\)"),
+    (other({"param": torch.zeros(3), "sub_param_shape": [1]}), r"got float32 of shape \(3,\)"),
+    (step(torch.tensor(-5.0)), "step.pt of norm.weight: expected a whole number of updates, got -5.0"),
+    (step(-5), "updates, got -5"),
+    (step(2.5), "updates, got 2.5"),
+    (step(float("inf")), "updates, got inf"),
+    (step(torch.tensor(float("nan"))), "updates, got nan"),
+    (step(torch.ones(2)), "updates, got Tensor"),
+    (step(torch.ones(1).to_sparse()), "updates, got Tensor"),
+    (step({"step": 3}), "updates, got dict"),
     (other({"param": torch.zeros(1), "is_expert_param": True}), "it has experts"),
     (other({"cat_dim": 0}), "not laid out as"),
     (other(Runs()), "it asks for posix.mkdir"),
     (renamed, "of several model-parallel ranks"),
     (climbing, "is no name of a parameter"),
+    (stepped(-3), "the step in optimizer_state.pt: expected a whole number of updates, got -3"),
 ]
 
 

@@ -61,7 +61,7 @@ def convert(
         whose = "zeroxide" if form == "checkpoint" else "that form"
         others = ", ".join(each for each in TARGETS if each != kind)
         raise ConfigError(f"{directory} is a checkpoint of {whose} already: give --to {others}", path="to")
-    found = _read(directory, form, moments=kind == "universal")
+    found = _read(directory, form, moments=kind in ("checkpoint", "universal"))
     try:
         if kind == "checkpoint":
             return _write_checkpoint(found, target, directory.name, include_frozen), list(found.notes)
@@ -122,9 +122,9 @@ def _form(directory: Path) -> str:
 
 
 def _read(directory: Path, form: str, *, moments: bool) -> Portable:
-    """The checkpoint there. Without `moments`, of zeroxide's own the weights and buffers alone."""
+    """The checkpoint there. Without `moments`, but of ZeRO's, the weights and buffers alone."""
     if form == "universal":
-        return read_universal(directory)
+        return read_universal(directory, moments=moments)
     return read_deepspeed(directory) if form == "zero" else read_own(directory, moments=moments)
 
 

@@ -27,8 +27,9 @@ import torch
 from zeroxide.checkpoint.contents import WEIGHTS
 from zeroxide.checkpoint.convert.deepspeed import HYPERPARAMETERS, MOMENTS, Reader, load_file
 from zeroxide.checkpoint.convert.portable import Portable, PortableParameter
-from zeroxide.device.placement import HOST
+from zeroxide.device.placement import HOST, has_values
 from zeroxide.errors import CheckpointError
+from zeroxide.precision.bits import ORDINARY, why_not_bytes
 
 __all__ = ["LATEST", "is_universal", "read_universal", "write_universal"]
 
@@ -47,13 +48,15 @@ def is_universal(directory: Path) -> bool:
     return (directory / "zero").is_dir() and next(directory.glob("*_optim_states.pt"), None) is None
 
 
-def read_universal(directory: Path) -> Portable:
+def read_universal(directory: Path, *, moments: bool) -> Portable:
     """The checkpoint in `directory`. Values are read when they are asked for, and nothing in the files is run.
 
+    Without `moments` only weights and buffers are read, and no parameter has updates. A parameter without a file of
+    either moment is one that no gradient has reached: its moments are zero, it has no updates, and a note counts it.
     Raises CheckpointError where files are missing, damaged, hold what could run, or do not fit together.
     """
     try:
-        return _UniversalReader(directory).portable()
+        return _UniversalReader(directory, moments=moments).portable()
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
         raise CheckpointError(
             f"{directory} is not laid out as DeepSpeed's universal checkpoints are: {type(error).__name__}: {error}",
@@ -64,9 +67,10 @@ def read_universal(directory: Path) -> Portable:
 class _UniversalReader(Reader):
     """Takes everything but the trainable parameters from the model states, as for a ZeRO checkpoint."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, moments: bool) -> None:
         self.directory = directory
         self.notes = []
+        self._moments = moments
         self._zero = directory / "zero"
         shards = sorted(directory.glob("zero_pp_rank_*_mp_rank_00_model_states.pt"), key=_rank)
         whole = directory / "mp_rank_00_model_states.pt"
@@ -82,7 +86,7 @@ class _UniversalReader(Reader):
         inner = state.get("optimizer_state_dict") or {}
         self._param_groups = state.get("param_groups") or inner["param_groups"]
         first = (inner.get("state") or {}).get(0) or {}
-        self._step = first.get("step", self._param_groups[0].get("step", 0))
+        self._step = first.get("step", self._param_groups[0].get("step"))
         self._steps: dict[int, int] = {}
 
     def groups(self) -> list[dict[str, Any]]:
@@ -96,30 +100,88 @@ class _UniversalReader(Reader):
     def sharded(self) -> Iterator[tuple[str, Sequence[int], int, dict[str, list[torch.Tensor]]]]:
         """(name, shape, flat tensor, elements by part) of each trainable parameter."""
         shapes = self.model["param_shapes"]
+        untouched: list[str] = []
+        uncounted: list[str] = []
         for flat, members in enumerate([shapes] if isinstance(shapes, dict) else shapes):
             for name, shape in members.items():
                 folder = self._zero / name
                 if self._zero.resolve() not in folder.resolve().parents:
                     raise self.wrong(f"{name} is no name of a parameter")
-                parts = {part: [self._part(folder, part, name, prod(shape))] for part in (WEIGHTS, *MOMENTS)}
-                step = load_file(folder / "step.pt", plain=True) if (folder / "step.pt").is_file() else self._step
-                self._steps[flat] = int(step)
+                parts = {WEIGHTS: [self._part(folder, WEIGHTS, name, shape)]}
+                self._steps[flat] = 0
+                if self._moments and self._was_updated(folder, name):
+                    step = self._step_of(folder, name)
+                    self._steps[flat] = step or 0
+                    uncounted += [name] if step is None else []
+                    parts |= {part: [self._part(folder, part, name, shape)] for part in MOMENTS}
+                elif self._moments:
+                    untouched.append(name)
+                    zeros = torch.zeros((), dtype=torch.float32, device=HOST).expand(prod(shape))
+                    parts |= {part: [zeros] for part in MOMENTS}
                 yield name, tuple(shape), flat, parts
+        self._note(untouched, "no moments in the checkpoint", "moments and the count of updates begin at zero")
+        self._note(uncounted, "no step in the checkpoint", "the count of updates begins at zero")
 
-    def _part(self, folder: Path, part: str, name: str, numel: int) -> torch.Tensor:
-        """The elements of one part; moments that no gradient has made yet are zero."""
+    def _note(self, names: list[str], lack: str, result: str) -> None:
+        if names:
+            count = "1 parameter has" if len(names) == 1 else f"{len(names)} parameters have"
+            self.notes.append(f"{count} {lack} (first {names[0]}): {result}")
+
+    def _was_updated(self, folder: Path, name: str) -> bool:
+        """Whether there has to be a file of each moment: there is one of either, or a step of the parameter's own."""
+        if any((folder / f"{_FILES[part]}.pt").is_file() for part in MOMENTS):
+            return True
+        return (folder / "step.pt").is_file() and bool(self._step_of(folder, name))
+
+    def _step_of(self, folder: Path, name: str) -> int | None:
+        """How often the parameter was updated, by its own file or else by the optimizer's; None where neither says."""
+        own = folder / "step.pt"
+        step, where = self._step, "the step in optimizer_state.pt"
+        if own.is_file():
+            step, where = load_file(own, plain=True), f"step.pt of {name}"
+        elif step is None:
+            return None
+        if isinstance(step, torch.Tensor) and _what_else(step) is None and step.numel() == 1:
+            step = step.item()
+        # Some of DeepSpeed's optimizers keep it as a float. A bool is an int to Python.
+        if type(step) not in (int, float) or step < 0 or step != step // 1:
+            got = step if type(step) in (int, float) else type(step).__name__
+            raise self.wrong(f"{where}: expected a whole number of updates, got {got}")
+        return int(step)
+
+    def _part(self, folder: Path, part: str, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """The elements of one part."""
         path = folder / f"{_FILES[part]}.pt"
-        if part != WEIGHTS and not path.is_file():
-            return torch.zeros((), dtype=torch.float32, device=HOST).expand(numel)
-        found = load_file(self.there(path), plain=True)
-        if isinstance(found, dict):
-            if found.get("is_expert_param"):
-                raise self.wrong("it has experts")
+        if not path.is_file():
+            raise self.wrong(f"{path.name} of {name} is missing")
+        found = load_file(path, plain=True)
+        allowed = [tuple(shape)]
+        if not isinstance(found, dict):
+            allowed += [(prod(shape),)] if self.stage == 3 else []
+        elif found.get("is_expert_param"):
+            raise self.wrong("it has experts")
+        else:
+            # Where DeepSpeed cuts a parameter along parts of it, such as queries, keys and values, the tensor may be
+            # another view of the same elements.
+            cut = found.get("sub_param_shape") is not None
             found = found["param"]
-        if not isinstance(found, torch.Tensor) or found.numel() != numel:
-            got = f"{found.numel()} elements" if isinstance(found, torch.Tensor) else type(found).__name__
-            raise self.wrong(f"{path.name} of {name}: expected {numel} elements, got {got}")
-        return found.reshape(-1)
+            if cut and isinstance(found, torch.Tensor) and _what_else(found) is None and found.numel() == prod(shape):
+                allowed = [tuple(found.shape)]
+        other = type(found).__name__ if not isinstance(found, torch.Tensor) else _what_else(found)
+        if other is None and (found.dtype not in ORDINARY or tuple(found.shape) not in allowed):
+            other = f"{str(found.dtype).removeprefix('torch.')} of shape {tuple(found.shape)}"
+        if other is not None:
+            raise self.wrong(f"{path.name} of {name}: expected fp32, bf16 or fp16 of shape {tuple(shape)}, got {other}")
+        flat: torch.Tensor = found.reshape(-1)
+        return flat
+
+
+def _what_else(tensor: torch.Tensor) -> str | None:
+    """What the tensor is instead of elements in memory; None if it is that."""
+    problem = why_not_bytes(tensor)
+    if problem is not None:
+        return f"a tensor that {problem}"
+    return None if has_values(tensor) else "a tensor without values"
 
 
 def _rank(path: Path) -> int:
