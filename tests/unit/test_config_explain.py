@@ -123,6 +123,7 @@ DEEPSPEED = [
     ("zero_optimization.leaf_module.names", [], "runtime/zero/leaf_module_config.py:15", {}),
     ("zero_optimization.leaf_module.name_suffixes", [], "runtime/zero/leaf_module_config.py:16", {}),
     ("activation_checkpointing.cpu_checkpointing", False, "runtime/activation_checkpointing/config.py:42", {}),
+    ("aio.use_gds", False, "runtime/swap_tensor/constants.py:30", {}),
 ]
 
 

@@ -26,6 +26,7 @@ class AioSection(Section):
     single_submit: Annotated[Any, NoEffect("requests are submitted in batches as they come")] = None
     overlap_events: Annotated[Any, NoEffect("submission and completion always overlap")] = None
     use_gds: Flag | None = None
+    """Read weights on disk to the device without host memory in between. Refused with what stands in its way."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Aio(Resolved):
 
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""
-        return {"aio.queue_depth": self.queue_depth}
+        return {"aio.queue_depth": self.queue_depth, "aio.use_gds": self.use_gds}
 
 
 def resolve(section: AioSection | None) -> Aio:
