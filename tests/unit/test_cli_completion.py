@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 
@@ -9,8 +10,9 @@ import pytest
 import typer
 from forked_cli import run_cli
 
-from zeroxide.cli import application
-from zeroxide.cli.completion import Shell, script
+from zeroxide.checkpoint.convert.convert import TARGETS
+from zeroxide.cli import application, main
+from zeroxide.cli.completion import CHOICES, Shell, script
 
 COMMAND = typer.main.get_command(application())
 
@@ -35,6 +37,14 @@ def bash(*words: str) -> list[str]:
         (["zeroxide", "config", "check", "file.json", "--ranks"], ["--ranks-per-host"]),
         (["zeroxide", "train", "--he"], ["--help"]),
         (["zeroxide", "completion", "z"], ["zsh"]),
+        (["zeroxide", "convert", "a", "--to", ""], [*TARGETS]),
+        (["zeroxide", "convert", "--to", "u"], ["universal"]),
+        (["zeroxide", "convert", "--to", "=", "fp"], ["fp32", "fp16"]),
+        (["zeroxide", "convert", "--to", "="], [*TARGETS]),
+        (["zeroxide", "train", "--schedule", "co"], ["cosine", "constant"]),
+        # A value that is written, and an option of that name that another command has.
+        (["zeroxide", "convert", "--to", "bf16", "f"], []),
+        (["zeroxide", "convert", "--format", ""], []),
         # Files, which the shell itself completes where nothing is offered.
         (["zeroxide", "doctor", "/t"], []),
         # A value that is called like a command.
@@ -54,6 +64,37 @@ def test_every_option_of_every_command_is_in_every_script():
             assert f"-l {option[2:]} " in texts[Shell.FISH]
     for name in (*COMMAND.commands, *COMMAND.commands["config"].commands):
         assert all(name in text for text in texts.values())
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="fish is not installed")
+def test_fish_offers_values_of_options(tmp_path):
+    text = script(Shell.FISH, COMMAND)
+    ended = subprocess.run(
+        ["fish", "--no-config", "-c", f"{text}\ncomplete -C 'zeroxide convert --to '"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=tmp_path,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    assert {line.split("\t")[0] for line in ended.stdout.splitlines()} == set(TARGETS)
+
+
+def test_every_script_has_the_values_of_options():
+    texts = {shell: script(shell, COMMAND) for shell in Shell}
+    for (command, option), values in CHOICES.items():
+        assert f'"{command} {option}") plain="{" ".join(values)}"' in texts[Shell.BASH]
+        assert f'("{command} {option}") plain=({" ".join(values)})' in texts[Shell.ZSH]
+        assert f"-l {option[2:]} -x -a '{' '.join(values)}'" in texts[Shell.FISH]
+
+
+@pytest.mark.parametrize(("command", "option"), CHOICES)
+def test_the_values_of_an_option_are_those_that_its_command_takes(command, option, tmp_path, capsys):
+    """A command that is given another value names what it takes, all of it."""
+    paths = [str(tmp_path), str(tmp_path)] if command == "zeroxide convert" else []
+    assert main([*command.split()[1:], *paths, option, "nonesuch"]) == 2
+    listed = ", ".join(CHOICES[command, option])
+    assert f" one of {listed}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("shell", [each.value for each in Shell])

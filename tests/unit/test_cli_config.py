@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from forked_cli import run_cli
 
+import zeroxide
+from zeroxide.cli import main
 from zeroxide.cli.configs.check import check
 from zeroxide.config.schema import schema
 from zeroxide.errors import ConfigError
@@ -176,6 +183,170 @@ def test_without_transformers_one_line_says_so(written, model, monkeypatch):
     assert "transformers is not installed" in found.notes[-1]
 
 
+def asking(folder, monkeypatch, **config):
+    """A model in `folder` with Python of its own beside it, a user who says yes, and the file it would leave."""
+    ran = folder / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Model: ...\nclass Config: ...\n")
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    return ran
+
+
+OWN = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+
+
+@pytest.mark.parametrize("kind", ["own config", "own model", "inner model"])
+def test_python_of_the_model_does_not_run_and_nobody_is_asked(written, tmp_path, monkeypatch, capsys, kind):
+    """Also not that of a model inside another, which transformers looks up by itself, and asks of."""
+    config = {"model_type": "own" if kind == "own config" else "vit", "auto_map": OWN}
+    if kind != "inner model":
+        # A yes by another way than the terminal.
+        monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    else:
+        decoder = {"model_type": "vit", "auto_map": OWN, "_name_or_path": str(tmp_path)}
+        config = {"model_type": "vision-encoder-decoder", "encoder": {"model_type": "vit"}, "decoder": decoder}
+        config["architectures"] = ["VisionEncoderDecoderModel"]
+    ran = asking(tmp_path, monkeypatch, **config)
+    assert main(["config", "check", written(GOOD), "--model", str(tmp_path), "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    (problem,) = told["problems"]
+    assert "it needs Python code of its own, which is not run" in problem["what"]
+    assert not ran.exists()
+
+
+def test_a_model_that_transformers_has_is_looked_at_without_its_own_python(written, model, tmp_path, monkeypatch):
+    shapes = json.loads((model / "config.json").read_text())
+    ran = asking(tmp_path, monkeypatch, **shapes, auto_map=OWN)
+    assert check(written(GOOD), str(tmp_path), 1, 1).ok
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"n_head": 0}, "ZeroDivisionError"),
+        ({"n_embd": "abc"}, "n_embd"),
+        ({"n_embd": -8}, ""),
+        ({"architectures": 3}, ""),
+    ],
+)
+def test_a_model_that_cannot_be_is_one_line(written, model, tmp_path, change, line):
+    shapes = json.loads((model / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**shapes, **change}))
+    (problem,) = check(written(GOOD), str(tmp_path), 1, 1).problems
+    assert problem.what.startswith(f"--model {tmp_path} cannot be built: ")
+    assert line in problem.what
+    assert "\n" not in problem.what
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("~nosuchuser/x", "no such user"),
+        ("x" * 300, "File name too long"),
+        ("x/" * 2045 + "y", "File name too long"),
+        ("none", "no config.json there"),
+    ],
+)
+def test_a_path_that_nothing_can_have_is_one_line(written, name, line):
+    (problem,) = check(written(GOOD), name, 1, 1).problems
+    assert problem.what == f"--model {name}: {line}"
+
+
+def test_a_directory_for_state_that_nothing_can_be_is_a_problem(written, model):
+    for name, line in (("~nosuchuser/x", "expected the path of a directory"), ("x" * 300, "File name too long")):
+        where = json.dumps({"device": "nvme", "nvme_path": name})
+        path = written(GOOD.replace('"stage": 3', f'"stage": 3, "offload_optimizer": {where}'))
+        (problem,) = check(path, str(model), 1, 1).problems
+        assert problem.key == "zero_optimization.offload_optimizer.nvme_path"
+        assert line in problem.what
+
+
+# --- disks -----------------------------------------------------------------------------------------------------------
+
+
+def on_two(param, optimizer):
+    homes = {"offload_param": param, "offload_optimizer": optimizer}
+    zero = {name: {"device": "nvme", "nvme_path": str(path)} for name, path in homes.items()}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, **zero},
+    }
+
+
+def free_on(monkeypatch, found):
+    """Makes directories have so many bytes free."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=found[path], total=1 << 50, used=0))
+
+
+def bytes_on_disk(found):
+    (line,) = [each for each in found.facts if each.startswith("disk: ")]
+    return line
+
+
+def test_two_directories_share_what_is_on_disk(written, model, tmp_path, monkeypatch):
+    """What each has to hold, weights or state, is its part of all; what lies on one disk is added up.
+
+    13.4 M parameters of 2 bytes of weights and 10 of split state each: 26 MiB and 128 MiB.
+    """
+    param, optimizer = tmp_path / "param", tmp_path / "optimizer"
+    for each in (param, optimizer):
+        each.mkdir()
+    path = written(json.dumps(on_two(param, optimizer)))
+    found = check(path, str(model), 1, 1)
+    assert found.ok, found.problems
+    both = re.fullmatch(
+        r"disk: (153\.\d) MiB on each host, (76\.\d) MiB in each of 2 directories", bytes_on_disk(found)
+    )
+    assert both is not None, bytes_on_disk(found)
+    # One disk: enough for either, not for both.
+    free_on(monkeypatch, {param: 120 << 20, optimizer: 120 << 20})
+    (problem,) = check(path, str(model), 1, 1).problems
+    assert f"{param} and {optimizer} are on one disk, which has 120 MiB free, and {both[1]}" in problem.what
+    # Two disks: enough on both for a part.
+    other = tmp_path.stat().st_dev + 1
+    real = Path.stat
+
+    def moved(self, **more):
+        found = real(self, **more)
+        return os.stat_result((*found[:2], other, *found[3:])) if self == optimizer else found
+
+    monkeypatch.setattr(Path, "stat", moved)
+    assert check(path, str(model), 1, 1).ok
+    # One of them is too small.
+    free_on(monkeypatch, {param: 120 << 20, optimizer: 50 << 20})
+    (problem,) = check(path, str(model), 1, 1).problems
+    assert problem.key == "zero_optimization.offload_optimizer.nvme_path"
+    assert f"{optimizer} has 50 MiB free, and {both[2]}" in problem.what
+
+
+def test_the_same_directory_twice_is_one(written, model, tmp_path, monkeypatch):
+    path = written(json.dumps(on_two(tmp_path, tmp_path)))
+    free_on(monkeypatch, {tmp_path: 1 << 20})
+    found = check(path, str(model), 1, 1)
+    assert keys(found) == ["zero_optimization.offload_param.nvme_path"]
+    assert bytes_on_disk(found).endswith("on each host")
+
+
+def test_an_engines_files_are_divided_as_check_says(tmp_path):
+    """The store gives each tile to the emptier file, so the two differ by a tile at most: of a state tensor in fp32,
+    which has four bytes an element. A file may have its header beside, which is a page."""
+    param, optimizer = tmp_path / "param", tmp_path / "optimizer"
+    for each in (param, optimizer):
+        each.mkdir()
+    config = on_two(param, optimizer) | {"optimizer": {"type": "Adam"}, "zeroxide": {"tile_bytes": "64KiB"}}
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(8)))
+    engine = zeroxide.initialize(model=model, config=config)[0]
+    try:
+        sizes = [sum(file.stat().st_size for file in each.rglob("blocks*")) for each in (param, optimizer)]
+        total, tile = engine.plan().disk_bytes, 4 * engine.plan().tile_elements
+    finally:
+        engine.destroy()
+    assert total > 20 * tile
+    assert all(abs(size - total / 2) <= tile / 2 + 4096 for size in sizes), (sizes, total, tile)
+
+
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
@@ -241,3 +412,13 @@ def test_a_config_that_is_refused_is_one_line(written):
 def test_schema_prints_the_schema():
     ended = run_cli("config", "schema")
     assert json.loads(ended.stdout) == json.loads(json.dumps(schema()))
+
+
+def test_ranks_of_a_host_are_for_a_model(written):
+    """Catches: an option without effect."""
+    ended = run_cli("config", "check", written(GOOD), "--ranks-per-host", 2)
+    assert ended.returncode == 2
+    assert (
+        ended.stderr
+        == "zeroxide: error: --ranks-per-host 2 is for --model: without a model nothing is planned for a host\n"
+    )

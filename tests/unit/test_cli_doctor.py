@@ -71,6 +71,12 @@ def test_a_directory_that_was_asked_for_and_cannot_be_used_is_a_failure(tmp_path
     assert found[f"disk {tmp_path}/file"]["found"] == "is a file"
 
 
+@pytest.mark.parametrize(("name", "found"), [("x" * 300, "File name too long"), ("~nosuchuser/x", "no such user")])
+def test_a_name_that_nothing_can_have_is_a_failure_in_one_line(name, found):
+    """Catches: a traceback."""
+    assert [(each.what, each.state, each.found) for each in disks.look(name)] == [(f"disk {name}", "broken", found)]
+
+
 def test_a_directory_that_nobody_asked_for_is_no_failure(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "none"))
     monkeypatch.setattr(processor, "look", lambda: iter(()))
@@ -174,6 +180,7 @@ def test_memlock_matters_where_the_kernel_counts_rings(monkeypatch, machine, rel
     monkeypatch.setattr(resource, "getrlimit", lambda which: (limit, limit))
     found = by_what(processor.look(machine))
     assert found["memlock"].state == state
+    assert (state == "lost") != ("new_cpu_locked_tensor may lock that much" in found["memlock"].found)
     assert found["system"].state == "ok"
 
 

@@ -265,3 +265,28 @@ def test_pickled_weights_are_refused(directory):
     (path / "model.safetensors").rename(path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="not safetensors"):
         choose_model(str(path))
+
+
+def test_python_of_a_model_folder_does_not_run(tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (tmp_path / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Model: ...\nclass Config: ...\n")
+    own = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": own}))
+    with pytest.raises(ModelError, match="contains custom code"):
+        choose_model(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit", "auto_map": own}))
+    with pytest.raises(ModelError, match="contains custom code"):
+        build_model(choose_model(str(tmp_path)), torch.float32)
+    assert not ran.exists()
+
+
+def test_names_and_configs_that_can_be_of_no_model_are_one_line(tmp_path):
+    for name, line in (("~nosuchuser/x", "no such user"), ("x" * 300, "File name too long")):
+        with pytest.raises(ModelError, match=f"^--model {name}: {line}$"):
+            choose_model(name)
+    for change in ({"n_head": 0}, {"n_embd": "abc"}):
+        fields = {"model_type": "gpt2", "n_embd": 64, "n_layer": 1, "n_head": 2, "vocab_size": 64, **change}
+        (tmp_path / "config.json").write_text(json.dumps(fields))
+        with pytest.raises(ModelError):
+            build_model(choose_model(str(tmp_path)), torch.float32)

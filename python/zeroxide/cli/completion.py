@@ -14,7 +14,20 @@ from typing import Annotated, Any
 
 import typer
 
+from zeroxide.cli.training.options import DTYPES, FORMATS, IO_ENGINES, SCHEDULES
+
 __all__ = ["Shell", "completion", "script"]
+
+
+CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("zeroxide convert", "--to"): ("checkpoint", "universal", "fp32", "bf16", "fp16"),
+    ("zeroxide train", "--dtype"): DTYPES,
+    ("zeroxide train", "--format"): FORMATS,
+    ("zeroxide train", "--io-engine"): IO_ENGINES,
+    ("zeroxide train", "--schedule"): SCHEDULES,
+}
+"""(Command, option) -> all values that it takes: commands check them, with a message of their own, and typer does not
+know them. Those of `convert` stand beside its code too, which imports torch."""
 
 
 class Shell(enum.StrEnum):
@@ -42,12 +55,19 @@ def completion(
 
 @dataclass(frozen=True)
 class _Words:
-    """What may follow some words: (word, help) of commands and of options, and the fixed choices of arguments."""
+    """What may follow some words: (word, help) of commands and of options, the fixed choices of arguments, and those of
+    options by their words."""
 
     path: tuple[str, ...]
     commands: list[tuple[str, str]]
     options: list[tuple[str, str]]
     choices: list[tuple[str, str]]
+    values: dict[str, tuple[str, ...]]
+
+    @property
+    def command(self) -> str:
+        """The words as they are typed."""
+        return " ".join(self.path)
 
 
 def _tree(command: Any, path: tuple[str, ...]) -> Iterator[_Words]:
@@ -59,7 +79,8 @@ def _tree(command: Any, path: tuple[str, ...]) -> Iterator[_Words]:
     choices = [(shell.value, "") for shell in Shell] if path[-1] == "completion" else []
     options.append(("--help", "Show this message and exit."))
     named = [(name, _line(each.get_short_help_str(120))) for name, each in inner.items()]
-    yield _Words(path, named, list(dict(options).items()), choices)
+    values = {word: CHOICES[" ".join(path), word] for word, _ in options if (" ".join(path), word) in CHOICES}
+    yield _Words(path, named, list(dict(options).items()), choices, values)
     for name, each in inner.items():
         yield from _tree(each, (*path, name))
 
@@ -75,7 +96,12 @@ def script(shell: Shell, command: Any) -> str:
 
 
 def _patterns(tree: list[_Words]) -> str:
-    return " | ".join(f'"{" ".join(each.path)}"' for each in tree[1:])
+    return " | ".join(f'"{each.command}"' for each in tree[1:])
+
+
+def _values(tree: list[_Words]) -> list[tuple[str, tuple[str, ...]]]:
+    """(command and option, what it takes) of all options with fixed choices."""
+    return [(f"{each.command} {word}", taken) for each in tree for word, taken in each.values.items()]
 
 
 def _bash(tree: list[_Words]) -> str:
@@ -83,10 +109,17 @@ def _bash(tree: list[_Words]) -> str:
     for each in tree:
         plain = " ".join(name for name, _ in (*each.commands, *each.choices))
         dashed = " ".join(name for name, _ in each.options)
-        cases.append(f'        "{" ".join(each.path)}") plain="{plain}" dashed="{dashed}" ;;')
+        cases.append(f'        "{each.command}") plain="{plain}" dashed="{dashed}" ;;')
+    values = [f'        "{words}") plain="{" ".join(taken)}" dashed="" ;;' for words, taken in _values(tree)]
     return f"""\
 _zeroxide() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} path=zeroxide plain="" dashed="" word index
+    local current=${{COMP_WORDS[COMP_CWORD]}} path=zeroxide plain="" dashed="" option=$((COMP_CWORD - 1)) word index
+    # "--to=fp" are three words: "--to", "=" and "fp".
+    if [[ $current == = ]]; then
+        current=""
+    elif [[ ${{COMP_WORDS[option]}} == = ]]; then
+        option=$((option - 1))
+    fi
     for ((index = 1; index < COMP_CWORD; index++)); do
         word=${{COMP_WORDS[index]}}
         case "$path $word" in
@@ -95,6 +128,9 @@ _zeroxide() {{
     done
     case $path in
 {chr(10).join(cases)}
+    esac
+    case "$path ${{COMP_WORDS[option]}}" in
+{chr(10).join(values)}
     esac
     COMPREPLY=()
     case $current in
@@ -112,11 +148,16 @@ def _zsh(tree: list[_Words]) -> str:
     cases = []
     for each in tree:
         plain, dashed = described([*each.commands, *each.choices]), described(each.options)
-        cases.append(f'        ("{" ".join(each.path)}") plain=({plain}) dashed=({dashed}) ;;')
+        cases.append(f'        ("{each.command}") plain=({plain}) dashed=({dashed}) ;;')
+    values = [f'        ("{words}") plain=({" ".join(taken)}) dashed=() ;;' for words, taken in _values(tree)]
     return f"""\
 #compdef zeroxide
 _zeroxide() {{
-    local at=zeroxide word
+    local at=zeroxide option=$words[CURRENT-1] word
+    if [[ $words[CURRENT] == --*=* ]]; then
+        option=${{words[CURRENT]%%=*}}
+        compset -P '*='
+    fi
     local -a plain dashed
     for word in "${{(@)words[2,CURRENT-1]}}"; do
         case "$at $word" in
@@ -126,7 +167,10 @@ _zeroxide() {{
     case $at in
 {chr(10).join(cases)}
     esac
-    if [[ $words[CURRENT] == -* ]]; then
+    case "$at $option" in
+{chr(10).join(values)}
+    esac
+    if [[ $PREFIX == -* ]]; then
         _describe option dashed
     elif (( $#plain )); then
         _describe command plain
@@ -151,5 +195,6 @@ def _fish(tree: list[_Words]) -> str:
         for name, text in (*each.commands, *each.choices):
             lines.append(f"complete -c zeroxide -n {shlex.quote(unseen)} -f -a {name} -d {shlex.quote(text)}")
         for name, text in each.options:
-            lines.append(f"complete -c zeroxide -n {shlex.quote(seen)} -l {name[2:]} -d {shlex.quote(text)}")
+            taken = f" -x -a {shlex.quote(' '.join(each.values[name]))}" if name in each.values else ""
+            lines.append(f"complete -c zeroxide -n {shlex.quote(seen)} -l {name[2:]}{taken} -d {shlex.quote(text)}")
     return "\n".join(lines)

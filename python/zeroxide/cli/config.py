@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from zeroxide.distributed.launch import read_environment
+from zeroxide.errors import ConfigError
 
 __all__ = ["config"]
 
@@ -73,13 +74,20 @@ def check(
     world_size: WorldSize = None,
     ranks_per_host: Annotated[
         int | None,
-        typer.Option("--ranks-per-host", min=1, help="Default: all ranks on one host.", show_default=False),
+        typer.Option(
+            "--ranks-per-host", min=1, help="With --model. Default: all ranks on one host.", show_default=False
+        ),
     ] = None,
     as_json: Json = False,
 ) -> int:
     """Find what is wrong with a config, all of it at once; exits with 1 where something is."""
     from zeroxide.cli.configs.check import check as run
 
+    if ranks_per_host is not None and model is None:
+        raise ConfigError(
+            f"--ranks-per-host {ranks_per_host} is for --model: without a model nothing is planned for a host",
+            path="--ranks-per-host",
+        )
     world, _ = _ranks(world_size)
     found = run(file, model, world, ranks_per_host or world)
     if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shlex
@@ -23,6 +24,7 @@ VARIABLE = "ZEROXIDE_AS_DEEPSPEED"
 STARTUP = "zeroxide.pth"
 
 _TORCHRUN = ["-m", "torch.distributed.run"]
+_PORT = 29500
 
 
 def run(
@@ -38,8 +40,14 @@ def run(
         typer.Option(help='Hosts, "NAME slots=RANKS" a line: print the command of each and run that of this host.'),
     ] = None,
     port: Annotated[
-        int, typer.Option(min=1, max=65535, help="With --hostfile: where rank 0 is met, on the first host.")
-    ] = 29500,
+        int | None,
+        typer.Option(
+            min=1,
+            max=65535,
+            help=f"With --hostfile: where rank 0 is met, on the first host. Default: {_PORT}.",
+            show_default=False,
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be run, and run nothing.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="With --dry-run: print JSON.")] = False,
 ) -> None:
@@ -47,6 +55,11 @@ def run(
     if as_json and not dry_run:
         raise ConfigError("--json is for --dry-run: what a script prints is its own", path="--json")
     if hostfile is None:
+        if port is not None:
+            raise ConfigError(
+                f"--port {port} is for --hostfile: --ranks starts ranks of one host, who meet at a port that is free",
+                path="--port",
+            )
         _start(command_line(command, ranks), dry_run=dry_run, as_json=as_json)
         return
     if ranks is not None:
@@ -55,7 +68,7 @@ def run(
     if words is None:
         raise ConfigError(f"--hostfile starts scripts, and {command[0]} is a program", path="--hostfile")
     hosts = read_hosts(hostfile)
-    lines = commands(hosts, words, port)
+    lines = commands(hosts, words, _PORT if port is None else port)
     here = [number for number, host in enumerate(hosts) if is_here(host.name)]
     if as_json:
         rows = zip(hosts, lines, strict=True)
@@ -87,7 +100,20 @@ def _start(arguments: list[str], *, dry_run: bool, as_json: bool) -> None:
     else:
         check_startup()
         print(f"zeroxide: deepspeed is zeroxide in: {shlex.join(arguments)}", file=sys.stderr, flush=True)
-        os.execve(arguments[0], arguments, {**os.environ, VARIABLE: "1"})
+        try:
+            os.execve(arguments[0], arguments, {**os.environ, VARIABLE: "1"})
+        except OSError as error:
+            raise ConfigError(_why_not(arguments[0], error), path="command", got=arguments[0]) from None
+
+
+def _why_not(program: str, error: OSError) -> str:
+    """Why the operating system does not start a program, and what to do."""
+    reason = f"{program} cannot be started: {error.strerror}"
+    if error.errno == errno.ENOEXEC:
+        return f"{reason}: a script needs a first line such as #!/bin/bash, or its shell before it: bash {program}"
+    if error.errno == errno.ENOENT and Path(program).exists():
+        return f"{reason}: what its first line (#!) or its own header asks for is missing"
+    return reason
 
 
 def check_startup() -> None:
@@ -120,14 +146,18 @@ def command_line(command: list[str], ranks: int | None) -> list[str]:
 def _script(command: list[str]) -> list[str] | None:
     """What Python is given for a script or a module; None where the command is a program."""
     first, *rest = command
+    try:
+        is_file = Path(first).is_file()
+    except OSError as error:
+        raise ConfigError(f"{first[:80]}: {error.strerror}", path="command", got=first) from None
     if first == "-m":
         if not rest:
             raise ConfigError("-m: expected the name of a module after it", path="-m")
         return command
-    if Path(first).is_file() and not os.access(first, os.X_OK):
+    if is_file and not os.access(first, os.X_OK):
         return command
     if first.endswith(".py"):
-        if not Path(first).is_file():
+        if not is_file:
             raise ConfigError(f"{first}: no such script in {Path.cwd()}", path="command", got=first)
         return command
     return None

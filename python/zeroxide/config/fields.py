@@ -196,7 +196,10 @@ def directory(value: Any) -> Path:
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
     if not isinstance(text, str) or not text.strip() or "\0" in text:
         raise ValueError
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        raise ValueError from None
 
 
 def _print_interval(value: Any) -> int | None:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +11,8 @@ from typing import Any
 import torch
 import transformers
 
+from zeroxide.cli.paths import written_path
+from zeroxide.cli.quiet import quiet
 from zeroxide.config import Config, format_bytes
 from zeroxide.distributed import Ranks
 from zeroxide.engine.resident import resident_without
@@ -32,24 +30,54 @@ _PARAM = "zero_optimization.offload_param.nvme_path"
 def shapes(model: str, dtype: torch.dtype) -> torch.nn.Module:
     """The model of a Hugging Face directory, or of its config.json, on the meta device.
 
-    Raises ModelError where there is none, and where transformers cannot build it.
+    No Python of the directory's own is run, and nobody is asked whether it may be. Raises ModelError where there is no
+    model, and where transformers cannot build it.
     """
-    path = Path(model).expanduser()
-    path = path.parent if path.name == "config.json" and path.is_file() else path
-    if not (path / "config.json").is_file():
-        raise ModelError(f"--model {model}: no config.json there", name=model)
-    with _quiet():
+    path = _directory(model)
+    with quiet():
         try:
-            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True)
-            names = [*(config.architectures or ()), "AutoModelForCausalLM", "AutoModel"]
-            kind: Any = next(found for each in names if (found := getattr(transformers, each, None)) is not None)
-            build = kind.from_config if hasattr(kind, "from_config") else kind
+            config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
             with torch.device("meta"):
-                made: torch.nn.Module = build(config)
-        except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
-            line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
-            raise ModelError(f"--model {model} cannot be built: {line[:200]}", name=model) from None
-    return made.to(dtype)
+                return _build(config).to(dtype)
+        # What a config says goes into transformers' arithmetic, where anything may come of it.
+        except Exception as error:
+            raise ModelError(f"--model {model} cannot be built: {_why(error)}", name=model) from None
+
+
+def _directory(model: str) -> Path:
+    """The directory with the model's config.json. Raises ModelError."""
+    try:
+        path = written_path(model)
+        path = path.parent if path.name == "config.json" and path.is_file() else path
+        if not (path / "config.json").is_file():
+            raise ModelError(f"--model {model}: no config.json there", name=model)
+    except OSError as error:
+        raise ModelError(f"--model {model}: {error.strerror}", name=model) from None
+    return path
+
+
+def _build(config: Any) -> torch.nn.Module:
+    """The model that a config describes: its first architecture that transformers has, else a language model."""
+    for name in config.architectures or ():
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            named: torch.nn.Module = kind(config)
+            return named
+    made: torch.nn.Module = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    return made
+
+
+def _why(error: Exception) -> str:
+    """One line of what went wrong in transformers."""
+    lines = [" ".join(text.split()) for text in str(error).splitlines() if text.strip()]
+    if any("trust_remote_code" in line for line in lines):
+        return "it needs Python code of its own, which is not run to look at it; leave out --model"
+    line = lines[0] if lines else ""
+    if line.endswith(":") and len(lines) > 1:
+        line = f"{line} {lines[1]}"
+    if not isinstance(error, (OSError, ValueError, RuntimeError, ImportError)) or not line:
+        line = f"{type(error).__name__}: {line}".removesuffix(": ")
+    return line[:200]
 
 
 def fit(
@@ -87,31 +115,40 @@ def _memory(plan: Plan, local: int, facts: list[str], notes: list[str]) -> None:
 
 
 def _disk(plan: Plan, config: Config, ranks: Ranks, facts: list[str], notes: list[str]) -> Iterator[tuple[str, str]]:
-    """What the state takes on disk, against what is free there."""
-    homes = {_PARAM: config.zero.offload_param.path, _OPTIMIZER: config.zero.offload_optimizer.path}
+    """What the state takes on disk, against what is free there.
+
+    The store deals its tiles out over its directories, whatever is in them: each has its part of all bytes, and one
+    disk the parts of all directories on it.
+    """
+    homes: dict[Path, str] = {}
+    for key, home, path in (
+        (_PARAM, plan.weights, config.zero.offload_param.path),
+        (_OPTIMIZER, plan.state, config.zero.offload_optimizer.path),
+    ):
+        if home is Home.DISK and path is not None:
+            homes.setdefault(path, key)
     need = plan.disk_bytes * ranks.local_world
     if need == 0:
         return
-    facts.append(f"disk: {format_bytes(need)} on each host")
-    for key, path in homes.items():
-        if path is None:
-            continue
-        if not path.exists():
+    part = need // len(homes)
+    divided = f", {format_bytes(part)} in each of {len(homes)} directories" if len(homes) > 1 else ""
+    facts.append(f"disk: {format_bytes(need)} on each host{divided}")
+    disks: dict[int, list[Path]] = {}
+    for path, key in homes.items():
+        try:
+            disk = path.stat().st_dev
+        except FileNotFoundError:
             notes.append(f"{path} ({key}) is not on this machine")
-        elif not path.is_dir() or not os.access(path, os.W_OK):
+            continue
+        except OSError as error:
+            yield key, f"{key}: {path}: {error.strerror}"
+            continue
+        if not path.is_dir() or not os.access(path, os.W_OK):
             yield key, f"{key}: {path} is no directory that can be written to"
-        elif (free := shutil.disk_usage(path).free) < need:
-            yield key, f"{key}: {path} has {format_bytes(free)} free, and {format_bytes(need)} are needed"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what transformers says while it looks at a model off the terminal."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)
+        else:
+            disks.setdefault(disk, []).append(path)
+    for paths in disks.values():
+        key, free, wanted = homes[paths[0]], shutil.disk_usage(paths[0]).free, part * len(paths)
+        if free < wanted:
+            where = f"{' and '.join(map(str, paths))} {'has' if len(paths) == 1 else 'are on one disk, which has'}"
+            yield key, f"{key}: {where} {format_bytes(free)} free, and {format_bytes(wanted)} are needed"

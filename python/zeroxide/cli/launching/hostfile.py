@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import re
 import socket
 from collections.abc import Sequence
@@ -14,6 +15,10 @@ from zeroxide.errors import ConfigError
 __all__ = ["Host", "commands", "is_here", "read_hosts"]
 
 _LINE = re.compile(r"(?P<name>[^\s=#]+)\s+slots\s*=\s*(?P<slots>[0-9]{1,6})")
+_LONGEST_NAME = 253
+"""Characters in the name of a host (RFC 1035, section 2.3.4: 255 bytes with the lengths of its parts)."""
+_LOOPBACK_NAMES = ("localhost", "localhost.localdomain", "localhost4", "localhost6", "ip6-localhost", "ip6-loopback")
+"""What the hosts files of distributions call the loopback network, beside RFC 6761's names below "localhost"."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,10 @@ class Host:
 
 
 def read_hosts(path: str) -> list[Host]:
-    """The hosts of a file, in its order; `#` begins a comment. Raises ConfigError with the line that is none."""
+    """The hosts of a file, in its order; `#` begins a comment.
+
+    Raises ConfigError for a line that is none, and for a host among several that is another one on each of them.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -44,12 +52,57 @@ def read_hosts(path: str) -> list[Host]:
                 expected="NAME slots=COUNT",
                 got=text,
             )
+        _check_name(match["name"], f"--hostfile {path}:{number}")
         if match["name"] in hosts:
             raise ConfigError(f"--hostfile {path}:{number}: {match['name']} stands there twice", path="--hostfile")
         hosts[match["name"]] = Host(match["name"], int(match["slots"]))
     if not hosts:
         raise ConfigError(f"--hostfile {path}: no host in it", path="--hostfile")
+    loopback = [name for name in hosts if _is_loopback(name)]
+    if len(hosts) > 1 and loopback:
+        raise ConfigError(
+            f"--hostfile {path}: {loopback[0]} is another host on each of the {len(hosts)}: give it the name or "
+            "address by which the others reach it",
+            path="--hostfile",
+            expected="a name that is the same host everywhere",
+            got=loopback[0],
+        )
     return list(hosts.values())
+
+
+def _check_name(name: str, where: str) -> None:
+    """Raises ConfigError for what no resolver can be asked for."""
+    try:
+        known = name.isprintable() and len(name.encode("idna")) <= _LONGEST_NAME
+    except UnicodeError:
+        known = False
+    if not known:
+        expected = f"parts of 1 to 63 characters between dots, {_LONGEST_NAME} in all"
+        shown = name if len(name) <= 80 else f"{name[:77]}..."
+        raise ConfigError(
+            f"{where}: {shown!r} is no name of a host: expected {expected}",
+            path="--hostfile",
+            expected=expected,
+            got=name,
+        )
+
+
+def _is_loopback(name: str) -> bool:
+    """Whether a name or address means the host that asks, whichever that is.
+
+    Names are told as they stand: some systems give a host's own name an address of the loopback network.
+    """
+    bare = name.rstrip(".").lower()
+    if bare in _LOOPBACK_NAMES or bare.endswith(".localhost"):
+        return True
+    address: ipaddress.IPv4Address | ipaddress.IPv6Address | None = None
+    with contextlib.suppress(OSError, ValueError):
+        # As resolvers read them, "127.1" among others.
+        address = ipaddress.IPv4Address(socket.inet_aton(name))
+    with contextlib.suppress(ValueError):
+        written = ipaddress.IPv6Address(name)
+        address = written.ipv4_mapped or written
+    return address is not None and (address.is_loopback or address.is_unspecified)
 
 
 def commands(hosts: Sequence[Host], words: Sequence[str], port: int) -> list[list[str]]:
@@ -66,7 +119,7 @@ def is_here(name: str) -> bool:
     own = socket.gethostname()
     if name in (own, own.partition(".")[0], socket.getfqdn()):
         return True
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, UnicodeError):
         for family, kind, protocol, _, address in socket.getaddrinfo(name, 0, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
                 probe.bind(address)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from zeroxide.cli.machine.finding import Finding, broken, fine, lost
+from zeroxide.cli.paths import written_path
 from zeroxide.config.sizes import format_bytes
 from zeroxide.errors import StorageError
 
@@ -21,8 +22,12 @@ def look(path: str) -> Iterator[Finding]:
     """Whether state can be offloaded to `path`, how it gets there and how fast."""
     from zeroxide import _core
 
-    folder = Path(path).expanduser()
     what = f"disk {path}"
+    try:
+        folder = written_path(path)
+    except OSError as error:
+        yield broken(what, error.strerror or str(error), "give another directory")
+        return
     if not folder.is_dir():
         yield broken(
             what, "is a file" if folder.exists() else "is not there", "make the directory, or give another one"

@@ -7,18 +7,16 @@ unit, from a weight source.
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import hashlib
-import io
 import json
-import logging
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zeroxide.cli.paths import written_path
+from zeroxide.cli.quiet import quiet
 from zeroxide.errors import ModelError
 
 if TYPE_CHECKING:
@@ -100,7 +98,10 @@ class ModelChoice:
 
 def choose_model(name: str) -> ModelChoice:
     """Resolve a preset's name or a model directory. Raises `ModelError` where it is neither, or of no use."""
-    directory = Path(name).expanduser()
+    try:
+        directory = written_path(name)
+    except OSError as error:
+        raise ModelError(f"--model {name}: {error.strerror}") from None
     if name in PRESETS and not directory.is_dir():
         fields = dict(PRESETS[name])
         return ModelChoice(name, _config(fields.pop("model_type"), fields), None, False, False)
@@ -113,10 +114,11 @@ def choose_model(name: str) -> ModelChoice:
         raise ModelError(f"no config.json in the model directory {name}")
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        # What a config says goes into transformers' checks and arithmetic, where anything may come of it.
+        except Exception as error:
             raise ModelError(f"{name}/config.json: {error}") from None
     has_weights = any(directory.glob("*.safetensors")) or (directory / "model.safetensors.index.json").exists()
     if not has_weights and any(directory.glob("*.bin")):
@@ -132,13 +134,13 @@ def build_model(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
-    with _quiet():
+    with quiet():
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    choice.config, dtype=dtype
+                    choice.config, dtype=dtype, trust_remote_code=False
                 )
-        except (ValueError, KeyError, TypeError, ImportError, AttributeError, RuntimeError) as error:
+        except Exception as error:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
             raise ModelError(f"{choice.name} cannot be built as a language model: {line[:200]}") from None
     if not any(True for _ in model.parameters()):
@@ -155,7 +157,7 @@ def num_parameters(model: torch.nn.Module) -> int:
 def _config(model_type: str, fields: dict[str, Any]) -> PretrainedConfig:
     from transformers import AutoConfig
 
-    with _quiet():
+    with quiet():
         config: PretrainedConfig = AutoConfig.for_model(model_type, **fields)
     return config
 
@@ -192,16 +194,3 @@ def modules_with_initializers(model: PreTrainedModel) -> Iterator[tuple[str, tor
         parent = owners.get(name.rpartition(".")[0]) if name else None
         owners[name] = module._init_weights if isinstance(module, PreTrainedModel) else parent
         yield name, module, owners[name]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep library chatter (log lines, warnings, prints) off the terminal while a model is looked at."""
-    previous = logging.root.manager.disable
-    logging.disable(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(previous)

@@ -74,7 +74,7 @@ def _convert(directory: str, out: Path) -> int | None:
     """Write the tokenizer of a model directory in its fast form and return its end-of-text token, if it has one."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer in {directory} has no fast form (tokenizer.json)")
     tokenizer.save_pretrained(out)
