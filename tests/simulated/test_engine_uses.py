@@ -16,6 +16,7 @@ from zeroxide.cli.training.job import run
 from zeroxide.cli.training.options import TrainOptions
 from zeroxide.device.transfers import BLOCK_BYTES
 from zeroxide.errors import ConfigError, DeviceError, ModelError
+from zeroxide.integrations.ownership import Ownership
 from zeroxide.zero.gather.device_weights import memory_of
 
 HOMES = {"resident": {"stage": 2}, "resident-3": {"stage": 3}, "transient": {"stage": 3, "offload_param": "cpu"}}
@@ -157,6 +158,39 @@ def test_a_checkpoint_goes_on_elsewhere(home, tmp_path):
         engine.load_checkpoint(tmp_path)
         assert [step(engine, seed, where) for seed in (2, 3)] == expected
         engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("home", "began", "trains", "ends"),
+    [
+        *((home, "cpu", trains, "cpu") for home in HOMES for trains in (True, False)),
+        ("resident", "sim", True, "cpu"),
+        ("resident", "sim", False, "sim"),
+    ],
+)
+def test_a_module_comes_back_to_one_device(home, began, trains, ends):
+    """Catches: buffers that stay on the device beside weights in host memory, or leave it where weights are kept on it,
+    and values of theirs from before training."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).to(began)
+    mean = model[1].running_mean.cpu().normal_().clone()
+    model[1].running_mean = mean.to(began, copy=True)
+    owner = Ownership.of(model, trains=trains)
+    config = config_of(home, bf16={"enabled": True})
+    engine, *_ = zeroxide.initialize(model=model, config=config if trains else config | {"optimizer": None})
+    owner.belongs_to(model, engine)
+    assert model[1].running_mean.device.type == "sim"
+    engine.train(trains)
+    x = torch.randn(8, 3)
+    outputs = engine(x.to("sim", torch.bfloat16))
+    if trains:
+        engine.backward(outputs.float().square().mean())
+        engine.step()
+        mean = model[1].running_mean.cpu().float()
+    owner.give_back()
+    assert {each.device.type for each in (*model.parameters(), *model.buffers())} == {ends}
+    assert model[1].running_mean.cpu().equal(mean)
+    model(x.to(ends))
 
 
 def test_a_default_device_changes_nothing(tmp_path):
