@@ -1,5 +1,6 @@
 """What a user can get wrong on the command line, and what can go wrong in a run: one line, the right status."""
 
+import functools
 import json
 import math
 import os
@@ -83,11 +84,13 @@ def test_a_users_mistake_is_one_line(train, arguments, phrases):
     one_line(train(*arguments), 2, *phrases)
 
 
-def test_a_launcher_of_several_ranks_is_refused(train, tmp_path, monkeypatch):
-    # Catches: every rank training on its own and writing the same files.
+def test_a_rank_whose_first_rank_never_comes_is_one_line(train, tmp_path, monkeypatch):
+    """Several ranks train together (test_cli_ranks.py). Catches: a rank that trains on its own where the others are
+    missing, and writes the same files; a limit that is not kept."""
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    one_line(train(), 1, "2 ranks", "one process")
+    monkeypatch.setattr(job, "start", functools.partial(job.start, 1.0))
+    one_line(train(), 1, "rank 1 of 2", "could not meet the others at tcp://127.0.0.1:1 within 1 s")
     assert not (tmp_path / "run").exists()
 
 
