@@ -61,6 +61,42 @@ engine.watch.close()
 """
 
 
+CLIPPING = """
+import os
+import torch
+from torch import nn
+import zeroxide
+from zeroxide.errors import RanksError
+
+model = nn.Linear(8, 64)
+config = {"zero_optimization": {"stage": 3}, "steps_per_print": 1000}
+engine, *_ = zeroxide.initialize(model=model, config=config, lr=0.1)
+before = [value.clone() for value in (engine.module_state_dict() or {}).values()]
+engine.set_gradient_clipping(1.0 + ranks_apart)
+engine.backward(engine(torch.ones(2, 8)).sum())
+try:
+    engine.step()
+except RanksError as error:
+    say(str(error))
+after = [value.clone() for value in (engine.module_state_dict() or {}).values()]
+say("same:", all(torch.equal(a, b) for a, b in zip(before, after, strict=True)))
+engine.set_gradient_clipping(0.5)
+engine.step()
+say("applied:", engine.was_step_applied())
+engine.destroy()
+"""
+
+
+def test_ranks_that_clip_otherwise_make_no_step():
+    """Catches: shards that are updated by other factors, and a model that nobody has computed."""
+    for result in run_ranks(2, CLIPPING.replace("ranks_apart", "int(os.environ['RANK'])")):
+        assert result.out.split("\n")[:-1] == [
+            "gradient clipping is 2 on rank 1 and 1 on rank 0: call engine.set_gradient_clipping alike on every rank",
+            "same: True",
+            "applied: True",
+        ], result.err
+
+
 @pytest.mark.parametrize("transport", ["shared_memory", "collective"])
 def test_gradients_that_were_not_exchanged_make_no_step(transport):
     # Catches: a step over what the step before has left in the gradients, silently, and one after half an exchange.

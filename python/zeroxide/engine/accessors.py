@@ -61,9 +61,10 @@ class Accessors:
         return self.parts.updater.clipping or 0.0
 
     def set_gradient_clipping(self, max_norm: float) -> None:
-        """Changes the largest global gradient norm from the next step on, on this rank; 0 leaves gradients as they are.
+        """Changes the largest global gradient norm from the next step on; 0 leaves gradients as they are.
 
-        Every rank sets the same. Raises ConfigError for what is no finite number of at least 0.
+        Every rank sets the same; the next step raises RanksError on all of them where one has not. Raises ConfigError
+        for what is no finite number of at least 0.
         """
         if not math.isfinite(max_norm) or max_norm < 0:
             raise ConfigError(

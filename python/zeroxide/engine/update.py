@@ -78,7 +78,9 @@ class Updater:
         together."""
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = time.perf_counter()
-        sum_squares, nonfinite, accumulated = agree_on_norm(core, self._ranks, self._groups, self._watch)
+        sum_squares, nonfinite, accumulated = agree_on_norm(
+            core, self._ranks, self._groups, self._watch, self.clipping or 0.0
+        )
         if accumulated:
             self._scaler.check_used()
         loss_scale = self._scaler.scale

@@ -10,30 +10,42 @@ import torch
 from zeroxide import _core
 from zeroxide.device.placement import of_buffer
 from zeroxide.distributed import Ranks, UnitGroups, Watch
+from zeroxide.errors import RanksError
 
 __all__ = ["Totals", "agree_on_norm"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
 
-_HEAD = struct.Struct("<d?")
+_HEAD = struct.Struct("<d?d")
 
 
-def agree_on_norm(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch) -> Totals:
+def agree_on_norm(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch, clipping: float = 0.0) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
     The sums over the slices of units are added in double precision in the order of the slices, so that every rank has
     the same bits, however ranks are grouped.
+
+    clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
+    another rank's script asks for another, since each would update its shard by another factor.
     """
     total, nonfinite, accumulated = core.grad_norm()
     if ranks.world == 1:
         return total, nonfinite, accumulated
     # What another rank waits for must not wait for this exchange.
     core.finish()
-    payload = bytearray(_HEAD.pack(total, nonfinite) + core.accumulated())
+    payload = bytearray(_HEAD.pack(total, nonfinite, clipping) + core.accumulated())
     with watch.waiting("the gradient norm"):
         rows = ranks.gather_rows(of_buffer(payload, torch.uint8))
-    heads = [_HEAD.unpack(bytes(rows[rank][: _HEAD.size].tolist())) for rank in groups.owners()]
+    every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
+    for rank, head in enumerate(every):
+        if head[2] != every[0][2]:
+            raise RanksError(
+                f"gradient clipping is {head[2]:g} on rank {rank} and {every[0][2]:g} on rank 0: call "
+                "engine.set_gradient_clipping alike on every rank",
+                ranks=(rank,),
+            )
+    heads = [every[rank] for rank in groups.owners()]
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
