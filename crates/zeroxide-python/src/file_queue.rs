@@ -22,7 +22,7 @@ pub(crate) struct FileQueue {
     queue: Arc<dyn Queue>,
     block: usize,
     work: Mutex<Work>,
-    /// Held by who waits, so that others can begin transfers meanwhile.
+    /// Whoever waits locks it, so that others can begin transfers meanwhile.
     answers: Mutex<Receiver<Completion>>,
     guard: ForkGuard,
 }

@@ -16,22 +16,16 @@ from zeroxide.optim.groups import plain
 from zeroxide.optim.rules import FIXED, core_groups
 from zeroxide.optim.saved_state import hooked_load, hooked_save
 from zeroxide.optim.state_view import StateView
+from zeroxide.params.callers import called_by
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.zero.access.parameter_offload import ParameterOffload
 
 __all__ = ["EngineOptimizer", "check_schedule_call"]
 
 
-def _asked_to_move() -> bool:
-    """Whether Lightning (2.6.6, fabric/utilities/optimizer.py) is about to move the state to another device, which it
-    does when a run ends: the core's has its home, and reading all of it would take as long as a step."""
-    frame = inspect.currentframe()
-    caller = None if frame is None or frame.f_back is None else frame.f_back.f_back
-    return (
-        caller is not None
-        and caller.f_code.co_name == "_optimizer_to_device"
-        and caller.f_globals.get("__name__", "").startswith("lightning.")
-    )
+_MOVING = frozenset({"_optimizer_to_device"})
+"""The function of Lightning's (2.6.6, fabric/utilities/optimizer.py) that moves state to another device when a run
+ends: the core's has its home, and reading all of it would take as long as a step."""
 
 
 class EngineOptimizer(torch.optim.Optimizer):
@@ -70,7 +64,7 @@ class EngineOptimizer(torch.optim.Optimizer):
     @property  # type: ignore[override]
     def state(self) -> StateView:
         """Each parameter's state, as torch has it: "step", what its rule keeps, "master" in low precision."""
-        if _asked_to_move():
+        if called_by("lightning", _MOVING):
             return StateView({})
         if self._view is None:
             self._view = shown_state(self.param_groups)

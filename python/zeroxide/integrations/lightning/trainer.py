@@ -7,7 +7,6 @@ otherwise: `trainer.test` after `trainer.fit` goes on with the same engine.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,11 +34,12 @@ from zeroxide.integrations.lightning.folder import exact_state_dict, load_folder
 from zeroxide.integrations.lightning.precision import EnginePrecision
 from zeroxide.integrations.lightning.settings import Settings, refused
 from zeroxide.integrations.ownership import Ownership, owner_of
+from zeroxide.params.callers import called_by
 from zeroxide.zero import Init
 
 __all__ = ["ZeroxidePrecision", "ZeroxideStrategy"]
 
-_DUMP = "_get_lightning_module_state_dict"
+_DUMPING = frozenset({"_get_lightning_module_state_dict"})
 """The function of Lightning's (2.6.6, checkpoint_connector.py) that puts the weights into every checkpoint's dict."""
 
 
@@ -283,9 +283,7 @@ class ZeroxideStrategy(DDPStrategy):
         In a checkpoint's dict they are not, at stage 3: the engine saves them itself.
         """
         assert self.lightning_module is not None
-        frame = inspect.currentframe()
-        caller = None if frame is None else frame.f_back
-        if caller is not None and caller.f_code.co_name == _DUMP:
+        if called_by("lightning", _DUMPING):
             return _Elsewhere() if self.settings.stage == 3 else self.lightning_module.state_dict()
         if self._owner is None or self._owner.engine is None:
             return self.lightning_module.state_dict()

@@ -13,13 +13,11 @@ hear of it.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from torch import nn
 from zeroxide.device.placement import HOST, in_host
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.absent import AbsentValues
+from zeroxide.params.callers import called_by
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
 from zeroxide.zero.buffers import set_buffer
@@ -77,7 +76,7 @@ class StateDicts:
         }
         if _bare or not sharded_params:
             save(destination, prefix, keep_vars)
-        elif self.context.ranks.world > 1 and (self.names_alone or _asked_for_names()):
+        elif self.context.ranks.world > 1 and (self.names_alone or called_by("peft", _NAMING)):
             self._save_names(save, destination, prefix, sharded_params)
         elif keep_vars:
             sharded = next(iter(sharded_params.values()))
@@ -145,16 +144,6 @@ class StateDicts:
 _NAMING = frozenset({"adapter_state_dict", "adapter_state_dict_load_map"})
 """Functions of PEFT (0.21.2, utils/other.py) that ask a module for the names in its dict, on the rank that saves alone:
 the values they take from what the engine has gathered."""
-
-
-def _asked_for_names() -> bool:
-    """Whether the state dict that is being made is for one of `_NAMING`."""
-    frame: FrameType | None = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name in _NAMING and frame.f_globals.get("__name__", "").startswith("peft."):
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _gone() -> None:
