@@ -106,10 +106,8 @@ _DISTRIBUTED = {
     for name in (
         "ReduceOp",
         "all_gather",
-        "all_gather_into_tensor",
         "all_gather_object",
         "all_reduce",
-        "all_to_all_single",
         "barrier",
         "broadcast",
         "broadcast_object_list",
@@ -122,12 +120,22 @@ _DISTRIBUTED = {
         "new_group",
         "recv",
         "reduce",
-        "reduce_scatter_tensor",
         "scatter",
         "send",
     )
 }
-_RANKS = {name: f"{_HERE}.comm:{name}" for name in ("get_global_rank", "get_local_rank", "get_rank", "get_world_size")}
+_RANKS = {
+    name: f"{_HERE}.comm:{name}"
+    for name in (
+        "all_gather_into_tensor",
+        "all_to_all_single",
+        "get_global_rank",
+        "get_local_rank",
+        "get_rank",
+        "get_world_size",
+        "reduce_scatter_tensor",
+    )
+}
 
 SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed": {
@@ -292,7 +300,6 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
             "load_state_dict_from_zero_checkpoint",
         )
     },
-    "deepspeed.version": {"version": f"{_HERE}.surface:VERSION"},
     "deepspeed.zero": {
         **_ZERO,
         "MiCS_Init": Unbuilt("DeepSpeed has removed MiCS: set zeroxide.mesh.dp_shard, and use zero.Init"),
