@@ -62,7 +62,7 @@ def run(
     scratch = options.directory / "hf-trainer"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    spec = given | {"model": options.model, "rows": 1, "columns": 128, "steps": options.steps, "stage": 3}
+    spec = {"model": options.model, "rows": 1, "columns": 128, "steps": options.steps, "stage": 3} | given
     spec |= {"directory": str(scratch), "weights": str(weights), "threads": options.threads}
     try:
         return bench.run_worker(

@@ -30,7 +30,7 @@ USED = {
     "deepspeed.profiling.flops_profiler": "get_model_profile",
     "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer",
     "deepspeed.runtime.engine": "DeepSpeedEngine",
-    "deepspeed.runtime.lr_schedules": "VALID_LR_SCHEDULES WarmupLR WarmupDecayLR WarmupCosineLR",
+    "deepspeed.runtime.lr_schedules": "VALID_LR_SCHEDULES LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP",
     "deepspeed.runtime.utils": "move_to_device see_memory_usage",
     "deepspeed.runtime.zero.offload_config": "OffloadStateTypeEnum OffloadDeviceEnum",

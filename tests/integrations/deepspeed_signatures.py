@@ -25,6 +25,8 @@ METHODS_OF = {
     "deepspeed.ops.adam.FusedAdam",
     "deepspeed.ops.adagrad.DeepSpeedCPUAdagrad",
     "deepspeed.ops.lion.DeepSpeedCPULion",
+    "deepspeed.runtime.lr_schedules.LRRangeTest",
+    "deepspeed.runtime.lr_schedules.OneCycle",
     "deepspeed.runtime.lr_schedules.WarmupLR",
     "deepspeed.runtime.lr_schedules.WarmupDecayLR",
     "deepspeed.runtime.lr_schedules.WarmupCosineLR",

@@ -100,7 +100,10 @@ _ZERO = {
     "Init": f"{_HERE}.entry:Init",
     "register_external_parameter": "zeroxide.zero:register_external_parameter",
 }
-_SCHEDULES = {name: f"zeroxide.optim.schedules:{name}" for name in ("WarmupCosineLR", "WarmupDecayLR", "WarmupLR")}
+_SCHEDULES = {
+    name: f"zeroxide.optim.schedules:{name}"
+    for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
+}
 _DISTRIBUTED = {
     name: f"torch.distributed:{name}"
     for name in (
@@ -214,6 +217,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.runtime.lr_schedules": {
         **_SCHEDULES,
         "VALID_LR_SCHEDULES": f"{_HERE}.version:VALID_LR_SCHEDULES",
+        "LR_RANGE_TEST": f"{_HERE}.version:LR_RANGE_TEST",
+        "ONE_CYCLE": f"{_HERE}.version:ONE_CYCLE",
         "WARMUP_COSINE_LR": f"{_HERE}.version:WARMUP_COSINE_LR",
         "WARMUP_DECAY_LR": f"{_HERE}.version:WARMUP_DECAY_LR",
         "WARMUP_LR": f"{_HERE}.version:WARMUP_LR",
