@@ -113,7 +113,7 @@ def test_a_momentum_that_has_grown_past_its_range_is_refused_by_name():
 
 def test_another_second_beta_is_said(caplog):
     OneCycle(optimizer(), 0.1, 0.2)
-    assert "the second beta is 0.99 instead of 0.999, as with DeepSpeed" in caplog.text
+    assert "the second beta is 0.99, not 0.999, as with DeepSpeed" in caplog.text
     caplog.clear()
     OneCycle(optimizer(), 0.1, 0.2, cycle_momentum=False)
     OneCycle(torch.optim.AdamW([nn.Parameter(torch.zeros(1))], betas=(0.9, 0.99)), 0.1, 0.2)

@@ -107,7 +107,7 @@ class OneCycle(Schedule):
             # DeepSpeed's own changes it without a word.
             own = sorted({group["betas"][1] for group in optimizer.param_groups} - {_SECOND_BETA})
             if own:
-                line = "OneCycle: the second beta is %s instead of %s, as with DeepSpeed; cycle_momentum: false leaves it"
+                line = "OneCycle: the second beta is %s, not %s, as with DeepSpeed; cycle_momentum: false leaves it"
                 logger.warning(line, _SECOND_BETA, ", ".join(map(str, own)))
         super().__init__(optimizer, last_batch_iteration)
 
