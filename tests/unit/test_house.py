@@ -239,6 +239,7 @@ HOLDERS = {
     "zeroxide-python/src/gradient_hook.rs": "passes the gradients that autograd leaves to the core",
     "zeroxide-python/src/lib.rs": "exports the classes",
     "zeroxide-python/src/offload.rs": "passes tensors to the core and windows to Python",
+    "zeroxide-python/src/process.rs": "has pages of a tensor in host memory leave the process",
     "zeroxide-python/src/spec.rs": "is a tensor's memory",
     "zeroxide-python/src/window.rs": "is a window as a Python buffer",
     "zeroxide-storage/src/file.rs": "aligns staging memory: no compute memory",

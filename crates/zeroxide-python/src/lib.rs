@@ -52,7 +52,9 @@ mod _core {
     #[pymodule_export]
     use crate::probe::{PyDiskSpeed, instruction_set, measure};
     #[pymodule_export]
-    use crate::process::{drop_clean_text, heap_bytes, keep_freed_memory, reset_peak, resident};
+    use crate::process::{
+        drop_clean_text, drop_pages_of_files, heap_bytes, keep_freed_memory, reset_peak, resident,
+    };
     #[pymodule_export]
     use crate::settings::{
         PyIoEngine, PyMeshPosition, PyQuantisation, PySettings, PyStateHome, PyTransport,

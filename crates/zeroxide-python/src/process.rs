@@ -6,6 +6,8 @@ use pyo3::exceptions::PyOSError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
+use crate::spec::TensorSpec;
+
 /// An `OSError` with the system's code as `errno`.
 #[expect(clippy::needless_pass_by_value, reason = "the shape of `map_err`")]
 fn refused(error: io::Error) -> PyErr {
@@ -42,6 +44,15 @@ pub(crate) fn heap_bytes() -> u64 {
 #[pyo3(signature = (largest=None))]
 pub(crate) fn keep_freed_memory(largest: Option<i32>) -> bool {
     zeroxide_memory::keep_freed_memory(largest)
+}
+
+/// Takes pages that are nothing but a file's, of a tensor of bytes that nobody else uses during the call, out of the
+/// resident set; they come back when they are read. Returns the bytes dropped.
+#[pyfunction]
+pub(crate) fn drop_pages_of_files(py: Python<'_>, tensor: &TensorSpec) -> PyResult<u64> {
+    let bytes = tensor.bytes_mut()?;
+    py.detach(|| zeroxide_memory::drop_pages_of_files(bytes))
+        .map_err(refused)
 }
 
 /// Drops clean pages of shared libraries from the resident set; they come back from the page cache when needed.

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import HOST, has_values, in_host, nothing_like, plain, spec
+from zeroxide.device.placement import HOST, has_values, in_host, in_host_memory, nothing_like, plain, spec
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, UnitPlan
-from zeroxide.precision.bits import bytes_of, converted, tensor_of
+from zeroxide.precision.bits import bytes_of, converted, tensor_of, why_not_bytes
 from zeroxide.zero.buffers import share_buffers
 from zeroxide.zero.init.slices import slice_of
 
@@ -97,7 +97,7 @@ def fill_units(
             if kept is not None:
                 kept.drop()
             else:
-                entry.param.data = nothing_like(entry.param)
+                _let_go(entry.param)
     if new and source is not None:
         rest = {name: owner for name, owner in module.named_modules() if id(owner) not in seen and _meta_buffers(owner)}
         for owner in rest.values():
@@ -106,6 +106,14 @@ def fill_units(
             source.fill({}, rest)
     share_buffers(module, ranks)
     ranks.barrier()
+
+
+def _let_go(param: nn.Parameter) -> None:
+    """Empties a parameter whose values are the core's. Where they were mapped from a file, as those of safetensors are
+    until the last tensor of the file is gone, the pages leave the process now."""
+    if in_host_memory(param) and param.is_contiguous() and why_not_bytes(param) is None:
+        _core.drop_pages_of_files(spec(bytes_of(param.detach())))
+    param.data = nothing_like(param)
 
 
 def _values(entry: ParameterPlan) -> torch.Tensor:
