@@ -147,3 +147,12 @@ def test_what_else_deepspeeds_engine_has_is_refused_by_name():
                 getattr(engine, name)
         with pytest.raises(AttributeError, match=r"has an attribute 'nothing'$"):
             engine.nothing  # noqa: B018
+
+
+def test_a_plan_is_printed_in_lines_for_people():
+    """What `dump_state` refers to. Catches: the fields of everything that a plan refers to."""
+    with made() as engine:
+        lines = str(engine.plan()).splitlines()
+    assert lines == engine.plan().describe()
+    assert lines[0].startswith("0.0 M parameters (100 % trainable) in 1 units; float32 weights at home in host memory")
+    assert max(map(len, lines)) < 200

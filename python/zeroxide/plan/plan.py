@@ -165,6 +165,10 @@ class Plan:
         """The plan in lines for people."""
         return describe(self)
 
+    def __str__(self) -> str:
+        """Those lines."""
+        return "\n".join(self.describe())
+
 
 def make_plan(
     module: nn.Module,
