@@ -55,8 +55,9 @@ def main() -> None:
         "bf16": {"enabled": True},
         "zero_optimization": {"stage": args.stage},
         "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 2e-3, "warmup_num_steps": 10}},
-        "checkpoint": {"load_universal": args.universal},
     }
+    if args.universal:
+        config["checkpoint"] = {"load_universal": True}
     if "RANK" not in os.environ:
         # One process that nobody has launched is the only rank.
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
