@@ -162,8 +162,8 @@ def test_classification(scripts):
 
 
 def test_summaries(scripts):
-    """What it has been shown it says nearly word by word, and not what is said of another function. Catches: labels
-    that are not shifted, padding that is scored, generation with weights of the beginning."""
+    """What it has been shown it says nearly word by word, and not what is said of another function. Catches:
+    generation with weights of the beginning."""
     args = ["--packages", "email", "--functions", 64, "--held-out", 16, "--width", 64, "--layers", 1]
     args += ["--vocabulary", 512, "--length", 48, "--sentence", 16, "--epochs", 30, "--rate", 5e-3]
     config = ["--deepspeed", EXAMPLES / "ds_config_zero2_cpu.json", "--out", scripts.folder / "s"]
@@ -174,7 +174,8 @@ def test_summaries(scripts):
 
 
 def test_translations(scripts):
-    """What it has been shown it translates nearly word by word. Catches what the one above does, on disk."""
+    """What it has been shown it translates nearly word by word. Catches what the one above does, with weights on
+    disk."""
     args = ["--languages", "de", "--width", 64, "--layers", 1, "--vocabulary", 512, "--length", 24]
     args += ["--epochs", 40, "--rate", 5e-3]
     config = ["--deepspeed", EXAMPLES / "ds_config_zero3_nvme.json", "--out", scripts.folder / "t"]
@@ -185,16 +186,17 @@ def test_translations(scripts):
 
 
 def test_questions(scripts):
-    """Of texts that it has not seen. Whole texts have all the words of the answers, and more; nothing that does not
-    look is exact. Catches: places of another window, answers out of the question."""
+    """Of texts that it has not seen. Whole texts have all the words of the answers, and more. Seven of eight are exact,
+    which has a deviation of sqrt(7 / n) / 8 for n questions: the texts of another Python are allowed four of them.
+    Catches: places of another window or text."""
     args = ["--packages", "email", "asyncio", "concurrent", "tkinter", "--width", 32, "--layers", 1]
     args += ["--vocabulary", 512, "--length", 96, "--epochs", 8, "--rate", 5e-3]
     config = ["--deepspeed", EXAMPLES / "ds_config_zero2_cpu.json", "--out", scripts.folder / "q"]
     pattern = r"exact (\S+), F1 (\S+) of (\d+) questions in (\d+) windows; F1 of whole texts (\S+)"
     exact, f1, questions, windows, whole = numbers(scripts.run("question_answering.py", *args, *config), pattern)
     assert windows > questions
-    assert exact > 0.3
-    assert f1 > whole + 0.1
+    assert exact > 7 / 8 - 4 * math.sqrt(7 / questions) / 8
+    assert f1 > whole + 0.2
 
 
 def test_adapter_and_generation(scripts, pretrained):
@@ -231,7 +233,7 @@ def ask(url: str, body: bytes | None = None) -> tuple[int, dict]:
 
 def test_service(scripts, pretrained):
     """Catches: a limit that is not kept, a request that ends the service, a health that waits for an answer."""
-    limits = ["--max-seconds", 2, "--max-tokens", 100_000, "--max-requests", 1, "--max-prompt", 20, "--max-bytes", 500]
+    limits = ["--max-seconds", 3, "--max-tokens", 100_000, "--max-requests", 1, "--max-prompt", 20, "--max-bytes", 500]
     asked = ["--model", scripts.folder / "p/model", "--port", 0, "--offload", "cpu", *limits]
     process, _, err = scripts.start("serve.py", *asked)
     try:
