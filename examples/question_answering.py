@@ -136,6 +136,9 @@ def main() -> None:
         tokenizer = make_tokenizer([*data["train"]["text"], *data["train"]["question"]], args.vocabulary, "bert")
         config = config_of("bert", tokenizer, args.width, args.layers, args.length)
         model = AutoModelForQuestionAnswering.from_config(config)
+    longest = max(len(ids) for part in data.values() for ids in tokenizer(list(part["question"]))["input_ids"])
+    if longest + 1 + args.stride >= args.length:
+        raise SystemExit(f"--length {args.length}: a question has {longest} tokens, and windows share {args.stride}")
     seen = {
         name: part.map(
             windows,
