@@ -30,17 +30,18 @@ def without_leaks(err: str) -> str:
 
 
 class ForkServer:
-    """This side of one server, which imports `IMPORTS` and `more`, and ends with this process at the latest.
+    """This side of one server, which imports `IMPORTS` and `more`, with `env` added to its environment, and ends with
+    this process at the latest.
 
     A process that gives back at its end what it was forked with spends most of a second on that. Unless `quiet` it
     gives back only what it has made itself, and libraries say on standard error what they miss: see `without_leaks`.
     """
 
-    def __init__(self, more: Sequence[str] = (), *, quiet: bool = False) -> None:
+    def __init__(self, more: Sequence[str] = (), *, quiet: bool = False, env: Mapping[str, str] | None = None) -> None:
         self._channel, theirs = socket.socketpair()
         # What torch reads once, when it is imported.
-        env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        env.pop("PYTHONPATH", None)
+        given = {**os.environ, "OMP_NUM_THREADS": "1"}
+        given.pop("PYTHONPATH", None)
         with theirs:
             command = [
                 sys.executable,
@@ -51,7 +52,11 @@ class ForkServer:
                 *more,
             ]
             self._process = subprocess.Popen(
-                command, env=env, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+                command,
+                env=given | dict(env or {}),
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
             )
         self._received = b""
         self._started: list[int] = []

@@ -163,7 +163,7 @@ def test_destroy_leaves_nothing_behind(mode, when, tmp_path):
                 assert list(tmp_path.iterdir()) != []
         assert list(tmp_path.iterdir()) == [], "the engine still exists; destroy does not wait for its end"
         engine.destroy()  # a second time does nothing
-        with pytest.raises(RuntimeError, match="destroyed"):
+        with pytest.raises(RuntimeError, match="destroyed: make another one"):
             engine(**batch)
         assert all(param.numel() == 0 for param in model.parameters())
 

@@ -30,7 +30,7 @@ class LiveCore:
     def __call__(self) -> _core.Offload:
         """The core. Raises RuntimeError once it has ended."""
         if self._core is None:
-            raise RuntimeError("the engine was destroyed")
+            raise RuntimeError("the engine was destroyed: make another one with initialize")
         return self._core
 
     @property
