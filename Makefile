@@ -59,7 +59,8 @@ fmt: $(VENV)/.tools ## Format Rust and Python, and apply the fixes that are safe
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
 
-# mkdocs takes warnings for errors: a broken link, a page that is in no menu, a docstring that cannot be rendered.
+# mkdocs takes warnings for errors: a broken link, a page that is in no menu, a docstring that cannot be rendered. ruff
+# breaks the lines of signatures.
 docs: $(VENV)/.docs ## Build the documentation into target/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "target/docs/index.html"
@@ -131,5 +132,5 @@ $(VENV)/.tools: requirements-dev.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.docs: requirements-docs.txt requirements-dev.txt | $(BIN)/python
-	$(BIN)/pip install --quiet -c requirements-dev.txt -r requirements-docs.txt
+	$(BIN)/pip install --quiet -c requirements-dev.txt -r requirements-docs.txt ruff
 	@touch $@

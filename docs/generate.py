@@ -6,8 +6,10 @@ where a page has another than the code gives.
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
+import itertools
 import json
 import re
 import textwrap
@@ -311,9 +313,36 @@ def _listed(doc: str, names: set[str]) -> str:
     return "\n\n".join(paragraphs)
 
 
+def errors() -> str:
+    """Every error with what it carries."""
+    found = []
+    body = ast.parse((ROOT / "python/zeroxide/errors.py").read_text()).body
+    for kind in body:
+        if isinstance(kind, ast.ClassDef):
+            bases = ", ".join(f"`{ast.unparse(each)}`" for each in kind.bases)
+            # A field and the text below it; two classes say twice what a field is.
+            fields = {
+                field.target.id: (field, text.value.value)
+                for field, text in itertools.pairwise(kind.body)
+                if isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+            }
+            rows = [
+                (f"`{name}`", f"`{ast.unparse(field.annotation).removesuffix(' | None')}`", _sentence(str(text)))
+                for name, (field, text) in fields.items()
+            ]
+            doc = f"{inspect.cleandoc(ast.get_docstring(kind) or '')}\n\nDerived from {bases}."
+            shown = f"\n\n{table(('field', 'type', 'what it is'), rows)}" if rows else ""
+            found.append(f"## {kind.name}\n\n{doc}{shown}")
+    return "\n\n".join(found)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "config keys": config_keys,
     "engine calls": engine_calls,
+    "errors": errors,
     "module names": module_names,
     "optimizers": optimizers,
     "own keys": own_keys,
@@ -328,7 +357,7 @@ def rewritten(text: str) -> str:
     def place(found: re.Match[str]) -> str:
         made = TABLES[found["name"]]()
         # What narrow windows show otherwise than other tables: see assets/extra.css.
-        inside = f'<div class="keys" markdown>\n\n{made}\n\n</div>' if made.startswith(("|", "###")) else made
+        inside = f'<div class="keys" markdown>\n\n{made}\n\n</div>' if "| --- |" in made else made
         return f"{found[1]}\n{inside}\n\n{found[3]}"
 
     return PLACE.sub(place, text)

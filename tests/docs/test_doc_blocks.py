@@ -6,13 +6,14 @@ import ast
 import functools
 import json
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 from doc_blocks import ROOT, Block, blocks, commands, pages
-from forking import ForkServer
+from forking import ForkServer, without_leaks
 
 import zeroxide
 
@@ -30,7 +31,7 @@ QUOTED = [each for found in ALL.values() for each in found if "data-source" in e
 @functools.cache
 def server(*modules: str) -> ForkServer:
     """The process that others are forked from which want torch and `modules`."""
-    return ForkServer(modules, quiet=True)
+    return ForkServer(modules)
 
 
 def fork(script: Path, arguments: list[str], folder: Path, name: str, imports: tuple[str, ...] = IMPORTS, **env: str):
@@ -46,7 +47,7 @@ def fork(script: Path, arguments: list[str], folder: Path, name: str, imports: t
             status = process.wait(120)
         finally:
             process.kill()
-        return status, out.read_text()[-4000:] + err.read_text()[-8000:]
+        return status, out.read_text()[-4000:] + without_leaks(err.read_text())[-8000:]
 
     return ended
 
@@ -96,6 +97,16 @@ def free_port() -> int:
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         return int(found.getsockname()[1])
+
+
+def test_headings_of_troubleshooting_are_words_of_their_messages():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    parts = re.split(r"^### `(.+)`$", page, flags=re.MULTILINE)
+    messages = {}
+    for heading, text in zip(parts[1::2], parts[2::2], strict=True):
+        messages[heading] = re.search(r"^```text[^\n]*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+    assert len(messages) > 25
+    assert [heading for heading, message in messages.items() if heading not in message] == []
 
 
 def test_every_block_names_a_language_that_is_checked():
