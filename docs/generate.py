@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from zeroxide import optim
+from zeroxide.cli import application
 from zeroxide.config import RULES
 from zeroxide.config.check import section_of
 from zeroxide.config.document import Document
@@ -339,7 +341,31 @@ def errors() -> str:
     return "\n\n".join(found)
 
 
+def commands() -> str:
+    """Every command of the command line with its options."""
+    return "\n\n".join(_command("zeroxide", typer.main.get_command(application())))
+
+
+def _command(name: str, command: Any) -> Iterator[str]:
+    inside = getattr(command, "commands", {})
+    for word, each in inside.items():
+        yield from _command(f"{name} {word}", each)
+    if inside:
+        return
+    # A paragraph that begins with a backspace is set as it is, for terminals.
+    texts = [each.strip() for each in (command.help or "").split("\n\n") if not each.lstrip().startswith("\b")]
+    rows = []
+    for given in command.params:
+        option = given.opts[0].startswith("-")
+        shown = ", ".join(f"`{each}`" for each in (*given.opts, *given.secondary_opts)) if option else f"`{given.name}`"
+        default = given.default
+        known = option and default is not None and default is not False and given.show_default is True
+        rows.append((shown, (given.help or "").rstrip(".") + (f" (default `{default}`)" if known else "")))
+    yield f"## {name}\n\n" + "\n\n".join(texts) + f"\n\n{table(('argument or option', 'what it is'), rows)}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "commands": commands,
     "config keys": config_keys,
     "engine calls": engine_calls,
     "errors": errors,
