@@ -22,6 +22,7 @@ from typing import Any
 import side_by_side as bench
 
 FIRST_MEASURED_STEP = 3
+SETTINGS = ("lean", "defaults")
 GOALS = {"nvme": (0.45, 0.30), "cpu": (0.50, 0.55)}
 """By home of the state: shares of DeepSpeed's step and of its peak memory."""
 
@@ -62,7 +63,7 @@ def run(
     scratch = options.directory / "hf-trainer"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    spec = given | {"model": options.model, "rows": 1, "columns": 128, "steps": options.steps, "stage": 3}
+    spec = {"model": options.model, "rows": 1, "columns": 128, "steps": options.steps, "stage": 3} | given
     spec |= {"directory": str(scratch), "weights": str(weights), "threads": options.threads}
     try:
         return bench.run_worker(
@@ -75,21 +76,30 @@ def run(
 def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
     """Prints medians, and ratios with their goals."""
     for name, runs in found.items():
-        first = statistics.median(run["first_step_after"] for run in runs)
-        losses = " ".join(f"{loss:.3f}" for loss in runs[0]["losses"][:: max(1, options.steps // 5)])
-        print(
-            f"{name:26s} step {median_step(runs):6.3f} s  peak {median_peak(runs) / 2**30:5.2f} GiB  "
-            f"first step after {first:5.1f} s  losses {losses}"
+        bench.emit(
+            "hf_trainer",
+            {
+                "contestant": name,
+                "allocator": options.allocator,
+                "step": bench.summary(step_seconds(runs)),
+                "peak_bytes": statistics.median(peak_bytes(runs)),
+                "first_step_after": round(statistics.median(run["first_step_after"] for run in runs), 2),
+                "losses": [round(loss, 4) for loss in runs[0]["losses"]],
+            },
         )
     for offload in options.offload:
-        goals = "" if offload not in GOALS else "  (goals {}, {})".format(*GOALS[offload])
         for settings in options.settings:
             theirs, own = found[f"deepspeed {offload} {settings}"], found[f"zeroxide {offload} {settings}"]
+            step_goal, peak_goal = GOALS[offload]
+            of = f"{offload} {settings}, {options.allocator} allocator"
             step, peak = median_step(own) / median_step(theirs), median_peak(own) / median_peak(theirs)
-            print(f"{offload} {settings}: step {step:.2f}, peak {peak:.2f} of DeepSpeed's{goals}")
+            bench.emit("hf_trainer", bench.goal(f"{of}: step of DeepSpeed's", step, step_goal, at_most=True))
+            bench.emit("hf_trainer", bench.goal(f"{of}: peak memory of DeepSpeed's", peak, peak_goal, at_most=True))
         if "defaults" in options.settings:
-            loop = median_step(found[f"zeroxide {offload} loop"])
-            print(f"{offload}: Trainer takes {median_step(found[f'zeroxide {offload} defaults']) / loop - 1:+.1%}")
+            over = (
+                median_step(found[f"zeroxide {offload} defaults"]) / median_step(found[f"zeroxide {offload} loop"]) - 1
+            )
+            bench.emit("hf_trainer", bench.goal(f"{offload}: what Trainer takes over a loop", over, 0.03, at_most=True))
 
 
 def main() -> None:
@@ -97,11 +107,16 @@ def main() -> None:
     bench.scratch_argument(parser)
     parser.add_argument("--model", default="124m", help="size (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, help="steps of a run (default %(default)s)")
-    parser.add_argument("--offload", nargs="+", default=["nvme", "cpu"], help="homes of the state (default both)")
-    parser.add_argument("--settings", nargs="+", default=["lean", "defaults"], help="configs (default both)")
+    parser.add_argument(
+        "--offload", nargs="+", default=list(GOALS), choices=GOALS, help="homes of the state (default both)"
+    )
+    parser.add_argument(
+        "--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="configs (default both)"
+    )
     parser.add_argument("--allocator", default="keep", choices=bench.ALLOCATORS, help="default %(default)s")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
+    bench.emit("hf_trainer", bench.machine(options.directory))
     weights = saved_weights(bench.zeroxide_side(), options.model, options.directory)
     those = contestants(options)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in those}
@@ -111,12 +126,22 @@ def main() -> None:
     report(found, options)
 
 
+def step_seconds(runs: list[dict[str, Any]]) -> list[float]:
+    """Of every step that counts."""
+    return [seconds for run in runs for seconds in run["seconds"][FIRST_MEASURED_STEP:]]
+
+
+def peak_bytes(runs: list[dict[str, Any]]) -> list[int]:
+    """Of every run."""
+    return [run["memory"]["end"]["peak"] for run in runs]
+
+
 def median_step(runs: list[dict[str, Any]]) -> float:
-    return statistics.median(s for run in runs for s in run["seconds"][FIRST_MEASURED_STEP:])
+    return statistics.median(step_seconds(runs))
 
 
 def median_peak(runs: list[dict[str, Any]]) -> float:
-    return statistics.median(run["memory"]["end"]["peak"] for run in runs)
+    return statistics.median(peak_bytes(runs))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from zeroxide.config.schema import attribute_docs, schema
 from zeroxide.config.sections.optimizer import keys_of, types
 from zeroxide.config.sections.scheduler import SCHEDULES
 from zeroxide.config.sections.zeroxide import ZeroxideSection
+from zeroxide.engine.deepspeed_methods import ABSENT
 from zeroxide.engine.engine import Engine
 from zeroxide.integrations.deepspeed.surface import SURFACE, Unbuilt
 
@@ -159,66 +160,47 @@ def _kinds(name: str) -> dict[str, dict[str, Any]]:
 
 # Calls --------------------------------------------------------------------------------------------------------------
 
-ENGINE_CALLS = re.findall(
-    r"\w+",
-    """
-    forward backward step scale zero_grad no_sync train eval
-    is_gradient_accumulation_boundary set_gradient_accumulation_boundary gradient_accumulation_steps
-    train_batch_size train_micro_batch_size_per_gpu set_train_batch_size set_train_micro_batch_size get_batch_info
-    get_global_grad_norm gradient_clipping get_lr get_mom set_lr was_step_applied loss_scale dynamic_loss_scale
-    fp16_enabled bfloat16_enabled steps_per_print wall_clock_breakdown
-    save_checkpoint load_checkpoint save_16bit_model save_fp16_model module_state_dict load_module_state_dict
-    zero_optimization_stage zero_gather_16bit_weights_on_model_save zero_optimization
-    zero_optimization_partition_gradients zero_optimization_partition_weights
-    offload_states reload_states empty_partition_cache compile destroy
-    allreduce_gradients coalesce_grad_reduction deepspeed_io monitor timers
-    module optimizer lr_scheduler training_dataloader config device local_rank global_rank world_size dp_world_size
-    global_steps global_samples micro_steps skipped_steps
-    """,
-)
-"""What scripts call and read of an engine of DeepSpeed's."""
-
-INSTEAD = {
-    "save_fp16_model": "call `save_16bit_model`",
-    "compile": "compile the model, or parts of it, with `torch.compile` before `initialize`",
-    "allreduce_gradients": "leave it out: gradients are reduced as they arrive",
-    "coalesce_grad_reduction": "accumulate inside `no_sync`",
-    "deepspeed_io": "give `training_data` to `initialize`, or use a loader of your own",
-    "monitor": "read `get_lr()`, `get_global_grad_norm()` and `times()`, and log them",
-    "timers": "read `times()`",
-}
-"""What to do where the engine here does not have one."""
-
 ATTRIBUTES = {
     "module": "The model",
-    "config": "The dict that was given, or what is in the file",
+    "optimizer": "",
+    "lr_scheduler": "",
     "training_dataloader": "The loader over `training_data`, None without that",
+    "config": "The dict that was given, or what is in the file",
+    "device": "",
     "local_rank": "The rank's number on its host",
     "global_rank": "The rank's number",
     "world_size": "Ranks in all",
+    "dp_world_size": "",
+    "global_steps": "",
+    "global_samples": "",
+    "micro_steps": "",
+    "skipped_steps": "",
 }
-"""What an engine has without a docstring."""
+"""What scripts read of an engine beside its methods, with what it is where no docstring says so."""
 
 
 def engine_calls() -> str:
-    """Each call of an engine with its state."""
+    """Each method of DeepSpeed's engine with its state, and what scripts read of one."""
+    signatures = json.loads((ROOT / "tests/integrations/deepspeed_signatures.json").read_text())
     made = inspect.getsource(Engine.__init__)
-    rows = []
-    for name in ENGINE_CALLS:
+    works, absent = [], dict[str, list[str]]()
+    for name in (*signatures["names"]["deepspeed.DeepSpeedEngine"]["methods"], *ATTRIBUTES):
+        if name in ABSENT:
+            absent.setdefault(ABSENT[name], []).append(f"`{name}`")
+            continue
         found = inspect.getattr_static(Engine, name, None)
-        if found is None and f"self.{name} = " not in made:
-            rows.append((f"`{name}`", "not there", INSTEAD[name]))
-        elif found is not None and name in INSTEAD and found.__module__.startswith("zeroxide"):
-            raise SystemExit(f"the engine has {name} now: take it out of INSTEAD")
-        elif found is not None and name in INSTEAD:
-            rows.append((f"`{name}`", "torch's", INSTEAD[name]))
-        else:
-            rows.append((f"`{name}`", "works", ATTRIBUTES.get(name) or _first_sentence(found)))
-    return table(("call or attribute", "state", "what it does, or what to do"), rows)
+        assert found is not None or f"self.{name} = " in made, name
+        works.append((f"`{name}`", "works", ATTRIBUTES.get(name) or _first_sentence(found)))
+    refused = [(", ".join(names), _sentence(line)) for line, names in absent.items()]
+    return (
+        f"{table(('call or attribute', 'state', 'what it does'), works)}\n\n"
+        f"These are an AttributeError, which says the same:\n\n{table(('call', 'what to do'), refused)}"
+    )
 
 
 def _first_sentence(found: object) -> str:
     text = "" if found is None or isinstance(found, str) else inspect.getdoc(found) or ""
+    text = re.sub(r":\w+:`", "`", text)
     return re.split(r"(?<=[\w)`\]])\.(?=\s|$)", " ".join(text.split()), maxsplit=1)[0].strip()
 
 

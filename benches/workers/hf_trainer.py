@@ -7,7 +7,7 @@ ZEROXIDE_AS_DEEPSPEED is set. One argument: a JSON object
      "directory": scratch files, "weights": a folder of save_pretrained, "how": "trainer" | "loop" | "alone",
      "settings": "lean" | "defaults", "threads": 2}
 
-"alone" is Trainer without a config, in bf16 by autocast.
+"alone" is Trainer without a config, in bf16 by autocast, or in fp32 where "bf16" is false.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def main() -> None:
         spec["directory"],
         deepspeed=settings,
         use_cpu=True,
-        bf16=True,
+        bf16=spec.get("bf16", True),
         per_device_train_batch_size=spec["rows"],
         max_steps=spec["steps"],
         learning_rate=1e-4,

@@ -109,6 +109,12 @@ def test_empty_data(train, tmp_path):
     one_line(train("--data", str(empty / "nothing.txt"), defaults=False), 2, "the data is empty")
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_user_that_is_unknown_is_one_line(train, more):
+    """Catches: the error of Python's own, with its traceback."""
+    one_line(train("--out", "~nosuchuser/run", *more), 1, "--out ~nosuchuser/run: no such user")
+
+
 def test_out_is_a_file(train, tmp_path, text):
     one_line(train("--out", str(text)), 2, "is a file or lies below one")
     one_line(train("--out", str(text / "below")), 2, "is a file or lies below one")

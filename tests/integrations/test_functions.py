@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
+import torch.distributed as dist
 from running import started
 from safetensors.torch import load_file
 from torch import nn
 
 import zeroxide
-from zeroxide.errors import ConfigError, ModelError
-from zeroxide.integrations.deepspeed import entry, fused, tensors, zero_to_fp32
+from zeroxide.errors import ConfigError, ModelError, StorageError
+from zeroxide.integrations.deepspeed import checkpointing, comm, entry, fused, tensors, zero_to_fp32
 from zeroxide.params.absent import AbsentValues
 
 
@@ -51,12 +54,61 @@ def test_weights_out_of_a_checkpoint(tmp_path):
     assert torch.equal(model.last.weight, expected["first.weight"])
     with pytest.raises(RuntimeError, match="Unexpected key"):
         zero_to_fp32.load_state_dict_from_zero_checkpoint(nn.Linear(4, 4), tmp_path)
-    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model")
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "model", safe_serialization=True)
     assert torch.equal(load_file(tmp_path / "model/model.safetensors")["first.weight"], expected["first.weight"])
-    with pytest.raises(ConfigError, match="only safetensors are written"):
-        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, tmp_path / "other", safe_serialization=False)
     with pytest.raises(ConfigError, match="lazy_mode is not built"):
         zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(tmp_path, lazy_mode=True)
+
+
+def test_pickled_weights_as_scripts_of_deepspeed_load_them(tmp_path):
+    """Against torch.load. Catches: another file name by default, a tensor written twice because it is tied, a limit
+    that cuts nothing, an index of an earlier model that stays (each tried)."""
+    with started(Tied(), config={"bf16": {"enabled": True}, "optimizer": {"type": "AdamW"}}) as engine:
+        expected = {name: zeroxide.safe_get_full_fp32_param(each) for name, each in engine.module.named_parameters()}
+        engine.save_checkpoint(tmp_path)
+    out = tmp_path / "model"
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, out, max_shard_size="64B")
+    index = json.loads((out / "pytorch_model.bin.index.json").read_text())
+    # first.weight has 64 bytes, the rest 16 each, and last.weight is first.weight.
+    assert index["metadata"]["total_size"] == 112
+    assert sorted(set(index["weight_map"].values())) == [f"pytorch_model-0000{n}-of-00002.bin" for n in (1, 2)]
+    assert index["weight_map"]["first.weight"] == index["weight_map"]["last.weight"]
+    found = {}
+    for name in set(index["weight_map"].values()):
+        found |= torch.load(out / name)
+    assert set(found) == {*expected, "last.weight", "scale"} == set(index["weight_map"])
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, out)
+    assert [each.name for each in out.iterdir()] == ["pytorch_model.bin"]
+    loaded = Tied()
+    loaded.load_state_dict(torch.load(out / "pytorch_model.bin"))
+    assert torch.equal(loaded.last.weight, expected["first.weight"])
+    with pytest.raises(ConfigError, match="max_shard_size 'much': expected a size in bytes"):
+        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, out, max_shard_size="much")
+    with pytest.raises(StorageError, match="nothing was written"):
+        zero_to_fp32.convert_zero_checkpoint_to_fp32_state_dict(tmp_path, out / "pytorch_model.bin" / "x")
+
+
+def test_collectives_take_their_arguments_by_deepspeeds_names(tmp_path):
+    """On one rank, which is enough to see what is taken. Catches: torch's names for the same."""
+    given, taken = torch.arange(4.0), torch.empty(4)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for call in (comm.all_gather_into_tensor, comm.reduce_scatter_tensor):
+            call(output_tensor=taken.zero_(), tensor=given)
+            assert torch.equal(taken, given)
+        comm.all_to_all_single(output=taken.zero_(), tensor=given)
+        assert torch.equal(taken, given)
+        assert comm.get_global_rank() == 0
+    finally:
+        dist.destroy_process_group()
+
+
+def test_checkpointed_functions_take_keywords():
+    """Catches: keywords that are torch's own, and are not given to the function."""
+    x = torch.ones(2, requires_grad=True)
+    checkpointing.checkpoint(lambda a, use_reentrant: a * use_reentrant, x, use_reentrant=3).sum().backward()
+    assert x.grad.tolist() == [3.0, 3.0]
 
 
 @pytest.mark.parametrize("decoupled", [True, False])

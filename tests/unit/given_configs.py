@@ -14,6 +14,8 @@ BF16 = {"bf16": {"enabled": True}}
 WARMUP = {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}
 DECAY = {"type": "WarmupDecayLR", "params": {"total_num_steps": 20}}
 COSINE = {"type": "WarmupCosineLR", "params": {"total_num_steps": 20}}
+RANGE_TEST = {"type": "LRRangeTest", "params": {"last_batch_iteration": -1}}
+ONE_CYCLE = {"type": "OneCycle", "params": {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1}}
 
 
 def nested(path: str, value: object) -> dict:

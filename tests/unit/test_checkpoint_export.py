@@ -135,7 +135,7 @@ def test_exports_replace_one_another(make, tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors", "other.safetensors"}
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "a/b.safetensors", ".safetensors", ""])
+@pytest.mark.parametrize("name", ["model.ckpt", "a/b.safetensors", ".safetensors", ""])
 def test_other_names_for_exports_are_refused(make, tmp_path, name):
     from zeroxide.errors import ConfigError
 

@@ -6,18 +6,14 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from given_configs import ADAM, BF16, COSINE, DECAY, FP16, GIB, WARMUP, complaint, merged, nested
+from given_configs import ADAM, BF16, COSINE, DECAY, FP16, GIB, ONE_CYCLE, RANGE_TEST, WARMUP, complaint, merged, nested
 
 from zeroxide.config import ErrorFeedback, LossScale, Mesh, Offload, Optimizer, Scheduler, load
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
 from zeroxide.config.sections.optimizer import keys_of
-from zeroxide.config.sections.scheduler import (
-    WarmupCosineParams,
-    WarmupDecayParams,
-    WarmupParams,
-)
+from zeroxide.config.sections.scheduler import SCHEDULES
 
 # --- every key with an effect changes the resolved config ------------------------------------------------------------
 
@@ -81,6 +77,22 @@ EFFECTS = [
             (COSINE, "total_num_steps", 9),
             (COSINE, "warmup_min_ratio", 0.25),
             (COSINE, "cos_min_ratio", 0.5),
+            (RANGE_TEST, "lr_range_test_min_lr", 0.5),
+            (RANGE_TEST, "lr_range_test_step_size", 5),
+            (RANGE_TEST, "lr_range_test_step_rate", 0.5),
+            (RANGE_TEST, "lr_range_test_staircase", True),
+            (ONE_CYCLE, "cycle_min_lr", 0.02),
+            (ONE_CYCLE, "cycle_max_lr", 0.5),
+            (ONE_CYCLE, "decay_lr_rate", 0.5),
+            (ONE_CYCLE, "cycle_first_step_size", 5),
+            (ONE_CYCLE, "cycle_second_step_size", 7),
+            (ONE_CYCLE, "cycle_first_stair_count", 3),
+            (ONE_CYCLE, "cycle_second_stair_count", 4),
+            (ONE_CYCLE, "decay_step_size", 6),
+            (ONE_CYCLE, "cycle_momentum", False),
+            (ONE_CYCLE, "cycle_min_mom", 0.5),
+            (ONE_CYCLE, "cycle_max_mom", 0.95),
+            (ONE_CYCLE, "decay_mom_rate", 0.25),
         ]
     ),
     ("zero_optimization.stage", 2, {}, "zero.stage", 2),
@@ -167,7 +179,7 @@ def keys_with_an_effect() -> set[str]:
     for model, prefix in [
         (Document, ()),
         (keys_of(Optimizer), ("optimizer", "params")),
-        *((each, ("scheduler", "params")) for each in (WarmupParams, WarmupDecayParams, WarmupCosineParams)),
+        *((each, ("scheduler", "params")) for each in SCHEDULES.values()),
     ]:
         for path in all_keys(model):
             info = None

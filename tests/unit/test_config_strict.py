@@ -63,7 +63,7 @@ BUILT = [kind for rule in RULES.values() for kind in rule.types]
             "optimizer.params.nesterov = true needs optimizer.params.momentum above 0",
         ),
         ({"optimizer": {}}, "optimizer.type: required, and not given"),
-        ({"scheduler": {"type": "OneCycle"}}, 'scheduler.type: "OneCycle": not built yet'),
+        ({"scheduler": {"type": "OneCycle"}}, "scheduler.params.cycle_min_lr"),
         ({"scheduler": {"type": "WarmupLr"}}, 'got "WarmupLr"; the nearest known name is "WarmupLR"'),
         ({"scheduler": DECAY | {"params": {}}}, "scheduler.params.total_num_steps: required, and not given"),
         (

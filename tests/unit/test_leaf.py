@@ -81,14 +81,20 @@ def test_marks_are_set_found_and_taken_away():
     assert zero.get_z3_leaf_modules(model) == leaves[:1]
     assert not zero.z3_leaf_parameter(model.h[0].moe.gate.weight)
     assert zero.unset_z3_leaf_modules(model, [Moe])
-    assert zero.set_z3_leaf_modules_by_name(model, ["h.1.moe", "first"]) == [model.h[1].moe, model.first]
+    found = zero.set_z3_leaf_modules_by_name(model, ["h.1.moe", "no", "first"], True, False)
+    assert found == ([model.h[1].moe, model.first], ["no"])
+    assert zero.set_z3_leaf_modules_by_suffix(model, ["1.moe"], flag=False) == ([model.h[1].moe], [])
+    assert zero.get_z3_leaf_modules(model) == [model.first]
     assert zero.unset_z3_leaf_modules_by_name(model, ["first"]) == [model.first]
     zero.set_z3_leaf_module(model, True)
-    assert zero.get_z3_leaf_modules(model) == [model, model.h[1].moe]
-    for call, wanted in ((zero.set_z3_leaf_modules, [nn.Conv2d]), (zero.set_z3_leaf_modules_by_name, ["no"])):
+    assert zero.get_z3_leaf_modules(model) == [model]
+    for call, wanted, found in (
+        (zero.set_z3_leaf_modules, [nn.Conv2d], []),
+        (zero.set_z3_leaf_modules_by_name, ["no"], ([], ["no"])),
+    ):
         with pytest.raises(ModelError, match="no module of Model is"):
             call(model, wanted)
-        assert call(model, wanted, raise_if_not_found=False) == []
+        assert call(model, wanted, raise_if_not_found=False) == found
 
 
 @pytest.mark.parametrize("way", ["call", "config"])

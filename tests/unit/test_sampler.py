@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from zeroxide.config import load
 from zeroxide.data.sampler import EpochSampler, ShardedIterable
 from zeroxide.distributed import Group, Ranks
-from zeroxide.engine.data import loader_for
+from zeroxide.engine.data import Loaders
 from zeroxide.errors import DataError
 
 DATA = list(range(23))
@@ -64,7 +64,7 @@ def test_the_ranks_of_the_batch_group_share_the_samples(data):
     """Of four ranks two take different samples, as with tensor parallelism over the others. Catches: shares by rank of
     the job, batches counted by its ranks."""
     config = load({"train_micro_batch_size_per_gpu": 2})
-    loaders = [loader_for(config, data, None, FourRanks(), Group((1, 3), position)) for position in (0, 1)]
+    loaders = [Loaders(config, None, FourRanks(), Group((1, 3), position)).make(data) for position in (0, 1)]
     shares = [torch.cat(list(loader)).tolist() for loader in loaders]
     assert [len(share) for share in shares] == [12, 12]
     assert sorted(shares[0] + shares[1]) == list(range(24))
@@ -73,4 +73,4 @@ def test_the_ranks_of_the_batch_group_share_the_samples(data):
 def test_a_data_set_too_small_for_the_batch_group_is_counted_by_it():
     config = load({"train_micro_batch_size_per_gpu": 3, "dataloader_drop_last": True})
     with pytest.raises(DataError, match="has 2 samples for each of 2 ranks and a micro-batch takes 3"):
-        loader_for(config, [1, 2, 3, 4], None, FourRanks(), Group((1, 3), 0))
+        Loaders(config, None, FourRanks(), Group((1, 3), 0)).make([1, 2, 3, 4])

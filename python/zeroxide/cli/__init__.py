@@ -1,4 +1,4 @@
-"""The `zeroxide` command. One file per command; what `train` is made of lies in `zeroxide.cli.training`.
+"""The `zeroxide` command. One file per command; what some are made of lies in folders beside them.
 
 Nothing heavy is imported until a command needs it, so `zeroxide --help` answers at once and a wrong option costs no
 start of torch. Everything a user can get wrong ends as one line, `zeroxide: error: ...`, with exit status 2; a run
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import typer
 
+from zeroxide.cli.bench import bench
 from zeroxide.cli.completion import completion
 from zeroxide.cli.config import config
 from zeroxide.cli.convert import convert
@@ -38,6 +39,7 @@ def application() -> typer.Typer:
     made.command()(train)
     made.add_typer(config, name="config")
     made.command()(doctor)
+    made.command()(bench)
     made.command()(completion)
     made.command()(convert)
     # What follows the script is the script's.

@@ -20,6 +20,7 @@ __all__ = ["Shell", "completion", "script"]
 
 
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("zeroxide bench", "--dtype"): DTYPES,
     ("zeroxide convert", "--to"): ("checkpoint", "universal", "fp32", "bf16", "fp16"),
     ("zeroxide train", "--dtype"): DTYPES,
     ("zeroxide train", "--format"): FORMATS,

@@ -191,6 +191,13 @@ def _rates(value: Any) -> float | list[float]:
     return [float(rate) for rate in each] if isinstance(value, list | tuple) else float(value)
 
 
+def _momenta(value: Any) -> float | list[float]:
+    found = _rates(value)
+    if any(each >= 1 for each in (found if isinstance(found, list) else [found])):
+        raise ValueError
+    return found
+
+
 def directory(value: Any) -> Path:
     """Return the path that `value` names, `~` expanded; whether it can be used is for the one who opens it to find."""
     text = os.fspath(value) if isinstance(value, str | os.PathLike) else ""
@@ -226,6 +233,7 @@ def _size_schema(least: int) -> WithJsonSchema:
 
 _BETA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 _RATE = {"type": "number", "minimum": 0}
+_MOMENTUM = {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
 
 Flag = Annotated[bool, BeforeValidator(_bool_of), expecting("true or false")]
 Count = Annotated[
@@ -235,6 +243,7 @@ WholeNumber = Annotated[
     int, Field(ge=0, le=LARGEST_COUNT), BeforeValidator(whole), expecting(f"an integer from 0 to {LARGEST_COUNT}")
 ]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), expecting("a finite number, 0 or more")]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), expecting("a finite number above 0")]
 Number = Annotated[float, Field(allow_inf_nan=False), expecting("a finite number")]
 Seconds = Annotated[float, Field(ge=1, le=86400, allow_inf_nan=False), expecting("a number of seconds from 1 to 86400")]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), expecting("a number from 0 to 1")]
@@ -256,6 +265,12 @@ Betas = Annotated[
     PlainValidator(_betas),
     expecting("two numbers, each at least 0 and below 1"),
     WithJsonSchema({"type": "array", "items": _BETA, "minItems": 2, "maxItems": 2}),
+]
+Momenta = Annotated[
+    float | list[float],
+    PlainValidator(_momenta),
+    expecting("a number of at least 0 and below 1, or a list of one for each parameter group"),
+    WithJsonSchema({"anyOf": [_MOMENTUM, {"type": "array", "items": _MOMENTUM, "minItems": 1}]}),
 ]
 Rates = Annotated[
     float | list[float],

@@ -30,7 +30,7 @@ from zeroxide.device.placement import HOST, compute_device, is_host, make_curren
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
 from zeroxide.engine.accumulation import Accumulation, Counters
-from zeroxide.engine.data import check_schedule, loader_for, schedule_for
+from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.offload_states import check_offload
@@ -173,9 +173,8 @@ class Build:
 
     def make_loader(self) -> None:
         """Makes the data loader."""
-        self.loader = loader_for(
-            self.config, self.asked.training_data, self.asked.collate_fn, self.ranks, self.batch_group
-        )
+        self.loaders = Loaders(self.config, self.asked.collate_fn, self.ranks, self.batch_group)
+        self.loader = self.loaders.training(self.asked.training_data)
 
     # What becomes of the model is undone from here on ---------------------------------------------------------------
 
@@ -459,6 +458,7 @@ class Build:
                 optimizer=self.optimizer,
                 lr_scheduler=self.lr_scheduler,
                 dataloader=self.loader,
+                loaders=self.loaders,
             )
         )
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 from zeroxide.config import Config
 from zeroxide.data.sampler import EpochSampler, ShardedIterable
@@ -15,7 +16,7 @@ from zeroxide.distributed import Group, Ranks, agree, sampler_facts
 from zeroxide.engine.accumulation import micro_batch_of
 from zeroxide.errors import ConfigError, DataError
 
-__all__ = ["check_schedule", "loader_for", "schedule_for"]
+__all__ = ["Loaders", "check_schedule", "schedule_for"]
 
 
 def schedule_for(config: Config, given: Any, optimizer: torch.optim.Optimizer | None) -> Any:
@@ -50,40 +51,66 @@ def check_schedule(given: Any, optimizer: Any) -> None:
         )
 
 
-def loader_for(
-    config: Config, data: Any, collate_fn: Callable[..., Any] | None, ranks: Ranks, group: Group
-) -> DataLoader[Any] | None:
-    """A loader of this rank's share of `data`, in batches of one forward; None without data.
+@dataclass(frozen=True)
+class Loaders:
+    """Makes loaders of this rank's share of a data set."""
 
-    group: the ranks that take different samples, of all `ranks`.
+    config: Config
+    collate_fn: Callable[..., Any] | None
+    """What makes a batch of samples where a caller does not say; None for torch's own."""
+    ranks: Ranks
+    group: Group
+    """The ranks that take different samples, of all `ranks`."""
 
-    Raises ConfigError without a batch size, DataError where there is no whole batch, and RanksError on all ranks where
-    they would draw differently.
-    """
-    if data is None:
-        return None
-    batch = micro_batch_of(config)
-    if hasattr(data, "__len__"):
-        size = math.ceil(len(data) / group.size)
-        batches = size // batch if config.batch.dataloader_drop_last else math.ceil(size / batch)
-        if batches == 0:
-            raise DataError(
-                f"training_data has {size} samples for each of {group.size} ranks and a micro-batch takes {batch}: "
-                "there is no batch"
-            )
-    sampler: DistributedSampler[Any] | None = None
-    shuffle = not isinstance(data, torch.utils.data.IterableDataset)
-    # Data sets of Hugging Face say themselves when they are one rank's share.
-    if not shuffle and group.size > 1 and getattr(data, "_distributed", None) is None:
-        data = ShardedIterable(data, group.position, group.size)
-    if shuffle and group.size > 1:
-        sampler = EpochSampler(data, group.size, group.position, drop_last=config.batch.dataloader_drop_last)
-    agree(ranks, {} if sampler is None else sampler_facts(sampler))
-    return DataLoader(
-        data,
-        batch_size=batch,
-        shuffle=shuffle and sampler is None,
-        sampler=sampler,
-        drop_last=config.batch.dataloader_drop_last,
-        collate_fn=collate_fn,
-    )
+    def training(self, data: Any) -> DataLoader[Any] | None:
+        """A loader in batches of one forward, in another order at every pass; None without data. See `make`."""
+        return None if data is None else self.make(data)
+
+    def make(
+        self,
+        data: Any,
+        batch_size: int | None = None,
+        *,
+        in_order: bool = False,
+        sampler: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        pin_memory: bool = False,
+        num_workers: int = 0,
+    ) -> DataLoader[Any]:
+        """A loader of this rank's share of `data`.
+
+        batch_size: samples of a batch; those of one forward if None.
+        in_order: whether samples come in their own order. Then ranks get equally many, the first samples again where
+            they do not divide.
+        sampler: whose indices are taken instead, as they are: whoever gives one shares the samples out.
+
+        Raises ConfigError without a batch size, DataError where there is no whole batch, and RanksError on all ranks
+        where they would draw differently.
+        """
+        batch = micro_batch_of(self.config) if batch_size is None else batch_size
+        drop_last, group = self.config.batch.dataloader_drop_last, self.group
+        if hasattr(data, "__len__") and sampler is None:
+            size = math.ceil(len(data) / group.size)
+            if (size // batch if drop_last else math.ceil(size / batch)) == 0:
+                raise DataError(
+                    f"training_data has {size} samples for each of {group.size} ranks and a micro-batch takes {batch}: "
+                    "there is no batch"
+                )
+        mapped = not isinstance(data, torch.utils.data.IterableDataset)
+        # Data sets of Hugging Face say themselves when they are one rank's share.
+        if not mapped and group.size > 1 and getattr(data, "_distributed", None) is None:
+            data = ShardedIterable(data, group.position, group.size)
+        shared = None
+        if mapped and group.size > 1 and sampler is None:
+            shared = EpochSampler(data, group.size, group.position, shuffle=not in_order, drop_last=drop_last)
+        agree(self.ranks, {} if shared is None else sampler_facts(shared))
+        return DataLoader(
+            data,
+            batch_size=batch,
+            shuffle=mapped and not in_order and shared is None and sampler is None,
+            sampler=shared if sampler is None else sampler,
+            drop_last=drop_last,
+            collate_fn=self.collate_fn if collate_fn is None else collate_fn,
+            pin_memory=pin_memory,
+            num_workers=num_workers,
+        )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,16 @@ from torch import nn
 
 from zeroxide.distributed import IDLE
 from zeroxide.engine.accessors import Accessors
+from zeroxide.engine.deepspeed_methods import ABSENT, DeepSpeedMethods
 from zeroxide.engine.optimizer import check_schedule_call
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import check_budget
 from zeroxide.engine.report import print_progress
 from zeroxide.engine.training_state import TrainingState
-from zeroxide.errors import ModelError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import cast_inputs, forward_context
 from zeroxide.zero.access.parameter_offload import ParameterOffload, external_parameters
-from zeroxide.zero.access.state_dict import full_state_dict, load_given_state_dict
+from zeroxide.zero.access.state_dict import full_state_dict, load_given_state_dict, refuse_custom_load
 from zeroxide.zero.untraced import leave_untraced
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["Engine"]
 
 
-class Engine(Accessors, nn.Module):
+class Engine(Accessors, DeepSpeedMethods, nn.Module):
     """Trains `module` with its state at home where the config says. Made by `zeroxide.initialize`.
 
     The usual loop is `loss = engine(batch)`, `engine.backward(loss)`, `engine.step()`; `loss.backward()` does as well,
@@ -67,11 +69,10 @@ class Engine(Accessors, nn.Module):
         try:
             return getattr(module, name)
         except AttributeError:
-            raise AttributeError(
-                f"neither the engine nor its module, a {type(module).__name__}, has an attribute {name!r}",
-                name=name,
-                obj=self,
-            ) from None
+            line = f"neither the engine nor its module, a {type(module).__name__}, has an attribute {name!r}"
+            if name in ABSENT:
+                line += f", which DeepSpeed's engine has: {ABSENT[name]}"
+            raise AttributeError(line, name=name, obj=self) from None
 
     def ds_external_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields (name, parameter) of those that `zero.register_external_parameter` was called for."""
@@ -255,14 +256,17 @@ class Engine(Accessors, nn.Module):
         load_optimizer_states: bool = True,
         load_lr_scheduler_states: bool = True,
         load_module_only: bool = False,
+        custom_load_fn: Any = None,
     ) -> tuple[Path | None, dict[str, Any] | None]:
         """Loads what `save_checkpoint` wrote, at any world size, in any offload mode. Returns (path, client_state).
 
-        Without `tag`, where nothing was saved, it returns (None, None) with a warning, and nothing changes.
+        Without `tag`, where nothing was saved, it returns (None, None) with a warning, and nothing changes. Raises
+        ConfigError for `custom_load_fn`: no rank has a whole state dict to give it.
         """
         from zeroxide.checkpoint.load.load import load_checkpoint
 
         self._check_trained("load_checkpoint")
+        refuse_custom_load("load_checkpoint", custom_load_fn)
         self.wait_for_checkpoint()
         # What is of two steps already is not one that was left as it is, or that another checkpoint mends.
         self.parts.core().check_usable()
@@ -283,20 +287,36 @@ class Engine(Accessors, nn.Module):
     def save_16bit_model(
         self, save_dir: str | Path, save_filename: str | None = None, exclude_frozen_parameters: bool = False
     ) -> Path:
-        """Writes the live weights as safetensors that Hugging Face loads, cut into files, each rank what it holds."""
+        """Writes the live weights as safetensors that Hugging Face loads, cut into files, each rank what it holds.
+
+        save_filename: "model.safetensors" if None. Where it ends in .bin, .pt or .pth, one file of `torch.save`
+            instead, for which rank 0 must hold the model. Raises ConfigError for another one, ModelError, StorageError.
+        """
         from zeroxide.checkpoint.convert.export import save_model
+        from zeroxide.checkpoint.convert.pickled import SUFFIXES, save_pickled
 
         self.parts.context.take_down_edits()
+        if save_filename is not None and save_filename.endswith(SUFFIXES):
+            left_out = exclude_frozen_parameters
+            gather = functools.partial(self.module_state_dict, exclude_frozen_parameters=left_out)
+            return save_pickled(self.ranks, gather, Path(save_dir), save_filename)
         include_frozen = not exclude_frozen_parameters
         return save_model(self.training_state, Path(save_dir), save_filename, include_frozen=include_frozen)
 
     def module_state_dict(
-        self, destination: dict[str, Any] | None = None, prefix: str = "", exclude_frozen_parameters: bool = False
+        self,
+        destination: dict[str, Any] | None = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
     ) -> dict[str, torch.Tensor]:
         """Live weights and buffers with all their values, on rank 0; an empty dict elsewhere. Every rank calls it.
 
-        A parameter at a time is gathered, but rank 0 must hold the model; `save_16bit_model` does not need to.
+        A parameter at a time is gathered, but rank 0 must hold the model; `save_16bit_model` does not need to. Raises
+        ConfigError for `keep_vars`: what is gathered is a copy, and no variable of autograd's.
         """
+        if keep_vars:
+            raise ConfigError("module_state_dict: keep_vars: gathered values are copies", path="keep_vars")
         found = full_state_dict(self.module, self.parts.context, include_frozen=not exclude_frozen_parameters)
         destination = {} if destination is None else destination
         destination.update({prefix + name: value for name, value in found.items()})
@@ -314,14 +334,23 @@ class Engine(Accessors, nn.Module):
         return self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
 
     def load_module_state_dict(
-        self, checkpoint: dict[str, Any], strict: bool = True, custom_load_fn: Any = None, fetch_z3_params: bool = False
+        self,
+        checkpoint: dict[str, Any],
+        strict: bool = True,
+        custom_load_fn: Any = None,
+        fetch_z3_params: bool = False,
+        z3_params_to_fetch: Any = None,
+        allowed_missing_keys: Collection[str] | None = None,
     ) -> None:
         """Makes rank 0's `checkpoint`, a state dict or {"module": one}, the weights and buffers. Every rank calls it.
 
-        Weights are taken as exact as they are given; optimizer state stays. `fetch_z3_params` has no effect: values are
-        always brought where they belong. Raises ModelError when names or shapes do not fit, before anything changes.
+        Weights are taken as exact as they are given; optimizer state stays. `fetch_z3_params` and `z3_params_to_fetch`
+        have no effect: values are always brought where they belong. Raises ModelError when names, other than
+        `allowed_missing_keys`, or shapes do not fit, before anything changes; ConfigError for `custom_load_fn`.
         """
-        load_given_state_dict(self.module, self.parts.context, checkpoint, strict=strict, custom_load_fn=custom_load_fn)
+        refuse_custom_load("load_module_state_dict", custom_load_fn)
+        may_miss = allowed_missing_keys or ()
+        load_given_state_dict(self.module, self.parts.context, checkpoint, strict=strict, may_miss=may_miss)
 
     def destroy(self) -> None:
         """Ends all disk traffic, removes scratch files and hooks, gives memory back. Idempotent.

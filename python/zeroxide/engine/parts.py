@@ -15,6 +15,7 @@ from zeroxide.device.health import DeviceHealth
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.engine.accumulation import Accumulation, Counters
+from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
 from zeroxide.engine.peak import Peak
 from zeroxide.engine.report import Timers
@@ -85,6 +86,7 @@ class Parts:
     optimizer: Any
     lr_scheduler: Any
     dataloader: DataLoader[Any] | None
+    loaders: Loaders
 
     def close(self) -> None:
         """Takes the model out of the engine and ends everything, whatever fails on the way. Raises what failed first.

@@ -75,31 +75,37 @@ def unset_z3_leaf_modules(
 
 
 def set_z3_leaf_modules_by_name(
-    model: nn.Module, module_names: Iterable[str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
-    """Marks the modules of these full names. Returns them. Raises as `set_z3_leaf_modules`."""
-    return _by_path(model, module_names, True, raise_if_not_found, lambda path, name: path == name)
+    model: nn.Module, module_names: Iterable[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Marks the modules of these full names, or takes the mark from them where `flag` is False.
+
+    Returns (them, names that no module has). Raises as `set_z3_leaf_modules`.
+    """
+    return _by_path(model, module_names, flag, raise_if_not_found, lambda path, name: path == name)
 
 
 def unset_z3_leaf_modules_by_name(
     model: nn.Module, module_names: Iterable[str], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
     """Takes the mark from the modules of these full names. Returns them."""
-    return _by_path(model, module_names, False, raise_if_not_found, lambda path, name: path == name)
+    return _by_path(model, module_names, False, raise_if_not_found, lambda path, name: path == name)[0]
 
 
 def set_z3_leaf_modules_by_suffix(
-    model: nn.Module, module_name_suffixes: Iterable[str], raise_if_not_found: bool = True
-) -> list[nn.Module]:
-    """Marks the modules whose names end in one of these. Returns them. Raises as `set_z3_leaf_modules`."""
-    return _by_path(model, module_name_suffixes, True, raise_if_not_found, str.endswith)
+    model: nn.Module, module_name_suffixes: Iterable[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[nn.Module], list[str]]:
+    """Marks the modules whose names end in one of these, or takes the mark from them where `flag` is False.
+
+    Returns (them, suffixes that no module has). Raises as `set_z3_leaf_modules`.
+    """
+    return _by_path(model, module_name_suffixes, flag, raise_if_not_found, str.endswith)
 
 
 def unset_z3_leaf_modules_by_suffix(
     model: nn.Module, module_name_suffixes: Iterable[str], raise_if_not_found: bool = True
 ) -> list[nn.Module]:
     """Takes the mark from the modules whose names end in one of these. Returns them."""
-    return _by_path(model, module_name_suffixes, False, raise_if_not_found, str.endswith)
+    return _by_path(model, module_name_suffixes, False, raise_if_not_found, str.endswith)[0]
 
 
 def mark_leaf_modules(model: nn.Module, config: Config) -> None:
@@ -118,13 +124,14 @@ def _by_class(model: nn.Module, classes: Iterable[type | str], flag: bool, requi
         kind = type(module)
         return wanted in (kind.__name__, kind.__qualname__, f"{kind.__module__}.{kind.__qualname__}")
 
-    return _marked(model, list(classes), flag, required, lambda path, module, wanted: has(module, wanted))
+    return _marked(model, list(classes), flag, required, lambda path, module, wanted: has(module, wanted))[0]
 
 
 def _by_path(
     model: nn.Module, names: Iterable[str], flag: bool, required: bool, fits: Callable[[str, str], bool]
-) -> list[nn.Module]:
-    return _marked(model, list(names), flag, required, lambda path, module, wanted: fits(path, str(wanted)))
+) -> tuple[list[nn.Module], list[str]]:
+    found, missing = _marked(model, list(names), flag, required, lambda path, module, wanted: fits(path, str(wanted)))
+    return found, [str(each) for each in missing]
 
 
 def _marked(
@@ -133,16 +140,20 @@ def _marked(
     flag: bool,
     required: bool,
     fits: Callable[[str, nn.Module, type | str], bool],
-) -> list[nn.Module]:
+) -> tuple[list[nn.Module], list[type | str]]:
+    """The modules that fit, and what of `wanted` none does."""
     found: dict[int, tuple[str, nn.Module]] = {}
+    missing: list[type | str] = []
     for each in wanted:
         hits = [(path, module) for path, module in model.named_modules() if fits(path, module, each)]
         if not hits and required:
             name = each.__name__ if isinstance(each, type) else repr(each)
             raise ModelError(f"leaf modules: no module of {type(model).__name__} is {name}")
+        if not hits:
+            missing.append(each)
         found.update({id(module): (path, module) for path, module in hits})
     _mark(list(found.values()), flag)
-    return [module for _, module in found.values()]
+    return [module for _, module in found.values()], missing
 
 
 def _mark(modules: list[tuple[str, nn.Module]], flag: bool) -> None:

@@ -35,7 +35,7 @@ OPTIMIZER = re.compile(r"(?:bf16_|fp16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_
 OWN = "deepspeed."
 MOMENTS = ("exp_avg", "exp_avg_sq")
 HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "initial_lr")
-SCHEDULES = ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+SCHEDULES = ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
 ENGINE_KEYS = frozenset(
     {
         *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "frozen_param_fragments"),

@@ -36,7 +36,10 @@ def check_name(name: str) -> str:
     """The stem of a file name for a model. Raises ConfigError unless it is one name that ends in .safetensors."""
     if not name.endswith(SUFFIX) or Path(name).name != name or name.startswith("."):
         raise ConfigError(
-            f"save_filename {name!r}: expected one file name that ends in {SUFFIX}", path="save_filename", got=name
+            f"save_filename {name!r}: expected one file name that ends in {SUFFIX}, or in .bin, .pt or .pth for a "
+            "file of torch.save",
+            path="save_filename",
+            got=name,
         )
     return name.removesuffix(SUFFIX)
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zeroxide.cli.paths import written_path
 from zeroxide.cli.training.options import TrainOptions, conflicts
 from zeroxide.errors import CheckpointError, ConfigError, StorageError
 
@@ -39,6 +40,14 @@ class Record:
     model_digest: str
     corpus_digest: str
     ranks: int = 1
+
+
+def _given(out: str) -> Path:
+    """The folder that --out names. Raises StorageError where nothing can be there."""
+    try:
+        return written_path(out)
+    except OSError as error:
+        raise StorageError(f"--out {out}: {error.strerror}", path=out, errno=error.errno) from None
 
 
 class RunFolder:
@@ -75,7 +84,7 @@ class RunFolder:
     def create(cls, out: str | None, model: str) -> RunFolder:
         """Open a folder for a new run. One with results in it is refused where it was asked for, else passed over."""
         if out is not None:
-            folder = cls(Path(out).expanduser())
+            folder = cls(_given(out))
             if folder.holds_results:
                 folder.close()
                 raise ConfigError(
@@ -97,7 +106,7 @@ class RunFolder:
     def resume(cls, out: str | None, model: str) -> RunFolder:
         """Open the folder of an earlier run: `out`, or the one under `runs` that was worked in last."""
         if out is not None:
-            path = Path(out).expanduser()
+            path = _given(out)
         else:
             first = _default_path(model, 1)
             found = [p for p in first.parent.glob(f"{first.name}*/run.json") if p.is_file()]

@@ -20,6 +20,7 @@ from zeroxide.config.fields import (
     NoEffect,
     NonNegative,
     NotBuilt,
+    Positive,
     Section,
     choice,
     expecting,
@@ -82,7 +83,6 @@ ScalePower = Annotated[
     BeforeValidator(whole),
     expecting(f"an integer from 0 to {LARGEST_SCALE_POWER}"),
 ]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), expecting("a finite number above 0")]
 _LOW_NAMES = [name for name, dtype in DTYPE_NAMES.items() if dtype != "fp32"]
 LowName = Annotated[
     Literal["bf16", "fp16"],

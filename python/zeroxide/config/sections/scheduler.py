@@ -1,4 +1,4 @@
-"""`scheduler`: the three warm-up schedules."""
+"""`scheduler`: DeepSpeed's schedules."""
 
 from __future__ import annotations
 
@@ -11,13 +11,28 @@ from pydantic import BeforeValidator, Field, PlainValidator, WithJsonSchema
 
 from zeroxide.config.check import show
 from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import LARGEST_COUNT, Count, Rates, Section, expecting, in_any_case, whole
+from zeroxide.config.fields import (
+    LARGEST_COUNT,
+    Count,
+    Flag,
+    Momenta,
+    NonNegative,
+    Positive,
+    Rates,
+    Section,
+    WholeNumber,
+    expecting,
+    in_any_case,
+    whole,
+)
 from zeroxide.config.given import Given
 from zeroxide.errors import ConfigError
 
 __all__ = [
     "DEFAULTS",
     "SCHEDULES",
+    "OneCycleParams",
+    "RangeTestParams",
     "Scheduler",
     "SchedulerSection",
     "WarmupCosineParams",
@@ -49,12 +64,8 @@ WarmupType = Annotated[
 
 
 class SchedulerParams(Section):
-    """What the three warm-up schedules share."""
+    """What all schedules share."""
 
-    warmup_num_steps: Count | None = None
-    """Optimizer steps of the warm-up."""
-    warmup_type: WarmupType | None = None
-    """How the rate rises: "log" or "linear"."""
     last_batch_iteration: (
         Annotated[
             int,
@@ -67,7 +78,58 @@ class SchedulerParams(Section):
     """The iteration whose rate the first step has; -1 for the beginning."""
 
 
-class WarmupParams(SchedulerParams):
+class RangeTestParams(SchedulerParams):
+    """`LRRangeTest`: from `lr_range_test_min_lr` up without end."""
+
+    lr_range_test_min_lr: Rates | None = None
+    """Where the rate begins: one number, or one for each parameter group."""
+    lr_range_test_step_size: Count | None = None
+    """Optimizer steps of an interval."""
+    lr_range_test_step_rate: NonNegative | None = None
+    """What an interval adds, in units of where the rate begins."""
+    lr_range_test_staircase: Flag | None = None
+    """Whether the rate stays within an interval."""
+
+
+class OneCycleParams(SchedulerParams):
+    """`OneCycle`: from `cycle_min_lr` to `cycle_max_lr` and back, then a decay."""
+
+    cycle_min_lr: Rates
+    """Where the rate begins and ends: one number, or one for each parameter group."""
+    cycle_max_lr: Rates
+    """Its top."""
+    decay_lr_rate: NonNegative | None = None
+    """How fast the rate decays after the cycle."""
+    cycle_first_step_size: Positive | None = None
+    """Optimizer steps up."""
+    cycle_second_step_size: NonNegative | None = None
+    """Optimizer steps down; as many as up without it."""
+    cycle_first_stair_count: WholeNumber | None = None
+    """Stairs on the way up; 0 for a straight line."""
+    cycle_second_stair_count: WholeNumber | None = None
+    """Stairs on the way down; as many as on the way up without it."""
+    decay_step_size: NonNegative | None = None
+    """Optimizer steps in which the decay's rates count once; 0 for no decay."""
+    cycle_momentum: Flag | None = None
+    """Whether Adam's first beta moves the other way; the second is 0.99 then."""
+    cycle_min_mom: Momenta | None = None
+    """The first beta at the top of the rate, and at the first step."""
+    cycle_max_mom: Momenta | None = None
+    """The first beta at the bottom of the rate."""
+    decay_mom_rate: NonNegative | None = None
+    """How fast the first beta grows after the cycle."""
+
+
+class WarmupSchedulerParams(SchedulerParams):
+    """What the three warm-up schedules share."""
+
+    warmup_num_steps: Count | None = None
+    """Optimizer steps of the warm-up."""
+    warmup_type: WarmupType | None = None
+    """How the rate rises: "log" or "linear"."""
+
+
+class WarmupParams(WarmupSchedulerParams):
     """`WarmupLR`: from `warmup_min_lr` to `warmup_max_lr`, then constant."""
 
     warmup_min_lr: Rates | None = None
@@ -83,7 +145,7 @@ class WarmupDecayParams(WarmupParams):
     """The step at which the rate is 0."""
 
 
-class WarmupCosineParams(SchedulerParams):
+class WarmupCosineParams(WarmupSchedulerParams):
     """`WarmupCosineLR`: warm-up to the optimizer's rate, then half a cosine down to `cos_min_ratio` of it."""
 
     total_num_steps: Count
@@ -104,14 +166,35 @@ class SchedulerSection(Section):
 
 
 SCHEDULES: dict[str, type[SchedulerParams]] = {
+    "LRRangeTest": RangeTestParams,
+    "OneCycle": OneCycleParams,
     "WarmupLR": WarmupParams,
     "WarmupDecayLR": WarmupDecayParams,
     "WarmupCosineLR": WarmupCosineParams,
 }
-_TO_COME = ("LRRangeTest", "OneCycle")
 
 _WARMUP = {"warmup_num_steps": 1000, "warmup_type": "log", "last_batch_iteration": -1}
 DEFAULTS: dict[str, dict[str, Any]] = {
+    "LRRangeTest": {
+        "lr_range_test_min_lr": 1e-3,
+        "lr_range_test_step_size": 2000,
+        "lr_range_test_step_rate": 1.0,
+        "lr_range_test_staircase": False,
+        "last_batch_iteration": -1,
+    },
+    "OneCycle": {
+        "decay_lr_rate": 0.0,
+        "cycle_first_step_size": 2000,
+        "cycle_second_step_size": None,
+        "cycle_first_stair_count": 0,
+        "cycle_second_stair_count": None,
+        "decay_step_size": 0,
+        "cycle_momentum": True,
+        "cycle_min_mom": 0.8,
+        "cycle_max_mom": 0.9,
+        "decay_mom_rate": 0.0,
+        "last_batch_iteration": -1,
+    },
     "WarmupLR": {**_WARMUP, "warmup_min_lr": 0.0, "warmup_max_lr": None},
     "WarmupDecayLR": {**_WARMUP, "warmup_min_lr": 0.0, "warmup_max_lr": 0.001},
     "WarmupCosineLR": {**_WARMUP, "warmup_min_ratio": 0.0, "cos_min_ratio": 0.0001},
@@ -125,7 +208,7 @@ class Scheduler(Resolved):
 
     key: ClassVar[str] = "scheduler"
 
-    name: Literal["WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
+    name: Literal["LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"]
     params: Mapping[str, Any]
 
     def written(self) -> dict[str, Any]:
@@ -140,7 +223,7 @@ def resolve(section: SchedulerSection | None, given: Given) -> Scheduler | None:
         return None
     model = SCHEDULES.get(section.type)
     if model is None:
-        raise given.unknown_type("scheduler.type", section.type, tuple(SCHEDULES), _TO_COME)
+        raise given.unknown_type("scheduler.type", section.type, tuple(SCHEDULES), ())
     params = given.params(model, "scheduler", section.params)
     chosen = {name: getattr(params, name) for name in model.model_fields if name in params.model_fields_set}
     _check_rates({**DEFAULTS[section.type], **chosen}, chosen, given.origin)
@@ -151,11 +234,12 @@ def resolve(section: SchedulerSection | None, given: Given) -> Scheduler | None:
             'takes what it does not know for "log": so does this run; write "linear" or "log"',
             show(written),
         )
-    return Scheduler(section.type, chosen)  # type: ignore[arg-type]  # the table above holds exactly the three names
+    return Scheduler(section.type, chosen)  # type: ignore[arg-type]  # the table above holds exactly these names
 
 
 def _check_rates(params: Mapping[str, Any], given: Mapping[str, Any], origin: str) -> None:
-    low, high = params.get("warmup_min_lr", 0.0), params.get("warmup_max_lr")
+    of = "cycle" if "cycle_min_lr" in params else "warmup"
+    low, high = params.get(f"{of}_min_lr", 0.0), params.get(f"{of}_max_lr")
     if high is None:
         return
     lows, highs = (each if isinstance(each, list) else [each] for each in (low, high))
@@ -163,7 +247,7 @@ def _check_rates(params: Mapping[str, Any], given: Mapping[str, Any], origin: st
     pairs = zip(lows * (count if len(lows) == 1 else 1), highs * (count if len(highs) == 1 else 1), strict=False)
     if any(below > above for below, above in pairs):
         raise ConfigError(
-            f"{origin}: scheduler.params.warmup_min_lr = {low} is above scheduler.params.warmup_max_lr = {high}"
-            + ("" if "warmup_max_lr" in given else ", its default"),
-            path="scheduler.params.warmup_min_lr",
+            f"{origin}: scheduler.params.{of}_min_lr = {low} is above scheduler.params.{of}_max_lr = {high}"
+            + ("" if f"{of}_max_lr" in given else ", its default"),
+            path=f"scheduler.params.{of}_min_lr",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +16,10 @@ __all__ = ["checkpoint", "configure", "is_configured", "reset"]
 _configured = False
 
 
-def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, run again in backward instead of keeping what it saves."""
-    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False)
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, run again in backward instead of keeping what it saves."""
+    call = functools.partial(function, **kwargs)  # torch's function has keywords of its own
+    return torch.utils.checkpoint.checkpoint(call, *args, use_reentrant=False)
 
 
 def configure(

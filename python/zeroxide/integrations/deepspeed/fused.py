@@ -6,7 +6,7 @@ An engine makes the step with its own kernels wherever state is. Outside of an e
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from zeroxide.errors import ConfigError
@@ -42,6 +42,23 @@ class FusedAdam(DeepSpeedCPUAdam):
             amsgrad=amsgrad,
             adamw_mode=adam_w_mode,
         )
+
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        grads: Any = None,
+        output_params: Any = None,
+        scale: Any = None,
+        grad_norms: Any = None,
+        grad_scaler: Any = None,
+    ) -> Any:
+        """Updates the parameters; see `DeepSpeedCPUAdam`. Raises ConfigError for anything but `closure`, which Apex's
+        optimizer of long ago took."""
+        others = {"grads": grads, "output_params": output_params, "scale": scale, "grad_norms": grad_norms}
+        given = [name for name, value in {**others, "grad_scaler": grad_scaler}.items() if value is not None]
+        if given:
+            raise ConfigError(f"FusedAdam.step: {given[0]} is not supported: gradients are those of the parameters")
+        return super().step(closure)
 
 
 class FusedLion(DeepSpeedCPULion):

@@ -13,7 +13,9 @@ from zeroxide.zero import GatheredParameters
 __all__ = ["GatherReplacedLayerParams", "zero_wrapper_for_fp_tensor_constructor"]
 
 
-def zero_wrapper_for_fp_tensor_constructor(fn: Callable[..., Any], target_fp_dtype: torch.dtype) -> Callable[..., Any]:
+def zero_wrapper_for_fp_tensor_constructor(
+    fn: Callable[..., Any], target_fp_dtype: torch.dtype, target_device: torch.device
+) -> Callable[..., Any]:
     """`fn` itself: `zero.Init` changes no constructor of torch's, so there is nothing to wrap.
 
     transformers replaces this function while it builds a model, to keep `arange` from being wrapped.

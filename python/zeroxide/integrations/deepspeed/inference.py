@@ -67,9 +67,9 @@ _USED = frozenset({"dtype", "keep_module_on_host", "max_out_tokens", "zero"})
 class InferenceEngine(nn.Module):
     """A model for inference. Made by `init_inference`; an attribute that it does not have is the model's."""
 
-    def __init__(self, module: nn.Module, config: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.module = module
+        self.module = model
         self.inference_config = dict(config)
         """The keys as given."""
         self.max_out_tokens: int = config.get("max_out_tokens", 1024)

@@ -100,16 +100,17 @@ _ZERO = {
     "Init": f"{_HERE}.entry:Init",
     "register_external_parameter": "zeroxide.zero:register_external_parameter",
 }
-_SCHEDULES = {name: f"zeroxide.optim.schedules:{name}" for name in ("WarmupCosineLR", "WarmupDecayLR", "WarmupLR")}
+_SCHEDULES = {
+    name: f"zeroxide.optim.schedules:{name}"
+    for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
+}
 _DISTRIBUTED = {
     name: f"torch.distributed:{name}"
     for name in (
         "ReduceOp",
         "all_gather",
-        "all_gather_into_tensor",
         "all_gather_object",
         "all_reduce",
-        "all_to_all_single",
         "barrier",
         "broadcast",
         "broadcast_object_list",
@@ -122,12 +123,22 @@ _DISTRIBUTED = {
         "new_group",
         "recv",
         "reduce",
-        "reduce_scatter_tensor",
         "scatter",
         "send",
     )
 }
-_RANKS = {name: f"{_HERE}.comm:{name}" for name in ("get_global_rank", "get_local_rank", "get_rank", "get_world_size")}
+_RANKS = {
+    name: f"{_HERE}.comm:{name}"
+    for name in (
+        "all_gather_into_tensor",
+        "all_to_all_single",
+        "get_global_rank",
+        "get_local_rank",
+        "get_rank",
+        "get_world_size",
+        "reduce_scatter_tensor",
+    )
+}
 
 SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed": {
@@ -206,6 +217,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.runtime.lr_schedules": {
         **_SCHEDULES,
         "VALID_LR_SCHEDULES": f"{_HERE}.version:VALID_LR_SCHEDULES",
+        "LR_RANGE_TEST": f"{_HERE}.version:LR_RANGE_TEST",
+        "ONE_CYCLE": f"{_HERE}.version:ONE_CYCLE",
         "WARMUP_COSINE_LR": f"{_HERE}.version:WARMUP_COSINE_LR",
         "WARMUP_DECAY_LR": f"{_HERE}.version:WARMUP_DECAY_LR",
         "WARMUP_LR": f"{_HERE}.version:WARMUP_LR",
@@ -292,7 +305,6 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
             "load_state_dict_from_zero_checkpoint",
         )
     },
-    "deepspeed.version": {"version": f"{_HERE}.surface:VERSION"},
     "deepspeed.zero": {
         **_ZERO,
         "MiCS_Init": Unbuilt("DeepSpeed has removed MiCS: set zeroxide.mesh.dp_shard, and use zero.Init"),

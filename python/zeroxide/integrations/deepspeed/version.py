@@ -6,8 +6,10 @@ from zeroxide.integrations.deepspeed.surface import PUBLIC
 
 __all__ = [
     "ENVIRONMENT_FILE",
+    "LR_RANGE_TEST",
     "MAJOR",
     "MINOR",
+    "ONE_CYCLE",
     "PATCH",
     "VALID_LR_SCHEDULES",
     "WARMUP_COSINE_LR",
@@ -18,7 +20,8 @@ __all__ = [
 MAJOR, MINOR, PATCH = (int(part) for part in PUBLIC.split("."))
 
 WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR = "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"
-VALID_LR_SCHEDULES = [WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR]
+LR_RANGE_TEST, ONE_CYCLE = "LRRangeTest", "OneCycle"
+VALID_LR_SCHEDULES = [LR_RANGE_TEST, ONE_CYCLE, WARMUP_LR, WARMUP_DECAY_LR, WARMUP_COSINE_LR]
 """Names that `scheduler.type` may have."""
 
 ENVIRONMENT_FILE = ".deepspeed_env"

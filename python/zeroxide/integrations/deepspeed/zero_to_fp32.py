@@ -11,10 +11,12 @@ import torch
 from torch import nn
 
 from zeroxide.checkpoint.convert.convert import convert, read_weights
+from zeroxide.checkpoint.convert.pickled import write_pickled
 from zeroxide.checkpoint.format.json_codec import decode
 from zeroxide.checkpoint.format.manifest import MANIFEST, read_manifest
+from zeroxide.config.sizes import parse_bytes
 from zeroxide.device.placement import HOST
-from zeroxide.errors import CheckpointError, ConfigError
+from zeroxide.errors import CheckpointError, ConfigError, StorageError
 
 __all__ = [
     "convert_zero_checkpoint_to_fp32_state_dict",
@@ -48,20 +50,32 @@ def convert_zero_checkpoint_to_fp32_state_dict(
     checkpoint_dir: str | Path,
     output_dir: str | Path,
     max_shard_size: Any = "5GB",
-    safe_serialization: bool = True,
+    safe_serialization: bool = False,
     tag: str | None = None,
     exclude_frozen_parameters: bool = False,
 ) -> None:
-    """Writes weights in fp32 as safetensors that Hugging Face loads into the folder `output_dir`.
+    """Writes weights in fp32 into the folder `output_dir`, as Hugging Face loads them.
 
-    max_shard_size: without effect; files are cut at a size of their own. Raises ConfigError for
-    `safe_serialization=False`, CheckpointError, StorageError.
+    max_shard_size: most bytes of a pickled file, as a number or as "5GB"; None for one file whatever its size.
+    safe_serialization: whether they are safetensors, written in little memory and cut at a size of their own, and not
+        pytorch_model.bin, for which this process must hold the model.
+
+    Raises CheckpointError, StorageError, and ConfigError for a size that is none.
     """
-    if not safe_serialization:
-        raise ConfigError(
-            "safe_serialization = False asks for pickles: only safetensors are written", path="safe_serialization"
-        )
-    convert(Path(checkpoint_dir), Path(output_dir), "fp32", tag, include_frozen=not exclude_frozen_parameters)
+    source, target = Path(checkpoint_dir), Path(output_dir)
+    if safe_serialization:
+        convert(source, target, "fp32", tag, include_frozen=not exclude_frozen_parameters)
+        return
+    try:
+        limit = None if max_shard_size is None else parse_bytes(max_shard_size)
+    except ValueError as error:
+        raise ConfigError(f"max_shard_size {max_shard_size!r}: expected {error}", path="max_shard_size") from None
+    weights = read_weights(source, tag, torch.float32, include_frozen=not exclude_frozen_parameters)
+    try:
+        write_pickled(weights, target, "pytorch_model.bin", limit)
+    except OSError as error:
+        reason = f"{error.strerror or error}" + (f" at {error.filename}" if error.filename else "")
+        raise StorageError(f"nothing was written to {target}: {reason}", path=target, errno=error.errno) from error
 
 
 def load_state_dict_from_zero_checkpoint(

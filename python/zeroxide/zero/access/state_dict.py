@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,7 +34,14 @@ from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
 from zeroxide.zero.param import ParameterContext, ShardedParam, sharded_param_of
 
-__all__ = ["StateDicts", "full_state_dict", "load_full_state_dict", "load_given_state_dict", "refuse_loading"]
+__all__ = [
+    "StateDicts",
+    "full_state_dict",
+    "load_full_state_dict",
+    "load_given_state_dict",
+    "refuse_custom_load",
+    "refuse_loading",
+]
 
 logger = logging.getLogger("zeroxide")
 
@@ -190,24 +197,40 @@ def _copied(buffer: torch.Tensor) -> torch.Tensor:
     return copy_of(buffer) if why_not_bytes(buffer) is None else buffer.detach().clone()
 
 
-def load_given_state_dict(
-    module: nn.Module, context: ParameterContext, given: dict[str, Any], *, strict: bool, custom_load_fn: Any
-) -> None:
-    """As `load_full_state_dict`, also from {"module": a state dict}. Raises ConfigError for a function that loads."""
+def refuse_custom_load(call: str, custom_load_fn: Any) -> None:
+    """Raises ConfigError for a function of the caller's that would load: no rank has whole parameters for it."""
     if custom_load_fn is not None:
         raise ConfigError(
-            "load_module_state_dict: custom_load_fn is not supported: call it inside "
+            f"{call}: custom_load_fn is not supported: call it inside "
             "zeroxide.zero.GatheredParameters(module.parameters(), modifier_rank=0)",
             path="custom_load_fn",
         )
+
+
+def load_given_state_dict(
+    module: nn.Module,
+    context: ParameterContext,
+    given: dict[str, Any],
+    *,
+    strict: bool,
+    may_miss: Collection[str] = (),
+) -> None:
+    """As `load_full_state_dict`, also from {"module": a state dict}."""
     found = given["module"] if isinstance(given.get("module"), dict) else given
-    load_full_state_dict(module, context, found, strict=strict)
+    load_full_state_dict(module, context, found, strict=strict, may_miss=may_miss)
 
 
 def load_full_state_dict(
-    module: nn.Module, context: ParameterContext, given: Mapping[str, Any], *, strict: bool
+    module: nn.Module,
+    context: ParameterContext,
+    given: Mapping[str, Any],
+    *,
+    strict: bool,
+    may_miss: Collection[str] = (),
 ) -> None:
     """Makes rank 0's `given` the weights and buffers. Every rank calls it; the others may give an empty dict.
+
+    may_miss: names that need not be there, strict or not.
 
     Weights are taken as exact as they are given; optimizer state stays as it is. Raises ModelError on all ranks, before
     anything has changed, when names (`strict`) or shapes do not fit.
@@ -218,10 +241,8 @@ def load_full_state_dict(
         if isinstance(value, torch.Tensor)
     }
     given = {plain_name(name): value for name, value in given.items()}
-    plan = context.ranks.gather_objects([list(_problems(targets, given, strict)), [n for n in targets if n in given]])[
-        0
-    ]
-    problems, names = plan
+    found_problems = list(_problems(targets, given, strict, {plain_name(name) for name in may_miss}))
+    problems, names = context.ranks.gather_objects([found_problems, [n for n in targets if n in given]])[0]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"load_module_state_dict: {problems[0]}{more}")
@@ -269,9 +290,11 @@ def _fits(target: torch.Tensor, values: torch.Tensor) -> bool:
     return (values.dtype in FLOATS and dtype in FLOATS) or holds_exactly(values.detach(), dtype)
 
 
-def _problems(targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], strict: bool) -> Iterator[str]:
+def _problems(
+    targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], strict: bool, may_miss: Collection[str]
+) -> Iterator[str]:
     if strict:
-        yield from (f"{name} is missing" for name in targets if name not in given)
+        yield from (f"{name} is missing" for name in targets if name not in given and name not in may_miss)
         yield from (f"the model has no {name}" for name in given if name not in targets)
     for name, target in targets.items():
         if name in given:

@@ -1,0 +1,129 @@
+"""README's pictures of memory and of speed beside DeepSpeed, from the lines that `hf_trainer.py` printed.
+
+    python benches/hf_trainer.py --allocator default > benches/results/hf_trainer.jsonl
+    python benches/pictures.py benches/results/hf_trainer.jsonl docs/pictures
+
+Bars are drawn as they were measured; nothing is left out but settings that a reader did not choose: the bars are those
+of configs in which nothing is tuned ("defaults") and of DeepSpeed's least memory ("lean").
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+__all__ = ["Bar", "draw", "memory", "pictures", "read", "speed"]
+
+WIDTH, LEFT, ROW, TOP = 740, 240, 28, 58
+STYLE = """
+text { font: 14px system-ui, sans-serif; fill: #1f2328; }
+.title { font-weight: 600; font-size: 16px; }
+.group { font-weight: 600; }
+.foot { font-size: 12px; fill: #59636e; }
+.theirs { fill: #9aa4b2; }
+.ours { fill: #d9622b; }
+@media (prefers-color-scheme: dark) {
+  text { fill: #e6edf3; }
+  .foot { fill: #9198a1; }
+  .theirs { fill: #6e7681; }
+  .ours { fill: #f0883e; }
+}
+"""
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One contestant."""
+
+    group: str
+    """Contestants of a group are beside one another, under its name."""
+    label: str
+    value: float
+    shown: str
+    ours: bool
+
+
+def read(lines: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The results of contestants, by name."""
+    found = (json.loads(line) for line in lines if line.strip())
+    return {each["contestant"]: each for each in found if "contestant" in each}
+
+
+def _bars(results: dict[str, dict[str, Any]], value: Callable[[dict[str, Any]], float], shown: str) -> list[Bar]:
+    bars = []
+    for home, group in (("nvme", "State on disk"), ("cpu", "State in host memory")):
+        for who, settings, tuned in (
+            ("deepspeed", "defaults", ""),
+            ("deepspeed", "lean", ", tuned for memory"),
+            ("zeroxide", "defaults", ""),
+        ):
+            found = value(results[f"{who} {home} {settings}"])
+            name = "DeepSpeed" if who == "deepspeed" else "zeroxide"
+            bars.append(Bar(group, f"{name}{tuned}", found, shown.format(found), who == "zeroxide"))
+    return bars
+
+
+def memory(results: dict[str, dict[str, Any]]) -> list[Bar]:
+    """Peak resident memory, in GiB."""
+    return _bars(results, lambda each: each["peak_bytes"] / 2**30, "{:.2f} GiB")
+
+
+def speed(results: dict[str, dict[str, Any]]) -> list[Bar]:
+    """Seconds of a whole step."""
+    return _bars(results, lambda each: each["step"]["median"], "{:.2f} s")
+
+
+def draw(title: str, foot: str, bars: list[Bar]) -> str:
+    """An SVG image of horizontal bars from 0, readable on light and on dark ground."""
+    groups = list(dict.fromkeys(bar.group for bar in bars))
+    height = TOP + ROW * (len(bars) + len(groups)) + 34
+    longest = max(bar.value for bar in bars)
+    described = "; ".join(f"{bar.group}, {bar.label}: {bar.shown}" for bar in bars)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" '
+        f'aria-labelledby="title description">',
+        f'<title id="title">{escape(title)}</title>',
+        f'<desc id="description">{escape(described)}</desc>',
+        f"<style>{STYLE}</style>",
+        f'<text class="title" x="0" y="24">{escape(title)}</text>',
+    ]
+    y = TOP
+    for group in groups:
+        parts.append(f'<text class="group" x="0" y="{y + 5}">{escape(group)}</text>')
+        y += ROW
+        for bar in (each for each in bars if each.group == group):
+            length, kind = (WIDTH - LEFT - 90) * bar.value / longest, "ours" if bar.ours else "theirs"
+            parts += [
+                f'<text x="{LEFT - 8}" y="{y + 5}" text-anchor="end">{escape(bar.label)}</text>',
+                f'<rect class="{kind}" x="{LEFT}" y="{y - 9}" width="{length:.1f}" height="18"/>',
+                f'<text x="{LEFT + length + 8:.1f}" y="{y + 5}">{escape(bar.shown)}</text>',
+            ]
+            y += ROW
+    parts += [f'<text class="foot" x="0" y="{height - 8}">{escape(foot)}</text>', "</svg>"]
+    return "\n".join(parts) + "\n"
+
+
+def pictures(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """The images by file name."""
+    what = "Hugging Face's Trainer, GPT-2 124 M, ZeRO-3"
+    foot = "bf16 on two cores; shorter is better. benches/hf_trainer.py; docs/benchmarks.md has machine and versions."
+    return {
+        "memory.svg": draw(f"Peak memory: {what}", foot, memory(results)),
+        "speed.svg": draw(f"A whole step: {what}", foot, speed(results)),
+    }
+
+
+def main() -> None:
+    source, folder = (Path(each) for each in sys.argv[1:3])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pictures(read(source.read_text(encoding="utf-8").splitlines())).items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
