@@ -60,11 +60,17 @@ class Page:
                 continue
             print(f"doc: {block}", flush=True)
             try:
-                getattr(self, f"run_{block.language}")(block, self.moved(block.text))
+                self.run_block(block)
             except Unlike as error:
                 raise SystemExit(f"{block}: {error}") from None
             except Exception:
                 raise SystemExit(f"{block}: {traceback.format_exc()}") from None
+
+    def run_block(self, block: Block) -> None:
+        run = getattr(self, f"run_{block.language}", None) if block.language else None
+        if run is None:
+            raise Unlike(f"{block.language or 'no language'}: expected python, diff, text, json, console or sh")
+        run(block, self.moved(block.text))
 
     def moved(self, text: str) -> str:
         """The text with its absolute paths in this page's folder."""
