@@ -27,7 +27,7 @@ PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
 # PyO3 builds against one interpreter, whichever command compiles it, so that nothing is compiled twice for another.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: train test test-rust test-py test-slow lint fmt bench gpu develop clean help
+.PHONY: train test test-rust test-py test-slow lint fmt docs bench gpu develop clean help
 
 train: $(VENV)/.wheel ## Train GPT-2 124M from scratch under a memory budget, with its state on disk
 	$(BIN)/zeroxide train $(TRAIN_ARGS)
@@ -58,6 +58,12 @@ fmt: $(VENV)/.tools ## Format Rust and Python, and apply the fixes that are safe
 	$(CARGO) fmt --all
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
+
+# mkdocs takes warnings for errors: a broken link, a page that is in no menu, a docstring that cannot be rendered. ruff
+# breaks the lines of signatures.
+docs: $(VENV)/.docs ## Build the documentation into target/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "target/docs/index.html"
 
 bench: $(VENV)/.wheel $(VENV)/.tools ## Run the benchmarks; each prints one JSON line a result
 	$(BIN)/python -m benches
@@ -123,4 +129,8 @@ $(VENV)/.wheel: dist/.built requirements-dev.txt
 
 $(VENV)/.tools: requirements-dev.txt | $(BIN)/python
 	$(BIN)/pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt requirements-dev.txt | $(BIN)/python
+	$(BIN)/pip install --quiet -c requirements-dev.txt -r requirements-docs.txt ruff
 	@touch $@

@@ -76,7 +76,7 @@ def test_crates_without_unsafe_say_so(crate):
 
 
 def code() -> list[Path]:
-    return [*sources("*.rs", "crates"), *sources("*.py", "python", "tests", "benches", "examples")]
+    return [*sources("*.rs", "crates"), *sources("*.py", "python", "tests", "benches", "examples", "docs")]
 
 
 def test_files_hold_one_concept():
@@ -344,6 +344,7 @@ def test_make_has_its_commands_and_explains_them():
         "bench",
         "gpu",
         "fmt",
+        "docs",
         "develop",
         "clean",
         "help",
@@ -357,10 +358,16 @@ def test_make_has_its_commands_and_explains_them():
 
 
 def test_everything_that_make_installs_has_a_version():
-    lines = (ROOT / "requirements-dev.txt").read_text().splitlines()
-    pins = [line for line in lines if line and not line.startswith("#")]
-    assert [line for line in pins if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
-    pinned = {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in pins}
+    pinned, of_docs = pins("requirements-dev.txt"), pins("requirements-docs.txt")
+    assert {"mkdocs-material", "mkdocstrings-python"} <= of_docs
+    assert pinned & of_docs == set(), "one version of each"
     wanted = re.findall(r'"([A-Za-z0-9_-]+)>=', (ROOT / "pyproject.toml").read_text())
     assert {"torch", "pydantic", "transformers"} <= set(wanted)
     assert {re.sub(r"[-_.]+", "-", name).lower() for name in wanted} <= pinned
+
+
+def pins(name: str) -> set[str]:
+    """The packages in a file of requirements, each of which has a version."""
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
+    assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line)] == []
+    return {re.sub(r"[-_.]+", "-", line.split("==")[0]).lower() for line in lines}

@@ -50,14 +50,18 @@ def initialize(
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
     model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
-        on the meta device (then `weights` makes them). Its parameters move into the engine: outside of forward and
-        backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie them in torch
-        2.15, so build it there.
-    optimizer: None (then the config's), a fresh torch AdamW or Adam, or a callable that makes one.
+        on the meta device (then `weights` makes them, unit by unit). Its parameters move into the engine: outside of
+        forward and backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie
+        them in torch 2.15, so build it there.
+    optimizer: None (then the config's), a fresh torch AdamW, Adam, Adagrad or SGD, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
+    training_data: a data set, whose part for this rank the returned loader gives, put together by `collate_fn`.
     config: DeepSpeed's JSON as a dict or a path.
-    offload: "none", "cpu" or "nvme:DIR" for parameters and optimizer state together.
+    lr, betas, eps, weight_decay, gradient_clipping, gradient_accumulation_steps: as the config's keys of these names.
+    dtype: what the model trains in, "bf16", "fp16" or "fp32".
+    offload: "none", "cpu" or "nvme:DIR" for parameters and optimizer state together; `offload_param` and
+        `offload_optimizer` for either.
     host_memory: most resident memory of the whole process, in bytes or as "2GiB".
 
     Where nobody asks for an optimizer, the engine is one for evaluation: its optimizer is None, and parameters take no

@@ -58,7 +58,7 @@ class OffloadParam(Section):
     """`zero_optimization.offload_param`: where the weights live between uses."""
 
     device: Device = "none"
-    """Where they live."""
+    """Where the weights live."""
     nvme_path: Directory | None = None
     """The directory, where that is "nvme"."""
     buffer_count: Annotated[Any, NoEffect(_BUFFERS)] = None
@@ -71,7 +71,7 @@ class OffloadOptimizer(Section):
     """`zero_optimization.offload_optimizer`: where master weights and moments live."""
 
     device: Device = "none"
-    """Where they live."""
+    """Where master weights and moments live."""
     nvme_path: Directory | None = None
     """The directory, where that is "nvme"."""
     buffer_count: Annotated[Any, NoEffect(_BUFFERS)] = None
@@ -91,11 +91,11 @@ class LeafModule(Section):
     """`zero_optimization.leaf_module`: modules that are gathered whole."""
 
     classes: Names | None = None
-    """Their classes, as "Name" or "module.path.Name"."""
+    """Classes of modules that are gathered whole, as "Name" or "module.path.Name"."""
     names: Names | None = None
-    """Their full names."""
+    """Full names of such modules."""
     name_suffixes: Names | None = None
-    """What their names end in."""
+    """What names of such modules end in."""
 
 
 class LocoParam(Section):
