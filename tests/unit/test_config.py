@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from given_configs import ADAM, BF16, COSINE, DECAY, FP16, GIB, WARMUP, complaint, merged, nested
 
-from zeroxide.config import ErrorFeedback, LossScale, Mesh, Offload, Optimizer, Scheduler, load
+from zeroxide.config import ErrorFeedback, LogFolder, LossScale, Mesh, Offload, Optimizer, Scheduler, WandbRun, load
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
@@ -25,6 +25,11 @@ STAGE3 = {"zero_optimization": {"stage": 3}}
 INT4 = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
 
 # key, value, what it needs beside it, field of Config, value of that field
+MONITORS = {
+    "tensorboard": ("output_path", "job_name"),
+    "wandb": ("group", "team", "project"),
+    "csv_monitor": ("output_path", "job_name"),
+}
 EFFECTS = [
     ("train_batch_size", 8, {}, "batch.train_batch_size", 8),
     ("zero_optimization.leaf_module.classes", ["Moe"], {}, "zero.leaf_classes", ("Moe",)),
@@ -35,6 +40,15 @@ EFFECTS = [
     ("gradient_clipping", 0.5, {}, "gradients.clipping", 0.5),
     ("steps_per_print", 7, {}, "report.steps_per_print", 7),
     ("wall_clock_breakdown", True, {}, "report.wall_clock_breakdown", True),
+    ("tensorboard.enabled", True, {}, "monitor.tensorboard", LogFolder("", "DeepSpeedJobName")),
+    *(
+        (f"{name}.{key}", "x", {name: {"enabled": True}}, f"monitor.{name}.{key}", "x")
+        for name, keys in MONITORS.items()
+        for key in keys
+    ),
+    ("wandb.enabled", True, {}, "monitor.wandb", WandbRun("deepspeed")),
+    ("csv_monitor.enabled", True, {}, "monitor.csv_monitor", LogFolder("", "DeepSpeedJobName")),
+    ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
     ("managed_gradient_accumulation", False, {}, "batch.managed_gradient_accumulation", False),
     ("bf16.enabled", True, {}, "precision.dtype", "bf16"),
@@ -234,8 +248,8 @@ NOT_BUILT = [
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
     ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),
     ("flops_profiler.enabled", True, "FLOPs"),
-    ("tensorboard.enabled", True, "monitors"),
-    ("wandb.enabled", True, "monitors"),
+    ("comet.enabled", True, "zeroxide.log"),
+    ("monitor_config.wandb.enabled", True, "at the top of the config"),
     ("autotuning.enabled", True, "autotuning"),
     ("compile.deepcompile", True, "compiled graphs"),
     ("hybrid_engine.enabled", True, "hybrid engine"),

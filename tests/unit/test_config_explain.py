@@ -85,6 +85,19 @@ DEEPSPEED = [
     ("gradient_allreduce_op", "mean", "runtime/constants.py:264", {}),
     ("steps_per_print", None, "runtime/constants.py:46", {}),
     ("wall_clock_breakdown", False, "runtime/constants.py:325", {}),
+    *(
+        row
+        for name, line in (("tensorboard", 20), ("csv_monitor", 52))
+        for row in (
+            (f"{name}.enabled", False, f"monitor/config.py:{line}", {}),
+            (f"{name}.output_path", "", f"monitor/config.py:{line + 3}", {name: {"enabled": True}}),
+            (f"{name}.job_name", "DeepSpeedJobName", f"monitor/config.py:{line + 9}", {name: {"enabled": True}}),
+        )
+    ),
+    ("wandb.enabled", False, "monitor/config.py:36", {}),
+    ("wandb.group", None, "monitor/config.py:39", {"wandb": {"enabled": True}}),
+    ("wandb.team", None, "monitor/config.py:42", {"wandb": {"enabled": True}}),
+    ("wandb.project", "deepspeed", "monitor/config.py:45", {"wandb": {"enabled": True}}),
     ("communication_data_type", None, "runtime/constants.py:216", {}),
     ("bf16.enabled", False, "runtime/precision_config.py:46", {}),
     ("bf16.check_grad_overflow", True, "runtime/precision_config.py:56", BF16),
@@ -122,7 +135,7 @@ DEEPSPEED = [
     ("zero_optimization.offload_optimizer.ratio", 1.0, "runtime/zero/offload_config.py:99", {}),
     ("zero_optimization.leaf_module.names", [], "runtime/zero/leaf_module_config.py:15", {}),
     ("zero_optimization.leaf_module.name_suffixes", [], "runtime/zero/leaf_module_config.py:16", {}),
-    ("activation_checkpointing.cpu_checkpointing", False, "runtime/activation_checkpointing/config.py:42", {}),
+    ("activation_checkpointing.cpu_checkpointing", False, "runtime/activation_checkpointing/config.py:36", {}),
     ("aio.use_gds", False, "runtime/swap_tensor/constants.py:30", {}),
 ]
 

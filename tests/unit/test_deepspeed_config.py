@@ -107,7 +107,7 @@ def test_lenient_values():
     )
     assert load({"bf16": {"enabled": "false"}}).precision.dtype == "fp32"
     assert load({"wandb": {"enabled": "false", "project": "x"}}).no_effect
-    assert "not built yet" in refused({"wandb": {"enabled": "true"}})
+    assert load({"wandb": {"enabled": "true"}}).monitor.enabled
     assert "expected true or false" in refused({"bf16": {"enabled": "maybe"}})
     a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     model = nn.ParameterList([a, b])
@@ -136,12 +136,25 @@ def test_not_built():
         "lower_precision_safe_modules": {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
         "partition_activations": {"activation_checkpointing": {"partition_activations": True}},
         "flops_profiler": {"flops_profiler": {"enabled": True}},
-        "csv_monitor": {"csv_monitor": {"enabled": True}},
         "optimizer.type": {"optimizer": {"type": "Lamb"}},
     }.items():
         line = refused(config)
         assert key in line
         assert "not built yet" in line
+
+
+def test_monitors(tmp_path):
+    csv = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    for rows in (2, 3):
+        with started(nn.Linear(4, 2), config=ADAM | {"csv_monitor": csv}) as engine:
+            loss = engine(torch.ones(1, 4)).sum()
+            engine.backward(loss)
+            engine.step()
+        found = (tmp_path / "job" / "Train_Samples_train_loss.csv").read_text().splitlines()
+        assert found[0] == "step,train_loss"
+        assert len(found) == rows
+        assert float(found[-1].split(",")[1]) == loss.item()
+    assert "Comet (tensorboard, wandb, csv_monitor and zeroxide.log are there)" in refused({"comet": {"enabled": True}})
 
 
 def test_cpu_checkpointing(caplog):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.mesh import Mesh
+    from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
     from zeroxide.config.sections.scheduler import Scheduler
     from zeroxide.config.sections.zero import ErrorFeedback, Offload
@@ -34,14 +35,17 @@ __all__ = [
     "Dtype",
     "ErrorFeedback",
     "Lion",
+    "LogFolder",
     "LossScale",
     "LowDtype",
     "Mesh",
+    "Monitors",
     "Offload",
     "Optimizer",
     "Precision",
     "Rule",
     "Scheduler",
+    "WandbRun",
     "format_bytes",
     "load",
     "parse_bytes",
@@ -52,10 +56,12 @@ _HOMES = {
     "Config": "resolved",
     "Dtype": "sections.precision",
     "Lion": "rules",
+    "LogFolder": "sections.monitor",
     "LossScale": "sections.precision",
     "LowDtype": "sections.precision",
     "ErrorFeedback": "sections.zero",
     "Mesh": "sections.mesh",
+    "Monitors": "sections.monitor",
     "Offload": "sections.zero",
     "Optimizer": "rules",
     "Precision": "sections.precision",
@@ -63,6 +69,7 @@ _HOMES = {
     "Rule": "rules",
     "SGD": "rules",
     "Scheduler": "sections.scheduler",
+    "WandbRun": "sections.monitor",
 }
 
 

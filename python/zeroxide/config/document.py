@@ -16,6 +16,7 @@ from zeroxide.config.sections.aio import AioSection
 from zeroxide.config.sections.batch import BatchKeys
 from zeroxide.config.sections.checkpoint import CheckpointSection
 from zeroxide.config.sections.gradients import GradientKeys
+from zeroxide.config.sections.monitor import MonitorKeys
 from zeroxide.config.sections.optimizer import OptimizerSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
@@ -28,7 +29,7 @@ __all__ = ["Document"]
 
 
 # The keys of the last base come first.
-class Document(UnbuiltKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
+class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
     """The whole config."""
 
     optimizer: OptimizerSection | None = None

@@ -20,6 +20,7 @@ from zeroxide.config.sections import (
     checkpoint,
     gradients,
     mesh,
+    monitor,
     optimizer,
     precision,
     report,
@@ -129,6 +130,7 @@ class _Sections:
                 checkpoint.Checkpoint, ("checkpoint", "zeroxide"), checkpoint.resolve, document.checkpoint, own
             ),
             report=report.resolve(document),
+            monitor=monitor.resolve(document, given),
             no_effect=given.no_effect,
             source=dict(data),
         )
