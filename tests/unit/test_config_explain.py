@@ -98,6 +98,18 @@ DEEPSPEED = [
     ("wandb.group", None, "monitor/config.py:39", {"wandb": {"enabled": True}}),
     ("wandb.team", None, "monitor/config.py:42", {"wandb": {"enabled": True}}),
     ("wandb.project", "deepspeed", "monitor/config.py:45", {"wandb": {"enabled": True}}),
+    ("flops_profiler.enabled", False, "profiling/constants.py:29", {}),
+    *(
+        (f"flops_profiler.{name}", value, f"profiling/constants.py:{line}", {"flops_profiler": {"enabled": True}})
+        for name, value, line in (
+            ("recompute_fwd_factor", 0.0, 32),
+            ("profile_step", 1, 35),
+            ("module_depth", -1, 38),
+            ("top_modules", 1, 41),
+            ("detailed", True, 44),
+            ("output_file", None, 47),
+        )
+    ),
     ("communication_data_type", None, "runtime/constants.py:216", {}),
     ("bf16.enabled", False, "runtime/precision_config.py:46", {}),
     ("bf16.check_grad_overflow", True, "runtime/precision_config.py:56", BF16),

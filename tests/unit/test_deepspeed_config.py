@@ -135,7 +135,6 @@ def test_not_built():
         "bf16.bf16_master_weights_and_grads": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "lower_precision_safe_modules": {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
         "partition_activations": {"activation_checkpointing": {"partition_activations": True}},
-        "flops_profiler": {"flops_profiler": {"enabled": True}},
         "optimizer.type": {"optimizer": {"type": "Lamb"}},
     }.items():
         line = refused(config)
@@ -155,6 +154,19 @@ def test_monitors(tmp_path):
         assert len(found) == rows
         assert float(found[-1].split(",")[1]) == loss.item()
     assert "Comet (tensorboard, wandb, csv_monitor and zeroxide.log are there)" in refused({"comet": {"enabled": True}})
+
+
+def test_flops_profiler(capsys):
+    model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.GELU())
+    wanted = {"enabled": True, "profile_step": 0, "module_depth": 0}
+    with started(model, config=ADAM | {"flops_profiler": wanted, "gradient_accumulation_steps": 2}) as engine:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(3, 4)).sum())
+            engine.step()
+    out = capsys.readouterr().out
+    assert out.count("FLOPs profile at step 0") == 1
+    assert f"fwd MACs {3 * 4 * 2} MACs" in " ".join(out.split())
+    assert "Linear" not in out
 
 
 def test_cpu_checkpointing(caplog):

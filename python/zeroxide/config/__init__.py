@@ -21,6 +21,7 @@ from zeroxide.config.source import read
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
+    from zeroxide.config.sections.flops_profiler import FlopsProfile
     from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
@@ -34,6 +35,7 @@ __all__ = [
     "Config",
     "Dtype",
     "ErrorFeedback",
+    "FlopsProfile",
     "Lion",
     "LogFolder",
     "LossScale",
@@ -55,6 +57,7 @@ _HOMES = {
     "Adagrad": "rules",
     "Config": "resolved",
     "Dtype": "sections.precision",
+    "FlopsProfile": "sections.flops_profiler",
     "Lion": "rules",
     "LogFolder": "sections.monitor",
     "LossScale": "sections.precision",

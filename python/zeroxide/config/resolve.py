@@ -18,6 +18,7 @@ from zeroxide.config.sections import (
     aio,
     batch,
     checkpoint,
+    flops_profiler,
     gradients,
     mesh,
     monitor,
@@ -131,6 +132,7 @@ class _Sections:
             ),
             report=report.resolve(document),
             monitor=monitor.resolve(document, given),
+            flops_profiler=flops_profiler.resolve(document.flops_profiler, given),
             no_effect=given.no_effect,
             source=dict(data),
         )

@@ -90,7 +90,10 @@ class Engine(Accessors, nn.Module):
         depth = parts.hooks.current.depth
         with parts.health.doing("the model ran forward"):
             try:
-                with forward_context(parts.config, parts.device):
+                watched = parts.observers.around_forward(
+                    self.module, parts.device, parts.counters.global_steps, parts.timers
+                )
+                with watched, forward_context(parts.config, parts.device):
                     output = self.module(*inputs, **kwargs)
             except BaseException:
                 parts.hooks.fail_forward(depth)
@@ -168,7 +171,7 @@ class Engine(Accessors, nn.Module):
         every = parts.config.report.steps_per_print
         if every and counters.global_steps % every == 0:
             print_progress(counters.global_steps, self.get_lr()[0], parts.updater.norm, counters.skipped_steps)
-        parts.observers.after_step(self._step_facts(), parts.timers)
+        parts.observers.after_step(self._step_facts(), parts.timers, parts.config.batch.train_batch_size)
         parts.timers.end_step(boundary=True)
 
     def _step_facts(self) -> StepFacts:

@@ -1,14 +1,18 @@
-"""What watches training without a part in it: monitors, the log of steps."""
+"""What watches training without a part in it: monitors, the log of steps, the FLOPs profiler."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.distributed import Ranks
+from zeroxide.engine.step_profiler import StepProfiler
 from zeroxide.engine.timers import Timers
 from zeroxide.errors import ConfigError
 from zeroxide.monitor import Event, Monitor, open_writers
@@ -45,8 +49,11 @@ class StepFacts:
 class Observers:
     """All that watch one engine."""
 
-    def __init__(self, monitor: Monitor) -> None:
+    def __init__(self, monitor: Monitor, profiler: StepProfiler | None, about: Mapping[str, object]) -> None:
         self.monitor = monitor
+        self.profiler = profiler
+        self.about = about
+        """What reports begin with."""
         self._loss: torch.Tensor | None = None
         """Sum of what `backward` was called with since the last optimizer step, on its device."""
 
@@ -56,8 +63,16 @@ class Observers:
             value = loss.detach().float()
             self._loss = value if self._loss is None else self._loss + value
 
-    def after_step(self, facts: StepFacts, timers: Timers) -> None:
-        """Writes what an optimizer step comes to. Waits for the loss where it is on a device."""
+    def around_forward(
+        self, module: nn.Module, device: torch.device, step: int, timers: Timers
+    ) -> AbstractContextManager[None]:
+        """A forward of `module` is made within it, after `step` optimizer steps."""
+        return nullcontext() if self.profiler is None else self.profiler.around_forward(module, device, step, timers)
+
+    def after_step(self, facts: StepFacts, timers: Timers, samples: int | None) -> None:
+        """Tells all of a step, of `samples` samples if that is known. Waits for a loss that is on a device."""
+        if self.profiler is not None:
+            self.profiler.after_step(timers, self.about, samples)
         if not self.monitor.writes:
             return
         loss = None if self._loss is None else self._loss.item()
@@ -113,4 +128,8 @@ def open_observers(config: Config, ranks: Ranks) -> Observers:
     if found[0] is not None:
         line, path = found[0]
         raise ConfigError(line, path=path)
-    return Observers(monitor)
+    profiler = None
+    if ranks.rank == 0 and config.flops_profiler.enabled:
+        profiler = StepProfiler(config)
+    about = {"world size": ranks.world, "batch size per rank": config.batch.train_micro_batch_size_per_gpu or "-"}
+    return Observers(monitor, profiler, about)

@@ -79,6 +79,8 @@ class Timers:
         self.breakdown = breakdown
         self.last: dict[str, float] = {}
         """Milliseconds by name at the last `step`: of its micro-batch, and of the optimizer step so far."""
+        self.backwards_of_step = 0
+        """Backwards since the last optimizer step."""
         self._prints = prints
         self._device = None if is_host(device) or not breakdown else device
         self._timers: dict[str, Timer] = {}
@@ -120,6 +122,7 @@ class Timers:
 
     def end_backward(self) -> None:
         """It has ended, with all that it exchanges."""
+        self.backwards_of_step += 1
         end = self.now()
         self.add("bwd", self._backward, end)
         if self.breakdown:
@@ -143,6 +146,8 @@ class Timers:
 
     def end_step(self, *, boundary: bool) -> None:
         """A call of `step` has ended, `boundary`: one that ended an optimizer step."""
+        if boundary:
+            self.backwards_of_step = 0
         if not self.breakdown:
             return
         micro = [name + _MICRO for name in _PARTS]

@@ -28,7 +28,6 @@ class UnbuiltKeys(Section):
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None
     data_efficiency: Annotated[Any, NotBuilt("data sampling and routing")] = None
     autotuning: Annotated[Any, NotBuilt("autotuning")] = None
-    flops_profiler: Annotated[Any, NotBuilt("the FLOPs profiler")] = None
     comms_logger: Annotated[Any, NotBuilt("the communication log")] = None
     datastates_ckpt: Annotated[Any, NotBuilt("external checkpoint engines")] = None
 

@@ -127,6 +127,13 @@ _DISTRIBUTED = {
         "send",
     )
 }
+_PROFILER = {
+    **{name: f"zeroxide.profiling:{name}" for name in ("FlopsProfiler", "get_model_profile")},
+    **{
+        f"{what}_to_string": f"zeroxide.profiling.numbers:{what}_to_string"
+        for what in ("duration", "flops", "macs", "number", "params")
+    },
+}
 _RANKS = {name: f"{_HERE}.comm:{name}" for name in ("get_global_rank", "get_local_rank", "get_rank", "get_world_size")}
 
 SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
@@ -194,7 +201,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
     "deepspeed.profiling": {},
-    "deepspeed.profiling.flops_profiler": {"get_model_profile": _later("the FLOPs profiler")},
+    "deepspeed.profiling.flops_profiler": _PROFILER,
+    "deepspeed.profiling.flops_profiler.profiler": _PROFILER,
     "deepspeed.runtime": {},
     "deepspeed.runtime.activation_checkpointing": {},
     "deepspeed.runtime.activation_checkpointing.checkpointing": {
