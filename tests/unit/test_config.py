@@ -60,6 +60,18 @@ EFFECTS = [
         }.items()
     ),
     ("flops_profiler.output_file", "a", {"flops_profiler": {"enabled": True}}, "flops_profiler.output_file", Path("a")),
+    ("comms_logger.enabled", True, {}, "comms_logger.enabled", True),
+    *(
+        (f"comms_logger.{key}", value, {"comms_logger": {"enabled": True}}, f"comms_logger.{key}", value)
+        for key, value in {"verbose": True, "prof_all": False, "debug": True}.items()
+    ),
+    (
+        "comms_logger.prof_ops",
+        ["broadcast"],
+        {"comms_logger": {"enabled": True, "prof_all": False}},
+        "comms_logger.prof_ops",
+        ("broadcast",),
+    ),
     ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
     ("managed_gradient_accumulation", False, {}, "batch.managed_gradient_accumulation", False),

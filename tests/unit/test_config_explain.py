@@ -110,6 +110,12 @@ DEEPSPEED = [
             ("output_file", None, 47),
         )
     ),
+    *(
+        (f"comms_logger.{name}", value, f"comm/constants.py:{line}", {"comms_logger": {"enabled": True}})
+        for name, value, line in (("verbose", False, 39), ("prof_all", True, 43), ("debug", False, 47))
+    ),
+    ("comms_logger.enabled", False, "comm/constants.py:35", {}),
+    ("comms_logger.prof_ops", [], "comm/constants.py:51", {"comms_logger": {"enabled": True, "prof_all": False}}),
     ("communication_data_type", None, "runtime/constants.py:216", {}),
     ("bf16.enabled", False, "runtime/precision_config.py:46", {}),
     ("bf16.check_grad_overflow", True, "runtime/precision_config.py:56", BF16),

@@ -12,7 +12,7 @@ from torch import nn
 
 import zeroxide
 from zeroxide.config import load
-from zeroxide.distributed import process_group
+from zeroxide.distributed import log_summary, process_group
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.optim import DeepSpeedCPULion, Lion
 
@@ -167,6 +167,12 @@ def test_flops_profiler(capsys):
     assert out.count("FLOPs profile at step 0") == 1
     assert f"fwd MACs {3 * 4 * 2} MACs" in " ".join(out.split())
     assert "Linear" not in out
+
+
+def test_comms_logger():
+    assert not load({"comms_logger": {"enabled": False, "verbose": True}}).comms_logger.enabled
+    assert load({"comms_logger": {"enabled": True}}).comms_logger.enabled
+    assert log_summary(return_dict=True) == {"summary": {}}
 
 
 def test_cpu_checkpointing(caplog):

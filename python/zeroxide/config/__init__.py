@@ -21,6 +21,7 @@ from zeroxide.config.source import read
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
+    from zeroxide.config.sections.comms_logger import CommsLogging
     from zeroxide.config.sections.flops_profiler import FlopsProfile
     from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
@@ -32,6 +33,7 @@ __all__ = [
     "RULES",
     "SGD",
     "Adagrad",
+    "CommsLogging",
     "Config",
     "Dtype",
     "ErrorFeedback",
@@ -55,6 +57,7 @@ __all__ = [
 
 _HOMES = {
     "Adagrad": "rules",
+    "CommsLogging": "sections.comms_logger",
     "Config": "resolved",
     "Dtype": "sections.precision",
     "FlopsProfile": "sections.flops_profiler",

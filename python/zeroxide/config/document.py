@@ -15,6 +15,7 @@ from zeroxide.config.sections.activation_checkpointing import ActivationCheckpoi
 from zeroxide.config.sections.aio import AioSection
 from zeroxide.config.sections.batch import BatchKeys
 from zeroxide.config.sections.checkpoint import CheckpointSection
+from zeroxide.config.sections.comms_logger import CommsLoggerSection
 from zeroxide.config.sections.flops_profiler import FlopsProfilerSection
 from zeroxide.config.sections.gradients import GradientKeys
 from zeroxide.config.sections.monitor import MonitorKeys
@@ -39,6 +40,7 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     aio: AioSection | None = None
     activation_checkpointing: ActivationCheckpointingSection | None = None
     checkpoint: CheckpointSection | None = None
+    comms_logger: CommsLoggerSection | None = None
     flops_profiler: FlopsProfilerSection | None = None
     zeroxide: ZeroxideSection | None = None
 

@@ -1,4 +1,4 @@
-"""What watches training without a part in it: monitors, the log of steps, the FLOPs profiler."""
+"""What watches training without a part in it: monitors, the logs of steps and collectives, the FLOPs profiler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zeroxide.config import Config
-from zeroxide.distributed import Ranks
+from zeroxide.distributed import COMMS, Ranks
 from zeroxide.engine.step_profiler import StepProfiler
 from zeroxide.engine.timers import Timers
 from zeroxide.errors import ConfigError
@@ -117,6 +117,7 @@ def open_observers(config: Config, ranks: Ranks) -> Observers:
 
     Raises ConfigError on all ranks where rank 0 cannot open what its config asks for.
     """
+    COMMS.configure(config, ranks)
     problem: list[Any] | None = None
     monitor = Monitor(enabled=config.monitor.enabled or config.zeroxide.log is not None)
     if ranks.rank == 0:

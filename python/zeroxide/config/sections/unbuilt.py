@@ -28,7 +28,6 @@ class UnbuiltKeys(Section):
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None
     data_efficiency: Annotated[Any, NotBuilt("data sampling and routing")] = None
     autotuning: Annotated[Any, NotBuilt("autotuning")] = None
-    comms_logger: Annotated[Any, NotBuilt("the communication log")] = None
     datastates_ckpt: Annotated[Any, NotBuilt("external checkpoint engines")] = None
 
     # What DeepSpeed 0.19.8 refuses by name, on or off.

@@ -135,6 +135,7 @@ _PROFILER = {
     },
 }
 _RANKS = {name: f"{_HERE}.comm:{name}" for name in ("get_global_rank", "get_local_rank", "get_rank", "get_world_size")}
+_RANKS |= {name: f"zeroxide.distributed.comms_summary:{name}" for name in ("configure", "log_summary")}
 
 SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed": {
