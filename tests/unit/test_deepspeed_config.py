@@ -175,6 +175,20 @@ def test_comms_logger():
     assert log_summary(return_dict=True) == {"summary": {}}
 
 
+def test_wall_clock_breakdown(capsys):
+    config = ADAM | {"wall_clock_breakdown": True, "gradient_accumulation_steps": 2}
+    with started(nn.Linear(4, 2), config=config) as engine:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 4)).sum())
+            engine.step()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "time (ms)" in line]
+    words = ("fwd_microstep: ", "fwd_microstep: ", "fwd: ")
+    assert [line.startswith(f"[Rank 0] time (ms) | {word}") for line, word in zip(lines, words, strict=True)] == [
+        True
+    ] * 3
+    assert all(each in lines[2] for each in ("bwd_allreduce: ", "optimizer_gradients: ", "optimizer_step: "))
+
+
 def test_cpu_checkpointing(caplog):
     config = ADAM | {"activation_checkpointing": {"cpu_checkpointing": True}}
     assert load(config).activation_checkpointing.cpu_checkpointing
