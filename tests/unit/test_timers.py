@@ -10,6 +10,7 @@ import torch
 from running import started
 from torch import nn
 
+from zeroxide.engine import timers
 from zeroxide.engine.timers import Timer, Timers
 from zeroxide.zero.reduce.timed import TimedReduction
 
@@ -137,6 +138,15 @@ def test_a_backward_that_fails_is_not_counted():
         assert 0 < engine.times()["backward"] <= time.perf_counter() - start
 
 
+@pytest.mark.parametrize(("device", "breakdown", "waits"), [("meta", True, 2), ("meta", False, 0), ("cpu", True, 0)])
+def test_a_time_is_taken_when_the_device_is_done(monkeypatch, device, breakdown, waits):
+    waited = []
+    monkeypatch.setattr(timers, "wait_for", waited.append)
+    clock = Timers(torch.device(device), breakdown=breakdown, prints=False)
+    clock.add("fwd", clock.now())
+    assert waited == [torch.device(device)] * waits
+
+
 class Reduction:
     sent = "what was sent"
 
@@ -151,41 +161,41 @@ class Reduction:
 
 
 def test_the_exchange_of_gradients_is_apart_from_the_rest_of_backward():
-    timers = Timers(torch.device("cpu"), breakdown=True, prints=False)
+    clock = Timers(torch.device("cpu"), breakdown=True, prints=False)
     inner = Reduction()
-    reduction = TimedReduction(inner, timers.add_reduction)
+    reduction = TimedReduction(inner, clock.add_reduction)
     start = time.perf_counter()
-    timers.begin_backward()
+    clock.begin_backward()
     time.sleep(0.03)
     reduction.send(None)
     reduction.end_backward()
-    timers.end_backward()
+    clock.end_backward()
     wall = (time.perf_counter() - start) * 1e3
-    exchange, rest, whole = (timers(name).elapsed() for name in ("bwd_allreduce", "bwd_inner", "bwd"))
+    exchange, rest, whole = (clock(name).elapsed() for name in ("bwd_allreduce", "bwd_inner", "bwd"))
     assert exchange >= 30
     assert rest >= 30
     assert abs(whole - exchange - rest) < 1e-6
     assert whole <= wall
     # The next backward begins without it.
-    timers.begin_backward()
-    timers.end_backward()
-    assert timers("bwd_allreduce").elapsed() == 0
+    clock.begin_backward()
+    clock.end_backward()
+    assert clock("bwd_allreduce").elapsed() == 0
     reduction.abandon()
     assert inner.abandoned
     assert reduction.sent == "what was sent"
 
 
 def test_a_scripts_own_timer(capsys):
-    timers = Timers(torch.device("cpu"), breakdown=False, prints=True)
-    timer = timers("mine")
-    assert timers("mine") is timer
+    clock = Timers(torch.device("cpu"), breakdown=False, prints=True)
+    timer = clock("mine")
+    assert clock("mine") is timer
     for _ in range(2):
         timer.start()
         time.sleep(0.01)
         timer.stop()
     assert timer.elapsed(reset=False) >= 20
     assert timer.mean() == timer.elapsed(reset=False) / 2
-    timers.log(["mine", "none"], normalizer=2.0, reset=False)
+    clock.log(["mine", "none"], normalizer=2.0, reset=False)
     (line,) = printed(capsys.readouterr().out)
     assert [*line] == ["mine"]
     assert abs(line["mine"] - timer.elapsed() / 2) <= 0.005
