@@ -21,10 +21,12 @@ __all__ = ["parameters_of", "plain"]
 
 METHODS_OF = {
     "deepspeed.DeepSpeedEngine",
+    "deepspeed.monitor.monitor.MonitorMaster",
     "deepspeed.ops.adam.DeepSpeedCPUAdam",
     "deepspeed.ops.adam.FusedAdam",
     "deepspeed.ops.adagrad.DeepSpeedCPUAdagrad",
     "deepspeed.ops.lion.DeepSpeedCPULion",
+    "deepspeed.profiling.flops_profiler.FlopsProfiler",
     "deepspeed.runtime.lr_schedules.LRRangeTest",
     "deepspeed.runtime.lr_schedules.OneCycle",
     "deepspeed.runtime.lr_schedules.WarmupLR",

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from given_configs import ADAM, BF16, COSINE, DECAY, FP16, GIB, ONE_CYCLE, RANGE_TEST, WARMUP, complaint, merged, nested
 
-from zeroxide.config import ErrorFeedback, LossScale, Mesh, Offload, Optimizer, Scheduler, load
+from zeroxide.config import ErrorFeedback, LogFolder, LossScale, Mesh, Offload, Optimizer, Scheduler, WandbRun, load
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
@@ -21,6 +21,11 @@ STAGE3 = {"zero_optimization": {"stage": 3}}
 INT4 = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
 
 # key, value, what it needs beside it, field of Config, value of that field
+MONITORS = {
+    "tensorboard": ("output_path", "job_name"),
+    "wandb": ("group", "team", "project"),
+    "csv_monitor": ("output_path", "job_name"),
+}
 EFFECTS = [
     ("train_batch_size", 8, {}, "batch.train_batch_size", 8),
     ("zero_optimization.leaf_module.classes", ["Moe"], {}, "zero.leaf_classes", ("Moe",)),
@@ -31,6 +36,39 @@ EFFECTS = [
     ("gradient_clipping", 0.5, {}, "gradients.clipping", 0.5),
     ("steps_per_print", 7, {}, "report.steps_per_print", 7),
     ("wall_clock_breakdown", True, {}, "report.wall_clock_breakdown", True),
+    ("tensorboard.enabled", True, {}, "monitor.tensorboard", LogFolder("", "DeepSpeedJobName")),
+    *(
+        (f"{name}.{key}", "x", {name: {"enabled": True}}, f"monitor.{name}.{key}", "x")
+        for name, keys in MONITORS.items()
+        for key in keys
+    ),
+    ("wandb.enabled", True, {}, "monitor.wandb", WandbRun("deepspeed")),
+    ("csv_monitor.enabled", True, {}, "monitor.csv_monitor", LogFolder("", "DeepSpeedJobName")),
+    ("flops_profiler.enabled", True, {}, "flops_profiler.enabled", True),
+    *(
+        (f"flops_profiler.{key}", value, {"flops_profiler": {"enabled": True}}, f"flops_profiler.{key}", value)
+        for key, value in {
+            "recompute_fwd_factor": 1.0,
+            "profile_step": 3,
+            "module_depth": 2,
+            "top_modules": 5,
+            "detailed": False,
+        }.items()
+    ),
+    ("flops_profiler.output_file", "a", {"flops_profiler": {"enabled": True}}, "flops_profiler.output_file", Path("a")),
+    ("comms_logger.enabled", True, {}, "comms_logger.enabled", True),
+    *(
+        (f"comms_logger.{key}", value, {"comms_logger": {"enabled": True}}, f"comms_logger.{key}", value)
+        for key, value in {"verbose": True, "prof_all": False, "debug": True}.items()
+    ),
+    (
+        "comms_logger.prof_ops",
+        ["broadcast"],
+        {"comms_logger": {"enabled": True, "prof_all": False}},
+        "comms_logger.prof_ops",
+        ("broadcast",),
+    ),
+    ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
     ("managed_gradient_accumulation", False, {}, "batch.managed_gradient_accumulation", False),
     ("bf16.enabled", True, {}, "precision.dtype", "bf16"),
@@ -226,7 +264,7 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
         "aio.thread_count",
         "aio.block_size",
         "fp16.loss_scale",
-        "flops_profiler",
+        "flops_profiler.detailed",
         "optimizer.params.fused",
     }
     assert all(reason and "\n" not in reason for _, reason in config.no_effect)
@@ -245,9 +283,8 @@ NOT_BUILT = [
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
     ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),
-    ("flops_profiler.enabled", True, "FLOPs"),
-    ("tensorboard.enabled", True, "monitors"),
-    ("wandb.enabled", True, "monitors"),
+    ("comet.enabled", True, "zeroxide.log"),
+    ("monitor_config.wandb.enabled", True, "at the top of the config"),
     ("autotuning.enabled", True, "autotuning"),
     ("compile.deepcompile", True, "compiled graphs"),
     ("hybrid_engine.enabled", True, "hybrid engine"),
@@ -297,7 +334,7 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key.split(".")[0], {"enabled": False, "anything": [1]}) for key, _, _ in NOT_BUILT[8:13]),
+        *((key.split(".")[0], {"enabled": False, "anything": [1]}) for key, _, _ in NOT_BUILT[7:12]),
         *((key.split(".")[0], {"enabled": False}) for key, *_ in REMOVED if not key.startswith("zero_")),
         ("tensor_parallel", {"autotp_size": 0}),
         ("compile", {"deepcompile": False}),

@@ -85,6 +85,37 @@ DEEPSPEED = [
     ("gradient_allreduce_op", "mean", "runtime/constants.py:264", {}),
     ("steps_per_print", None, "runtime/constants.py:46", {}),
     ("wall_clock_breakdown", False, "runtime/constants.py:325", {}),
+    *(
+        row
+        for name, line in (("tensorboard", 20), ("csv_monitor", 52))
+        for row in (
+            (f"{name}.enabled", False, f"monitor/config.py:{line}", {}),
+            (f"{name}.output_path", "", f"monitor/config.py:{line + 3}", {name: {"enabled": True}}),
+            (f"{name}.job_name", "DeepSpeedJobName", f"monitor/config.py:{line + 9}", {name: {"enabled": True}}),
+        )
+    ),
+    ("wandb.enabled", False, "monitor/config.py:36", {}),
+    ("wandb.group", None, "monitor/config.py:39", {"wandb": {"enabled": True}}),
+    ("wandb.team", None, "monitor/config.py:42", {"wandb": {"enabled": True}}),
+    ("wandb.project", "deepspeed", "monitor/config.py:45", {"wandb": {"enabled": True}}),
+    ("flops_profiler.enabled", False, "profiling/constants.py:29", {}),
+    *(
+        (f"flops_profiler.{name}", value, f"profiling/constants.py:{line}", {"flops_profiler": {"enabled": True}})
+        for name, value, line in (
+            ("recompute_fwd_factor", 0.0, 32),
+            ("profile_step", 1, 35),
+            ("module_depth", -1, 38),
+            ("top_modules", 1, 41),
+            ("detailed", True, 44),
+            ("output_file", None, 47),
+        )
+    ),
+    *(
+        (f"comms_logger.{name}", value, f"comm/constants.py:{line}", {"comms_logger": {"enabled": True}})
+        for name, value, line in (("verbose", False, 39), ("prof_all", True, 43), ("debug", False, 47))
+    ),
+    ("comms_logger.enabled", False, "comm/constants.py:35", {}),
+    ("comms_logger.prof_ops", [], "comm/constants.py:51", {"comms_logger": {"enabled": True, "prof_all": False}}),
     ("communication_data_type", None, "runtime/constants.py:216", {}),
     ("bf16.enabled", False, "runtime/precision_config.py:46", {}),
     ("bf16.check_grad_overflow", True, "runtime/precision_config.py:56", BF16),
@@ -122,7 +153,7 @@ DEEPSPEED = [
     ("zero_optimization.offload_optimizer.ratio", 1.0, "runtime/zero/offload_config.py:99", {}),
     ("zero_optimization.leaf_module.names", [], "runtime/zero/leaf_module_config.py:15", {}),
     ("zero_optimization.leaf_module.name_suffixes", [], "runtime/zero/leaf_module_config.py:16", {}),
-    ("activation_checkpointing.cpu_checkpointing", False, "runtime/activation_checkpointing/config.py:42", {}),
+    ("activation_checkpointing.cpu_checkpointing", False, "runtime/activation_checkpointing/config.py:36", {}),
     ("aio.use_gds", False, "runtime/swap_tensor/constants.py:30", {}),
 ]
 

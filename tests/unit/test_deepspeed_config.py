@@ -12,7 +12,7 @@ from torch import nn
 
 import zeroxide
 from zeroxide.config import load
-from zeroxide.distributed import process_group
+from zeroxide.distributed import log_summary, process_group
 from zeroxide.errors import ConfigError, RanksError
 from zeroxide.optim import DeepSpeedCPULion, Lion
 
@@ -107,7 +107,7 @@ def test_lenient_values():
     )
     assert load({"bf16": {"enabled": "false"}}).precision.dtype == "fp32"
     assert load({"wandb": {"enabled": "false", "project": "x"}}).no_effect
-    assert "not built yet" in refused({"wandb": {"enabled": "true"}})
+    assert load({"wandb": {"enabled": "true"}}).monitor.enabled
     assert "expected true or false" in refused({"bf16": {"enabled": "maybe"}})
     a, b = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(3))
     model = nn.ParameterList([a, b])
@@ -135,13 +135,58 @@ def test_not_built():
         "bf16.bf16_master_weights_and_grads": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
         "lower_precision_safe_modules": {"torch_autocast": {"lower_precision_safe_modules": ["torch.nn.Linear"]}},
         "partition_activations": {"activation_checkpointing": {"partition_activations": True}},
-        "flops_profiler": {"flops_profiler": {"enabled": True}},
-        "csv_monitor": {"csv_monitor": {"enabled": True}},
         "optimizer.type": {"optimizer": {"type": "Lamb"}},
     }.items():
         line = refused(config)
         assert key in line
         assert "not built yet" in line
+
+
+def test_monitors(tmp_path):
+    csv = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    for rows in (2, 3):
+        with started(nn.Linear(4, 2), config=ADAM | {"csv_monitor": csv}) as engine:
+            loss = engine(torch.ones(1, 4)).sum()
+            engine.backward(loss)
+            engine.step()
+        found = (tmp_path / "job" / "Train_Samples_train_loss.csv").read_text().splitlines()
+        assert found[0] == "step,train_loss"
+        assert len(found) == rows
+        assert float(found[-1].split(",")[1]) == loss.item()
+    assert "Comet (tensorboard, wandb, csv_monitor and zeroxide.log are there)" in refused({"comet": {"enabled": True}})
+
+
+def test_flops_profiler(capsys):
+    model = nn.Sequential(nn.Linear(4, 2, bias=False), nn.GELU())
+    wanted = {"enabled": True, "profile_step": 0, "module_depth": 0}
+    with started(model, config=ADAM | {"flops_profiler": wanted, "gradient_accumulation_steps": 2}) as engine:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(3, 4)).sum())
+            engine.step()
+    out = capsys.readouterr().out
+    assert out.count("FLOPs profile at step 0") == 1
+    assert f"fwd MACs {3 * 4 * 2} MACs" in " ".join(out.split())
+    assert "Linear" not in out
+
+
+def test_comms_logger():
+    assert not load({"comms_logger": {"enabled": False, "verbose": True}}).comms_logger.enabled
+    assert load({"comms_logger": {"enabled": True}}).comms_logger.enabled
+    assert log_summary(return_dict=True) == {"summary": {}}
+
+
+def test_wall_clock_breakdown(capsys):
+    config = ADAM | {"wall_clock_breakdown": True, "gradient_accumulation_steps": 2}
+    with started(nn.Linear(4, 2), config=config) as engine:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(1, 4)).sum())
+            engine.step()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "time (ms)" in line]
+    words = ("fwd_microstep: ", "fwd_microstep: ", "fwd: ")
+    assert [line.startswith(f"[Rank 0] time (ms) | {word}") for line, word in zip(lines, words, strict=True)] == [
+        True
+    ] * 3
+    assert all(each in lines[2] for each in ("bwd_allreduce: ", "optimizer_gradients: ", "optimizer_step: "))
 
 
 def test_cpu_checkpointing(caplog):

@@ -21,7 +21,10 @@ from zeroxide.config.source import read
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
+    from zeroxide.config.sections.comms_logger import CommsLogging
+    from zeroxide.config.sections.flops_profiler import FlopsProfile
     from zeroxide.config.sections.mesh import Mesh
+    from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
     from zeroxide.config.sections.scheduler import Scheduler
     from zeroxide.config.sections.zero import ErrorFeedback, Offload
@@ -30,18 +33,23 @@ __all__ = [
     "RULES",
     "SGD",
     "Adagrad",
+    "CommsLogging",
     "Config",
     "Dtype",
     "ErrorFeedback",
+    "FlopsProfile",
     "Lion",
+    "LogFolder",
     "LossScale",
     "LowDtype",
     "Mesh",
+    "Monitors",
     "Offload",
     "Optimizer",
     "Precision",
     "Rule",
     "Scheduler",
+    "WandbRun",
     "format_bytes",
     "load",
     "parse_bytes",
@@ -49,13 +57,17 @@ __all__ = [
 
 _HOMES = {
     "Adagrad": "rules",
+    "CommsLogging": "sections.comms_logger",
     "Config": "resolved",
     "Dtype": "sections.precision",
+    "FlopsProfile": "sections.flops_profiler",
     "Lion": "rules",
+    "LogFolder": "sections.monitor",
     "LossScale": "sections.precision",
     "LowDtype": "sections.precision",
     "ErrorFeedback": "sections.zero",
     "Mesh": "sections.mesh",
+    "Monitors": "sections.monitor",
     "Offload": "sections.zero",
     "Optimizer": "rules",
     "Precision": "sections.precision",
@@ -63,6 +75,7 @@ _HOMES = {
     "Rule": "rules",
     "SGD": "rules",
     "Scheduler": "sections.scheduler",
+    "WandbRun": "sections.monitor",
 }
 
 

@@ -15,7 +15,10 @@ from zeroxide.config.sections.activation_checkpointing import ActivationCheckpoi
 from zeroxide.config.sections.aio import AioSection
 from zeroxide.config.sections.batch import BatchKeys
 from zeroxide.config.sections.checkpoint import CheckpointSection
+from zeroxide.config.sections.comms_logger import CommsLoggerSection
+from zeroxide.config.sections.flops_profiler import FlopsProfilerSection
 from zeroxide.config.sections.gradients import GradientKeys
+from zeroxide.config.sections.monitor import MonitorKeys
 from zeroxide.config.sections.optimizer import OptimizerSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
@@ -28,7 +31,7 @@ __all__ = ["Document"]
 
 
 # The keys of the last base come first.
-class Document(UnbuiltKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
+class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
     """The whole config."""
 
     optimizer: OptimizerSection | None = None
@@ -37,6 +40,8 @@ class Document(UnbuiltKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
     aio: AioSection | None = None
     activation_checkpointing: ActivationCheckpointingSection | None = None
     checkpoint: CheckpointSection | None = None
+    comms_logger: CommsLoggerSection | None = None
+    flops_profiler: FlopsProfilerSection | None = None
     zeroxide: ZeroxideSection | None = None
 
     zero_allow_untested_optimizer: Annotated[Flag | None, NoEffect("an optimizer works or is refused by name")] = None

@@ -35,7 +35,9 @@ __all__ = [
     "ByteSize",
     "Count",
     "Directory",
+    "File",
     "Flag",
+    "Folder",
     "Fraction",
     "MemorySize",
     "NoEffect",
@@ -47,6 +49,7 @@ __all__ = [
     "Removed",
     "Seconds",
     "Section",
+    "Text",
     "WholeNumber",
     "asks_for_nothing",
     "choice",
@@ -209,6 +212,13 @@ def directory(value: Any) -> Path:
         raise ValueError from None
 
 
+def _folder(value: Any) -> str:
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
+        raise ValueError
+    return text
+
+
 def _print_interval(value: Any) -> int | None:
     if isinstance(value, float) and value == float("inf"):
         return None
@@ -284,6 +294,19 @@ Directory = Annotated[
     expecting("the path of a directory"),
     WithJsonSchema({"type": "string", "pattern": r"\S"}),
 ]
+File = Annotated[
+    Path,
+    PlainValidator(directory),
+    expecting("the path of a file"),
+    WithJsonSchema({"type": "string", "pattern": r"\S"}),
+]
+Folder = Annotated[
+    str,
+    PlainValidator(_folder),
+    expecting("the path of a directory, or nothing for the working directory"),
+    WithJsonSchema({"type": "string"}),
+]
+Text = Annotated[str, Field(pattern=r"\S"), expecting("a text that is not empty")]
 PrintInterval = Annotated[
     int | None,
     PlainValidator(_print_interval),

@@ -37,6 +37,12 @@ class Given:
             model, data, prefix=(section, "params"), root=self.root, origin=self.origin, no_effect=self.no_effect
         )
 
+    def note_off(self, name: str, section: Section | None) -> None:
+        """Lists what else is said in a section `name` whose key `enabled` is false."""
+        if section is not None and not getattr(section, "enabled", True):
+            said = [key for key in type(section).model_fields if key in section.model_fields_set - {"enabled"}]
+            self.no_effect.extend((f"{name}.{key}", f"{name}.enabled is false") for key in said)
+
     def unknown_type(self, path: str, name: str, built: tuple[str, ...], to_come: tuple[str, ...]) -> ConfigError:
         """The error for a `name` at `path` that is not one of `built`: whether it is to come, or what it is like."""
         ready = " and ".join((", ".join(built[:-1]), built[-1]))

@@ -18,8 +18,11 @@ from zeroxide.config.sections import (
     aio,
     batch,
     checkpoint,
+    comms_logger,
+    flops_profiler,
     gradients,
     mesh,
+    monitor,
     optimizer,
     precision,
     report,
@@ -129,6 +132,9 @@ class _Sections:
                 checkpoint.Checkpoint, ("checkpoint", "zeroxide"), checkpoint.resolve, document.checkpoint, own
             ),
             report=report.resolve(document),
+            monitor=monitor.resolve(document, given),
+            comms_logger=comms_logger.resolve(document.comms_logger, given),
+            flops_profiler=flops_profiler.resolve(document.flops_profiler, given),
             no_effect=given.no_effect,
             source=dict(data),
         )

@@ -12,8 +12,11 @@ from zeroxide.config.sections.activation_checkpointing import ActivationCheckpoi
 from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
+from zeroxide.config.sections.comms_logger import CommsLogging
+from zeroxide.config.sections.flops_profiler import FlopsProfile
 from zeroxide.config.sections.gradients import Gradients
 from zeroxide.config.sections.mesh import Mesh
+from zeroxide.config.sections.monitor import Monitors
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
 from zeroxide.config.sections.scheduler import Scheduler
@@ -43,6 +46,9 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     zeroxide: Zeroxide = field(default_factory=Zeroxide)
     report: Report = field(default_factory=Report)
+    monitor: Monitors = field(default_factory=Monitors)
+    flops_profiler: FlopsProfile = field(default_factory=FlopsProfile)
+    comms_logger: CommsLogging = field(default_factory=CommsLogging)
 
     no_effect: list[tuple[str, str]] = field(default_factory=list, metadata=_SAYS_NOTHING_NEW)
     """Keys that were accepted and do nothing, each with the reason, in the order of the schema."""

@@ -48,6 +48,7 @@ __all__ = [
     "storage_address",
     "to_host",
     "view_of",
+    "wait_for",
     "why_lost",
 ]
 
@@ -223,6 +224,11 @@ def empty_cache(device: torch.device) -> None:
     """Gives memory that torch keeps for later back to the device."""
     if not is_host(device):
         torch.accelerator.empty_cache()
+
+
+def wait_for(device: torch.device) -> None:
+    """Waits until a device other than the host has done all that it was given."""
+    torch.accelerator.synchronize(device)
 
 
 def why_lost(device: torch.device) -> str | None:

@@ -2,6 +2,8 @@
 
 from zeroxide.distributed.agreement import Fact, agree, name_ranks
 from zeroxide.distributed.collectives import Ranks, all_gather_single, first_line
+from zeroxide.distributed.comms_log import COMMS, Began
+from zeroxide.distributed.comms_summary import log_summary
 from zeroxide.distributed.facts import model_facts, sampler_facts, version_facts
 from zeroxide.distributed.health.activity import IDLE
 from zeroxide.distributed.health.watch import EXIT_CODE, Watch
@@ -10,8 +12,10 @@ from zeroxide.distributed.mesh import Group, Hops, ProcessMesh, UnitGroups
 from zeroxide.distributed.process_group import init_distributed, start
 
 __all__ = [
+    "COMMS",
     "EXIT_CODE",
     "IDLE",
+    "Began",
     "Fact",
     "Group",
     "Hops",
@@ -24,6 +28,7 @@ __all__ = [
     "all_gather_single",
     "first_line",
     "init_distributed",
+    "log_summary",
     "model_facts",
     "name_ranks",
     "read_environment",

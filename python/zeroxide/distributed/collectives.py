@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from zeroxide.distributed.comms_log import COMMS
 from zeroxide.errors import RanksError
 
 if TYPE_CHECKING:
@@ -107,10 +108,12 @@ class Ranks:
             assert self.group is not None
             # As bytes: a group has no word for most dtypes.
             raw = tensor.detach().view(-1).view(torch.uint8)
+            logged = COMMS.begin("broadcast", raw.nbytes, self.world) if COMMS.enabled else None
             try:
                 dist.broadcast(raw, dist.get_global_rank(self.group, source), group=self.group)
             except RuntimeError as error:
                 raise self._broken("a broadcast", error) from error
+            COMMS.end(logged)
         return tensor
 
     def gather_rows(self, tensor: torch.Tensor, what: str = "a gather") -> torch.Tensor:
@@ -119,10 +122,14 @@ class Ranks:
 
         flat = tensor.reshape(-1)
         rows = torch.empty(self.world * flat.numel(), dtype=flat.dtype, device="cpu")
+        logged = None
+        if COMMS.enabled:
+            logged = COMMS.begin("all_gather", flat.nbytes * (self.world - 1), self.world, what="of small values")
         try:
             all_gather_single(rows, flat, group=self.group)
         except RuntimeError as error:
             raise self._broken(what, error) from error
+        COMMS.end(logged)
         return rows.reshape(self.world, flat.numel())
 
     def _broken(self, what: str, error: RuntimeError) -> RanksError:

@@ -13,7 +13,9 @@ from zeroxide.config import Config
 from zeroxide.device.placement import HOST, empty_cache
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.timers import Timers
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.monitor import Monitor
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.on_device.core import device_part
 
@@ -86,7 +88,7 @@ class Accessors:
         return self.parts.config.report.steps_per_print
 
     def wall_clock_breakdown(self) -> bool:
-        """Whether those lines have times."""
+        """Whether each step prints its times."""
         return self.parts.config.report.wall_clock_breakdown
 
     @property
@@ -215,6 +217,21 @@ class Accessors:
     def exchanged_bytes(self) -> int:
         """Bytes of weights and gradients that this rank has sent to others since the start, whatever carried them."""
         return self.parts.weights.sent_bytes + self.parts.reduction.sent.total
+
+    @property
+    def monitor(self) -> Monitor:
+        """What `write_events` of (tag, value, step) goes to, on rank 0; other ranks may call it as well."""
+        return self.parts.observers.monitor
+
+    @property
+    def timers(self) -> Timers:
+        """Timers by DeepSpeed's names; a script may add its own. With `wall_clock_breakdown` `step` prints and resets
+        the engine's."""
+        return self.parts.timers
+
+    def get_wall_clock_timers(self) -> dict[str, float]:
+        """Milliseconds by name at the last `step`, before it reset them; nothing without `wall_clock_breakdown`."""
+        return dict(self.parts.timers.last)
 
     def times(self) -> dict[str, float]:
         """Seconds spent in forward, backward and step since the start."""

@@ -11,9 +11,7 @@ import logging
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,12 +31,14 @@ from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak, room_in_budget
-from zeroxide.engine.report import Timers
+from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
@@ -59,7 +59,7 @@ from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.guard import ModelGuard
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
-from zeroxide.zero.init.materialize import WeightSource, fill_units, replace_meta_parameters
+from zeroxide.zero.init.materialize import fill_units, replace_meta_parameters
 from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages
@@ -71,33 +71,18 @@ from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
 from zeroxide.zero.reduce.quantised import QuantisedGradients
+from zeroxide.zero.reduce.timed import TimedReduction
 from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
 
-__all__ = ["STEPS", "Request", "build"]
+__all__ = ["STEPS", "build"]
 
 logger = logging.getLogger("zeroxide")
 
 LARGE_BLOCK = 16 << 20
 """Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What `initialize` was asked for, under its names."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None
-    model_parameters: Any = None
-    training_data: Any = None
-    lr_scheduler: Any = None
-    distributed_port: int = 29500
-    collate_fn: Callable[..., Any] | None = None
-    config: dict[str, Any] | str | Path | None = None
-    weights: WeightSource | None = None
-    shortcuts: dict[str, Any] = field(default_factory=dict)
 
 
 class Build:
@@ -110,6 +95,7 @@ class Build:
     peak: Peak
     undo: Undo
     watch: Watch
+    observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
     plan: Plan
@@ -201,6 +187,11 @@ class Build:
         """Begins to watch the other ranks."""
         self.watch = Watch(self.ranks, timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
+
+    def open_observers(self) -> None:
+        """Opens what training's numbers are written to."""
+        self.observers = open_observers(self.config, self.ranks)
+        self.made.callback(self.observers.close)
 
     def group_parameters(self) -> None:
         """Finds what is trained with which hyperparameters."""
@@ -315,7 +306,9 @@ class Build:
             for param in group["params"]:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
-        self.scaler, self.counters, self.timers = LossScaler(self.config.precision.loss_scale), Counters(), Timers()
+        self.scaler, self.counters = LossScaler(self.config.precision.loss_scale), Counters()
+        breakdown = self.config.report.wall_clock_breakdown
+        self.timers = Timers(self.device, breakdown=breakdown, prints=self.ranks.rank == 0)
         self.updater = Updater(
             self.config, self.core, self.ranks, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
@@ -358,9 +351,13 @@ class Build:
             # Locked memory is resident: what has moved out of the model is not any more.
             self.grad_offload.go_straight(self._keeping_gradients(), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        self.hooks = Hooks(
-            self.module, self.gatherer, self.reduction, self.units, arriving, self.grad_offload, self.activations
+        reduction = (
+            TimedReduction(self.reduction, self.timers.add_reduction) if self.timers.breakdown else self.reduction
         )
+        self.hooks = Hooks(
+            self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
+        )
+        self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
         self.made.callback(self.hooks.close)
 
     def _keeping_gradients(self) -> list[Unit]:
@@ -453,6 +450,7 @@ class Build:
                 accumulation=Accumulation(self.config, self.batch_group.size, self.counters, self.hooks.reducer),
                 scaler=self.scaler,
                 timers=self.timers,
+                observers=self.observers,
                 peak=self.peak,
                 updater=self.updater,
                 optimizer=self.optimizer,
@@ -471,6 +469,7 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("peak", Build.measure),
     ("undo", Build.remember_model),
     ("watch", Build.watch_ranks),
+    ("observers", Build.open_observers),
     ("groups", Build.group_parameters),
     ("plan", Build.make_plan),
     ("core", Build.open_core),

@@ -219,7 +219,7 @@ ABSENT: dict[str, str] = {
         "tensor, sequence and expert parallelism are not built in zeroxide yet",
         "get_model_parallel_rank get_sequence_parallel_group get_tensor_parallel_rank load_moe_state_dict",
     ),
-    **_names("it is DeepSpeed's own machinery", "is_first_weights_partition_group get_wall_clock_timers"),
+    **_names("it is DeepSpeed's own machinery", "is_first_weights_partition_group"),
     **_names("isinstance(dataset, ...) tells", "is_iterable_style_dataset is_map_style_dataset"),
     "collect_python_gc": "Python's garbage collector is left as it is",
     "load_universal_checkpoint": "load_checkpoint reads at any world size what save_checkpoint wrote, and "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from zeroxide.distributed import IDLE
 from zeroxide.engine.accessors import Accessors
 from zeroxide.engine.deepspeed_methods import ABSENT, DeepSpeedMethods
+from zeroxide.engine.observers import StepFacts
 from zeroxide.engine.optimizer import check_schedule_call
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import check_budget
@@ -85,18 +85,21 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         parts = self.parts
         parts.core()
         leave_untraced()
-        start = time.perf_counter()
+        start = parts.timers.now()
         self.watch.doing = ("forward", None, None, None)
         inputs, kwargs = cast_inputs(parts.config, (inputs, kwargs))
         depth = parts.hooks.current.depth
         with parts.health.doing("the model ran forward"):
             try:
-                with forward_context(parts.config, parts.device):
+                watched = parts.observers.around_forward(
+                    self.module, parts.device, parts.counters.global_steps, parts.timers
+                )
+                with watched, forward_context(parts.config, parts.device):
                     output = self.module(*inputs, **kwargs)
             except BaseException:
                 parts.hooks.fail_forward(depth)
                 raise
-        parts.timers.add("forward", start)
+        parts.timers.add("fwd", start)
         return output
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
@@ -111,7 +114,6 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         parts, accumulation = self.parts, self.parts.accumulation
         if scale_wrt_gas and accumulation.steps > 1:
             loss = loss / accumulation.steps
-        start = time.perf_counter()
         self.watch.doing = ("backward", None, None, None)
         with parts.health.doing("backward ran"):
             parts.hooks.begin_backward()
@@ -126,7 +128,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
             parts.hooks.end_backward()
         accumulation.count_backward()
         self.watch.doing = IDLE
-        parts.timers.add("backward", start)
+        parts.observers.note_loss(loss)
         return loss
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
@@ -160,6 +162,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         counters.micro_steps += 1
         parts.updater.applied = False
         if not boundary:
+            parts.timers.end_step(boundary=False)
             return
         parts.optimizer.step()
         if parts.updater.applied and parts.lr_scheduler is not None:
@@ -168,8 +171,21 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         check_budget(parts.peak, parts.config.zeroxide.host_memory, counters.global_steps)
         every = parts.config.report.steps_per_print
         if every and counters.global_steps % every == 0:
-            seconds = parts.timers.seconds if parts.config.report.wall_clock_breakdown else None
-            print_progress(counters.global_steps, self.get_lr()[0], parts.updater.norm, counters.skipped_steps, seconds)
+            print_progress(counters.global_steps, self.get_lr()[0], parts.updater.norm, counters.skipped_steps)
+        parts.observers.after_step(self._step_facts(), parts.timers, parts.config.batch.train_batch_size)
+        parts.timers.end_step(boundary=True)
+
+    def _step_facts(self) -> StepFacts:
+        parts, counters = self.parts, self.parts.counters
+        return StepFacts(
+            step=counters.global_steps,
+            samples=counters.samples,
+            lr=self.get_lr()[0],
+            norm=parts.updater.norm,
+            loss_scale=parts.scaler.scale if self.fp16_enabled() else None,
+            applied=parts.updater.applied,
+            skipped=counters.skipped_steps,
+        )
 
     def finish_step(self) -> None:
         """Waits until the optimizer step under way is done and on disk.

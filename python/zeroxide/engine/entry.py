@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from zeroxide.engine.build import Request, build
+from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
+from zeroxide.engine.request import Request
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.zero.init.context import is_building
 from zeroxide.zero.init.materialize import WeightSource

@@ -17,8 +17,9 @@ from zeroxide.distributed import Ranks, Watch
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
+from zeroxide.engine.observers import Observers
 from zeroxide.engine.peak import Peak
-from zeroxide.engine.report import Timers
+from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.plan import Plan
@@ -81,6 +82,7 @@ class Parts:
     accumulation: Accumulation
     scaler: LossScaler
     timers: Timers
+    observers: Observers
     peak: Peak
     updater: Updater
     optimizer: Any
@@ -99,6 +101,7 @@ class Parts:
         with ExitStack() as ended:
             ended.callback(self.ranks.close)
             ended.callback(self.watch.close)
+            ended.callback(self.observers.close)
             ended.callback(lambda: self.core.end(core, readers))
             if self.activations is not None:
                 ended.callback(self.activations.close)

@@ -1,28 +1,18 @@
-"""Times of the parts of a step, and the lines of progress."""
+"""The lines of progress."""
 
 from __future__ import annotations
 
-import time
-
-__all__ = ["Timers", "print_progress"]
+__all__ = ["print_progress", "print_times"]
 
 
-class Timers:
-    """Seconds spent in forward, backward and step since the start; a call that fails is not counted."""
-
-    def __init__(self) -> None:
-        self.seconds = {"forward": 0.0, "backward": 0.0, "step": 0.0}
-
-    def add(self, name: str, start: float) -> None:
-        """Adds the time since `start`, which `time.perf_counter` gave."""
-        self.seconds[name] += time.perf_counter() - start
-
-
-def print_progress(step: int, lr: float, norm: float | None, skipped: int, seconds: dict[str, float] | None) -> None:
-    """Prints one line about the optimizer step number `step`. `seconds` are those of `Timers`, None for no times."""
+def print_progress(step: int, lr: float, norm: float | None, skipped: int) -> None:
+    """Prints one line about the optimizer step number `step`."""
     line = f"[zeroxide] step {step} lr {lr:.3e} grad norm {'-' if norm is None else f'{norm:.3f}'}"
     if skipped:
         line += f" skipped {skipped}"
-    if seconds is not None:
-        line += "".join(f" {name} {spent:.2f} s" for name, spent in seconds.items())
     print(line, flush=True)
+
+
+def print_times(times: str) -> None:
+    """Prints rank 0's times, which `times` has in words, in DeepSpeed's form."""
+    print(f"[Rank 0] time (ms){times}", flush=True)

@@ -4,7 +4,6 @@ out."""
 from __future__ import annotations
 
 import math
-import time
 
 import torch
 
@@ -12,7 +11,7 @@ from zeroxide.config import Config
 from zeroxide.distributed import Ranks, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.optimizer import EngineOptimizer
-from zeroxide.engine.report import Timers
+from zeroxide.engine.timers import Timers
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.hooks import Hooks
@@ -77,10 +76,11 @@ class Updater:
         """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
         together."""
         core, optimizer, config = self._core(), self._optimizer, self._config
-        start = time.perf_counter()
+        start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
             core, self._ranks, self._groups, self._watch, self.clipping or 0.0
         )
+        agreed = self._timers.now()
         if accumulated:
             self._scaler.check_used()
         loss_scale = self._scaler.scale
@@ -110,4 +110,8 @@ class Updater:
             self._residuals.after_step(self._counters.global_steps + 1, left_out=optimizer.overflow)
         if accumulated:
             self._scaler.update(optimizer.overflow)
-        self._timers.add("step", start)
+        end = self._timers.now()
+        self._timers.add("step", start, end)
+        if self._timers.breakdown:
+            self._timers.add("optimizer_gradients", start, agreed)
+            self._timers.add("optimizer_step", agreed, end)

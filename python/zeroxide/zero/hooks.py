@@ -88,6 +88,8 @@ class Hooks:
         """Which runs the passes. Weights come and go for it alone."""
         self.before_training: Callable[[], None] | None = None
         """Called before every forward with gradients."""
+        self.on_backward: tuple[Callable[[], None], Callable[[], None]] | None = None
+        """Called when the outermost backward begins, and when it has ended with all that it exchanges."""
         self.synchronize = True
         """Whether gradients are exchanged at the end of their backward, or pile up on this rank."""
         self.uses_apart = 0
@@ -290,6 +292,8 @@ class Hooks:
             return
         if self.closed:
             raise ModelError("backward after the engine was destroyed: its weights and gradients have gone with it")
+        if self.on_backward is not None:
+            self.on_backward[0]()
         self.current.become(PassState.BACKWARD)
         # Backward on a device runs on a thread of autograd's, and what follows it on the caller's again.
         if self.reducer.grad_offload is None or not in_backward():
@@ -383,6 +387,8 @@ class Hooks:
                 except BaseException:
                     self.reduction.abandon()
                     raise
+            if self.on_backward is not None:
+                self.on_backward[1]()
 
     def after_step(self) -> None:
         """Weights have changed, or are about to while a step is under way: a graph from before must not be used."""

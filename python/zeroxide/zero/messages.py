@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import torch
 
-from zeroxide.distributed import Ranks, Watch
+from zeroxide.distributed import COMMS, Began, Ranks, Watch
 from zeroxide.errors import RanksError
 
 __all__ = ["Messages", "Work"]
@@ -36,6 +36,8 @@ KINDS = (
     "all-gather of gradients",
     "all-gather of sums",
 )
+LOGGED = {kind: (kind[:10].rstrip().replace("-", "_"), kind[10:].strip()) for kind in KINDS}
+"""What the log of collectives calls each: its op, of 10 letters, and what sets it apart."""
 # A tag is 31 bits: the highest sets ours apart from a user's; engine, unit and kind.
 _OURS, _ENGINE_SHIFT, _ENGINES, _UNITS, _KIND_SHIFT = 1 << 30, 20, 1 << 10, 1 << 17, 3
 
@@ -65,6 +67,8 @@ class Work:
         self.tag = tag
         self.arriving: list[Any] = []
         self.leaving: list[Any] = []
+        self.logged: Began | None = None
+        """What the log of collectives has of it until it is complete."""
         self.begun = False
         """Whether all of its messages are on their way."""
 
@@ -89,6 +93,9 @@ class Work:
                 with self.watch.waiting(self.kind, self.name, self.number):
                     works[0].wait()
             del works[0]
+        if self.logged is not None and self.begun and not (self.arriving or self.leaving):
+            COMMS.end(self.logged)
+            self.logged = None
 
 
 class Messages:
@@ -124,6 +131,11 @@ class Messages:
         import torch.distributed as dist
 
         group = self.ranks.group
+        if COMMS.enabled:
+            incoming = list(incoming)
+            ranks, size = len({rank for rank, _ in incoming}) + 1, sum(tensor.nbytes for _, tensor in incoming)
+            op, what = LOGGED[work.kind]
+            work.logged = COMMS.begin(op, size, ranks, what=what, unit=work.name)
         with self.watch.waiting(work.kind, work.name, work.number):
             # Room first: a sender waits for it.
             for rank, tensor in incoming:

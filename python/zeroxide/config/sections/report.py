@@ -19,7 +19,7 @@ class ReportKeys(Section):
     steps_per_print: PrintInterval = None
     """Optimizer steps between progress lines; without it there are none."""
     wall_clock_breakdown: Flag = False
-    """Whether progress lines carry the time of forward, backward and step."""
+    """Whether rank 0 prints the times of forward, backward and step after each step."""
     memory_breakdown: Annotated[Flag | None, NoEffect("engine.memory() always has it")] = None
     dump_state: Annotated[Flag | None, NoEffect("print engine.plan() instead")] = None
     log_level: Annotated[Any, NoEffect("set the level of Python's logger 'zeroxide'")] = None
@@ -36,7 +36,7 @@ class Report(Resolved):
     steps_per_print: int | None = field(default=None, metadata=_ONE_PRINTS)
     """Optimizer steps between progress lines; `None` prints none."""
     wall_clock_breakdown: bool = field(default=False, metadata=_ONE_PRINTS)
-    """Whether progress lines carry the time of forward, backward and step."""
+    """Whether rank 0 prints the times of forward, backward and step after each step."""
 
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""

@@ -8,7 +8,6 @@ from zeroxide.config.fields import Count, NotBuilt, Removed, Section
 
 __all__ = ["UnbuiltKeys"]
 
-_MONITOR = "monitors (metrics go to the JSONL log)"
 _BATCH_KEYS = "train_batch_size, train_micro_batch_size_per_gpu and gradient_accumulation_steps"
 _USE_SPARSE = "remove the key: rows of an embedding's gradient are always kept sparse"
 _USE_LOADER = "order the data in the data loader"
@@ -29,14 +28,7 @@ class UnbuiltKeys(Section):
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None
     data_efficiency: Annotated[Any, NotBuilt("data sampling and routing")] = None
     autotuning: Annotated[Any, NotBuilt("autotuning")] = None
-    flops_profiler: Annotated[Any, NotBuilt("the FLOPs profiler")] = None
-    comms_logger: Annotated[Any, NotBuilt("the communication log")] = None
     datastates_ckpt: Annotated[Any, NotBuilt("external checkpoint engines")] = None
-    tensorboard: Annotated[Any, NotBuilt(_MONITOR)] = None
-    wandb: Annotated[Any, NotBuilt(_MONITOR)] = None
-    csv_monitor: Annotated[Any, NotBuilt(_MONITOR)] = None
-    comet: Annotated[Any, NotBuilt(_MONITOR)] = None
-    monitor_config: Annotated[Any, NotBuilt(_MONITOR)] = None
 
     # What DeepSpeed 0.19.8 refuses by name, on or off.
     amp: Annotated[Any, Removed("Apex AMP", instead='use "bf16", "fp16" or "torch_autocast"')] = None

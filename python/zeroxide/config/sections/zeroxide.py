@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -12,6 +13,7 @@ from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.fields import (
     ByteSize,
     Count,
+    File,
     Flag,
     MemorySize,
     Seconds,
@@ -62,6 +64,8 @@ class ZeroxideSection(Section):
     """Most memory in which state waits to be written; without it half of what is free, within host_memory."""
     rank_timeout: Seconds | None = None
     """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
+    log: File | None = None
+    """File to which rank 0 adds a line of JSON for each optimizer step; without it there is none."""
     mesh: MeshSection | None = None
 
 
@@ -103,6 +107,8 @@ class Zeroxide(Resolved):
         default=10.0, metadata=may_differ("rank 0's counts for all but itself; it changes no number")
     )
     """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
+    log: Path | None = field(default=None, metadata=may_differ("rank 0 alone writes, and no number depends on it"))
+    """File to which rank 0 adds a line of JSON for each optimizer step; `None` is none."""
 
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""
@@ -125,6 +131,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         trim_libraries=section.trim_libraries,
         transport=section.transport,
         rank_timeout=Zeroxide.rank_timeout if section.rank_timeout is None else section.rank_timeout,
+        log=section.log,
     )
 
 

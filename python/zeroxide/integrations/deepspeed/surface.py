@@ -127,6 +127,13 @@ _DISTRIBUTED = {
         "send",
     )
 }
+_PROFILER = {
+    **{name: f"zeroxide.profiling:{name}" for name in ("FlopsProfiler", "get_model_profile")},
+    **{
+        f"{what}_to_string": f"zeroxide.profiling.numbers:{what}_to_string"
+        for what in ("duration", "flops", "macs", "number", "params")
+    },
+}
 _RANKS = {
     name: f"{_HERE}.comm:{name}"
     for name in (
@@ -139,6 +146,7 @@ _RANKS = {
         "reduce_scatter_tensor",
     )
 }
+_RANKS |= {name: f"zeroxide.distributed.comms_summary:{name}" for name in ("configure", "log_summary")}
 
 SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed": {
@@ -192,6 +200,9 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.moe": {"MoE": _EXPERTS},
     "deepspeed.moe.layer": {"MoE": _EXPERTS},
     "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _EXPERTS},
+    "deepspeed.monitor": {},
+    "deepspeed.monitor.config": {"get_monitor_config": f"{_HERE}.monitor:get_monitor_config"},
+    "deepspeed.monitor.monitor": {"MonitorMaster": f"{_HERE}.monitor:MonitorMaster"},
     "deepspeed.ops": {"__compatible_ops__": f"{_HERE}.op_builder:COMPATIBLE"},
     "deepspeed.ops.adagrad": {"DeepSpeedCPUAdagrad": _CPU_ADAGRAD},
     "deepspeed.ops.adam": {"DeepSpeedCPUAdam": _CPU_ADAM, "FusedAdam": f"{_HERE}.fused:FusedAdam"},
@@ -202,7 +213,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
     "deepspeed.profiling": {},
-    "deepspeed.profiling.flops_profiler": {"get_model_profile": _later("the FLOPs profiler")},
+    "deepspeed.profiling.flops_profiler": _PROFILER,
+    "deepspeed.profiling.flops_profiler.profiler": _PROFILER,
     "deepspeed.runtime": {},
     "deepspeed.runtime.activation_checkpointing": {},
     "deepspeed.runtime.activation_checkpointing.checkpointing": {

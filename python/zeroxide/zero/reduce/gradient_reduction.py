@@ -21,6 +21,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import memory_at
+from zeroxide.distributed import COMMS, Began
 from zeroxide.errors import RanksError
 from zeroxide.zero.messages import Messages, Work
 from zeroxide.zero.passes import GradientState
@@ -101,20 +102,32 @@ class SharedGradients(_BetweenRanks):
         self._waiting: list[Unit] = []
         self._leaving = {unit.index: _read_by_others(unit, dtype) for unit in self.trainable}
         """Of each unit, the bytes that ranks of its shard group read, and those that others do."""
+        self._logged: dict[int, Began | None] = {}
 
     def send(self, unit: Unit) -> None:
         """Also sums the units that all ranks have sent by now."""
         self._check_whole()
         if unit.gradients is GradientState.SENT:
             return
+        within, across = self._leaving[unit.index]
+        if COMMS.enabled:
+            # What a rank reads of others is as much as they read of it.
+            size, ranks = within + across, unit.groups.world
+            self._logged[unit.index] = COMMS.begin("reduce_scatter", size, ranks, what="in memory", unit=unit.name)
         self.wait("room for gradients", unit.name, self.core.send, unit.index)
         unit.gradients = GradientState.SENT
         self._waiting.append(unit)
-        within, across = self._leaving[unit.index]
         reductions = self.sent.reductions
         reductions.within += within
         reductions.across += across
-        self._waiting = [each for each in self._waiting if not self.core.receive(each.index, False)]
+        self._waiting = [
+            each for each in self._waiting if not self._received(each, self.core.receive(each.index, False))
+        ]
+
+    def _received(self, unit: Unit, complete: bool) -> bool:
+        if complete and self._logged:
+            COMMS.end(self._logged.pop(unit.index, None))
+        return complete
 
     def end_backward(self) -> None:
         """Waits for the other ranks."""
@@ -122,7 +135,7 @@ class SharedGradients(_BetweenRanks):
         for unit in self.trainable:
             self.send(unit)
         for unit in self._waiting:
-            self.wait("gradients", unit.name, self.core.receive, unit.index, True)
+            self._received(unit, self.wait("gradients", unit.name, self.core.receive, unit.index, True))
         self._waiting.clear()
         self._end()
 
