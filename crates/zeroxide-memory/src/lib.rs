@@ -10,6 +10,8 @@
 //!   unit is gathered; otherwise a stray access faults.
 //! - [`SharedSegment`]: memory that the ranks of one host see in common.
 //!
+//! A [`Recorder`] keeps what a process did and when, in memory of a budget, too.
+//!
 //! Objects made here belong to the process that made them. In a forked child their operations return
 //! [`MemoryError::Forked`] and dropping them does nothing.
 
@@ -25,6 +27,8 @@ mod frames;
 mod free_list;
 mod lease;
 mod map;
+mod moment;
+mod recorder;
 mod region;
 mod resident;
 mod shared;
@@ -38,6 +42,7 @@ pub use fault::FaultNet;
 pub use fork::{ForkGuard, Forked};
 pub use frames::{FRAME, Frame, FramePool};
 pub use lease::{Lease, Pod};
+pub use recorder::{Activity, Begun, Event, Recorder, Recording};
 pub use resident::{Resident, drop_clean_text, reset_peak, resident_bytes};
 pub use shared::SharedSegment;
 pub use window::{Anchor, Window, WindowState};

@@ -14,6 +14,7 @@ mod optimizer;
 mod plan;
 mod probe;
 mod process;
+mod recorder;
 mod report;
 mod settings;
 mod spec;
@@ -54,6 +55,8 @@ mod _core {
     #[pymodule_export]
     use crate::process::{drop_clean_text, heap_bytes, keep_freed_memory, reset_peak, resident};
     #[pymodule_export]
+    use crate::recorder::PyRecorder;
+    #[pymodule_export]
     use crate::settings::{
         PyIoEngine, PyMeshPosition, PyQuantisation, PySettings, PyStateHome, PyTransport,
         PyUnitSpec, PyWeightHome,
@@ -76,6 +79,7 @@ mod _core {
             "DEFAULT_STAGING_BYTES",
             zeroxide_plan::DEFAULT_STAGING_BYTES,
         )?;
+        module.add("ACTIVITIES", crate::recorder::activities())?;
         module.add("CUDA_DRIVER", zeroxide_device::cuda::DRIVER)?;
         module.add("NVRTC_OPTIONS", zeroxide_device::cuda::OPTIONS)?;
         crate::optimizer::add_rules(module)?;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 __all__ = ["Timers", "print_progress"]
 
@@ -12,10 +13,15 @@ class Timers:
 
     def __init__(self) -> None:
         self.seconds = {"forward": 0.0, "backward": 0.0, "step": 0.0}
+        self.listener: Callable[[str, float, float], None] | None = None
+        """Told the name, start and end of each part as it ends."""
 
     def add(self, name: str, start: float) -> None:
         """Adds the time since `start`, which `time.perf_counter` gave."""
-        self.seconds[name] += time.perf_counter() - start
+        end = time.perf_counter()
+        self.seconds[name] += end - start
+        if self.listener is not None:
+            self.listener(name, start, end)
 
 
 def print_progress(step: int, lr: float, norm: float | None, skipped: int, seconds: dict[str, float] | None) -> None:
