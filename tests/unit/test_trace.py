@@ -51,6 +51,7 @@ def test_a_trace_has_the_format_and_everything_in_it(mode, tmp_path):
     trace = check(path)
     assert trace["otherData"]["left_out"] == 0
     assert [event["args"]["step"] for event in of(trace, "forward")] == [2, 3]
+    assert [event["args"]["step"] for event in of(trace, "finish")] == [3]
     assert [len(of(trace, name)) for name in ("forward", "backward", "step", "finish")] == [2, 2, 2, 1]
     assert all(event["ts"] + event["dur"] <= 1e6 * seconds for event in trace["traceEvents"] if event["ph"] == "X")
     assert len(of(trace, "update")) == after["tiles_updated"] - before["tiles_updated"] or mode == MEMORY
@@ -108,6 +109,20 @@ def test_recording_changes_no_bit(mode, tmp_path):
     assert plain == recorded
     assert all(torch.equal(weights[name], weights_too[name]) for name in weights)
     assert all(torch.equal(a, b) for name in state for a, b in zip(state[name], state_too[name], strict=True))
+
+
+def test_what_is_forgotten_is_not_written(tmp_path):
+    path = tmp_path / "trace.json"
+    with started(build("gpt"), config=config_of(DISK, tmp_path, "fp32")) as engine, engine.trace(path) as trace:
+        for batch in batches("gpt", 4):
+            moment = time.monotonic_ns()
+            train(engine, [batch])
+        trace.forget_before(moment)
+    found = check(path)
+    assert [event["args"]["step"] for event in of(found, "forward")] == [4]
+    assert [sample["step"] for sample in found["otherData"]["memory"]] == [4, 4, 4, 4]
+    assert of(found, "update")
+    assert found["otherData"]["left_out"] == 0
 
 
 def test_of_more_events_than_asked_for_the_newest_stay(tmp_path):

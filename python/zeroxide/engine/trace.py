@@ -24,7 +24,7 @@ from zeroxide import _core
 from zeroxide.engine.parts import Parts
 from zeroxide.errors import ConfigError, ModelError, StorageError, ZeroxideError
 
-__all__ = ["EVENTS", "record"]
+__all__ = ["EVENTS", "Trace", "record"]
 
 EVENTS = 1 << 16
 """Events of the core that a trace keeps unless it is told: 3 MiB of them."""
@@ -46,17 +46,27 @@ class _Phase:
 
 
 @dataclass
-class _Trace:
-    """What was recorded besides the core's events."""
+class Trace:
+    """A trace that is being recorded: what it has besides the core's events."""
 
     begin: int
+    """Its first moment, in nanoseconds of `time.monotonic_ns()`."""
     thread: int
     phases: list[_Phase] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
 
+    def forget_before(self, moment: int) -> None:
+        """Makes `moment` (of `time.monotonic_ns()`) the first one of the trace: what began before is not written.
+
+        So a script may record all along and keep the newest steps.
+        """
+        self.begin = moment
+        self.phases = [each for each in self.phases if each.begin >= moment]
+        self.memory = [each for each in self.memory if each["ns"] >= moment]
+
 
 @contextmanager
-def record(parts: Parts, path: Path, events: int) -> Iterator[None]:
+def record(parts: Parts, path: Path, events: int) -> Iterator[Trace]:
     """Records what happens inside and writes it to `path` in the end; see `Engine.trace`."""
     if not 1 <= events <= _MOST_EVENTS:
         expected = f"1 to {_MOST_EVENTS}"
@@ -65,23 +75,23 @@ def record(parts: Parts, path: Path, events: int) -> Iterator[None]:
         raise ModelError("trace: this engine records a trace already; end that first")
     if not path.parent.is_dir():
         raise StorageError(f"cannot write the trace to {path}: there is no folder {path.parent}", path=path)
-    trace = _Trace(time.monotonic_ns(), threading.get_native_id())
+    trace = Trace(time.monotonic_ns(), threading.get_native_id())
     parts.core().recorder().start(events)
 
-    def phase_ended(name: str, start: float, end: float) -> None:
+    def phase_ended(name: str, start: float, end: float, ahead: int = 1) -> None:
         # Both clocks of Python are the system's monotonic one.
-        step = parts.counters.global_steps + 1
+        step = parts.counters.global_steps + ahead
         phase = _Phase(name, step, round(start * 1e9), round(end * 1e9), threading.get_native_id())
         trace.phases.append(phase)
         trace.memory.append(_memory(parts, phase))
 
     parts.timers.listener = phase_ended
     try:
-        yield
+        yield trace
         if parts.core.alive:
             start = time.perf_counter()
             parts.core().finish()
-            phase_ended("finish", start, time.perf_counter())
+            phase_ended("finish", start, time.perf_counter(), ahead=0)
     except BaseException:
         # What ended the training is what its script hears of.
         with suppress(ZeroxideError):
@@ -90,7 +100,7 @@ def record(parts: Parts, path: Path, events: int) -> Iterator[None]:
     _end(path, parts, trace)
 
 
-def _end(path: Path, parts: Parts, trace: _Trace) -> None:
+def _end(path: Path, parts: Parts, trace: Trace) -> None:
     parts.timers.listener = None
     # An engine that was destroyed inside has nothing more to tell.
     stopped = parts.core().recorder().stop() if parts.core.alive else None
@@ -111,7 +121,7 @@ def _memory(parts: Parts, phase: _Phase) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, parts: Parts, trace: _Trace, packed: bytes, left_out: int) -> None:
+def _write(path: Path, parts: Parts, trace: Trace, packed: bytes, left_out: int) -> None:
     """Writes the file aside and renames it, so that there is never half a trace. Raises StorageError."""
     aside = path.with_name(path.name + ".writing")
     try:
@@ -126,8 +136,11 @@ def _write(path: Path, parts: Parts, trace: _Trace, packed: bytes, left_out: int
         ) from None
 
 
-def _write_events(file: TextIO, parts: Parts, trace: _Trace, packed: bytes, left_out: int) -> None:
+def _write_events(file: TextIO, parts: Parts, trace: Trace, packed: bytes, left_out: int) -> None:
     """One event a line, so that a file of many is made and read in pieces."""
+    # Older events leave the ring before newer ones do: one that ended before the trace begins shows that all are there.
+    if any(end < trace.begin for _, _, end, *_ in _EVENT.iter_unpack(packed)):
+        left_out = 0
     about = {
         "zeroxide": _core.__version__,
         "rank": parts.ranks.rank,
@@ -178,7 +191,7 @@ class _Rows:
         return number
 
 
-def _events(parts: Parts, trace: _Trace, packed: bytes, rows: _Rows) -> Iterator[dict[str, Any]]:
+def _events(parts: Parts, trace: Trace, packed: bytes, rows: _Rows) -> Iterator[dict[str, Any]]:
     for phase in sorted(trace.phases, key=lambda each: (each.begin, -each.end)):
         yield {
             "ph": "X",
@@ -194,6 +207,8 @@ def _events(parts: Parts, trace: _Trace, packed: bytes, rows: _Rows) -> Iterator
         yield {**at, "name": "payload", "args": each["buckets"]}
         yield {**at, "name": "resident", "args": {"resident": each["resident"]}}
     for activity, begin, end, count, unit, thread in _EVENT.iter_unpack(packed):
+        if begin < trace.begin:
+            continue
         name = _core.ACTIVITIES[activity]
         args: dict[str, Any] = {"bytes": count} if count else {}
         if unit:
