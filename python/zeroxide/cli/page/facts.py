@@ -71,7 +71,7 @@ def achieved(log: RunLog) -> Markup:
     )
     if traffic and (len(log.held_out) > 1 or len(log.checkpoints) > 1):
         note += " Evaluation and checkpoints between steps end an update outside of its step, which is not counted."
-    compared = table("Expected and reached", ["", "expected", "reached", "reached / expected"], rows)
+    compared = table("Expected and reached", ["", "expected", "reached", "ratio"], rows)
     return join([compared, element("p", note, class_="note")])
 
 

@@ -3,6 +3,7 @@
     Preparation: run folder -> model on the meta device -> tokens -> engine -> checkpoint, when resuming
     Training:    step, step, ... with held-out losses and checkpoints in between
     Conclusion:  held-out loss, model folder, sample, plot
+    Always:      the page about the run
 
 Whatever ends the run early leaves the last committed checkpoint as it was.
 """
