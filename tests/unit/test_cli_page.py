@@ -348,8 +348,6 @@ def test_the_command_writes_the_page_into_the_folder(tmp_path, capsys):
     assert zeroxide.cli.main(["report", str(tmp_path)]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     assert "finished after step 5" in read((tmp_path / "report.html").read_text()).text
-    assert zeroxide.cli.main(["report", str(tmp_path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"path": str(tmp_path / "report.html")}
     assert zeroxide.cli.main(["report", str(tmp_path / "none")]) == 2
     assert "holds no run (no log.jsonl)" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "report.html", "trace.json"]

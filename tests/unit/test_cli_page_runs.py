@@ -77,7 +77,9 @@ def test_a_run_that_is_stopped(options, tmp_path):
     page = page_of(path)
     assert "The run was stopped by SIGTERM after step 3." in page.text
     assert calls(page) == ["forward, step 2", "forward, step 3"]
-    assert {row[0]: row[2] for row in rows(page, "Expected and reached")}["whole process"] == "1 GiB"
+    compared = {row[0]: row[1:] for row in rows(page, "Expected and reached")}
+    assert compared["whole process"][1] == "1 GiB"
+    assert compared["weights"] == ["1 MiB", "1 MiB", "1.000"]
 
 
 def test_a_run_that_fails_or_is_interrupted(options, tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +14,6 @@ __all__ = ["report"]
 
 def report(
     folder: Annotated[str, typer.Argument(help="Folder of the run, with its log.jsonl.", metavar="FOLDER")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write the page about a run into its folder: report.html, one file that needs no network.
 
@@ -32,4 +30,4 @@ def report(
         aside.replace(target)
     except OSError as error:
         raise StorageError(f"cannot write {target}: {error.strerror}", path=target, errno=error.errno) from None
-    print(json.dumps({"path": str(target)}) if as_json else target, flush=True)
+    print(target, flush=True)
