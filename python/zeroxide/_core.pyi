@@ -9,6 +9,7 @@ import torch
 from typing_extensions import disjoint_base
 
 __all__ = [
+    "ACTIVITIES",
     "CUDA_DRIVER",
     "DEFAULT_STAGING_BYTES",
     "DEFAULT_TILE_ELEMENTS",
@@ -31,6 +32,7 @@ __all__ = [
     "PinnedMemory",
     "Plan",
     "Quantisation",
+    "Recorder",
     "Rule",
     "Settings",
     "StateHome",
@@ -72,6 +74,7 @@ NVRTC_OPTIONS: list[str]
 DEFAULT_STAGING_BYTES: int
 DEFAULT_TILE_ELEMENTS: int
 FRAME: int
+ACTIVITIES: list[str]
 
 @disjoint_base
 class Rule:
@@ -309,7 +312,18 @@ class Offload:
     def finish(self) -> None: ...
     def usage(self) -> dict[str, tuple[int, int]]: ...
     def io(self) -> dict[str, Any] | None: ...
+    def recorder(self) -> Recorder: ...
     def close(self, readers: list[int] | None = None) -> None: ...
+
+@final
+class Recorder:
+    """Records what a core does and when, while it is on. `start` takes how many of the newest events it keeps; `stop`
+    returns them in the order in which they began, with the number of those that it has not kept, or None where it was
+    off. An event is six little-endian u64: its place in `ACTIVITIES`, begin, end, bytes, 0 or its unit and one, thread.
+    Times are those of `time.monotonic_ns()`, threads those of `threading.get_native_id()`."""
+
+    def start(self, events: int) -> None: ...
+    def stop(self) -> tuple[bytes, int] | None: ...
 
 @final
 class DeviceRequest:

@@ -115,6 +115,7 @@ calls = {
     "read_param": lambda: core.read_param(0, 0, "weight", 0, spec(out[: ELEMENTS // 2])),
     "receive": lambda: core.receive(0, False),
     "receive_from": lambda: core.receive_from(0),
+    "recorder": lambda: (core.recorder().start(8), core.recorder().stop()),
     "receive_sum": lambda: core.receive_sum(0, spec(ones[: ELEMENTS // 2])),
     "release": lambda: core.release(0),
     "room": lambda: core.room("incoming"),

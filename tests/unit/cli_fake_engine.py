@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,19 @@ class FakePlan:
 
     def describe(self) -> list[str]:
         return ["everything in memory"]
+
+
+class FakeTrace:
+    """Forgets by steps, not by moments."""
+
+    def __init__(self, engine: FakeEngine) -> None:
+        self.engine = engine
+        self.begins = [engine.applied]
+        self.applied = engine.applied
+
+    def forget_before(self, moment: int) -> None:
+        self.begins = [*self.begins[-1:], self.engine.applied]
+        self.applied = self.begins[0]
 
 
 class FakeEngine(nn.Module):
@@ -54,6 +68,7 @@ class FakeEngine(nn.Module):
         self.micro_steps = self.applied = 0
         self.norm: float | None = None
         self.destroyed = False
+        self.config = config
         self.before_step: Callable[[int], None] = lambda number: None
 
     def forward(self, **batch: Any) -> Any:
@@ -106,6 +121,18 @@ class FakeEngine(nn.Module):
             "wait_seconds": 0.5 * count,
             "engine": "none",
         }
+
+    @contextmanager
+    def trace(self, path: Path) -> Iterator[FakeTrace]:
+        """One forward a step, of those that were not forgotten."""
+        trace, first = FakeTrace(self), self.applied
+        try:
+            yield trace
+        finally:
+            steps = range(max(first, trace.applied) + 1, self.applied + 1)
+            phase = {"ph": "X", "cat": "engine", "name": "forward", "pid": 0, "tid": 0, "dur": 1.0}
+            events = [{**phase, "ts": float(step), "args": {"step": step}} for step in steps]
+            path.write_text(json.dumps({"traceEvents": events, "otherData": {"memory": [], "left_out": 0}}))
 
     def save_checkpoint(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
         path = Path(folder, tag)

@@ -54,6 +54,12 @@ def test_defaults_resolve():
         ({"host_memory": "-1GiB"}, "--host-memory"),
         ({"eval_batches": 0}, "--eval-batches"),
         ({"save_every": -5}, "--save-every"),
+        ({"trace": "3"}, "--trace: expected FIRST:LAST, two steps of the run counted from 1, or none, got '3'"),
+        ({"trace": "0:2"}, "--trace: expected FIRST:LAST"),
+        ({"trace": "4:3"}, "--trace: expected FIRST:LAST"),
+        ({"trace": "1:2:3"}, "--trace: expected FIRST:LAST"),
+        ({"trace": "-1:3"}, "--trace: expected FIRST:LAST"),
+        ({"trace": "61:62", "steps": 60}, "--trace 61:62 begins after the last step, --steps 60"),
     ],
 )
 def test_nonsense_is_named(change, phrase):
@@ -94,7 +100,7 @@ def test_a_damaged_record_is_named(value, phrase):
 
 FREE = {
     "data", "offload", "host_memory", "eval_every", "eval_batches", "save_every", "out", "sample_prompt",
-    "sample_tokens", "threads", "format", "activation_checkpointing", "io_engine",
+    "sample_tokens", "threads", "format", "activation_checkpointing", "io_engine", "trace",
 }  # fmt: skip
 
 
@@ -104,7 +110,7 @@ def test_every_option_either_conflicts_or_is_known_to_change_no_number():
         model="tiny", data=("x",), offload="cpu", host_memory="1GiB", steps=7, batch_size=7, seq_len=7, lr=7.0,
         bias_lr=7.0, warmup=2, schedule="linear", weight_decay=7.0, clip=7.0, accumulate=7, dtype="fp32", seed=7,
         eval_every=7, eval_batches=7, save_every=7, out="x", sample_prompt="x", sample_tokens=7, threads=7,
-        format="fp32", activation_checkpointing=True, io_engine="threads",
+        format="fp32", activation_checkpointing=True, io_engine="threads", trace="1:2",
     )  # fmt: skip
     base = TrainOptions()
     for field in dataclasses.fields(TrainOptions):

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from forked_cli import PACKAGE, PROGRAM, TESTS, run_cli, server
+from page_reading import read, rows
 from safetensors.torch import load_file
+from trace_format import check
 
 from zeroxide.cli.training.interrupt import StopRequest
 from zeroxide.cli.training.together import Together
@@ -111,6 +113,13 @@ def test_two_ranks_see_what_two_micro_batches_would(arguments, tmp_path):
     # Rank 0 alone speaks, and the folder is as one rank leaves it.
     assert "6 steps of 128 tokens (2 x 32 x 1 on 2 ranks)" in two.text("out", 0)
     assert two.text("out", 1) == ""
+    assert two.text("out", 0).endswith(f"report in {tmp_path / 'two' / 'report.html'}\n")
+    page = read((tmp_path / "two" / "report.html").read_text())
+    assert [row[1] for row in rows(page, "Steps")[1:]] == [f"{loss:.6g}" for loss in both]
+    trace = check(tmp_path / "two" / "trace.json")
+    assert (trace["otherData"]["rank"], trace["otherData"]["ranks"]) == (0, 2)
+    assert {event["args"]["step"] for event in trace["traceEvents"] if event.get("cat") == "engine"} == {5, 6}
+    assert any(event["name"] == "reduce" for event in trace["traceEvents"])
     names = {each.name for each in (tmp_path / "two").iterdir()}
     assert names == {each.name for each in (tmp_path / "one").iterdir()}
     left, right = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
@@ -125,7 +134,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(arguments, tmp_path)
     stopped = job(tmp_path, "stopped", *arguments("run", **long))
     log = tmp_path / "run" / "log.jsonl"
     deadline = time.monotonic() + 100
-    while not log.is_file() or '"step"' not in log.read_text():
+    while not log.is_file() or '"event": "step"' not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(stopped.processes[1].pid, signal.SIGTERM)
@@ -133,6 +142,11 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(arguments, tmp_path)
     (event,) = events(tmp_path / "run", "stopped")
     step = event["step"]
     assert (tmp_path / "run" / "checkpoints" / f"step-{step}").is_dir()
+    page = read((tmp_path / "run" / "report.html").read_text())
+    assert f"The run was stopped by SIGTERM after step {step}." in page.text
+    trace = check(tmp_path / "run" / "trace.json")
+    steps = {event["args"]["step"] for event in trace["traceEvents"] if event.get("cat") == "engine"}
+    assert steps == set(range(max(1, step - 1), step + 1)), "the newest two"
     assert 0 < step < 400
 
     words = ["train", "--resume", "--out", tmp_path / "run", "--steps", step + 2]

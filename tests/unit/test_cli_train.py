@@ -12,7 +12,9 @@ import sys
 import pytest
 import torch
 from forked_cli import run_cli
+from page_reading import read, rows
 from safetensors.torch import load_file
+from trace_format import check
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("zeroxide._core")
@@ -80,6 +82,15 @@ def test_offload_modes_give_the_same_run_and_a_model_that_loads(tmp_path, text):
         runs[name] = tmp_path / name
         finished = train(*COMMON, "--data", text, "--steps", 10, "--out", runs[name], *options)
         assert finished.returncode == 0, finished.stderr
+        page = read((runs[name] / "report.html").read_text())
+        assert [float(row[1]) for row in rows(page, "Steps")[1:]] == [
+            pytest.approx(loss, rel=1e-5) for loss in losses(runs[name]).values()
+        ]
+        done = {row[0] for row in rows(page, "What the core did")}
+        assert done >= {"weights gathered", "gradients taken", "tiles updated"}
+        assert ("disk reads" in done) == ("disk writes" in done) == (name == "nvme")
+        assert {row[0] for row in rows(page, "Expected and reached")} >= {"whole process", "total"}
+        check(runs[name] / "trace.json")
     first = losses(runs["none"])
     assert first[10] < first[1] - 0.3
     for name in ("cpu", "nvme"):

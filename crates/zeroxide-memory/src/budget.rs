@@ -18,16 +18,19 @@ pub enum Bucket {
     Staging,
     /// Frames for gathered units.
     Gathered,
+    /// What is recorded of a step, while somebody asks for it.
+    Recorder,
 }
 
 impl Bucket {
     /// Every bucket, in the order reports list them.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Weights,
         Self::Gradients,
         Self::Optimizer,
         Self::Staging,
         Self::Gathered,
+        Self::Recorder,
     ];
 
     /// The name used in reports and messages.
@@ -38,6 +41,7 @@ impl Bucket {
             Self::Optimizer => "optimizer",
             Self::Staging => "staging",
             Self::Gathered => "gathered",
+            Self::Recorder => "recorder",
         }
     }
 }

@@ -10,6 +10,8 @@
 //!   unit is gathered; otherwise a stray access faults.
 //! - [`SharedSegment`]: memory that the ranks of one host see in common.
 //!
+//! A [`Recorder`] keeps what a process did and when, in memory of a budget, too.
+//!
 //! Objects made here belong to the process that made them. In a forked child their operations return
 //! [`MemoryError::Forked`] and dropping them does nothing.
 
@@ -26,6 +28,8 @@ mod free_list;
 mod lease;
 mod map;
 mod mapped;
+mod moment;
+mod recorder;
 mod region;
 mod resident;
 mod shared;
@@ -40,6 +44,7 @@ pub use fork::{ForkGuard, Forked};
 pub use frames::{FRAME, Frame, FramePool};
 pub use lease::{Lease, Pod};
 pub use mapped::drop_pages_of_files;
+pub use recorder::{Activity, Begun, Event, Recorder, Recording};
 pub use resident::{Resident, drop_clean_text, reset_peak, resident_bytes};
 pub use shared::SharedSegment;
 pub use window::{Anchor, Window, WindowState};

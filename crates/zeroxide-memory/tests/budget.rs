@@ -10,12 +10,12 @@ use zeroxide_memory::{Arena, Bucket, Budget, FramePool, MemoryError, Reservation
 proptest! {
     #[test]
     fn usage_is_the_sum_of_live_reservations(
-        steps in prop::collection::vec((0..5_usize, 0..600_u64, any::<bool>()), 1..60),
+        steps in prop::collection::vec((0..Bucket::ALL.len(), 0..600_u64, any::<bool>()), 1..60),
     ) {
         const LIMIT: u64 = 1000;
         let budget = Budget::new(Some(LIMIT));
         let mut live: Vec<Reservation> = Vec::new();
-        let mut peaks = [0_u64; 6];
+        let mut peaks = [0_u64; Bucket::ALL.len() + 1];
         for (bucket, bytes, release) in steps {
             let bucket = Bucket::ALL[bucket];
             let used: u64 = live.iter().map(Reservation::bytes).sum();
@@ -69,7 +69,8 @@ fn the_limit_holds_under_threads() {
                     let mut refused = 0_u64;
                     let mut held = Vec::new();
                     for round in 0..20_000_u64 {
-                        let bucket = Bucket::ALL[usize::try_from((worker + round) % 5).unwrap()];
+                        let bucket = Bucket::ALL
+                            [usize::try_from(worker + round).unwrap() % Bucket::ALL.len()];
                         match budget.reserve(bucket, 1 + (round * 7 + worker) % 200) {
                             Ok(reservation) => held.push(reservation),
                             Err(_) => refused += 1,

@@ -1,7 +1,7 @@
 //! Units as they begin: their memory leased, their windows reserved, their blocks listed and the disk opened for them.
 
 use zeroxide_layout::{BlockId, StateKey, StateLayout, Tiling};
-use zeroxide_memory::{Bucket, Budget, Window};
+use zeroxide_memory::{Bucket, Budget, Recorder, Window};
 use zeroxide_plan::{PlacedUnit, Placement};
 use zeroxide_storage::BlockSpec;
 
@@ -15,18 +15,25 @@ use crate::weights::Weights;
 use crate::weights::residence::{Residence, UnitWeights};
 
 /// Everything that the units' weights and state lie in: the units, what their weights share, and the disk where anything
-/// is at home there. `tensors`: the state of each unit.
+/// is at home there, whose traffic `recorder` records. `tensors`: the state of each unit.
 pub(crate) fn reserve(
     budget: &Budget,
     settings: &Settings,
     specs: &[UnitSpec],
     tensors: &[StateLayout],
     placement: &Placement,
+    recorder: &Recorder,
 ) -> Result<(Vec<Unit>, Weights, Option<Disk>)> {
     let (units, blocks) = make_units(budget, settings, specs, tensors, placement)?;
     let weights = Weights::new(budget, placement, settings.gathered_bytes)?;
     let disk = match (placement.ring_tile(), placement.ring_minimum()) {
-        (Some(tile), Some(need)) => Some(Disk::open(budget, settings, (tile, need), blocks)?),
+        (Some(tile), Some(need)) => Some(Disk::open(
+            budget,
+            settings,
+            (tile, need),
+            blocks,
+            recorder,
+        )?),
         _ => None,
     };
     Ok((units, weights, disk))

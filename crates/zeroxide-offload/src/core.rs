@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use zeroxide_layout::Dtype;
-use zeroxide_memory::Budget;
+use zeroxide_memory::{Budget, Recorder};
 use zeroxide_optim::Pool;
 
 use crate::build;
@@ -27,6 +27,7 @@ pub(crate) struct Core {
     pub(crate) units: Vec<Unit>,
     pub(crate) pool: Pool,
     pub(crate) budget: Budget,
+    pub(crate) recorder: Recorder,
     /// Present when anything is at home on disk.
     pub(crate) disk: Option<Disk>,
     pub(crate) weights: Weights,
@@ -40,10 +41,11 @@ impl Core {
     pub(crate) fn new(settings: &Settings, specs: &[UnitSpec]) -> Result<Self> {
         let tensors = state_layouts(settings.compute, specs)?;
         let budget = Budget::new(settings.limit);
+        let recorder = Recorder::default();
         let pool = Pool::new(settings.threads)?;
         let placement = settings.place_units(specs, &tensors)?;
         let (units, weights, disk) =
-            build::reserve(&budget, settings, specs, &tensors, &placement)?;
+            build::reserve(&budget, settings, specs, &tensors, &placement, &recorder)?;
         let gradients = Gradients {
             transport: GradientTransport::new(&budget, settings, &placement)?,
             comm_dtype: settings.comm_dtype,
@@ -58,6 +60,7 @@ impl Core {
             units,
             pool,
             budget,
+            recorder,
             disk,
             weights,
             gradients,

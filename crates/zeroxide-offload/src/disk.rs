@@ -4,8 +4,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
-use zeroxide_memory::{Arena, Bucket, Budget};
-use zeroxide_storage::{BlockSpec, BlockStore, Completion, Queue, StoreOptions, open_queue};
+use zeroxide_memory::{Activity, Arena, Bucket, Budget, Recorder};
+use zeroxide_storage::{
+    BlockSpec, BlockStore, Completion, Queue, QueueOptions, StoreOptions, open_queue_with,
+};
 
 use crate::core::to_usize;
 use crate::error::{OffloadError, Result, misuse};
@@ -22,6 +24,7 @@ pub(crate) struct Disk {
     pub(crate) arrivals: (Sender<Completion>, Receiver<Completion>),
     /// Time in which compute stood still for the disk.
     pub(crate) waited: Stopwatch,
+    recorder: Recorder,
 }
 
 impl Disk {
@@ -31,6 +34,7 @@ impl Disk {
         settings: &Settings,
         (tile, need): (u64, u64),
         blocks: Vec<BlockSpec>,
+        recorder: &Recorder,
     ) -> Result<Self> {
         if settings.staging_bytes < need {
             return misuse(
@@ -41,7 +45,11 @@ impl Disk {
                 ),
             );
         }
-        let queue = open_queue(settings.engine.clone(), settings.queue_depth)?;
+        let options = QueueOptions {
+            recorder: recorder.clone(),
+            ..QueueOptions::default()
+        };
+        let queue = open_queue_with(settings.engine.clone(), settings.queue_depth, &options)?;
         let store = BlockStore::create(StoreOptions {
             directories: settings.directories.clone(),
             job: settings.job.clone(),
@@ -56,6 +64,7 @@ impl Disk {
             ring,
             arrivals: channel(),
             waited: Stopwatch::default(),
+            recorder: recorder.clone(),
         })
     }
 
@@ -71,8 +80,9 @@ impl Disk {
         if let Ok(completion) = replies.try_recv() {
             return Ok(completion);
         }
-        let start = Instant::now();
+        let (start, begun) = (Instant::now(), self.recorder.begin());
         let completion = replies.recv();
+        self.recorder.end(begun, Activity::DiskWait, None, 0);
         self.waited.add(start.elapsed());
         completion.map_err(|_| OffloadError::Misuse {
             call: "wait",

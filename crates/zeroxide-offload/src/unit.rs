@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::{ParamShape, Role, StateKey, StateLayout, Tiling, UnitLayout};
+use zeroxide_layout::{ParamShape, Role, StateKey, StateLayout, StateTensor, Tiling, UnitLayout};
 use zeroxide_memory::Lease;
 use zeroxide_optim::{Accumulate, AccumulateStats};
 
@@ -91,6 +91,13 @@ impl Unit {
     /// Bytes of one element of a state tensor that the unit has.
     pub(crate) fn element_bytes(&self, key: StateKey) -> usize {
         self.tensors.element_bytes(key).unwrap_or(0)
+    }
+
+    /// Bytes of all state tensors of one of the tiles that an update takes.
+    pub(crate) fn tile_bytes(&self, tile: u32) -> u64 {
+        let elements = self.state_tiles.range(tile);
+        let each: usize = self.tensors.tensors().iter().map(StateTensor::size).sum();
+        (elements.end - elements.start) * each as u64
     }
 
     /// Tiles of the block of a state tensor.

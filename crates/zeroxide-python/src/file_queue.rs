@@ -201,6 +201,7 @@ impl FileQueue {
                 offset,
                 buffer,
                 tag,
+                unit: None,
                 reply: work.reply.clone(),
             };
             match self.queue.submit(operation) {

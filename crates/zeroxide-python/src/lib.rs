@@ -14,6 +14,7 @@ mod optimizer;
 mod plan;
 mod probe;
 mod process;
+mod recorder;
 mod report;
 mod settings;
 mod spec;
@@ -56,6 +57,8 @@ mod _core {
         drop_clean_text, drop_pages_of_files, heap_bytes, keep_freed_memory, reset_peak, resident,
     };
     #[pymodule_export]
+    use crate::recorder::PyRecorder;
+    #[pymodule_export]
     use crate::settings::{
         PyIoEngine, PyMeshPosition, PyQuantisation, PySettings, PyStateHome, PyTransport,
         PyUnitSpec, PyWeightHome,
@@ -78,6 +81,7 @@ mod _core {
             "DEFAULT_STAGING_BYTES",
             zeroxide_plan::DEFAULT_STAGING_BYTES,
         )?;
+        module.add("ACTIVITIES", crate::recorder::activities())?;
         module.add("CUDA_DRIVER", zeroxide_device::cuda::DRIVER)?;
         module.add("NVRTC_OPTIONS", zeroxide_device::cuda::OPTIONS)?;
         crate::optimizer::add_rules(module)?;

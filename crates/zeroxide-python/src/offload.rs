@@ -10,6 +10,7 @@ use zeroxide_optim::{AccumulateStats, Optimizer};
 use crate::bringer::PyBringer;
 use crate::errors::map;
 use crate::optimizer::Rule;
+use crate::recorder::PyRecorder;
 use crate::report;
 use crate::settings::{PySettings, PyUnitSpec};
 use crate::spec::TensorSpec;
@@ -472,6 +473,11 @@ impl PyOffload {
     /// Payload bytes per bucket: {name: (current, peak)}, and "total".
     fn usage<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         report::usage(py, &self.inner)
+    }
+
+    /// Records what is done and when.
+    fn recorder(&self) -> PyRecorder {
+        PyRecorder::new(Arc::clone(&self.inner))
     }
 
     /// Disk traffic since the start; `None` where nothing is at home on disk.

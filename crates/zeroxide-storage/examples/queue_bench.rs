@@ -85,6 +85,7 @@ fn pass(
                 offset: next * block as u64,
                 buffer,
                 tag: next,
+                unit: None,
                 reply: reply.clone(),
             };
             queue.submit(operation).map_err(|(error, _)| error)?;

@@ -95,6 +95,7 @@ fn pass(
                 offset: next * block,
                 buffer,
                 tag: next,
+                unit: None,
                 reply: reply.clone(),
             };
             queue.submit(operation).map_err(|(error, _)| error)?;

@@ -17,6 +17,7 @@ from zeroxide.cli.completion import completion
 from zeroxide.cli.config import config
 from zeroxide.cli.convert import convert
 from zeroxide.cli.doctor import doctor
+from zeroxide.cli.report import report
 from zeroxide.cli.run import run
 from zeroxide.cli.train import train
 from zeroxide.errors import ZeroxideError
@@ -42,6 +43,7 @@ def application() -> typer.Typer:
     made.command()(bench)
     made.command()(completion)
     made.command()(convert)
+    made.command()(report)
     # What follows the script is the script's.
     made.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
     return made

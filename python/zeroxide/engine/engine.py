@@ -19,6 +19,7 @@ from zeroxide.engine.optimizer import check_schedule_call
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import check_budget
 from zeroxide.engine.report import print_progress
+from zeroxide.engine.trace import EVENTS, Trace, record
 from zeroxide.engine.training_state import TrainingState
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import cast_inputs, forward_context
@@ -194,6 +195,20 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         waits. Raises StorageError if it failed.
         """
         self.parts.core().finish()
+
+    @contextmanager
+    def trace(self, path: str | Path, *, events: int = EVENTS) -> Iterator[Trace]:
+        """Records what this rank does inside and when, and writes it to `path`: Perfetto and chrome://tracing open it.
+
+        Calls of the engine, gathered weights, gradients, updates of tiles, the disk's reads and writes and what waits
+        for them; no number changes. Of the core's events the newest `events` stay, in memory of the bucket "recorder";
+        the file tells how many there were besides. In the end the optimizer step under way is finished, so that all of
+        it is in the trace. What is yielded may forget what came first. Raises BudgetError where there is no room,
+        StorageError where the file cannot be written, ModelError inside another trace of the engine,
+        ConfigError for a number of events that is not 1 to 2^24.
+        """
+        with record(self.parts, Path(path), events) as trace:
+            yield trace
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forgets every gradient that has been accumulated and not been used."""

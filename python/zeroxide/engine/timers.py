@@ -76,6 +76,8 @@ class Timers:
     def __init__(self, device: torch.device, *, breakdown: bool, prints: bool) -> None:
         self.seconds = dict.fromkeys(_SINCE_START.values(), 0.0)
         """Since the start, whatever the config says."""
+        self.listener: Callable[[str, float, float], None] | None = None
+        """Told the name among `seconds`, start and end of each part as it ends, by `time.perf_counter`."""
         self.breakdown = breakdown
         self.last: dict[str, float] = {}
         """Milliseconds by name at the last `step`: of its micro-batch, and of the optimizer step so far."""
@@ -105,9 +107,12 @@ class Timers:
 
     def add(self, name: str, start: float, end: float | None = None) -> None:
         """Adds the time from `start` to `end` (by default to now), as `now` gave them, to part `name`."""
-        spent = (self.now() if end is None else end) - start
+        end = self.now() if end is None else end
+        spent = end - start
         if name in _SINCE_START:
             self.seconds[_SINCE_START[name]] += spent
+            if self.listener is not None:
+                self.listener(_SINCE_START[name], start, end)
         if self.breakdown:
             self(name).add(spent)
             self(name + _MICRO).add(spent)

@@ -1,5 +1,6 @@
 //! The public face, where it is about gradients: from autograd, between ranks, and their norm.
 
+use zeroxide_memory::Activity;
 use zeroxide_optim::Grad;
 
 use crate::api::Offload;
@@ -20,11 +21,14 @@ impl Offload {
     ) -> Result<()> {
         let copy = self.gradient_outside(&source);
         let source = copy.as_ref().map_or(source, |copy| copy.grad());
-        self.with_peers(
-            "accumulate",
-            |core| Ok(core.before_accumulating(unit, param)),
-            |core| core.accumulate(unit, param, start, source, norm),
-        )
+        self.recorded(Activity::Accumulate, unit, |bytes| {
+            *bytes = bytes_of(&source);
+            self.with_peers(
+                "accumulate",
+                |core| Ok(core.before_accumulating(unit, param)),
+                |core| core.accumulate(unit, param, start, source, norm),
+            )
+        })
     }
 
     /// (address, bytes) of where the first gradient of a parameter since the last step may be put by who brings it there
@@ -57,11 +61,14 @@ impl Offload {
         let copy = self.gradient_outside(&source);
         let source = copy.as_ref().map_or(source, |copy| copy.grad());
         let rows = &*self.outside(rows);
-        self.with_peers(
-            "accumulate_rows",
-            |core| Ok(core.before_accumulating(unit, param)),
-            |core| core.accumulate_rows(unit, param, count, rows, source),
-        )
+        self.recorded(Activity::Accumulate, unit, |bytes| {
+            *bytes = bytes_of(&source);
+            self.with_peers(
+                "accumulate_rows",
+                |core| Ok(core.before_accumulating(unit, param)),
+                |core| core.accumulate_rows(unit, param, count, rows, source),
+            )
+        })
     }
 
     /// Whether a parameter has had a gradient since the last step.
@@ -99,11 +106,13 @@ impl Offload {
     /// Sums a unit's gradients once every rank has sent them; with `wait`, waits for that. Returns whether it did.
     pub fn receive(&self, unit: usize, wait: bool) -> Result<bool> {
         let mut round = None;
-        self.with_peers(
-            "receive",
-            |core| core.before_receiving(unit, wait, &mut round),
-            |core| core.receive(unit),
-        )
+        self.recorded(Activity::Reduce, unit, |_| {
+            self.with_peers(
+                "receive",
+                |core| core.before_receiving(unit, wait, &mut round),
+                |core| core.receive(unit),
+            )
+        })
     }
 
     /// (address, bytes) of what a unit sends, where the caller carries it; valid until
@@ -120,13 +129,18 @@ impl Offload {
 
     /// Sums what has come in with this rank's own, in rank order.
     pub fn receive_from(&self, unit: usize) -> Result<()> {
-        self.with("receive_from", |core| core.receive_from(unit))
+        self.recorded(Activity::Reduce, unit, |_| {
+            self.with("receive_from", |core| core.receive_from(unit))
+        })
     }
 
     /// Takes the sums of a unit over all ranks, where the caller sums them: of the elements that this rank sums, not yet
     /// scaled.
     pub fn receive_sum(&self, unit: usize, sums: &[f32]) -> Result<()> {
-        self.with("receive_sum", |core| core.receive_sum(unit, sums))
+        self.recorded(Activity::Reduce, unit, |bytes| {
+            *bytes = size_of_val(sums) as u64;
+            self.with("receive_sum", |core| core.receive_sum(unit, sums))
+        })
     }
 
     /// (address, bytes) of room for what travels as integers, valid until the core is closed.
@@ -169,4 +183,12 @@ impl Offload {
         self.is_moving(address_of(source))
             .then(|| GradCopy::of(source))
     }
+}
+
+fn bytes_of(grad: &Grad<'_>) -> u64 {
+    let bytes = match grad {
+        Grad::F32(values) => size_of_val(*values),
+        Grad::Bf16(values) | Grad::F16(values) => size_of_val(*values),
+    };
+    bytes as u64
 }

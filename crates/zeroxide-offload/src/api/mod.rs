@@ -6,7 +6,7 @@
 //!
 //! | call | takes the lock | waits for other ranks | waits for the disk |
 //! |---|---|---|---|
-//! | `usage`, `total_usage`, `io`, `cancel`, `bringer` | no | no | no |
+//! | `usage`, `total_usage`, `io`, `cancel`, `bringer`, `start_recording`, `stop_recording` | no | no | no |
 //! | `gather`, `gather_ahead` | yes | until every rank has updated weights that are one copy for all | until the unit is read, or frames are free |
 //! | `accumulate`, `accumulate_rows`, `gradient_room` | yes | until all have read what the unit sent in the last backward | for the step's tiles of the unit |
 //! | `send` | yes | as `accumulate` | no |
@@ -23,6 +23,7 @@
 
 mod away;
 mod gradients;
+mod recording;
 mod state;
 mod step;
 mod weights;
@@ -34,7 +35,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use zeroxide_exchange::{CancelToken, PeerWait, SegmentHandle};
 use zeroxide_layout::UnitLayout;
-use zeroxide_memory::{Bucket, Budget, FaultNet, ForkGuard, Usage};
+use zeroxide_memory::{Activity, Bucket, Budget, FaultNet, ForkGuard, Recorder, Usage};
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
@@ -48,6 +49,7 @@ pub struct Offload {
     pub(crate) guard: ForkGuard,
     core: Arc<Mutex<Option<Core>>>,
     budget: Budget,
+    recorder: Recorder,
     /// What is counted of the disk; gone once closed. Its lock is never held while anything is waited for.
     traffic: Mutex<Option<Traffic>>,
     closed: AtomicBool,
@@ -65,6 +67,7 @@ impl Offload {
     pub fn new(settings: &Settings, units: &[UnitSpec]) -> Result<Self> {
         let core = Core::new(settings, units)?;
         let budget = core.budget.clone();
+        let recorder = core.recorder.clone();
         let traffic = core.traffic();
         let cancel_token = core.gradients.transport.cancel_token().cloned();
         let moving = core
@@ -83,6 +86,7 @@ impl Offload {
             cancel_token,
             core,
             budget,
+            recorder,
             traffic: Mutex::new(traffic),
             closed: AtomicBool::new(false),
             bringer,
@@ -124,7 +128,10 @@ impl Offload {
                 return work(core);
             };
             drop(guard);
-            wait.wait()?;
+            let begun = self.recorder.begin();
+            let waited = wait.wait();
+            self.recorder.end(begun, Activity::RankWait, None, 0);
+            waited?;
         }
     }
 

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use zeroxide_memory::Anchor;
+use zeroxide_memory::{Activity, Anchor};
 
 use crate::api::Offload;
 use crate::error::Result;
@@ -43,11 +43,16 @@ impl Offload {
     /// With `covered` nothing of the unit can be read before [`set_all_shards_valid`](Self::set_all_shards_valid), and
     /// missing parts go [beside](Self::beside) its window.
     pub fn gather(&self, unit: usize, covered: bool) -> Result<bool> {
-        self.with_peers(
-            "gather",
-            |core| core.before_gathering(unit),
-            |core| core.gather(unit, covered),
-        )
+        self.recorded(Activity::Gather, unit, |bytes| {
+            self.with_peers(
+                "gather",
+                |core| core.before_gathering(unit),
+                |core| {
+                    *bytes = core.weight_bytes(unit);
+                    core.gather(unit, covered)
+                },
+            )
+        })
     }
 
     /// Where the parts that a gathered unit lacks are to be put while nobody may see them, as [`window`](Self::window)
@@ -74,11 +79,16 @@ impl Offload {
 
     /// As [`gather`](Self::gather), ahead of use; `None` where units that are held leave no room, alike on all ranks.
     pub fn gather_ahead(&self, unit: usize, covered: bool) -> Result<Option<bool>> {
-        self.with_peers(
-            "gather_ahead",
-            |core| core.before_gathering_ahead(unit),
-            |core| core.gather_ahead(unit, covered),
-        )
+        self.recorded(Activity::Gather, unit, |bytes| {
+            self.with_peers(
+                "gather_ahead",
+                |core| core.before_gathering_ahead(unit),
+                |core| {
+                    *bytes = core.weight_bytes(unit);
+                    core.gather_ahead(unit, covered)
+                },
+            )
+        })
     }
 
     /// Whether a unit's weights have room beside those of all units that are held.

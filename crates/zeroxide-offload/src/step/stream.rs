@@ -5,7 +5,7 @@ use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use zeroxide_layout::{PAGE, Role};
-use zeroxide_memory::Lease;
+use zeroxide_memory::{Activity, Lease};
 use zeroxide_storage::{Completion, StorageError};
 
 use crate::core::{Core, byte_range, to_usize};
@@ -116,7 +116,11 @@ impl Core {
         };
         let unit = job.unit;
         let plan = &step.units[unit].plan;
+        let begun = self.recorder.begin();
         let checksums = update_tile(&update, &mut self.units[unit], &mut job.buffers, plan)?;
+        let bytes = self.units[unit].tile_bytes(job.tile);
+        self.recorder
+            .end(begun, Activity::Update, Some(unit), bytes);
         self.step.tiles.add(1);
         self.start_writes(job, &checksums)?;
         let progress = &mut self.active_mut().units[unit];

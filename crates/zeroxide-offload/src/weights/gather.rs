@@ -142,6 +142,12 @@ impl Core {
         Ok(())
     }
 
+    /// Bytes of a unit's live weights, all ranks' parts; 0 where there is no such unit.
+    pub(crate) fn weight_bytes(&self, unit: usize) -> u64 {
+        let elements = self.units.get(unit).map_or(0, |unit| unit.layout.len());
+        elements * self.compute.size() as u64
+    }
+
     /// Starts reading the unit if there is room for it; returns whether it is here or on its way.
     pub(crate) fn prefetch(&mut self, unit: usize) -> Result<bool> {
         self.check_usable()?;
@@ -428,7 +434,7 @@ impl Core {
             .expect("a unit whose weights move implies frames");
         OffloadError::NoFrames {
             unit: self.units[unit].name.clone(),
-            need: self.units[unit].layout.len() * self.compute.size() as u64,
+            need: self.weight_bytes(unit),
             held: ((pool.capacity() - pool.free()) * FRAME) as u64,
             capacity: (pool.capacity() * FRAME) as u64,
         }

@@ -3,6 +3,8 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use zeroxide_memory::Recorder;
+
 use super::operation::OpKind;
 
 /// Totals of one direction.
@@ -108,9 +110,23 @@ impl Totals {
 #[derive(Debug, Default)]
 pub(super) struct Meter {
     totals: Mutex<Totals>,
+    recorder: Recorder,
 }
 
 impl Meter {
+    /// One whose transfers `recorder` records, too.
+    pub(super) fn new(recorder: Recorder) -> Self {
+        Self {
+            totals: Mutex::default(),
+            recorder,
+        }
+    }
+
+    /// What records transfers one by one, while it is on.
+    pub(super) fn recorder(&self) -> &Recorder {
+        &self.recorder
+    }
+
     /// An operation was accepted.
     pub(super) fn begin(&self, kind: OpKind) {
         let now = Instant::now();

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::counters::{IoCounters, Meter};
 use super::operation::Operation;
 use super::transfer::Transfer;
-use zeroxide_memory::ForkGuard;
+use zeroxide_memory::{ForkGuard, Recorder};
 
 use crate::error::StorageError;
 
@@ -47,10 +47,11 @@ pub(super) enum Waited {
 }
 
 impl Inbox {
-    pub(super) fn new() -> Arc<Self> {
+    /// One whose transfers `recorder` records.
+    pub(super) fn new(recorder: Recorder) -> Arc<Self> {
         Arc::new(Self {
             guard: ForkGuard::new(),
-            meter: Arc::new(Meter::default()),
+            meter: Arc::new(Meter::new(recorder)),
             state: Mutex::new(State::Open(VecDeque::new())),
             changed: Condvar::new(),
         })

@@ -26,6 +26,8 @@ mod wake;
 
 use std::sync::Arc;
 
+use zeroxide_memory::Recorder;
+
 use crate::error::StorageError;
 
 pub use counters::{IoCounters, KindCounters};
@@ -83,13 +85,15 @@ pub enum EngineKind {
 }
 
 /// What may be tuned in a queue beside its depth.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct QueueOptions {
     /// Threads of the thread engine.
     pub workers: usize,
     /// When set, `io_uring` is treated as refused for this reason, as containers and hardened kernels
     /// refuse it. A user sets it to keep `io_uring` out of a process; tests set it to see what follows.
     pub refuse_io_uring: Option<String>,
+    /// Records every transfer from when it is accepted to its answer, while it is on.
+    pub recorder: Recorder,
 }
 
 impl Default for QueueOptions {
@@ -97,6 +101,7 @@ impl Default for QueueOptions {
         Self {
             workers: 4,
             refuse_io_uring: None,
+            recorder: Recorder::default(),
         }
     }
 }
@@ -131,15 +136,18 @@ pub fn open_queue_with(
         }
     }
     let workers = options.workers.min(depth);
+    let recorder = options.recorder.clone();
     match kind {
         EngineKind::IoUring => Ok(Arc::new(open_uring(depth, options)?)),
-        EngineKind::Threads => Ok(Arc::new(ThreadQueue::open(workers, "asked for")?)),
-        EngineKind::Simulated(simulation) => Ok(Arc::new(SimulatedQueue::open(simulation, depth)?)),
+        EngineKind::Threads => Ok(Arc::new(ThreadQueue::open(workers, "asked for", recorder)?)),
+        EngineKind::Simulated(simulation) => {
+            Ok(Arc::new(SimulatedQueue::open(simulation, depth, recorder)?))
+        }
         EngineKind::Auto => match open_uring(depth, options) {
             Ok(queue) => Ok(Arc::new(queue)),
             Err(StorageError::IoUringRefused { reason }) => {
                 let why = format!("io_uring refused: {reason}");
-                Ok(Arc::new(ThreadQueue::open(workers, &why)?))
+                Ok(Arc::new(ThreadQueue::open(workers, &why, recorder)?))
             }
             Err(other) => Err(other),
         },
@@ -151,6 +159,6 @@ fn open_uring(depth: usize, options: &QueueOptions) -> Result<UringQueue, Storag
         Some(reason) => Err(StorageError::IoUringRefused {
             reason: reason.clone(),
         }),
-        None => UringQueue::open(depth),
+        None => UringQueue::open(depth, options.recorder.clone()),
     }
 }

@@ -39,6 +39,8 @@ pub struct Operation {
     pub buffer: Lease,
     /// Returned unchanged in the completion.
     pub tag: u64,
+    /// The unit whose bytes these are, for who records what the queue does.
+    pub unit: Option<usize>,
     /// Where the completion goes. When its receiver is gone the buffer is released on completion.
     pub reply: Sender<Completion>,
 }

@@ -80,6 +80,10 @@ impl Ring {
 
     /// Takes a transfer in and queues its next piece for the kernel. Gives it back when there is no
     /// room.
+    #[expect(
+        clippy::result_large_err,
+        reason = "the transfer moves back to its owner; boxing it would allocate on every refusal"
+    )]
     pub(super) fn start(&mut self, mut transfer: Transfer) -> Result<(), Transfer> {
         let Some(number) = self.free.pop() else {
             return Err(transfer);
@@ -294,6 +298,7 @@ mod tests {
                 offset: (index * BYTES) as u64,
                 buffer,
                 tag: index as u64,
+                unit: None,
                 reply: reply.clone(),
             };
             assert!(

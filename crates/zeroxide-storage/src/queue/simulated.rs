@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use zeroxide_memory::Recorder;
+
 use super::counters::IoCounters;
 use super::inbox::{CloseOnExit, Inbox, Waited};
 use super::operation::{OpKind, Operation};
@@ -107,8 +109,12 @@ pub(super) struct SimulatedQueue {
 
 impl SimulatedQueue {
     /// Starts the engine thread with at most `depth` transfers in flight.
-    pub(super) fn open(options: SimOptions, depth: usize) -> Result<Self, StorageError> {
-        let inbox = Inbox::new();
+    pub(super) fn open(
+        options: SimOptions,
+        depth: usize,
+        recorder: Recorder,
+    ) -> Result<Self, StorageError> {
+        let inbox = Inbox::new(recorder);
         let description = format!(
             "simulated, depth {depth}, seed {}, {} faults",
             options.seed,

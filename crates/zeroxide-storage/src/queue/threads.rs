@@ -5,6 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use zeroxide_memory::Recorder;
+
 use super::counters::IoCounters;
 use super::inbox::{CloseOnExit, Inbox, Waited};
 use super::operation::{OpKind, Operation};
@@ -20,8 +22,12 @@ pub(super) struct ThreadQueue {
 
 impl ThreadQueue {
     /// Starts `workers` threads; `why` goes into the description.
-    pub(super) fn open(workers: usize, why: &str) -> Result<Self, StorageError> {
-        let inbox = Inbox::new();
+    pub(super) fn open(
+        workers: usize,
+        why: &str,
+        recorder: Recorder,
+    ) -> Result<Self, StorageError> {
+        let inbox = Inbox::new(recorder);
         let queue = Self {
             inbox: Arc::clone(&inbox),
             threads: Mutex::new(Vec::with_capacity(workers)),

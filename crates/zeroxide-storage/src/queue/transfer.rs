@@ -3,6 +3,8 @@
 use std::io;
 use std::sync::Arc;
 
+use zeroxide_memory::{Activity, Begun};
+
 use super::counters::Meter;
 use super::operation::{Completion, OpKind, Operation};
 use crate::error::StorageError;
@@ -33,6 +35,7 @@ pub(super) struct Transfer {
     /// Taken when answered.
     operation: Option<Operation>,
     meter: Arc<Meter>,
+    accepted: Begun,
     done: usize,
     stalls: u32,
 }
@@ -48,9 +51,11 @@ pub(super) struct Piece<'a> {
 impl Transfer {
     pub(super) fn new(operation: Operation, meter: &Arc<Meter>) -> Self {
         meter.begin(operation.kind);
+        let accepted = meter.recorder().begin();
         Self {
             operation: Some(operation),
             meter: Arc::clone(meter),
+            accepted,
             done: 0,
             stalls: 0,
         }
@@ -131,9 +136,17 @@ impl Transfer {
             kind,
             buffer,
             tag,
+            unit,
             reply,
             ..
         } = operation;
+        let activity = match kind {
+            OpKind::Read => Activity::Read,
+            OpKind::Write => Activity::Write,
+        };
+        // Before the answer: whoever has that finds the event recorded.
+        let recorder = self.meter.recorder();
+        recorder.end(self.accepted, activity, unit, self.done as u64);
         // A receiver that is gone wants no answer; the buffer then goes back to where it came from.
         let _ = reply.send(Completion {
             tag,

@@ -13,6 +13,8 @@ use std::sync::mpsc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use zeroxide_memory::Recorder;
+
 use super::counters::IoCounters;
 use super::inbox::{Arrival, CloseOnExit, Inbox};
 use super::operation::Operation;
@@ -31,8 +33,8 @@ pub(super) struct UringQueue {
 
 impl UringQueue {
     /// Starts the engine thread and waits until it has its ring.
-    pub(super) fn open(depth: usize) -> Result<Self, StorageError> {
-        let inbox = Inbox::new();
+    pub(super) fn open(depth: usize, recorder: Recorder) -> Result<Self, StorageError> {
+        let inbox = Inbox::new(recorder);
         let wake = Arc::new(Wake::new().map_err(|source| StorageError::Engine { source })?);
         let (ready, opened) = mpsc::channel();
         let thread = {

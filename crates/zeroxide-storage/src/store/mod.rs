@@ -162,7 +162,7 @@ impl BlockStore {
         if self.checksums.get(index).is_none() {
             return Err((self.never_written(block, tile, home), buffer));
         }
-        self.submit(OpKind::Read, home, buffer, tag, reply)
+        self.submit(OpKind::Read, block, home, buffer, tag, reply)
     }
 
     /// Starts writing `buffer` to a tile, after taking its checksum on the calling thread; the
@@ -204,7 +204,7 @@ impl BlockStore {
         };
         // Set before the operation starts, since its completion may be acted on at once.
         let before = self.checksums.replace(index, Some(crc));
-        let outcome = self.submit(OpKind::Write, home, buffer, tag, reply);
+        let outcome = self.submit(OpKind::Write, block, home, buffer, tag, reply);
         if outcome.is_err() {
             self.checksums.replace(index, before);
         }
@@ -392,6 +392,7 @@ impl BlockStore {
     fn submit(
         &self,
         kind: OpKind,
+        block: BlockId,
         home: Home,
         buffer: Lease,
         tag: u64,
@@ -403,6 +404,7 @@ impl BlockStore {
             offset: home.offset,
             buffer,
             tag,
+            unit: usize::try_from(block.unit).ok(),
             reply: reply.clone(),
         };
         self.queue

@@ -77,6 +77,7 @@ impl<'a> Client<'a> {
             offset,
             buffer,
             tag,
+            unit: None,
             reply,
         }
     }

@@ -17,7 +17,7 @@ from zeroxide.cli.training.running import Running
 from zeroxide.config.sizes import format_bytes
 from zeroxide.errors import DataError, StorageError
 
-__all__ = ["conclude", "encode_prompt", "evaluate"]
+__all__ = ["conclude", "encode_prompt", "evaluate", "reached", "write_page"]
 
 _PROMPT_TOKENS = 12
 _STEPS_UNTIL_STEADY = 2
@@ -50,8 +50,28 @@ def conclude(this: Running) -> None:
     reporter.say(
         f"model in {this.folder.model}, log in {this.folder.log}" + (f", plot in {plotted}" if plotted else "")
     )
-    reached = {name: int(usage["peak"]) for name, usage in memory.items() if isinstance(usage, dict)}
-    reporter.event("end", step=this.step, loss=loss, peak_rss=peak, limit=limit, expected=expected, reached=reached)
+    reporter.event(
+        "end", step=this.step, loss=loss, peak_rss=peak, limit=limit, expected=expected, reached=reached(memory)
+    )
+
+
+def reached(memory: dict[str, Any]) -> dict[str, int]:
+    """The peak of each bucket and of the process, of what `engine.memory()` tells."""
+    return {name: int(usage["peak"]) for name, usage in memory.items() if isinstance(usage, dict)}
+
+
+def write_page(this: Running) -> None:
+    """Have the page about the run written, by a program of its own: its memory is not the training process's.
+
+    A page that cannot be had costs the page, not the run.
+    """
+    command = [sys.executable, "-P", "-m", "zeroxide.cli", "report", str(this.folder.path)]
+    finished = subprocess.run(command, capture_output=True, text=True, check=False)
+    if finished.returncode == 0:
+        this.reporter.say(f"report in {this.folder.report}")
+        return
+    reason = (finished.stderr.strip().splitlines() or ["no reason given"])[-1]
+    this.reporter.say(f"no report: {reason}")
 
 
 def _say_traffic(this: Running) -> None:

@@ -3,6 +3,7 @@
     Preparation: run folder -> model on the meta device -> tokens -> engine -> checkpoint, when resuming
     Training:    step, step, ... with held-out losses and checkpoints in between
     Conclusion:  held-out loss, model folder, sample, plot
+    Always:      the page about the run
 
 Whatever ends the run early leaves the last committed checkpoint as it was.
 """
@@ -10,6 +11,7 @@ Whatever ends the run early leaves the last committed checkpoint as it was.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import math
 import os
@@ -20,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
-from zeroxide.cli.training.conclusion import conclude, encode_prompt, evaluate
+from zeroxide.cli.training.conclusion import conclude, encode_prompt, evaluate, reached, write_page
 from zeroxide.cli.training.corpus import Corpus, gather
 from zeroxide.cli.training.dataset import Dataset, open_dataset, prepare_dataset
 from zeroxide.cli.training.engine_setup import make_engine
+from zeroxide.cli.training.facts import facts_of
 from zeroxide.cli.training.interrupt import StopRequest
 from zeroxide.cli.training.models import ModelChoice, build_model, choose_model, num_parameters
 from zeroxide.cli.training.options import TrainOptions
@@ -31,6 +34,7 @@ from zeroxide.cli.training.report import Reporter, StepFigures
 from zeroxide.cli.training.run_folder import Record, RunFolder, refuse_differences
 from zeroxide.cli.training.running import Running
 from zeroxide.cli.training.together import Together
+from zeroxide.cli.training.tracing import Tracing
 from zeroxide.config.sizes import format_bytes
 from zeroxide.distributed import Ranks
 from zeroxide.distributed.process_group import start
@@ -79,6 +83,9 @@ def run(
         except Exception as error:
             reporter.event("error", step=this.step, message=" ".join(str(error).split()))
             raise
+        finally:
+            if together.first:
+                write_page(this)
         return 0
 
 
@@ -281,6 +288,7 @@ def _announce(this: Running, notes: list[str]) -> None:
         options=options.as_json(),
         model=choice.name,
         plan=plan.describe(),
+        facts=facts_of(this) if this.together.first else None,
     )
 
 
@@ -288,17 +296,30 @@ def _train(this: Running) -> None:
     options = this.options
     this.reporter.start(this.step, options.steps)
     try:
-        while this.step < options.steps and not this.together.stopping:
-            figures = _one_step(this)
-            this.step += 1
-            this.reporter.step(figures, options.steps)
-            last = this.step == options.steps
-            if options.eval_every and this.step % options.eval_every == 0 and not last:
-                evaluate(this)
-            if options.save_every and (last or this.step % options.save_every == 0):
-                _save_checkpoint(this)
+        with _tracing(this) as tracing:
+            while this.step < options.steps and not this.together.stopping:
+                tracing.before_step(this.step + 1)
+                figures = _one_step(this)
+                this.step += 1
+                this.reporter.step(figures, options.steps)
+                last = this.step == options.steps
+                tracing.after_step(this.step)
+                if options.eval_every and this.step % options.eval_every == 0 and not last:
+                    evaluate(this)
+                if options.save_every and (last or this.step % options.save_every == 0):
+                    _save_checkpoint(this)
     finally:
         this.reporter.stop()
+
+
+def _tracing(this: Running) -> Tracing:
+    """What records steps: of rank 0, which writes all that the run leaves."""
+
+    def done(first: int, last: int) -> None:
+        this.reporter.event("trace", step=this.step, first=first, last=last)
+
+    options = this.options if this.together.first else dataclasses.replace(this.options, trace="none")
+    return Tracing(this.engine, this.folder.trace, options, this.reporter.say, done)
 
 
 def _one_step(this: Running) -> StepFigures:
@@ -363,6 +384,7 @@ def _one_step(this: Running) -> StepFigures:
         write_bytes=after["write_bytes"] - before["write_bytes"],
         io_busy_seconds=busy,
         io_wait_seconds=after["wait_seconds"] - before["wait_seconds"],
+        applied=bool(engine.was_step_applied()),
     )
 
 
@@ -404,7 +426,7 @@ def _stop_early(this: Running) -> int:
     if this.saved_step != this.step:
         _save_checkpoint(this)
     stop = this.together.stop
-    this.reporter.event("stopped", step=this.step, signal=stop.name)
+    this.reporter.event("stopped", step=this.step, signal=stop.name, reached=reached(this.engine.memory()))
     this.reporter.say(
         f"stopped by {stop.name} after step {this.step}; go on with: zeroxide train --resume --out {this.folder.path}"
     )

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
@@ -79,6 +80,8 @@ class TrainOptions:
     """Compute activations again in backward instead of keeping them."""
     io_engine: str = "auto"
     """`auto`, `io_uring` or `threads`."""
+    trace: str | None = None
+    """Steps whose timeline is recorded, `FIRST:LAST`, or `none`; None: the newest two, whenever the run ends."""
 
     def checked(self, ranks_here: int = 1) -> TrainOptions:
         """Return the same options, defaults resolved. Raises `ConfigError` for the first that makes no sense.
@@ -120,6 +123,7 @@ class TrainOptions:
             )
         self._check_offload()
         self._check_host_memory()
+        self._check_trace()
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
         return dataclasses.replace(self, warmup=warmup, format=state_format, threads=threads)
 
@@ -152,6 +156,26 @@ class TrainOptions:
             raise ConfigError(
                 f"--host-memory {self.host_memory} is not a usable size: give 1 MiB to 1 EiB", path="host_memory"
             )
+
+    def _check_trace(self) -> None:
+        if self.trace is None or self.trace == "none":
+            return
+        match = re.fullmatch(r"(\d{1,13}):(\d{1,13})", self.trace)
+        if match is None or not 1 <= int(match[1]) <= int(match[2]):
+            expected = "FIRST:LAST, two steps of the run counted from 1, or none"
+            raise ConfigError(
+                f"--trace: expected {expected}, got {self.trace!r}", path="trace", expected=expected, got=self.trace
+            )
+        if int(match[1]) > self.steps:
+            raise ConfigError(
+                f"--trace {self.trace} begins after the last step, --steps {self.steps}", path="trace", got=self.trace
+            )
+
+    @property
+    def traced_steps(self) -> tuple[int, int] | None:
+        """First and last step that `trace` names; None where it names none."""
+        first, separator, last = (self.trace or "").partition(":")
+        return (int(first), int(last)) if separator else None
 
     @property
     def tokens_per_step(self) -> int:

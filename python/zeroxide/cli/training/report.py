@@ -44,6 +44,8 @@ class StepFigures:
     write_bytes: int
     io_busy_seconds: float
     io_wait_seconds: float
+    applied: bool = True
+    """Whether the step changed the weights: not where a gradient was not finite."""
 
     @property
     def tokens_per_second(self) -> float:

@@ -7,6 +7,8 @@ data/         tokens and tokenizer (see `dataset`)
 checkpoints/  step-N/ ..., written by the engine
 model/        what `transformers` loads, at the end
 loss.png      the loss curve, at the end
+trace.json    what the newest steps did and when, or those that were asked for
+report.html   all of it to look at, whenever the run ends
 """
 
 from __future__ import annotations
@@ -146,6 +148,16 @@ class RunFolder:
     def plot(self) -> Path:
         """The loss curve."""
         return self.path / "loss.png"
+
+    @property
+    def trace(self) -> Path:
+        """What some steps did and when, as Perfetto opens it."""
+        return self.path / "trace.json"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
 
     def checkpoints(self) -> list[int]:
         """Return the steps of the checkpoints here, ascending."""
