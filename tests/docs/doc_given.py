@@ -122,11 +122,26 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return {"engine": engine_of(folder)}
 
 
+def report(folder: Path) -> dict[str, Any]:
+    """An engine whose model returns its loss, and batches for it."""
+    import torch
+
+    import zeroxide
+
+    class Loss(torch.nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x).square().mean()
+
+    engine, *_ = zeroxide.initialize(model=Loss(4, 2), lr=1e-3)
+    return {"engine": engine, "two_batches": [torch.ones(1, 4), torch.zeros(1, 4)]}
+
+
 GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "docs/checkpoints.md": checkpoints,
     "docs/drop-in.md": drop_in,
     "docs/from-deepspeed.md": deepspeed,
     "docs/from-fsdp2.md": fsdp2,
     "docs/lightning.md": lightning,
+    "docs/report.md": report,
 }
 """By page: makes the names that its snippets use and do not make."""

@@ -19,7 +19,7 @@ EXPLAINED = {
     r"\.DeepSpeedEngine \w+: (not taken|must be given)": "engines are made by initialize",
     r"\.(DeepSpeedOptimizer|ZeROOptimizer) \w+: must be given": "there to be asked for by isinstance",
     r"\.FlopsProfiler is_expert_tensor_parallelism_enabled: not there": "expert parallelism is not built yet",
-    r"\.(compile compile_kwargs|\w+_profile kwargs|save_checkpoint client_state): default \[None\]": "None is an empty one",
+    r"\.(compile compile_kwargs|\w+_profile kwargs|save_checkpoint client_state): default \[None\]": "None is empty",
     r"\.save_(16bit|fp16)_model save_filename: default \[None\]": "safetensors, docs/deepspeed.md says why",
     r"(__version__|git_version_info\.version|deepspeed\.version): value 0\.19\.8\+zeroxide": "says who answers",
     r"(__git_hash__|\.git_hash): value zeroxide": "says who answers",
