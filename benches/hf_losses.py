@@ -6,10 +6,10 @@ GPT-2, batch 1 x 128, bf16, state in host memory, ZeRO-2 and 3; Trainer alone in
 begins from the same fp32 weights and has the same batches.
 
 Whoever computes in bf16 rounds weights, activations and gradients to 8 significant bits, a relative error of at most
-u = 2^-8 each (Higham, Accuracy and Stability of Numerical Algorithms, section 2.1), in another order than the others.
-The loss is a mean over logits that carry such errors, of either sign: two such runs are said to agree where their
-losses are within u of one another at every step, and neither is nearer to fp32 than u by luck alone, so that both are
-compared with fp32 as well.
+2^-8 each (Higham, Accuracy and Stability of Numerical Algorithms, section 2.1), in another order than the others. What
+training makes of that in 50 steps has no bound that is of use: where the loss falls fast, runs that were rounded in
+another way are soon some percent apart. So the bound is measured: how far the others that compute in bf16 are from
+fp32, at the step where they are furthest. zeroxide may be as far.
 """
 
 from __future__ import annotations
@@ -20,9 +20,6 @@ from typing import Any
 
 import hf_trainer
 import side_by_side as bench
-
-UNIT_ROUNDOFF = 2.0**-8
-"""Of bf16, to nearest."""
 
 
 def contestants(options: argparse.Namespace) -> dict[str, tuple[bench.Side, dict[str, Any], dict[str, str]]]:
@@ -60,12 +57,18 @@ def main() -> None:
     for name, (side, given, environment) in contestants(options).items():
         losses[name] = hf_trainer.run(side, given, environment, weights, options)["losses"]
         bench.emit("hf_losses", {"contestant": name, "losses": losses[name]})
-    for stage in options.stages:
-        for other in (f"deepspeed stage {stage}", "trainer alone bf16", "trainer alone fp32"):
-            got = furthest(losses[f"zeroxide stage {stage}"], losses[other])
-            bench.emit("hf_losses", bench.goal(f"stage {stage}, from {other}", got, UNIT_ROUNDOFF, at_most=True))
-        got = furthest(losses[f"deepspeed stage {stage}"], losses["trainer alone fp32"])
-        bench.emit("hf_losses", {"deepspeed": f"stage {stage}, from trainer alone fp32", "got": round(got, 4)})
+    report(losses, options.stages)
+
+
+def report(losses: dict[str, list[float]], stages: list[int]) -> None:
+    """Prints how far everybody is from fp32, and zeroxide beside the furthest of the others."""
+    exact = losses["trainer alone fp32"]
+    for name in losses:
+        bench.emit("hf_losses", {"from fp32": name, "furthest": round(furthest(losses[name], exact), 4)})
+    for stage in stages:
+        bound = furthest(losses[f"deepspeed stage {stage}"], exact)
+        got = furthest(losses[f"zeroxide stage {stage}"], exact)
+        bench.emit("hf_losses", bench.goal(f"stage {stage}: from fp32, of DeepSpeed's", got / bound, 1.0, at_most=True))
 
 
 if __name__ == "__main__":
