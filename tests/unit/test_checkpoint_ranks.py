@@ -379,7 +379,7 @@ def test_an_export_that_fails_at_one_rank_leaves_the_folder_as_it_was(make, tmp_
     assert "rank 1: the model was not written to" in str(errors[0])
     assert str(errors[0]) == str(errors[1])
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
-    errors = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "model", "model.bin"), errors=True)
+    errors = on_all(engines, lambda engine: engine.save_16bit_model(tmp_path / "model", "model.ckpt"), errors=True)
     assert [type(error) for error in errors] == [ConfigError] * 2
 
 
