@@ -52,6 +52,8 @@ def contestants(options: argparse.Namespace) -> dict[str, tuple[bench.Side, dict
             found[f"deepspeed {offload} {settings}"] = peers, given, allocator
             found[f"zeroxide {offload} {settings}"] = ours, given, named
         found[f"zeroxide {offload} loop"] = ours, {"offload": offload, "settings": "defaults", "how": "loop"}, named
+    if options.ours:
+        return {name: found[name] for name in found if name.startswith("zeroxide ")}
     alone = {"offload": "none", "settings": "defaults", "how": "alone"}
     return found | {"trainer alone": (ours, alone, allocator)}
 
@@ -89,6 +91,8 @@ def report(found: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         )
     for offload in options.offload:
         for settings in options.settings:
+            if options.ours:
+                continue
             theirs, own = found[f"deepspeed {offload} {settings}"], found[f"zeroxide {offload} {settings}"]
             step_goal, peak_goal = GOALS[offload]
             of = f"{offload} {settings}, {options.allocator} allocator"
@@ -113,6 +117,7 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", default=list(SETTINGS), choices=SETTINGS, help="configs (default both)"
     )
+    parser.add_argument("--ours", action="store_true", help="without DeepSpeed: Trainer beside the loop alone")
     parser.add_argument("--allocator", default="keep", choices=bench.ALLOCATORS, help="default %(default)s")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
