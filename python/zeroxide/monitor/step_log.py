@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ class StepLog:
     def __init__(self, path: Path) -> None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            broken = path.exists() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
+            broken = path.exists() and _ends_in_a_line(path)
             self._file = path.open("a", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"{self.key}: cannot write to {path}: {error.strerror}", path=self.key) from error
@@ -49,6 +50,15 @@ class StepLog:
     def close(self) -> None:
         """See `Writer.close`."""
         self._file.close()
+
+
+def _ends_in_a_line(path: Path) -> bool:
+    """Whether the last line of a file has no end."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def _plain(value: Any) -> Any:
