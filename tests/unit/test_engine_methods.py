@@ -156,3 +156,18 @@ def test_a_plan_is_printed_in_lines_for_people():
     assert lines == engine.plan().describe()
     assert lines[0].startswith("0.0 M parameters (100 % trainable) in 1 units; float32 weights at home in host memory")
     assert max(map(len, lines)) < 200
+
+
+def test_observers_hear_of_the_samples_of_this_step(monkeypatch):
+    """Catches: the config's number after a script has changed it, none where the config gives the micro-batch alone."""
+    with made() as engine, monkeypatch.context() as patched:
+        heard = []
+        patched.setattr(engine.parts.observers, "after_step", lambda facts, timers, samples: heard.append(samples))
+        for size in (2, 4):
+            engine.set_train_batch_size(size)
+            for _ in range(size // 2):
+                engine.backward(engine(torch.ones(2, 4)).sum())
+                engine.step()
+    assert heard == [2, 4]
+    with started(nn.Linear(4, 2), lr=0.1) as engine:
+        assert engine.parts.accumulation.samples_of_step is None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+
 import pytest
 import torch
 from running import started
@@ -64,6 +67,26 @@ def test_what_was_changed_after_loading_stays(mapped):
         found = torch.cat([value.flatten() for value in engine.module_state_dict().values()])
     assert torch.equal(found, expected)
     assert torch.equal(whole, expected)
+
+
+def test_locked_weights_stay_where_they_are(mapped):
+    """Of a mapping that is shared with the file: the kernel drops no locked page, and says so. Catches: an engine that
+    cannot be made over them."""
+    path, model, whole = mapped
+    whole = torch.from_file(str(path), shared=True, size=whole.numel())
+    for layer, part in zip(model, whole.view(LAYERS, WIDTH, WIDTH), strict=True):
+        layer.weight = nn.Parameter(part)
+    libc = ctypes.CDLL(None, use_errno=True)
+    address, size = ctypes.c_void_p(whole.data_ptr()), ctypes.c_size_t(whole.nbytes)
+    if libc.mlock(address, size) != 0:
+        pytest.skip(f"memory cannot be locked here: {os.strerror(ctypes.get_errno())}")
+    try:
+        expected = whole.clone()
+        with started(model, lr=1e-3) as engine:
+            found = torch.cat([value.flatten() for value in engine.module_state_dict().values()])
+        assert torch.equal(found, expected)
+    finally:
+        libc.munlock(address, size)
 
 
 def test_a_frozen_and_a_transposed_weight(mapped):

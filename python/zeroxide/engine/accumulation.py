@@ -74,6 +74,11 @@ class Accumulation:
         """Samples per optimizer step over all ranks. Raises ConfigError where the config gives no batch size."""
         return self._train_batch or self.micro_batch * self.steps * self.world
 
+    @property
+    def samples_of_step(self) -> int | None:
+        """`train_batch`, None where the config gives no batch size."""
+        return None if self._micro_batch is None else self.train_batch
+
     def set_train_batch(self, samples: int) -> None:
         """Changes the samples per optimizer step by changing the number of micro-batches; their size stays.
 

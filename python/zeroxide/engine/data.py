@@ -93,7 +93,7 @@ class Loaders:
             size = math.ceil(len(data) / group.size)
             if (size // batch if drop_last else math.ceil(size / batch)) == 0:
                 raise DataError(
-                    f"training_data has {size} samples for each of {group.size} ranks and a micro-batch takes {batch}: "
+                    f"the data has {size} samples for each of {group.size} ranks and a micro-batch takes {batch}: "
                     "there is no batch"
                 )
         mapped = not isinstance(data, torch.utils.data.IterableDataset)

@@ -96,7 +96,10 @@ class DeepSpeedMethods:
         return found
 
     def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
-        """Returns at once: gradients are summed over ranks within backward, unit by unit, whatever `bucket_size` is."""
+        """Returns at once: gradients are summed over ranks within backward, unit by unit, whatever `bucket_size` is.
+
+        Those that `no_sync` has put off wait for a backward outside of it; `step` refuses to go on without.
+        """
         self.parts.core()
 
     def save_fp16_model(self, save_dir: str | Path, save_filename: str | None = None) -> Path:

@@ -173,7 +173,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         every = parts.config.report.steps_per_print
         if every and counters.global_steps % every == 0:
             print_progress(counters.global_steps, self.get_lr()[0], parts.updater.norm, counters.skipped_steps)
-        parts.observers.after_step(self._step_facts(), parts.timers, parts.config.batch.train_batch_size)
+        parts.observers.after_step(self._step_facts(), parts.timers, parts.accumulation.samples_of_step)
         parts.timers.end_step(boundary=True)
 
     def _step_facts(self) -> StepFacts:

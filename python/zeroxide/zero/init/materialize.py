@@ -6,6 +6,7 @@ than memory never exists whole.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -112,7 +113,9 @@ def _let_go(param: nn.Parameter) -> None:
     """Empties a parameter whose values are the core's. Where they were mapped from a file, as those of safetensors are
     until the last tensor of the file is gone, the pages leave the process now."""
     if in_host_memory(param) and param.is_contiguous() and why_not_bytes(param) is None:
-        _core.drop_pages_of_files(spec(bytes_of(param.detach())))
+        # Locked memory, and a system that does not tell of pages, keep theirs: nothing but memory is lost by that.
+        with suppress(OSError):
+            _core.drop_pages_of_files(spec(bytes_of(param.detach())))
     param.data = nothing_like(param)
 
 
