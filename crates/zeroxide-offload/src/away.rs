@@ -96,6 +96,7 @@ impl Core {
             step,
             cause: cause.to_owned(),
             away: true,
+            unraised: std::cell::Cell::default(),
         });
         self.abandon_step();
     }

@@ -4,12 +4,12 @@
 //! window that moves next.
 
 use std::ops::Range;
-use std::sync::mpsc::{Sender, channel};
+use std::sync::mpsc::channel;
 
 use zeroxide_layout::{BlockId, PAGE, StateKey, Tiling};
 use zeroxide_memory::Lease;
 use zeroxide_optim::Pool;
-use zeroxide_storage::{Completion, StorageError};
+use zeroxide_storage::{Reply, StorageError};
 
 use crate::core::{byte_range, to_usize};
 use crate::disk::Disk;
@@ -62,7 +62,7 @@ impl Disk {
         &self,
         buffer: TileBuffer,
         tag: u64,
-        replies: &Sender<Completion>,
+        replies: impl Into<Reply>,
     ) -> std::result::Result<(), StorageError> {
         let TileBuffer { id, tile, bytes } = buffer;
         self.store
@@ -77,7 +77,7 @@ impl Disk {
         buffer: TileBuffer,
         checksum: Option<u64>,
         tag: u64,
-        replies: &Sender<Completion>,
+        replies: impl Into<Reply>,
     ) -> std::result::Result<(), StorageError> {
         let TileBuffer { id, tile, bytes } = buffer;
         let started = match checksum {

@@ -93,11 +93,10 @@ fn the_unit_used_longest_ago_gives_way_though_its_update_is_under_way() {
     offload
         .step(&[AdamParams::default().into()], 1.0)
         .expect("works");
-    let before = offload.io().expect("usable").expect("a disk").tiles;
     assert!(!gather(NEXT));
     let after = offload.io().expect("usable").expect("a disk").tiles;
-    assert_eq!(
-        before, after,
+    assert!(
+        after < NUMEL / 2 / 2048,
         "the update is still under way, and nobody waited for it"
     );
     offload.release(NEXT).expect("gathered");

@@ -202,7 +202,7 @@ impl FileQueue {
                 buffer,
                 tag,
                 unit: None,
-                reply: work.reply.clone(),
+                reply: work.reply.clone().into(),
             };
             match self.queue.submit(operation) {
                 Ok(()) => pieces += 1,

@@ -86,7 +86,7 @@ fn pass(
                 buffer,
                 tag: next,
                 unit: None,
-                reply: reply.clone(),
+                reply: reply.clone().into(),
             };
             queue.submit(operation).map_err(|(error, _)| error)?;
             next += 1;

@@ -39,7 +39,8 @@ pub use error::{Holder, StorageError};
 pub use file::{DIRECT_ALIGN, DiskFile};
 pub use measure::{DiskSpeed, Pass, measure_disk};
 pub use queue::{
-    Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, OpKind,
-    Operation, Queue, QueueOptions, SimBacking, SimOptions, Trigger, open_queue, open_queue_with,
+    Bell, Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, OpKind,
+    Operation, Queue, QueueOptions, Reply, SimBacking, SimOptions, Trigger, open_queue,
+    open_queue_with,
 };
 pub use store::{BlockSpec, BlockStore, CHECKSUM_PIECE, StoreOptions, checksum, join_checksums};

@@ -2,7 +2,8 @@
 //!
 //! No call waits for another rank while it holds the lock: what other ranks have yet to do is waited for without it, and
 //! looked at again with it ([`with_peers`](Offload::with_peers)). Under the lock calls wait for the disk and for worker
-//! threads, which never take it. The caller holds no lock of the interpreter in any of them.
+//! threads, which never take it. The caller holds no lock of the interpreter in any of them. A thread of this crate
+//! goes on with a step between calls ([`driver`](crate::step::driver)).
 //!
 //! | call | takes the lock | waits for other ranks | waits for the disk |
 //! |---|---|---|---|
@@ -31,7 +32,7 @@ mod weights;
 use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 
 use zeroxide_exchange::{CancelToken, PeerWait, SegmentHandle};
 use zeroxide_layout::UnitLayout;
@@ -41,6 +42,7 @@ use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::io_report::{IoReport, Traffic};
 use crate::settings::{Settings, UnitSpec};
+use crate::step::driver::Driver;
 use crate::weights::bringer::Bringer;
 use crate::weights::stray;
 
@@ -48,6 +50,8 @@ use crate::weights::stray;
 pub struct Offload {
     pub(crate) guard: ForkGuard,
     core: Arc<Mutex<Option<Core>>>,
+    /// Goes on with steps that have outlived their call.
+    driver: Driver,
     budget: Budget,
     recorder: Recorder,
     /// What is counted of the disk; gone once closed. Its lock is never held while anything is waited for.
@@ -77,11 +81,15 @@ impl Offload {
             .collect();
         let core = Arc::new(Mutex::new(Some(core)));
         let bringer = Arc::new(Bringer::new());
-        let net = match core.lock().expect("made just now").as_ref() {
-            Some(made) => stray::spread(made, Arc::downgrade(&core), Arc::clone(&bringer))?,
-            None => None,
+        let (net, driver) = {
+            let guard = core.lock().expect("made just now");
+            let made = guard.as_ref().expect("made just now");
+            let shared = Arc::downgrade(&core);
+            let net = stray::spread(made, Weak::clone(&shared), Arc::clone(&bringer))?;
+            (net, Driver::start(made, shared)?)
         };
         Ok(Self {
+            driver,
             guard: ForkGuard::new(),
             cancel_token,
             core,
@@ -103,10 +111,14 @@ impl Offload {
         // Before the lock: a thread that held it at the fork is not there to give it back, and neither is one that
         // would report a transfer.
         self.guard.check_process()?;
-        match self.lock().as_mut() {
-            Some(core) => work(core),
-            None => misuse(call, "already closed"),
-        }
+        let mut present = self.driver.call();
+        let mut guard = self.lock();
+        let Some(core) = guard.as_mut() else {
+            return misuse(call, "already closed");
+        };
+        let outcome = work(core);
+        present.stepping = core.step.active.is_some();
+        outcome
     }
 
     /// As [`with`](Self::with), for a call that other ranks may have to make possible: `before` tells what they have yet
@@ -120,14 +132,20 @@ impl Offload {
     ) -> Result<T> {
         loop {
             self.guard.check_process()?;
+            let mut present = self.driver.call();
             let mut guard = self.lock();
             let Some(core) = guard.as_mut() else {
                 return misuse(call, "already closed");
             };
-            let Some(wait) = before(core)? else {
-                return work(core);
+            let found = before(core);
+            present.stepping = core.step.active.is_some();
+            let Some(wait) = found? else {
+                let outcome = work(core);
+                present.stepping = core.step.active.is_some();
+                return outcome;
             };
             drop(guard);
+            drop(present);
             let begun = self.recorder.begin();
             let waited = wait.wait();
             self.recorder.end(begun, Activity::RankWait, None, 0);
@@ -264,6 +282,7 @@ impl Offload {
             Vec::new(),
         );
         drop(self.net.lock().expect("no call panics under it").take());
+        self.driver.end();
         let Some(mut core) = self.lock().take() else {
             return Ok(());
         };
@@ -292,7 +311,9 @@ impl Drop for Offload {
         if self.guard.is_forked() {
             // The parts would wait for threads that are not there. The exit of the child gives their memory back.
             std::mem::forget(Arc::clone(&self.core));
+            self.driver.forget();
         } else {
+            self.driver.end();
             // The net's thread, which is waited for next, may itself wait for a listener that needs what the caller holds.
             self.bringer.close();
         }

@@ -1,9 +1,15 @@
 //! One optimizer step: its constants, the stream of tiles, and the update of one tile.
 
+pub(crate) mod driver;
 mod lent;
 pub(crate) mod plan;
 pub(crate) mod stream;
 mod update;
+
+use std::cell::Cell;
+use std::sync::Arc;
+
+use zeroxide_storage::Bell;
 
 use crate::error::{OffloadError, Result};
 use crate::io_report::{Stopwatch, Tally};
@@ -14,6 +20,8 @@ use crate::step::stream::ActiveStep;
 pub(crate) struct Step {
     /// Whether steps go on after they were begun though nothing is at home on disk.
     pub(crate) deferred: bool,
+    /// Wakes the thread that goes on with steps.
+    pub(crate) bell: Arc<Bell>,
     /// The step under way.
     pub(crate) active: Option<ActiveStep>,
     /// Steps begun.
@@ -34,10 +42,15 @@ pub(crate) struct Poison {
     pub(crate) cause: String,
     /// Whether it failed where the caller updates units that are away.
     pub(crate) away: bool,
+    /// The error itself, where it has met nobody's call yet.
+    pub(crate) unraised: Cell<Option<OffloadError>>,
 }
 
 impl Poison {
     fn error(&self) -> OffloadError {
+        if let Some(error) = self.unraised.take() {
+            return error;
+        }
         let (step, cause) = (self.step, self.cause.clone());
         if self.away {
             OffloadError::PoisonedAway { step, cause }
@@ -61,5 +74,19 @@ impl Step {
         self.active
             .as_ref()
             .is_some_and(|step| step.is_updating(unit))
+    }
+
+    /// The unit is used.
+    pub(crate) fn note_use(&mut self, unit: usize) {
+        if let Some(step) = &mut self.active {
+            step.units[unit].ahead = false;
+        }
+    }
+
+    /// Whether the unit has been updated and not been used since, so that its use is to come.
+    pub(crate) fn is_ahead(&self, unit: usize) -> bool {
+        self.active
+            .as_ref()
+            .is_some_and(|step| step.units[unit].ahead)
     }
 }

@@ -2,10 +2,11 @@
 //! leaves. How its tiles pass through memory is in [`stream`](crate::stream).
 //!
 //! A step need not end before the next forward begins: a unit's update must only be done when the unit is next used.
-//! [`Core::step_begin`] plans the step and starts its first reads; every later use of a unit drives the stream until
-//! that unit is done, in the order in which the units are used, so that the disk works while the model computes. The
-//! numbers do not depend on when that happens: a tile's update reads only that tile.
+//! [`Core::step_begin`] plans the step and starts its first reads. A thread goes on with it between calls
+//! ([`driver`](crate::step::driver)), and every use of a unit drives the stream until that unit is done, in the order in
+//! which the units are used. The numbers do not depend on who does what when: a tile's update reads only that tile.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -38,7 +39,7 @@ impl Core {
         self.check_exchanged()?;
         self.state.cache.clear();
         self.wait_reads()?;
-        let mut step = ActiveStep::default();
+        let mut step = ActiveStep::new(&self.step.bell);
         let (mut untouched, mut others) = (Vec::new(), Vec::new());
         for (index, unit) in self.units.iter().enumerate() {
             if matches!(unit.state, StateBlocks::Away) {
@@ -65,6 +66,7 @@ impl Core {
                 tiles: tiles.len(),
                 writes: 0,
                 takes_every_tile,
+                ahead: false,
             });
         }
         self.step.count += 1;
@@ -87,7 +89,7 @@ impl Core {
         if self.disk.is_none() && !self.step.deferred {
             return self.finish_step();
         }
-        let started = self.start_all_reads();
+        let started = self.start_all_reads().map(drop);
         self.record_outcome(started)
     }
 
@@ -121,18 +123,16 @@ impl Core {
     /// its
     /// memory back: backward, which needs the most of it, does not use the ring.
     pub(crate) fn retire_step(&mut self) -> Result<()> {
-        let Some(step) = self.step.active.as_mut().filter(|step| step.is_updated()) else {
+        if !self
+            .step
+            .active
+            .as_ref()
+            .is_some_and(ActiveStep::is_updated)
+        {
             return Ok(());
-        };
-        let mut outcome = Ok(());
-        while outcome.is_ok() {
-            // Only now: after an error a completion that is taken and not noted would be waited for without end.
-            let Ok(completion) = step.replies.1.try_recv() else {
-                break;
-            };
-            outcome = step.note(completion);
         }
-        self.record_outcome(outcome)?;
+        let noted = self.note_completions();
+        self.record_outcome(noted)?;
         if self
             .step
             .active
@@ -196,12 +196,13 @@ impl Core {
     }
 
     /// After an error the state is mixed: the step ends, and no buffer is given up before the disk is done with it.
-    fn record_outcome(&mut self, outcome: Result<()>) -> Result<()> {
+    pub(crate) fn record_outcome<T>(&mut self, outcome: Result<T>) -> Result<T> {
         if let Err(error) = &outcome {
             self.step.poisoned.get_or_insert_with(|| Poison {
                 step: self.step.count,
                 cause: error.to_string(),
                 away: false,
+                unraised: Cell::default(),
             });
             self.abandon_step();
         }

@@ -2,11 +2,12 @@
 //! before it written.
 
 use std::collections::VecDeque;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, channel};
 
 use zeroxide_layout::{PAGE, Role};
 use zeroxide_memory::{Activity, Lease};
-use zeroxide_storage::{Completion, StorageError};
+use zeroxide_storage::{Bell, Completion, Reply, StorageError};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
@@ -46,6 +47,28 @@ pub(crate) struct Progress {
     pub(crate) writes: usize,
     /// Every tile of the unit takes part, so its weights can be read straight into its window.
     pub(crate) takes_every_tile: bool,
+    /// The unit has been updated and not been used since.
+    pub(crate) ahead: bool,
+}
+
+/// Why no further tile's reads were started.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Stopped {
+    /// All have been.
+    Done,
+    /// The staging ring is full.
+    NoRing,
+    /// The next unit's window has to wait for memory that units hold whose use is to come.
+    NoFrames,
+}
+
+/// Where weights of a unit that is away go which gets no memory under its window.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lacking {
+    /// Nowhere yet, if a unit's use will free memory.
+    Wait,
+    /// Through the staging ring; the unit is read again when it is used.
+    Stage,
 }
 
 /// A step that has begun.
@@ -58,55 +81,102 @@ pub(crate) struct ActiveStep {
     /// Number of the oldest job; tags of reads are counted from the first one.
     base: u64,
     pub(crate) writes: usize,
-    pub(crate) replies: (Sender<Completion>, Receiver<Completion>),
+    replies: (Reply, Receiver<Completion>),
 }
 
-impl Default for ActiveStep {
-    fn default() -> Self {
+impl ActiveStep {
+    /// A step of no units yet, whose completions ring `bell`.
+    pub(crate) fn new(bell: &Arc<Bell>) -> Self {
+        let (sender, receiver) = channel();
         Self {
             units: Vec::new(),
             work: VecDeque::new(),
             jobs: VecDeque::new(),
             base: 0,
             writes: 0,
-            replies: channel(),
+            replies: (Reply::ringing(sender, Arc::clone(bell)), receiver),
         }
+    }
+    /// Whether tiles of the unit still wait for their update.
+    pub(crate) fn is_updating(&self, unit: usize) -> bool {
+        self.units[unit].tiles > 0
+    }
+
+    pub(crate) fn is_updated(&self) -> bool {
+        self.work.is_empty() && self.jobs.is_empty()
+    }
+
+    pub(crate) fn in_flight(&self) -> bool {
+        self.writes > 0 || self.jobs.iter().any(|job| job.pending > 0)
+    }
+
+    pub(crate) fn note(&mut self, completion: Completion) -> Result<()> {
+        if completion.tag & WRITE != 0 {
+            self.writes -= 1;
+            self.units[to_usize(completion.tag & !WRITE)].writes -= 1;
+            return completion.result.map_err(Into::into);
+        }
+        let number = completion.tag & ((1 << TENSOR_SHIFT) - 1);
+        let index = number.checked_sub(self.base).map_or(usize::MAX, to_usize);
+        let Some(job) = self.jobs.get_mut(index) else {
+            return misuse(
+                "step",
+                format!("a completion for tile job {number} that is not under way"),
+            );
+        };
+        job.pending -= 1;
+        match completion.result {
+            Ok(()) => job
+                .buffers
+                .push((tensor_of(completion.tag), completion.buffer)),
+            Err(error) => {
+                job.failed.get_or_insert(error);
+            }
+        }
+        Ok(())
     }
 }
 
 impl Core {
-    pub(crate) fn start_all_reads(&mut self) -> Result<()> {
+    /// Starts as many reads as there is room for.
+    pub(crate) fn start_all_reads(&mut self) -> Result<Stopped> {
         while let Some((unit, tile)) = self.active().work.front().copied() {
-            if !self.start_reads(unit, tile)? {
-                break;
-            }
-            self.active_mut().work.pop_front();
+            match self.start_reads(unit, tile, Lacking::Wait)? {
+                Stopped::Done => self.active_mut().work.pop_front(),
+                stopped => return Ok(stopped),
+            };
         }
-        Ok(())
+        Ok(Stopped::Done)
     }
 
-    /// Starts as many reads as there is room for, then updates the oldest tile and starts its writes.
+    /// Starts as many reads as there is room for, then updates the oldest tile and starts its writes; waits for the disk
+    /// where that is not there yet.
     pub(crate) fn advance(&mut self) -> Result<()> {
-        self.start_all_reads()?;
-        match self.active_mut().jobs.front_mut() {
-            // No room for a single tile: writes still hold the ring. Or a tile that is still being read.
-            None => return self.step_receive(),
-            Some(oldest) if oldest.pending > 0 => return self.step_receive(),
-            Some(oldest) => {
-                if let Some(error) = oldest.failed.take() {
-                    return Err(error.into());
-                }
-            }
+        let stopped = self.start_all_reads()?;
+        if stopped == Stopped::NoFrames
+            && self.active().jobs.is_empty()
+            && let Some((unit, tile)) = self.active().work.front().copied()
+            && self.start_reads(unit, tile, Lacking::Stage)? == Stopped::Done
+        {
+            self.active_mut().work.pop_front();
         }
-        let step = self
-            .step
-            .active
-            .as_mut()
-            .expect("driven only while there is a step");
-        let Some(mut job) = step.jobs.pop_front() else {
+        if self.update_oldest()? {
             return Ok(());
+        }
+        // No room for a single tile: writes still hold the ring. Or a tile that is still being read.
+        self.step_receive()
+    }
+
+    /// Updates the oldest tile and starts its writes, if it has been read; returns whether it had.
+    pub(crate) fn update_oldest(&mut self) -> Result<bool> {
+        let step = self.active_mut();
+        let Some(mut job) = step.jobs.pop_front_if(|job| job.pending == 0) else {
+            return Ok(false);
         };
         step.base += 1;
+        if let Some(error) = job.failed.take() {
+            return Err(error.into());
+        }
         let update = Update {
             pool: &self.pool,
             disk: self.disk.as_ref(),
@@ -115,6 +185,7 @@ impl Core {
             tile: job.tile,
         };
         let unit = job.unit;
+        let step = self.step.active.as_ref().expect("looked at just now");
         let plan = &step.units[unit].plan;
         let begun = self.recorder.begin();
         let checksums = update_tile(&update, &mut self.units[unit], &mut job.buffers, plan)?;
@@ -127,6 +198,18 @@ impl Core {
         progress.tiles -= 1;
         if progress.tiles == 0 {
             self.unit_updated(unit)?;
+        }
+        Ok(true)
+    }
+
+    /// Notes what the disk has done, without waiting.
+    pub(crate) fn note_completions(&mut self) -> Result<()> {
+        let Some(step) = self.step.active.as_mut() else {
+            return Ok(());
+        };
+        // After an error none is taken: one that is taken and not noted would be waited for without end.
+        while let Ok(completion) = step.replies.1.try_recv() {
+            step.note(completion)?;
         }
         Ok(())
     }
@@ -151,13 +234,16 @@ impl Core {
                 used,
             };
         }
+        self.active_mut().units[unit].ahead = true;
         self.weights_renewed(unit);
         Ok(())
     }
 
-    /// Takes memory for the tile and starts reading into it; false where there is none.
-    fn start_reads(&mut self, unit: usize, tile: u32) -> Result<bool> {
-        self.try_window(unit, tile)?;
+    /// Takes memory for the tile and starts reading into it, or says what there is none of.
+    fn start_reads(&mut self, unit: usize, tile: u32, lacking: Lacking) -> Result<Stopped> {
+        if !self.try_window(unit, tile)? && lacking == Lacking::Wait && self.has_ahead() {
+            return Ok(Stopped::NoFrames);
+        }
         let this = &self.units[unit];
         let mut buffers = Vec::new();
         let mut to_read = Vec::new();
@@ -180,7 +266,7 @@ impl Core {
                     .lease(byte_range(&this.flat(&elements), tensor.size()))?,
                 _ => match self.disk().ring.lease(bytes.len(), PAGE) {
                     Ok(lease) => lease,
-                    Err(_) => return Ok(false),
+                    Err(_) => return Ok(Stopped::NoRing),
                 },
             };
             if pristine && tensor.role == Role::Moment {
@@ -216,25 +302,41 @@ impl Core {
             disk.start_read(buffer, tag, &step.replies.0)?;
             step.jobs[at].pending += 1;
         }
-        Ok(true)
+        Ok(Stopped::Done)
     }
 
     /// Before the first tile of a unit that is away: frames for its window, if that takes nothing from units in use.
-    /// Its weights are then updated where the next forward wants them.
-    fn try_window(&mut self, unit: usize, tile: u32) -> Result<()> {
+    /// Its weights are then updated where the next forward wants them. False where there are none.
+    fn try_window(&mut self, unit: usize, tile: u32) -> Result<bool> {
         if tile > 0
             || !self.active().units[unit].takes_every_tile
             || !self.units[unit].weights.on_disk()
             || !matches!(self.residence(unit), Some(Residence::Away))
         {
-            return Ok(());
+            return Ok(true);
         }
-        if self.map_frames(unit, false, self.under(unit))?
-            && let Some(residence) = self.residence_mut(unit)
-        {
+        if !self.map_frames(unit, false, self.under(unit))? {
+            return Ok(false);
+        }
+        if let Some(residence) = self.residence_mut(unit) {
             *residence = Residence::Updating;
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Whether the step has yet to update the unit's weights on disk, or has done so and nobody has used them since.
+    pub(crate) fn is_due(&self, unit: usize) -> bool {
+        let step = &self.step;
+        self.units[unit].weights.on_disk() && (step.is_updating(unit) || step.is_ahead(unit))
+    }
+
+    /// Whether a unit's use is to come that will then give memory under windows back.
+    fn has_ahead(&self) -> bool {
+        (0..self.units.len()).any(|unit| match self.residence(unit) {
+            Some(Residence::Updating) => true,
+            Some(Residence::Here { pinned: false, .. }) => self.is_due(unit),
+            _ => false,
+        })
     }
 
     fn start_writes(&mut self, job: TileJob, checksums: &[(usize, u64)]) -> Result<()> {
@@ -295,47 +397,6 @@ impl Core {
             .active
             .as_mut()
             .expect("driven only while there is a step")
-    }
-}
-
-impl ActiveStep {
-    /// Whether tiles of the unit still wait for their update.
-    pub(crate) fn is_updating(&self, unit: usize) -> bool {
-        self.units[unit].tiles > 0
-    }
-
-    pub(crate) fn is_updated(&self) -> bool {
-        self.work.is_empty() && self.jobs.is_empty()
-    }
-
-    pub(crate) fn in_flight(&self) -> bool {
-        self.writes > 0 || self.jobs.iter().any(|job| job.pending > 0)
-    }
-
-    pub(crate) fn note(&mut self, completion: Completion) -> Result<()> {
-        if completion.tag & WRITE != 0 {
-            self.writes -= 1;
-            self.units[to_usize(completion.tag & !WRITE)].writes -= 1;
-            return completion.result.map_err(Into::into);
-        }
-        let number = completion.tag & ((1 << TENSOR_SHIFT) - 1);
-        let index = number.checked_sub(self.base).map_or(usize::MAX, to_usize);
-        let Some(job) = self.jobs.get_mut(index) else {
-            return misuse(
-                "step",
-                format!("a completion for tile job {number} that is not under way"),
-            );
-        };
-        job.pending -= 1;
-        match completion.result {
-            Ok(()) => job
-                .buffers
-                .push((tensor_of(completion.tag), completion.buffer)),
-            Err(error) => {
-                job.failed.get_or_insert(error);
-            }
-        }
-        Ok(())
     }
 }
 

@@ -41,6 +41,7 @@ impl Core {
             *pinned = true;
             *used = clock;
         }
+        self.step.note_use(unit);
         self.prepare_for_parts(unit, covered)?;
         self.refresh_shard(unit)?;
         Ok(match &self.units[unit].weights {
@@ -289,6 +290,9 @@ impl Core {
             } else if let Some(ahead) = forced.then(|| self.any_updating(wanted_by)).flatten() {
                 // The step has taken these frames for a unit that comes later than one it has no work for.
                 self.finish_writes(ahead)?;
+            } else if let Some(ahead) = forced.then(|| self.any_ahead(wanted_by)).flatten() {
+                // Updated for a use that comes later than this one after all: it is read again for that.
+                self.evict(ahead)?;
             } else if let Some(held) = forced.then(|| self.oldest_held(wanted_by)).flatten() {
                 // Whoever still reads it brings it back, one read at a time.
                 self.evict(held)?;
@@ -323,9 +327,7 @@ impl Core {
                     pinned: false,
                     used,
                     ..
-                }) if !(self.step.is_updating(unit) && self.units[unit].weights.on_disk()) => {
-                    Some((*used, unit))
-                }
+                }) if !self.is_due(unit) => Some((*used, unit)),
                 _ => None,
             })
             .min()
@@ -339,6 +341,16 @@ impl Core {
                 Some(Residence::Updating | Residence::Here { pinned: false, .. })
             );
             *unit != except && mapped && self.step.is_updating(*unit)
+        })
+    }
+
+    fn any_ahead(&self, except: usize) -> Option<usize> {
+        (0..self.units.len()).find(|unit| {
+            let here = matches!(
+                self.residence(*unit),
+                Some(Residence::Here { pinned: false, .. })
+            );
+            *unit != except && here && self.step.is_ahead(*unit)
         })
     }
 

@@ -82,7 +82,11 @@ impl Case {
                 format: self.rule(index).1,
             })
             .collect();
-        let settings = Settings {
+        Offload::new(&self.settings(), &units)
+    }
+
+    pub(crate) fn settings(&self) -> Settings {
+        Settings {
             mesh: MeshPosition::ALONE,
             comm_dtype: Dtype::F32,
             quantisation: Quantisation::default(),
@@ -99,8 +103,7 @@ impl Case {
             queue_depth: 8,
             directories: vec![self.directory.path().to_path_buf()],
             job: "test".into(),
-        };
-        Offload::new(&settings, &units)
+        }
     }
 
     pub(crate) fn open_filled(&self) -> Result<Offload> {

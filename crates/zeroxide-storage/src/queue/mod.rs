@@ -16,6 +16,7 @@
 mod counters;
 mod inbox;
 mod operation;
+mod reply;
 #[expect(unsafe_code, reason = "the kernel is handed raw pointers into leases")]
 mod ring;
 mod simulated;
@@ -32,6 +33,7 @@ use crate::error::StorageError;
 
 pub use counters::{IoCounters, KindCounters};
 pub use operation::{Completion, OpKind, Operation};
+pub use reply::{Bell, Reply};
 pub use simulated::{Fault, FaultRule, SimBacking, SimOptions, Trigger};
 
 use simulated::SimulatedQueue;

@@ -2,10 +2,10 @@
 
 use std::fmt;
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
 
 use zeroxide_memory::Lease;
 
+use super::reply::Reply;
 use crate::error::StorageError;
 use crate::file::{DIRECT_ALIGN, DiskFile};
 
@@ -42,7 +42,7 @@ pub struct Operation {
     /// The unit whose bytes these are, for who records what the queue does.
     pub unit: Option<usize>,
     /// Where the completion goes. When its receiver is gone the buffer is released on completion.
-    pub reply: Sender<Completion>,
+    pub reply: Reply,
 }
 
 impl Operation {

@@ -299,7 +299,7 @@ mod tests {
                 buffer,
                 tag: index as u64,
                 unit: None,
-                reply: reply.clone(),
+                reply: reply.clone().into(),
             };
             assert!(
                 ring.start(Transfer::new(operation, &meter)).is_ok(),

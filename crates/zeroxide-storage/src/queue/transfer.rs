@@ -147,8 +147,7 @@ impl Transfer {
         // Before the answer: whoever has that finds the event recorded.
         let recorder = self.meter.recorder();
         recorder.end(self.accepted, activity, unit, self.done as u64);
-        // A receiver that is gone wants no answer; the buffer then goes back to where it came from.
-        let _ = reply.send(Completion {
+        reply.send(Completion {
             tag,
             kind,
             buffer,

@@ -18,7 +18,6 @@ mod scratch;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use zeroxide_layout::BlockId;
@@ -26,7 +25,7 @@ use zeroxide_memory::{ForkGuard, Lease};
 
 use crate::error::StorageError;
 use crate::file::DiskFile;
-use crate::queue::{Completion, OpKind, Operation, Queue};
+use crate::queue::{OpKind, Operation, Queue, Reply};
 
 pub use checksums::{CHECKSUM_PIECE, checksum, join_checksums};
 pub use placement::BlockSpec;
@@ -153,7 +152,7 @@ impl BlockStore {
         tile: u32,
         buffer: Lease,
         tag: u64,
-        reply: &Sender<Completion>,
+        reply: impl Into<Reply>,
     ) -> Result<(), (StorageError, Lease)> {
         let (index, home) = match self.locate(block, tile, buffer.len()) {
             Ok(located) => located,
@@ -178,7 +177,7 @@ impl BlockStore {
         tile: u32,
         buffer: Lease,
         tag: u64,
-        reply: &Sender<Completion>,
+        reply: impl Into<Reply>,
     ) -> Result<(), (StorageError, Lease)> {
         let crc = checksum(&buffer);
         self.start_write_with_crc(block, tile, buffer, crc, tag, reply)
@@ -196,7 +195,7 @@ impl BlockStore {
         buffer: Lease,
         crc: u64,
         tag: u64,
-        reply: &Sender<Completion>,
+        reply: impl Into<Reply>,
     ) -> Result<(), (StorageError, Lease)> {
         let (index, home) = match self.locate(block, tile, buffer.len()) {
             Ok(located) => located,
@@ -396,7 +395,7 @@ impl BlockStore {
         home: Home,
         buffer: Lease,
         tag: u64,
-        reply: &Sender<Completion>,
+        reply: impl Into<Reply>,
     ) -> Result<(), (StorageError, Lease)> {
         let operation = Operation {
             kind,
@@ -405,7 +404,7 @@ impl BlockStore {
             buffer,
             tag,
             unit: usize::try_from(block.unit).ok(),
-            reply: reply.clone(),
+            reply: reply.into(),
         };
         self.queue
             .submit(operation)

@@ -70,7 +70,7 @@ impl<'a> Client<'a> {
         buffer: Lease,
         tag: u64,
     ) -> Operation {
-        let (file, reply) = (Arc::clone(file), self.reply.clone());
+        let (file, reply) = (Arc::clone(file), self.reply.clone().into());
         Operation {
             kind,
             file,
