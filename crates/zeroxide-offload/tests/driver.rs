@@ -39,7 +39,7 @@ fn settle(offload: &Offload) {
     });
 }
 
-/// Catches: a step that stands still until somebody asks, a lost ring of a completion, a staging ring that keeps its
+/// Catches: a step that stands still until somebody asks, a completion that nobody is told of, a staging ring that keeps its
 /// memory after the last write.
 #[test]
 fn a_step_ends_while_nobody_calls() {

@@ -39,7 +39,7 @@ pub use error::{Holder, StorageError};
 pub use file::{DIRECT_ALIGN, DiskFile};
 pub use measure::{DiskSpeed, Pass, measure_disk};
 pub use queue::{
-    Bell, Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, OpKind,
+    Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, Notify, OpKind,
     Operation, Queue, QueueOptions, Reply, SimBacking, SimOptions, Trigger, open_queue,
     open_queue_with,
 };

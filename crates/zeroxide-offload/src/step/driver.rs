@@ -7,14 +7,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 
-use zeroxide_storage::Bell;
+use zeroxide_storage::Notify;
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result};
 
 /// The thread, and what keeps it out of the way of calls. Without a thread where no step outlives its call.
 pub(crate) struct Driver {
-    bell: Arc<Bell>,
+    notify: Arc<Notify>,
     /// Calls that hold the core's lock or wait for it.
     callers: Arc<AtomicUsize>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -30,10 +30,10 @@ pub(crate) struct Call<'a> {
 impl Driver {
     /// A driver of the steps of `core`, which is that of `shared`.
     pub(crate) fn start(core: &Core, shared: Weak<Mutex<Option<Core>>>) -> Result<Self> {
-        let bell = Arc::clone(&core.step.bell);
+        let notify = Arc::clone(&core.step.notify);
         let callers = Arc::new(AtomicUsize::new(0));
         let thread = if core.disk.is_some() || core.step.deferred {
-            let (heard, others) = (Arc::clone(&bell), Arc::clone(&callers));
+            let (heard, others) = (Arc::clone(&notify), Arc::clone(&callers));
             let thread = std::thread::Builder::new()
                 .name("zx-step".into())
                 .spawn(move || run(&shared, &heard, &others))
@@ -46,7 +46,7 @@ impl Driver {
             None
         };
         Ok(Self {
-            bell,
+            notify,
             callers,
             thread: Mutex::new(thread),
         })
@@ -63,7 +63,7 @@ impl Driver {
 
     /// Ends the thread; the step stays where it is. Idempotent.
     pub(crate) fn end(&self) {
-        self.bell.close();
+        self.notify.close();
         let thread = self
             .thread
             .lock()
@@ -89,15 +89,15 @@ impl Drop for Call<'_> {
     fn drop(&mut self) {
         let last = self.driver.callers.fetch_sub(1, Ordering::SeqCst) == 1;
         if last && self.stepping {
-            self.driver.bell.ring();
+            self.driver.notify.notify_one();
         }
     }
 }
 
-/// Until the bell is closed or the core is gone.
-fn run(shared: &Weak<Mutex<Option<Core>>>, bell: &Bell, callers: &AtomicUsize) {
-    while bell.wait() {
-        // Calls ring when the last of them ends.
+/// Until the notify is closed or the core is gone.
+fn run(shared: &Weak<Mutex<Option<Core>>>, notify: &Notify, callers: &AtomicUsize) {
+    while notify.wait() {
+        // The last call notifies when it ends.
         while callers.load(Ordering::SeqCst) == 0 {
             let Some(shared) = shared.upgrade() else {
                 return;

@@ -9,7 +9,7 @@ mod update;
 use std::cell::Cell;
 use std::sync::Arc;
 
-use zeroxide_storage::Bell;
+use zeroxide_storage::Notify;
 
 use crate::error::{OffloadError, Result};
 use crate::io_report::{Stopwatch, Tally};
@@ -21,7 +21,7 @@ pub(crate) struct Step {
     /// Whether steps go on after they were begun though nothing is at home on disk.
     pub(crate) deferred: bool,
     /// Wakes the thread that goes on with steps.
-    pub(crate) bell: Arc<Bell>,
+    pub(crate) notify: Arc<Notify>,
     /// The step under way.
     pub(crate) active: Option<ActiveStep>,
     /// Steps begun.

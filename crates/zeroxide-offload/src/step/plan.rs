@@ -39,7 +39,7 @@ impl Core {
         self.check_exchanged()?;
         self.state.cache.clear();
         self.wait_reads()?;
-        let mut step = ActiveStep::new(&self.step.bell);
+        let mut step = ActiveStep::new(&self.step.notify);
         let (mut untouched, mut others) = (Vec::new(), Vec::new());
         for (index, unit) in self.units.iter().enumerate() {
             if matches!(unit.state, StateBlocks::Away) {

@@ -7,7 +7,7 @@ use std::sync::mpsc::{Receiver, channel};
 
 use zeroxide_layout::{PAGE, Role};
 use zeroxide_memory::{Activity, Lease};
-use zeroxide_storage::{Bell, Completion, Reply, StorageError};
+use zeroxide_storage::{Completion, Notify, Reply, StorageError};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
@@ -85,8 +85,8 @@ pub(crate) struct ActiveStep {
 }
 
 impl ActiveStep {
-    /// A step of no units yet, whose completions ring `bell`.
-    pub(crate) fn new(bell: &Arc<Bell>) -> Self {
+    /// A step of no units yet, whose completions are told to `notify`.
+    pub(crate) fn new(notify: &Arc<Notify>) -> Self {
         let (sender, receiver) = channel();
         Self {
             units: Vec::new(),
@@ -94,7 +94,7 @@ impl ActiveStep {
             jobs: VecDeque::new(),
             base: 0,
             writes: 0,
-            replies: (Reply::ringing(sender, Arc::clone(bell)), receiver),
+            replies: (Reply::notifying(sender, Arc::clone(notify)), receiver),
         }
     }
     /// Whether tiles of the unit still wait for their update.

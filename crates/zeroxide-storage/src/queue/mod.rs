@@ -33,7 +33,7 @@ use crate::error::StorageError;
 
 pub use counters::{IoCounters, KindCounters};
 pub use operation::{Completion, OpKind, Operation};
-pub use reply::{Bell, Reply};
+pub use reply::{Notify, Reply};
 pub use simulated::{Fault, FaultRule, SimBacking, SimOptions, Trigger};
 
 use simulated::SimulatedQueue;

@@ -9,23 +9,23 @@ use super::operation::Completion;
 #[derive(Clone)]
 pub struct Reply {
     channel: Sender<Completion>,
-    bell: Option<Arc<Bell>>,
+    notify: Option<Arc<Notify>>,
 }
 
 impl Reply {
-    /// Rings `bell` after every completion: for a thread that has more to look at than the channel.
-    pub const fn ringing(channel: Sender<Completion>, bell: Arc<Bell>) -> Self {
+    /// Tells `notify` of every completion: for a thread that has more to look at than the channel.
+    pub const fn notifying(channel: Sender<Completion>, notify: Arc<Notify>) -> Self {
         Self {
             channel,
-            bell: Some(bell),
+            notify: Some(notify),
         }
     }
 
     /// Sends the completion. A receiver that is gone wants none; the buffer then goes back to where it came from.
     pub(super) fn send(&self, completion: Completion) {
         let _ = self.channel.send(completion);
-        if let Some(bell) = &self.bell {
-            bell.ring();
+        if let Some(notify) = &self.notify {
+            notify.notify_one();
         }
     }
 }
@@ -34,7 +34,7 @@ impl From<Sender<Completion>> for Reply {
     fn from(channel: Sender<Completion>) -> Self {
         Self {
             channel,
-            bell: None,
+            notify: None,
         }
     }
 }
@@ -51,9 +51,9 @@ impl From<&Reply> for Reply {
     }
 }
 
-/// Wakes one thread. A ring is kept until that thread has waited for it, so none is missed.
+/// Wakes one thread. A notice is kept until that thread has waited for it, so none is missed.
 #[derive(Debug, Default)]
-pub struct Bell {
+pub struct Notify {
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -62,17 +62,17 @@ pub struct Bell {
 enum State {
     #[default]
     Silent,
-    Rung,
+    Notified,
     /// For good.
     Closed,
 }
 
-impl Bell {
+impl Notify {
     /// Has the next wait, or the present one, return.
-    pub fn ring(&self) {
+    pub fn notify_one(&self) {
         let mut state = self.lock();
         if *state == State::Silent {
-            *state = State::Rung;
+            *state = State::Notified;
             self.changed.notify_one();
         }
     }
@@ -83,13 +83,13 @@ impl Bell {
         self.changed.notify_all();
     }
 
-    /// Waits for a ring and takes it; false once closed.
+    /// Waits for a notice and takes it; false once closed.
     pub fn wait(&self) -> bool {
         let mut state = self.lock();
         loop {
             match *state {
                 State::Closed => return false,
-                State::Rung => {
+                State::Notified => {
                     *state = State::Silent;
                     return true;
                 }
@@ -113,20 +113,20 @@ impl Bell {
 mod tests {
     use super::*;
 
-    /// Catches: a ring lost because nobody waited when it came, and one that is counted twice.
+    /// Catches: a notice lost because nobody waited when it came, and one that is counted twice.
     #[test]
-    fn a_ring_is_kept_until_it_is_waited_for() {
-        let bell = Arc::new(Bell::default());
-        bell.ring();
-        bell.ring();
-        assert!(bell.wait());
-        let waiter = Arc::clone(&bell);
+    fn a_notice_is_kept_until_it_is_waited_for() {
+        let notify = Arc::new(Notify::default());
+        notify.notify_one();
+        notify.notify_one();
+        assert!(notify.wait());
+        let waiter = Arc::clone(&notify);
         let thread = std::thread::spawn(move || waiter.wait());
         std::thread::sleep(std::time::Duration::from_millis(20));
-        assert!(!thread.is_finished(), "two rings before one wait are one");
-        bell.close();
+        assert!(!thread.is_finished(), "two notices before one wait are one");
+        notify.close();
         assert!(!thread.join().expect("waits without a panic"));
-        bell.ring();
-        assert!(!bell.wait(), "closed for good");
+        notify.notify_one();
+        assert!(!notify.wait(), "closed for good");
     }
 }
