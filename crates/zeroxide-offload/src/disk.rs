@@ -56,6 +56,7 @@ impl Disk {
             blocks,
             queue: Arc::clone(&queue),
             ephemeral: true,
+            durable: None,
         })?;
         let ring = Arena::new(budget, Bucket::Staging, to_usize(settings.staging_bytes))?;
         Ok(Self {
