@@ -269,7 +269,7 @@ fn after_a_failed_sync_nothing_is_committed_any_more() {
         "{error}"
     );
     let error = store.prepare_commit("").unwrap_err().to_string();
-    assert!(error.contains("sync has failed before"), "{error}");
+    assert!(error.contains("has failed before"), "{error}");
     drop(store);
     let store = open(&[root.path()]).unwrap();
     store.adopt(1).unwrap();

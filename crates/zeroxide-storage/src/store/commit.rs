@@ -72,7 +72,7 @@ pub(super) struct Commits {
     phase: Mutex<Phase>,
     /// Whether tiles may be written; follows from the phase, for who asks at every write.
     writable: AtomicBool,
-    /// A sync has failed: what was written may be lost though a later sync succeeds.
+    /// A write or a sync has failed: what was written may be lost though a later sync succeeds.
     lost: AtomicBool,
     pins: Arc<AtomicUsize>,
 }
@@ -238,7 +238,7 @@ impl BlockStore {
             return Err(self.refuse("prepare_commit", "the commit before is still being read"));
         }
         if commits.lost.load(Ordering::Acquire) {
-            let reason = "a sync has failed before: what was written since may be lost";
+            let reason = "a write or a sync has failed before: what was written since may be lost";
             return Err(self.refuse("prepare_commit", reason));
         }
         for file in &self.files {
@@ -291,6 +291,18 @@ impl BlockStore {
         self.versions.commit();
         commits.enter(&mut phase, Phase::Open(generation));
         Ok(())
+    }
+
+    /// Whether it has commits.
+    pub fn is_durable(&self) -> bool {
+        self.commits.is_some()
+    }
+
+    /// A write has failed whose tile a later commit would name: none is made any more.
+    pub fn lose(&self) {
+        if let Some(commits) = &self.commits {
+            commits.lost.store(true, Ordering::Release);
+        }
     }
 
     /// Makes every tile what the last commit says: what was written since is forgotten, and a tile that was not written
