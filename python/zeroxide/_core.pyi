@@ -185,7 +185,9 @@ class Quantisation:
 
 @final
 class Settings:
-    """Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank."""
+    """Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank;
+    `durable` is (name, value) of what a run must have in common with the one that it continues, None for a run that
+    leaves nothing."""
 
     def __new__(
         cls,
@@ -206,6 +208,7 @@ class Settings:
         quantisation: Quantisation | None = None,
         reduce_scale: float = 1.0,
         defers_steps: bool = False,
+        durable: list[tuple[str, str]] | None = None,
     ) -> Settings: ...
 
 @final
@@ -316,6 +319,26 @@ class Offload:
     def close(self, readers: list[int] | None = None) -> None: ...
 
 @final
+class Commits:
+    """Makes commits of one `Offload`, and goes back to the last one."""
+
+    def __new__(cls, core: Offload, /) -> Commits: ...
+    def found(self) -> list[int]: ...
+    def adopt(self, generation: int) -> str | None: ...
+    def prepare(self, note: str) -> int: ...
+    def conclude(self) -> None: ...
+    def roll_back(self) -> None: ...
+    def reads(self) -> CommittedReads: ...
+
+@final
+class CommittedReads:
+    """Reads the last commit while training goes on."""
+
+    def read_param(self, unit: int, param: int, part: str, start: int, out: TensorSpec) -> None: ...
+    def read_bytes(self, unit: int, param: int, start: int, out: TensorSpec) -> None: ...
+    def close(self) -> None: ...
+
+@final
 class Recorder:
     """Records what a core does and when, while it is on. `start` takes how many of the newest events it keeps; `stop`
     returns them in the order in which they began, with the number of those that it has not kept, or None where it was
@@ -377,6 +400,8 @@ class Plan:
     def gathered_bytes(self) -> int: ...
     @property
     def disk_bytes(self) -> int: ...
+    @property
+    def durable_bytes(self) -> int: ...
     @property
     def buckets(self) -> dict[str, int]: ...
     @property

@@ -14,6 +14,7 @@ from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
 from zeroxide.config.sections.optimizer import keys_of
 from zeroxide.config.sections.scheduler import SCHEDULES
+from zeroxide.errors import ConfigError
 
 # --- every key with an effect changes the resolved config ------------------------------------------------------------
 
@@ -183,6 +184,8 @@ EFFECTS = [
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),
     ("checkpoint.writer.decoupled", True, {}, "checkpoint.background", True),
     ("zeroxide.rank_timeout", 2.5, {}, "zeroxide.rank_timeout", 2.5),
+    ("zeroxide.durable_every", 50, {}, "zeroxide.durable_every", 50),
+    ("zeroxide.durable_name", "a-b.1", {"zeroxide": {"durable_every": 1}}, "zeroxide.durable_name", "a-b.1"),
     ("zeroxide.mesh.dp_shard", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zeroxide.mesh.dp_replicate", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zero_optimization.zero_hpz_partition_size", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
@@ -236,6 +239,12 @@ def test_every_key_with_an_effect_is_in_the_table_above():
 
 
 # --- keys without an effect, and keys not built ----------------------------------------------------------------------
+
+
+def test_a_name_for_commits_that_nobody_makes_is_refused():
+    with pytest.raises(ConfigError, match="durable_every = 0 makes none") as refused:
+        load({"zeroxide": {"durable_name": "first"}})
+    assert refused.value.path == "zeroxide.durable_name"
 
 
 def test_keys_without_an_effect_are_listed_once_with_a_reason():

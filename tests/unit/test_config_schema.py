@@ -124,6 +124,8 @@ WRONG = [
     ("zeroxide.host_memory", 1000),
     ("zeroxide.prefetch", -1),
     ("zeroxide.rank_timeout", 0),
+    ("zeroxide.durable_every", -1),
+    ("zeroxide.durable_name", "a/b"),
     ("zeroxide.io_engine", "uring"),
     ("gradient_cliping", 1),
     ("zero_optimization.stge", 3),

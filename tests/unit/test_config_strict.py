@@ -156,6 +156,8 @@ WRONG = [
     *(("zeroxide.threads", value) for value in (0, -1, 5000, True, "8")),
     *(("zeroxide.prefetch", value) for value in (-1, 1.5, 5000, True, "1")),
     *(("zeroxide.rank_timeout", value) for value in (0, 0.5, -1, "10", True, NAN, INF, 1e6)),
+    *(("zeroxide.durable_every", value) for value in (-1, 1.5, True, "1")),
+    *(("zeroxide.durable_name", value) for value in ("", ".", "..", "a/b", "a b", "-a", "a" * 101, 1, True)),
     *(("zeroxide.device", value) for value in (0, "", "GPU", "cuda:", "cuda:x", "cuda:1:2", " cuda", True, ["cpu"])),
     *(("zeroxide.transport", value) for value in ("tcp", 1)),
     *(("zeroxide.format", value) for value in ("fp16", 1, None.__class__, "")),

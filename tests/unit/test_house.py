@@ -201,8 +201,8 @@ HOST_MEMORY = re.compile(
     r"|\b(address_of|is_moving)\("
 )
 HOLDERS = {
-    "zeroxide-device/src/cuda/sys/driver.rs": "gives the driver texts and numbers to fill in",
     "zeroxide-device/src/cuda/sys/cufile.rs": "gives cuFile a file and takes its handle: no compute memory",
+    "zeroxide-device/src/cuda/sys/driver.rs": "gives the driver texts and numbers to fill in",
     "zeroxide-device/src/cuda/sys/kernel.rs": "gives the driver a kernel's argument",
     "zeroxide-device/src/cuda/sys/library.rs": "finds functions of the driver and the compiler: no compute memory",
     "zeroxide-device/src/cuda/sys/nvrtc.rs": "gives the compiler texts: no compute memory",
@@ -214,6 +214,7 @@ HOLDERS = {
     "zeroxide-offload/src/api/mod.rs": "compares addresses: copies a tensor first that lies in a window",
     "zeroxide-offload/src/api/weights.rs": "tells Python where a unit's window is",
     "zeroxide-offload/src/build.rs": "reserves the windows",
+    "zeroxide-offload/src/durable/mod.rs": "copies what is in host memory to its mirror on disk and back",
     "zeroxide-offload/src/gradients/accumulate.rs": "finds where a gradient begins",
     "zeroxide-offload/src/gradients/reduce.rs": "tells Python where messages find and leave gradients",
     "zeroxide-offload/src/gradients/transport.rs": "puts memory that ranks share under windows",
@@ -233,6 +234,7 @@ HOLDERS = {
     "zeroxide-python/src/blocks.rs": "passes messages, which lie in host memory, to the kernels",
     "zeroxide-python/src/buffer.rs": "is memory of the core as a Python buffer",
     "zeroxide-python/src/codec.rs": "turns tensors in host memory into stored weights and back",
+    "zeroxide-python/src/commits.rs": "reads the last commit into tensors in host memory",
     "zeroxide-python/src/cuda.rs": "is registered host memory as a Python buffer",
     "zeroxide-python/src/dlpack.rs": "asks torch where a tensor in host memory is",
     "zeroxide-python/src/file_queue.rs": "moves tensors in host memory from and to files",

@@ -61,7 +61,6 @@ EXCEPTIONS = {
     ("crates/zeroxide-storage/src/queue/inbox.rs", "Answers"): "a verb",
     ("crates/zeroxide-storage/src/queue/transfer.rs", "Answers"): "a verb",
     ("crates/zeroxide-storage/src/store/lock.rs", "Held"): "a lock that somebody holds",
-    ("crates/zeroxide-storage/src/store/mod.rs", "Held"): "a lock that somebody holds",
     ("crates/zeroxide-storage/src/store/lock.rs", "Run"): "a run of a program, which holds a lock",
     ("crates/zeroxide-offload/src/facts.rs", "Run"): "a run of a program, which holds a lock",
     ("crates/zeroxide-storage/src/error.rs", "Run"): "a run of a program, which holds a lock",

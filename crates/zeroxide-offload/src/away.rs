@@ -92,12 +92,9 @@ impl Core {
     /// The caller's part of a step has failed: the state is that of two steps.
     pub(crate) fn fail_step(&mut self, cause: &str, begun: bool) {
         let step = self.step.count + u64::from(!begun);
-        self.step.poisoned.get_or_insert_with(|| Poison {
-            step,
-            cause: cause.to_owned(),
-            away: true,
-            unraised: std::cell::Cell::default(),
-        });
+        self.step
+            .poisoned
+            .get_or_insert_with(|| Poison::new(step, &cause, true));
         self.abandon_step();
     }
 

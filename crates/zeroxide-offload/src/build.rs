@@ -7,7 +7,8 @@ use zeroxide_storage::BlockSpec;
 
 use crate::core::to_usize;
 use crate::disk::Disk;
-use crate::error::{OffloadError, Result};
+use crate::durable::mirror_tile;
+use crate::error::{OffloadError, Result, misuse};
 use crate::homes::{GradArena, ShardArena, StateArena};
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
 use crate::unit::{StateBlocks, Unit};
@@ -25,6 +26,7 @@ pub(crate) fn reserve(
     recorder: &Recorder,
 ) -> Result<(Vec<Unit>, Weights, Option<Disk>)> {
     let (units, blocks) = make_units(budget, settings, specs, tensors, placement)?;
+    check_durable(settings, &units, placement)?;
     let weights = Weights::new(budget, placement, settings.gathered_bytes)?;
     let disk = match (placement.ring_tile(), placement.ring_minimum()) {
         (Some(tile), Some(need)) => Some(Disk::open(
@@ -69,6 +71,9 @@ fn make_units(
             what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
         })?;
         blocks.extend(disk_blocks(&tensors[index], id, placed));
+        if settings.durable.is_some() {
+            blocks.extend(mirror_blocks(settings, &tensors[index], id, placed));
+        }
         let grad = match spec.weights {
             WeightHome::Borrowed => None,
             _ if trainable == 0 || placed.is_away() => None,
@@ -115,6 +120,61 @@ fn disk_blocks(tensors: &StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<Blo
         });
     }
     blocks
+}
+
+/// What a durable store has beside that: room for copies of what is at home in host memory.
+fn mirror_blocks(
+    settings: &Settings,
+    tensors: &StateLayout,
+    unit: u32,
+    placed: &PlacedUnit,
+) -> Vec<BlockSpec> {
+    let tile = mirror_tile(settings);
+    let mut blocks = Vec::new();
+    for tensor in tensors.tensors() {
+        let size = tensor.size() as u64;
+        let elements = match (tensor.key, placed.shape.weights, placed.shape.state) {
+            (StateKey::WEIGHT, WeightHome::Host | WeightHome::Shard, _) => placed.local.own,
+            (StateKey::WEIGHT, ..) => 0,
+            (_, _, StateHome::Host) => placed.local.kept,
+            _ => 0,
+        };
+        if elements > 0 {
+            blocks.push(BlockSpec {
+                id: BlockId {
+                    unit,
+                    key: tensor.key,
+                },
+                bytes: elements * size,
+                tile_bytes: tile * size,
+            });
+        }
+    }
+    blocks
+}
+
+/// Refuses a durable run whose state is not all within reach of a commit.
+fn check_durable(settings: &Settings, units: &[Unit], placement: &Placement) -> Result<()> {
+    if settings.durable.is_none() {
+        return Ok(());
+    }
+    let out_of_reach = |unit: &&Unit| {
+        matches!(
+            unit.weights,
+            UnitWeights::Away { .. } | UnitWeights::Borrowed { .. }
+        )
+    };
+    if let Some(unit) = units.iter().find(out_of_reach) {
+        let name = &unit.name;
+        return misuse(
+            "new",
+            format!("a durable run has unit {name} on the device"),
+        );
+    }
+    if placement.ring_tile().is_none() {
+        return misuse("new", "a durable run has nothing at home on disk");
+    }
+    Ok(())
 }
 
 /// The live weights of one unit, before anything is in them.

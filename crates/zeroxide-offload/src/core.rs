@@ -8,6 +8,7 @@ use zeroxide_optim::Pool;
 
 use crate::build;
 use crate::disk::Disk;
+use crate::durable::mirror_tile;
 use crate::error::{Result, misuse};
 use crate::gradients::Gradients;
 use crate::gradients::transport::GradientTransport;
@@ -35,6 +36,8 @@ pub(crate) struct Core {
     pub(crate) rooms: Rooms,
     pub(crate) state: State,
     pub(crate) step: Step,
+    /// Elements in a tile of what a commit copies from host memory to disk.
+    pub(crate) mirror_tile: u64,
 }
 
 impl Core {
@@ -70,6 +73,7 @@ impl Core {
                 deferred: settings.defers_steps,
                 ..Step::default()
             },
+            mirror_tile: mirror_tile(settings),
         })
     }
 

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use zeroxide_memory::{Activity, Arena, Bucket, Budget, Recorder};
 use zeroxide_storage::{
-    BlockSpec, BlockStore, Completion, Queue, QueueOptions, StoreOptions, open_queue_with,
+    BlockSpec, BlockStore, Completion, Durable, Queue, QueueOptions, StoreOptions, open_queue_with,
 };
 
 use crate::core::to_usize;
@@ -16,7 +16,7 @@ use crate::settings::Settings;
 
 /// Present when anything is at home on disk.
 pub(crate) struct Disk {
-    pub(crate) store: BlockStore,
+    pub(crate) store: Arc<BlockStore>,
     pub(crate) queue: Arc<dyn Queue>,
     /// Staging memory: every byte between disk and compute that is not a window.
     pub(crate) ring: Arena,
@@ -50,13 +50,14 @@ impl Disk {
             ..QueueOptions::default()
         };
         let queue = open_queue_with(settings.engine.clone(), settings.queue_depth, &options)?;
-        let store = BlockStore::create(StoreOptions {
+        let store = Arc::new(BlockStore::create(StoreOptions {
             directories: settings.directories.clone(),
             job: settings.job.clone(),
             blocks,
             queue: Arc::clone(&queue),
             ephemeral: true,
-        })?;
+            durable: settings.durable.clone().map(|facts| Durable { facts }),
+        })?);
         let ring = Arena::new(budget, Bucket::Staging, to_usize(settings.staging_bytes))?;
         Ok(Self {
             store,
@@ -68,10 +69,11 @@ impl Disk {
         })
     }
 
-    /// Ends all traffic and removes the scratch files.
+    /// Ends all traffic and removes the scratch files, which a durable store keeps.
     pub(crate) fn close(self) -> Result<()> {
         self.queue.close();
-        self.store.close()?;
+        // Whoever still reads a commit finds the queue closed, and lets the store go.
+        Arc::try_unwrap(self.store).map_or(Ok(()), BlockStore::close)?;
         Ok(())
     }
 

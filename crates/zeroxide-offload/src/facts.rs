@@ -313,6 +313,9 @@ impl Facts for StorageError {
             UnknownTile { block: text, tile: number, tiles: number }
             TileLength { block: text, tile: number, expected: number, got: number }
             Header { path: path, reason: text }
+            OtherRun { path: path, difference: text }
+            DataGone { path: path, reason: text }
+            Commit { call: text, path: path, reason: text }
             Closed {}
             Forked { created: number, current: number }
             IoUringRefused { reason: text }

@@ -8,6 +8,7 @@ mod away;
 mod build;
 mod core;
 mod disk;
+mod durable;
 mod error;
 mod facts;
 mod gradients;
@@ -23,6 +24,7 @@ mod weights;
 
 pub use api::Offload;
 pub use away::AwayRun;
+pub use durable::reads::CommittedReads;
 pub use error::{OffloadError, Result};
 pub use facts::{Concern, Fact, Facts, Named};
 pub use gradients::accumulate::GradNorm;
@@ -34,3 +36,4 @@ pub use settings::{
 pub use weights::bringer::Bringer;
 pub use weights::residence::Lent;
 pub use zeroxide_exchange::{CancelToken, ExchangeError, SegmentHandle};
+pub use zeroxide_storage::Commit;

@@ -109,6 +109,9 @@ pub struct Settings {
     pub directories: Vec<PathBuf>,
     /// Name of this run's folder inside them.
     pub job: String,
+    /// Makes what is on disk survive the process, and what is in host memory with it, at every commit: (name, value) of
+    /// what a run must have in common with the one that it continues. `None` for a run that leaves nothing.
+    pub durable: Option<Vec<(String, String)>>,
 }
 
 impl Settings {

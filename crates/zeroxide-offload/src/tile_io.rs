@@ -118,6 +118,9 @@ impl Disk {
         }
         for _ in 0..in_flight {
             let written = self.receive(&receiver)?.result;
+            if written.is_err() {
+                self.store.lose();
+            }
             if outcome.is_ok() {
                 outcome = written.map_err(Into::into);
             }

@@ -48,6 +48,7 @@ fn open() -> Offload {
         queue_depth: 1,
         directories: Vec::new(),
         job: "arrivals".into(),
+        durable: None,
     };
     Offload::new(&settings, &[unit]).expect("nothing in the way")
 }

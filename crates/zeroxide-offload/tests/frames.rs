@@ -58,6 +58,7 @@ fn open(directory: &std::path::Path) -> Offload {
         queue_depth: 4,
         directories: vec![directory.to_path_buf()],
         job: "frames".into(),
+        durable: None,
     };
     let offload = Offload::new(&settings, &units).expect("nothing in the way");
     for unit in 0..units.len() {

@@ -69,6 +69,7 @@ impl Job {
             queue_depth: 8,
             directories: vec![directory.path().to_path_buf()],
             job: format!("rank {rank}"),
+            durable: None,
         };
         Offload::new(&settings, &specs).expect("what the plan says is enough")
     }

@@ -55,6 +55,7 @@ fn open(gradients: bool) -> Offload {
         queue_depth: 1,
         directories: Vec::new(),
         job: "rooms".into(),
+        durable: None,
     };
     Offload::new(&settings, &[unit]).expect("nothing in the way")
 }

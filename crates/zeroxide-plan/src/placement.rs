@@ -126,6 +126,11 @@ impl Placement {
         self.sum(|unit| unit.disk_bytes(self.dtypes.compute))
     }
 
+    /// Bytes that a durable run takes on disk: two versions of all weights and state, wherever they are at home.
+    pub fn durable_bytes(&self) -> u64 {
+        2 * self.sum(|unit| unit.durable_bytes(self.dtypes.compute))
+    }
+
     /// Bytes of one tile of all components in the staging ring, the largest there is; `None` where nothing is on disk.
     pub fn ring_tile(&self) -> Option<u64> {
         let compute = self.dtypes.compute.size() as u64;

@@ -198,4 +198,12 @@ impl PlacedUnit {
         };
         weights + state
     }
+
+    /// Bytes of all its blocks that are not on the device: what a commit of a durable run holds.
+    pub(crate) fn durable_bytes(&self, compute: Dtype) -> u64 {
+        match (self.is_away(), self.shape.weights) {
+            (true, _) | (_, WeightHome::Borrowed) => 0,
+            _ => self.own_bytes(compute) + self.state_bytes(),
+        }
+    }
 }

@@ -4,6 +4,7 @@ mod blocks;
 mod bringer;
 mod buffer;
 mod codec;
+mod commits;
 mod cuda;
 mod dlpack;
 mod errors;
@@ -35,6 +36,8 @@ mod _core {
     use crate::bringer::PyBringer;
     #[pymodule_export]
     use crate::codec::{decode_weights, encode_weights, round_bf16};
+    #[pymodule_export]
+    use crate::commits::{PyCommits, PyCommittedReads};
     #[pymodule_export]
     use crate::cuda::{
         CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,

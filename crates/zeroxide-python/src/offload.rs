@@ -20,7 +20,7 @@ use crate::words::{GRADIENT, state_name, unknown};
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
 pub(crate) struct PyOffload {
-    inner: Arc<Offload>,
+    pub(crate) inner: Arc<Offload>,
 }
 
 #[pymethods]

@@ -221,6 +221,12 @@ impl PyPlan {
         self.inner.placement.disk_bytes()
     }
 
+    /// Bytes that a durable run takes on disk.
+    #[getter]
+    fn durable_bytes(&self) -> u64 {
+        self.inner.placement.durable_bytes()
+    }
+
     /// Bytes by bucket in every step.
     #[getter]
     fn buckets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -151,7 +151,8 @@ impl PyQuantisation {
     }
 }
 
-/// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank.
+/// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank; `durable` is
+/// (name, value) of what a run must have in common with the one that it continues, None for a run that leaves nothing.
 #[pyclass(frozen, module = "zeroxide._core", name = "Settings")]
 pub(crate) struct PySettings {
     pub(crate) inner: Settings,
@@ -162,7 +163,7 @@ impl PySettings {
     #[new]
     #[pyo3(signature = (*, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes, engine,
                         queue_depth, directories, job, mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0,
-                        defers_steps = false))]
+                        defers_steps = false, durable = None))]
     #[expect(
         clippy::too_many_arguments,
         clippy::needless_pass_by_value,
@@ -185,6 +186,7 @@ impl PySettings {
         quantisation: Option<PyRef<'_, PyQuantisation>>,
         reduce_scale: f32,
         defers_steps: bool,
+        durable: Option<Vec<(String, String)>>,
     ) -> PyResult<Self> {
         Ok(Self {
             inner: Settings {
@@ -206,6 +208,7 @@ impl PySettings {
                 queue_depth,
                 directories,
                 job,
+                durable,
             },
         })
     }

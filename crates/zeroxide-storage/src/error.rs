@@ -206,6 +206,34 @@ pub enum StorageError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A durable store was left by a run that this one cannot continue.
+    #[error("{} was left by a run with {difference}; continue it as it was, choose another durable_name, or remove the \
+             directory to start anew", path.display())]
+    OtherRun {
+        /// The directory of the store.
+        path: PathBuf,
+        /// What is different.
+        difference: Box<Difference>,
+    },
+    /// The data of a commit are not there.
+    #[error("{} has the manifest of a commit, but its data are gone: {reason}; restore the file, or remove the directory \
+             to start anew", path.display())]
+    DataGone {
+        /// The directory of the store.
+        path: PathBuf,
+        /// What is missing.
+        reason: String,
+    },
+    /// A store is in a state that does not allow the call: a mistake in the caller's code.
+    #[error("{call} of the store in {}: {reason}", path.display())]
+    Commit {
+        /// The call.
+        call: &'static str,
+        /// The directory of the store.
+        path: PathBuf,
+        /// What is in the way.
+        reason: &'static str,
+    },
     /// The queue was closed before the operation ran, or its engine has stopped.
     #[error("the I/O queue is closed")]
     Closed,
@@ -244,6 +272,24 @@ pub enum StorageError {
 impl From<Forked> for StorageError {
     fn from(Forked { created, current }: Forked) -> Self {
         Self::Forked { created, current }
+    }
+}
+
+/// Something in which one run is not like another.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Difference {
+    /// What it is.
+    pub what: String,
+    /// What the other run had.
+    pub found: String,
+    /// What this one has.
+    pub wanted: String,
+}
+
+impl fmt::Display for Difference {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, found, wanted) = (&self.what, &self.found, &self.wanted);
+        write!(f, "{what} {found}, and this one has {wanted}")
     }
 }
 

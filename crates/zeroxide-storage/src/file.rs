@@ -132,6 +132,15 @@ impl DiskFile {
         self.bytes
     }
 
+    /// Makes everything written so far survive a power cut.
+    pub(crate) fn sync(&self) -> Result<(), StorageError> {
+        self.file.sync_data().map_err(|source| StorageError::File {
+            action: "sync",
+            path: self.path.clone(),
+            source,
+        })
+    }
+
     /// The open file, for the engines.
     pub(crate) fn file(&self) -> &File {
         &self.file

@@ -35,12 +35,15 @@ mod store;
 )]
 mod syscall;
 
-pub use error::{Holder, StorageError};
+pub use error::{Difference, Holder, StorageError};
 pub use file::{DIRECT_ALIGN, DiskFile};
 pub use measure::{DiskSpeed, Pass, measure_disk};
 pub use queue::{
-    Completion, EngineKind, Fault, FaultRule, IoCounters, KindCounters, MAX_DEPTH, Notify, OpKind,
-    Operation, Queue, QueueOptions, Reply, SimBacking, SimOptions, Trigger, open_queue,
-    open_queue_with,
+    Completion, EngineKind, Fault, FaultRule, IoCounters, Journal, JournalEntry, KindCounters,
+    MAX_DEPTH, Notify, OpKind, Operation, Queue, QueueOptions, Reply, SimBacking, SimOptions,
+    Trigger, open_queue, open_queue_with,
 };
-pub use store::{BlockSpec, BlockStore, CHECKSUM_PIECE, StoreOptions, checksum, join_checksums};
+pub use store::{
+    BlockSpec, BlockStore, CHECKSUM_PIECE, Commit, Durable, Pin, StoreOptions, checksum,
+    join_checksums,
+};

@@ -262,6 +262,7 @@ fn written_store(faults: Vec<FaultRule>) -> (tempfile::TempDir, BlockStore, Vec<
         }],
         queue: queue(faults),
         ephemeral: true,
+        durable: None,
     })
     .unwrap();
     let arena = arena(8 * PAGE);

@@ -219,15 +219,3 @@ fn a_refused_write_leaves_the_tile_as_it_was() {
     assert!(matches!(error, StorageError::Closed), "{error}");
     store.verify(WEIGHT, 0, &before).unwrap();
 }
-
-#[test]
-fn the_generation_counts_up_and_stands_in_the_header() {
-    let root = tempfile::tempdir().unwrap();
-    let store = BlockStore::create(options(&[root.path()], false)).unwrap();
-    assert_eq!(store.generation(), 0);
-    assert_eq!((store.advance().unwrap(), store.advance().unwrap()), (1, 2));
-    assert_eq!(store.generation(), 2);
-    let header = fs::read_to_string(root.path().join("job/header")).unwrap();
-    assert!(header.contains("\"generation\": 2"), "{header}");
-    assert!(!root.path().join("job/header.next").exists());
-}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from zeroxide import _core
 from zeroxide.checkpoint.contents import ParamRecord
 from zeroxide.device.placement import HOST, spec
 from zeroxide.precision.bits import ORDINARY, round_into
@@ -36,10 +37,13 @@ class Staging:
 
 
 class LiveState:
-    """Reads the state of parameters out of the core, a chunk at a time, into reused memory."""
+    """Reads the state of parameters out of the core, a chunk at a time, into reused memory.
 
-    def __init__(self, training: TrainingState, staging: Staging) -> None:
-        self._core = training.core
+    source: what it is read from instead, where that is not the state as it is now.
+    """
+
+    def __init__(self, training: TrainingState, staging: Staging, source: _core.CommittedReads | None = None) -> None:
+        self._core = training.core if source is None else source
         self._staging = staging
         self._word = training.compute.itemsize
         """Bytes of an element of the compute dtype, in which frozen parameters are laid out."""

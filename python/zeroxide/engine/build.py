@@ -101,6 +101,7 @@ class Build:
     plan: Plan
     messages: Messages
     core: LiveCore
+    committed_note: str | None
     new: dict[int, nn.Parameter]
     """What has taken the place of parameters on the meta device, by the ids of those."""
     units: list[Unit]
@@ -235,7 +236,7 @@ class Build:
     def open_core(self) -> None:
         """Reserves all memory and disk space."""
         self.messages = Messages(self.ranks, self.watch)
-        core = open_core(self.plan, self.config)
+        core, self.committed_note = open_core(self.plan, self.config, self.ranks)
         # Restoring the model closes it, after what it has of the weights was read.
         self.undo.moves(core, self.plan)
         self.made.callback(self.messages.close)
@@ -433,6 +434,7 @@ class Build:
                 transfers=self.transfers,
                 activations=self.activations,
                 core=self.core,
+                committed_note=self.committed_note,
                 units=self.units,
                 weights=self.weights,
                 reduction=self.reduction,

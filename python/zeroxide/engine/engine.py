@@ -28,6 +28,7 @@ from zeroxide.zero.access.state_dict import full_state_dict, load_given_state_di
 from zeroxide.zero.untraced import leave_untraced
 
 if TYPE_CHECKING:
+    from zeroxide.checkpoint.durable.run import DurableRun
     from zeroxide.checkpoint.save.saver import Saver
 
 __all__ = ["Engine"]
@@ -56,6 +57,9 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         self.training_dataloader = parts.dataloader
         self.training_state = TrainingState(parts)
         self._saver: Saver | None = None
+        self._durable: DurableRun | None = None
+        if parts.config.zeroxide.durable_every and parts.plan.durable:
+            self._durable = self._durable_run()
         if parts.optimizer is not None and parts.config.zero.stage == 3:
             parts.optimizer.parameter_offload = ParameterOffload(self)
 
@@ -159,6 +163,8 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
             # Before anything is counted: the same call works when the change has been made where it counts.
             parts.guard.before_step()
             parts.optimizer.check()
+            if self._durable is not None:
+                self._durable.check_resumed()
             check_schedule_call(parts.lr_scheduler, lr_kwargs)
         counters.micro_steps += 1
         parts.updater.applied = False
@@ -174,6 +180,9 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         if every and counters.global_steps % every == 0:
             print_progress(counters.global_steps, self.get_lr()[0], parts.updater.norm, counters.skipped_steps)
         parts.observers.after_step(self._step_facts(), parts.timers, parts.accumulation.samples_of_step)
+        if self._durable is not None:
+            parts.context.take_down_edits()
+            self._durable.after_step()
         parts.timers.end_step(boundary=True)
 
     def _step_facts(self) -> StepFacts:
@@ -260,8 +269,42 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         if self._saver is None:
             from zeroxide.checkpoint.save.saver import Saver
 
-            self._saver = Saver(self.training_state)
+            reads = (lambda: None) if self._durable is None else self._durable.reads
+            self._saver = Saver(self.training_state, reads)
         return self._saver
+
+    def _durable_run(self) -> DurableRun:
+        from zeroxide.checkpoint.durable.run import DurableRun
+
+        return DurableRun(self.training_state, lambda: self._saves().before_commit())
+
+    def resume(self) -> int:
+        """Goes on from the last commit of a durable run. Returns the optimizer steps made by then; 0 without a commit.
+
+        Called before the first step, as the last thing before the loop: weights, optimizer state, schedule, counters,
+        `client_state` and the random number generators of torch, Python and numpy become what they were when the commit
+        was made, whatever the model came with. Every rank must call it. Raises ModelError for a run that is not durable
+        (`zeroxide.durable_every`), CheckpointError for one of another kind, StorageError for damage.
+        """
+        durable = self._durable_or_raise("resume")
+        with self.parts.health.doing("a run was resumed"):
+            self.parts.context.before_change()
+            try:
+                return durable.resume()
+            finally:
+                self.parts.context.after_change()
+
+    @property
+    def client_state(self) -> dict[str, Any]:
+        """What each commit of a durable run holds for its caller, and `resume` brings back: JSON, such as where the
+        data goes on. Raises ModelError for a run that is not durable."""
+        return self._durable_or_raise("client_state").client_state
+
+    def _durable_or_raise(self, call: str) -> DurableRun:
+        self._check_trained(call)
+        if self._durable is None:
+            raise ModelError(f"{call}: nothing is committed: zeroxide.durable_every is 0")
+        return self._durable
 
     def wait_for_checkpoint(self) -> Path | None:
         """Waits for the save in the background, on every rank; its path, or None if there is none.

@@ -61,6 +61,8 @@ class Parts:
     activations: SavedActivations | None
     """What keeps activations in host memory; None where they stay where they are."""
     core: LiveCore
+    committed_note: str | None
+    """What the last commit of the run before has noted; None where there is none."""
     units: list[Unit]
     weights: WeightGather
     reduction: GradientReduction

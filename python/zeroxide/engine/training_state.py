@@ -15,6 +15,7 @@ from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.parts import Parts
 from zeroxide.plan.home import Home
 from zeroxide.precision.loss_scale import LossScaler
+from zeroxide.zero.durable import durable_job
 from zeroxide.zero.unit import Unit
 
 __all__ = ["TrainingState"]
@@ -154,3 +155,33 @@ class TrainingState:
             return room
         left = max(0, limit - self._parts.peak.since_start_over())
         return left if room is None else min(room, left)
+
+    # Durable runs ---------------------------------------------------------------------------------------------------
+
+    @property
+    def durable_every(self) -> int:
+        """Optimizer steps between commits; 0 for a run that leaves nothing."""
+        return self._parts.config.zeroxide.durable_every
+
+    @property
+    def durable_path(self) -> Path:
+        """Where a durable run's commits are; RuntimeError for another one."""
+        directory = self.scratch_directory
+        if directory is None:
+            raise RuntimeError("nothing is at home on disk")
+        return directory / durable_job(self._parts.config, self.ranks.rank)
+
+    @property
+    def committed_note(self) -> str | None:
+        """What the last commit of the run before has noted; None where there is none."""
+        return self._parts.committed_note
+
+    @property
+    def shows_weights(self) -> bool:
+        """Whether parameters always show their values, which anybody may then change."""
+        return self._parts.plan.params_always_full
+
+    def weights_renewed(self) -> None:
+        """All weights have changed at home, on every rank, as they do in a step."""
+        self._parts.weights.after_step()
+        self._parts.hooks.after_step()

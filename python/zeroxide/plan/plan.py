@@ -55,6 +55,8 @@ class Plan:
     """Most bytes that the engine may take on the device, as the config says."""
     blocks_down: int = BLOCKS
     """Blocks of page-locked memory for copies down from the device."""
+    durable: bool = False
+    """Whether state survives the process."""
 
     @property
     def weights(self) -> Home:
@@ -123,8 +125,8 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the state takes on disk."""
-        return self.numbers.disk_bytes
+        """Bytes that the state takes on disk: of a durable run, two versions of all of it."""
+        return self.numbers.durable_bytes if self.durable else self.numbers.disk_bytes
 
     def expected_peaks(self, *, loaded: bool = False) -> dict[str, int]:
         """Bytes of payload at the most, by bucket and under "total".
@@ -240,6 +242,7 @@ def make_plan(
         quantisation=quantisation,
         device_limit=config.zeroxide.device_memory,
         blocks_down=blocks,
+        durable=config.zeroxide.durable_every > 0 and bool(states),
     )
 
 

@@ -8,18 +8,22 @@ import secrets
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, is_host
+from zeroxide.distributed import Ranks
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
+from zeroxide.zero.durable import durable_facts, durable_job, is_durable, open_durable
 from zeroxide.zero.on_device.core import with_device
 
 __all__ = ["open_core"]
 
 
-def open_core(plan: Plan, config: Config) -> _core.Offload:
-    """The core for a plan, all memory and disk space reserved, weights undefined.
+def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, str | None]:
+    """The core for a plan, all memory and disk space reserved, weights undefined; and of a durable run what the last
+    commit has noted, None where nothing was committed.
 
-    Raises BudgetError and StorageError.
+    Raises BudgetError, StorageError, and ConfigError for a run that cannot be durable.
     """
+    durable = is_durable(plan, config)
     units = [
         _core.UnitSpec(
             name=unit.name,
@@ -49,7 +53,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         engine=_core.IoEngine(config.zeroxide.io_engine),
         queue_depth=config.aio.queue_depth,
         directories=list(dict.fromkeys(directories)),
-        job=f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
+        job=durable_job(config, ranks.rank) if durable else f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
         mesh=_core.MeshPosition(
             rank=plan.rank,
             shards=plan.groups.shard.size,
@@ -61,5 +65,8 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
         # A device computes with copies of what has been gathered; between ranks others may wait for the update.
         defers_steps=not is_host(plan.device) and plan.world == 1,
+        durable=durable_facts(plan, config, ranks) if durable else None,
     )
-    return with_device(_core.Offload(settings, units), plan.units_on_device)
+    if durable:
+        return open_durable(lambda: _core.Offload(settings, units), ranks)
+    return with_device(_core.Offload(settings, units), plan.units_on_device), None

@@ -16,6 +16,9 @@
 //! | `prefetch`, `release`, `cover`, `beside`, `set_all_shards_valid`, `has_room` | yes | no | where pages move of which writes are in flight |
 //! | `rewrite_weights`, `fill_*`, `read_*`, `write_*`, `receive_from`, `receive_sum` | yes | no | for the step under way and their own tiles |
 //! | `note_gradient`, `note_norm`, `away_runs`, `gradient_arrived`, `check_usable` | yes | no | no |
+//! | `prepare_commit`, `roll_back` | yes | no | for the step under way, and all that they write or read |
+//! | `adopt`, `conclude_commit`, `committed_reads` | yes | no | for a few small files |
+//! | `CommittedReads` | no | no | for its own tiles |
 //! | `fail_step` | yes | no | for what is in flight |
 //! | `watch_readers`, `set_group`, `lend`, `join`, `room`, `close` and what tells of parameters, windows and gradients | yes | no | `close` for what is in flight |
 //!
@@ -23,6 +26,7 @@
 //! its own, held for no longer than it takes to look at it.
 
 mod away;
+mod durable;
 mod gradients;
 mod recording;
 mod state;

@@ -47,6 +47,15 @@ pub(crate) struct Poison {
 }
 
 impl Poison {
+    pub(crate) fn new(step: u64, cause: &impl ToString, away: bool) -> Self {
+        Self {
+            step,
+            cause: cause.to_string(),
+            away,
+            unraised: Cell::default(),
+        }
+    }
+
     fn error(&self) -> OffloadError {
         if let Some(error) = self.unraised.take() {
             return error;

@@ -6,7 +6,6 @@
 //! ([`driver`](crate::step::driver)), and every use of a unit drives the stream until that unit is done, in the order in
 //! which the units are used. The numbers do not depend on who does what when: a tile's update reads only that tile.
 
-use std::cell::Cell;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -198,12 +197,10 @@ impl Core {
     /// After an error the state is mixed: the step ends, and no buffer is given up before the disk is done with it.
     pub(crate) fn record_outcome<T>(&mut self, outcome: Result<T>) -> Result<T> {
         if let Err(error) = &outcome {
-            self.step.poisoned.get_or_insert_with(|| Poison {
-                step: self.step.count,
-                cause: error.to_string(),
-                away: false,
-                unraised: Cell::default(),
-            });
+            let step = self.step.count;
+            self.step
+                .poisoned
+                .get_or_insert_with(|| Poison::new(step, &error, false));
             self.abandon_step();
         }
         outcome

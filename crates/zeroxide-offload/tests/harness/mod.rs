@@ -33,6 +33,7 @@ pub(crate) struct Case {
     pub(crate) limit: Option<u64>,
     pub(crate) engine: EngineKind,
     pub(crate) directory: TempDir,
+    pub(crate) durable: bool,
 }
 
 impl Default for Case {
@@ -49,6 +50,7 @@ impl Default for Case {
             limit: None,
             engine: EngineKind::Auto,
             directory: tempfile::tempdir().expect("a temporary directory"),
+            durable: false,
         }
     }
 }
@@ -103,6 +105,9 @@ impl Case {
             queue_depth: 8,
             directories: vec![self.directory.path().to_path_buf()],
             job: "test".into(),
+            durable: self
+                .durable
+                .then(|| vec![("world size".into(), "1".into())]),
         }
     }
 
@@ -233,7 +238,7 @@ pub(crate) fn is_unused(step: u64, unit: usize, param: usize) -> bool {
     (unit, param) == (1, 2) && step % 2 == 1
 }
 
-fn hyperparameters() -> Optimizer {
+pub(crate) fn hyperparameters() -> Optimizer {
     Optimizer::from(AdamParams {
         lr: 1e-2,
         beta1: 0.9,

@@ -110,6 +110,7 @@ impl Case {
             queue_depth: 8,
             directories: vec![directory.path().to_path_buf()],
             job: format!("rank {rank}"),
+            durable: None,
         };
         Offload::new(&settings, &units).expect("nothing in the way")
     }

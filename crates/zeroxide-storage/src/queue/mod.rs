@@ -15,6 +15,7 @@
 
 mod counters;
 mod inbox;
+mod journal;
 mod operation;
 mod reply;
 #[expect(unsafe_code, reason = "the kernel is handed raw pointers into leases")]
@@ -30,8 +31,10 @@ use std::sync::Arc;
 use zeroxide_memory::Recorder;
 
 use crate::error::StorageError;
+use crate::file::DiskFile;
 
 pub use counters::{IoCounters, KindCounters};
+pub use journal::{Journal, JournalEntry};
 pub use operation::{Completion, OpKind, Operation};
 pub use reply::{Notify, Reply};
 pub use simulated::{Fault, FaultRule, SimBacking, SimOptions, Trigger};
@@ -66,6 +69,21 @@ pub trait Queue: Send + Sync {
 
     /// The engine, its parameters, and why it was chosen, in one line.
     fn describe(&self) -> String;
+
+    /// Makes all writes to `file` that have been answered survive a power cut. Waits for the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`StorageError::File`]: whatever was written since the last success may be lost, and no later success says
+    /// otherwise.
+    fn sync(&self, file: &DiskFile) -> Result<(), StorageError> {
+        file.sync()
+    }
+
+    /// What records acts on the disk, where it is a simulated one that does.
+    fn journal(&self) -> Option<&Journal> {
+        None
+    }
 
     /// Stops taking operations, answers those that have not started with [`StorageError::Closed`],
     /// and returns when everything in flight has been answered. Does nothing when repeated, or in a

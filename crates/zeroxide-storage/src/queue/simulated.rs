@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::io;
 use std::ops::Range;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -16,10 +17,12 @@ use zeroxide_memory::Recorder;
 
 use super::counters::IoCounters;
 use super::inbox::{CloseOnExit, Inbox, Waited};
+use super::journal::{Journal, JournalEntry};
 use super::operation::{OpKind, Operation};
 use super::threads::move_piece;
 use super::transfer::{Piece, SECTOR, Step, Transfer};
 use super::{Queue, StorageError};
+use crate::file::DiskFile;
 
 /// What the buffer of a read holds until the read completes, so that reading too early shows.
 const POISON: u8 = 0xa5;
@@ -39,6 +42,10 @@ pub struct SimOptions {
     pub short_share: f64,
     /// Faults, the first that matches a piece applies.
     pub faults: Vec<FaultRule>,
+    /// Syncs that fail: (number, counted from zero, error number).
+    pub sync_faults: Vec<(u64, i32)>,
+    /// Where every act on the disk is noted, for tests of what a power cut may leave.
+    pub journal: Option<Journal>,
 }
 
 impl Default for SimOptions {
@@ -50,6 +57,8 @@ impl Default for SimOptions {
             reorder: false,
             short_share: 0.0,
             faults: Vec::new(),
+            sync_faults: Vec::new(),
+            journal: None,
         }
     }
 }
@@ -105,6 +114,9 @@ pub(super) struct SimulatedQueue {
     inbox: Arc<Inbox>,
     thread: Mutex<Option<JoinHandle<()>>>,
     description: String,
+    syncs: AtomicU64,
+    sync_faults: Vec<(u64, i32)>,
+    journal: Option<Journal>,
 }
 
 impl SimulatedQueue {
@@ -120,6 +132,7 @@ impl SimulatedQueue {
             options.seed,
             options.faults.len()
         );
+        let (sync_faults, journal) = (options.sync_faults.clone(), options.journal.clone());
         let thread = {
             let inbox = Arc::clone(&inbox);
             thread::Builder::new()
@@ -134,6 +147,9 @@ impl SimulatedQueue {
             inbox,
             thread: Mutex::new(Some(thread)),
             description,
+            syncs: AtomicU64::new(0),
+            sync_faults,
+            journal,
         })
     }
 }
@@ -149,6 +165,28 @@ impl Queue for SimulatedQueue {
 
     fn describe(&self) -> String {
         self.description.clone()
+    }
+
+    fn sync(&self, file: &DiskFile) -> Result<(), StorageError> {
+        let number = self.syncs.fetch_add(1, Ordering::Relaxed);
+        let fault = self.sync_faults.iter().find(|(nth, _)| *nth == number);
+        if let Some((_, errno)) = fault {
+            return Err(StorageError::File {
+                action: "sync",
+                path: file.path().to_path_buf(),
+                source: io::Error::from_raw_os_error(*errno),
+            });
+        }
+        if let Some(journal) = &self.journal {
+            journal.note(JournalEntry::Sync {
+                path: file.path().to_path_buf(),
+            });
+        }
+        file.sync()
+    }
+
+    fn journal(&self) -> Option<&Journal> {
+        self.journal.as_ref()
     }
 
     fn close(&self) {
@@ -353,6 +391,13 @@ impl Disk {
     }
 
     fn access(&mut self, mut piece: Piece<'_>) -> io::Result<usize> {
+        if let (Some(journal), OpKind::Write) = (&self.options.journal, piece.kind) {
+            journal.note(JournalEntry::Write {
+                path: piece.file.path().to_path_buf(),
+                offset: piece.offset,
+                bytes: piece.buffer.to_vec(),
+            });
+        }
         match self.options.backing {
             SimBacking::Files => move_piece(&mut piece),
             SimBacking::Memory => {

@@ -1,22 +1,19 @@
-//! The header of a scratch directory: which blocks its file holds, and the generation.
-//!
-//! A header is one line that identifies the file, its format version, and the CRC-64/NVME of the rest,
-//! and then JSON. It is written aside and renamed, so whoever reads it sees the old one or the new one.
+//! The header of a scratch directory: whose it is, and which blocks its file holds.
 
 use std::fs;
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 use super::checksums::checksum;
 use super::placement::BlockSpec;
-use crate::error::StorageError;
-use crate::file::refusal;
-use crate::private;
+use super::publish::publish;
+use super::sealed::{seal, unseal};
+use crate::error::{Difference, StorageError};
+use crate::queue::Journal;
 
 /// The beginning of the first line; the number is the format version.
-const MAGIC: &str = "zeroxide-blocks 1 ";
+pub(super) const MAGIC: &str = "zeroxide-blocks 2 ";
 
 /// Name of the header in its directory.
 pub(super) const HEADER: &str = "header";
@@ -27,12 +24,12 @@ pub(super) const HEADER_NEXT: &str = "header.next";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Header {
-    /// How often the store has been advanced.
-    pub(super) generation: u64,
     /// Which of the store's directories this one is.
     pub(super) directory: usize,
     /// How many directories the store has.
     pub(super) directories: usize,
+    /// (name, value) of what a run that continues from the store must have in common with the one that made it.
+    pub(super) facts: Vec<(String, String)>,
     /// The blocks, in the order in which they were laid out.
     pub(super) blocks: Vec<Entry>,
 }
@@ -58,50 +55,84 @@ impl From<&BlockSpec> for Entry {
     }
 }
 
+impl Entry {
+    fn describe(&self) -> String {
+        let (unit, what) = (self.unit, &self.component);
+        format!(
+            "unit {unit} {what} of {} bytes in tiles of {}",
+            self.bytes, self.tile_bytes
+        )
+    }
+}
+
 impl Header {
     /// Replaces the header of the scratch directory at `directory`.
-    pub(super) fn write(&self, directory: &Path) -> Result<(), StorageError> {
-        let next = directory.join(HEADER_NEXT);
-        let path = directory.join(HEADER);
-        let body = serde_json::to_string_pretty(self).map_err(|error| StorageError::Header {
-            path: path.clone(),
-            reason: error.to_string(),
+    pub(super) fn write(
+        &self,
+        directory: &Path,
+        journal: Option<&Journal>,
+    ) -> Result<(), StorageError> {
+        let text = seal(MAGIC, self).map_err(|reason| StorageError::Header {
+            path: directory.join(HEADER),
+            reason,
         })?;
-        let text = format!("{MAGIC}{:016x}\n{body}\n", checksum(body.as_bytes()));
-        private::create_file(&next)
-            .and_then(|mut file| file.write_all(text.as_bytes()))
-            .map_err(|source| refusal("write", &next, source))?;
-        fs::rename(&next, &path).map_err(|source| refusal("rename", &path, source))
+        publish(directory, HEADER, HEADER_NEXT, text.as_bytes(), journal)
     }
 
     /// Reads the header of the scratch directory at `directory`.
     pub(super) fn read(directory: &Path) -> Result<Self, StorageError> {
         let path = directory.join(HEADER);
-        let text = fs::read_to_string(&path).map_err(|source| StorageError::File {
+        let bytes = fs::read(&path).map_err(|source| StorageError::File {
             action: "read",
             path: path.clone(),
             source,
         })?;
-        parse(&text).map_err(|reason| bad(path, reason))
+        parse(&bytes).map_err(|reason| StorageError::Header { path, reason })
+    }
+
+    /// Checksum of everything that a manifest relies on.
+    pub(super) fn identity(&self) -> u64 {
+        let words: Vec<String> = self.blocks.iter().map(Entry::describe).collect();
+        checksum(format!("{} directories, {}", self.directories, words.join(", ")).as_bytes())
+    }
+
+    /// The first thing in which this header, which was found, is not what is `wanted`.
+    pub(super) fn difference(&self, wanted: &Self) -> Option<Difference> {
+        let missing = || "nothing".to_owned();
+        for (name, value) in &wanted.facts {
+            let found = self.facts.iter().find(|(other, _)| other == name);
+            if found.map(|(_, value)| value) != Some(value) {
+                return Some(Difference {
+                    what: name.clone(),
+                    found: found.map_or_else(missing, |(_, value)| value.clone()),
+                    wanted: value.clone(),
+                });
+            }
+        }
+        let place = |header: &Self| (header.directory, header.directories);
+        if place(self) != place(wanted) {
+            let said = |header: &Self| format!("{} of {}", header.directory, header.directories);
+            return Some(Difference {
+                what: "number of the directory".into(),
+                found: said(self),
+                wanted: said(wanted),
+            });
+        }
+        let said = |entry: Option<&Entry>| entry.map_or_else(missing, Entry::describe);
+        (0..self.blocks.len().max(wanted.blocks.len())).find_map(|index| {
+            let (found, block) = (self.blocks.get(index), wanted.blocks.get(index));
+            (found != block).then(|| Difference {
+                what: format!("block {index}"),
+                found: said(found),
+                wanted: said(block),
+            })
+        })
     }
 }
 
-fn parse(text: &str) -> Result<Header, String> {
-    let (first, body) = text.split_once('\n').ok_or("it has no first line")?;
-    let sum = first
-        .strip_prefix(MAGIC)
-        .ok_or_else(|| format!("it does not begin with {MAGIC:?}"))?;
-    let expected = u64::from_str_radix(sum, 16).map_err(|_| "its checksum is not a number")?;
-    let body = body.strip_suffix('\n').ok_or("it is cut short")?;
-    let got = checksum(body.as_bytes());
-    if got != expected {
-        return Err(format!("its checksum is {got:016x}, not {expected:016x}"));
-    }
-    serde_json::from_str(body).map_err(|error| error.to_string())
-}
-
-fn bad(path: PathBuf, reason: String) -> StorageError {
-    StorageError::Header { path, reason }
+/// The header in the bytes of its file, or what is wrong with them.
+pub(super) fn parse(bytes: &[u8]) -> Result<Header, String> {
+    unseal(MAGIC, bytes)
 }
 
 #[cfg(test)]
@@ -110,9 +141,9 @@ mod tests {
 
     fn header() -> Header {
         Header {
-            generation: 7,
             directory: 1,
             directories: 2,
+            facts: vec![("world".into(), "2".into())],
             blocks: vec![Entry {
                 unit: 4,
                 component: "exp_avg".into(),
@@ -125,7 +156,7 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back_and_nothing_is_left_aside() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        header().write(directory.path()).expect("writable");
+        header().write(directory.path(), None).expect("writable");
         assert_eq!(Header::read(directory.path()).expect("readable"), header());
         assert!(!directory.path().join(HEADER_NEXT).exists());
     }
@@ -133,7 +164,7 @@ mod tests {
     #[test]
     fn every_flipped_byte_and_every_truncation_is_noticed() {
         let directory = tempfile::tempdir().expect("a temporary directory");
-        header().write(directory.path()).expect("writable");
+        header().write(directory.path(), None).expect("writable");
         let path = directory.path().join(HEADER);
         let good = fs::read(&path).expect("readable");
         for index in 0..good.len() {
@@ -150,5 +181,27 @@ mod tests {
                 "cut at {index} unnoticed"
             );
         }
+    }
+
+    /// Catches: a run with another world, or with a block of another size, that goes on with the store.
+    #[test]
+    fn what_differs_is_named_with_both_values() {
+        assert_eq!(header().difference(&header()), None);
+        let mut other = header();
+        other.facts[0].1 = "4".into();
+        let named = header().difference(&other).expect("another world");
+        assert_eq!(named.to_string(), "world 2, and this one has 4");
+        let mut other = header();
+        other.blocks[0].bytes = 4096;
+        let named = header().difference(&other).expect("another size");
+        assert_eq!(named.what, "block 0");
+        assert!(named.found.contains("8192") && named.wanted.contains("4096"));
+        assert_ne!(header().identity(), other.identity());
+        other.blocks.clear();
+        let named = header().difference(&other).expect("no block");
+        assert_eq!(named.wanted, "nothing");
+        other = header();
+        other.directory = 0;
+        assert!(header().difference(&other).is_some());
     }
 }

@@ -2,23 +2,31 @@
 //!
 //! ```text
 //! <directory>/<job>/LOCK        locked while the run lives; names it
-//!                   header      generation and block table, checksummed, replaced by rename
+//!                   header      whose it is and the block table, checksummed, replaced by rename
 //!                   blocks.bin  the tiles, each at a fixed offset that is a multiple of 4096
+//!                   manifest-*  the last commit of a durable store, in its first directory
 //! ```
 //!
 //! The data is scratch: it belongs to the run that made it. What a dead run left under the same job
-//! name is taken over and overwritten; a live run's directory is refused.
+//! name is taken over and overwritten; a live run's directory is refused. A durable store (`commit.rs`) has two
+//! places for each tile, and what a dead run left is what its last commit says.
 
 mod checksums;
+mod commit;
+#[cfg(test)]
+mod fuzzed;
 mod header;
 mod lock;
+mod manifest;
 mod placement;
+mod publish;
 mod scratch;
+mod sealed;
+mod versions;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use zeroxide_layout::BlockId;
 use zeroxide_memory::{ForkGuard, Lease};
@@ -28,12 +36,14 @@ use crate::file::DiskFile;
 use crate::queue::{OpKind, Operation, Queue, Reply};
 
 pub use checksums::{CHECKSUM_PIECE, checksum, join_checksums};
+pub use commit::{Commit, Durable, Pin};
 pub use placement::BlockSpec;
 
-use checksums::Checksums;
+use commit::Commits;
 use header::Header;
 use placement::{Home, Placement};
 use scratch::Scratch;
+use versions::{Version, Versions};
 
 /// What a store is made of.
 pub struct StoreOptions {
@@ -45,8 +55,10 @@ pub struct StoreOptions {
     pub blocks: Vec<BlockSpec>,
     /// What moves the bytes.
     pub queue: Arc<dyn Queue>,
-    /// Whether the scratch directories are removed when the store is closed or dropped.
+    /// Whether the scratch directories are removed when the store is closed or dropped. Those of a durable store stay.
     pub ephemeral: bool,
+    /// What a store needs to survive its process; `None` for one that does not.
+    pub durable: Option<Durable>,
 }
 
 /// Stores blocks tile by tile.
@@ -60,13 +72,12 @@ pub struct StoreOptions {
 pub struct BlockStore {
     queue: Arc<dyn Queue>,
     placement: Placement,
-    checksums: Checksums,
+    versions: Versions,
     files: Vec<Arc<DiskFile>>,
-    /// The header of the first directory at generation zero; those of the others differ in their number.
+    /// The header of the first directory; those of the others differ in their number.
     header: Header,
-    generation: AtomicU64,
-    /// Held while headers are replaced.
-    advancing: Mutex<()>,
+    /// Present in a durable store.
+    commits: Option<Commits>,
     scratch: Vec<Scratch>,
     release: Release,
     guard: ForkGuard,
@@ -82,15 +93,18 @@ enum Release {
 }
 
 impl BlockStore {
-    /// Makes the scratch directories, locks them, and preallocates room for all blocks. Nothing is
-    /// left behind when that fails.
+    /// Makes the scratch directories, locks them, and preallocates room for all blocks: twice in a durable store.
+    /// Nothing is left behind when that fails.
+    ///
+    /// A durable store that has been committed to before is opened instead, and changes nothing of it.
     ///
     /// # Errors
     ///
     /// Each names the path or block at fault: [`StorageError::JobName`], [`StorageError::Layout`],
     /// [`StorageError::DuplicateDirectory`], [`StorageError::NotADirectory`],
     /// [`StorageError::MissingParent`], [`StorageError::ReadOnly`], [`StorageError::Foreign`],
-    /// [`StorageError::InUse`], [`StorageError::NoSpace`], [`StorageError::File`].
+    /// [`StorageError::InUse`], [`StorageError::NoSpace`], [`StorageError::File`]; of a durable store also
+    /// [`StorageError::OtherRun`], [`StorageError::DataGone`], [`StorageError::Header`].
     pub fn create(options: StoreOptions) -> Result<Self, StorageError> {
         let StoreOptions {
             directories,
@@ -98,22 +112,25 @@ impl BlockStore {
             blocks,
             queue,
             ephemeral,
+            durable,
         } = options;
         check_job(&job)?;
         let placement = Placement::new(&blocks, directories.len())?;
+        let kept = durable.is_some() || !ephemeral;
         let mut store = Self {
             queue,
-            checksums: Checksums::new(placement.len()),
+            versions: Versions::new(placement.len()),
             placement,
             files: Vec::with_capacity(directories.len()),
             header: Header {
-                generation: 0,
                 directory: 0,
                 directories: directories.len(),
+                facts: durable
+                    .as_ref()
+                    .map_or_else(Vec::new, |it| it.facts.clone()),
                 blocks: blocks.iter().map(Into::into).collect(),
             },
-            generation: AtomicU64::new(0),
-            advancing: Mutex::new(()),
+            commits: None,
             scratch: Vec::with_capacity(directories.len()),
             // Until the store is complete, dropping it must leave nothing behind.
             release: Release::Remove,
@@ -126,18 +143,28 @@ impl BlockStore {
                 return Err(StorageError::DuplicateDirectory { path: root.clone() });
             }
             seen.push(canonical);
-            store.scratch.push(Scratch::open(root, &job, ephemeral)?);
+            let existing = root.join(&job);
+            if durable.is_some() && commit::is_committed(&existing)? {
+                // Before the lock is tried: whatever comes now, what was committed stays.
+                store.release = Release::Keep;
+            }
+            store.scratch.push(Scratch::open(root, &job, !kept)?);
         }
-        for (scratch, bytes) in store.scratch.iter().zip(store.placement.bytes()) {
-            store.files.push(scratch.allocate(*bytes)?);
-        }
-        store.write_headers(0)?;
-        store.release = if ephemeral {
-            Release::Remove
+        if durable.is_some() {
+            store.open_commits()?;
         } else {
-            Release::Keep
-        };
+            store.allocate(1)?;
+        }
+        store.release = if kept { Release::Keep } else { Release::Remove };
         Ok(store)
+    }
+
+    /// Preallocates room for `slots` versions of every tile, and says in the headers what is there.
+    fn allocate(&mut self, slots: u64) -> Result<(), StorageError> {
+        for (scratch, bytes) in self.scratch.iter().zip(self.placement.bytes()) {
+            self.files.push(scratch.allocate(*bytes * slots)?);
+        }
+        self.write_headers()
     }
 
     /// Starts reading a tile into `buffer`; the completion carries `tag`.
@@ -158,9 +185,10 @@ impl BlockStore {
             Ok(located) => located,
             Err(error) => return Err((error, buffer)),
         };
-        if self.checksums.get(index).is_none() {
+        let Some(version) = self.versions.newest(index) else {
             return Err((self.never_written(block, tile, home), buffer));
-        }
+        };
+        let home = self.place(home, version);
         self.submit(OpKind::Read, block, home, buffer, tag, reply)
     }
 
@@ -201,11 +229,15 @@ impl BlockStore {
             Ok(located) => located,
             Err(error) => return Err((error, buffer)),
         };
-        // Set before the operation starts, since its completion may be acted on at once.
-        let before = self.checksums.replace(index, Some(crc));
+        if let Err(error) = self.check_writable() {
+            return Err((error, buffer));
+        }
+        // Noted before the operation starts, since its completion may be acted on at once.
+        let (version, before) = self.versions.begin(index, crc);
+        let home = self.place(home, version);
         let outcome = self.submit(OpKind::Write, block, home, buffer, tag, reply);
         if outcome.is_err() {
-            self.checksums.replace(index, before);
+            self.versions.restore(index, before);
         }
         outcome
     }
@@ -218,7 +250,7 @@ impl BlockStore {
     /// [`StorageError::TileLength`], [`StorageError::NeverWritten`].
     pub fn verify(&self, block: BlockId, tile: u32, bytes: &[u8]) -> Result<(), StorageError> {
         let (index, home) = self.locate(block, tile, bytes.len())?;
-        let Some(expected) = self.checksums.get(index) else {
+        let Some(expected) = self.versions.newest(index) else {
             return Err(self.never_written(block, tile, home));
         };
         self.compare(block, tile, home, expected, checksum(bytes))
@@ -232,7 +264,7 @@ impl BlockStore {
     pub fn verify_checksum(&self, block: BlockId, tile: u32, got: u64) -> Result<(), StorageError> {
         self.guard.check_process()?;
         let (index, home) = self.placement.find(block, tile)?;
-        let Some(expected) = self.checksums.get(index) else {
+        let Some(expected) = self.versions.newest(index) else {
             return Err(self.never_written(block, tile, home));
         };
         self.compare(block, tile, home, expected, got)
@@ -243,21 +275,31 @@ impl BlockStore {
         block: BlockId,
         tile: u32,
         home: Home,
-        expected: u64,
+        expected: Version,
         got: u64,
     ) -> Result<(), StorageError> {
-        if got == expected {
+        if got == expected.crc {
             return Ok(());
         }
+        let home = self.place(home, expected);
         let path = self.file(home).path().to_path_buf();
         Err(StorageError::Corrupt {
             path,
             block,
             tile,
             offset: home.offset,
-            expected,
+            expected: expected.crc,
             got,
         })
+    }
+
+    /// Where a version of a tile lies that has its first place at `home`.
+    fn place(&self, home: Home, version: Version) -> Home {
+        let shift = u64::from(version.slot) * self.placement.bytes()[home.directory];
+        Home {
+            offset: home.offset + shift,
+            ..home
+        }
     }
 
     /// How many tiles a block has; zero for a block the store does not hold.
@@ -278,7 +320,7 @@ impl BlockStore {
 
     /// Bytes preallocated over all directories.
     pub fn bytes(&self) -> u64 {
-        self.placement.bytes().iter().sum()
+        self.files.iter().map(|file| file.bytes()).sum()
     }
 
     /// The data files, one for each directory.
@@ -294,35 +336,14 @@ impl BlockStore {
     /// What the user should be told about the making of this store, a line each: directories of dead
     /// runs that were taken over, file systems without direct I/O.
     pub fn notes(&self) -> Vec<String> {
+        let discarded = self.commits.as_ref().is_none_or(|it| it.found().is_empty());
         let takeovers = self.scratch.iter().filter_map(Scratch::note);
+        let takeovers = takeovers.filter(|_| discarded);
         let buffered = self.files.iter().filter(|file| !file.is_direct()).map(|file| {
             let path = file.path().display();
             format!("{path} is on a file system without direct I/O: transfers go through the page cache")
         });
         takeovers.chain(buffered).collect()
-    }
-
-    /// How often the store has been advanced.
-    pub fn generation(&self) -> u64 {
-        self.generation.load(Ordering::Acquire)
-    }
-
-    /// Counts the generation up by one, in every directory's header, and returns it.
-    ///
-    /// # Errors
-    ///
-    /// [`StorageError::Forked`], or the error of the first header that could not be replaced; the
-    /// generation is then as it was.
-    pub fn advance(&self) -> Result<u64, StorageError> {
-        self.guard.check_process()?;
-        let _advancing = self
-            .advancing
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let next = self.generation() + 1;
-        self.write_headers(next)?;
-        self.generation.store(next, Ordering::Release);
-        Ok(next)
     }
 
     /// Removes the scratch directories if the store is ephemeral, and releases their locks. Operations
@@ -345,16 +366,19 @@ impl BlockStore {
         outcomes.into_iter().collect()
     }
 
-    fn write_headers(&self, generation: u64) -> Result<(), StorageError> {
+    fn write_headers(&self) -> Result<(), StorageError> {
         for (directory, scratch) in self.scratch.iter().enumerate() {
-            Header {
-                generation,
-                directory,
-                ..self.header.clone()
-            }
-            .write(scratch.path())?;
+            self.header_of(directory)
+                .write(scratch.path(), self.queue.journal())?;
         }
         Ok(())
+    }
+
+    fn header_of(&self, directory: usize) -> Header {
+        Header {
+            directory,
+            ..self.header.clone()
+        }
     }
 
     /// Finds a tile and checks that a buffer of `length` bytes is meant for it.

@@ -5,8 +5,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::header::{HEADER, HEADER_NEXT, Header};
+use super::header::{HEADER, HEADER_NEXT};
 use super::lock::{DirectoryLock, LOCK};
+use super::manifest::MANIFEST_NEXT;
 use crate::error::StorageError;
 use crate::file::{DiskFile, refusal};
 use crate::private;
@@ -24,8 +25,8 @@ pub(super) struct Scratch {
     path: PathBuf,
     /// `<directory>`, when it was made for this store.
     made_root: Option<PathBuf>,
-    /// The process id of a run that left this directory behind, and the generation it had reached.
-    taken_over: Option<(u32, Option<u64>)>,
+    /// The process id of a run that left this directory behind.
+    taken_over: Option<u32>,
     /// Released after everything else is gone: fields drop after `remove`.
     _lock: DirectoryLock,
 }
@@ -42,20 +43,12 @@ impl Scratch {
             sweep(root, &path);
         }
         match lock(&path, ephemeral) {
-            Ok((lock, previous)) => {
-                let taken_over = previous.map(|pid| {
-                    (
-                        pid,
-                        Header::read(&path).ok().map(|header| header.generation),
-                    )
-                });
-                Ok(Self {
-                    path,
-                    made_root,
-                    taken_over,
-                    _lock: lock,
-                })
-            }
+            Ok((lock, previous)) => Ok(Self {
+                path,
+                made_root,
+                taken_over: previous,
+                _lock: lock,
+            }),
             Err(error) => {
                 if let Some(root) = made_root {
                     // Not empty when another run came first, and then it is that run's.
@@ -71,6 +64,25 @@ impl Scratch {
         DiskFile::create(self.path.join(BLOCKS), bytes)
     }
 
+    /// Opens the data file of `bytes` bytes that an earlier run has left.
+    pub(super) fn reopen(&self, bytes: u64) -> Result<Arc<DiskFile>, StorageError> {
+        let gone = |reason: String| StorageError::DataGone {
+            path: self.path.clone(),
+            reason,
+        };
+        let file = match DiskFile::open(self.path.join(BLOCKS)) {
+            Err(StorageError::File { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+                return Err(gone(format!("there is no {BLOCKS}")));
+            }
+            other => other?,
+        };
+        if file.bytes() == bytes {
+            return Ok(file);
+        }
+        let found = file.bytes();
+        Err(gone(format!("{BLOCKS} has {found} bytes, not {bytes}")))
+    }
+
     /// Where the directory is.
     pub(super) fn path(&self) -> &Path {
         &self.path
@@ -78,20 +90,16 @@ impl Scratch {
 
     /// One line about a dead run whose directory this was.
     pub(super) fn note(&self) -> Option<String> {
-        self.taken_over.map(|(pid, generation)| {
-            let reached = match generation {
-                Some(generation) => format!("at generation {generation}"),
-                None => "without a usable header".into(),
-            };
+        self.taken_over.map(|pid| {
             let path = self.path.display();
-            format!("took over {path}, left by run pid {pid} {reached}; its data was discarded")
+            format!("took over {path}, left by run pid {pid}; its data was discarded")
         })
     }
 
     /// Removes the directory and what this store put there, and nothing else.
     pub(super) fn remove(&self) -> Result<(), StorageError> {
         // The lock file goes last: a directory with contents but without it is never taken over.
-        for name in [BLOCKS, HEADER, HEADER_NEXT, LOCK] {
+        for name in [BLOCKS, HEADER, HEADER_NEXT, MANIFEST_NEXT, LOCK] {
             let path = self.path.join(name);
             match fs::remove_file(&path) {
                 Err(source) if source.kind() != io::ErrorKind::NotFound => {

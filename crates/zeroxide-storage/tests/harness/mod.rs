@@ -3,7 +3,9 @@
 #![allow(dead_code, reason = "every test binary uses a part of this")]
 #![allow(clippy::unwrap_used, reason = "a failed test set-up is a failed test")]
 
+pub(crate) mod committing;
 pub(crate) mod engines;
+pub(crate) mod platter;
 pub(crate) mod stores;
 
 use std::path::Path;

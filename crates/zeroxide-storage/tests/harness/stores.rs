@@ -51,6 +51,7 @@ pub(crate) fn options(directories: &[&Path], ephemeral: bool) -> StoreOptions {
         blocks: blocks(),
         queue: queue(),
         ephemeral,
+        durable: None,
     }
 }
 

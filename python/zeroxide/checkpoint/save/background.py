@@ -4,6 +4,9 @@ One thread captures the state of this rank, chunk by chunk, as fast as memory ta
 step waits until everything is captured, and nothing else waits. Where the memory holds all of the state, that is long
 before the step comes; where it does not, the step waits for the writer to make room.
 
+Where a durable run has committed the state, the commit is read, which stays where it is: no step waits, and the next
+commit waits for all of it to be written.
+
 The ranks do not meet while training goes on, since their collectives would mix with those of the training. Each leaves
 a report in the directory aside when its files are durable, and rank 0 commits when it has found them all. They meet
 when the save is concluded: at the next save or load or at `wait_for_checkpoint`. They do not when the engine is
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from zeroxide import _core
 from zeroxide.checkpoint.format.stream import write_all
 from zeroxide.checkpoint.live_state import CHUNK_ELEMENTS, LiveState
 from zeroxide.checkpoint.save.save import Save
@@ -47,9 +51,15 @@ PATIENCE_SECONDS = 15.0
 
 
 class BackgroundSave:
-    """One save under way."""
+    """One save under way.
 
-    def __init__(self, training: TrainingState, save: Save, memory: int) -> None:
+    source: the commit that has its state, where there is one; closed when it has been read.
+    """
+
+    def __init__(
+        self, training: TrainingState, save: Save, memory: int, source: _core.CommittedReads | None = None
+    ) -> None:
+        self._source = source
         # Kept, since the core that is read here ends with whoever holds it last.
         self._training = training
         self._save = save
@@ -76,7 +86,7 @@ class BackgroundSave:
     def _capture(self) -> None:
         staging = SlabStaging(self.slabs)
         try:
-            live = LiveState(self._training, staging)
+            live = LiveState(self._training, staging, self._source)
             for chunk in values(self._save.description, live):
                 self._chunks.put((chunk, staging.last()))
         except SnapshotEnded:
@@ -84,9 +94,16 @@ class BackgroundSave:
         except BaseException as error:
             self._chunks.put(error)
         finally:
+            if self._source is not None:
+                self._source.close()
             self._chunks.put(None)
             self.slabs.no_more()
             self.captured.set()
+
+    @property
+    def reads_commit(self) -> bool:
+        """Whether the state is read from a commit: it may change meanwhile."""
+        return self._source is not None
 
     def _values(self) -> Iterator[torch.Tensor]:
         """What is captured, in order; each chunk is valid until the next one is taken."""

@@ -33,7 +33,7 @@ from zeroxide.precision.bits import copy_of, why_not_bytes
 if TYPE_CHECKING:
     from zeroxide.engine.training_state import TrainingState
 
-__all__ = ["BUFFERS", "Description"]
+__all__ = ["BUFFERS", "Description", "frame"]
 
 BUFFERS = "buffers"
 ROOM_FOR_HEADERS = 1 << 20
@@ -65,7 +65,7 @@ class Description:
         self.generators = generators.read()
         if self._leads:
             # What only rank 0 writes, only rank 0 need be able to write.
-            self.frame = _frame(training, client_state)
+            self.frame = frame(training, client_state)
             self.updates = [training.core.updates(held.unit, held.position) for held in self.records]
         mark = f"rank{rank:05}-" if world > 1 else ""
         self.files = [
@@ -109,8 +109,8 @@ class Description:
             yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in self.buffers.items())
 
 
-def _frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:
-    """Everything of the manifest that does not speak of tensors."""
+def frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:
+    """Everything of the manifest that does not speak of tensors. Raises CheckpointError for what is not JSON."""
     if not isinstance(client_state, dict):
         raise CheckpointError(f"client_state must be a dict, got {type(client_state).__name__}")
     counters, scale = training.counters, training.loss_scaler.state_dict()

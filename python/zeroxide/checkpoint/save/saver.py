@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zeroxide import _core
 from zeroxide.checkpoint.save.background import BackgroundSave
 from zeroxide.checkpoint.save.save import Save, save_checkpoint
 from zeroxide.checkpoint.save.snapshot import available_memory
@@ -17,10 +19,16 @@ __all__ = ["Saver"]
 
 
 class Saver:
-    """All saves of one engine on this rank, at most one of them under way, and what they took."""
+    """All saves of one engine on this rank, at most one of them under way, and what they took.
 
-    def __init__(self, training: TrainingState) -> None:
+    reads: gives a reader of the state as a durable run has committed it, None where it cannot.
+    """
+
+    def __init__(
+        self, training: TrainingState, reads: Callable[[], _core.CommittedReads | None] = lambda: None
+    ) -> None:
         self._training = training
+        self._reads = reads
         self._under_way: BackgroundSave | None = None
         training.on_change(self.before_update)
         self._stats = {"saves": 0, "bytes": 0, "seconds_stopped": 0.0, "seconds_writing": 0.0, "memory_peak": 0}
@@ -39,18 +47,31 @@ class Saver:
         try:
             self.conclude()
             asked = (self._training, save_dir, tag, client_state, save_latest, include_frozen, leave_out_gradients)
-            if not self._training.in_background:
+            source = self._reads()
+            if source is not None:
+                path = self._begin(asked, source)
+            elif not self._training.in_background:
                 path, size = save_checkpoint(*asked)
                 self._stats["bytes"] += size
                 self._stats["seconds_writing"] += time.perf_counter() - start
             else:
-                save = Save(*asked, frozen_in_time=True)
-                self._under_way = BackgroundSave(self._training, save, self._memory(save))
-                path = save.target
+                path = self._begin(asked, None)
             self._stats["saves"] += 1
             return path
         finally:
             self._stats["seconds_stopped"] += time.perf_counter() - start
+
+    def _begin(self, asked: tuple[Any, ...], source: _core.CommittedReads | None) -> Path:
+        try:
+            save = Save(*asked, frozen_in_time=True)
+            # What is read from a commit waits nowhere: two chunks are enough to read one while the other is written.
+            memory = 0 if source is not None else self._memory(save)
+            self._under_way = BackgroundSave(self._training, save, memory, source)
+        except BaseException:
+            if source is not None:
+                source.close()
+            raise
+        return save.target
 
     def _memory(self, save: Save) -> int:
         room = self._training.staging_memory
@@ -60,10 +81,18 @@ class Saver:
 
     def before_update(self) -> None:
         """Waits until the state of parameters may change. What fails is kept for `conclude`."""
-        if self._under_way is not None:
-            start = time.perf_counter()
-            self._under_way.captured.wait()
-            self._stats["seconds_stopped"] += time.perf_counter() - start
+        if self._under_way is not None and not self._under_way.reads_commit:
+            self._wait_until_captured(self._under_way)
+
+    def before_commit(self) -> None:
+        """Waits until nobody reads the last commit any more. What fails is kept for `conclude`."""
+        if self._under_way is not None and self._under_way.reads_commit:
+            self._wait_until_captured(self._under_way)
+
+    def _wait_until_captured(self, under_way: BackgroundSave) -> None:
+        start = time.perf_counter()
+        under_way.captured.wait()
+        self._stats["seconds_stopped"] += time.perf_counter() - start
 
     def conclude(self) -> Path | None:
         """Waits for the save under way; its path, or None. Raises CheckpointError if it failed, once, on all ranks."""

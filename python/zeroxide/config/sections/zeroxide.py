@@ -62,6 +62,12 @@ class ZeroxideSection(Section):
     """Whether training goes on while a checkpoint is written."""
     checkpoint_memory: MemorySize | None = None
     """Most memory in which state waits to be written; without it half of what is free, within host_memory."""
+    durable_every: WholeNumber = 0
+    """Optimizer steps between commits of all state on disk, from which a killed run goes on; 0 is none."""
+    durable_name: (
+        Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$"), expecting("a name of a directory")] | None
+    ) = None
+    """Name by which a run finds its commits again; without it "run"."""
     rank_timeout: Seconds | None = None
     """Seconds in which a rank gives no sign of life, or all wait for different things, until the others end."""
     log: File | None = None
@@ -103,6 +109,10 @@ class Zeroxide(Resolved):
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
     """What carries weights and gradients between ranks: shared memory where all are on one host, if it is "auto"."""
+    durable_every: int = 0
+    """Optimizer steps between commits of all state on disk, from which a killed run goes on; 0 is none."""
+    durable_name: str | None = None
+    """Name by which a run finds its commits again; `None` where there are none."""
     rank_timeout: float = field(
         default=10.0, metadata=may_differ("rank 0's counts for all but itself; it changes no number")
     )
@@ -130,9 +140,22 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         threads=section.threads,
         trim_libraries=section.trim_libraries,
         transport=section.transport,
+        durable_every=section.durable_every,
+        durable_name=_durable_name(section),
         rank_timeout=Zeroxide.rank_timeout if section.rank_timeout is None else section.rank_timeout,
         log=section.log,
     )
+
+
+def _durable_name(section: ZeroxideSection) -> str | None:
+    if section.durable_every:
+        return section.durable_name or "run"
+    if section.durable_name is not None:
+        raise ConfigError(
+            "zeroxide.durable_name names the commits of a run, and zeroxide.durable_every = 0 makes none: give both",
+            path="zeroxide.durable_name",
+        )
+    return None
 
 
 def _staging(section: ZeroxideSection, host_memory: int | None) -> int | None:

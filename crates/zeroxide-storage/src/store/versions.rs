@@ -1,0 +1,138 @@
+//! What is known of every tile: its newest version, and the one that the last commit names.
+//!
+//! ```text
+//!            committed   newest          the next write goes to
+//! at first   -           -               slot 0
+//! written    -           slot 0          slot 0
+//! committed  slot 0      slot 0          slot 1: what the commit names stays as it is
+//! written    slot 0      slot 1          slot 1
+//! committed  slot 1      slot 1          slot 0
+//! ```
+//!
+//! A store that commits nothing never leaves slot 0.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// One version of a tile: where it is and what it must be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Version {
+    /// Which of the tile's two places.
+    pub(super) slot: u8,
+    /// Checksum of its bytes.
+    pub(super) crc: u64,
+}
+
+/// What is known of one tile. `None` where nothing was ever written.
+#[derive(Debug, Clone, Copy, Default)]
+struct Tile {
+    newest: Option<Version>,
+    committed: Option<Version>,
+}
+
+/// The versions of all tiles.
+#[derive(Debug)]
+pub(super) struct Versions {
+    tiles: Mutex<Box<[Tile]>>,
+}
+
+impl Versions {
+    pub(super) fn new(tiles: usize) -> Self {
+        Self {
+            tiles: Mutex::new(vec![Tile::default(); tiles].into_boxed_slice()),
+        }
+    }
+
+    /// The newest version of a tile.
+    pub(super) fn newest(&self, tile: usize) -> Option<Version> {
+        self.lock().get(tile).and_then(|tile| tile.newest)
+    }
+
+    /// The version of a tile that the last commit names.
+    pub(super) fn committed(&self, tile: usize) -> Option<Version> {
+        self.lock().get(tile).and_then(|tile| tile.committed)
+    }
+
+    /// Notes that bytes with this checksum are about to be written. Returns the version that they are, and the newest
+    /// one before.
+    pub(super) fn begin(&self, tile: usize, crc: u64) -> (Version, Option<Version>) {
+        let mut tiles = self.lock();
+        let tile = &mut tiles[tile];
+        let slot = tile.committed.map_or(0, |committed| 1 - committed.slot);
+        let version = Version { slot, crc };
+        (version, tile.newest.replace(version))
+    }
+
+    /// Takes back what [`begin`](Self::begin) has noted.
+    pub(super) fn restore(&self, tile: usize, before: Option<Version>) {
+        self.lock()[tile].newest = before;
+    }
+
+    /// The newest version of every tile.
+    pub(super) fn all(&self) -> Vec<Option<Version>> {
+        self.lock().iter().map(|tile| tile.newest).collect()
+    }
+
+    /// The newest versions are those that the last commit names.
+    pub(super) fn commit(&self) {
+        for tile in &mut *self.lock() {
+            tile.committed = tile.newest;
+        }
+    }
+
+    /// The last commit names these versions, and nothing has been written since that counts.
+    pub(super) fn adopt(&self, versions: &[Option<Version>]) {
+        for (tile, version) in self.lock().iter_mut().zip(versions) {
+            *tile = Tile {
+                newest: None,
+                committed: *version,
+            };
+        }
+    }
+
+    /// Forgets what was written since the last commit.
+    pub(super) fn roll_back(&self) {
+        for tile in &mut *self.lock() {
+            tile.newest = tile.committed;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Box<[Tile]>> {
+        // Each version is written in one assignment, so a panic elsewhere leaves nothing half done.
+        self.tiles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Catches: a write into the slot that the last commit names, and a slot changed twice between commits.
+    #[test]
+    fn a_write_never_goes_where_the_last_commit_is() {
+        let versions = Versions::new(1);
+        let mut slots = Vec::new();
+        for round in 0..4 {
+            for crc in 0..3 {
+                let committed = versions.committed(0);
+                let (version, _) = versions.begin(0, round * 10 + crc);
+                assert_ne!(Some(version.slot), committed.map(|it| it.slot));
+                slots.push(version.slot);
+            }
+            versions.commit();
+            assert_eq!(versions.committed(0), versions.newest(0));
+        }
+        assert_eq!(slots, [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]);
+    }
+
+    #[test]
+    fn rolling_back_brings_the_committed_version() {
+        let versions = Versions::new(2);
+        versions.begin(0, 7);
+        versions.commit();
+        versions.begin(0, 8);
+        versions.begin(1, 9);
+        versions.roll_back();
+        assert_eq!(versions.newest(0), Some(Version { slot: 0, crc: 7 }));
+        assert_eq!(versions.newest(1), None);
+    }
+}
