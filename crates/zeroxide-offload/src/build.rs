@@ -8,6 +8,7 @@ use zeroxide_storage::BlockSpec;
 use crate::core::to_usize;
 use crate::disk::Disk;
 use crate::error::{OffloadError, Result};
+use crate::gradients::kept::{GRADIENT, KeptGradients};
 use crate::homes::{GradArena, ShardArena, StateArena};
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
 use crate::unit::{StateBlocks, Unit};
@@ -69,10 +70,22 @@ fn make_units(
             what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
         })?;
         blocks.extend(disk_blocks(&tensors[index], id, placed));
+        if placed.spills() {
+            let size = settings.grad.size() as u64;
+            blocks.push(BlockSpec {
+                id: BlockId {
+                    unit: id,
+                    key: GRADIENT,
+                },
+                bytes: trainable * size,
+                tile_bytes: placed.tile * size,
+            });
+        }
         let grad = match spec.weights {
-            WeightHome::Borrowed => None,
-            _ if trainable == 0 || placed.is_away() => None,
-            _ => Some(grads.lease(trainable)?),
+            WeightHome::Borrowed => KeptGradients::None,
+            _ if trainable == 0 || placed.is_away() => KeptGradients::None,
+            _ if placed.spills() => KeptGradients::Missing,
+            _ => KeptGradients::Host(grads.lease(trainable)?),
         };
         units.push(Unit {
             name: spec.name.clone(),
