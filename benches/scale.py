@@ -179,6 +179,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--clip", type=float, default=1.0, help="largest global norm; 0 for none (default %(default)s)")
     parser.add_argument("--format", default=None, help="state format (default: zeroxide's)")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
+    parser.add_argument("--loss-chunk", type=int, default=0, help="vocabulary columns with logits at a time; 0: all")
     parser.add_argument("--timeout", type=float, default=7200, help="seconds for one size (default %(default)s)")
     return parser.parse_args()
 
@@ -215,6 +216,7 @@ def main() -> None:
             "clip": options.clip,
             "format": options.format,
             "checkpointing": options.checkpointing,
+            "loss_chunk": options.loss_chunk,
             "threads": options.threads,
         }
         try:

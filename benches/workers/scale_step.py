@@ -65,11 +65,13 @@ def main() -> None:
 
     import zeroxide
     from zeroxide.cli.training.from_scratch import FromScratch
-    from zeroxide.cli.training.loss import causal_lm_loss
+    from zeroxide.cli.training.loss import causal_lm_loss, without_logits
 
     torch.set_num_threads(spec["threads"])
     model = make_model(spec)
     model.loss_function = causal_lm_loss
+    if spec["loss_chunk"]:
+        without_logits(model, spec["loss_chunk"])
     if spec["checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     parameters = sum(parameter.numel() for parameter in model.parameters())
