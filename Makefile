@@ -27,7 +27,7 @@ PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
 # PyO3 builds against one interpreter, whichever command compiles it, so that nothing is compiled twice for another.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: train test test-rust test-py test-slow lint fmt docs bench gpu develop clean help
+.PHONY: train test test-rust test-py test-slow lint fmt docs bench bench-scale gpu develop clean help
 
 train: $(VENV)/.wheel ## Train GPT-2 124M from scratch under a memory budget, with its state on disk
 	$(BIN)/zeroxide train $(TRAIN_ARGS)
@@ -67,6 +67,12 @@ docs: $(VENV)/.docs ## Build the documentation into target/docs
 
 bench: $(VENV)/.wheel $(VENV)/.tools ## Run the benchmarks; each prints one JSON line a result
 	$(BIN)/python -m benches
+
+# Passed on to benches/scale.py: `make bench-scale SCALE_ARGS="--layers 5 --layers 17"`.
+SCALE_ARGS ?= --billions 7 --width 4096
+
+bench-scale: $(VENV)/.wheel $(VENV)/.tools ## Train a model of many times the memory it gets; prints what that took
+	$(BIN)/python benches/scale.py $(SCALE_ARGS)
 
 # A bare machine with a GPU has neither cargo nor the registries: what is built elsewhere is carried there, the extension
 # module in python/zeroxide with its machine code in kernels/cubins, and the device suite in target/gpu. Where they can be

@@ -131,6 +131,17 @@ class StateHome:
     def __hash__(self) -> int: ...
 
 @final
+class GradientHome:
+    """Where the gradients of a unit wait for the step, if its optimizer state is on disk."""
+
+    HOST: ClassVar[GradientHome]
+    DISK: ClassVar[GradientHome]
+    def __new__(cls, word: str, /) -> GradientHome: ...
+    def __eq__(self, value: object, /) -> bool: ...
+    def __ne__(self, value: object, /) -> bool: ...
+    def __hash__(self) -> int: ...
+
+@final
 class Transport:
     """How gradients reach the ranks that keep them."""
 
@@ -167,6 +178,7 @@ class UnitSpec:
         optimizer: Rule,
         format: str,
         held_through_backward: bool = False,
+        gradients: GradientHome | None = None,
     ) -> UnitSpec: ...
 
 @final
@@ -377,6 +389,7 @@ class Plan:
         weights_on_disk: bool,
         state_on_disk: bool,
         prefetch: int,
+        gradients: GradientHome | None = None,
         quantisation: Quantisation | None = None,
         tile_bytes: int | None = None,
         staging_bytes: int | None = None,
@@ -388,6 +401,8 @@ class Plan:
     def weights(self) -> str: ...
     @property
     def state(self) -> str: ...
+    @property
+    def gradients(self) -> str: ...
     @property
     def states(self) -> list[str]: ...
     @property

@@ -26,14 +26,14 @@ MODES: list[Case] = [
     {"stage": 0, "transport": "shared_memory"},
     {"stage": 3, "transport": "collective"},
     {"stage": 1, "optimizer": "nvme", "transport": "shared_memory"},
-    {"stage": 3, "param": "nvme", "optimizer": "nvme", "transport": "shared_memory"},
+    {"stage": 3, "param": "nvme", "optimizer": "nvme", "transport": "shared_memory", "gradients": "disk"},
     {"stage": 2, "optimizer": "cpu", "transport": "collective"},
     {"stage": 3, "param": "cpu", "optimizer": "nvme", "transport": "collective"},
     {"stage": 0, "transport": "collective"},
     {"stage": 3, "param": "nvme", "optimizer": "cpu", "transport": "collective"},
     {"stage": 2, "optimizer": "nvme", "transport": "shared_memory"},
-    {"stage": 1, "optimizer": "nvme", "transport": "collective"},
-    {"stage": 3, "param": "nvme", "optimizer": "nvme", "transport": "collective"},
+    {"stage": 1, "optimizer": "nvme", "transport": "collective", "gradients": "disk"},
+    {"stage": 3, "param": "nvme", "optimizer": "nvme", "transport": "collective", "gradients": "disk"},
 ]
 """The first is what the others are compared with. Every stage with both transports, every offload mode with both."""
 
@@ -76,8 +76,11 @@ def gathers_by_collective(mode: Case) -> bool:
     return mode["stage"] == 3 and (mode["transport"] == "collective" or mode.get("param") == "nvme")
 
 
+_NAMING = ("stage", "param", "optimizer", "transport", "gradients")
+
+
 def name_of(group: str, mode: Case) -> str:
-    return " ".join([group, *(str(mode[key]) for key in ("stage", "param", "optimizer", "transport") if key in mode)])
+    return " ".join([group, *(str(mode[key]) for key in _NAMING if key in mode)])
 
 
 def cases_of(groups: list[str], world: int, folder: Path, per_group: int) -> Iterator[Case]:

@@ -52,6 +52,7 @@ class Case:
     param: str = "none"
     optimizer: str = "none"
     transport: str = "shared_memory"
+    gradients: str = "auto"
     dtype: str = "fp32"
     steps: int = 3
     accumulation: int = 2
@@ -88,6 +89,7 @@ def config_of(case: Case, folder: Path) -> dict[str, Any]:
     if case.hpz is not None:
         zero["zero_hpz_partition_size"] = case.hpz
     own: dict[str, Any] = {"transport": case.transport, "threads": 1, "tile_bytes": 16384, "staging_bytes": 1 << 20}
+    own["gradients"] = case.gradients
     if case.mesh:
         own["mesh"] = case.mesh
     return {

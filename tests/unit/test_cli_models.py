@@ -290,3 +290,22 @@ def test_names_and_configs_that_can_be_of_no_model_are_one_line(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(fields))
         with pytest.raises(ModelError):
             build_model(choose_model(str(tmp_path)), torch.float32)
+
+
+def test_pieces_of_either_source_are_what_fill_gives(tmp_path, monkeypatch):
+    """Catches: a piece from another place of a file, or in the dtype of the file."""
+    model = build("tiny", torch.bfloat16)
+    monkeypatch.setattr("zeroxide.cli.training.from_safetensors._PIECE_BYTES", 6000)
+    drawn = FromScratch(model, 3)
+    for stored in (torch.float32, torch.bfloat16, torch.float64):
+        save_file(
+            {name: tensor.to(stored) for name, tensor in fill(model, drawn).items()}, tmp_path / "model.safetensors"
+        )
+        for source in (drawn, FromSafetensors(model, tmp_path)):
+            for name, expected in fill(model, source).items():
+                end = 0
+                for start, piece in source.pieces(name, expected.shape):
+                    assert (start, piece.dtype) == (end, torch.float32)
+                    end += piece.numel()
+                    assert piece.equal(expected.flatten()[start:end]), name
+                assert end == expected.numel()

@@ -93,6 +93,7 @@ EFFECTS = [
     ("communication_data_type", "fp32", BF16, "precision.reduce_dtype", "fp32"),
     ("gradient_allreduce_op", "sum", {}, "gradients.reduce_sum", True),
     ("activation_checkpointing.cpu_checkpointing", True, {}, "activation_checkpointing.cpu_checkpointing", True),
+    ("zeroxide.gradients", "disk", {}, "zeroxide.gradients", "disk"),
     ("zeroxide.transport", "collective", {}, "zeroxide.transport", "collective"),
     ("optimizer.type", "AdamW", {"optimizer": {}}, "optimizer", Optimizer()),
     ("optimizer.params.lr", 0.25, ADAM, "optimizer", Optimizer(lr=0.25)),

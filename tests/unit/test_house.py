@@ -344,6 +344,7 @@ def test_make_has_its_commands_and_explains_them():
         "test-slow",
         "lint",
         "bench",
+        "bench-scale",
         "gpu",
         "fmt",
         "docs",

@@ -9,6 +9,7 @@ use crate::core::to_usize;
 use crate::disk::Disk;
 use crate::durable::mirror_tile;
 use crate::error::{OffloadError, Result, misuse};
+use crate::gradients::kept::{GRADIENT, KeptGradients};
 use crate::homes::{GradArena, ShardArena, StateArena};
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
 use crate::unit::{StateBlocks, Unit};
@@ -74,10 +75,22 @@ fn make_units(
         if settings.durable.is_some() {
             blocks.extend(mirror_blocks(settings, &tensors[index], id, placed));
         }
+        if placed.spills() {
+            let size = settings.grad.size() as u64;
+            blocks.push(BlockSpec {
+                id: BlockId {
+                    unit: id,
+                    key: GRADIENT,
+                },
+                bytes: trainable * size,
+                tile_bytes: placed.tile * size,
+            });
+        }
         let grad = match spec.weights {
-            WeightHome::Borrowed => None,
-            _ if trainable == 0 || placed.is_away() => None,
-            _ => Some(grads.lease(trainable)?),
+            WeightHome::Borrowed => KeptGradients::None,
+            _ if trainable == 0 || placed.is_away() => KeptGradients::None,
+            _ if placed.spills() => KeptGradients::Missing,
+            _ => KeptGradients::Host(grads.lease(trainable)?),
         };
         units.push(Unit {
             name: spec.name.clone(),

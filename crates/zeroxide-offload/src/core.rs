@@ -11,6 +11,7 @@ use crate::disk::Disk;
 use crate::durable::mirror_tile;
 use crate::error::{Result, misuse};
 use crate::gradients::Gradients;
+use crate::gradients::spill::Spill;
 use crate::gradients::transport::GradientTransport;
 use crate::homes::state_layouts;
 use crate::io_report::Traffic;
@@ -55,6 +56,7 @@ impl Core {
             reduce_scale: settings.reduce_scale,
             dtype: settings.grad,
             quantised: settings.quantisation.gradients,
+            spill: Spill::new(&budget, &placement)?,
         };
         let rooms = Rooms::new(&budget, &placement)?;
         Ok(Self {

@@ -9,7 +9,7 @@ use crate::error::Result;
 use crate::settings::{UnitSpec, WeightHome};
 
 /// One mapping of `bytes`; none for no bytes.
-fn arena(budget: &Budget, bucket: Bucket, bytes: u64) -> Result<Option<Arena>> {
+pub(crate) fn arena(budget: &Budget, bucket: Bucket, bytes: u64) -> Result<Option<Arena>> {
     Ok(match to_usize(bytes) {
         0 => None,
         bytes => Some(Arena::new(budget, bucket, bytes)?),
@@ -41,7 +41,7 @@ impl ShardArena {
     }
 }
 
-/// One mapping for all gradients.
+/// One mapping for all gradients at home in host memory.
 pub(crate) struct GradArena {
     arena: Option<Arena>,
     dtype: Dtype,
@@ -50,7 +50,7 @@ pub(crate) struct GradArena {
 impl GradArena {
     pub(crate) fn new(budget: &Budget, placement: &Placement) -> Result<Self> {
         Ok(Self {
-            arena: arena(budget, Bucket::Gradients, placement.gradient_bytes())?,
+            arena: arena(budget, Bucket::Gradients, placement.waiting_bytes())?,
             dtype: placement.dtypes.grad,
         })
     }

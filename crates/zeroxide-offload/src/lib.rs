@@ -31,7 +31,8 @@ pub use gradients::accumulate::GradNorm;
 pub use io_report::IoReport;
 pub use rooms::Room;
 pub use settings::{
-    Mesh, MeshPosition, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    GradientHome, Mesh, MeshPosition, Quantisation, Settings, StateHome, Transport, UnitSpec,
+    WeightHome,
 };
 pub use weights::bringer::Bringer;
 pub use weights::residence::Lent;

@@ -7,7 +7,7 @@ use zeroxide_optim::Optimizer;
 pub use zeroxide_plan::Mesh;
 pub use zeroxide_plan::Quantisation;
 use zeroxide_plan::{Dtypes, Placement, StateBytes, UnitShape};
-pub use zeroxide_plan::{StateHome, Transport, WeightHome};
+pub use zeroxide_plan::{GradientHome, StateHome, Transport, WeightHome};
 use zeroxide_storage::EngineKind;
 
 /// One unit, as the caller describes it.
@@ -23,6 +23,8 @@ pub struct UnitSpec {
     pub weights: WeightHome,
     /// Home of the optimizer state.
     pub state: StateHome,
+    /// Home of its gradients, where its optimizer state is on disk.
+    pub gradients: GradientHome,
     /// The rule that updates it, with the hyperparameters that its state starts from.
     pub optimizer: Optimizer,
     /// How its optimizer state is stored.
@@ -127,6 +129,7 @@ impl Settings {
             held_through_backward: spec.held_through_backward,
             weights: spec.weights,
             state: spec.state,
+            gradients: spec.gradients,
             state_bytes: StateBytes::of(tensors),
         });
         let dtypes = Dtypes {

@@ -7,6 +7,7 @@ use zeroxide_memory::Lease;
 use zeroxide_optim::{Accumulate, AccumulateStats};
 
 use crate::error::{Result, misuse};
+use crate::gradients::kept::KeptGradients;
 use crate::settings::MeshPosition;
 use crate::weights::residence::UnitWeights;
 
@@ -69,8 +70,8 @@ pub(crate) struct Unit {
     pub(crate) state_tiles: Tiling,
     pub(crate) weights: UnitWeights,
     pub(crate) state: StateBlocks,
-    /// Gradients of this rank's trainable elements, in the gradient dtype. `None` where the caller lends them.
-    pub(crate) grad: Option<Lease>,
+    /// Gradients of this rank's trainable elements, in the gradient dtype.
+    pub(crate) grad: KeptGradients,
     /// Gradients of all trainable elements on their way to the ranks that keep them, in the dtype they travel in.
     pub(crate) outgoing: Option<Lease>,
     /// Where the other ranks' gradients of what this rank keeps arrive, rank after rank, while the caller carries them.
@@ -98,6 +99,11 @@ impl Unit {
         let elements = self.state_tiles.range(tile);
         let each: usize = self.tensors.tensors().iter().map(StateTensor::size).sum();
         (elements.end - elements.start) * each as u64
+    }
+
+    /// The number that gradients have among the tensors of a tile: the one after those of the layout.
+    pub(crate) fn gradient_number(&self) -> usize {
+        self.tensors.tensors().len()
     }
 
     /// Tiles of the block of a state tensor.

@@ -2,7 +2,8 @@
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Mesh, MeshPosition, Offload, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    GradientHome, Mesh, MeshPosition, Offload, Quantisation, Settings, StateHome, Transport,
+    UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -21,6 +22,7 @@ fn open() -> Offload {
         params: vec![param(true), param(true), param(false)],
         weights: WeightHome::Host,
         state: StateHome::Host,
+        gradients: GradientHome::Host,
         optimizer: AdamParams::default().into(),
         format: Format::Fp32,
     };

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use harness::{Case, REFERENCE_STEPS, master, reference, sim, step};
 use zeroxide_layout::{Format, ParamShape};
-use zeroxide_offload::{Offload, OffloadError, StateHome, UnitSpec, WeightHome};
+use zeroxide_offload::{GradientHome, Offload, OffloadError, StateHome, UnitSpec, WeightHome};
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, Fault, FaultRule, OpKind, StorageError, Trigger};
 
@@ -88,6 +88,7 @@ fn four_units(case: &Case) -> Offload {
             }],
             weights: WeightHome::Disk,
             state: StateHome::Disk,
+            gradients: GradientHome::Host,
             optimizer: AdamParams::default().into(),
             format: Format::Split,
         })

@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Mesh, MeshPosition, Offload, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    GradientHome, Mesh, MeshPosition, Offload, Quantisation, Settings, StateHome, Transport,
+    UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -26,6 +27,7 @@ fn open(directory: &std::path::Path) -> Offload {
             }],
             weights: WeightHome::Shard,
             state: StateHome::Disk,
+            gradients: GradientHome::Host,
             optimizer: AdamParams::default().into(),
             format: Format::Split,
         })

@@ -10,7 +10,7 @@ use zeroxide_memory::Bucket;
 use zeroxide_offload::{MeshPosition, Offload, Settings, Transport, UnitSpec};
 use zeroxide_optim::Optimizer;
 use zeroxide_plan::{
-    Buckets, Dtypes, Mesh, Plan, PlanRequest, Quantisation, StateBytes, UnitRequest,
+    Buckets, Dtypes, GradientHome, Mesh, Plan, PlanRequest, Quantisation, StateBytes, UnitRequest,
 };
 use zeroxide_storage::{EngineKind, SimOptions};
 
@@ -39,6 +39,7 @@ impl Job {
                 params: unit.shape.params.clone(),
                 weights: plan.weights,
                 state: plan.state,
+                gradients: plan.gradients,
                 optimizer: *optimizer,
                 format: *format,
             })
@@ -104,7 +105,7 @@ prop_compose! {
         world in 1..5_u32, stage in 0..4_u8, collective: bool, dtypes in (dtype(), dtype(), dtype()),
         on_disk in any::<(bool, bool)>(), units in units(), prefetch in 0..3_usize,
         kinds in prop::collection::vec((0..Optimizer::every().len(), any::<bool>()), 6),
-        tile in 0..5_u64, odd_ring: bool,
+        tile in 0..5_u64, odd_ring: bool, spills: bool,
     ) -> Job {
         let (compute, grad, comm) = dtypes;
         let rules: Vec<(Optimizer, Format)> = kinds
@@ -145,6 +146,7 @@ prop_compose! {
             quantisation: Quantisation::default(),
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
+            gradients: Some(if spills { GradientHome::Disk } else { GradientHome::Host }),
             units: units.collect(),
             tile_bytes: (tile > 0).then_some(tile * 8192),
             staging_bytes: odd_ring.then_some((4 << 20) + 1),

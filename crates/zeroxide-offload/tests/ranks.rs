@@ -4,7 +4,7 @@ mod world;
 
 use world::{Case, Outcome, STEPS, live_of, reference};
 use zeroxide_layout::Format;
-use zeroxide_offload::{StateHome, Transport, WeightHome};
+use zeroxide_offload::{GradientHome, StateHome, Transport, WeightHome};
 use zeroxide_storage::{EngineKind, SimOptions};
 
 fn case(world: usize) -> Case {
@@ -14,6 +14,7 @@ fn case(world: usize) -> Case {
         shards: world,
         weights: WeightHome::Host,
         state: StateHome::Host,
+        gradients: GradientHome::Host,
         format: Format::Split,
         tile_elements: 2048,
         threads: 1,

@@ -2,8 +2,8 @@
 
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Mesh, MeshPosition, Offload, Quantisation, Room, Settings, StateHome, Transport, UnitSpec,
-    WeightHome,
+    GradientHome, Mesh, MeshPosition, Offload, Quantisation, Room, Settings, StateHome, Transport,
+    UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -24,6 +24,7 @@ fn open(gradients: bool) -> Offload {
         params: vec![param, param],
         weights: WeightHome::Shard,
         state: StateHome::Host,
+        gradients: GradientHome::Host,
         optimizer: AdamParams::default().into(),
         format: Format::Fp32,
     };

@@ -110,7 +110,8 @@ fn help(bucket: &str) -> &'static str {
         "weights" => "offload parameters to nvme",
         "optimizer" => "offload the optimizer to nvme",
         "gradients" => {
-            "keep gradients in bf16 (data_types.grad_accum_dtype) or train fewer parameters"
+            "offload the optimizer to nvme, where gradients can wait too (zeroxide.gradients), keep them in bf16 \
+             (data_types.grad_accum_dtype), or train fewer parameters"
         }
         "gathered" => "lower zeroxide.unit_bytes or zeroxide.prefetch",
         _ => "lower zeroxide.staging_bytes",

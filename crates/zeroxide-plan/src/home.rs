@@ -53,6 +53,25 @@ impl StateHome {
     }
 }
 
+/// Where the gradients of a unit wait for the optimizer step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GradientHome {
+    /// In host memory.
+    Host,
+    /// On disk, in the dtype in which they are kept; in memory while they are accumulated.
+    Disk,
+}
+
+impl GradientHome {
+    /// The name used in reports.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Disk => "disk",
+        }
+    }
+}
+
 /// How gradients reach the ranks that keep them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {

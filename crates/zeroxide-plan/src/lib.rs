@@ -19,19 +19,21 @@ mod placement;
 mod plan;
 mod quantisation;
 mod schedule;
+mod spill;
 mod transit;
 mod unit;
 
 pub use buckets::Buckets;
 pub use device::{DeviceBuckets, DeviceRequest, DeviceShare};
 pub use error::{PlanError, Result};
-pub use home::{StateHome, Transport, WeightHome};
+pub use home::{GradientHome, StateHome, Transport, WeightHome};
 pub use mesh::Mesh;
 pub use placement::{
     DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, MIN_TILES_IN_RING, Placement,
 };
-pub use plan::{FRAGMENTS, Passed, Plan, PlanRequest, UnitRequest};
+pub use plan::{FRAGMENTS, GRADIENTS_IN_MEMORY, Passed, Plan, PlanRequest, UnitRequest};
 pub use quantisation::{BLOCK, Quantisation, gradient_message, weight_message};
 pub use schedule::{Collective, CollectiveKind, Phase, Schedule};
+pub use spill::{GradientRooms, SPILL_SLOTS};
 pub use transit::{SLOTS, Transit};
 pub use unit::{LocalShard, PlacedUnit, StateBytes, UnitShape};

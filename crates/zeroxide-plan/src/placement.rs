@@ -4,9 +4,10 @@ use zeroxide_layout::{Dtype, FRAME, PAGE};
 
 use crate::buckets::Buckets;
 use crate::error::Result;
-use crate::home::{StateHome, Transport, WeightHome};
+use crate::home::{GradientHome, StateHome, Transport, WeightHome};
 use crate::mesh::Mesh;
 use crate::quantisation::Quantisation;
+use crate::spill::GradientRooms;
 use crate::transit::Transit;
 use crate::unit::{PlacedUnit, UnitShape};
 
@@ -74,6 +75,13 @@ impl Placement {
         })
     }
 
+    /// Has the gradients of every unit wait on disk whose optimizer state is there.
+    pub(crate) fn spill_gradients(&mut self) {
+        for unit in &mut self.units {
+            unit.shape.gradients = GradientHome::Disk;
+        }
+    }
+
     /// Bytes of the shards of weights that are at home in host memory while the whole comes and goes.
     pub fn shard_bytes(&self) -> u64 {
         self.sum(|unit| match unit.shape.weights {
@@ -82,9 +90,24 @@ impl Placement {
         })
     }
 
-    /// Bytes of the gradients that this rank keeps for the step.
+    /// Bytes of host memory for the gradients that this rank keeps for the step: all of those that wait there, and room
+    /// for those that wait on disk, while they are accumulated.
     pub fn gradient_bytes(&self) -> u64 {
-        self.sum(|unit| unit.gradient_bytes(self.dtypes.grad))
+        self.waiting_bytes() + self.gradient_rooms().bytes()
+    }
+
+    /// Bytes of the gradients that wait for the step in host memory.
+    pub fn waiting_bytes(&self) -> u64 {
+        let waiting = self.units.iter().filter(|unit| !unit.spills());
+        waiting
+            .map(|unit| unit.gradient_bytes(self.dtypes.grad))
+            .sum()
+    }
+
+    /// Room in host memory for gradients at home on disk.
+    pub fn gradient_rooms(&self) -> GradientRooms {
+        let spilling = self.units.iter().filter(|unit| unit.spills());
+        GradientRooms::new(spilling, self.dtypes.grad)
     }
 
     /// (start, bytes) of each unit's codes in the memory for all of them; no bytes where its weights travel as they are.
@@ -123,7 +146,7 @@ impl Placement {
 
     /// Bytes of all blocks at home on disk.
     pub fn disk_bytes(&self) -> u64 {
-        self.sum(|unit| unit.disk_bytes(self.dtypes.compute))
+        self.sum(|unit| unit.disk_bytes(self.dtypes.compute, self.dtypes.grad))
     }
 
     /// Bytes that a durable run takes on disk: two versions of all weights and state, wherever they are at home.
@@ -139,7 +162,12 @@ impl Placement {
                 WeightHome::Disk => unit.local.own,
                 _ => unit.local.kept,
             };
-            longest.min(unit.tile) * (compute + unit.shape.state_bytes.total)
+            let gradient = if unit.spills() {
+                self.dtypes.grad.size() as u64
+            } else {
+                0
+            };
+            longest.min(unit.tile) * (compute + unit.shape.state_bytes.total + gradient)
         };
         let on_disk = self.units.iter().filter(|unit| unit.touches_disk());
         on_disk.map(tile).max()
@@ -248,8 +276,8 @@ impl Placement {
             }
             _ => 0,
         };
-        let state = self.sum(state);
-        (state, state + self.sum(weights))
+        let (state, gradients) = (self.sum(state), self.spilled_bytes());
+        (state + gradients, state + self.sum(weights) + gradients)
     }
 
     /// Bytes of optimizer state at home in host memory that nothing writes before the first update, and that share no huge
@@ -270,6 +298,17 @@ impl Placement {
             at += unit.local.kept * state.total;
         }
         untouched + at.saturating_sub(touched)
+    }
+
+    /// Bytes of gradients that a backward writes to disk and the update reads again. Backward uses units from the last to
+    /// the first, and each gives way to the next: what it ends with, and what is held all through it, is in memory still.
+    fn spilled_bytes(&self) -> u64 {
+        let spilling = self.units.iter().filter(|unit| unit.spills());
+        let in_a_row = spilling.filter(|unit| !unit.shape.held_through_backward);
+        in_a_row
+            .skip(1)
+            .map(|unit| unit.gradient_bytes(self.dtypes.grad))
+            .sum()
     }
 
     fn moving(&self) -> impl Iterator<Item = &PlacedUnit> {

@@ -5,11 +5,11 @@ use zeroxide_layout::{PAGE, ParamShape, TILE_QUANTUM};
 use crate::buckets::Buckets;
 use crate::device::{self, DeviceBuckets, DeviceRequest};
 use crate::error::{PlanError, Result};
-use crate::home::{StateHome, Transport, WeightHome};
+use crate::home::{GradientHome, StateHome, Transport, WeightHome};
 use crate::mesh::Mesh;
 use crate::placement::{DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, Placement};
 use crate::quantisation::Quantisation;
-use crate::unit::{StateBytes, UnitShape};
+use crate::unit::{PlacedUnit, StateBytes, UnitShape};
 
 /// A unit whose homes are the plan's to choose.
 #[derive(Clone, Debug)]
@@ -43,6 +43,9 @@ pub struct PlanRequest {
     pub weights_on_disk: bool,
     /// Optimizer state is to be on disk.
     pub state_on_disk: bool,
+    /// Where gradients are to wait for the step; `None` leaves it to the plan. With optimizer state in host memory they
+    /// wait there.
+    pub gradients: Option<GradientHome>,
     /// The units, in the order in which forward uses them.
     pub units: Vec<UnitRequest>,
     /// Units that are sent for ahead of their use.
@@ -72,6 +75,8 @@ pub struct Plan {
     pub weights: WeightHome,
     /// Home of all optimizer state, but of units that are at home on the device.
     pub state: StateHome,
+    /// Home of all gradients of units whose optimizer state is on disk.
+    pub gradients: GradientHome,
     /// Elements in a tile that touches the disk.
     pub tile_elements: u64,
     /// Bytes of the staging ring; 0 where nothing is on disk.
@@ -94,6 +99,12 @@ pub struct Plan {
 /// in the first steps, when blocks of other steps lie in the way, and how far is chance: GPT-2 at 8 x 128 tokens was
 /// seen to grow by 0 to 4.5 % beyond the first step.
 pub const FRAGMENTS: u64 = 40;
+
+/// Gradients of so many bytes wait in host memory wherever they fit: less than what a process takes that has imported
+/// torch.
+pub const GRADIENTS_IN_MEMORY: u64 = 256 << 20;
+/// Of a budget, one part in so many is left to activations before gradients that are larger take it.
+const ACTIVATIONS: u64 = 4;
 
 /// What a first backward took, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +132,7 @@ impl Plan {
             held_through_backward: unit.held_through_backward,
             weights,
             state,
+            gradients: GradientHome::Host,
             state_bytes: unit.state_bytes,
         });
         let mut placement = Placement::new(
@@ -135,13 +147,26 @@ impl Plan {
             .device
             .map(|device| device::place(&mut placement, device, request.prefetch))
             .transpose()?;
-        let staging_bytes = ring_bytes(&placement, request.staging_bytes)?;
         let gathered_bytes = placement.held_at_once(request.prefetch);
+        let budget = request.limit.map(|limit| (limit, request.resident));
+        let wanted = request.gradients.unwrap_or_else(|| {
+            gradient_home(&placement, request.staging_bytes, gathered_bytes, budget)
+        });
+        if wanted == GradientHome::Disk {
+            placement.spill_gradients();
+        }
+        let spills = placement.units.iter().any(PlacedUnit::spills);
+        let staging_bytes = ring_bytes(&placement, request.staging_bytes)?;
         let made = Self {
             turns,
             stage: request.stage,
             weights,
             state,
+            gradients: if spills {
+                GradientHome::Disk
+            } else {
+                GradientHome::Host
+            },
             tile_elements,
             staging_bytes,
             gathered_bytes,
@@ -241,6 +266,41 @@ fn homes(request: &PlanRequest) -> (WeightHome, StateHome) {
         StateHome::Host
     };
     (weights, state)
+}
+
+/// Where gradients wait that may wait on disk: there when they are many, and with a `budget`, (limit, resident), when they
+/// do not fit or leave activations too little. What the process takes does then not grow with the model.
+fn gradient_home(
+    placement: &Placement,
+    staging: Option<u64>,
+    gathered: u64,
+    budget: Option<(u64, u64)>,
+) -> GradientHome {
+    let mesh = placement.mesh;
+    let exchanged_where_kept =
+        placement.transport == Transport::Collective && mesh.shards > 1 && mesh.replicas > 1;
+    let bytes = placement.waiting_bytes();
+    if exchanged_where_kept || bytes == 0 {
+        return GradientHome::Host;
+    }
+    let total = |placement: &Placement| {
+        let ring = ring_bytes(placement, staging).unwrap_or(0);
+        placement.buckets(ring, gathered).total()
+    };
+    let mut spilled = placement.clone();
+    spilled.spill_gradients();
+    let need = total(placement);
+    let many = bytes > GRADIENTS_IN_MEMORY;
+    let leaves_too_little = match budget {
+        None => many,
+        Some((limit, resident)) if many => resident + need > limit - limit / ACTIVATIONS,
+        Some((limit, resident)) => resident + need > limit,
+    };
+    if leaves_too_little && total(&spilled) < need {
+        GradientHome::Disk
+    } else {
+        GradientHome::Host
+    }
 }
 
 fn turns(units: &[UnitRequest]) -> Vec<Vec<usize>> {

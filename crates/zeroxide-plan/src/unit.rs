@@ -3,7 +3,7 @@
 use zeroxide_layout::{Dtype, FRAME, ParamShape, Role, StateLayout, UnitLayout};
 
 use crate::error::{PlanError, Result};
-use crate::home::{StateHome, WeightHome};
+use crate::home::{GradientHome, StateHome, WeightHome};
 use crate::mesh::Mesh;
 
 /// Tiles of units that never touch the disk are this many times longer: there is nothing to overlap with.
@@ -56,6 +56,8 @@ pub struct UnitShape {
     pub weights: WeightHome,
     /// Home of the optimizer state.
     pub state: StateHome,
+    /// Home of its gradients, where its optimizer state is on disk; elsewhere they are in host memory.
+    pub gradients: GradientHome,
     /// Bytes of its optimizer state.
     pub state_bytes: StateBytes,
 }
@@ -129,6 +131,13 @@ impl PlacedUnit {
         self.shape.state == StateHome::Disk && self.local.kept > 0
     }
 
+    /// Whether its gradients wait on disk for the step.
+    pub fn spills(&self) -> bool {
+        self.shape.gradients == GradientHome::Disk
+            && self.shape.weights != WeightHome::Borrowed
+            && self.state_on_disk()
+    }
+
     /// Whether all of the unit is at home on the device that computes.
     pub fn is_away(&self) -> bool {
         self.shape.state == StateHome::Device && self.local.kept > 0
@@ -169,7 +178,7 @@ impl PlacedUnit {
         self.local.own * compute.size() as u64
     }
 
-    /// Bytes of gradients that this rank keeps for the step.
+    /// Bytes of gradients that this rank keeps for the step, wherever they are.
     pub(crate) fn gradient_bytes(&self, grad: Dtype) -> u64 {
         match self.shape.weights {
             WeightHome::Borrowed => 0,
@@ -187,7 +196,7 @@ impl PlacedUnit {
     }
 
     /// Bytes of its blocks at home on disk.
-    pub(crate) fn disk_bytes(&self, compute: Dtype) -> u64 {
+    pub(crate) fn disk_bytes(&self, compute: Dtype, grad: Dtype) -> u64 {
         let weights = match self.shape.weights {
             WeightHome::Disk => self.own_bytes(compute),
             _ => 0,
@@ -196,7 +205,12 @@ impl PlacedUnit {
             StateHome::Disk => self.state_bytes(),
             StateHome::Host | StateHome::Device => 0,
         };
-        weights + state
+        let gradients = if self.spills() {
+            self.gradient_bytes(grad)
+        } else {
+            0
+        };
+        weights + state + gradients
     }
 
     /// Bytes of all its blocks that are not on the device: what a commit of a durable run holds.

@@ -3,8 +3,8 @@
 use proptest::prelude::*;
 use zeroxide_layout::{Dtype, Format, Moment, ParamShape, StateKey, StateLayout};
 use zeroxide_plan::{
-    Buckets, Dtypes, Mesh, Passed, Plan, PlanError, PlanRequest, Quantisation, StateBytes,
-    Transport, UnitRequest,
+    Buckets, Dtypes, GradientHome, Mesh, Passed, Plan, PlanError, PlanRequest, Quantisation,
+    StateBytes, Transport, UnitRequest,
 };
 
 const FRAME: u64 = 2 << 20;
@@ -73,6 +73,17 @@ fn by_hand(request: &PlanRequest, ring: u64) -> Buckets {
             transit += summed * comm * (world - 1);
         }
     }
+    let mut waiting = kept * grad;
+    if request.state_on_disk && request.gradients == Some(GradientHome::Disk) {
+        let room = |held: bool| {
+            units
+                .iter()
+                .filter(move |(unit, size)| unit.held_through_backward == held && size.0 > 0)
+                .map(move |(_, size)| size.0 / shards * grad)
+        };
+        let turns = room(false).count().min(2) as u64;
+        waiting = room(true).sum::<u64>() + turns * room(false).max().unwrap_or(0);
+    }
     let state = units
         .iter()
         .map(|(unit, size)| unit.state_bytes.total * size.0 / shards)
@@ -82,7 +93,7 @@ fn by_hand(request: &PlanRequest, ring: u64) -> Buckets {
     let ringed = on_disk && units.iter().any(|(_, size)| touches(size));
     Buckets {
         weights,
-        gradients: kept * grad + transit,
+        gradients: waiting + transit,
         optimizer: if request.state_on_disk { 0 } else { state },
         staging: if ringed { ring } else { 0 },
         gathered: if request.weights_on_disk || sharded {
@@ -157,7 +168,7 @@ prop_compose! {
     fn request()(
         (shards, replicas) in prop_oneof![Just((1, 1)), (1..5_u32, 1..4_u32)], stage in 0..4_u8, collective: bool,
         dtypes in (dtype(), dtype(), dtype()), on_disk in any::<(bool, bool)>(), split: bool,
-        units in units(), prefetch in 0..4_usize,
+        units in units(), prefetch in 0..4_usize, spills: bool,
     ) -> PlanRequest {
         let mesh = Mesh { rank: 0, shards, replicas };
         let (compute, grad, comm) = dtypes;
@@ -182,6 +193,7 @@ prop_compose! {
             quantisation: Quantisation::default(),
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
+            gradients: Some(if spills { GradientHome::Disk } else { GradientHome::Host }),
             units: units.collect(),
             tile_bytes: None, staging_bytes: None, limit: None, resident: 0, device: None,
         }
@@ -237,6 +249,7 @@ fn refusals_name_numbers_and_help() {
         quantisation: Quantisation::default(),
         weights_on_disk: false,
         state_on_disk: false,
+        gradients: None,
         units: vec![UnitRequest {
             name: "only".into(),
             params: vec![ParamShape {
@@ -315,6 +328,7 @@ fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
             quantisation: Quantisation::default(),
             weights_on_disk: on_disk,
             state_on_disk: on_disk,
+            gradients: Some(GradientHome::Host),
             units: vec![unit.clone(), unit],
             prefetch: 1,
             tile_bytes: None,

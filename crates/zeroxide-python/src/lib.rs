@@ -63,8 +63,8 @@ mod _core {
     use crate::recorder::PyRecorder;
     #[pymodule_export]
     use crate::settings::{
-        PyIoEngine, PyMeshPosition, PyQuantisation, PySettings, PyStateHome, PyTransport,
-        PyUnitSpec, PyWeightHome,
+        PyGradientHome, PyIoEngine, PyMeshPosition, PyQuantisation, PySettings, PyStateHome,
+        PyTransport, PyUnitSpec, PyWeightHome,
     };
     #[pymodule_export]
     use crate::spec::{TensorSpec, checksum};

@@ -11,7 +11,7 @@ use zeroxide_plan::{
 
 use crate::errors::plan_to_python;
 use crate::optimizer::Rule;
-use crate::settings::PyQuantisation;
+use crate::settings::{PyGradientHome, PyQuantisation};
 use crate::words::{parse_dtype, parse_format, parse_transport};
 
 /// (name, [(elements, trainable)], held through backward, optimizer rule, format of the optimizer state, turn)
@@ -88,8 +88,8 @@ pub(crate) struct PyPlan {
 impl PyPlan {
     #[new]
     #[pyo3(signature = (*, units, rank, shards, replicas, stage, transport, compute, grad, comm, weights_on_disk,
-                        state_on_disk, prefetch, quantisation = None, tile_bytes = None, staging_bytes = None, limit = None,
-                        resident = 0, device = None))]
+                        state_on_disk, prefetch, gradients = None, quantisation = None, tile_bytes = None, staging_bytes = None,
+                        limit = None, resident = 0, device = None))]
     #[expect(
         clippy::too_many_arguments,
         reason = "keyword arguments of a Python constructor"
@@ -108,6 +108,7 @@ impl PyPlan {
         weights_on_disk: bool,
         state_on_disk: bool,
         prefetch: usize,
+        gradients: Option<PyRef<'_, PyGradientHome>>,
         quantisation: Option<PyRef<'_, PyQuantisation>>,
         tile_bytes: Option<u64>,
         staging_bytes: Option<u64>,
@@ -145,6 +146,7 @@ impl PyPlan {
                 .unwrap_or_default(),
             weights_on_disk,
             state_on_disk,
+            gradients: gradients.map(|home| (*home).into()),
             units,
             prefetch,
             tile_bytes,
@@ -168,6 +170,12 @@ impl PyPlan {
     #[getter]
     fn state(&self) -> &'static str {
         self.inner.state.name()
+    }
+
+    /// Home of all gradients of units whose optimizer state is on disk, and of all others "host": "host" or "disk".
+    #[getter]
+    fn gradients(&self) -> &'static str {
+        self.inner.gradients.name()
     }
 
     /// Home of each unit's optimizer state: "host", "disk" or "device".

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use pyo3::prelude::*;
 use zeroxide_layout::ParamShape;
 use zeroxide_offload::{
-    Mesh, MeshPosition, Quantisation, Settings, StateHome, Transport, UnitSpec, WeightHome,
+    GradientHome, Mesh, MeshPosition, Quantisation, Settings, StateHome, Transport, UnitSpec,
+    WeightHome,
 };
 use zeroxide_storage::EngineKind;
 
@@ -54,6 +55,8 @@ enums! {
     PyStateHome as "StateHome": StateHome, "home of the optimizer state" {
         Host = "host", Disk = "disk", Device = "device"
     }
+    /// Where the gradients of a unit wait for the step, if its optimizer state is on disk.
+    PyGradientHome as "GradientHome": GradientHome, "home of gradients" { Host = "host", Disk = "disk" }
     /// How gradients reach the ranks that keep them.
     PyTransport as "Transport": Transport, "transport" { Shared = "shared", Collective = "collective" }
     /// What moves bytes between memory and disk.
@@ -69,8 +72,13 @@ pub(crate) struct PyUnitSpec {
 #[pymethods]
 impl PyUnitSpec {
     #[new]
-    #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false))]
-    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
+    #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false,
+                        gradients = None))]
+    #[expect(
+        clippy::too_many_arguments,
+        clippy::needless_pass_by_value,
+        reason = "keyword arguments of a Python constructor"
+    )]
     fn new(
         name: String,
         params: Vec<(u64, bool)>,
@@ -79,6 +87,7 @@ impl PyUnitSpec {
         optimizer: PyRef<'_, Rule>,
         format: &str,
         held_through_backward: bool,
+        gradients: Option<PyRef<'_, PyGradientHome>>,
     ) -> PyResult<Self> {
         let params = params
             .into_iter()
@@ -91,6 +100,7 @@ impl PyUnitSpec {
                 params,
                 weights: (*weights).into(),
                 state: (*state).into(),
+                gradients: gradients.map_or(GradientHome::Host, |home| (*home).into()),
                 optimizer: optimizer.optimizer(),
                 format: parse_format(format)?,
             },

@@ -9,13 +9,13 @@ from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.device.placement import HOST, device_kind, has_values, in_host_memory
-from zeroxide.distributed import Ranks
+from zeroxide.distributed import Ranks, UnitGroups
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
-__all__ = ["check_model", "check_transport", "refuse_max_norm"]
+__all__ = ["check_gradients", "check_model", "check_transport", "refuse_max_norm"]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config, device: torch.device = HOST) -> None:
@@ -84,3 +84,21 @@ def check_transport(config: Config, ranks: Ranks) -> None:
             expected='"auto" or "collective"',
             got='"shared_memory"',
         )
+
+
+def check_gradients(config: Config, groups: UnitGroups, transport: str) -> None:
+    """Refuses gradients on disk where their step does not read from there, or other ranks write where they are kept."""
+    if config.zeroxide.gradients != "disk":
+        return
+    if config.zero.offload_optimizer.kind != "nvme":
+        why = "needs the optimizer state on disk, with which the step reads them: offload_optimizer to nvme"
+    elif groups.shard.size > 1 and groups.replicate.size > 1 and transport == "collective":
+        why = "does not go with hybrid sharding over collectives, where replicas exchange sums in memory"
+    else:
+        return
+    raise ConfigError(
+        f'zeroxide.gradients: "disk" {why}; or use "auto"',
+        path="zeroxide.gradients",
+        expected='"auto" or "host"',
+        got='"disk"',
+    )

@@ -14,7 +14,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
-from zeroxide.plan.checks import check_transport, refuse_max_norm
+from zeroxide.plan.checks import check_gradients, check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
@@ -67,6 +67,11 @@ class Plan:
     def state(self) -> Home:
         """Home of all optimizer state, but of `units_on_device`."""
         return Home(self.numbers.state)
+
+    @property
+    def gradients(self) -> Home:
+        """Where gradients wait for the step, but those of `units_on_device`."""
+        return Home(self.numbers.gradients)
 
     @cached_property
     def units_on_device(self) -> frozenset[int]:
@@ -205,6 +210,7 @@ def make_plan(
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
     mesh = ProcessMesh(ranks.rank, ranks.world, config.mesh)
     groups = mesh.unit_groups(sharded=config.zero.stage > 0, secondary=quantisation.secondary)
+    check_gradients(config, groups, transport)
     numbers = _core.Plan(
         units=_units(units),
         rank=groups.rank,
@@ -218,6 +224,7 @@ def make_plan(
         weights_on_disk=config.zero.offload_param.kind == "nvme",
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
+        gradients=None if config.zeroxide.gradients == "auto" else _core.GradientHome(config.zeroxide.gradients),
         quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
         staging_bytes=config.zeroxide.staging_bytes or None,

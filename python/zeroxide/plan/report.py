@@ -36,6 +36,8 @@ def describe(plan: Plan) -> list[str]:
         rest = sum(unit.trainable for index, unit in enumerate(plan.units) if index not in plan.units_on_device)
         part = f"{100.0 * (trainable - rest) / trainable:.0f} % on {plan.device}"
         place = f"{part}, the rest in {place}" if rest else f"device memory, all of it on {plan.device}"
+    if plan.gradients is Home.DISK:
+        beside = "on disk until the step"
     lines = [
         f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(plan.units)} units; "
         f"{_dtype(plan.compute)} weights at home {home}",

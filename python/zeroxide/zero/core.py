@@ -33,6 +33,7 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
             optimizer=unit.state.optimizer,
             format=unit.state.format,
             held_through_backward=unit.held_through_backward,
+            gradients=_core.GradientHome(plan.numbers.gradients),
         )
         for unit, home in zip(plan.units, plan.numbers.states, strict=True)
     ]

@@ -174,6 +174,7 @@ impl Offload {
     pub fn clear_gradients(&self) -> Result<()> {
         self.with("clear_gradients", |core| {
             core.clear_gradients();
+            core.drop_gradients();
             Ok(())
         })
     }

@@ -10,6 +10,7 @@ use zeroxide_optim::{
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
+use crate::gradients::kept::KeptGradients;
 
 /// Elements a task accumulates. Fixed, so that the order of the sums does not depend on the number of threads.
 const PIECE: usize = 256 << 10;
@@ -77,7 +78,7 @@ impl Core {
         let buffer = if away {
             this.outgoing.as_mut()
         } else {
-            this.grad.as_mut()
+            this.grad.bytes_mut()
         }
         .expect("an arrival was opened");
         let bytes = &mut buffer[byte_range(&(offset..offset + len), dtype.size())];
@@ -136,7 +137,7 @@ impl Core {
         let buffer = if away {
             this.outgoing.as_mut()
         } else {
-            this.grad.as_mut()
+            this.grad.bytes_mut()
         }
         .expect("an arrival was opened");
         let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
@@ -167,7 +168,7 @@ impl Core {
 
     /// Where the first gradient of a parameter since the last step may be put by who brings it there itself: (address,
     /// bytes), in the dtype in which gradients are kept. `None` where one has been accumulated, to which the next is
-    /// added, or where other ranks have a part in it.
+    /// added, where other ranks have a part in it, or where gradients wait on disk.
     ///
     /// The room is the caller's until [`gradient_arrived`](Self::gradient_arrived), or until a gradient comes by
     /// [`accumulate`](Self::accumulate) or gradients are forgotten: nothing writes there from then on but the core.
@@ -180,11 +181,12 @@ impl Core {
         let this = &mut self.units[unit];
         let (offset, numel) = (this.layout.offset(param), this.layout.numel(param));
         let state = &mut this.params[param];
-        if away || state.has_arrived(away) {
+        // What may leave memory before it has arrived is accumulated as it comes.
+        if away || state.has_arrived(away) || !matches!(this.grad, KeptGradients::Host(_)) {
             return Ok(None);
         }
         state.arriving = Some((numel, Accumulate::Store));
-        let buffer = this.grad.as_mut().expect("an arrival was opened");
+        let buffer = this.grad.bytes_mut().expect("an arrival was opened");
         let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
         Ok(Some((bytes.as_mut_ptr().expose_provenance(), bytes.len())))
     }
@@ -202,7 +204,7 @@ impl Core {
             );
         }
         let dtype = self.gradients.dtype;
-        let buffer = this.grad.as_mut().expect("there was room in it");
+        let buffer = this.grad.bytes_mut().expect("there was room in it");
         let bytes = &mut buffer[byte_range(&(offset..offset + numel), dtype.size())];
         state.norm = measure(&self.pool, dtype, bytes);
         state.arrived(false);
@@ -226,10 +228,16 @@ impl Core {
         let trainable = self.units[unit].params[param].trainable;
         if away && trainable {
             self.make_room(unit)?;
+        } else if trainable {
+            self.bring_gradients(unit)?;
         }
         let this = &self.units[unit];
-        let buffer = if away { &this.outgoing } else { &this.grad };
-        if !trainable || buffer.is_none() {
+        let present = if away {
+            this.outgoing.is_some()
+        } else {
+            this.grad.bytes().is_some()
+        };
+        if !trainable || !present {
             return misuse(
                 call,
                 format!("{} parameter {param} is frozen or lent", this.name),

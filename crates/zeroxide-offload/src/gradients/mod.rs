@@ -1,11 +1,14 @@
 //! Gradients: accumulated as they arrive, summed over ranks, and how they travel.
 
 pub(crate) mod accumulate;
+pub(crate) mod kept;
 mod reduce;
+pub(crate) mod spill;
 pub(crate) mod transport;
 
 use zeroxide_layout::Dtype;
 
+use crate::gradients::spill::Spill;
 use crate::gradients::transport::GradientTransport;
 
 /// What all units' gradients share: how they reach the ranks that keep them, and in which dtypes.
@@ -19,4 +22,6 @@ pub(crate) struct Gradients {
     pub(crate) quantised: bool,
     /// In which they are kept and accumulated.
     pub(crate) dtype: Dtype,
+    /// Gradients at home on disk, while they are in memory or on their way.
+    pub(crate) spill: Spill,
 }

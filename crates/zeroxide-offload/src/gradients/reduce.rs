@@ -68,6 +68,7 @@ impl Core {
             return Ok(false);
         }
         self.finish_unit(unit)?;
+        self.bring_gradients(unit)?;
         let (comm_dtype, grad, scale) = (
             self.gradients.comm_dtype,
             self.gradients.dtype,
@@ -101,6 +102,7 @@ impl Core {
         self.check_usable()?;
         self.check_unit("receive_from", unit)?;
         self.finish_unit(unit)?;
+        self.bring_gradients(unit)?;
         let (comm_dtype, grad, scale) = (
             self.gradients.comm_dtype,
             self.gradients.dtype,
@@ -126,6 +128,7 @@ impl Core {
         self.check_usable()?;
         self.check_unit("receive_sum", unit)?;
         self.finish_unit(unit)?;
+        self.bring_gradients(unit)?;
         let (grad, scale, mesh) = (self.gradients.dtype, self.gradients.reduce_scale, self.mesh);
         let this = &mut self.units[unit];
         let summed = this.summed(mesh);
@@ -147,7 +150,7 @@ impl Core {
     /// Address and bytes of the gradients that this rank keeps of the unit.
     pub(crate) fn kept_gradients(&self, unit: usize) -> Result<(usize, usize)> {
         self.check_unit("kept_gradients", unit)?;
-        match &self.units[unit].grad {
+        match self.units[unit].grad.bytes() {
             Some(lease) => Ok((lease.as_ptr().expose_provenance(), lease.len())),
             None => misuse(
                 "kept_gradients",
@@ -252,7 +255,7 @@ fn reduce_into(
         .map(|each| (unit.layout.trainable_shard(each), each == mesh.slice()))
         .filter(|(slice, _)| summed.start <= slice.start && slice.end <= summed.end)
         .collect();
-    let Some(grad) = unit.grad.as_mut() else {
+    let Some(grad) = unit.grad.bytes_mut() else {
         return misuse("receive", format!("unit {} keeps no gradients", unit.name));
     };
     let mut tasks = divide(&unit.layout, &slices, kept.start, dtype, grad);

@@ -199,7 +199,11 @@ impl Core {
         } else {
             !this.fresh
         };
-        match this.grad.as_ref().filter(|_| arrived) {
+        if arrived && this.grad.is_spilled() {
+            self.bring_gradients(unit)?;
+        }
+        let this = &self.units[unit];
+        match this.grad.bytes().filter(|_| arrived) {
             None => out.fill(0.0),
             Some(lease) => match as_grad(
                 self.gradients.dtype,
@@ -229,6 +233,7 @@ impl Core {
         self.finish_unit(unit)?;
         let local = self.kept_range("write_grad", unit, param, start, values.len())?;
         let (dtype, element, mesh) = (self.gradients.dtype, self.gradients.dtype.size(), self.mesh);
+        self.bring_gradients(unit)?;
         let this = &mut self.units[unit];
         let kept = this.kept();
         let first = this.layout.offset(param);
@@ -236,7 +241,7 @@ impl Core {
         let present = whole.start.max(kept.start)..whole.end.min(kept.end);
         let slice = this.layout.trainable_shard(mesh.slice());
         let counted = present.start.max(slice.start)..present.end.min(slice.end);
-        let (Some(grad), true) = (this.grad.as_mut(), this.params[param].trainable) else {
+        let (Some(grad), true) = (this.grad.bytes_mut(), this.params[param].trainable) else {
             return misuse(
                 "write_grad",
                 format!("a parameter of {} is frozen", this.name),

@@ -36,6 +36,7 @@ impl Core {
         }
         self.finish_step()?;
         self.check_exchanged()?;
+        self.finish_spills()?;
         self.state.cache.clear();
         self.wait_reads()?;
         let mut step = ActiveStep::new(&self.step.notify);
@@ -80,8 +81,10 @@ impl Core {
         self.clear_gradients();
         for unit in untouched {
             self.weights_kept(unit);
+            self.release_unused(unit)?;
         }
         for unit in others {
+            self.release_unused(unit)?;
             self.weights_renewed(unit);
         }
         self.step.active = Some(step);

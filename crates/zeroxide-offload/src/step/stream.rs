@@ -11,6 +11,7 @@ use zeroxide_storage::{Completion, Notify, Reply, StorageError};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
+use crate::gradients::kept::GRADIENT;
 use crate::homes::fill_initial;
 use crate::step::plan::Segment;
 use crate::step::update::{Update, update_tile};
@@ -35,6 +36,17 @@ struct TileJob {
     buffers: Vec<(usize, Lease)>,
     pending: usize,
     failed: Option<StorageError>,
+}
+
+impl TileJob {
+    /// Takes the buffer of that number out, if there is one.
+    fn take(&mut self, number: usize) -> Option<Lease> {
+        let at = self
+            .buffers
+            .iter()
+            .position(|(index, _)| *index == number)?;
+        Some(self.buffers.swap_remove(at).1)
+    }
 }
 
 /// What is left to do for one unit.
@@ -185,13 +197,21 @@ impl Core {
             tile: job.tile,
         };
         let unit = job.unit;
+        let gradient = job.take(self.units[unit].gradient_number());
         let step = self.step.active.as_ref().expect("looked at just now");
         let plan = &step.units[unit].plan;
         let begun = self.recorder.begin();
-        let checksums = update_tile(&update, &mut self.units[unit], &mut job.buffers, plan)?;
+        let checksums = update_tile(
+            &update,
+            &mut self.units[unit],
+            &mut job.buffers,
+            gradient.as_ref(),
+            plan,
+        )?;
         let bytes = self.units[unit].tile_bytes(job.tile);
         self.recorder
             .end(begun, Activity::Update, Some(unit), bytes);
+        drop(gradient);
         self.step.tiles.add(1);
         self.start_writes(job, &checksums)?;
         let progress = &mut self.active_mut().units[unit];
@@ -219,9 +239,7 @@ impl Core {
         if let StateBlocks::Disk { pristine } = &mut self.units[unit].state {
             *pristine = false;
             // Used up, and not needed before backward accumulates the next ones: room for the activations in between.
-            if let Some(grad) = &mut self.units[unit].grad {
-                grad.discard()?;
-            }
+            self.release_gradients(unit)?;
         }
         let used = self.weights.tick();
         let alone = self.mesh.has_all();
@@ -275,6 +293,13 @@ impl Core {
                 buffers.push((index, lease));
             } else {
                 to_read.push((index, tensor.key, lease));
+            }
+        }
+        if this.grad.is_spilled() {
+            let bytes = byte_range(&this.state_tiles.range(tile), self.gradients.dtype.size());
+            match self.disk().ring.lease(bytes.len(), PAGE) {
+                Ok(lease) => to_read.push((this.gradient_number(), GRADIENT, lease)),
+                Err(_) => return Ok(Stopped::NoRing),
             }
         }
         let step = self

@@ -11,6 +11,7 @@ use zeroxide_storage::{CHECKSUM_PIECE, checksum, join_checksums};
 use crate::core::{byte_range, to_usize};
 use crate::disk::Disk;
 use crate::error::{Result, misuse};
+use crate::gradients::kept::GRADIENT;
 use crate::step::plan::Segment;
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::gather::block;
@@ -74,14 +75,17 @@ struct ThreadChunk<'a> {
     len: usize,
     slices: Vec<Slice<'a>>,
     grad: &'a [u8],
+    /// Checksums of the pieces of gradients that came from disk.
+    grad_checks: Option<Vec<u64>>,
 }
 
-/// Updates a tile in place. `buffers` are state tensors of it by their number in the unit's layout; returns the new
-/// checksums of what goes to disk, by the same numbers.
+/// Updates a tile in place. `buffers` are state tensors of it by their number in the unit's layout, `gradient` its
+/// gradients where those have come from disk; returns the new checksums of what goes to disk, by the same numbers.
 pub(crate) fn update_tile(
     update: &Update<'_>,
     unit: &mut Unit,
     buffers: &mut [(usize, Lease)],
+    gradient: Option<&Lease>,
     segments: &[Segment],
 ) -> Result<Vec<(usize, u64)>> {
     let range = unit.state_tiles.range(update.tile);
@@ -114,11 +118,14 @@ pub(crate) fn update_tile(
             if let Some(bytes) = shard.as_deref_mut() {
                 sources.push(Source::new(LIVE, bytes, false, on_disk));
             }
-            let grad = unit
-                .grad
-                .as_ref()
-                .expect("trainable elements have a gradient buffer");
-            (&grad[byte_range(&range, update.grad.size())], update.grad)
+            let grad = if let Some(read) = gradient {
+                read
+            } else {
+                let kept = unit.grad.bytes();
+                let kept = kept.expect("what is not on disk is in memory until its step");
+                &kept[byte_range(&range, update.grad.size())]
+            };
+            (grad, update.grad)
         }
     };
     if let StateBlocks::Host { blocks } = &mut unit.state {
@@ -135,7 +142,7 @@ pub(crate) fn update_tile(
     // The kernels take tensors in the order of the layout; from disk they come in any.
     sources.sort_by_key(|source| source.tensor);
     let len = to_usize(range.end - range.start);
-    let parts = divide(
+    let mut parts = divide(
         update.pool.threads(),
         tensors,
         sources,
@@ -144,16 +151,46 @@ pub(crate) fn update_tile(
         grad,
         grad_dtype.size(),
     );
-    let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
-    update.pool.run(parts.len(), |index| {
-        let mut part = parts[index].lock().expect("each task has its own part");
+    for part in &mut parts {
+        part.grad_checks = gradient.map(|_| Vec::new());
+    }
+    let parts = run_all(update.pool, parts, |part| {
         part.run(tensors, segments, grad_dtype);
     });
-    let parts: Vec<_> = parts
+    verify_gradient(update, gradient, &parts)?;
+    checksums(update, tensors, &parts)
+}
+
+/// Runs every part on a thread of its own, and returns them in their order.
+fn run_all<'a>(
+    pool: &Pool,
+    parts: Vec<ThreadChunk<'a>>,
+    act: impl Fn(&mut ThreadChunk<'a>) + Sync,
+) -> Vec<ThreadChunk<'a>> {
+    let parts: Vec<_> = parts.into_iter().map(Mutex::new).collect();
+    pool.run(parts.len(), |index| {
+        act(&mut parts[index].lock().expect("each task has its own part"));
+    });
+    parts
         .into_iter()
         .map(|part| part.into_inner().expect("the pool has returned"))
-        .collect();
-    checksums(update, tensors, &parts)
+        .collect()
+}
+
+/// Compares the `gradient` that came from disk, if it did, with what is known of it.
+fn verify_gradient(
+    update: &Update<'_>,
+    gradient: Option<&Lease>,
+    parts: &[ThreadChunk<'_>],
+) -> Result<()> {
+    let (Some(_), Some(disk)) = (gradient, update.disk) else {
+        return Ok(());
+    };
+    let pieces = parts
+        .iter()
+        .flat_map(|part| part.grad_checks.iter().flatten().copied());
+    let id = block(update.unit, GRADIENT);
+    Ok(disk.verify_checksum(id, update.tile, join_checksums(pieces))?)
 }
 
 fn divide<'a>(
@@ -177,6 +214,7 @@ fn divide<'a>(
                 index * share * grad_element,
                 (index + 1) * share * grad_element,
             ),
+            grad_checks: None,
         })
         .collect();
     for source in sources {
@@ -212,6 +250,9 @@ fn clipped(bytes: &[u8], start: usize, end: usize) -> &[u8] {
 impl ThreadChunk<'_> {
     fn run(&mut self, tensors: &StateLayout, segments: &[Segment], grad_dtype: Dtype) {
         let mut at = 0;
+        if let Some(checks) = &mut self.grad_checks {
+            checks.extend(self.grad.chunks(CHECKSUM_PIECE).map(checksum));
+        }
         self.digest_longer(false);
         while at < self.len {
             let end = (at + PIECE).min(self.len);

@@ -5,8 +5,8 @@ use bytemuck::cast_slice_mut;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
 use zeroxide_offload::{
-    MeshPosition, Offload, OffloadError, Quantisation, Result, Settings, StateHome, UnitSpec,
-    WeightHome,
+    GradientHome, MeshPosition, Offload, OffloadError, Quantisation, Result, Settings, StateHome,
+    UnitSpec, WeightHome,
 };
 use zeroxide_optim::{AdamParams, Grad, Optimizer, update};
 use zeroxide_storage::{EngineKind, SimOptions};
@@ -23,6 +23,7 @@ pub(crate) const SCALE: f64 = 0.5;
 pub(crate) struct Case {
     pub(crate) weights: WeightHome,
     pub(crate) state: StateHome,
+    pub(crate) gradients: GradientHome,
     pub(crate) format: Format,
     /// Rule and format of each unit, where not all have Adam and `format`.
     pub(crate) rules: Option<[(Optimizer, Format); 3]>,
@@ -41,6 +42,7 @@ impl Default for Case {
         Self {
             weights: WeightHome::Disk,
             state: StateHome::Disk,
+            gradients: GradientHome::Host,
             format: Format::Split,
             rules: None,
             threads: 2,
@@ -80,6 +82,7 @@ impl Case {
                     .collect(),
                 weights: self.weights,
                 state: self.state,
+                gradients: self.gradients,
                 optimizer: self.rule(index).0,
                 format: self.rule(index).1,
             })

@@ -14,14 +14,15 @@ use std::time::Duration;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape};
 use zeroxide_offload::{
-    Mesh, MeshPosition, Offload, Quantisation, SegmentHandle, Settings, StateHome, Transport,
-    UnitSpec, WeightHome,
+    GradientHome, Mesh, MeshPosition, Offload, Quantisation, SegmentHandle, Settings, StateHome,
+    Transport, UnitSpec, WeightHome,
 };
 use zeroxide_optim::Grad;
 use zeroxide_storage::{EngineKind, SimOptions};
 
 use board::Board;
 use oracle::{empty, gradient, has_gradient, hyperparameters, initial};
+#[allow(unused_imports, reason = "each test file uses a part of it")]
 pub(crate) use oracle::{live_of, reference};
 
 pub(crate) const STEPS: u64 = 5;
@@ -45,6 +46,7 @@ pub(crate) struct Case {
     pub(crate) shards: usize,
     pub(crate) weights: WeightHome,
     pub(crate) state: StateHome,
+    pub(crate) gradients: GradientHome,
     pub(crate) format: Format,
     pub(crate) tile_elements: u64,
     pub(crate) threads: usize,
@@ -80,6 +82,7 @@ impl Case {
                     .collect(),
                 weights: self.weights,
                 state: self.state,
+                gradients: self.gradients,
                 optimizer: hyperparameters(),
                 format: self.format,
             })
@@ -464,7 +467,7 @@ impl Runner<'_> {
     unsafe_code,
     reason = "the window of a gathered unit, as Python sees it"
 )]
-fn peek(address: usize, bytes: usize) -> Vec<u8> {
+pub(crate) fn peek(address: usize, bytes: usize) -> Vec<u8> {
     // SAFETY: the core has just said that this range is readable, and nothing writes it before this returns.
     unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance(address), bytes) }
         .to_vec()

@@ -26,7 +26,7 @@ def make_engine(
     """Hand the model to zeroxide and return the engine, with one note per thing worth telling the user."""
     from zeroxide.cli.training.from_safetensors import FromSafetensors
     from zeroxide.cli.training.from_scratch import FromScratch
-    from zeroxide.cli.training.loss import causal_lm_loss
+    from zeroxide.cli.training.loss import causal_lm_loss, without_logits
 
     notes: list[str] = []
     weights: FromSafetensors | FromScratch
@@ -40,6 +40,8 @@ def make_engine(
         weights = FromScratch(model, options.seed)
         bias_lr = options.bias_lr
     model.loss_function = causal_lm_loss
+    if options.loss_chunk:
+        without_logits(model, options.loss_chunk)
     if options.activation_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise ModelError(f"{choice.name} does not support activation checkpointing")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +103,14 @@ class FromSafetensors:
         for name, tensor in tensors.items():
             _read_into(self._found[name], tensor)
 
+    def pieces(self, name: str, shape: torch.Size) -> Iterator[tuple[int, torch.Tensor]]:
+        """The parameter's values in pieces of at most 8 MiB of the file: (first element, flat fp32 CPU tensor)."""
+        entry = self._found[name]
+        if entry.shape != tuple(shape):
+            raise ModelError(f"{entry.path}: expected shape {list(entry.shape)}, got a parameter of {list(shape)}")
+        for first, values in _read(entry):
+            yield first, values.to(torch.float32)
+
     def _load_buffers(self, model: PreTrainedModel, entries: dict[str, _Entry]) -> None:
         persistent = model.state_dict(keep_vars=True)
         for name, buffer in model.named_buffers():
@@ -173,18 +182,25 @@ def _read_into(entry: _Entry, tensor: torch.Tensor) -> None:
     if not tensor.is_contiguous():
         raise ModelError(f"{entry.path}: the tensor to fill is not contiguous")
     flat = tensor.detach().view(-1)
+    for first, values in _read(entry):
+        flat[first : first + values.numel()].copy_(values)
+
+
+def _read(entry: _Entry) -> Iterator[tuple[int, torch.Tensor]]:
+    """The tensor in pieces, (first element, its values in the stored dtype), each in the memory of the one before."""
     dtype = _DTYPES[entry.stored.dtype]
     step = _PIECE_BYTES // dtype.itemsize
+    numel = (entry.stored.end - entry.stored.begin) // dtype.itemsize
     buffer = bytearray(min(_PIECE_BYTES, entry.stored.end - entry.stored.begin))
     try:
         with entry.path.open("rb", buffering=0) as file:
-            for first in range(0, flat.numel(), step):
-                count = min(step, flat.numel() - first)
+            for first in range(0, numel, step):
+                count = min(step, numel - first)
                 view = memoryview(buffer)[: count * dtype.itemsize]
                 position = entry.stored.begin + first * dtype.itemsize
                 read = read_into(file.fileno(), view, position)
                 if read < len(view):
                     raise StorageError(f"{entry.path} ends at byte {position + read}", path=entry.path)
-                flat[first : first + count].copy_(of_buffer(buffer, dtype, 0, count))
+                yield first, of_buffer(buffer, dtype, 0, count)
     except OSError as error:
         raise StorageError(f"cannot read {entry.path}: {error.strerror}", path=entry.path, errno=error.errno) from None

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zeroxide.cli.training.models import modules_with_initializers
+from zeroxide.device.placement import HOST
 from zeroxide.errors import ModelError
 
 if TYPE_CHECKING:
@@ -46,6 +48,12 @@ class FromScratch:
                 self._initialize(name, tensor)
             if math.isnan(float(tensor.sum())):
                 raise ModelError(f"the parameter {name} is not set by the model's initialisation", name=name)
+
+    def pieces(self, name: str, shape: torch.Size) -> Iterator[tuple[int, torch.Tensor]]:
+        """The parameter's values in one piece (0, flat fp32 CPU tensor): initialisers draw it whole."""
+        tensor = torch.empty(shape, dtype=torch.float32, device=HOST)
+        self.fill({name: tensor}, {})
+        yield 0, tensor.view(-1)
 
     def _initialize(self, name: str, tensor: torch.Tensor) -> None:
         owner_name, _, key = name.rpartition(".")

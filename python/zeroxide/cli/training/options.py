@@ -78,6 +78,8 @@ class TrainOptions:
     """Optimizer state format, `split` or `fp32`; None: `split` with bf16, else `fp32`."""
     activation_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them."""
+    loss_chunk: int = 0
+    """Columns of the vocabulary whose logits are there at a time; 0: all."""
     io_engine: str = "auto"
     """`auto`, `io_uring` or `threads`."""
     trace: str | None = None
@@ -96,6 +98,7 @@ class TrainOptions:
             _count(name, getattr(self, name), 0)
         _count("eval_batches", self.eval_batches, 1)
         _count("threads", self.threads, 0, 4096)
+        _count("loss_chunk", self.loss_chunk, 0)
         _count("seed", self.seed, 0, 2**63 - 1)
         for name in ("lr", "bias_lr"):
             _number(name, getattr(self, name), least=0.0, most=100.0, above=True)
@@ -221,6 +224,7 @@ _DECIDE_THE_NUMBERS = (
     "clip",
     "accumulate",
     "dtype",
+    "loss_chunk",
     "seed",
 )
 

@@ -52,6 +52,8 @@ class ZeroxideSection(Section):
     """Size of the ring through which all disk traffic goes."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
     """How many units are read ahead of the one in use."""
+    gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
+    """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     trim_libraries: Flag = True
     """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[
@@ -105,6 +107,10 @@ class Zeroxide(Resolved):
         default=None, metadata=may_differ("it fits the host's processors; results do not depend on it")
     )
     """Optimizer threads; `None` is one for each CPU that the process may use."""
+    gradients: Literal["auto", "host", "disk"] = field(
+        default="auto", metadata=may_differ("hosts may have different amounts of memory; it changes no number")
+    )
+    """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     trim_libraries: bool = field(default=True, metadata=may_differ("it concerns one process's memory"))
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
@@ -138,6 +144,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
         io_engine=section.io_engine,
         threads=section.threads,
+        gradients=section.gradients,
         trim_libraries=section.trim_libraries,
         transport=section.transport,
         durable_every=section.durable_every,

@@ -1,13 +1,15 @@
 """Initial weights into the core, unit by unit, from a real model or for one on the meta device.
 
 A model on the meta device has shapes but no memory. A `WeightSource` fills one unit at a time, so that a model larger
-than memory never exists whole.
+than memory never exists whole. A `PieceSource` gives one parameter after the other in pieces, of which each is gone
+before the next comes: then not even a unit exists in fp32.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -21,7 +23,7 @@ from zeroxide.precision.bits import bytes_of, converted, tensor_of, why_not_byte
 from zeroxide.zero.buffers import share_buffers
 from zeroxide.zero.init.slices import slice_of
 
-__all__ = ["WeightSource", "fill_units", "replace_meta_parameters"]
+__all__ = ["PieceSource", "WeightSource", "fill_units", "replace_meta_parameters"]
 
 
 class WeightSource(Protocol):
@@ -35,6 +37,18 @@ class WeightSource(Protocol):
         the modules that own them, whose parameters and buffers are real during the call. Modules that own only
         buffers come in a last call with no tensors.
         """
+
+
+@runtime_checkable
+class PieceSource(WeightSource, Protocol):
+    """A `WeightSource` that also gives the weights of one parameter in pieces, and is then asked for all trained ones.
+
+    Its `fill` is called for frozen parameters, one at a time and without modules, and in the end without tensors for
+    all modules that own buffers on the meta device."""
+
+    def pieces(self, name: str, shape: torch.Size) -> Iterator[tuple[int, torch.Tensor]]:
+        """The values of the parameter with the full name `name`: (first element, fp32 CPU tensor of one dimension), in
+        order and without gaps, each valid until the next is asked for. The same pieces on every rank."""
 
 
 def replace_meta_parameters(module: nn.Module) -> dict[int, nn.Parameter]:
@@ -145,6 +159,9 @@ def _make(
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, nn.Module] = {}
+    if isinstance(source, PieceSource):
+        _make_in_pieces(index, plan, core, source, ranks)
+        return
     for entry in plan.params:
         param = new[id(entry.param)]
         kind = torch.float32 if entry.trainable else entry.param.dtype
@@ -162,6 +179,29 @@ def _make(
         values = param.data.contiguous() if entry.trainable else bytes_of(converted(param.data, entry.dtype))
         _fill(core, index, position, entry, ranks.broadcast_tensor(values))
         param.data = torch.empty(0, dtype=entry.dtype, device=HOST)
+
+
+def _make_in_pieces(index: int, plan: UnitPlan, core: _core.Offload, source: PieceSource, ranks: Ranks) -> None:
+    for position, entry in enumerate(plan.params):
+        if not entry.trainable:
+            kind = entry.param.dtype
+            raw = torch.zeros(entry.shape.numel() * kind.itemsize, dtype=torch.uint8, device=HOST)
+            tensor = tensor_of(raw, kind, entry.shape)
+            source.fill({entry.name: tensor}, {})
+            values = bytes_of(converted(tensor, entry.dtype))
+            _fill(core, index, position, entry, ranks.broadcast_tensor(values))
+            continue
+        end = 0
+        for start, piece in source.pieces(entry.name, entry.shape):
+            if start != end:
+                raise ModelError(
+                    f"pieces of {entry.name}: expected one from element {end} on, got one from {start} on",
+                    name=entry.name,
+                )
+            end += piece.numel()
+            core.fill_param(index, position, start, spec(ranks.broadcast_tensor(piece)))
+        if end != entry.numel:
+            raise ModelError(f"pieces of {entry.name}: expected {entry.numel} elements, got {end}", name=entry.name)
 
 
 def _meta_buffers(owner: nn.Module) -> bool:

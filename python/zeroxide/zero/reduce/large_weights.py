@@ -1,11 +1,12 @@
 """Gradients of large embeddings and projections, kept small.
 
 A vocabulary of 50,000 gives embedding and output projection a gradient of tens of MiB each, dense, at once, and for the
-embedding mostly zero. Two operations get a leaner path with the same bits, whoever calls them with such a weight:
+embedding mostly zero. Three operations get a leaner path with the same bits, whoever calls them with such a weight:
 
 - `functional.linear` with a weight of `LARGE` elements or more: its gradient is computed a block of rows at a time, and
   each block accumulates at once. A row is a sum over samples in the same order, however many rows are computed
   together.
+- `losses.linear_cross_entropy`: the same, with the logits of a chunk of the vocabulary at a time.
 - `functional.embedding`: its gradient comes as the rows that were looked up. Rows looked up more than once are summed
   in the order of the samples, in the dtype of the gradient, as the dense gradient is.
 
@@ -29,6 +30,7 @@ from torch.nn import functional
 from zeroxide import _core
 from zeroxide.device.placement import autocast_dtype, in_host, plain, spec
 from zeroxide.errors import ModelError
+from zeroxide.losses import linear_cross_entropy
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter
 from zeroxide.params.operations import parameters_in
@@ -61,6 +63,8 @@ class LargeParameter(ManagedParameter):
             found = _linear(*args, **kwargs)
         elif func is functional.embedding:
             found = _embedding(*args, **kwargs)
+        elif func is linear_cross_entropy:
+            found = _linear_cross_entropy(*args, **kwargs)
         if found is not None:
             return found
         with torch._C.DisableTorchFunctionSubclass():
@@ -94,6 +98,17 @@ def _linear(input: torch.Tensor, weight: Any, bias: torch.Tensor | None = None) 
         return None
     output: torch.Tensor = _Linear.apply(input, weight, bias, weight._large, dtype)
     return output
+
+
+def _linear_cross_entropy(
+    input: torch.Tensor, linear_weight: Any, target: torch.Tensor, **own: Any
+) -> torch.Tensor | None:
+    if not isinstance(linear_weight, LargeParameter) or not linear_weight.requires_grad:
+        return None
+    if not linear_weight._large.use(lean=_is_plain()):
+        return None
+    with torch._C.DisableTorchFunctionSubclass():
+        return linear_cross_entropy(input, linear_weight, target, **(own | {"in_parts": linear_weight._large}))
 
 
 def _embedding(
