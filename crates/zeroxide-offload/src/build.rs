@@ -7,7 +7,7 @@ use zeroxide_storage::BlockSpec;
 
 use crate::core::to_usize;
 use crate::disk::Disk;
-use crate::error::{OffloadError, Result};
+use crate::error::{OffloadError, Result, misuse};
 use crate::homes::{GradArena, ShardArena, StateArena};
 use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
 use crate::unit::{StateBlocks, Unit};
@@ -68,6 +68,7 @@ fn make_units(
             call: "new",
             what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
         })?;
+        check_streams(&specs[index])?;
         blocks.extend(disk_blocks(&tensors[index], id, placed));
         let grad = match spec.weights {
             WeightHome::Borrowed => None,
@@ -88,30 +89,46 @@ fn make_units(
             outgoing: None,
             incoming: None,
             fresh: true,
-            params: Unit::param_states(&spec.params),
+            params: Unit::param_states(&spec.params, &specs[index].streams),
         });
     }
     Ok((units, blocks))
+}
+
+/// A format that rounds needs random bits for every parameter.
+fn check_streams(spec: &UnitSpec) -> Result<()> {
+    let (streams, params) = (spec.streams.len(), spec.params.len());
+    if spec.format.is_exact() || streams == params {
+        return Ok(());
+    }
+    misuse(
+        "new",
+        format!(
+            "unit {} is {}, which rounds: {streams} streams of random bits for {params} parameters",
+            spec.name, spec.format
+        ),
+    )
 }
 
 /// What the unit keeps on disk.
 fn disk_blocks(tensors: &StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<BlockSpec> {
     let mut blocks = Vec::new();
     for tensor in tensors.tensors() {
-        let size = tensor.size() as u64;
         let elements = match tensor.key {
             StateKey::WEIGHT if placed.shape.weights == WeightHome::Disk => placed.local.own,
             StateKey::WEIGHT => continue,
             _ if placed.state_on_disk() => placed.local.kept,
             _ => continue,
         };
+        let (tiles, rest) = (elements / placed.tile, elements % placed.tile);
+        let tile_bytes = tensor.disk_bytes(placed.tile);
         blocks.push(BlockSpec {
             id: BlockId {
                 unit,
                 key: tensor.key,
             },
-            bytes: elements * size,
-            tile_bytes: placed.tile * size,
+            bytes: tiles * tile_bytes + tensor.disk_bytes(rest),
+            tile_bytes,
         });
     }
     blocks

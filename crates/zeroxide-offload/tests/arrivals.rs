@@ -23,6 +23,7 @@ fn open() -> Offload {
         state: StateHome::Host,
         optimizer: AdamParams::default().into(),
         format: Format::Fp32,
+        streams: Vec::new(),
     };
     let settings = Settings {
         mesh: MeshPosition {

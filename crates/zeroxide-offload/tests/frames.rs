@@ -28,6 +28,7 @@ fn open(directory: &std::path::Path) -> Offload {
             state: StateHome::Disk,
             optimizer: AdamParams::default().into(),
             format: Format::Split,
+            streams: Vec::new(),
         })
         .collect();
     let slow = SimOptions {

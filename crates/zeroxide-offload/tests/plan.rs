@@ -41,6 +41,7 @@ impl Job {
                 state: plan.state,
                 optimizer: *optimizer,
                 format: *format,
+                streams: vec![0; unit.shape.params.len()],
             })
             .collect();
         let Dtypes {

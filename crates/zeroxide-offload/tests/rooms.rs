@@ -26,6 +26,7 @@ fn open(gradients: bool) -> Offload {
         state: StateHome::Host,
         optimizer: AdamParams::default().into(),
         format: Format::Fp32,
+        streams: Vec::new(),
     };
     let settings = Settings {
         mesh: MeshPosition {

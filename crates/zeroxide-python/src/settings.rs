@@ -60,7 +60,8 @@ enums! {
     PyIoEngine as "IoEngine": EngineKind, "engine" { Auto = "auto", IoUring = "io_uring", Threads = "threads" }
 }
 
-/// One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated.
+/// One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated. A format that
+/// rounds needs `streams`, the random bits of each parameter.
 #[pyclass(frozen, module = "zeroxide._core", name = "UnitSpec")]
 pub(crate) struct PyUnitSpec {
     pub(crate) inner: UnitSpec,
@@ -69,8 +70,13 @@ pub(crate) struct PyUnitSpec {
 #[pymethods]
 impl PyUnitSpec {
     #[new]
-    #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false))]
-    #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
+    #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false,
+                        streams = Vec::new()))]
+    #[expect(
+        clippy::too_many_arguments,
+        clippy::needless_pass_by_value,
+        reason = "keyword arguments of a Python constructor"
+    )]
     fn new(
         name: String,
         params: Vec<(u64, bool)>,
@@ -79,6 +85,7 @@ impl PyUnitSpec {
         optimizer: PyRef<'_, Rule>,
         format: &str,
         held_through_backward: bool,
+        streams: Vec<u64>,
     ) -> PyResult<Self> {
         let params = params
             .into_iter()
@@ -93,6 +100,7 @@ impl PyUnitSpec {
                 state: (*state).into(),
                 optimizer: optimizer.optimizer(),
                 format: parse_format(format)?,
+                streams,
             },
         })
     }

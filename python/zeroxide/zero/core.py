@@ -10,6 +10,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, is_host
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
+from zeroxide.plan.state import rounding_stream
 from zeroxide.zero.on_device.core import with_device
 
 __all__ = ["open_core"]
@@ -29,6 +30,7 @@ def open_core(plan: Plan, config: Config) -> _core.Offload:
             optimizer=unit.state.optimizer,
             format=unit.state.format,
             held_through_backward=unit.held_through_backward,
+            streams=[rounding_stream(config.precision.rounding_seed, entry.name) for entry in unit.params],
         )
         for unit, home in zip(plan.units, plan.numbers.states, strict=True)
     ]

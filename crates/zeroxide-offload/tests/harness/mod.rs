@@ -1,6 +1,8 @@
 //! A small model of three units, gradients by formula, and what one plain pass of the kernel makes of it.
 #![allow(dead_code, reason = "each test file uses a part of the harness")]
 
+pub(crate) mod rounded;
+
 use bytemuck::cast_slice_mut;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
@@ -26,6 +28,8 @@ pub(crate) struct Case {
     pub(crate) format: Format,
     /// Rule and format of each unit, where not all have Adam and `format`.
     pub(crate) rules: Option<[(Optimizer, Format); 3]>,
+    /// Whether parameters are given random bits.
+    pub(crate) streams: bool,
     pub(crate) threads: usize,
     pub(crate) tile_elements: u64,
     pub(crate) staging_bytes: u64,
@@ -35,6 +39,11 @@ pub(crate) struct Case {
     pub(crate) directory: TempDir,
 }
 
+/// The random bits of a parameter.
+pub(crate) fn stream(unit: usize, param: u64) -> u64 {
+    (unit as u64 * 100 + param).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 impl Default for Case {
     fn default() -> Self {
         Self {
@@ -42,6 +51,7 @@ impl Default for Case {
             state: StateHome::Disk,
             format: Format::Split,
             rules: None,
+            streams: true,
             threads: 2,
             tile_elements: 2048,
             staging_bytes: 2 << 20,
@@ -80,6 +90,9 @@ impl Case {
                 state: self.state,
                 optimizer: self.rule(index).0,
                 format: self.rule(index).1,
+                streams: (0..if self.streams { params.len() as u64 } else { 0 })
+                    .map(|param| stream(index, param))
+                    .collect(),
             })
             .collect();
         let settings = Settings {
@@ -230,7 +243,7 @@ pub(crate) fn is_unused(step: u64, unit: usize, param: usize) -> bool {
     (unit, param) == (1, 2) && step % 2 == 1
 }
 
-fn hyperparameters() -> Optimizer {
+pub(crate) fn hyperparameters() -> Optimizer {
     Optimizer::from(AdamParams {
         lr: 1e-2,
         beta1: 0.9,
