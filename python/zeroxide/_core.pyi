@@ -166,7 +166,10 @@ class IoEngine:
 
 @final
 class UnitSpec:
-    """One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated."""
+    """One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated.
+
+    A format that rounds needs `streams`, the random bits of each parameter.
+    """
 
     def __new__(
         cls,
@@ -179,6 +182,7 @@ class UnitSpec:
         format: str,
         held_through_backward: bool = False,
         gradients: GradientHome | None = None,
+        streams: list[int] = ...,
     ) -> UnitSpec: ...
 
 @final

@@ -174,6 +174,7 @@ EFFECTS = [
     ("zeroxide.host_memory", "2GiB", {}, "zeroxide.host_memory", 2 * GIB),
     ("zeroxide.device_memory", "2GiB", {}, "zeroxide.device_memory", 2 * GIB),
     ("zeroxide.format", "fp32", {"bf16": {"enabled": True}}, "precision.format", "fp32"),
+    ("zeroxide.rounding_seed", 7, {}, "precision.rounding_seed", 7),
     ("zeroxide.io_engine", "threads", {}, "zeroxide.io_engine", "threads"),
     ("zeroxide.threads", 3, {}, "zeroxide.threads", 3),
     ("zeroxide.unit_bytes", "64MiB", {}, "zeroxide.unit_bytes", 64 << 20),

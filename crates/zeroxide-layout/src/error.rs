@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::{Dtype, Format};
+use crate::{Dtype, Format, StateKey};
 
 /// A layout that cannot be made, or a question it cannot answer.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -14,20 +14,30 @@ pub enum LayoutError {
         text: String,
     },
     /// The text names no state format.
-    #[error("unknown state format `{text}`; expected fp32 or split")]
+    #[error("unknown state format `{text}`; expected fp32, split, split-bf16 or compact")]
     UnknownFormat {
         /// The text as given.
         text: String,
     },
     /// The state format is not defined for this compute dtype.
     #[error(
-        "state format `{format}` does not support compute dtype {dtype}; use `fp32`, or bfloat16 with `split`"
+        "state format `{format}` does not support compute dtype {dtype}; use `fp32`, or bfloat16 with `{format}`"
     )]
     Unsupported {
         /// The requested format.
         format: Format,
         /// The requested compute dtype.
         dtype: Dtype,
+    },
+    /// The state format cannot keep what a tensor starts from.
+    #[error(
+        "state format `{format}` keeps {name} rounded, which must start from 0 then; use `fp32` or `split`, or start it from 0"
+    )]
+    Initial {
+        /// The requested format.
+        format: Format,
+        /// The tensor.
+        name: StateKey,
     },
     /// A size does not fit a signed 64-bit byte offset.
     #[error("{what}: size exceeds a 64-bit byte offset")]

@@ -12,18 +12,30 @@ pub enum Format {
     /// The bf16 weight is the upper half of the fp32 master; a 16-bit residual holds the lower half.
     /// Carries the same bits as [`Format::Fp32`] in two bytes less per parameter.
     Split,
+    /// The weight as in [`Format::Split`], and the rule's own tensors in bf16, rounded at random.
+    SplitBf16,
+    /// A bf16 weight with an 8-bit residual, which together are the upper 24 bits of the master, and 8-bit codes of the
+    /// rule's own tensors with a scale a block; all rounded at random.
+    Compact,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: [Self; 2] = [Self::Fp32, Self::Split];
+    pub const ALL: [Self; 4] = [Self::Fp32, Self::Split, Self::SplitBf16, Self::Compact];
 
     /// The name used in configs.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Fp32 => "fp32",
             Self::Split => "split",
+            Self::SplitBf16 => "split-bf16",
+            Self::Compact => "compact",
         }
+    }
+
+    /// Whether an update has the bits of [`Format::Fp32`]. The others round, and need to know which elements they update.
+    pub const fn is_exact(self) -> bool {
+        matches!(self, Self::Fp32 | Self::Split)
     }
 
     /// Reads a config name.

@@ -21,6 +21,8 @@ pub use block::BlockId;
 pub use dtype::Dtype;
 pub use error::LayoutError;
 pub use format::Format;
-pub use state::{Moment, Role, StateDtype, StateKey, StateLayout, StateTensor};
+pub use state::{
+    Moment, Role, STATE_BLOCK, STATE_BLOCK_BYTES, StateDtype, StateKey, StateLayout, StateTensor,
+};
 pub use tiling::{TILE_QUANTUM, Tiling};
 pub use unit::{Location, PARAM_ALIGN, ParamPiece, ParamShape, SHARD_ALIGN, UnitLayout};

@@ -104,7 +104,7 @@ impl Core {
         let found = constant_runs(&self.units[unit], groups)?;
         Ok(found
             .into_iter()
-            .map(|(group, updates, range)| AwayRun {
+            .map(|(group, updates, range, _)| AwayRun {
                 start: range.start,
                 count: range.end - range.start,
                 group,

@@ -1,6 +1,6 @@
 //! Units as they begin: their memory leased, their windows reserved, their blocks listed and the disk opened for them.
 
-use zeroxide_layout::{BlockId, StateKey, StateLayout, Tiling};
+use zeroxide_layout::{BlockId, StateKey, StateLayout, StateTensor, Tiling};
 use zeroxide_memory::{Bucket, Budget, Recorder, Window};
 use zeroxide_plan::{PlacedUnit, Placement};
 use zeroxide_storage::BlockSpec;
@@ -71,6 +71,7 @@ fn make_units(
             call: "new",
             what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
         })?;
+        check_streams(&specs[index])?;
         blocks.extend(disk_blocks(&tensors[index], id, placed));
         if settings.durable.is_some() {
             blocks.extend(mirror_blocks(settings, &tensors[index], id, placed));
@@ -106,33 +107,54 @@ fn make_units(
             outgoing: None,
             incoming: None,
             fresh: true,
-            params: Unit::param_states(&spec.params),
+            params: Unit::param_states(&spec.params, &specs[index].streams),
         });
     }
     Ok((units, blocks))
+}
+
+/// A format that rounds needs random bits for every parameter.
+fn check_streams(spec: &UnitSpec) -> Result<()> {
+    let (streams, params) = (spec.streams.len(), spec.params.len());
+    if spec.format.is_exact() || streams == params {
+        return Ok(());
+    }
+    misuse(
+        "new",
+        format!(
+            "unit {} is {}, which rounds: {streams} streams of random bits for {params} parameters",
+            spec.name, spec.format
+        ),
+    )
 }
 
 /// What the unit keeps on disk.
 fn disk_blocks(tensors: &StateLayout, unit: u32, placed: &PlacedUnit) -> Vec<BlockSpec> {
     let mut blocks = Vec::new();
     for tensor in tensors.tensors() {
-        let size = tensor.size() as u64;
         let elements = match tensor.key {
             StateKey::WEIGHT if placed.shape.weights == WeightHome::Disk => placed.local.own,
             StateKey::WEIGHT => continue,
             _ if placed.state_on_disk() => placed.local.kept,
             _ => continue,
         };
-        blocks.push(BlockSpec {
-            id: BlockId {
-                unit,
-                key: tensor.key,
-            },
-            bytes: elements * size,
-            tile_bytes: placed.tile * size,
-        });
+        blocks.push(block_spec(unit, tensor, elements, placed.tile));
     }
     blocks
+}
+
+/// A block of that many elements of a state tensor, in tiles of `tile`.
+fn block_spec(unit: u32, tensor: &StateTensor, elements: u64, tile: u64) -> BlockSpec {
+    let (tiles, rest) = (elements / tile, elements % tile);
+    let tile_bytes = tensor.disk_bytes(tile);
+    BlockSpec {
+        id: BlockId {
+            unit,
+            key: tensor.key,
+        },
+        bytes: tiles * tile_bytes + tensor.disk_bytes(rest),
+        tile_bytes,
+    }
 }
 
 /// What a durable store has beside that: room for copies of what is at home in host memory.
@@ -145,7 +167,6 @@ fn mirror_blocks(
     let tile = mirror_tile(settings);
     let mut blocks = Vec::new();
     for tensor in tensors.tensors() {
-        let size = tensor.size() as u64;
         let elements = match (tensor.key, placed.shape.weights, placed.shape.state) {
             (StateKey::WEIGHT, WeightHome::Host | WeightHome::Shard, _) => placed.local.own,
             (StateKey::WEIGHT, ..) => 0,
@@ -153,14 +174,7 @@ fn mirror_blocks(
             _ => 0,
         };
         if elements > 0 {
-            blocks.push(BlockSpec {
-                id: BlockId {
-                    unit,
-                    key: tensor.key,
-                },
-                bytes: elements * size,
-                tile_bytes: tile * size,
-            });
+            blocks.push(block_spec(unit, tensor, elements, tile));
         }
     }
     blocks

@@ -233,6 +233,7 @@ impl Facts for LayoutError {
             UnknownDtype { text: text }
             UnknownFormat { text: text }
             Unsupported { format: text, dtype: text }
+            Initial { format: text, name: text }
             TooLarge { what: text }
             EmptyWorld {}
             TileQuantum { what: text, got: number, quantum: number }

@@ -93,7 +93,7 @@ impl StateArena {
         let mut blocks = Vec::new();
         for tensor in tensors.state() {
             let arena = self.0.as_ref().expect("sized from the same units");
-            let bytes = to_usize(elements) * tensor.size();
+            let bytes = to_usize(tensor.bytes(elements));
             let mut lease = arena.lease(bytes, zeroxide_layout::PAGE)?;
             // Fresh memory reads as zero, and takes pages only when it is written.
             if tensor.initial != 0.0 {

@@ -29,6 +29,8 @@ pub struct UnitSpec {
     pub optimizer: Optimizer,
     /// How its optimizer state is stored.
     pub format: Format,
+    /// The stream of random bits of each parameter, made of a seed and its name, for a format that rounds.
+    pub streams: Vec<u64>,
 }
 
 /// This process's position in the groups that every unit has, and how it reaches the other ranks.

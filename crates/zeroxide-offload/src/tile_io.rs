@@ -6,7 +6,7 @@
 use std::ops::Range;
 use std::sync::mpsc::channel;
 
-use zeroxide_layout::{BlockId, PAGE, StateKey, Tiling};
+use zeroxide_layout::{BlockId, PAGE, StateTensor, Tiling};
 use zeroxide_memory::Lease;
 use zeroxide_optim::Pool;
 use zeroxide_storage::{Reply, StorageError};
@@ -28,7 +28,7 @@ pub(crate) fn weight_buffers(
     unit: &Unit,
     id: BlockId,
 ) -> impl Iterator<Item = Result<TileBuffer>> + '_ {
-    let element = unit.element_bytes(StateKey::WEIGHT);
+    let element = unit.tensors.compute().size();
     (0..unit.weight_tiles.count()).map(move |tile| {
         let window = unit
             .weights
@@ -40,19 +40,28 @@ pub(crate) fn weight_buffers(
     })
 }
 
-/// The memory of a whole block, cut into its tiles.
-pub(crate) fn cut_tiles(
-    id: BlockId,
+/// Bytes of a tile of a state tensor on its way to or from the disk: its elements, and what is left of their last page.
+pub(crate) fn tile_bytes(tensor: &StateTensor, elements: &Range<u64>) -> usize {
+    to_usize(tensor.disk_bytes(elements.end - elements.start))
+}
+
+/// The tiles that hold `elements` of a block: (tile, elements within it, where they start counted from the first of
+/// `elements`).
+pub(crate) fn tiles_with(
     tiles: Tiling,
-    element: usize,
-    bytes: Lease,
-) -> impl Iterator<Item = TileBuffer> {
-    let mut rest = Some(bytes);
-    (0..tiles.count()).map(move |tile| {
-        let range = tiles.range(tile);
-        let mut bytes = rest.take().expect("put back below");
-        rest = Some(bytes.split_off(to_usize(range.end - range.start) * element));
-        TileBuffer { id, tile, bytes }
+    elements: Range<u64>,
+) -> impl Iterator<Item = (u32, Range<u64>, usize)> {
+    let mut at = elements.start;
+    std::iter::from_fn(move || {
+        (at < elements.end).then(|| {
+            let tile = tiles.tile_of(at);
+            let whole = tiles.range(tile);
+            let end = whole.end.min(elements.end);
+            let inside = at - whole.start..end - whole.start;
+            let first = to_usize(at - elements.start);
+            at = end;
+            (tile, inside, first)
+        })
     })
 }
 
@@ -133,12 +142,11 @@ impl Disk {
         &self,
         id: BlockId,
         tiles: Tiling,
-        element: usize,
+        tensor: &StateTensor,
         fill: impl Fn(&mut [u8]),
     ) -> Result<()> {
         for tile in 0..tiles.count() {
-            let range = tiles.range(tile);
-            let bytes = to_usize(range.end - range.start) * element;
+            let bytes = tile_bytes(tensor, &tiles.range(tile));
             let mut bytes = self.ring.lease(bytes, PAGE)?;
             fill(&mut bytes);
             self.write_tiles([Ok(TileBuffer { id, tile, bytes })])?;
@@ -152,23 +160,14 @@ impl Disk {
         &self,
         id: BlockId,
         tiles: Tiling,
-        element: usize,
+        tensor: &StateTensor,
         elements: &Range<u64>,
         mut edit: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let mut at = elements.start;
-        while at < elements.end {
-            let tile = tiles.tile_of(at);
-            let whole = tiles.range(tile);
-            let end = whole.end.min(elements.end);
-            let mut bytes = self.read_tile(id, tile, byte_range(&whole, element).len())?;
-            let inside = at - whole.start..end - whole.start;
-            edit(
-                to_usize(at - elements.start),
-                &mut bytes[byte_range(&inside, element)],
-            );
+        for (tile, inside, first) in tiles_with(tiles, elements.clone()) {
+            let mut bytes = self.read_tile(id, tile, tile_bytes(tensor, &tiles.range(tile)))?;
+            edit(first, &mut bytes[tensor.byte_range(&inside)]);
             self.write_tiles([Ok(TileBuffer { id, tile, bytes })])?;
-            at = end;
         }
         Ok(())
     }

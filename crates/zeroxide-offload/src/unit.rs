@@ -26,6 +26,8 @@ pub(crate) enum Gradient {
 #[derive(Clone, Debug)]
 pub(crate) struct ParamState {
     pub(crate) trainable: bool,
+    /// Its random bits, for a format that rounds.
+    pub(crate) stream: u64,
     /// Index into the groups that a step is given.
     pub(crate) group: usize,
     /// Updates made so far; the exponent of the bias correction.
@@ -89,16 +91,16 @@ impl StateBlocks {
 }
 
 impl Unit {
-    /// Bytes of one element of a state tensor that the unit has.
-    pub(crate) fn element_bytes(&self, key: StateKey) -> usize {
-        self.tensors.element_bytes(key).unwrap_or(0)
+    /// A state tensor that the unit has.
+    pub(crate) fn tensor(&self, key: StateKey) -> &StateTensor {
+        let found = self.tensors.find(key.name());
+        found.expect("keys come from the unit's own layout")
     }
 
     /// Bytes of all state tensors of one of the tiles that an update takes.
     pub(crate) fn tile_bytes(&self, tile: u32) -> u64 {
         let elements = self.state_tiles.range(tile);
-        let each: usize = self.tensors.tensors().iter().map(StateTensor::size).sum();
-        (elements.end - elements.start) * each as u64
+        self.tensors.bytes(elements.end - elements.start)
     }
 
     /// The number that gradients have among the tensors of a tile: the one after those of the layout.
@@ -164,11 +166,14 @@ impl Unit {
         }
     }
 
-    pub(crate) fn param_states(shapes: &[ParamShape]) -> Vec<ParamState> {
+    /// `streams`: of each parameter, or none at all.
+    pub(crate) fn param_states(shapes: &[ParamShape], streams: &[u64]) -> Vec<ParamState> {
         shapes
             .iter()
-            .map(|shape| ParamState {
+            .enumerate()
+            .map(|(index, shape)| ParamState {
                 trainable: shape.trainable,
+                stream: streams.get(index).copied().unwrap_or_default(),
                 group: 0,
                 updates: 0,
                 gradient: Gradient::Missing,

@@ -25,6 +25,7 @@ fn open() -> Offload {
         gradients: GradientHome::Host,
         optimizer: AdamParams::default().into(),
         format: Format::Fp32,
+        streams: Vec::new(),
     };
     let settings = Settings {
         mesh: MeshPosition {

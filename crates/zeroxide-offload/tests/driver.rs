@@ -91,6 +91,7 @@ fn four_units(case: &Case) -> Offload {
             gradients: GradientHome::Host,
             optimizer: AdamParams::default().into(),
             format: Format::Split,
+            streams: Vec::new(),
         })
         .collect();
     let offload = Offload::new(&case.settings(), &units).expect("nothing in the way");

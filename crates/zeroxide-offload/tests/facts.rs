@@ -179,6 +179,7 @@ fn errors_of_layouts_and_kernels() {
         LayoutError::UnknownDtype { text: "int8".into() },
         LayoutError::UnknownFormat { text: "none".into() },
         LayoutError::Unsupported { format: Format::Split, dtype: Dtype::F16 },
+        LayoutError::Initial { format: Format::Compact, name: StateKey::new("sum") },
         LayoutError::TooLarge { what: "unit" },
         LayoutError::EmptyWorld,
         LayoutError::TileQuantum { what: "tile", got: 1, quantum: 2 },

@@ -30,6 +30,7 @@ fn open(directory: &std::path::Path) -> Offload {
             gradients: GradientHome::Host,
             optimizer: AdamParams::default().into(),
             format: Format::Split,
+            streams: Vec::new(),
         })
         .collect();
     let slow = SimOptions {

@@ -42,6 +42,7 @@ impl Job {
                 gradients: plan.gradients,
                 optimizer: *optimizer,
                 format: *format,
+                streams: vec![0; unit.shape.params.len()],
             })
             .collect();
         let Dtypes {

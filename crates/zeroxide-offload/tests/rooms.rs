@@ -27,6 +27,7 @@ fn open(gradients: bool) -> Offload {
         gradients: GradientHome::Host,
         optimizer: AdamParams::default().into(),
         format: Format::Fp32,
+        streams: Vec::new(),
     };
     let settings = Settings {
         mesh: MeshPosition {

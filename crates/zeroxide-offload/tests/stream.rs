@@ -2,7 +2,8 @@
 
 mod harness;
 
-use harness::{Case, REFERENCE_STEPS, master, reference, run, sim};
+use harness::rounded::{PARTS, all_values, rounded, whole};
+use harness::{Case, REFERENCE_STEPS, UNITS, master, reference, run, sim};
 use zeroxide_layout::Format;
 use zeroxide_offload::{OffloadError, StateHome, WeightHome};
 use zeroxide_storage::{EngineKind, Fault, FaultRule, OpKind, StorageError, Trigger};
@@ -39,6 +40,131 @@ fn every_home_format_and_thread_count_gives_the_bits_of_one_plain_pass() {
             }
         }
     }
+}
+
+/// Every value of the trained parameters, where the state is and however it is cut, beside one kernel call a parameter and
+/// step. The reference keeps whole parameters in one piece and knows nothing of units, tiles, parts or homes.
+///
+/// Catches: random bits that begin anew at a tile or a thread's part, or that two parameters of a run share; a page of a
+/// narrow tensor that is left out of a checksum; a block of moments at the place of another.
+#[test]
+fn formats_that_round_give_the_bits_of_one_plain_pass_everywhere() {
+    for format in [Format::SplitBf16, Format::Compact] {
+        let expected = rounded(format);
+        for weights in [WeightHome::Host, WeightHome::Disk] {
+            for state in [StateHome::Host, StateHome::Disk] {
+                for threads in [1, 2, 3] {
+                    for tile_elements in [2048, 6144, 1 << 20] {
+                        let case = Case {
+                            weights,
+                            state,
+                            format,
+                            threads,
+                            tile_elements,
+                            ..Case::default()
+                        };
+                        let offload = run(&case, REFERENCE_STEPS).expect("no fault was asked for");
+                        assert!(
+                            all_values(&offload) == expected,
+                            "{weights:?} {state:?} {format:?} {threads} {tile_elements}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Values read come back to the bits that they were read from, in parts and after a detour over another core; parts of a
+/// block are read as they are, and refused where they are written.
+///
+/// Catches: a fill or an edit that puts a block into another tile, a read that starts at the beginning of a block though
+/// less was asked for, a write that rounds the rest of a block again.
+#[test]
+fn blocks_are_read_in_parts_filled_and_edited() {
+    for state in [StateHome::Host, StateHome::Disk] {
+        let case = || Case {
+            state,
+            format: Format::Compact,
+            ..Case::default()
+        };
+        let (first, other) = (case(), case());
+        let offload = run(&first, REFERENCE_STEPS).expect("no fault was asked for");
+        let expected = all_values(&offload);
+        let again = other.open();
+        for (unit, params) in UNITS.iter().enumerate() {
+            for part in PARTS {
+                again.fill_begin(unit, part).expect("a part");
+                for (param, (numel, trainable)) in params.iter().enumerate() {
+                    let values = whole(&offload, unit, param, part, *numel);
+                    // In parts of 640 elements: ten blocks, which no tile is a multiple of.
+                    for start in (0..values.len()).step_by(640).filter(|_| *trainable) {
+                        let end = values.len().min(start + 640);
+                        again
+                            .fill_param(unit, param, start as u64, &values[start..end])
+                            .expect("whole blocks");
+                    }
+                }
+                again.fill_commit(unit).expect("the fill that has begun");
+            }
+        }
+        assert!(all_values(&again) == expected, "filled, {state:?}");
+
+        let moment = whole(&again, 1, 0, "exp_avg", 9000);
+        let mut part = [0.0; 100];
+        again
+            .read_param(1, 0, "exp_avg", 2040, &mut part)
+            .expect("read");
+        let bits = |values: &[f32]| {
+            values
+                .iter()
+                .map(|value| value.to_bits())
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(bits(&part), bits(&moment[2040..2140]), "{state:?}");
+        let error = again
+            .write_param(1, 0, "exp_avg", 2040, &part)
+            .expect_err("parts of blocks");
+        assert!(error.to_string().contains("give whole blocks"), "{error}");
+        again
+            .write_param(1, 0, "exp_avg", 8960, &moment[8960..])
+            .expect("up to the end");
+        again
+            .write_param(1, 0, "exp_avg", 2048, &vec![0.5; 128])
+            .expect("whole blocks");
+        let mut edited = moment.clone();
+        edited[2048..2176].fill(0.5);
+        let found = whole(&again, 1, 0, "exp_avg", 9000);
+        for (at, (found, edited)) in found.iter().zip(&edited).enumerate() {
+            let bound = if (2048..2176).contains(&at) {
+                0.5 / 127.0
+            } else {
+                0.0
+            };
+            assert!(
+                (found - edited).abs() <= bound,
+                "{at}: {found} {edited} {state:?}"
+            );
+        }
+    }
+}
+
+/// Catches: a core that rounds all parameters by the same bits since it was given none.
+#[test]
+fn a_format_that_rounds_needs_random_bits_for_each_parameter() {
+    let case = Case {
+        format: Format::Compact,
+        streams: false,
+        ..Case::default()
+    };
+    let Err(error) = case.try_open() else {
+        panic!("it has no random bits");
+    };
+    let text = error.to_string();
+    assert!(
+        text.contains("unit 0 is compact") && text.contains("0 streams"),
+        "{text}"
+    );
 }
 
 /// Catches: a partial transfer taken for a whole one, completions expected in order.

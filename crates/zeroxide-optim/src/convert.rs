@@ -116,7 +116,7 @@ pub fn f16_nearest_even(value: f32) -> u16 {
 /// A storage dtype as the kernels see it: how one element is read as fp32 and written from fp32.
 pub(crate) trait Element {
     /// The element as it lies in memory.
-    type Bits: Copy;
+    type Bits: Copy + Default;
     /// Reads one element, exactly.
     fn load(bits: Self::Bits) -> f32;
     /// Writes one element, rounded to nearest, ties to even.

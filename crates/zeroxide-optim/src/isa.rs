@@ -78,11 +78,11 @@ pub fn isa() -> Isa {
 macro_rules! per_isa {
     (
         $(#[$meta:meta])*
-        fn $name:ident [$($generics:tt)*] [$($generic:tt)*] ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)?
+        $vis:vis fn $name:ident [$($generics:tt)*] [$($generic:tt)*] ($($arg:ident : $ty:ty),* $(,)?) $(-> $ret:ty)?
         = $body:expr;
     ) => {
         $(#[$meta])*
-        fn $name<$($generics)*>(isa: $crate::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
+        $vis fn $name<$($generics)*>(isa: $crate::isa::Isa, $($arg: $ty),*) $(-> $ret)? {
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma")]
             fn avx2<$($generics)*>($($arg: $ty),*) $(-> $ret)? { $body }

@@ -1,8 +1,9 @@
 //! CPU optimizer kernels: one pass over a tile of optimizer state.
 //!
 //! What lives here:
-//! - [`update`]: one step of a rule ([`Optimizer`]) over the state tensors of a tile, in any
-//!   storage format. All formats run the same per-element arithmetic and give the same bits.
+//! - [`update`]: one step of a rule ([`Optimizer`]) over the state tensors of a tile, in an exact storage format. They run
+//!   the same per-element arithmetic and give the same bits. [`update_drawn`]: the same in any format; those that are not
+//!   exact run it too, and then round at random ([`Draw`]).
 //! - [`accumulate`]: a gradient arriving in its home buffer, stored or accumulated, with its squared norm and
 //!   the non-finite check taken in the same pass.
 //! - [`sum_scaled`]: the sum of several ranks' gradients, in their order.
@@ -20,12 +21,14 @@ mod accumulate;
 mod blocks;
 mod codec;
 mod convert;
+mod draw;
 mod error;
 mod grad;
 mod isa;
 mod kernel;
 mod openmp;
 mod pool;
+mod rounding;
 mod rules;
 mod slot;
 mod sum;
@@ -37,13 +40,15 @@ pub use blocks::{
     BLOCK, CodeBits, Feedback, add_message, dequantise, expand, quantise, shrink, shrink_with,
 };
 pub use codec::exact_suffices;
+pub use codec::moments::{decode_moment, encode_moment};
 pub use codec::split::{join, split, with_bf16, with_f16};
 pub use codec::values::{carry_exact, encode_exact, encode_live, join_live, widen};
 pub use convert::{bf16_half_up, bf16_nearest_even, bf16_to_f32, f16_nearest_even, f16_to_f32};
+pub use draw::Draw;
 pub use error::OptimError;
 pub use grad::Grad;
 pub use isa::{Isa, isa};
-pub use kernel::{update, update_with};
+pub use kernel::{update, update_drawn, update_drawn_with, update_with};
 pub use pool::Pool;
 pub use rules::*;
 pub use sum::{sum_scaled, sum_scaled_with};

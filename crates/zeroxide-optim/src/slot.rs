@@ -43,7 +43,7 @@ macro_rules! stored {
         }
     )*};
 }
-stored!(f32, u16);
+stored!(f32, u16, u8);
 
 impl Slot for () {
     fn elements(_: &[u8], len: usize) -> &[Self] {

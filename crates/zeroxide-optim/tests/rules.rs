@@ -54,7 +54,7 @@ impl Tile {
         let mut random = Random::new(7);
         let mut tensors = Vec::new();
         for (index, tensor) in layout.tensors().iter().enumerate() {
-            let mut bytes = vec![0; weights.len() * tensor.size()];
+            let mut bytes = vec![0; tensor.byte_range(&(0..weights.len() as u64)).len()];
             match (index, tensor.role) {
                 (0, _) => encode_live(&layout, weights, &mut bytes),
                 (_, zeroxide_layout::Role::Exact) => encode_exact(&layout, weights, &mut bytes),
@@ -71,18 +71,14 @@ impl Tile {
 
     fn step(&mut self, isa: Isa, optimizer: &Optimizer, step: u64, grad: &[f32], cuts: &[usize]) {
         let prepared = optimizer.prepare(step, 0.7);
-        let sizes: Vec<usize> = self
-            .layout
-            .tensors()
-            .iter()
-            .map(zeroxide_layout::StateTensor::size)
-            .collect();
         for pair in cuts.windows(2) {
-            let parts = self
-                .tensors
-                .iter_mut()
-                .zip(&sizes)
-                .map(|(tensor, size)| &mut tensor[pair[0] * size..pair[1] * size]);
+            let parts =
+                self.tensors
+                    .iter_mut()
+                    .zip(self.layout.tensors())
+                    .map(|(bytes, tensor)| {
+                        &mut bytes[tensor.byte_range(&(pair[0] as u64..pair[1] as u64))]
+                    });
             let grad = Grad::F32(&grad[pair[0]..pair[1]]);
             update_with(isa, &prepared, &self.layout, parts, grad);
         }

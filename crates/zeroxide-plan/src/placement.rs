@@ -1,6 +1,6 @@
 //! What shapes and homes alone decide: layouts, shards, and the sizes of every arena.
 
-use zeroxide_layout::{Dtype, FRAME, PAGE};
+use zeroxide_layout::{Dtype, FRAME, PAGE, STATE_BLOCK};
 
 use crate::buckets::Buckets;
 use crate::error::Result;
@@ -167,7 +167,8 @@ impl Placement {
             } else {
                 0
             };
-            longest.min(unit.tile) * (compute + unit.shape.state_bytes.total + gradient)
+            let elements = longest.min(unit.tile);
+            elements * (compute + gradient) + unit.shape.state_bytes.paged(elements)
         };
         let on_disk = self.units.iter().filter(|unit| unit.touches_disk());
         on_disk.map(tile).max()
@@ -259,15 +260,15 @@ impl Placement {
             on_disk.map(bytes).max().unwrap_or(0)
         };
         (
-            most(|unit| unit.local.kept * unit.shape.state_bytes.master),
-            most(|unit| unit.local.kept * unit.shape.state_bytes.largest),
+            most(|unit| unit.tiled(unit.shape.state_bytes.master)),
+            most(|unit| unit.tiled(unit.shape.state_bytes.largest)),
         )
     }
 
     /// Bytes (read, written) on disk by one update of everything that is trained, weights that are read left out.
     pub(crate) fn update_traffic(&self) -> (u64, u64) {
         let state = |unit: &PlacedUnit| match unit.shape.state {
-            StateHome::Disk => unit.state_bytes(),
+            StateHome::Disk => unit.state_tile_bytes(),
             StateHome::Host | StateHome::Device => 0,
         };
         let weights = |unit: &PlacedUnit| match unit.shape.weights {
@@ -289,13 +290,12 @@ impl Placement {
             if unit.shape.state != StateHome::Host {
                 continue;
             }
-            let state = unit.shape.state_bytes;
-            let written = unit.local.kept * state.written;
+            let written = unit.local.kept / STATE_BLOCK as u64 * unit.shape.state_bytes.written;
             if written > 0 {
                 untouched += (at / FRAME as u64 * FRAME as u64).saturating_sub(touched);
                 touched = (at + written).next_multiple_of(FRAME as u64);
             }
-            at += unit.local.kept * state.total;
+            at += unit.state_bytes();
         }
         untouched + at.saturating_sub(touched)
     }

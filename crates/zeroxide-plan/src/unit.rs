@@ -1,6 +1,6 @@
 //! One unit: its shape as the caller knows it, and the part of it that this rank keeps.
 
-use zeroxide_layout::{Dtype, FRAME, ParamShape, Role, StateLayout, UnitLayout};
+use zeroxide_layout::{Dtype, FRAME, PAGE, ParamShape, Role, STATE_BLOCK, StateLayout, UnitLayout};
 
 use crate::error::{PlanError, Result};
 use crate::home::{GradientHome, StateHome, WeightHome};
@@ -9,11 +9,14 @@ use crate::mesh::Mesh;
 /// Tiles of units that never touch the disk are this many times longer: there is nothing to overlap with.
 const HOST_TILE_FACTOR: u64 = 8;
 
-/// Bytes of optimizer state per trainable element, the live weight not counted.
+/// Most state tensors that a parameter has beside its live weight.
+const MOST_TENSORS: usize = 4;
+
+/// Bytes of the optimizer state of a block of [`STATE_BLOCK`] trainable elements, the live weight not counted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StateBytes {
-    /// Of all state tensors.
-    pub total: u64,
+    /// Of each state tensor in the order of the layout; 0 where there are no more.
+    pub each: [u64; MOST_TENSORS],
     /// Of those that hold the bits of the master weight that the live weight lacks; filled together with the weight.
     pub master: u64,
     /// Of the largest tensor, where each of those that are filled with the weight counts with the others of them.
@@ -24,11 +27,14 @@ pub struct StateBytes {
 
 impl StateBytes {
     /// The bytes of a state layout.
+    ///
+    /// # Panics
+    /// If it has more than four tensors beside the live weight.
     pub fn of(layout: &StateLayout) -> Self {
         let mut found = Self::default();
-        for tensor in layout.state() {
-            let bytes = tensor.size() as u64;
-            found.total += bytes;
+        for (index, tensor) in layout.state().iter().enumerate() {
+            let bytes = tensor.bytes(STATE_BLOCK as u64);
+            found.each[index] = bytes;
             if tensor.role == Role::Exact {
                 found.master += bytes;
             } else {
@@ -41,6 +47,21 @@ impl StateBytes {
         found.largest = found.largest.max(found.master);
         found
     }
+
+    /// Of all state tensors.
+    pub fn total(&self) -> u64 {
+        self.each.iter().sum()
+    }
+
+    /// Bytes of all state tensors of that many elements, whole blocks, each tensor in whole pages.
+    pub fn paged(&self, elements: u64) -> u64 {
+        self.each.iter().map(|bytes| pages(elements, *bytes)).sum()
+    }
+}
+
+/// Bytes of that many elements, whole blocks of so many bytes each, in whole pages.
+fn pages(elements: u64, block: u64) -> u64 {
+    (elements / STATE_BLOCK as u64 * block).next_multiple_of(PAGE as u64)
 }
 
 /// One unit, as the caller describes it.
@@ -143,9 +164,21 @@ impl PlacedUnit {
         self.shape.state == StateHome::Device && self.local.kept > 0
     }
 
-    /// Bytes of its optimizer state, wherever that is.
+    /// Bytes of its optimizer state in memory, each tensor in whole pages.
     pub fn state_bytes(&self) -> u64 {
-        self.local.kept * self.shape.state_bytes.total
+        self.shape.state_bytes.paged(self.local.kept)
+    }
+
+    /// Bytes of the tiles of its optimizer state on disk, each tile of a tensor in whole pages.
+    pub(crate) fn state_tile_bytes(&self) -> u64 {
+        let each = self.shape.state_bytes.each.iter();
+        each.map(|block| self.tiled(*block)).sum()
+    }
+
+    /// Bytes of the tiles of a tensor that has so many bytes a block, each in whole pages.
+    pub(crate) fn tiled(&self, block: u64) -> u64 {
+        let (tiles, rest) = (self.local.kept / self.tile, self.local.kept % self.tile);
+        tiles * pages(self.tile, block) + pages(rest, block)
     }
 
     /// Whether any block of the unit is at home on disk.
@@ -202,7 +235,7 @@ impl PlacedUnit {
             _ => 0,
         };
         let state = match self.shape.state {
-            StateHome::Disk => self.state_bytes(),
+            StateHome::Disk => self.state_tile_bytes(),
             StateHome::Host | StateHome::Device => 0,
         };
         let gradients = if self.spills() {

@@ -86,7 +86,7 @@ fn by_hand(request: &PlanRequest, ring: u64) -> Buckets {
     }
     let state = units
         .iter()
-        .map(|(unit, size)| unit.state_bytes.total * size.0 / shards)
+        .map(|(unit, size)| unit.state_bytes.paged(size.0 / shards))
         .sum();
     let touches = |size: &(u64, u64)| request.weights_on_disk || size.0 > 0;
     let on_disk = request.weights_on_disk || request.state_on_disk;
@@ -145,6 +145,7 @@ fn state_of(compute: Dtype, split: bool) -> StateBytes {
         Format::Fp32
     };
     let moments = ["exp_avg", "exp_avg_sq"].map(|name| Moment {
+        signed: name == "exp_avg",
         key: StateKey::new(name),
         initial: 0.0,
     });

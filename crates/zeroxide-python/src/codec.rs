@@ -24,7 +24,9 @@ fn check_lengths(
     live: usize,
     exact: Option<usize>,
 ) -> PyResult<()> {
-    let size = layout.exact().map(|tensor| tensor.size() * elements);
+    let size = layout
+        .exact()
+        .map(|tensor| tensor.byte_range(&(0..elements as u64)).len());
     let expected = layout.compute().size() * elements;
     if live == expected && exact == size {
         return Ok(());

@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
-use zeroxide_layout::StateLayout;
+use zeroxide_layout::{STATE_BLOCK, StateLayout};
 use zeroxide_optim::{Hyperparameter, Optimizer, Value};
 
 use crate::errors::to_python;
@@ -166,8 +166,9 @@ fn class_of<'py>(py: Python<'py>, rule: &Optimizer) -> PyResult<Bound<'py, PyAny
         .call1((rule.title(), (py.get_type::<Rule>(),), body))
 }
 
-/// (name, dtype, bytes of an element, initial value) of each state tensor that a rule has in a format for weights of
-/// dtype `compute`, the live weight first. Raises `ValueError` for a format that does not go with the dtype.
+/// (name, dtype, bytes of 64 elements, initial value) of each state tensor that a rule has in a format for weights of
+/// dtype `compute`, the live weight first. Raises `ValueError` for a format that does not go with the dtype, or with what
+/// the rule starts from.
 #[pyfunction]
 #[pyo3(signature = (optimizer, format, compute))]
 pub(crate) fn state_tensors(
@@ -175,7 +176,7 @@ pub(crate) fn state_tensors(
     optimizer: &Rule,
     format: &str,
     compute: &str,
-) -> PyResult<Vec<(&'static str, &'static str, usize, f32)>> {
+) -> PyResult<Vec<(&'static str, &'static str, u64, f32)>> {
     let format = parse_format(format)?;
     let moments = optimizer.optimizer().moments();
     let layout = StateLayout::new(parse_dtype(compute)?, format, &moments)
@@ -184,7 +185,8 @@ pub(crate) fn state_tensors(
     Ok(tensors
         .map(|tensor| {
             let (name, dtype) = (tensor.key.name(), tensor.dtype.name());
-            (name, dtype, tensor.size(), tensor.initial)
+            let bytes = tensor.bytes(STATE_BLOCK as u64);
+            (name, dtype, bytes, tensor.initial)
         })
         .collect())
 }

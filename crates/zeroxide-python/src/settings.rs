@@ -63,7 +63,8 @@ enums! {
     PyIoEngine as "IoEngine": EngineKind, "engine" { Auto = "auto", IoUring = "io_uring", Threads = "threads" }
 }
 
-/// One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated.
+/// One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated. A format that
+/// rounds needs `streams`, the random bits of each parameter.
 #[pyclass(frozen, module = "zeroxide._core", name = "UnitSpec")]
 pub(crate) struct PyUnitSpec {
     pub(crate) inner: UnitSpec,
@@ -73,7 +74,7 @@ pub(crate) struct PyUnitSpec {
 impl PyUnitSpec {
     #[new]
     #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false,
-                        gradients = None))]
+                        gradients = None, streams = Vec::new()))]
     #[expect(
         clippy::too_many_arguments,
         clippy::needless_pass_by_value,
@@ -88,6 +89,7 @@ impl PyUnitSpec {
         format: &str,
         held_through_backward: bool,
         gradients: Option<PyRef<'_, PyGradientHome>>,
+        streams: Vec<u64>,
     ) -> PyResult<Self> {
         let params = params
             .into_iter()
@@ -103,6 +105,7 @@ impl PyUnitSpec {
                 gradients: gradients.map_or(GradientHome::Host, |home| (*home).into()),
                 optimizer: optimizer.optimizer(),
                 format: parse_format(format)?,
+                streams,
             },
         })
     }

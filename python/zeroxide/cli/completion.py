@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 import typer
 
-from zeroxide.cli.training.options import DTYPES, FORMATS, IO_ENGINES, SCHEDULES
+from zeroxide.cli.training.options import DTYPES, IO_ENGINES, SCHEDULES
+from zeroxide.config.state_formats import FORMATS
 
 __all__ = ["Shell", "completion", "script"]
 

@@ -46,7 +46,7 @@ _OPTIONS = {
     "sample_prompt": (_OUTPUT, "Text to go on from at the end."),
     "sample_tokens": (_OUTPUT, "Tokens to generate at the end; 0: none."),
     "threads": (_MEMORY, "Compute threads; 0: all the process may use."),
-    "format": (_MEMORY, "Optimizer state format: split or fp32. Default: split with bf16."),
+    "format": (_MEMORY, "Optimizer state format: split, fp32, split-bf16 or compact. Default: split with bf16."),
     "activation_checkpointing": (_MEMORY, "Compute activations again in backward."),
     "loss_chunk": (_MEMORY, "Vocabulary columns that have logits at a time; 0: all."),
     "trace": (_OUTPUT, "Steps of the report's timeline, FIRST:LAST, or none. Default: the newest two."),

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from zeroxide.config.sizes import format_bytes, parse_bytes
 from zeroxide.config.source import read
+from zeroxide.config.state_formats import EXACT, FORMATS
 
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from zeroxide.config.sections.zero import ErrorFeedback, Offload
 
 __all__ = [
+    "EXACT",
+    "FORMATS",
     "RULES",
     "SGD",
     "Adagrad",

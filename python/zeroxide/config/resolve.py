@@ -116,7 +116,16 @@ class _Sections:
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")
         return Config(
-            precision=self._one(precision.Precision, dtypes, precision.resolve, document, own.format, own_dtype, given),
+            precision=self._one(
+                precision.Precision,
+                dtypes,
+                precision.resolve,
+                document,
+                own.format,
+                own.rounding_seed,
+                own_dtype,
+                given,
+            ),
             batch=self._one(batch.Batch, batch.BatchKeys, batch.resolve, document, given),
             gradients=clipping,
             zero=sharding,

@@ -214,14 +214,16 @@ class Build:
         self.health.device = self.device
         make_current(self.device)
         check_direct_storage(config, self.device)
-        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world)
+        states = state_plans(self.groups, config)
+        formats = sorted({each.format for each in states.values()})
+        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world, formats)
         self.plan = make_plan(
             self.module,
             config,
             threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
             resident=resident_without(self.module),
             ranks=self.ranks,
-            states=state_plans(self.groups, config),
+            states=states,
             device=self.device,
             asked=asked,
         )

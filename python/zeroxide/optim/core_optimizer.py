@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 
 from zeroxide import _core
-from zeroxide.config import RULES, load, parse_bytes
+from zeroxide.config import FORMATS, RULES, load, parse_bytes
 from zeroxide.device.placement import DTYPE_NAMES, HOST, in_host_memory, plain, spec, to_host
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.optim.groups import check_format, planned
 from zeroxide.optim.rules import FORMAT, RULE, core_groups, rule_of, states
 from zeroxide.optim.saved_state import (
     SavedEntry,
@@ -25,7 +26,7 @@ from zeroxide.optim.saved_state import (
     take_hyperparameters,
 )
 from zeroxide.optim.state_view import ParameterState, StateView
-from zeroxide.plan.state import StatePlan
+from zeroxide.plan.state import StatePlan, rounding_stream
 from zeroxide.precision.bits import round_into
 
 __all__ = ["CoreOptimizer"]
@@ -52,8 +53,8 @@ class CoreOptimizer(torch.optim.Optimizer):
 
     params: parameters, (name, parameter) pairs or group dicts; frozen ones are placed once they have a gradient.
     hyperparameters: the group's, all that the rule `rule` has; tensors are read at every step. offload: see above.
-    format: "split" or "fp32" for bf16 parameters. host_memory: most bytes of state in memory ("1GiB" or an int).
-    threads: compute threads, by default one a CPU.
+    format: "split", "fp32", "split-bf16" or "compact" for bf16 parameters. host_memory: most bytes of state in memory
+    ("1GiB" or an int). threads: compute threads, by default one a CPU.
 
     Raises ModelError for parameters that are not contiguous fp32 or bf16 in host memory, ConfigError for options,
     BudgetError and StorageError where the state does not fit.
@@ -75,8 +76,8 @@ class CoreOptimizer(torch.optim.Optimizer):
         threads: int | None = None,
     ) -> None:
         home = load(None, lr=1e-3, offload_optimizer=offload).zero.offload_optimizer
-        if format not in ("split", "fp32"):
-            raise ConfigError(f"format {format!r}: expected 'split' or 'fp32'", path="format", got=format)
+        if format not in FORMATS:
+            raise ConfigError(f"format {format!r}: expected one of {', '.join(FORMATS)}", path="format", got=format)
         defaults = {RULE: self.rule, **hyperparameters}
         self._format = format
         self._limit = None if host_memory is None else parse_bytes(host_memory)
@@ -95,13 +96,7 @@ class CoreOptimizer(torch.optim.Optimizer):
     def _check_rules(self) -> None:
         """Raises ConfigError for a group that names another rule, as an optimizer has one, or no format."""
         for number, group in enumerate(self.param_groups):
-            format = group.get(FORMAT, self._format)
-            if format not in ("split", "fp32"):
-                raise ConfigError(
-                    f"optimizer group {number}: {FORMAT} is {format!r}, expected 'split' or 'fp32'",
-                    path=FORMAT,
-                    got=format,
-                )
+            check_format(group.get(FORMAT, self._format), number)
             if rule_of(group, number).name != self.rule:
                 raise ConfigError(
                     f"optimizer group {number} asks for {group[RULE]!r}, and this optimizer is {self.rule}: make one "
@@ -141,7 +136,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         """Places the wanted parameters that are not placed yet. Raises before anything is placed."""
         new = self._new(wanted)
         for dtype in (torch.float32, torch.bfloat16):
-            members = [(group, param) for group, _, param in new if param.dtype is dtype]
+            members = [each for each in new if each[2].dtype is dtype]
             if members:
                 self._make_core(dtype, members)
 
@@ -151,23 +146,29 @@ class CoreOptimizer(torch.optim.Optimizer):
         if not in_host_memory(param) or not param.is_contiguous():
             raise ModelError(f"{self._name(group, at)} is not contiguous in host memory ({param.device})")
 
-    def _make_core(self, dtype: torch.dtype, members: list[tuple[int, torch.Tensor]]) -> None:
-        """One core for parameters of one dtype: one unit a parameter, whose weight is lent for each step."""
+    def _make_core(self, dtype: torch.dtype, members: list[tuple[int, int, torch.Tensor]]) -> None:
+        """One core for parameters of one dtype: one unit a parameter, whose weight is lent for each step.
+
+        `members` are as `_members` lists them.
+        """
         state = _core.StateHome.DISK if self._directories else _core.StateHome.HOST
         rules = core_groups(self.param_groups)
         low = dtype is torch.bfloat16
         formats = [group.get(FORMAT, self._format) if low else "fp32" for group in self.param_groups]
+        for number, (rule, format) in enumerate(zip(rules, formats, strict=True)):
+            planned(rule, self.rule, format, dtype, number)
         used = sum(core.usage()["total"][0] for core in self._cores)
         units = [
             _core.UnitSpec(
-                name=f"parameter {at}",
+                name=f"parameter {number}",
                 params=[(param.numel(), True)],
                 weights=_core.WeightHome.BORROWED,
                 state=state,
                 optimizer=rules[group],
                 format=formats[group],
+                streams=[rounding_stream(0, f"group {group}, parameter {at}")],
             )
-            for at, (group, param) in enumerate(members)
+            for number, (group, at, param) in enumerate(members)
         ]
         settings = _core.Settings(
             limit=None if self._limit is None else max(0, self._limit - used),
@@ -186,7 +187,7 @@ class CoreOptimizer(torch.optim.Optimizer):
         self._cores.append(core)
         # Also at the end of the process, which may come without `close`: scratch files are large.
         weakref.finalize(self, core.close)
-        for unit, (group, param) in enumerate(members):
+        for unit, (group, _, param) in enumerate(members):
             core.fill_begin(unit, "weights")
             values = plain(param.detach().to(torch.float32)).view(-1)
             core.fill_param(unit, 0, 0, spec(values))

@@ -9,8 +9,9 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from zeroxide.config import Config
-from zeroxide.errors import ConfigError, ModelError
+from zeroxide import _core
+from zeroxide.config import FORMATS, Config
+from zeroxide.errors import ConfigError, InvalidValueError, ModelError
 from zeroxide.optim.rules import FORMAT, RULE, core_groups, hyperparameters, rule_of, taken_over
 from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
@@ -20,10 +21,12 @@ __all__ = [
     "HandsOver",
     "assign",
     "check_all_grouped",
+    "check_format",
     "check_groups",
     "defaults_from",
     "groups_for",
     "plain",
+    "planned",
     "refuse_options",
     "state_facts",
     "state_plans",
@@ -142,23 +145,39 @@ def state_plans(groups: Iterable[Mapping[str, Any]], config: Config) -> dict[int
     found = {}
     for number, (group, optimizer) in enumerate(zip(groups, core_groups(groups), strict=True)):
         format = group.get(FORMAT, config.precision.format)
-        if format not in ("split", "fp32"):
+        check_format(format, number)
+        if format != "fp32" and config.precision.dtype != "bf16":
             raise ConfigError(
-                f'optimizer group {number}: {FORMAT} is {format!r}, expected "split" or "fp32"',
-                path=FORMAT,
-                got=str(format),
-            )
-        if format == "split" and config.precision.dtype != "bf16":
-            raise ConfigError(
-                f'optimizer group {number}: {FORMAT} "split" keeps a weight as two bf16 halves and needs bf16.enabled, '
-                f'got {config.precision.dtype} training; use "fp32"',
+                f'optimizer group {number}: {FORMAT} "{format}" keeps a weight as a bf16 half and what is beyond it, '
+                f'and needs bf16.enabled, got {config.precision.dtype} training; use "fp32"',
                 path=FORMAT,
                 expected='"fp32"',
-                got='"split"',
+                got=f'"{format}"',
             )
-        plan = StatePlan.of(optimizer, rule_of(group, number).name, format, compute)
+        plan = planned(optimizer, rule_of(group, number).name, format, compute, number)
         found.update({id(param): plan for param in group["params"]})
     return found
+
+
+def check_format(format: object, number: int) -> None:
+    """Raises ConfigError for what is no state format."""
+    if format not in FORMATS:
+        raise ConfigError(
+            f"optimizer group {number}: {FORMAT} is {format!r}, expected one of {', '.join(FORMATS)}",
+            path=FORMAT,
+            got=str(format),
+        )
+
+
+def planned(optimizer: _core.Rule, rule: str, format: str, compute: torch.dtype, number: int) -> StatePlan:
+    """How parameters of a group are updated.
+
+    Raises ConfigError for a format that cannot keep what the rule starts from.
+    """
+    try:
+        return StatePlan.of(optimizer, rule, format, compute)
+    except InvalidValueError as error:
+        raise ConfigError(f"optimizer group {number}: {error}", path=FORMAT, got=f'"{format}"') from error
 
 
 def state_facts(groups: Iterable[Mapping[str, Any]], config: Config) -> dict[str, str | int | float | None]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.config import Config
+from zeroxide.config import EXACT, Config
 from zeroxide.device.placement import device_room, is_host
 from zeroxide.errors import ConfigError, DeviceError
 from zeroxide.kernels import Launcher
@@ -25,17 +26,18 @@ _RATIO = "zero_optimization.offload_optimizer.ratio"
 
 
 def place_state(
-    config: Config, module: nn.Module, device: torch.device, world: int
+    config: Config, module: nn.Module, device: torch.device, world: int, formats: Iterable[str] = ()
 ) -> tuple[_core.DeviceRequest | None, Launcher | None]:
     """What is asked of `device`, on which `module` is to compute with `world` ranks, and what launches the kernels that
-    update state there. No request where that is the host, no launcher where all state stays in host memory.
+    update state there. `formats` are those of the optimizer state. No request where that is the host, no launcher where
+    all state stays in host memory.
 
     Where nothing asks for state on the device by name and kernels cannot run, it stays in host memory, with one line.
     Raises ConfigError for a ratio of state on a device that cannot be, DeviceError where kernels cannot run.
     """
     limit = config.zeroxide.device_memory
     share = 1.0 - config.zero.cpu_share
-    problem = _why_not(config, module, device, world)
+    problem = _why_not(config, module, device, world, formats)
     if share and problem is not None:
         raise ConfigError(
             f"{_RATIO} = {config.zero.cpu_share:g}: {problem}; use 1",
@@ -64,7 +66,7 @@ def place_state(
     return _core.DeviceRequest(weights_stay=stay, limit=limit, room=room), launcher
 
 
-def _why_not(config: Config, module: nn.Module, device: torch.device, world: int) -> str | None:
+def _why_not(config: Config, module: nn.Module, device: torch.device, world: int, formats: Iterable[str]) -> str | None:
     """Why no state can be at home on the device; None where it can."""
     if is_host(device):
         return "the model computes in host memory, and the CPU updates all of it"
@@ -72,6 +74,9 @@ def _why_not(config: Config, module: nn.Module, device: torch.device, world: int
         return f"with several ranks, {world} here, the CPU updates all of the state"
     if config.zero.offload_param.enabled:
         return "parameters that leave the device (offload_param) are updated by the CPU"
+    for format in formats:
+        if format not in EXACT:
+            return f"optimizer state in the format {format} is updated by the CPU"
     for name, each in module.named_modules():
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse:
             return f"gradients of {name or 'the model'} are sparse, and only the CPU adds up rows"

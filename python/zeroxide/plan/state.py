@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from zeroxide import _core
 from zeroxide.device.placement import DTYPE_NAMES
 
-__all__ = ["UNDECIDED", "StatePlan"]
+__all__ = ["UNDECIDED", "StatePlan", "rounding_stream"]
 
 
 @dataclass(frozen=True)
@@ -21,18 +22,13 @@ class StatePlan:
     """What parameter groups call the rule."""
     format: str
     tensors: tuple[tuple[str, str, int, float], ...]
-    """Name, dtype, bytes of an element and initial value of each, the live weight not among them."""
+    """Name, dtype, bytes of 64 elements and initial value of each, the live weight not among them."""
 
     @classmethod
     def of(cls, optimizer: _core.Rule, rule: str, format: str, compute: torch.dtype) -> StatePlan:
         """For weights of dtype `compute`. Raises ValueError for a format that does not go with it."""
         tensors = _core.state_tensors(optimizer, format, DTYPE_NAMES[compute])
         return cls(optimizer, rule, format, tuple(tensors[1:]))
-
-    @property
-    def bytes(self) -> int:
-        """Of the state of one element."""
-        return sum(size for _, _, size, _ in self.tensors)
 
     @property
     def initial(self) -> dict[str, float]:
@@ -52,6 +48,11 @@ class StatePlan:
     def fits(self, other: StatePlan) -> bool:
         """Whether one unit can hold parameters of both: their hyperparameters may differ."""
         return (self.rule, self.format, self.tensors) == (other.rule, other.format, other.tensors)
+
+
+def rounding_stream(seed: int, name: str) -> int:
+    """The key of the random bits that the state of a parameter is rounded with: a function of a seed and its name."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little")
 
 
 UNDECIDED = StatePlan.default("fp32", torch.float32)

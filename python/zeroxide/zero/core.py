@@ -12,6 +12,7 @@ from zeroxide.distributed import Ranks
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.durable import durable_facts, durable_job, is_durable, open_durable
+from zeroxide.plan.state import rounding_stream
 from zeroxide.zero.on_device.core import with_device
 
 __all__ = ["open_core"]
@@ -34,6 +35,7 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
             format=unit.state.format,
             held_through_backward=unit.held_through_backward,
             gradients=_core.GradientHome(plan.numbers.gradients),
+            streams=[rounding_stream(config.precision.rounding_seed, entry.name) for entry in unit.params],
         )
         for unit, home in zip(plan.units, plan.numbers.states, strict=True)
     ]

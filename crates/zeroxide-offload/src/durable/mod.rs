@@ -14,11 +14,11 @@ use zeroxide_layout::{PAGE, StateKey, TILE_QUANTUM, Tiling};
 use zeroxide_memory::Lease;
 use zeroxide_storage::{Commit, Completion, checksum};
 
-use crate::core::{Core, byte_range};
+use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
 use crate::settings::Settings;
 use crate::step::Poison;
-use crate::tile_io::TileBuffer;
+use crate::tile_io::{TileBuffer, tile_bytes};
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, UnitWeights};
@@ -137,14 +137,14 @@ impl Core {
     /// Copies a state tensor to its mirror, tile by tile, but for tiles that are there already.
     fn mirror(&mut self, unit: usize, key: StateKey, elements: u64) -> Result<()> {
         let tiles = Tiling::new(elements, self.mirror_tile)?;
-        let size = self.units[unit].element_bytes(key);
+        let tensor = *self.units[unit].tensor(key);
         let base = self.units[unit].base;
         let (sender, receiver) = channel();
         let mut in_flight = 0_u32;
         let mut outcome = Ok(());
         for tile in 0..tiles.count() {
             let range = tiles.range(tile);
-            let bytes = byte_range(&range, size).len();
+            let bytes = tile_bytes(&tensor, &range);
             let mut lease = loop {
                 match self.disk().ring.lease(bytes, PAGE) {
                     Ok(lease) => break Ok(lease),
@@ -160,9 +160,11 @@ impl Core {
             if outcome.is_err() {
                 break;
             }
+            // What is left of the last page has a checksum, too.
+            lease[tensor.byte_range(&(0..range.end - range.start)).end..].fill(0);
             let flat = base + range.start..base + range.end;
             self.read_elements(unit, key, flat, |offset, from| {
-                let at = offset * size;
+                let at = to_usize(tensor.bytes(offset as u64));
                 lease[at..at + from.len()].copy_from_slice(from);
             })?;
             let id = block(unit, key);
@@ -198,12 +200,14 @@ impl Core {
     /// Copies a state tensor from its mirror to where it is at home.
     fn restore(&mut self, unit: usize, key: StateKey, elements: u64) -> Result<()> {
         let tiles = Tiling::new(elements, self.mirror_tile)?;
-        let size = self.units[unit].element_bytes(key);
+        let tensor = *self.units[unit].tensor(key);
         for tile in 0..tiles.count() {
             let range = tiles.range(tile);
-            let bytes = byte_range(&range, size).len();
+            let bytes = tile_bytes(&tensor, &range);
             let found = self.disk().read_tile(block(unit, key), tile, bytes)?;
-            self.home_of(unit, key, &range, |target| target.copy_from_slice(&found))?;
+            self.home_of(unit, key, &range, |target| {
+                target.copy_from_slice(&found[..target.len()]);
+            })?;
         }
         Ok(())
     }
@@ -217,12 +221,12 @@ impl Core {
         write: impl FnOnce(&mut [u8]),
     ) -> Result<()> {
         let this = &mut self.units[unit];
-        let size = this.element_bytes(key);
+        let tensor = *this.tensor(key);
         let flat = this.flat(range);
-        let bytes = byte_range(range, size);
+        let bytes = tensor.byte_range(range);
         match (&mut this.weights, &mut this.state) {
             (UnitWeights::Host { window, .. }, _) if key == StateKey::WEIGHT => {
-                write(&mut window.lease(byte_range(&flat, size))?);
+                write(&mut window.lease(tensor.byte_range(&flat))?);
             }
             (
                 UnitWeights::Moving {

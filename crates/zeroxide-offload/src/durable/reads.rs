@@ -15,9 +15,11 @@ use zeroxide_memory::{Arena, Bucket, Lease};
 use zeroxide_optim::{carry_exact, exact_suffices, join_live, widen};
 use zeroxide_storage::{BlockStore, Pin, StorageError};
 
-use crate::core::{Core, byte_range, to_usize};
+use crate::core::{Core, to_usize};
 use crate::durable::mirrored;
 use crate::error::{OffloadError, Result, misuse};
+use crate::state::read::read_moment;
+use crate::tile_io::{tile_bytes, tiles_with};
 use crate::weights::gather::block;
 
 /// What a reader knows of one unit.
@@ -95,8 +97,9 @@ impl Core {
 impl ReadUnit {
     fn largest_tile(&self) -> usize {
         let bytes = |(key, tiles): &(StateKey, Tiling)| {
-            let element = self.tensors.element_bytes(*key).unwrap_or(0);
-            to_usize(tiles.tile().min(tiles.len()).max(TILE_QUANTUM)) * element
+            let elements = tiles.tile().min(tiles.len()).max(TILE_QUANTUM);
+            let found = self.tensors.find(key.name());
+            found.map_or(0, |tensor| to_usize(tensor.disk_bytes(elements)))
         };
         self.tiles.iter().map(bytes).max().unwrap_or(0)
     }
@@ -152,28 +155,35 @@ impl CommittedReads {
                 out.fill(0.0);
                 return Ok(());
             }
-            return self.visit(unit, tensor, range, |offset, bytes| {
-                let values: &[f32] = bytemuck::cast_slice(bytes);
-                out[offset..offset + values.len()].copy_from_slice(values);
+            let read = read_moment(tensor, range, out, |range, visit| {
+                self.visit(unit, tensor, range, visit)
             });
+            return match read {
+                // Moments that no step has written have their initial values, and are nowhere: all of a unit or none.
+                Err(OffloadError::Storage(StorageError::NeverWritten { .. })) => {
+                    out.fill(tensor.initial);
+                    Ok(())
+                }
+                other => other,
+            };
         }
         let (compute, tensors) = (self.compute, &this.tensors);
         let exact = tensors.exact().filter(|_| this.trainable[param]);
         let Some(exact) = exact else {
-            return self.visit(unit, tensor, range, |offset, bytes| {
+            return self.visit(unit, tensor, range, &mut |offset, bytes| {
                 let count = bytes.len() / compute.size();
                 widen(compute, bytes, &mut out[offset..offset + count]);
             });
         };
-        let size = exact.size();
-        self.visit(unit, exact, range.clone(), |offset, bytes| {
+        let size = to_usize(exact.bytes(1));
+        self.visit(unit, exact, range.clone(), &mut |offset, bytes| {
             let count = bytes.len() / size;
             carry_exact(tensors, bytes, &mut out[offset..offset + count]);
         })?;
         if exact_suffices(tensors) && !this.edited {
             return Ok(());
         }
-        self.visit(unit, tensor, range, |offset, bytes| {
+        self.visit(unit, tensor, range, &mut |offset, bytes| {
             let count = bytes.len() / compute.size();
             join_live(tensors, bytes, &mut out[offset..offset + count]);
         })
@@ -189,7 +199,7 @@ impl CommittedReads {
             return misuse("read_bytes", format!("unit {} has no weights", this.name));
         };
         let skipped = to_usize(start - first * word);
-        self.visit(unit, tensor, range, |offset, bytes| {
+        self.visit(unit, tensor, range, &mut |offset, bytes| {
             // Bytes from the first word on, of which the wanted ones begin at `skipped`.
             let at = offset * to_usize(word);
             let (from, to) = (at.max(skipped), (at + bytes.len()).min(skipped + out.len()));
@@ -212,7 +222,7 @@ impl CommittedReads {
         unit: usize,
         tensor: &StateTensor,
         range: Range<u64>,
-        mut visit: impl FnMut(usize, &[u8]),
+        visit: &mut dyn FnMut(usize, &[u8]),
     ) -> Result<()> {
         let this = &self.units[unit];
         let tiles = this
@@ -221,29 +231,12 @@ impl CommittedReads {
             .find(|(key, _)| *key == tensor.key)
             .map(|(_, tiles)| *tiles)
             .expect("every tensor of the layout has its tiles");
-        let size = tensor.size();
         let local = range.start - this.base..range.end - this.base;
         let mut buffer = self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut at = local.start;
-        while at < local.end {
-            let tile = tiles.tile_of(at);
-            let whole = tiles.range(tile);
-            let end = whole.end.min(local.end);
-            let inside = byte_range(&(at - whole.start..end - whole.start), size);
-            let bytes = byte_range(&whole, size).len();
-            let id = block(unit, tensor.key);
-            match self.bring(&mut buffer, id, tile, bytes) {
-                Ok(found) => visit(to_usize(at - local.start), &found[inside]),
-                // Moments that no step has written have their initial values, and are nowhere.
-                Err(OffloadError::Storage(StorageError::NeverWritten { .. }))
-                    if tensor.role == Role::Moment =>
-                {
-                    let initial = vec![tensor.initial; to_usize(end - at)];
-                    visit(to_usize(at - local.start), bytemuck::cast_slice(&initial));
-                }
-                Err(error) => return Err(error),
-            }
-            at = end;
+        for (tile, inside, first) in tiles_with(tiles, local) {
+            let bytes = tile_bytes(tensor, &tiles.range(tile));
+            let found = self.bring(&mut buffer, block(unit, tensor.key), tile, bytes)?;
+            visit(first, &found[tensor.byte_range(&inside)]);
         }
         Ok(())
     }

@@ -17,7 +17,7 @@ use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::kept::{GRADIENT, KeptGradients};
 use crate::homes::arena;
-use crate::tile_io::cut_tiles;
+use crate::tile_io::TileBuffer;
 use crate::weights::gather::block;
 
 /// Memory for gradients at home on disk, and what is on its way there.
@@ -170,7 +170,11 @@ impl Core {
             .as_ref()
             .expect("gradients at home on disk imply one");
         let spill = &mut self.gradients.spill;
-        for tile in cut_tiles(block(unit, GRADIENT), tiles, element, room) {
+        let (id, mut rest) = (block(unit, GRADIENT), room);
+        for tile in 0..tiles.count() {
+            let tail = rest.split_off(byte_range(&tiles.range(tile), element).len());
+            let bytes = std::mem::replace(&mut rest, tail);
+            let tile = TileBuffer { id, tile, bytes };
             disk.start_write(tile, None, unit as u64, &spill.replies.0)?;
             spill.writes[unit] += 1;
         }

@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::StateKey;
+use zeroxide_layout::{STATE_BLOCK, StateKey, StateTensor};
 use zeroxide_optim::{
     Accumulate, AccumulateStats, Grad, accumulate, bf16_to_f32, encode_live, f16_to_f32,
 };
@@ -12,7 +12,7 @@ use zeroxide_optim::{
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{as_grad, grad_mut, measure};
-use crate::state::fill::{store_state, stored_beside};
+use crate::state::fill::{store_state, stored_beside, whole_blocks};
 use crate::unit::{Gradient, StateBlocks};
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, UnitWeights};
@@ -51,6 +51,9 @@ impl Core {
                 format!("elements {start}..{end} of {numel} in unit {}", this.name),
             );
         }
+        if let Some(stored) = stored_beside(&this.tensors, key) {
+            whole_blocks("write_param", this.tensor(stored), start..end, numel)?;
+        }
         let at = this.layout.offset(param) + start;
         let range = at..at + values.len() as u64;
         let trainable = this.params[param].trainable;
@@ -78,10 +81,13 @@ impl Core {
         let Some(stored) = stored_beside(&tensors, key) else {
             return Ok(());
         };
-        let size = self.units[unit].element_bytes(stored);
-        self.edit_state(unit, stored, &local, |first, bytes| {
-            let values = &values[first..first + bytes.len() / size];
-            store_state(&tensors, stored, values, bytes);
+        let tensor = *self.units[unit].tensor(stored);
+        let count = to_usize(both.end - both.start);
+        self.edit_state(unit, &tensor, &local, |first, bytes| {
+            // Only the last block may have more room than elements.
+            let room =
+                first + bytes.len() * STATE_BLOCK / to_usize(tensor.bytes(STATE_BLOCK as u64));
+            store_state(&tensors, &tensor, &values[first..room.min(count)], bytes);
         })
     }
 
@@ -139,7 +145,8 @@ impl Core {
         }
         if let (true, Some(both)) = (on_disk, common(range, &own)) {
             let local = both.start - own.start..both.end - own.start;
-            self.edit_tiles(unit, StateKey::WEIGHT, &local, |first, bytes| {
+            let weight = *self.units[unit].tensor(StateKey::WEIGHT);
+            self.edit_tiles(unit, &weight, &local, |first, bytes| {
                 store(both.start + first as u64, bytes);
             })?;
         }
@@ -150,34 +157,34 @@ impl Core {
     fn edit_state(
         &mut self,
         unit: usize,
-        key: StateKey,
+        tensor: &StateTensor,
         local: &Range<u64>,
         mut edit: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let size = self.units[unit].element_bytes(key);
         if let StateBlocks::Host { blocks } = &mut self.units[unit].state {
             let (_, lease) = blocks
                 .iter_mut()
-                .find(|(found, _)| *found == key)
+                .find(|(found, _)| *found == tensor.key)
                 .expect("the unit has this tensor");
-            edit(0, &mut lease[byte_range(local, size)]);
+            edit(0, &mut lease[tensor.byte_range(local)]);
             return Ok(());
         }
-        self.edit_tiles(unit, key, local, edit)
+        self.edit_tiles(unit, tensor, local, edit)
     }
 
     /// Reads, changes and writes back the tiles that hold `local`, one at a time.
     fn edit_tiles(
         &mut self,
         unit: usize,
-        key: StateKey,
+        tensor: &StateTensor,
         local: &Range<u64>,
         edit: impl FnMut(usize, &mut [u8]),
     ) -> Result<()> {
-        let this = &self.units[unit];
-        let (tiles, element) = (this.tiles_of(key), this.element_bytes(key));
-        self.disk()
-            .edit_block(block(unit, key), tiles, element, local, edit)
+        let (tiles, id) = (
+            self.units[unit].tiles_of(tensor.key),
+            block(unit, tensor.key),
+        );
+        self.disk().edit_block(id, tiles, tensor, local, edit)
     }
 
     /// Reads elements `start..` of one parameter's gradient as it has been accumulated, as fp32; zero if there is none.

@@ -2,15 +2,15 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::{Role, StateKey, StateLayout};
+use zeroxide_layout::{Role, STATE_BLOCK, StateDtype, StateKey, StateLayout, StateTensor};
 use zeroxide_memory::{Arena, Bucket, Lease};
-use zeroxide_optim::{encode_exact, encode_live};
+use zeroxide_optim::{encode_exact, encode_live, encode_moment};
 
 use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::homes::fill_initial;
-use crate::tile_io::{cut_tiles, weight_buffers};
-use crate::unit::StateBlocks;
+use crate::tile_io::{TileBuffer, tile_bytes, tiles_with, weight_buffers};
+use crate::unit::{StateBlocks, Unit};
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, UnitWeights};
 
@@ -19,8 +19,8 @@ pub(crate) struct Fill {
     unit: usize,
     /// The state tensor whose values come; the weight stands for all that makes it exact.
     key: StateKey,
-    /// Blocks at home on disk that are collected in memory, with the memory they are in.
-    collected: Vec<(StateKey, Lease)>,
+    /// The tiles of a block at home on disk that are collected in memory.
+    collected: Vec<(StateKey, Vec<Lease>)>,
     /// Keeps the memory of `collected` counted in the budget.
     _arena: Option<Arena>,
 }
@@ -101,11 +101,8 @@ impl Core {
         if matches!(self.units[unit].state, StateBlocks::Disk { .. }) {
             let stored = stored_beside(&self.units[unit].tensors, key);
             if let Some(stored) = stored.filter(|_| trainable > 0) {
-                let bytes = trainable * self.units[unit].element_bytes(stored);
-                let memory = Arena::new(&self.budget, Bucket::Staging, bytes)?;
-                let mut lease = memory.lease(bytes, zeroxide_layout::PAGE)?;
-                lease.fill(0);
-                collected.push((stored, lease));
+                let (memory, tiles) = self.collecting(unit, stored)?;
+                collected.push((stored, tiles));
                 arena = Some(memory);
             }
         }
@@ -116,6 +113,21 @@ impl Core {
             _arena: arena,
         });
         Ok(())
+    }
+
+    /// Memory for all tiles of a block of a unit's state, with zeros in it.
+    fn collecting(&self, unit: usize, stored: StateKey) -> Result<(Arena, Vec<Lease>)> {
+        let this = &self.units[unit];
+        let (tensor, tiles) = (this.tensor(stored), this.state_tiles);
+        let sizes = || (0..tiles.count()).map(|tile| tile_bytes(tensor, &tiles.range(tile)));
+        let memory = Arena::new(&self.budget, Bucket::Staging, sizes().sum())?;
+        let leases = sizes().map(|bytes| {
+            let mut lease = memory.lease(bytes, zeroxide_layout::PAGE)?;
+            lease.fill(0);
+            Ok(lease)
+        });
+        let leases = leases.collect::<Result<_>>()?;
+        Ok((memory, leases))
     }
 
     /// Gives elements `start..` of one parameter of the unit being filled.
@@ -157,6 +169,9 @@ impl Core {
                 ),
             );
         }
+        if let Some(stored) = stored_beside(&this.tensors, fill.key) {
+            whole_blocks("fill_param", this.tensor(stored), start..end, numel)?;
+        }
         let at = this.layout.offset(param) + start;
         let range = at..at + values.len() as u64;
         let (own, kept) = (this.own(), this.kept());
@@ -197,19 +212,7 @@ impl Core {
         let Some(stored) = stored_beside(&this.tensors, fill.key) else {
             return Ok(());
         };
-        let size = this.element_bytes(stored);
-        let blocks = match &mut this.state {
-            StateBlocks::Host { blocks } => blocks,
-            _ => &mut fill.collected,
-        };
-        if let Some((_, lease)) = blocks.iter_mut().find(|(key, _)| *key == stored) {
-            store_state(
-                &this.tensors,
-                stored,
-                values,
-                &mut lease[byte_range(&local, size)],
-            );
-        }
+        this.store_filled(fill, stored, local, values);
         Ok(())
     }
 
@@ -238,9 +241,10 @@ impl Core {
                 let this = &self.units[unit];
                 let live = fill.key == StateKey::WEIGHT && this.weights.on_disk();
                 let weights = live.then(|| weight_buffers(this, block(unit, StateKey::WEIGHT)));
-                let state = fill.collected.into_iter().flat_map(|(key, bytes)| {
-                    let element = this.element_bytes(key);
-                    cut_tiles(block(unit, key), this.state_tiles, element, bytes).map(Ok)
+                let state = fill.collected.into_iter().flat_map(|(key, tiles)| {
+                    let id = block(unit, key);
+                    let buffer = move |(tile, bytes)| Ok(TileBuffer { id, tile, bytes });
+                    (0..).zip(tiles).map(buffer)
                 });
                 disk.write_tiles(weights.into_iter().flatten().chain(state))
             }
@@ -276,11 +280,38 @@ impl Core {
             .filter(|each| Some(each.key) != filled)
         {
             let id = block(unit, tensor.key);
-            self.disk().write_block(id, tiles, tensor.size(), |bytes| {
+            self.disk().write_block(id, tiles, tensor, |bytes| {
                 fill_initial(tensor, bytes);
             })?;
         }
         Ok(())
+    }
+}
+
+impl Unit {
+    /// Stores values of elements `local` of this rank's state where they are at home, or are collected for it.
+    fn store_filled(
+        &mut self,
+        fill: &mut Fill,
+        stored: StateKey,
+        local: Range<u64>,
+        values: &[f32],
+    ) {
+        let tensor = *self.tensor(stored);
+        if let StateBlocks::Host { blocks } = &mut self.state {
+            if let Some((_, lease)) = blocks.iter_mut().find(|(key, _)| *key == stored) {
+                let bytes = &mut lease[tensor.byte_range(&local)];
+                store_state(&self.tensors, &tensor, values, bytes);
+            }
+            return;
+        }
+        if let Some((_, tiles)) = fill.collected.iter_mut().find(|(key, _)| *key == stored) {
+            for (tile, inside, first) in tiles_with(self.state_tiles, local) {
+                let values = &values[first..first + to_usize(inside.end - inside.start)];
+                let bytes = &mut tiles[tile as usize][tensor.byte_range(&inside)];
+                store_state(&self.tensors, &tensor, values, bytes);
+            }
+        }
     }
 }
 
@@ -294,9 +325,39 @@ pub(crate) fn stored_beside(tensors: &StateLayout, key: StateKey) -> Option<Stat
 }
 
 /// Stores values in elements of a state tensor other than the live weight.
-pub(crate) fn store_state(tensors: &StateLayout, key: StateKey, values: &[f32], bytes: &mut [u8]) {
-    match tensors.find(key.name()).map(|tensor| tensor.role) {
-        Some(Role::Exact) => encode_exact(tensors, values, bytes),
-        _ => bytemuck::cast_slice_mut(bytes).copy_from_slice(values),
+pub(crate) fn store_state(
+    tensors: &StateLayout,
+    tensor: &StateTensor,
+    values: &[f32],
+    bytes: &mut [u8],
+) {
+    match tensor.role {
+        Role::Exact => encode_exact(tensors, values, bytes),
+        Role::Live | Role::Moment => encode_moment(tensor, values, bytes),
     }
+}
+
+/// Refuses elements `range` of a parameter that begin or end within a block of values that share a scale: the others of the
+/// block would have to be rounded again.
+pub(crate) fn whole_blocks(
+    call: &'static str,
+    tensor: &StateTensor,
+    range: Range<u64>,
+    numel: u64,
+) -> Result<()> {
+    let block = STATE_BLOCK as u64;
+    let ends = range.end == numel || range.end.is_multiple_of(block);
+    if !matches!(tensor.dtype, StateDtype::Blocks { .. })
+        || range.start == range.end
+        || (range.start.is_multiple_of(block) && ends)
+    {
+        return Ok(());
+    }
+    misuse(
+        call,
+        format!(
+            "elements {}..{} of {numel} of {}, which is kept in blocks of {block} elements: give whole blocks",
+            range.start, range.end, tensor.key
+        ),
+    )
 }

@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 
-use zeroxide_layout::StateKey;
+use zeroxide_layout::{STATE_BLOCK, StateDtype, StateKey, StateTensor};
 use zeroxide_memory::Lease;
-use zeroxide_optim::{carry_exact, exact_suffices, join_live, widen};
+use zeroxide_optim::{carry_exact, decode_moment, exact_suffices, join_live, widen};
 
-use crate::core::{Core, byte_range, to_usize};
+use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
+use crate::tile_io::{tile_bytes, tiles_with};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::UnitWeights;
@@ -68,9 +69,9 @@ impl Core {
                 });
                 return Ok(());
             }
-            return self.read_elements(unit, key, range, |offset, bytes| {
-                let values: &[f32] = bytemuck::cast_slice(bytes);
-                out[offset..offset + values.len()].copy_from_slice(values);
+            let tensor = *this.tensor(key);
+            return read_moment(&tensor, range, out, |range, visit| {
+                self.read_elements(unit, key, range, visit)
             });
         }
         let exact = this
@@ -87,7 +88,7 @@ impl Core {
         };
         let tensors = this.tensors.clone();
         let live = !exact_suffices(&tensors) || self.may_be_edited(unit);
-        let size = self.units[unit].element_bytes(exact);
+        let size = to_usize(self.units[unit].tensor(exact).bytes(1));
         self.read_elements(unit, exact, range.clone(), |offset, bytes| {
             let count = bytes.len() / size;
             carry_exact(&tensors, bytes, &mut out[offset..offset + count]);
@@ -121,24 +122,24 @@ impl Core {
         mut visit: impl FnMut(usize, &[u8]),
     ) -> Result<()> {
         let this = &self.units[unit];
-        let size = this.element_bytes(key);
+        let tensor = *this.tensor(key);
         let local = range.start - this.base..range.end - this.base;
         if key == StateKey::WEIGHT && this.weights.in_memory() {
             return match &this.weights {
                 UnitWeights::Borrowed { lent } => {
                     let lent = lent.as_ref().expect("in memory");
-                    visit(0, &lent.weight[byte_range(&range, size)]);
+                    visit(0, &lent.weight[tensor.byte_range(&range)]);
                     Ok(())
                 }
                 UnitWeights::Moving {
                     home: Some(home), ..
                 } => {
-                    visit(0, &home[byte_range(&local, size)]);
+                    visit(0, &home[tensor.byte_range(&local)]);
                     Ok(())
                 }
                 other => {
                     let window = other.window().expect("not borrowed");
-                    visit(0, &window.lease(byte_range(&range, size))?);
+                    visit(0, &window.lease(tensor.byte_range(&range))?);
                     Ok(())
                 }
             };
@@ -156,22 +157,14 @@ impl Core {
                 .iter()
                 .find(|(found, _)| *found == key)
                 .expect("the unit has this tensor");
-            visit(0, &lease[byte_range(&local, size)]);
+            visit(0, &lease[tensor.byte_range(&local)]);
             return Ok(());
         }
         let tiles = this.tiles_of(key);
-        let mut at = local.start;
-        while at < local.end {
-            let tile = tiles.tile_of(at);
-            let whole = tiles.range(tile);
-            let end = whole.end.min(local.end);
-            let lease =
-                self.cached_tile(unit, key, tile, to_usize(whole.end - whole.start) * size)?;
-            visit(
-                to_usize(at - local.start),
-                &lease[byte_range(&(at - whole.start..end - whole.start), size)],
-            );
-            at = end;
+        for (tile, inside, first) in tiles_with(tiles, local) {
+            let bytes = tile_bytes(&tensor, &tiles.range(tile));
+            let lease = self.cached_tile(unit, key, tile, bytes)?;
+            visit(first, &lease[tensor.byte_range(&inside)]);
         }
         Ok(())
     }
@@ -218,4 +211,37 @@ impl Core {
         self.units[unit].params[param].updates = updates;
         Ok(())
     }
+}
+
+/// Reads elements `range` of one of a rule's own tensors, in whose blocks `read` visits (offset from its range's start,
+/// bytes).
+pub(crate) fn read_moment(
+    tensor: &StateTensor,
+    range: Range<u64>,
+    out: &mut [f32],
+    read: impl FnOnce(Range<u64>, &mut dyn FnMut(usize, &[u8])) -> Result<()>,
+) -> Result<()> {
+    if !matches!(tensor.dtype, StateDtype::Blocks { .. }) {
+        let size = to_usize(tensor.bytes(1));
+        return read(range, &mut |offset, bytes| {
+            let count = bytes.len() / size;
+            decode_moment(tensor, bytes, &mut out[offset..offset + count]);
+        });
+    }
+    let block = STATE_BLOCK as u64;
+    let blocks = range.start / block * block..range.end.next_multiple_of(block);
+    let bytes_of_one = to_usize(tensor.bytes(block));
+    let before = to_usize(range.start - blocks.start);
+    read(blocks, &mut |offset, bytes| {
+        let mut values = [0.0; STATE_BLOCK];
+        for (index, bytes) in bytes.chunks_exact(bytes_of_one).enumerate() {
+            decode_moment(tensor, bytes, &mut values);
+            // Of the first block and the last one only a part may be asked for.
+            let first = offset + index * STATE_BLOCK;
+            let skip = before.saturating_sub(first);
+            let to = first + skip - before;
+            let count = (STATE_BLOCK - skip).min(out.len() - to);
+            out[to..to + count].copy_from_slice(&values[skip..skip + count]);
+        }
+    })
 }

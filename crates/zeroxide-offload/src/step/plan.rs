@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::time::Instant;
 
-use zeroxide_optim::{Optimizer, Step};
+use zeroxide_optim::{Draw, Optimizer, Step};
 
 use crate::core::Core;
 use crate::error::{Result, misuse};
@@ -22,6 +22,8 @@ use crate::unit::{ParamState, StateBlocks, Unit};
 pub(crate) struct Segment {
     pub(crate) range: Range<u64>,
     pub(crate) step: Step,
+    /// What they are rounded with, from the first of them on, in a format that rounds: it has elements of one parameter.
+    pub(crate) draw: Draw,
 }
 
 impl Core {
@@ -216,37 +218,44 @@ impl Core {
 fn segments(unit: &Unit, groups: &[Optimizer], grad_scale: f64) -> Result<Vec<Segment>> {
     Ok(constant_runs(unit, groups)?
         .into_iter()
-        .map(|(group, updates, range)| Segment {
+        .map(|(group, updates, range, stream)| Segment {
             range,
             step: groups[group].prepare(updates + 1, grad_scale),
+            draw: Draw {
+                stream,
+                updates,
+                first: 0,
+            },
         })
         .collect())
 }
 
-/// The same runs as (group, updates before this one, elements).
-pub(crate) fn constant_runs(
-    unit: &Unit,
-    groups: &[Optimizer],
-) -> Result<Vec<(usize, u64, Range<u64>)>> {
+/// Group, updates before this one, elements, and the random bits of the first parameter among them.
+pub(crate) type Run = (usize, u64, Range<u64>, u64);
+
+/// The same runs. In a format that rounds, each parameter is a run of its own, with random bits of its own.
+pub(crate) fn constant_runs(unit: &Unit, groups: &[Optimizer]) -> Result<Vec<Run>> {
+    let joins = unit.tensors.format().is_exact();
     let mut order: Vec<usize> = (0..unit.params.len())
         .filter(|param| unit.params[*param].has_gradient())
         .collect();
     order.sort_by_key(|param| unit.layout.offset(*param));
-    let mut found: Vec<(usize, u64, Range<u64>)> = Vec::new();
+    let mut found: Vec<Run> = Vec::new();
     for param in order {
         let state = &unit.params[param];
         check_group(unit, state.group, groups)?;
         let start = unit.layout.offset(param);
         let range = start..start + unit.layout.numel(param);
         match found.last_mut() {
-            Some((group, updates, run))
-                if *group == state.group
+            Some((group, updates, run, _))
+                if joins
+                    && *group == state.group
                     && *updates == state.updates
                     && range.start - run.end < zeroxide_layout::PARAM_ALIGN =>
             {
                 run.end = range.end;
             }
-            _ => found.push((state.group, state.updates, range)),
+            _ => found.push((state.group, state.updates, range, state.stream)),
         }
     }
     Ok(found)

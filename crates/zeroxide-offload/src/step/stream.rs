@@ -15,7 +15,7 @@ use crate::gradients::kept::GRADIENT;
 use crate::homes::fill_initial;
 use crate::step::plan::Segment;
 use crate::step::update::{Update, update_tile};
-use crate::tile_io::TileBuffer;
+use crate::tile_io::{TileBuffer, tile_bytes};
 use crate::unit::StateBlocks;
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, UnitWeights};
@@ -275,14 +275,13 @@ impl Core {
                 _ => {}
             }
             let elements = this.tiles_of(tensor.key).range(tile);
-            let bytes = byte_range(&elements, tensor.size());
             let lease = match (tensor.role, self.residence(unit)) {
                 (Role::Live, Some(Residence::Updating)) => this
                     .weights
                     .window()
                     .expect("weights on disk have a window")
-                    .lease(byte_range(&this.flat(&elements), tensor.size()))?,
-                _ => match self.disk().ring.lease(bytes.len(), PAGE) {
+                    .lease(tensor.byte_range(&this.flat(&elements)))?,
+                _ => match self.disk().ring.lease(tile_bytes(tensor, &elements), PAGE) {
                     Ok(lease) => lease,
                     Err(_) => return Ok(Stopped::NoRing),
                 },

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 
 use zeroxide_layout::{Dtype, Role, StateLayout};
 use zeroxide_memory::Lease;
-use zeroxide_optim::{Grad, Pool};
+use zeroxide_optim::{Draw, Grad, Pool};
 use zeroxide_storage::{CHECKSUM_PIECE, checksum, join_checksums};
 
 use crate::core::{byte_range, to_usize};
@@ -18,7 +18,7 @@ use crate::weights::gather::block;
 use crate::weights::residence::UnitWeights;
 
 /// Elements a thread checks, updates and checks again before it goes on: all their bytes fit in its second-level cache.
-/// Also the alignment of the parts that threads take. A whole number of checksum pieces for every element size.
+/// Also the alignment of the parts that threads take. A whole number of checksum pieces of every tensor that is not narrow.
 const PIECE: usize = CHECKSUM_PIECE / 2;
 
 /// What the update of a tile needs beside the unit.
@@ -56,7 +56,6 @@ impl<'a> Source<'a> {
 struct Slice<'a> {
     /// Number of the tensor in the unit's layout.
     tensor: usize,
-    element: usize,
     bytes: &'a mut [u8],
     /// The bytes came from disk: their checksum is to be compared.
     check: bool,
@@ -128,17 +127,13 @@ pub(crate) fn update_tile(
             (grad, update.grad)
         }
     };
-    if let StateBlocks::Host { blocks } = &mut unit.state {
-        for (index, (_, lease)) in blocks.iter_mut().enumerate() {
-            let tensor = LIVE + 1 + index;
-            let bytes = byte_range(&range, tensors.tensors()[tensor].size());
-            sources.push(Source::new(tensor, &mut lease[bytes], false, false));
-        }
-    }
-    for (tensor, lease) in buffers {
-        let fresh = pristine && tensors.tensors()[*tensor].role == Role::Moment;
-        sources.push(Source::new(*tensor, lease, !fresh, true));
-    }
+    let fresh = |tensor: usize| pristine && tensors.tensors()[tensor].role == Role::Moment;
+    let narrow = |tensor: usize| tensors.tensors()[tensor].is_narrow();
+    verify_narrow(update, tensors, buffers, |tensor| {
+        narrow(tensor) && !fresh(tensor)
+    })?;
+    sources.extend(at_home(tensors, &mut unit.state, &range));
+    sources.extend(from_disk(tensors, buffers, &range, fresh));
     // The kernels take tensors in the order of the layout; from disk they come in any.
     sources.sort_by_key(|source| source.tensor);
     let len = to_usize(range.end - range.start);
@@ -158,7 +153,10 @@ pub(crate) fn update_tile(
         part.run(tensors, segments, grad_dtype);
     });
     verify_gradient(update, gradient, &parts)?;
-    checksums(update, tensors, &parts)
+    let mut written = checksums(update, tensors, &parts)?;
+    drop(parts);
+    written.extend(narrow_checksums(update.pool, buffers, narrow));
+    Ok(written)
 }
 
 /// Runs every part on a thread of its own, and returns them in their order.
@@ -192,6 +190,79 @@ fn verify_gradient(
     let id = block(update.unit, GRADIENT);
     Ok(disk.verify_checksum(id, update.tile, join_checksums(pieces))?)
 }
+/// Elements `range` of the state tensors that are at home in host memory.
+fn at_home<'a>(
+    tensors: &StateLayout,
+    state: &'a mut StateBlocks,
+    range: &Range<u64>,
+) -> Vec<Source<'a>> {
+    let StateBlocks::Host { blocks } = state else {
+        return Vec::new();
+    };
+    let numbered = (LIVE + 1..).zip(blocks);
+    numbered
+        .map(|(tensor, (_, lease))| {
+            let bytes = tensors.tensors()[tensor].byte_range(range);
+            Source::new(tensor, &mut lease[bytes], false, false)
+        })
+        .collect()
+}
+
+/// What has come from disk, or is to go there. Of a narrow tensor, what is left of its last page is no element, and its
+/// checksum is taken with that.
+fn from_disk<'a>(
+    tensors: &StateLayout,
+    buffers: &'a mut [(usize, Lease)],
+    range: &Range<u64>,
+    fresh: impl Fn(usize) -> bool,
+) -> Vec<Source<'a>> {
+    let elements = 0..range.end - range.start;
+    buffers
+        .iter_mut()
+        .map(|(tensor, lease)| {
+            let described = &tensors.tensors()[*tensor];
+            if described.is_narrow() {
+                let bytes = &mut lease[described.byte_range(&elements)];
+                return Source::new(*tensor, bytes, false, false);
+            }
+            Source::new(*tensor, lease, !fresh(*tensor), true)
+        })
+        .collect()
+}
+
+/// Checksums of the whole buffers of `chosen` tensors, a thread each: by the number of the tensor.
+fn narrow_checksums(
+    pool: &Pool,
+    buffers: &[(usize, Lease)],
+    chosen: impl Fn(usize) -> bool,
+) -> Vec<(usize, u64)> {
+    let chosen = buffers.iter().filter(|(tensor, _)| chosen(*tensor));
+    let mut found: Vec<(usize, u64)> = chosen.clone().map(|(tensor, _)| (*tensor, 0)).collect();
+    let work = found.iter_mut().zip(chosen).collect();
+    pool.run_each(
+        work,
+        |_, (found, (_, lease)): (&mut (usize, u64), &(_, Lease))| {
+            found.1 = checksum(lease);
+        },
+    );
+    found
+}
+
+/// Compares what was read of `chosen` tensors with what is known of it.
+fn verify_narrow(
+    update: &Update<'_>,
+    tensors: &StateLayout,
+    buffers: &[(usize, Lease)],
+    chosen: impl Fn(usize) -> bool,
+) -> Result<()> {
+    for (tensor, checksum) in narrow_checksums(update.pool, buffers, chosen) {
+        if let Some(disk) = update.disk {
+            let id = block(update.unit, tensors.tensors()[tensor].key);
+            disk.verify_checksum(id, update.tile, checksum)?;
+        }
+    }
+    Ok(())
+}
 
 fn divide<'a>(
     threads: usize,
@@ -218,20 +289,19 @@ fn divide<'a>(
         })
         .collect();
     for source in sources {
-        let element = tensors.tensors()[source.tensor].size();
+        let share_bytes = to_usize(tensors.tensors()[source.tensor].bytes(share as u64));
         let mut rest = source.bytes;
         for (index, part) in parts.iter_mut().enumerate() {
             // The last part takes all that is left: where frozen weights follow, they belong to the same tile.
             let take = if index + 1 == count {
                 rest.len()
             } else {
-                (share * element).min(rest.len())
+                share_bytes.min(rest.len())
             };
             let (bytes, tail) = std::mem::take(&mut rest).split_at_mut(take);
             rest = tail;
             part.slices.push(Slice {
                 tensor: source.tensor,
-                element,
                 bytes,
                 check: source.check,
                 write: source.write,
@@ -253,10 +323,10 @@ impl ThreadChunk<'_> {
         if let Some(checks) = &mut self.grad_checks {
             checks.extend(self.grad.chunks(CHECKSUM_PIECE).map(checksum));
         }
-        self.digest_longer(false);
+        self.digest_longer(tensors, false);
         while at < self.len {
             let end = (at + PIECE).min(self.len);
-            self.digest(at, end, false);
+            self.digest(tensors, at..end, false);
             let piece = self.start + at as u64..self.start + end as u64;
             for segment in segments {
                 let start = segment.range.start.max(piece.start);
@@ -266,31 +336,30 @@ impl ThreadChunk<'_> {
                     self.apply(tensors, segment, local, grad_dtype);
                 }
             }
-            self.digest(at, end, true);
+            self.digest(tensors, at..end, true);
             at = end;
         }
-        self.digest_longer(true);
+        self.digest_longer(tensors, true);
     }
 
-    /// Takes the checksums of elements `start..end` before or after the update.
-    fn digest(&mut self, start: usize, end: usize, after: bool) {
-        for slice in self
-            .slices
-            .iter_mut()
-            .filter(|slice| slice.bytes.len() == self.len * slice.element)
-        {
-            slice.digest(start * slice.element..end * slice.element, after);
+    /// Takes the checksums of elements before or after the update.
+    fn digest(&mut self, tensors: &StateLayout, elements: Range<usize>, after: bool) {
+        let elements = elements.start as u64..elements.end as u64;
+        for slice in &mut self.slices {
+            let tensor = &tensors.tensors()[slice.tensor];
+            if slice.bytes.len() == to_usize(tensor.bytes(self.len as u64)) {
+                slice.digest(tensor.byte_range(&elements), after);
+            }
         }
     }
 
     /// Takes those of a weight that goes on after the part's last element: frozen elements of the same tile.
-    fn digest_longer(&mut self, after: bool) {
-        for slice in self
-            .slices
-            .iter_mut()
-            .filter(|slice| slice.bytes.len() != self.len * slice.element)
-        {
-            slice.digest(0..slice.bytes.len(), after);
+    fn digest_longer(&mut self, tensors: &StateLayout, after: bool) {
+        for slice in &mut self.slices {
+            let tensor = &tensors.tensors()[slice.tensor];
+            if slice.bytes.len() != to_usize(tensor.bytes(self.len as u64)) {
+                slice.digest(0..slice.bytes.len(), after);
+            }
         }
     }
 
@@ -307,11 +376,17 @@ impl ThreadChunk<'_> {
             Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
             Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
         };
+        // Every part and every parameter starts at a block, and so does what they have in common.
+        let elements = local.start as u64..local.end as u64;
+        let draw = Draw {
+            first: self.start + elements.start - segment.range.start,
+            ..segment.draw
+        };
         let slices = self
             .slices
             .iter_mut()
-            .map(|slice| &mut slice.bytes[local.start * slice.element..local.end * slice.element]);
-        zeroxide_optim::update(&segment.step, tensors, slices, grad);
+            .map(|slice| &mut slice.bytes[tensors.tensors()[slice.tensor].byte_range(&elements)]);
+        zeroxide_optim::update_drawn(&segment.step, tensors, slices, grad, draw);
     }
 }
 

@@ -1,6 +1,8 @@
 //! A small model of three units, gradients by formula, and what one plain pass of the kernel makes of it.
 #![allow(dead_code, reason = "each test file uses a part of the harness")]
 
+pub(crate) mod rounded;
+
 use bytemuck::cast_slice_mut;
 use tempfile::TempDir;
 use zeroxide_layout::{Dtype, Format, ParamShape, StateLayout};
@@ -27,6 +29,8 @@ pub(crate) struct Case {
     pub(crate) format: Format,
     /// Rule and format of each unit, where not all have Adam and `format`.
     pub(crate) rules: Option<[(Optimizer, Format); 3]>,
+    /// Whether parameters are given random bits.
+    pub(crate) streams: bool,
     pub(crate) threads: usize,
     pub(crate) tile_elements: u64,
     pub(crate) staging_bytes: u64,
@@ -37,6 +41,11 @@ pub(crate) struct Case {
     pub(crate) durable: bool,
 }
 
+/// The random bits of a parameter.
+pub(crate) fn stream(unit: usize, param: u64) -> u64 {
+    (unit as u64 * 100 + param).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 impl Default for Case {
     fn default() -> Self {
         Self {
@@ -45,6 +54,7 @@ impl Default for Case {
             gradients: GradientHome::Host,
             format: Format::Split,
             rules: None,
+            streams: true,
             threads: 2,
             tile_elements: 2048,
             staging_bytes: 2 << 20,
@@ -85,6 +95,9 @@ impl Case {
                 gradients: self.gradients,
                 optimizer: self.rule(index).0,
                 format: self.rule(index).1,
+                streams: (0..if self.streams { params.len() as u64 } else { 0 })
+                    .map(|param| stream(index, param))
+                    .collect(),
             })
             .collect();
         Offload::new(&self.settings(), &units)

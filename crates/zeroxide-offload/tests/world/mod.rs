@@ -85,6 +85,9 @@ impl Case {
                 gradients: self.gradients,
                 optimizer: hyperparameters(),
                 format: self.format,
+                streams: (0..params.len() as u64)
+                    .map(|param| unit as u64 * 100 + param)
+                    .collect(),
             })
             .collect();
         #[expect(clippy::cast_precision_loss, reason = "a few ranks")]

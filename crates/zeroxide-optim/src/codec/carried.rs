@@ -3,7 +3,7 @@
 use crate::slot::Slot;
 
 /// An element that travels in the bits of an fp32 value.
-pub(crate) trait Carried: Slot {
+pub(crate) trait Carried: Slot + Default {
     /// The value that carries it.
     fn carry(self) -> f32;
 
@@ -36,6 +36,20 @@ impl Carried for f32 {
 
 /// A residual.
 impl Carried for u16 {
+    #[inline(always)]
+    fn carry(self) -> f32 {
+        f32::from_bits(u32::from(self))
+    }
+
+    #[inline(always)]
+    #[expect(clippy::cast_possible_truncation, reason = "it was widened")]
+    fn carried(value: f32) -> Self {
+        value.to_bits() as Self
+    }
+}
+
+/// A residual of 8 bits.
+impl Carried for u8 {
     #[inline(always)]
     fn carry(self) -> f32 {
         f32::from_bits(u32::from(self))

@@ -4,8 +4,10 @@
 //! A codec takes a weight apart and puts it together again, one element at a time. Kernels are compiled for every rule
 //! with every codec; [`values`] does the same for whole slices where state is filled, read and edited.
 
-mod carried;
+pub(crate) mod carried;
+pub(crate) mod compact;
 pub(crate) mod fp32;
+pub(crate) mod moments;
 pub(crate) mod split;
 pub(crate) mod values;
 
@@ -18,7 +20,7 @@ use carried::Carried;
 /// One way to store weights.
 pub(crate) trait Codec {
     /// Element of the live weight.
-    type Live: Slot + Pod;
+    type Live: Slot + Pod + Default;
     /// Element of the tensor that makes it exact; `()` where it is exact by itself.
     type Exact: Carried;
     /// Whether the exact tensor alone says what the weight is, as long as nobody has changed the live weight.
@@ -30,6 +32,12 @@ pub(crate) trait Codec {
 
     /// Takes a weight apart. Every NaN becomes the canonical one.
     fn encode(weight: f32) -> (Self::Live, Self::Exact);
+
+    /// [`encode`](Self::encode) within an update, which rounds by the lowest byte of a random word what cannot be kept.
+    #[inline(always)]
+    fn encode_drawn(weight: f32, _word: u32) -> (Self::Live, Self::Exact) {
+        Self::encode(weight)
+    }
 
     /// The live weight for a value that a user gives.
     #[inline(always)]
@@ -56,7 +64,11 @@ macro_rules! with_codec {
                 type $codec = $crate::codec::fp32::MasterF16;
                 $body
             }
-            (Format::Split, _) => {
+            (Format::Compact, _) => {
+                type $codec = $crate::codec::compact::Compact;
+                $body
+            }
+            (Format::Split | Format::SplitBf16, _) => {
                 type $codec = $crate::codec::split::Split;
                 $body
             }

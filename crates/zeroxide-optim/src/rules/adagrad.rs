@@ -7,9 +7,9 @@
 //! p = p - lr / (1 + (t - 1) lr_decay) * g / (sqrt(s) + eps)
 //! ```
 
-use zeroxide_layout::{Moment, StateKey};
+use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Rule, hyperparameters, nearest};
+use super::{Hyperparameters, Rule, hyperparameters, nearest, unsigned};
 use crate::convert::canonical;
 
 hyperparameters! {
@@ -34,10 +34,7 @@ impl Hyperparameters for AdagradParams {
     type Step = Constants;
 
     fn moments(&self) -> Vec<Moment> {
-        vec![Moment {
-            key: StateKey::new("sum"),
-            initial: nearest(self.initial_accumulator_value),
-        }]
+        vec![unsigned("sum", nearest(self.initial_accumulator_value))]
     }
 
     fn prepare(&self, step: u64, grad_scale: f64) -> Constants {

@@ -22,7 +22,7 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Prepared, Rule, hyperparameters, zeros};
+use super::{Hyperparameters, Prepared, Rule, hyperparameters, signed, unsigned};
 use crate::convert::{NAN_BITS, canonical};
 use crate::kernel::Task;
 
@@ -53,7 +53,7 @@ impl Hyperparameters for AdamParams {
     type Step = AdamStep;
 
     fn moments(&self) -> Vec<Moment> {
-        zeros(&["exp_avg", "exp_avg_sq"])
+        vec![signed("exp_avg"), unsigned("exp_avg_sq", 0.0)]
     }
 
     fn prepare(&self, step: u64, grad_scale: f64) -> AdamStep {

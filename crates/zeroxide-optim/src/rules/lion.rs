@@ -10,7 +10,7 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Hyperparameters, Rule, hyperparameters, nearest, zeros};
+use super::{Hyperparameters, Rule, hyperparameters, nearest, signed};
 use crate::convert::canonical;
 
 hyperparameters! {
@@ -33,7 +33,7 @@ impl Hyperparameters for LionParams {
     type Step = Constants;
 
     fn moments(&self) -> Vec<Moment> {
-        zeros(&["exp_avg"])
+        vec![signed("exp_avg")]
     }
 
     fn prepare(&self, _step: u64, grad_scale: f64) -> Constants {

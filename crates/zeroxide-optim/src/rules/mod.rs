@@ -14,9 +14,9 @@ use std::fmt::Debug;
 
 use zeroxide_layout::Moment;
 
+use crate::codec::moments::Remembered;
 use crate::error::OptimError;
 use crate::kernel::Task;
-use crate::slot::Slot;
 
 pub(crate) use hyperparameters::{Fields, Range, Setting, hyperparameters};
 pub use hyperparameters::{Hyperparameter, Value};
@@ -24,9 +24,9 @@ pub use hyperparameters::{Hyperparameter, Value};
 /// The constants of one step of one rule, which all elements share, with the update of one element.
 pub(crate) trait Rule: Copy + PartialEq + Debug {
     /// Element of the rule's first tensor; `()` where it has none.
-    type First: Slot;
+    type First: Remembered;
     /// Element of its second one; `()` where it has none.
-    type Second: Slot;
+    type Second: Remembered;
 
     /// The new weight and state. A weight that is NaN has any payload: the codec makes it canonical; moments are
     /// canonical.
@@ -170,15 +170,22 @@ rules! {
     Sgd(sgd::SgdParams),
 }
 
-/// fp32 tensors of a rule that start at zero.
-pub(crate) fn zeros(names: &[&'static str]) -> Vec<Moment> {
-    names
-        .iter()
-        .map(|name| Moment {
-            key: zeroxide_layout::StateKey::new(name),
-            initial: 0.0,
-        })
-        .collect()
+/// A tensor of a rule, of values of either sign, that starts at zero.
+pub(crate) fn signed(name: &'static str) -> Moment {
+    Moment {
+        key: zeroxide_layout::StateKey::new(name),
+        signed: true,
+        initial: 0.0,
+    }
+}
+
+/// A tensor of a rule, of values that are never negative, that starts at `initial`.
+pub(crate) fn unsigned(name: &'static str, initial: f32) -> Moment {
+    Moment {
+        key: zeroxide_layout::StateKey::new(name),
+        signed: false,
+        initial,
+    }
 }
 
 /// A constant as the nearest fp32 value.

@@ -11,7 +11,7 @@
 
 use zeroxide_layout::Moment;
 
-use super::{Fields, Hyperparameters, Rule, hyperparameters, nearest, zeros};
+use super::{Fields, Hyperparameters, Rule, hyperparameters, nearest, signed};
 use crate::convert::canonical;
 use crate::error::OptimError;
 
@@ -37,7 +37,7 @@ impl Hyperparameters for SgdParams {
     type Step = Constants;
 
     fn moments(&self) -> Vec<Moment> {
-        zeros(&["momentum_buffer"])
+        vec![signed("momentum_buffer")]
     }
 
     fn validate(&self) -> Result<(), OptimError> {

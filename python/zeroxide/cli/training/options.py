@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from zeroxide.config.sizes import parse_bytes
+from zeroxide.config.state_formats import FORMATS
 from zeroxide.errors import ConfigError
 
 __all__ = ["FLAGS", "TrainOptions", "conflicts"]
@@ -20,7 +21,6 @@ _LARGEST_SEQUENCE = 1 << 20
 
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("bf16", "fp16", "fp32")
-FORMATS = ("split", "fp32")
 IO_ENGINES = ("auto", "io_uring", "threads")
 
 
@@ -75,7 +75,7 @@ class TrainOptions:
     threads: int = 0
     """Threads for compute; 0: as many as the process may run on."""
     format: str | None = None
-    """Optimizer state format, `split` or `fp32`; None: `split` with bf16, else `fp32`."""
+    """Optimizer state format, `split`, `fp32`, `split-bf16` or `compact`; None: `split` with bf16, else `fp32`."""
     activation_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them."""
     loss_chunk: int = 0
@@ -113,8 +113,8 @@ class TrainOptions:
         if self.format is not None:
             _choice("format", self.format, FORMATS)
         state_format = self.format or ("split" if self.dtype == "bf16" else "fp32")
-        if state_format == "split" and self.dtype != "bf16":
-            raise ConfigError(f"--format split needs --dtype bf16, got {self.dtype}", path="format")
+        if state_format != "fp32" and self.dtype != "bf16":
+            raise ConfigError(f"--format {state_format} needs --dtype bf16, got {self.dtype}", path="format")
         # Adam's first updates move every weight by the full rate, however small its gradient, and those of rarely seen
         # tokens all the same way. A short run has little else than first updates.
         warmup = min(100, self.steps // 3) if self.warmup is None else self.warmup

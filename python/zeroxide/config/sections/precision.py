@@ -28,6 +28,7 @@ from zeroxide.config.fields import (
     whole,
 )
 from zeroxide.config.given import Given
+from zeroxide.config.state_formats import Format
 from zeroxide.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ __all__ = ["Dtype", "LossScale", "LowDtype", "Precision", "PrecisionKeys", "dtyp
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 LowDtype = Literal["bf16", "fp16"]
-Format = Literal["split", "fp32"]
 NoEffects = list[tuple[str, str]]
 
 _DYNAMIC_ONLY = ("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale")
@@ -231,7 +231,10 @@ class Precision(Resolved):
     check_overflow: bool = True
     """Whether a step whose gradients are not finite is left out."""
     format: Format = "fp32"
-    """How the optimizer keeps exact weights: as two 16-bit halves (bf16 only) or as an fp32 master copy."""
+    """How the optimizer keeps its state: weights as two 16-bit halves or as an fp32 master copy, with fp32 moments; as
+    two halves with bf16 moments; or with an 8-bit rest of the weights and 8-bit moments. All but "fp32" need bf16."""
+    rounding_seed: int = 0
+    """What the random bits are made of that formats round with which do not keep every bit."""
     grad_dtype: Dtype = "fp32"
     """dtype that gradients are stored and accumulated in: that of the weights unless the config says fp32.
 
@@ -263,13 +266,18 @@ class Precision(Resolved):
             "data_types.keep_in_fp32_modules": None if self.keep_in_fp32 is None else list(self.keep_in_fp32),
             "communication_data_type": self.reduce_dtype if self.asked else None,
             "zeroxide.format": self.format if self.asked else None,
+            "zeroxide.rounding_seed": self.rounding_seed,
         }
 
 
 def resolve(
-    keys: PrecisionKeys, format: Format | None, own_dtype: Callable[[], Dtype] | None, given: Given
+    keys: PrecisionKeys,
+    format: Format | None,
+    rounding_seed: int,
+    own_dtype: Callable[[], Dtype] | None,
+    given: Given,
 ) -> Precision:
-    """Settles the dtypes; `format` is the state format asked for, if any.
+    """Settles the dtypes; `format` is the state format asked for, if any, and `rounding_seed` its random bits' seed.
 
     `own_dtype` tells the dtype of the model's weights, and is asked where the user's words name none. Raises
     ConfigError where sections contradict one another or the shortcut, and what `own_dtype` raises.
@@ -287,6 +295,7 @@ def resolve(
         loss_scale=_loss_scale(keys.fp16 or Fp16(), precision, autocast, given.no_effect),
         check_overflow=_check_overflow(keys, precision, given.no_effect),
         format=_format(format, precision),
+        rounding_seed=rounding_seed,
         grad_dtype=_grad_dtype(keys, precision),
         reduce_dtype=_reduce_dtype(keys, precision),
         buffer_dtype=keys.data_types.buffer_dtype if keys.data_types else None,
@@ -409,13 +418,13 @@ def _check_overflow(keys: PrecisionKeys, precision: Dtype, no_effect: NoEffects)
 
 
 def _format(wanted: Format | None, precision: Dtype) -> Format:
-    if wanted == "split" and precision != "bf16":
+    if wanted not in (None, "fp32") and precision != "bf16":
         raise ConfigError(
-            'zeroxide.format: "split" keeps a weight as two bf16 halves and needs bf16.enabled, '
+            f'zeroxide.format: "{wanted}" keeps a weight as a bf16 half and what is beyond it, and needs bf16.enabled, '
             f"got {precision} training",
             path="zeroxide.format",
             expected='"fp32"',
-            got='"split"',
+            got=show(wanted),
         )
     return wanted or ("split" if precision == "bf16" else "fp32")
 

@@ -24,13 +24,16 @@ from zeroxide.config.fields import (
 )
 from zeroxide.config.given import Given, agree
 from zeroxide.config.sections.mesh import MeshSection
+from zeroxide.config.state_formats import FORMATS, Format
 from zeroxide.errors import ConfigError
 
 __all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
 
 
 class ZeroxideSection(Section):
-    """`zeroxide`. `format` is resolved with precision, what begins with `checkpoint_` with `checkpoint`."""
+    """`zeroxide`. `format` and `rounding_seed` are resolved with precision, what begins with `checkpoint_` with
+    `checkpoint`.
+    """
 
     device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
     """Where the model computes; without it, where its weights are, else a GPU if there is one."""
@@ -38,8 +41,10 @@ class ZeroxideSection(Section):
     """Most resident memory of a process, as the operating system counts it; without it there is no limit."""
     device_memory: MemorySize | None = None
     """Most memory of the device for weights, optimizer state and gradients; without it half is left to activations."""
-    format: Annotated[Literal["split", "fp32"] | None, choice("split", "fp32")] = None
-    """How exact weights are kept: two 16-bit halves (bf16 only, the default there) or an fp32 master copy."""
+    format: Annotated[Format | None, choice(*FORMATS)] = None
+    """How optimizer state is kept: "split" (with bf16, the default there) and "fp32" exactly, others in fewer bytes."""
+    rounding_seed: Annotated[WholeNumber, Field(lt=2**63), expecting("an integer from 0 to 2^63 - 1")] = 0
+    """What the random bits are made of that "split-bf16" and "compact" round with."""
     io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
     """What moves bytes between memory and disk."""
     threads: Annotated[Count, Field(le=4096), expecting("an integer from 1 to 4096")] | None = None
