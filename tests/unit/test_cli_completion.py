@@ -124,4 +124,4 @@ def test_help_of_all_commands_is_of_one_kind():
         for name, command in (*COMMAND.commands.items(), *COMMAND.commands["config"].commands.items())
         if any("--json" in each.opts for each in command.params)
     }
-    assert with_json == {"train", "convert", "run", "doctor", "bench", "explain", "check"}
+    assert with_json == {"train", "convert", "run", "plan", "doctor", "bench", "explain", "check"}

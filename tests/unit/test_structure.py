@@ -29,6 +29,7 @@ FOREIGN = {
     "_pop_saved_tensors_default_hooks": "torch: ends hooks for saved tensors",
     "_push_saved_tensors_default_hooks": "torch: begins hooks for saved tensors",
     "_top_saved_tensors_default_hooks": "torch: hooks for saved tensors of the caller's",
+    "_make_wrapper_subclass": "torch: how a tensor without memory of its own is made",
     "_compiled_call_impl": "torch: whether a module has been compiled in place",
     "_cdata": "torch: the address of a storage, which C functions take",
     "_device_types": "torch: what a process group can carry",

@@ -50,7 +50,7 @@ mod _core {
     #[pymodule_export]
     use crate::offload::PyOffload;
     #[pymodule_export]
-    use crate::optimizer::{Rule, state_tensors};
+    use crate::optimizer::{Rule, formats, state_tensors};
     #[pymodule_export]
     use crate::plan::{PyDeviceRequest, PyPlan};
     #[pymodule_export]

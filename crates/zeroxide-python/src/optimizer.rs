@@ -3,7 +3,7 @@
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple, PyType};
-use zeroxide_layout::{STATE_BLOCK, StateLayout};
+use zeroxide_layout::{Format, STATE_BLOCK, StateLayout};
 use zeroxide_optim::{Hyperparameter, Optimizer, Value};
 
 use crate::errors::to_python;
@@ -164,6 +164,12 @@ fn class_of<'py>(py: Python<'py>, rule: &Optimizer) -> PyResult<Bound<'py, PyAny
     body.set_item("hyperparameters", defaults)?;
     py.get_type::<PyType>()
         .call1((rule.title(), (py.get_type::<Rule>(),), body))
+}
+
+/// Names of all formats that state can be stored in.
+#[pyfunction]
+pub(crate) fn formats() -> Vec<&'static str> {
+    Format::ALL.iter().map(|format| format.name()).collect()
 }
 
 /// (name, dtype, bytes of 64 elements, initial value) of each state tensor that a rule has in a format for weights of

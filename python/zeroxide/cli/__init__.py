@@ -17,6 +17,7 @@ from zeroxide.cli.completion import completion
 from zeroxide.cli.config import config
 from zeroxide.cli.convert import convert
 from zeroxide.cli.doctor import doctor
+from zeroxide.cli.plan import plan
 from zeroxide.cli.report import report
 from zeroxide.cli.run import run
 from zeroxide.cli.train import train
@@ -39,6 +40,7 @@ def application() -> typer.Typer:
     )
     made.command()(train)
     made.add_typer(config, name="config")
+    made.command()(plan)
     made.command()(doctor)
     made.command()(bench)
     made.command()(completion)

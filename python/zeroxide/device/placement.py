@@ -23,6 +23,7 @@ from zeroxide.errors import ConfigError
 __all__ = [
     "DTYPE_NAMES",
     "HOST",
+    "ON_PAPER",
     "address",
     "addresses",
     "autocast",
@@ -54,6 +55,9 @@ __all__ = [
 
 HOST = torch.device("cpu")
 """Where the core's memory is."""
+
+ON_PAPER = torch.device("cuda")
+"""A device with memory of its own that plans are made for, and that need not be here."""
 
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from zeroxide.cli.training.running import Running
 
-__all__ = ["facts_of"]
+__all__ = ["facts_of", "processor"]
 
 _PACKAGES = ("transformers", "tokenizers", "numpy")
 
@@ -35,7 +35,7 @@ def facts_of(this: Running) -> dict[str, Any]:
         "versions": {"python": platform.python_version(), **_versions()},
         "machine": {
             "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-            "processor": _processor(Path("/proc/cpuinfo")),
+            "processor": processor(),
             "processors": len(os.sched_getaffinity(0)),
             "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         },
@@ -63,7 +63,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor(path: Path) -> str:
+def processor(path: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name as the system tells it; empty where it does not."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()

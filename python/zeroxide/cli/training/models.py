@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["PRESETS", "ModelChoice", "build_model", "choose_model", "num_parameters"]
+__all__ = ["PRESETS", "ModelChoice", "build_model", "choose_model", "num_parameters", "preset"]
 
 _GPT2: dict[str, Any] = {
     "model_type": "gpt2",
@@ -103,8 +103,7 @@ def choose_model(name: str) -> ModelChoice:
     except OSError as error:
         raise ModelError(f"--model {name}: {error.strerror}") from None
     if name in PRESETS and not directory.is_dir():
-        fields = dict(PRESETS[name])
-        return ModelChoice(name, _config(fields.pop("model_type"), fields), None, False, False)
+        return preset(name, PRESETS[name])
     if not directory.is_dir():
         near = difflib.get_close_matches(name, PRESETS, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
@@ -127,6 +126,12 @@ def choose_model(name: str) -> ModelChoice:
         )
     has_tokenizer = any((directory / file).is_file() for file in _TOKENIZER_FILES)
     return ModelChoice(directory.resolve().name, config, directory.resolve(), has_weights, has_tokenizer)
+
+
+def preset(name: str, fields: Mapping[str, Any]) -> ModelChoice:
+    """A model with the `fields` of a `transformers` config, its type among them, and nothing else."""
+    given = dict(fields)
+    return ModelChoice(name, _config(given.pop("model_type"), given), None, False, False)
 
 
 def build_model(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:

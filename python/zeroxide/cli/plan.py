@@ -1,0 +1,203 @@
+"""`zeroxide plan`: ways of training a model on a machine side by side, before anything of the model is there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from zeroxide.cli.paths import written_path
+from zeroxide.config.sizes import parse_bytes
+from zeroxide.errors import BudgetError, ConfigError, ModelError, StorageError
+
+if TYPE_CHECKING:
+    from zeroxide.cli.planning.request import OnPaper, Request
+    from zeroxide.cli.planning.work import Workbench
+
+__all__ = ["plan"]
+
+_BUDGETS, _DEVICE, _SIZE = "Budgets", "A device on paper", "Size"
+
+
+def _size(text: str, panel: str | None = _BUDGETS) -> Any:
+    """An option that takes a number of bytes, as people write it."""
+    return typer.Option(help=text, show_default=False, rich_help_panel=panel)
+
+
+Model = Annotated[
+    str, typer.Argument(help="Preset, Hugging Face model directory, or its config.json.", show_default=False)
+]
+HostMemory = Annotated[str | None, _size("Budget of each process, as 4GiB. Default: no limit.")]
+DiskPath = Annotated[str | None, _size("Directory for offloaded state. Default: nothing is offloaded to a disk.")]
+DiskBytes = Annotated[str | None, _size("Most bytes there. Default: what is free.")]
+DriveTbw = Annotated[str | None, _size("Bytes that the drive may be written in its life, as 600TB.")]
+DeviceMemory = Annotated[str | None, _size("Memory of a device that need not be here, one for each process.", _DEVICE)]
+DeviceRate = Annotated[
+    float, typer.Option(min=1e-3, help="TFLOP/s that it reaches in training.", rich_help_panel=_DEVICE)
+]
+LinkRate = Annotated[
+    float, typer.Option(min=1e-3, help="GB/s between it and host memory, each way.", rich_help_panel=_DEVICE)
+]
+RankCount = Annotated[int, typer.Option(min=1, max=1024, help="Processes on this host.", rich_help_panel=_SIZE)]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Sequences in a micro-batch. Default: the config's, else 8.",
+        show_default=False,
+        rich_help_panel=_SIZE,
+    ),
+]
+Sequence = Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens in each.", rich_help_panel=_SIZE)]
+ConfigFile = Annotated[str | None, _size("The run's config, for all that a plan does not choose.", None)]
+Renew = Annotated[bool, typer.Option("--renew", help="Measure this machine and disk again.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def plan(
+    model: Model,
+    host_memory: HostMemory = None,
+    disk: DiskPath = None,
+    disk_bytes: DiskBytes = None,
+    drive_tbw: DriveTbw = None,
+    device_memory: DeviceMemory = None,
+    device_rate: DeviceRate = 100.0,
+    link_rate: LinkRate = 20.0,
+    ranks: RankCount = 1,
+    batch: Batch = None,
+    sequence: Sequence = 128,
+    config: ConfigFile = None,
+    renew: Renew = False,
+    as_json: Json = False,
+) -> int:
+    """Show ways of training a model side by side: memory, disk, time, wear. Nothing of the model is loaded.
+
+    \b
+    zeroxide plan gpt2-xl --host-memory 4GiB --disk /mnt/fast
+    Exits with 2 where none fits, and says what is nearest.
+    """
+    from zeroxide.config.source import read
+
+    device = _device(device_memory, device_rate, link_rate)
+    sizes = {
+        "host_memory": _bytes("--host-memory", host_memory),
+        "disk_bytes": _bytes("--disk-bytes", disk_bytes),
+        "drive_bytes": _bytes("--drive-tbw", drive_tbw),
+    }
+    folder = _folder(disk)
+    if folder is None and (disk_bytes is not None or drive_tbw is not None):
+        word = "--disk-bytes" if disk_bytes is not None else "--drive-tbw"
+        raise ConfigError(f"{word} is for --disk: without a directory nothing is written", path=word)
+    given = dict(read(config).data)
+    from zeroxide.cli.planning.measure import Measuring
+    from zeroxide.cli.planning.request import Request
+    from zeroxide.cli.planning.work import Workbench, base_config, formats_of, threads_of
+
+    rest, decided = base_config(given)
+    if sizes["host_memory"] is None and "host_memory" in decided:
+        sizes["host_memory"] = parse_bytes(decided["host_memory"])
+    micro = batch or rest.get("train_micro_batch_size_per_gpu") or 8
+    request = Request(model, micro, sequence, disk=folder, device=device, ranks=ranks, config=rest, **sizes)
+    formats = [decided["format"]] if "format" in decided else formats_of(rest, ranks)
+    choice = _choice(model, sequence)
+    threads = threads_of(rest)
+    measuring = Measuring(threads, lambda line: print(line, file=sys.stderr, flush=True), renew=renew)
+    machine = measuring.machine(formats)
+    speed = None if folder is None else measuring.disk(folder, formats[-1])
+    bench = Workbench(choice, formats, machine, speed, threads, functools.partial(measuring.operations, machine))
+    return _answer(request, bench, measuring.taken, as_json=as_json)
+
+
+def _answer(request: Request, bench: Workbench, taken: list[str], *, as_json: bool) -> int:
+    """Prints what there is. Raises BudgetError where nothing fits."""
+    from zeroxide.cli.planning import show
+    from zeroxide.cli.planning.search import largest_batch, nearest, recommended
+
+    estimates = bench(request)
+    best = recommended(estimates)
+    least = smaller = larger = None
+    if best is None:
+        least, smaller = nearest(estimates), largest_batch(request, functools.partial(bench, timed=False))
+        if request.disk is None:
+            larger = _with_disk(request, bench)
+    if as_json:
+        found = show.as_json(request, estimates, best, least, smaller, larger, taken)
+        print(json.dumps(found, indent=1, ensure_ascii=False, default=str))
+        return 0 if best is not None else 2
+    for line in taken:
+        print(line)
+    print(*show.table(request, estimates, best), sep="\n")
+    if best is not None:
+        print(*show.details(request, best), sep="\n")
+        return 0
+    lines = list(show.refusal(request, least, smaller, larger))
+    raise BudgetError("; ".join(lines), need=None if least is None else least.process, limit=request.host_memory)
+
+
+def _with_disk(request: Request, bench: Workbench) -> Any:
+    """What would fit if there were a disk, of unknown speed."""
+    from zeroxide.cli.planning.search import recommended
+
+    elsewhere = dataclasses.replace(request, disk=Path("/"), disk_bytes=None)
+    return recommended(
+        [dataclasses.replace(each) for each in bench(elsewhere, timed=False) if set(each.over) <= {"disk"}]
+    )
+
+
+def _device(memory: str | None, rate: float, link: float) -> OnPaper | None:
+    from zeroxide.cli.planning.request import OnPaper
+
+    count = _bytes("--device-memory", memory)
+    return None if count is None else OnPaper(count, rate * 1e12, link * 1e9)
+
+
+def _bytes(word: str, text: str | None) -> int | None:
+    """A size of the command line. Raises ConfigError."""
+    if text is None:
+        return None
+    try:
+        count = parse_bytes(int(text) if text.isdecimal() else text)
+    except ValueError as error:
+        raise ConfigError(f"{word}: expected {error}, got {text!r}", path=word, got=text) from None
+    if not 1 << 20 <= count < 1 << 60:
+        raise ConfigError(f"{word} {text} is not a usable size: give 1 MiB to 1 EiB", path=word, got=text)
+    return count
+
+
+def _folder(text: str | None) -> Path | None:
+    """The directory of `--disk`. Raises StorageError."""
+    if text is None:
+        return None
+    try:
+        folder = written_path(text)
+    except OSError as error:
+        raise StorageError(f"--disk {text}: {error.strerror or error}", path=text, errno=error.errno) from None
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise StorageError(f"--disk {text} is no directory that can be written to", path=text)
+    return folder
+
+
+def _choice(model: str, sequence: int) -> Any:
+    """The model, as `zeroxide train` finds it. Raises ModelError, ConfigError."""
+    try:
+        from zeroxide.cli.training.models import choose_model
+
+        path = written_path(model)
+        name = str(path.parent) if path.name == "config.json" and path.is_file() else model
+        choice = choose_model(name)
+    except ImportError:
+        raise ModelError("zeroxide plan needs transformers: pip install transformers", name=model) from None
+    except OSError as error:
+        raise ModelError(f"{model}: {error.strerror}", name=model) from None
+    if choice.longest_sequence is not None and sequence > choice.longest_sequence:
+        raise ConfigError(
+            f"--sequence {sequence} is longer than {choice.name} can take ({choice.longest_sequence})",
+            path="--sequence",
+        )
+    return choice

@@ -1,0 +1,214 @@
+"""`zeroxide plan`: its bytes beside a real run's, what it recommends, and what it says where nothing fits."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+
+from zeroxide.cli import main
+from zeroxide.cli.planning import measure
+from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file
+from zeroxide.cli.planning.request import Request
+from zeroxide.cli.planning.work import base_config, formats_of, threads_of
+
+pytest.importorskip("transformers")
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A machine that was measured an hour ago: 100 MiB a process, a GFLOP/s, and a disk a hundred times slower than
+    memory."""
+    monkeypatch.setenv("ZEROXIDE_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(measure, "time_operations", lambda *_: None)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    known = Machine(
+        process_bytes=100 * MIB,
+        start_bytes=0,
+        operation_seconds=1e-6,
+        update_seconds={"fp32": 1e-9, "split": 1e-9},
+        flops=1e9,
+        bytes_per_second=1e10,
+        taken=time.time() - 3700,
+    )
+    found = Measurements(known, {str(disk): Disk(read=1e8, write=1e8, update=1e8, taken=time.time() - 90_000)})
+    found.save(cache_file(), measure._key(threads_of({})))
+    return disk
+
+
+def planned(capsys, *words: str) -> dict:
+    assert main(["plan", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def by_name(found: dict) -> dict:
+    return {each["option"]["name"]: each for each in found["options"]}
+
+
+@pytest.mark.parametrize("offload", ["cpu", "nvme", "mixed"])
+@pytest.mark.parametrize("format", ["fp32", "split"])
+def test_bytes_are_those_of_a_real_run(offload, format, machine, capsys):
+    import zeroxide
+    from zeroxide.cli.training.models import choose_model
+    from zeroxide.cli.training.options import TrainOptions
+
+    options = TrainOptions(model="tiny", format=format, batch_size=2, seq_len=64)
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_config(choose_model("tiny").config, dtype=torch.bfloat16)
+    home = f"nvme:{machine}"
+    param, state = {"cpu": ("cpu", "cpu"), "nvme": (home, home), "mixed": ("cpu", home)}[offload]
+    engine, *_ = zeroxide.initialize(
+        model=model,
+        lr=1e-4,
+        dtype="bf16",
+        offload_param=param,
+        offload_optimizer=state,
+        config={"zeroxide": {"format": format}},
+    )
+    tokens = torch.zeros((options.batch_size, options.seq_len), dtype=torch.int64)
+    counts = []
+    for _ in range(5):
+        engine.backward(engine(input_ids=tokens, labels=tokens, use_cache=False).loss)
+        engine.step()
+        engine.finish_step()
+        io = engine.io()
+        counts.append((io["read_bytes"], io["write_bytes"]))
+    moved = [after - before for before, after in zip(counts[-2], counts[-1], strict=True)]
+    buckets = engine.plan().buckets
+    engine.destroy()
+    found = by_name(planned(capsys, "tiny", "--disk", str(machine), "--batch", "2", "--sequence", "64"))
+    each = found[f"{offload}, {format}"]
+    assert each["buckets"] == buckets
+    assert each["written"] == moved[1]
+    assert each["read"] == moved[0]
+    assert each["wear_of_1000_steps"]["bytes"] == 1000 * moved[1]
+
+
+def test_process_is_payload_activations_and_what_every_process_takes(machine, capsys):
+    each = by_name(planned(capsys, "tiny"))["cpu, split"]
+    steady = 100 * MIB + sum(each["buckets"].values()) + each["activations"]
+    assert each["process"] == steady + steady // 40
+
+
+def test_formats_are_those_that_the_core_has_for_the_dtype():
+    bf16 = {"bf16": {"enabled": True}}
+    assert "split" in formats_of(bf16, 1)
+    assert formats_of({}, 1) == ["fp32"]
+    assert set(formats_of(bf16, 1)) <= set(__import__("zeroxide")._core.formats())
+
+
+def test_the_fastest_is_recommended_and_a_small_budget_moves_state_to_disk(machine, capsys):
+    # 100 MiB a process, and 12 bytes a parameter of 124 million in memory: 2 GiB hold that, 1 GiB does not.
+    words = ("gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64")
+    free, tight = planned(capsys, *words), planned(capsys, *words, "--host-memory", "1GiB")
+    assert free["recommended"] == "cpu, split"
+    assert tight["recommended"] == "mixed, split"
+    assert "offload_optimizer" in tight["run"]
+    assert not by_name(tight)["cpu, split"]["fits"]
+    tighter = planned(capsys, *words, "--host-memory", "620MiB")
+    assert tighter["recommended"].startswith("nvme, split")
+    assert "--offload nvme:" in tighter["run"]
+
+
+def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, capsys):
+    words = ["plan", "gpt2", "--batch", "2", "--sequence", "64"]
+    assert main([*words, "--host-memory", "700MiB"]) == 2
+    line = capsys.readouterr().err
+    assert "nothing fits --host-memory 700 MiB with micro-batches of 2 x 64 tokens" in line
+    assert "with --disk DIR it would: nvme, split" in line or "with --disk DIR it would: mixed, split" in line
+    enough = line.rpartition("with --host-memory ")[2].partition(" it would")[0]
+    assert main([*words, "--host-memory", enough]) == 0
+    less = f"{int(enough.removesuffix('MiB')) - 1}MiB"
+    capsys.readouterr()
+    assert main([*words, "--host-memory", less]) == 2
+
+
+def test_a_smaller_micro_batch_is_named_where_one_fits(machine, capsys):
+    words = ["plan", "tiny", "--host-memory", "130MiB", "--sequence", "256", "--batch"]
+    assert main([*words, "4096"]) == 2
+    line = capsys.readouterr().err
+    batch = int(line.partition("with --batch ")[2].partition(" ")[0])
+    assert main([*words, str(batch)]) == 0
+    assert main([*words, str(batch + 1)]) == 2
+
+
+def test_disk_bytes_are_a_budget(machine, capsys):
+    words = ["plan", "gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64", "--host-memory", "1GiB"]
+    assert main([*words, "--disk-bytes", "1GiB"]) == 2
+    assert "--disk-bytes 1 GiB" in capsys.readouterr().err
+
+
+def test_wear_is_a_share_of_the_drives_life(machine, capsys):
+    found = by_name(planned(capsys, "tiny", "--disk", str(machine), "--drive-tbw", "600TB"))["nvme, split"]
+    wear = found["wear_of_1000_steps"]
+    assert wear["share"] == pytest.approx(1000 * found["written"] / 600e12)
+
+
+def test_a_device_on_paper_takes_what_computes(machine, capsys):
+    words = ("gpt2", "--batch", "1", "--sequence", "64", "--device-rate", "10", "--link-rate", "10")
+    large = by_name(planned(capsys, *words, "--device-memory", "16GiB"))
+    assert large["none, split"]["buckets"].get("optimizer", 0) == 0
+    assert large["none, split"]["device"] > 12 * 124_000_000
+    assert large["cpu, split"]["buckets"]["optimizer"] > 0
+    assert main(["plan", *words, "--device-memory", "64MiB"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["tiny", "--disk", "/nowhere/at/all"], "is no directory"),
+        (["tiny", "--host-memory", "much"], "--host-memory: expected"),
+        (["tiny", "--drive-tbw", "600TB"], "--drive-tbw is for --disk"),
+        (["tiny", "--sequence", "4096"], "longer than tiny can take"),
+        (["tinny"], "did you mean tiny"),
+    ],
+)
+def test_mistakes_are_one_line(words, expected, capsys):
+    assert main(["plan", *words]) in (1, 2)
+    err = capsys.readouterr().err
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_the_config_keeps_all_that_an_option_does_not_decide():
+    given = {
+        "bf16": {"enabled": True},
+        "zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}},
+        "zeroxide": {"format": "split", "host_memory": "1GiB", "prefetch": 2},
+    }
+    config, decided = base_config(given)
+    assert config["zero_optimization"] == {"stage": 3}
+    assert config["zeroxide"] == {"prefetch": 2}
+    assert decided == {"format": "split", "host_memory": "1GiB"}
+    assert "format" in given["zeroxide"]
+
+
+def test_measurements_outlive_the_command_and_damage(tmp_path):
+    path = tmp_path / "planning.json"
+    one = Measurements(Machine(1, 2, 3.0, {"split": 4.0}), {"/a": Disk(1.0, 2.0, 3.0)})
+    one.save(path, "one")
+    Measurements(None, {}).save(path, "other")
+    assert Measurements.load(path, "one") == one
+    assert Measurements.load(path, "third") == Measurements()
+    path.write_text(path.read_text()[:-20])
+    assert Measurements.load(path, "one") == Measurements()
+
+
+def test_age_is_in_words(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_000_000.0)
+    assert [age(1_000_000.0 - each) for each in (5, 61, 7300, 90_000)] == [
+        "just now",
+        "1 minute ago",
+        "2 hours ago",
+        "1 day ago",
+    ]
+
+
+def test_a_request_is_of_one_process_where_nothing_is_said():
+    assert Request("m", 1, 8).ranks == 1

@@ -1,0 +1,143 @@
+"""What a pass takes, found without values, beside what torch's allocator is asked for in a real one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from zeroxide.cli.planning.passes import rehearse_training
+from zeroxide.cli.training.loss import causal_lm_loss
+from zeroxide.cli.training.models import choose_model
+from zeroxide.profiling.rehearsal import LARGE, PART, Operation, TensorForm, rehearse
+from zeroxide.profiling.replay import replay
+from zeroxide.zero.reduce import large_weights
+
+transformers = pytest.importorskip("transformers")
+
+BATCH, SEQUENCE = 2, 64
+MARK = 12_345_679
+"""Bytes of an allocation that stands between forward and backward in the profiler's record."""
+
+
+def real_model(name: str, *, checkpointing: bool):
+    model = transformers.AutoModelForCausalLM.from_config(choose_model(name).config, dtype=torch.bfloat16)
+    model.loss_function = causal_lm_loss
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
+
+
+def allocated(model) -> tuple[int, int]:
+    """Bytes that are allocated at the end of forward, and at the most, in a pass whose gradients go at once."""
+
+    def take(param):
+        param.grad = None
+
+    for param in model.parameters():
+        param.register_post_accumulate_grad_hook(take)
+    tokens = torch.zeros((BATCH, SEQUENCE), dtype=torch.int64)
+    model(input_ids=tokens, labels=tokens, use_cache=False).loss.backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+        mark = torch.empty(MARK, dtype=torch.uint8)
+        del mark
+        loss.backward()
+        del loss
+    events = [each for each in found.profiler.kineto_results.events() if each.name() == "[memory]"]
+    live = peak = kept = 0
+    for each in sorted(events, key=lambda each: each.start_ns()):
+        if each.nbytes() == MARK:
+            kept = live
+        if abs(each.nbytes()) != MARK:
+            live += each.nbytes()
+            peak = max(peak, live)
+    return kept, peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
+def test_bytes_are_those_of_a_real_pass(name, checkpointing):
+    found = rehearse_training(choose_model(name), torch.bfloat16, BATCH, SEQUENCE, checkpointing=checkpointing)
+    kept, peak = allocated(real_model(name, checkpointing=checkpointing))
+    # Small tensors of the model's code that end with the pass, and what recomputation keeps of generators.
+    assert found.kept == pytest.approx(kept, rel=0.05)
+    # Operations have memory of their own inside: the log-sum-exp of fp32 logits as much as its input.
+    inside = BATCH * SEQUENCE * choose_model(name).vocabulary_size * 4
+    assert peak - 1.1 * inside <= found.peak <= 1.02 * peak
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():
+    def peak(batch, *, checkpointing=False):
+        return rehearse_training(choose_model("tiny"), torch.bfloat16, batch, 64, checkpointing=checkpointing).peak
+
+    assert peak(1) < peak(2) < peak(4)
+    assert peak(4, checkpointing=True) < peak(4)
+
+
+def test_flops_are_those_of_torchs_counter():
+    model = real_model("tiny", checkpointing=False)
+    tokens = torch.zeros((BATCH, SEQUENCE), dtype=torch.int64)
+    with FlopCounterMode(display=False) as forward:
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    with FlopCounterMode(display=False) as backward:
+        loss.backward()
+    found = rehearse_training(choose_model("tiny"), torch.bfloat16, BATCH, SEQUENCE, checkpointing=False)
+    assert found.forward.flops == forward.get_total_flops()
+    assert found.backward.flops == backward.get_total_flops()
+
+
+def test_a_large_weights_gradient_counts_as_a_part():
+    rows = LARGE // 1024
+    with torch.device("meta"):
+        layer = torch.nn.Linear(1024, rows, bias=False)
+    inputs = torch.zeros((1, 1024))
+    found = rehearse(layer, lambda: layer(inputs).sum())
+    # Outputs, their gradient and the part; the whole gradient alone would be LARGE elements.
+    assert PART * 4 <= found.peak < PART * 4 + 4 * rows * 4
+
+
+def test_nothing_of_the_model_is_allocated():
+    with torch.device("meta"):
+        layers = torch.nn.Sequential(*(torch.nn.Linear(1 << 15, 1 << 15, bias=False) for _ in range(8)))
+    inputs = torch.zeros((2, 1 << 15))
+    found = rehearse(layers, lambda: layers(inputs).sum())  # 32 GiB of weights
+    assert found.forward.flops == 8 * 2 * 2 * (1 << 30)
+
+
+def test_tied_weights_stay_tied():
+    with torch.device("meta"):
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    rehearse(model, lambda: model(torch.zeros((1, 8))).sum())
+    assert model[1].weight is model[0].weight
+
+
+def test_an_operation_is_run_again_by_itself():
+    form = TensorForm((64, 64), (64, 1), torch.float32)
+    ran = []
+
+    def add(first, second, *, alpha=1):
+        ran.append((first.shape, second.stride(), first is second))
+        return first
+
+    assert replay(Operation("aten.add.Tensor", "add", add, (form, form), {"alpha": 2}, nbytes=3 * 64 * 64 * 4)) > 0
+    assert len(ran) >= 4
+    assert set(ran) == {(torch.Size([64, 64]), (64, 1), True)}
+
+
+def test_what_an_operation_writes_to_is_no_argument_beside():
+    form = TensorForm((8,), (1,), torch.float32)
+    same = []
+
+    def add_(first, second):
+        same.append(first is second)
+
+    replay(Operation("aten.add_.Tensor", "add_", add_, (form, form), {}, nbytes=64))
+    assert not any(same)
+
+
+def test_large_is_what_it_is_for_the_engine():
+    assert (LARGE, PART) == (large_weights.LARGE, large_weights.PART)
