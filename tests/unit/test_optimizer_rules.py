@@ -339,7 +339,10 @@ def test_what_cannot_be_combined_is_refused(tmp_path):
         assert "\n" not in str(caught.value)
 
     refused(f"optimizer group 0: optimizer is 'Lyon', expected one of {', '.join(RULES)}", optimizer="Lyon")
-    refused('optimizer group 0: state_format is \'bf16\', expected "split" or "fp32"', state_format="bf16")
+    refused(
+        "optimizer group 0: state_format is 'bf16', expected one of split, fp32, split-bf16, compact",
+        state_format="bf16",
+    )
     halves = 'optimizer group 0: state_format "split" keeps a weight as two bf16 halves and needs bf16.enabled, got '
     refused(f'{halves}fp32 training; use "fp32"', dtype="fp32", state_format="split")
     refused("optimizer group 0: beta2 is 1.0, expected a number in [0, 1)", betas=(0.9, 1.0))

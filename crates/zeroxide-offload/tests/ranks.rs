@@ -154,6 +154,76 @@ fn tiles_threads_and_formats_change_nothing() {
     }
 }
 
+/// In a format that rounds, everything is the same wherever a shard begins, whoever keeps it and however it travels: with
+/// all ranks keeping everything, a part each, or parts within groups. That the bits are those of plain kernel calls,
+/// `stream.rs` shows.
+///
+/// Catches: random bits counted from the start of a shard or of a unit, a block of moments that a shard cuts.
+#[test]
+fn formats_that_round_do_not_depend_on_who_keeps_what() {
+    for format in [Format::SplitBf16, Format::Compact] {
+        let whole = Case {
+            format,
+            shards: 1,
+            transport: Transport::Collective,
+            ..case(4)
+        };
+        let expected = whole.run();
+        for (transport, shards, weights, state, tile_elements) in [
+            (
+                Transport::Collective,
+                4,
+                WeightHome::Shard,
+                StateHome::Host,
+                1 << 20,
+            ),
+            (
+                Transport::Collective,
+                2,
+                WeightHome::Shard,
+                StateHome::Disk,
+                2048,
+            ),
+            (
+                Transport::Collective,
+                4,
+                WeightHome::Disk,
+                StateHome::Disk,
+                6144,
+            ),
+            (
+                Transport::Shared,
+                4,
+                WeightHome::Host,
+                StateHome::Disk,
+                2048,
+            ),
+            (
+                Transport::Shared,
+                2,
+                WeightHome::Disk,
+                StateHome::Host,
+                6144,
+            ),
+        ] {
+            let other = Case {
+                transport,
+                shards,
+                weights,
+                state,
+                tile_elements,
+                threads: 2,
+                ..whole.clone()
+            };
+            let found = other.run();
+            let what =
+                format!("{format} {transport:?} {shards} {weights:?} {state:?} {tile_elements}");
+            assert!(found.values == expected.values, "{what}: values");
+            assert!(found.live == expected.live, "{what}: live weights");
+        }
+    }
+}
+
 /// Catches: a step of one rank that another overtakes, completions expected in order, frames that go to another unit
 /// because of what the disk has done, so that ranks do not agree on what has to be gathered.
 #[test]

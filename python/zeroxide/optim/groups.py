@@ -11,6 +11,7 @@ from torch import nn
 
 from zeroxide import _core
 from zeroxide.config import FORMATS, Config
+from zeroxide.config.state_formats import needs_bf16
 from zeroxide.errors import ConfigError, InvalidValueError, ModelError
 from zeroxide.optim.rules import FORMAT, RULE, core_groups, hyperparameters, rule_of, taken_over
 from zeroxide.plan.state import StatePlan
@@ -148,8 +149,8 @@ def state_plans(groups: Iterable[Mapping[str, Any]], config: Config) -> dict[int
         check_format(format, number)
         if format != "fp32" and config.precision.dtype != "bf16":
             raise ConfigError(
-                f'optimizer group {number}: {FORMAT} "{format}" keeps a weight as a bf16 half and what is beyond it, '
-                f'and needs bf16.enabled, got {config.precision.dtype} training; use "fp32"',
+                f"optimizer group {number}: {FORMAT} {needs_bf16(format)}, got {config.precision.dtype} training; "
+                'use "fp32"',
                 path=FORMAT,
                 expected='"fp32"',
                 got=f'"{format}"',

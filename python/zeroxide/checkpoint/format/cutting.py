@@ -14,6 +14,8 @@ __all__ = ["FILE_BYTES", "Cut", "Tensor", "cut_into_files", "whole"]
 
 FILE_BYTES = 2 << 30
 """Largest file that is made of more than one tensor; also the largest piece of one tensor in a checkpoint."""
+BLOCK = 64
+"""Elements of a block of the state format "compact", which is loaded in whole blocks."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ def cut_into_files(wanted: Iterable[Cut], limit: int, *, pieces: bool) -> list[l
         tensor, end = each.tensor, each.start + each.count
         size = tensor.dtype.itemsize
         step = max(1, limit // size) if pieces else each.count
+        # A piece ends with a block of elements that share a scale, where it has more than one of them.
+        step = step // BLOCK * BLOCK or step
         for start in range(each.start, max(each.start + 1, end), max(1, step)):
             count = min(step, end - start)
             if not files or count * size > room:

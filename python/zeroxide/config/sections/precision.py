@@ -28,7 +28,7 @@ from zeroxide.config.fields import (
     whole,
 )
 from zeroxide.config.given import Given
-from zeroxide.config.state_formats import Format
+from zeroxide.config.state_formats import Format, needs_bf16
 from zeroxide.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -418,10 +418,9 @@ def _check_overflow(keys: PrecisionKeys, precision: Dtype, no_effect: NoEffects)
 
 
 def _format(wanted: Format | None, precision: Dtype) -> Format:
-    if wanted not in (None, "fp32") and precision != "bf16":
+    if wanted is not None and wanted != "fp32" and precision != "bf16":
         raise ConfigError(
-            f'zeroxide.format: "{wanted}" keeps a weight as a bf16 half and what is beyond it, and needs bf16.enabled, '
-            f"got {precision} training",
+            f"zeroxide.format: {needs_bf16(wanted)}, got {precision} training",
             path="zeroxide.format",
             expected='"fp32"',
             got=show(wanted),
