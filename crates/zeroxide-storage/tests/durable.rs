@@ -190,16 +190,16 @@ fn a_manifest_that_does_not_fit_fails_its_commit_alone() {
     with_mount("tmpfs", "size=160k", |at| {
         let store = open(&[at]).unwrap();
         commit(&store, 1);
-        let full = at.join("full");
-        let written = |bytes: usize| fs::write(&full, vec![1; bytes]);
+        let other = at.join("other");
+        let fill = |bytes: usize| fs::write(&other, vec![1; bytes]);
         let mut bytes = 160 << 10;
-        while written(bytes).is_err() {
+        while fill(bytes).is_err() {
             bytes -= 4096;
         }
         let error = store.prepare_commit("").unwrap_err();
         assert!(matches!(error, StorageError::NoSpace { .. }), "{error}");
         assert_eq!(store.generation(), 1);
-        fs::remove_file(&full).unwrap();
+        fs::remove_file(&other).unwrap();
         assert_eq!(commit(&store, 2), 2);
         drop(store);
         let store = open(&[at]).unwrap();
