@@ -152,7 +152,7 @@ def test_gradients_go_to_disk_where_they_are_many_or_do_not_fit() -> None:
     assert plan_for(2, None).gradients is Home.HOST
     assert plan_for(3, None).gradients is Home.DISK
     assert plan_for(16, None).buckets == {**plan_for(32, None).buckets}
-    # 256 MiB of gradients are few: they stay wherever they fit, and go where they gain anything.
+    # Two units that are in memory at once gain nothing by it, however many gradients they have.
     tight = plan_for(2, None).resident_before + plan_for(2, None).expected_peaks()["total"]
     assert plan_for(2, tight).gradients is Home.HOST
     # All of 8 blocks: 1024 MiB. A quarter of the budget is left to activations before gradients take it.

@@ -102,7 +102,7 @@ pub const FRAGMENTS: u64 = 40;
 
 /// Gradients of so many bytes wait in host memory wherever they fit: less than what a process takes that has imported
 /// torch.
-pub const GRADIENTS_IN_MEMORY: u64 = 256 << 20;
+pub const GRADIENTS_IN_MEMORY: u64 = 192 << 20;
 /// Of a budget, one part in so many is left to activations before gradients that are larger take it.
 const ACTIVATIONS: u64 = 4;
 
