@@ -30,7 +30,7 @@ def loop(runs, kills, folder, seed):
             known[run] = undisturbed(run, folder / "undisturbed")
         expected, seconds = known[run]
         here = folder / f"run{rounds}"
-        more, found = killed_until_done(run, here, min(5, kills - made), chance, 0.6 * seconds)
+        more, found = killed_until_done(run, here, min(6, kills - made), chance, 0.2 * seconds)
         assert found == expected, run
         made += more
         print(f"{made} kills in {rounds} runs", flush=True)
@@ -51,4 +51,4 @@ def test_two_ranks_of_which_one_or_both_are_killed_go_on_together(tmp_path, run)
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_two_hundred_kills(tmp_path):
-    assert loop(RUNS + TWO_RANKS, 200, tmp_path, seed=200) == 200
+    assert loop(2 * RUNS + TWO_RANKS, 200, tmp_path, seed=200) == 200

@@ -11,6 +11,7 @@ from checkpointing import Model, state, train
 from zeroxide import _core
 from zeroxide.checkpoint.save import background
 from zeroxide.errors import CheckpointError, ConfigError, ModelError, StorageError
+from zeroxide.zero import durable as durable_module
 
 STAGES = [1, 3]
 
@@ -234,3 +235,25 @@ def test_commits_say_what_they_are(run):
     manifest = next(engine.training_state.durable_path.glob("manifest-*")).read_text()
     note = json.loads(json.loads(manifest.partition("\n")[2])["note"])
     assert note["counters"]["global_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "newest"),
+    [
+        ([[], []], 0),
+        ([[3], [3]], 3),
+        ([[3, 4], [3]], 3),
+        ([[3, 4], [3, 4]], 4),
+        ([[3], [3, 4]], 3),
+        # The first commit was under way: nobody has gone on from it.
+        ([[1], []], 0),
+    ],
+)
+def test_ranks_go_on_from_the_newest_commit_that_all_have(found, newest):
+    assert durable_module._newest(found) == newest
+
+
+@pytest.mark.parametrize("found", [[[5], []], [[4, 5], [6]], [[2], []]])
+def test_ranks_without_a_commit_in_common_are_refused(found):
+    with pytest.raises(StorageError, match=r"no commit in common: rank 0 has \["):
+        durable_module._newest(found)

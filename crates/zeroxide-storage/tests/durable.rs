@@ -184,6 +184,29 @@ fn both_slots_are_allocated_at_the_start() {
     });
 }
 
+/// Catches: a commit that is lost, or counts, when its manifest does not fit.
+#[test]
+fn a_manifest_that_does_not_fit_fails_its_commit_alone() {
+    with_mount("tmpfs", "size=160k", |at| {
+        let store = open(&[at]).unwrap();
+        commit(&store, 1);
+        let other = at.join("other");
+        let fill = |bytes: usize| fs::write(&other, vec![1; bytes]);
+        let mut bytes = 160 << 10;
+        while fill(bytes).is_err() {
+            bytes -= 4096;
+        }
+        let error = store.prepare_commit("").unwrap_err();
+        assert!(matches!(error, StorageError::NoSpace { .. }), "{error}");
+        assert_eq!(store.generation(), 1);
+        fs::remove_file(&other).unwrap();
+        assert_eq!(commit(&store, 2), 2);
+        drop(store);
+        let store = open(&[at]).unwrap();
+        assert_eq!(store.found(), [2]);
+    });
+}
+
 /// Catches: another run's state taken for this one's, and state that a refused opening destroys.
 #[test]
 fn a_run_that_does_not_fit_is_refused_by_name_and_changes_nothing() {
