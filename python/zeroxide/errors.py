@@ -142,6 +142,8 @@ class StorageError(ZeroxideError):
     """Checksum or bytes that there were."""
     holder: str | None = None
     """Who uses the directory."""
+    difference: str | None = None
+    """In what the run that left it is not like this one, with both values."""
     pid: int | None = None
     """Its process."""
     job: str | None = None

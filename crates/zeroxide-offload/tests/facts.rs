@@ -10,7 +10,7 @@ use zeroxide_layout::{BlockId, Dtype, Format, LayoutError, StateKey};
 use zeroxide_memory::{Bucket, MemoryError, WindowState};
 use zeroxide_offload::{Concern, Fact, Facts, OffloadError};
 use zeroxide_optim::OptimError;
-use zeroxide_storage::{Holder, OpKind, StorageError};
+use zeroxide_storage::{Difference, Holder, OpKind, StorageError};
 
 /// The variants of an error enum with fields of their own, as its source lists them.
 fn variants(source: &str) -> BTreeSet<String> {
@@ -113,6 +113,16 @@ fn storage_errors() {
         StorageError::UnknownTile { block, tile: 2, tiles: 1 },
         StorageError::TileLength { block, tile: 1, expected: 2, got: 3 },
         StorageError::Header { path: path(), reason: "cut short".into() },
+        StorageError::OtherRun {
+            path: path(),
+            difference: Box::new(Difference {
+                what: "stage".into(),
+                found: "1".into(),
+                wanted: "3".into(),
+            }),
+        },
+        StorageError::DataGone { path: path(), reason: "no file".into() },
+        StorageError::Commit { call: "adopt", path: path(), reason: "twice" },
         StorageError::Closed,
         StorageError::Forked { created: 1, current: 2 },
         StorageError::IoUringRefused { reason: "seccomp".into() },
