@@ -1,7 +1,9 @@
-"""README's pictures of memory and of speed beside DeepSpeed, from the lines that `hf_trainer.py` printed.
+"""README's pictures of memory and of speed beside DeepSpeed, and that of state formats, from what benchmarks printed.
 
     python benches/hf_trainer.py --allocator default > benches/results/hf_trainer.jsonl
     python benches/pictures.py benches/results/hf_trainer.jsonl docs/pictures
+    python benches/format_loss.py > benches/results/format_loss.jsonl
+    python benches/pictures.py benches/results/format_loss.jsonl docs/pictures
 
 Bars are drawn as they were measured; nothing is left out but settings that a reader did not choose: the bars are those
 of configs in which nothing is tuned ("defaults") and of DeepSpeed's least memory ("lean").
@@ -10,6 +12,7 @@ of configs in which nothing is tuned ("defaults") and of DeepSpeed's least memor
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -17,7 +20,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Bar", "draw", "memory", "pictures", "read", "speed"]
+__all__ = ["Bar", "draw", "formats", "memory", "pictures", "read", "speed"]
 
 WIDTH, LEFT, ROW, TOP = 740, 240, 28, 58
 STYLE = """
@@ -118,10 +121,31 @@ def pictures(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     }
 
 
+def formats(lines: Iterable[str]) -> dict[str, str]:
+    """The image of the bytes that weights and optimizer state take in each format, from the lines of `format_loss.py`.
+
+    Losses are means over the seeds that a contestant has.
+    """
+    found = [each for each in map(json.loads, lines) if each["bench"] == "format_loss"]
+    bars = []
+    for name in dict.fromkeys(each["contestant"] for each in found):
+        runs = [each for each in found if each["contestant"] == name]
+        loss, size = statistics.mean(each["held_out"] for each in runs), runs[0]["bytes_per_parameter"]
+        ours = " " not in name
+        group = "zeroxide" if ours else "Others, over fp32 master weights"
+        bars.append(Bar(group, name, size, f"{size:.1f}, {loss:.3f}", ours))
+    bars.sort(key=lambda bar: (bar.ours, -bar.value))
+    title = "Bytes of weights and optimizer state a parameter, and loss after 2,000 steps"
+    foot = "Loss of text left out, a GPT of 1.0 M parameters. benches/format_loss.py; docs/benchmarks.md has the seeds."
+    return {"formats.svg": draw(title, foot, bars)}
+
+
 def main() -> None:
     source, folder = (Path(each) for each in sys.argv[1:3])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in pictures(read(source.read_text(encoding="utf-8").splitlines())).items():
+    lines = source.read_text(encoding="utf-8").splitlines()
+    made = formats(lines) if any('"format_loss"' in line for line in lines) else pictures(read(lines))
+    for name, text in made.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -193,7 +193,7 @@ def test_wrong_parameters_are_refused():
     with pytest.raises(ModelError, match="contiguous"):
         AdamW([nn.Parameter(torch.ones(4, 3).T)])
     with pytest.raises(ConfigError, match="format"):
-        AdamW([nn.Parameter(torch.ones(3))], format="compact")
+        AdamW([nn.Parameter(torch.ones(3))], format="compacted")
 
 
 CHANGES = {

@@ -41,7 +41,7 @@ def test_defaults_resolve():
         ({"schedule": "cosin"}, "did you mean cosine?"),
         ({"dtype": "fp8"}, "--dtype must be one of bf16, fp16, fp32"),
         ({"format": "split", "dtype": "fp16"}, "--format split needs --dtype bf16"),
-        ({"format": "compact"}, "--format"),
+        ({"format": "compacted"}, "--format"),
         ({"format": "split", "dtype": "fp32"}, "--format split needs --dtype bf16"),
         ({"io_engine": "aio"}, "--io-engine"),
         ({"offload": "disk"}, "--offload must be none, cpu or nvme:DIR, got 'disk'"),

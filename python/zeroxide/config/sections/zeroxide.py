@@ -43,7 +43,7 @@ class ZeroxideSection(Section):
     """Most memory of the device for weights, optimizer state and gradients; without it half is left to activations."""
     format: Annotated[Format | None, choice(*FORMATS)] = None
     """How optimizer state is kept: "split" (with bf16, the default there) and "fp32" exactly, others in fewer bytes."""
-    rounding_seed: Annotated[WholeNumber, Field(lt=2**63), expecting("an integer from 0 to 2^63 - 1")] = 0
+    rounding_seed: WholeNumber = 0
     """What the random bits are made of that "split-bf16" and "compact" round with."""
     io_engine: Annotated[Literal["auto", "io_uring", "threads"], choice("auto", "io_uring", "threads")] = "auto"
     """What moves bytes between memory and disk."""
