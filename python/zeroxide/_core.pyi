@@ -354,6 +354,7 @@ class Plan:
         weights_on_disk: bool,
         state_on_disk: bool,
         prefetch: int,
+        pinned: int = 0,
         quantisation: Quantisation | None = None,
         tile_bytes: int | None = None,
         staging_bytes: int | None = None,

@@ -32,6 +32,7 @@ fn plan(mesh: Mesh, quantisation: Quantisation, numels: &[u64]) -> Plan {
         quantisation,
         weights_on_disk: false,
         state_on_disk: false,
+        pinned: 0,
         units: numels.iter().enumerate().map(unit).collect(),
         prefetch: 1,
         tile_bytes: None,

@@ -63,6 +63,7 @@ fn grouped(
         quantisation: Quantisation::default(),
         weights_on_disk,
         state_on_disk: false,
+        pinned: 0,
         units: root
             .chain(
                 blocks

@@ -216,6 +216,7 @@ def make_plan(
         weights_on_disk=config.zero.offload_param.kind == "nvme",
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
+        pinned=config.zeroxide.state_in_memory or 0,
         quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
         staging_bytes=config.zeroxide.staging_bytes or None,
