@@ -394,6 +394,7 @@ class Plan:
         state_on_disk: bool,
         prefetch: int,
         gradients: GradientHome | None = None,
+        pinned: int = 0,
         quantisation: Quantisation | None = None,
         tile_bytes: int | None = None,
         staging_bytes: int | None = None,

@@ -122,6 +122,17 @@ def checkpoints(folder: Path) -> dict[str, Any]:
     return {"engine": engine_of(folder)}
 
 
+def planning(folder: Path) -> dict[str, Any]:
+    """A machine and a disk that were measured: measuring takes longer than a page may."""
+    from zeroxide.cli.planning.measured import Disk, Machine, Measurements, cache_file, machine_key
+
+    os.environ["ZEROXIDE_CACHE_DIR"] = str(folder / "cache")
+    known = Machine(540 << 20, 740 << 20, 1e-5, {"fp32": 1e-9, "split": 1e-9}, {}, 1e11, 1e10)
+    disks = {str(folder / "mnt/fast"): Disk(1e9, 1e9, 1e9)}
+    Measurements(known, disks).save(cache_file(), machine_key(len(os.sched_getaffinity(0))))
+    return {}
+
+
 def report(folder: Path) -> dict[str, Any]:
     """An engine whose model returns its loss, and batches for it."""
     import torch
@@ -142,6 +153,7 @@ GIVEN: dict[str, Callable[[Path], dict[str, Any]]] = {
     "docs/from-deepspeed.md": deepspeed,
     "docs/from-fsdp2.md": fsdp2,
     "docs/lightning.md": lightning,
+    "docs/planning.md": planning,
     "docs/report.md": report,
 }
 """By page: makes the names that its snippets use and do not make."""

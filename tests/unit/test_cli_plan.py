@@ -10,9 +10,11 @@ import torch
 
 from zeroxide.cli import main
 from zeroxide.cli.planning import measure
-from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file
+from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file, machine_key
 from zeroxide.cli.planning.request import Request
-from zeroxide.cli.planning.work import base_config, formats_of, threads_of
+from zeroxide.cli.planning.search import recommended
+from zeroxide.cli.planning.work import Workbench, base_config, formats_of, threads_of
+from zeroxide.cli.training.models import choose_model
 
 pytest.importorskip("transformers")
 
@@ -37,7 +39,7 @@ def machine(tmp_path, monkeypatch):
         taken=time.time() - 3700,
     )
     found = Measurements(known, {str(disk): Disk(read=1e8, write=1e8, update=1e8, taken=time.time() - 90_000)})
-    found.save(cache_file(), measure._key(threads_of({})))
+    found.save(cache_file(), machine_key(threads_of({})))
     return disk
 
 
@@ -54,7 +56,6 @@ def by_name(found: dict) -> dict:
 @pytest.mark.parametrize("format", ["fp32", "split"])
 def test_bytes_are_those_of_a_real_run(offload, format, machine, capsys):
     import zeroxide
-    from zeroxide.cli.training.models import choose_model
     from zeroxide.cli.training.options import TrainOptions
 
     options = TrainOptions(model="tiny", format=format, batch_size=2, seq_len=64)
@@ -108,12 +109,35 @@ def test_the_fastest_is_recommended_and_a_small_budget_moves_state_to_disk(machi
     words = ("gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64")
     free, tight = planned(capsys, *words), planned(capsys, *words, "--host-memory", "1GiB")
     assert free["recommended"] == "cpu, split"
-    assert tight["recommended"] == "mixed, split"
+    # What the budget leaves beside weights, gradients and the rest is taken by state that need not be on disk.
+    assert tight["recommended"].startswith("mixed, split, ")
+    assert tight["recommended"].endswith(" MiB kept")
     assert "offload_optimizer" in tight["run"]
+    kept, none = by_name(tight)[tight["recommended"]], by_name(tight)["mixed, split"]
+    assert f'"state_in_memory": {kept["option"]["in_memory"]}' in tight["run"]
+    assert none["process"] < kept["process"] <= 1 << 30
+    assert kept["written"] == none["written"] - kept["buckets"]["optimizer"]
+    assert kept["phases"]["total"] < none["phases"]["total"]
     assert not by_name(tight)["cpu, split"]["fits"]
     tighter = planned(capsys, *words, "--host-memory", "620MiB")
     assert tighter["recommended"].startswith("nvme, split")
-    assert "--offload nvme:" in tighter["run"]
+    assert "nvme:" in tighter["run"]
+
+
+def test_more_host_memory_is_never_slower(machine):
+    found = Measurements.load(cache_file(), machine_key(threads_of({})))
+    bench = Workbench(choose_model("gpt2"), ["split"], found.machine, found.disks[str(machine)], 1, lambda _: None)
+    config, _ = base_config({})
+    before = None
+    for mib in range(500, 2600, 150):
+        request = Request("gpt2", 1, 64, host_memory=mib << 20, disk=machine, config=config)
+        best = recommended(bench(request, timed=False))
+        if best is not None:
+            assert best.process <= mib << 20
+        if before is not None:
+            assert best.phases.total <= 1.05 * before.phases.total
+        before = best
+    assert before.option.offload == "cpu"
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, capsys):

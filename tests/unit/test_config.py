@@ -181,6 +181,7 @@ EFFECTS = [
     ("zeroxide.tile_bytes", "256KiB", {}, "zeroxide.tile_bytes", 256 << 10),
     ("zeroxide.staging_bytes", "32MiB", {}, "zeroxide.staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "zeroxide.prefetch", 0),
+    ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),

@@ -148,6 +148,7 @@ prop_compose! {
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
             gradients: Some(if spills { GradientHome::Disk } else { GradientHome::Host }),
+            pinned: 0,
             units: units.collect(),
             tile_bytes: (tile > 0).then_some(tile * 8192),
             staging_bytes: odd_ring.then_some((4 << 20) + 1),

@@ -40,7 +40,7 @@ pub enum PlanError {
     #[error(
         "host_memory {} MiB is too small by {} MiB: the process already uses {} and the state needs {} ({buckets}), \
          before any activation; to help: {}",
-        Mib(*limit), Mib(need - limit), Mib(*resident), Mib(buckets.total()), help(buckets.largest())
+        Mib(*limit), Mib(need - limit), Mib(*resident), Mib(buckets.total()), help(buckets.largest(), *pinned)
     )]
     OverBudget {
         /// Bytes needed: `resident` and all buckets.
@@ -51,6 +51,8 @@ pub enum PlanError {
         resident: u64,
         /// What the state needs.
         buckets: Buckets,
+        /// Optimizer state that could be on disk stays in host memory.
+        pinned: bool,
     },
     /// The budget holds every step, but not what filling the state takes before the first one.
     #[error(
@@ -105,8 +107,9 @@ impl PlanError {
 }
 
 /// What makes a bucket smaller.
-fn help(bucket: &str) -> &'static str {
+fn help(bucket: &str, pinned: bool) -> &'static str {
     match bucket {
+        "optimizer" if pinned => "lower zeroxide.state_in_memory",
         "weights" => "offload parameters to nvme",
         "optimizer" => "offload the optimizer to nvme",
         "gradients" => {

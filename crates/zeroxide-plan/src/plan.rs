@@ -46,6 +46,8 @@ pub struct PlanRequest {
     /// Where gradients are to wait for the step; `None` leaves it to the plan. With optimizer state in host memory they
     /// wait there.
     pub gradients: Option<GradientHome>,
+    /// Most bytes of it that stay in host memory all the same, in whole units.
+    pub pinned: u64,
     /// The units, in the order in which forward uses them.
     pub units: Vec<UnitRequest>,
     /// Units that are sent for ahead of their use.
@@ -73,7 +75,7 @@ pub struct Plan {
     pub stage: u8,
     /// Home of all weights.
     pub weights: WeightHome,
-    /// Home of all optimizer state, but of units that are at home on the device.
+    /// Home of all optimizer state, but of units that are at home on the device, and of those that are pinned.
     pub state: StateHome,
     /// Home of all gradients of units whose optimizer state is on disk.
     pub gradients: GradientHome,
@@ -143,6 +145,7 @@ impl Plan {
             tile_elements,
             shapes.collect(),
         )?;
+        pin(&mut placement, request.pinned, tile_elements);
         let device = request
             .device
             .map(|device| device::place(&mut placement, device, request.prefetch))
@@ -232,6 +235,7 @@ impl Plan {
                 limit,
                 resident,
                 buckets,
+                pinned: self.state == StateHome::Disk,
             });
         }
         let filling = self.peak_buckets(false).staging - buckets.staging;
@@ -300,6 +304,22 @@ fn gradient_home(
         GradientHome::Disk
     } else {
         GradientHome::Host
+    }
+}
+
+/// Gives units whose state is on disk a home for it in host memory, each that fits into `room` bytes, from the first that
+/// forward uses on: an update within forward is waited for there first, and later ones have more compute beside them.
+///
+/// A step goes through all state once, in the same order each time: which units stay is for good, and a cache of those
+/// used last would hold none of what comes next.
+fn pin(placement: &mut Placement, mut room: u64, tile_elements: u64) {
+    for unit in &mut placement.units {
+        let bytes = unit.state_bytes();
+        if unit.state_on_disk() && bytes <= room {
+            room -= bytes;
+            unit.shape.state = StateHome::Host;
+            unit.choose_tile(tile_elements);
+        }
     }
 }
 

@@ -141,10 +141,17 @@ impl PlacedUnit {
             local,
             tile: tile_elements,
         };
-        if !made.touches_disk() {
-            made.tile = tile_elements.saturating_mul(HOST_TILE_FACTOR);
-        }
+        made.choose_tile(tile_elements);
         Ok(made)
+    }
+
+    /// Sets the length of its tiles, `tile_elements` where any of its blocks is on disk.
+    pub(crate) fn choose_tile(&mut self, tile_elements: u64) {
+        self.tile = if self.touches_disk() {
+            tile_elements
+        } else {
+            tile_elements.saturating_mul(HOST_TILE_FACTOR)
+        };
     }
 
     /// Whether this rank keeps optimizer state of the unit on disk.

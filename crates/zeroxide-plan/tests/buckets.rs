@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use zeroxide_layout::{Dtype, Format, Moment, ParamShape, StateKey, StateLayout};
 use zeroxide_plan::{
     Buckets, Dtypes, GradientHome, Mesh, Passed, Plan, PlanError, PlanRequest, Quantisation,
-    StateBytes, Transport, UnitRequest,
+    Schedule, StateBytes, Transport, UnitRequest,
 };
 
 const FRAME: u64 = 2 << 20;
@@ -195,6 +195,7 @@ prop_compose! {
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
             gradients: Some(if spills { GradientHome::Disk } else { GradientHome::Host }),
+            pinned: 0,
             units: units.collect(),
             tile_bytes: None, staging_bytes: None, limit: None, resident: 0, device: None,
         }
@@ -208,6 +209,38 @@ proptest! {
     fn buckets_are_the_sums_written_out(request in request()) {
         let plan = Plan::new(request.clone()).expect("nothing is limited");
         prop_assert_eq!(plan.buckets, by_hand(&request, 32 << 20));
+    }
+
+    #[test]
+    fn pinned_state_is_of_whole_units_and_within_its_room(request in request(), pinned in 0..1_u64 << 28) {
+        let request = PlanRequest { state_on_disk: true, ..request };
+        let none = Plan::new(request.clone()).expect("nothing is limited");
+        let plan = Plan::new(PlanRequest { pinned, ..request }).expect("nothing is limited");
+        prop_assert_eq!(none.buckets.optimizer, 0);
+        prop_assert!(plan.buckets.optimizer <= pinned);
+        // What is in memory is not on disk, and nothing is in both.
+        prop_assert_eq!(
+            plan.placement.disk_bytes() + plan.buckets.optimizer, none.placement.disk_bytes()
+        );
+        let room = pinned - plan.buckets.optimizer;
+        for unit in &plan.placement.units {
+            if unit.state_on_disk() {
+                prop_assert!(unit.state_bytes() > room, "{} would fit", unit.shape.name);
+            }
+        }
+    }
+
+    #[test]
+    fn more_room_for_pinned_state_moves_no_more_over_the_disk(
+        request in request(), pinned in 0..1_u64 << 28, more in 0..1_u64 << 28,
+    ) {
+        let request = PlanRequest { state_on_disk: true, ..request };
+        let moved = |pinned| {
+            let plan = Plan::new(PlanRequest { pinned, ..request.clone() }).expect("nothing is limited");
+            Schedule::new(&plan).written_bytes
+        };
+        prop_assert!(moved(pinned + more) <= moved(pinned));
+        prop_assert!(moved(u64::MAX) <= moved(pinned + more));
     }
 
     #[test]
@@ -251,6 +284,7 @@ fn refusals_name_numbers_and_help() {
         weights_on_disk: false,
         state_on_disk: false,
         gradients: None,
+        pinned: 0,
         units: vec![UnitRequest {
             name: "only".into(),
             params: vec![ParamShape {
@@ -278,6 +312,7 @@ fn refusals_name_numbers_and_help() {
     let on_disk = PlanRequest {
         weights_on_disk: true,
         state_on_disk: true,
+        pinned: 0,
         ..request
     };
     assert_eq!(
@@ -330,6 +365,7 @@ fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
             weights_on_disk: on_disk,
             state_on_disk: on_disk,
             gradients: Some(GradientHome::Host),
+            pinned: 0,
             units: vec![unit.clone(), unit],
             prefetch: 1,
             tile_bytes: None,

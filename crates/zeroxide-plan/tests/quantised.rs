@@ -33,6 +33,7 @@ fn plan(mesh: Mesh, quantisation: Quantisation, numels: &[u64]) -> Plan {
         weights_on_disk: false,
         state_on_disk: false,
         gradients: None,
+        pinned: 0,
         units: numels.iter().enumerate().map(unit).collect(),
         prefetch: 1,
         tile_bytes: None,

@@ -64,6 +64,7 @@ fn grouped(
         weights_on_disk,
         state_on_disk: false,
         gradients: None,
+        pinned: 0,
         units: root
             .chain(
                 blocks

@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_layout::{Dtype, ParamShape, StateLayout};
 use zeroxide_plan::{
-    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Passed, PlacedUnit, Plan,
-    PlanRequest, Schedule, StateBytes, StateHome, UnitRequest,
+    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Passed, Plan, PlanRequest,
+    Schedule, StateBytes, UnitRequest,
 };
 
 use crate::errors::plan_to_python;
@@ -88,7 +88,7 @@ pub(crate) struct PyPlan {
 impl PyPlan {
     #[new]
     #[pyo3(signature = (*, units, rank, shards, replicas, stage, transport, compute, grad, comm, weights_on_disk,
-                        state_on_disk, prefetch, gradients = None, quantisation = None, tile_bytes = None, staging_bytes = None,
+                        state_on_disk, prefetch, gradients = None, pinned = 0, quantisation = None, tile_bytes = None, staging_bytes = None,
                         limit = None, resident = 0, device = None))]
     #[expect(
         clippy::too_many_arguments,
@@ -109,6 +109,7 @@ impl PyPlan {
         state_on_disk: bool,
         prefetch: usize,
         gradients: Option<PyRef<'_, PyGradientHome>>,
+        pinned: u64,
         quantisation: Option<PyRef<'_, PyQuantisation>>,
         tile_bytes: Option<u64>,
         staging_bytes: Option<u64>,
@@ -147,6 +148,7 @@ impl PyPlan {
             weights_on_disk,
             state_on_disk,
             gradients: gradients.map(|home| (*home).into()),
+            pinned,
             units,
             prefetch,
             tile_bytes,
@@ -182,14 +184,7 @@ impl PyPlan {
     #[getter]
     fn states(&self) -> Vec<&'static str> {
         let units = self.inner.placement.units.iter();
-        let home = |unit: &PlacedUnit| {
-            if unit.is_away() {
-                StateHome::Device
-            } else {
-                self.inner.state
-            }
-        };
-        units.map(|unit| home(unit).name()).collect()
+        units.map(|unit| unit.shape.state.name()).collect()
     }
 
     /// Bytes on the device that computes, by bucket; `None` where that is the host.

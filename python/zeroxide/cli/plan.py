@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from zeroxide.config.sizes import parse_bytes
 from zeroxide.errors import BudgetError, ConfigError, ModelError, StorageError
 
 if TYPE_CHECKING:
+    from zeroxide.cli.planning.measured import Planned
     from zeroxide.cli.planning.request import OnPaper, Request
     from zeroxide.cli.planning.work import Workbench
 
@@ -111,15 +113,26 @@ def plan(
     machine = measuring.machine(formats)
     speed = None if folder is None else measuring.disk(folder, formats[-1])
     bench = Workbench(choice, formats, machine, speed, threads, functools.partial(measuring.operations, machine))
-    return _answer(request, bench, measuring.taken, as_json=as_json)
+    return _answer(request, bench, measuring.taken, measuring.keep_plans, as_json=as_json)
 
 
-def _answer(request: Request, bench: Workbench, taken: list[str], *, as_json: bool) -> int:
-    """Prints what there is. Raises BudgetError where nothing fits."""
+def _answer(
+    request: Request,
+    bench: Workbench,
+    taken: list[str],
+    keep: Callable[[Mapping[str, Planned]], None],
+    *,
+    as_json: bool,
+) -> int:
+    """Prints what there is, and has it kept for the run. Raises BudgetError where nothing fits."""
     from zeroxide.cli.planning import show
     from zeroxide.cli.planning.search import largest_batch, nearest, recommended
 
-    estimates = bench(request)
+    # Whether anything fits is known before anything is timed.
+    estimates = bench(request, timed=False)
+    if recommended(estimates) is not None:
+        estimates = bench(request)
+        keep(bench.planned(request, estimates))
     best = recommended(estimates)
     least = smaller = larger = None
     if best is None:

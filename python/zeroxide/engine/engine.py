@@ -187,6 +187,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
 
     def _step_facts(self) -> StepFacts:
         parts, counters = self.parts, self.parts.counters
+        io = parts.core().io() if parts.observers.monitor.writes else None
         return StepFacts(
             step=counters.global_steps,
             samples=counters.samples,
@@ -195,6 +196,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
             loss_scale=parts.scaler.scale if self.fp16_enabled() else None,
             applied=parts.updater.applied,
             skipped=counters.skipped_steps,
+            written=None if io is None else int(io["write_bytes"]),
         )
 
     def finish_step(self) -> None:

@@ -44,6 +44,8 @@ class StepFacts:
     applied: bool
     skipped: int
     """Steps left out so far."""
+    written: int | None = None
+    """Bytes that this rank has written to disk so far; None where no state is there."""
 
 
 class Observers:
@@ -91,6 +93,7 @@ def _events(facts: StepFacts, loss: float | None, times: dict[str, float]) -> li
         ("train_loss", loss),
         ("lr", facts.lr),
         ("loss_scale", facts.loss_scale),
+        ("disk_written_bytes", facts.written),
         *((f"elapsed_time_ms_{word}", times.get(name)) for name, word in _TIMES.items()),
     ]
     return [(f"Train/Samples/{name}", value, facts.samples) for name, value in values if value is not None]
@@ -107,6 +110,7 @@ def _record(facts: StepFacts, loss: float | None, times: dict[str, float]) -> di
         "loss_scale": facts.loss_scale,
         "applied": facts.applied,
         "skipped_steps": facts.skipped,
+        "disk_written_bytes": facts.written,
         "milliseconds": times or None,
     }
     return {name: value for name, value in record.items() if value is not None}

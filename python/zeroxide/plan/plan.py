@@ -225,6 +225,7 @@ def make_plan(
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
         gradients=None if config.zeroxide.gradients == "auto" else _core.GradientHome(config.zeroxide.gradients),
+        pinned=config.zeroxide.state_in_memory or 0,
         quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
         staging_bytes=config.zeroxide.staging_bytes or None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from zeroxide.plan.home import Home
 
 if TYPE_CHECKING:
+    from zeroxide.plan.discover import UnitPlan
     from zeroxide.plan.plan import Plan
 
 __all__ = ["describe"]
@@ -31,6 +33,10 @@ def describe(plan: Plan) -> list[str]:
         Home.DISK: "on disk",
     }[plan.weights]
     place = "host memory" if plan.state is Home.HOST else "files"
+    if plan.state is Home.DISK and plan.buckets["optimizer"]:
+        in_memory = plan.buckets["optimizer"]
+        on_disk = sum(unit.trainable * unit.state.bytes for unit, home in _state_homes(plan) if home == "disk")
+        place += f", {100.0 * in_memory / (in_memory + on_disk):.0f} % of it in host memory"
     beside = "beside it" if plan.units_on_device else "in host memory"
     if plan.units_on_device:
         rest = sum(unit.trainable for index, unit in enumerate(plan.units) if index not in plan.units_on_device)
@@ -62,6 +68,11 @@ def describe(plan: Plan) -> list[str]:
             f"{rest / MIB:.0f} left for activations"
         )
     return lines
+
+
+def _state_homes(plan: Plan) -> Iterator[tuple[UnitPlan, str]]:
+    """Every unit with the home of its optimizer state."""
+    return zip(plan.units, plan.numbers.states, strict=True)
 
 
 def _on_device(plan: Plan) -> list[str]:

@@ -11,8 +11,8 @@ from zeroxide.device.placement import DTYPE_NAMES, is_host
 from zeroxide.distributed import Ranks
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
-from zeroxide.zero.durable import durable_facts, durable_job, is_durable, open_durable
 from zeroxide.plan.state import rounding_stream
+from zeroxide.zero.durable import durable_facts, durable_job, is_durable, open_durable
 from zeroxide.zero.on_device.core import with_device
 
 __all__ = ["open_core"]

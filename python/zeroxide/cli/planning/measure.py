@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file
+from zeroxide.cli.planning.measured import Disk, Machine, Measurements, Planned, age, cache_file, machine_key
 from zeroxide.cli.planning.passes import missing, pass_seconds, rehearse_training, time_operations
 from zeroxide.cli.planning.probe import run_probe
 from zeroxide.cli.training.models import PRESETS, preset
@@ -29,7 +28,7 @@ class Measuring:
 
     def __init__(self, threads: int, say: Callable[[str], None], *, renew: bool) -> None:
         self._threads, self._say = threads, say
-        self._path, self._key = cache_file(), _key(threads)
+        self._path, self._key = cache_file(), machine_key(threads)
         self._found = Measurements() if renew else Measurements.load(self._path, self._key)
         self.taken: list[str] = []
         """What there is, and since when, in lines."""
@@ -93,16 +92,12 @@ class Measuring:
         self.taken.append(f"disk {directory}: {rates}, measured {age(found.taken)}")
         return found
 
+    def keep_plans(self, plans: Mapping[str, Planned]) -> None:
+        """Keeps what was planned, for the runs that follow it."""
+        for key, each in plans.items():
+            self._found.plans.pop(key, None)
+            self._found.plans[key] = each
+        self._save()
+
     def _save(self) -> None:
         self._found.save(self._path, self._key)
-
-
-def _key(threads: int) -> str:
-    """The machine, as far as its figures depend on it."""
-    import torch
-
-    import zeroxide
-    from zeroxide.cli.training.facts import processor
-
-    versions = f"zeroxide {zeroxide.__version__}, torch {torch.__version__}"
-    return f"{platform.node()}, {processor()}, {threads} threads, {versions}"

@@ -1,4 +1,4 @@
-"""What was measured of this machine, kept between commands in the user's cache directory.
+"""What was measured of this machine and planned for it, kept between commands in the user's cache directory.
 
 It is `planning.json` in `ZEROXIDE_CACHE_DIR`, else in `zeroxide` in `XDG_CACHE_HOME`, else in `~/.cache/zeroxide`.
 Figures are by the machine (processor, processors that the process may use, versions) and by the disk's directory.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import tempfile
 import time
 from collections.abc import Mapping
@@ -16,9 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Disk", "Machine", "Measurements", "age", "cache_file"]
+__all__ = ["Disk", "Machine", "Measurements", "Planned", "age", "cache_file", "machine_key"]
 
 _VERSION = 1
+_PLANS = 500
+"""So many plans are kept, the newest."""
 
 
 @dataclass
@@ -56,6 +59,30 @@ class Disk:
     """When, in seconds since 1970."""
 
 
+@dataclass(frozen=True)
+class Planned:
+    """What was expected of a run: bytes and seconds of one process."""
+
+    process: int
+    """Most resident bytes."""
+    read: int
+    """Bytes that a step reads from disk."""
+    written: int
+    forward_and_update: float
+    """Seconds of a step. With state on disk the update runs within the next forward, so the two are one figure."""
+    backward: float
+    taken: float = 0.0
+    """When, in seconds since 1970."""
+
+    @staticmethod
+    def key(
+        digest: str, *, dtype: str, batch: int, sequence: int, accumulate: int, ranks: int, home: str, option: str
+    ) -> str:
+        """What such a run is known by; digest: of the model, as `ModelChoice.digest` has it; home: a directory, if any
+        state is on disk."""
+        return f"{digest[:16]} {dtype} {batch} x {sequence} x {accumulate}, {ranks} ranks, {option} {home}"
+
+
 @dataclass
 class Measurements:
     """All that is known of one machine."""
@@ -63,6 +90,8 @@ class Measurements:
     machine: Machine | None = None
     disks: dict[str, Disk] = field(default_factory=dict)
     """By directory."""
+    plans: dict[str, Planned] = field(default_factory=dict)
+    """By `Planned.key`."""
 
     @classmethod
     def load(cls, path: Path, key: str) -> Measurements:
@@ -73,7 +102,8 @@ class Measurements:
                 return cls()
             entry = found["machines"][key]
             machine = None if entry["machine"] is None else Machine(**entry["machine"])
-            return cls(machine, {name: Disk(**each) for name, each in entry["disks"].items()})
+            disks = {name: Disk(**each) for name, each in entry["disks"].items()}
+            return cls(machine, disks, {name: Planned(**each) for name, each in entry["plans"].items()})
         # A cache that somebody has damaged costs a measurement, not the plan.
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return cls()
@@ -92,6 +122,7 @@ class Measurements:
         everything["machines"][key] = {
             "machine": machine,
             "disks": {name: asdict(each) for name, each in self.disks.items()},
+            "plans": {name: asdict(each) for name, each in list(self.plans.items())[-_PLANS:]},
         }
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +138,17 @@ def cache_file(environment: Mapping[str, str] = os.environ) -> Path:
     general = environment.get("XDG_CACHE_HOME", "")
     base = Path(general) if os.path.isabs(general) else Path(environment.get("HOME", "~")).expanduser() / ".cache"
     return base / "zeroxide" / "planning.json"
+
+
+def machine_key(threads: int) -> str:
+    """This machine, as far as its figures depend on it."""
+    import torch
+
+    import zeroxide
+    from zeroxide.cli.training.facts import processor
+
+    versions = f"zeroxide {zeroxide.__version__}, torch {torch.__version__}"
+    return f"{platform.node()}, {processor()}, {threads} threads, {versions}"
 
 
 def age(taken: float) -> str:

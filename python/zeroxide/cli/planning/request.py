@@ -58,6 +58,9 @@ class Option:
     format: str
     checkpointing: bool
     """Activations are computed again in backward."""
+    in_memory: int = 0
+    """Most bytes of the state that stay in host memory where its home is a disk (`zeroxide.state_in_memory`)."""
 
     def __str__(self) -> str:
-        return f"{self.offload}, {self.format}" + (", checkpointing" if self.checkpointing else "")
+        kept = f", {self.in_memory >> 20} MiB kept" if self.in_memory else ""
+        return f"{self.offload}, {self.format}{', checkpointing' if self.checkpointing else ''}{kept}"

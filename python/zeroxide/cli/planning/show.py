@@ -16,7 +16,7 @@ def table(request: Request, estimates: Sequence[Estimate], best: Estimate | None
     """The options side by side, one a line; the recommended one has a star."""
     device = [f"{'device':>9s} "] if request.device is not None else []
     yield (
-        f"  {'option':<30s} {'memory':>9s} {''.join(device)}{'payload':>9s} {'activ.':>9s} {'on disk':>9s} "
+        f"  {'option':<42s} {'memory':>9s} {''.join(device)}{'payload':>9s} {'activ.':>9s} {'on disk':>9s} "
         f"{'disk/step':>9s} {'forward':>8s} {'backward':>8s} {'update':>8s} {'waiting':>8s}  fits"
     )
     for each in estimates:
@@ -28,7 +28,7 @@ def table(request: Request, estimates: Sequence[Estimate], best: Estimate | None
         sizes += [sum(each.buckets.values()), each.activations, each.disk_bytes, each.read + each.written]
         columns = " ".join(f"{_short(size):>9s}" for size in sizes)
         mark, fits = "*" if each is best else " ", ", ".join(each.problems) or "yes"
-        yield f"{mark} {each.option!s:<30s} {columns} {seconds}  {fits}"
+        yield f"{mark} {each.option!s:<42s} {columns} {seconds}  {fits}"
 
 
 def details(request: Request, best: Estimate) -> Iterator[str]:
@@ -48,12 +48,14 @@ def how_to_run(request: Request, best: Estimate) -> str:
     """The command, or for what the command has no words for the arguments of `initialize`."""
     option = best.option
     again = " --activation-checkpointing" if option.checkpointing else ""
-    if option.offload == "mixed":
+    if option.offload == "mixed" or option.in_memory:
         also = ", and activation checkpointing" if option.checkpointing else ""
-        return (
-            f'zeroxide.initialize(..., offload_param="cpu", offload_optimizer="nvme:{request.disk}", '
-            f'config={{"zeroxide": {{"format": "{option.format}"}}, ...}}){also}'
-        )
+        homes = f'offload="nvme:{request.disk}"'
+        if option.offload == "mixed":
+            homes = f'offload_param="cpu", offload_optimizer="nvme:{request.disk}"'
+        kept = f', "state_in_memory": {option.in_memory}' if option.in_memory else ""
+        own = f'{{"format": "{option.format}"{kept}}}'
+        return f'zeroxide.initialize(..., {homes}, config={{"zeroxide": {own}, ...}}){also}'
     home = f"nvme:{request.disk}" if option.offload == "nvme" else option.offload
     limit = f" --host-memory {request.host_memory}" if request.host_memory is not None else ""
     start = (

@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from zeroxide import _core
-from zeroxide.cli.planning.estimate import Estimate, Work, estimate
-from zeroxide.cli.planning.measured import Disk, Machine
+from zeroxide.cli.planning.estimate import FRAGMENTS, Estimate, Work, estimate
+from zeroxide.cli.planning.measured import Disk, Machine, Planned
 from zeroxide.cli.planning.passes import meta_model, pass_seconds, rehearse_training
 from zeroxide.cli.planning.request import Option, Request
 from zeroxide.cli.planning.search import options
@@ -31,6 +32,8 @@ from zeroxide.profiling.rehearsal import Rehearsal
 __all__ = ["Workbench", "base_config", "formats_of", "threads_of"]
 
 _DEFAULTS: dict[str, Any] = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+_OWN = ("format", "host_memory", "device_memory", "state_in_memory")
+"""Keys of `zeroxide` that an option or the command decides."""
 _CHOSEN = ("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param")
 """Keys of `zero_optimization` that an option decides."""
 
@@ -46,7 +49,7 @@ def base_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     own = config.get("zeroxide")
     decided = {}
     if isinstance(own, dict):
-        decided = {key: own.pop(key) for key in ("format", "host_memory", "device_memory") if key in own}
+        decided = {key: own.pop(key) for key in _OWN if key in own}
     return config, decided
 
 
@@ -64,8 +67,21 @@ def formats_of(config: dict[str, Any], ranks: int) -> list[str]:
     return found
 
 
-def _with_format(config: dict[str, Any], format: str) -> dict[str, Any]:
-    return {**config, "zeroxide": {**config.get("zeroxide", {}), "format": format}}
+def _with_format(config: dict[str, Any], format: str, in_memory: int = 0) -> dict[str, Any]:
+    kept = {"state_in_memory": in_memory} if in_memory else {}
+    return {**config, "zeroxide": {**config.get("zeroxide", {}), "format": format, **kept}}
+
+
+def _kept_in_memory(request: Request, each: Estimate) -> int:
+    """Bytes of an option's state on disk that the budget of host memory leaves room for, in whole MiB.
+
+    None without a budget: then all of the state may be in host memory, which is an option of its own.
+    """
+    if request.host_memory is None or not each.fits or each.option.offload not in ("mixed", "nvme"):
+        return 0
+    rest = request.host_memory - each.process
+    # What comes on top has its part of fragments, too.
+    return rest * FRAGMENTS // (FRAGMENTS + 1) >> 20 << 20
 
 
 def threads_of(config: dict[str, Any]) -> int:
@@ -106,10 +122,44 @@ class Workbench:
         found = []
         for option in options(request, self.formats, checkpointing=again):
             rehearsal = rehearsals[option.checkpointing]
-            plan = self.plan(request, option, dtype, rehearsal.peak)
             seconds = pass_seconds(self.machine, rehearsal)
             work = Work(rehearsal.peak, seconds, (rehearsal.forward.flops, rehearsal.backward.flops))
-            found.append(estimate(request, option, plan, work, self.machine, self.disk, free))
+
+            def worked_out(option: Option, dtype: torch.dtype = dtype, work: Work = work) -> Estimate:
+                plan = self.plan(request, option, dtype, work.activations)
+                return estimate(request, option, plan, work, self.machine, self.disk, free)
+
+            found.append(worked_out(option))
+            kept = _kept_in_memory(request, found[-1])
+            if kept:
+                found.append(worked_out(replace(option, in_memory=kept)))
+        return [each for each in found if not each.option.in_memory or each.fits]
+
+    def planned(self, request: Request, estimates: list[Estimate]) -> dict[str, Planned]:
+        """What runs are to be compared with, by `Planned.key`; nothing of a device that need not be here."""
+        if request.device is not None:
+            return {}
+        config = load(_with_format(request.config, self.formats[0]), world_size=request.ranks)
+        found = {}
+        for each in estimates:
+            key = Planned.key(
+                self.choice.digest(),
+                dtype=config.precision.dtype,
+                batch=request.batch,
+                sequence=request.sequence,
+                accumulate=config.batch.gradient_accumulation_steps,
+                ranks=request.ranks,
+                home=str(request.disk.resolve()) if request.disk is not None and each.disk_bytes else "",
+                option=str(each.option),
+            )
+            found[key] = Planned(
+                each.process,
+                each.read // request.ranks,
+                each.written // request.ranks,
+                each.phases.forward + each.phases.update,
+                each.phases.backward,
+                time.time(),
+            )
         return found
 
     def rehearsal(self, request: Request, dtype: torch.dtype, *, checkpointing: bool) -> Rehearsal:
@@ -124,7 +174,9 @@ class Workbench:
     def plan(self, request: Request, option: Option, dtype: torch.dtype, activations: int) -> Plan:
         """The plan of rank 0, without a budget, so that it tells by how much one is too small."""
         # What is at home on a device depends on what activations leave.
-        key = (option.offload, option.format) if request.device is None else (str(option), str(activations))
+        key = (f"{option.offload} {option.in_memory}", option.format)
+        if request.device is not None:
+            key = (str(option), str(activations))
         if key not in self._plans:
             self._plans[key] = _plan(self.choice, request, option, dtype, activations, self.threads)
         return self._plans[key]
@@ -157,7 +209,7 @@ def _plan(
         option.offload
     ]
     config = load(
-        _with_format(request.config, option.format),
+        _with_format(request.config, option.format, option.in_memory),
         world_size=request.ranks,
         offload_param=param,
         offload_optimizer=state,

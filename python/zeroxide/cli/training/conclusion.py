@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zeroxide.cli.training import plot
+from zeroxide.cli.training.achieved import STEPS_UNTIL_STEADY, say_planned, say_wear
 from zeroxide.cli.training.dataset import Dataset
 from zeroxide.cli.training.report import describe_memory
 from zeroxide.cli.training.running import Running
@@ -20,8 +21,6 @@ from zeroxide.errors import DataError, StorageError
 __all__ = ["conclude", "encode_prompt", "evaluate", "reached", "write_page"]
 
 _PROMPT_TOKENS = 12
-_STEPS_UNTIL_STEADY = 2
-"""The first step finds no moments on disk, and ends within the second."""
 
 
 def conclude(this: Running) -> None:
@@ -45,6 +44,8 @@ def conclude(this: Running) -> None:
     for number, line in enumerate(describe_memory(planned, device)):
         reporter.say(f"  {'device' if number == 0 else '':<9} {line}")
     _say_traffic(this)
+    say_wear(this)
+    say_planned(this)
     peak, limit = int(memory["process"]["peak"]), memory.get("limit")
     reporter.say(f"peak resident memory {format_bytes(peak)}" + (f" of {format_bytes(limit)}" if limit else ""))
     reporter.say(
@@ -76,7 +77,7 @@ def write_page(this: Running) -> None:
 
 def _say_traffic(this: Running) -> None:
     """Report what a step moved to and from the disk, the median of those after the first, beside what was expected."""
-    steady = this.traffic[_STEPS_UNTIL_STEADY:]
+    steady = this.traffic[STEPS_UNTIL_STEADY:]
     read, written = this.engine.plan().expected_traffic()
     if not steady or not (read or written) or this.options.accumulate > 1:
         return

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zeroxide.cli.training.achieved import planned_for
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
 from zeroxide.cli.training.conclusion import conclude, encode_prompt, evaluate, reached, write_page
 from zeroxide.cli.training.corpus import Corpus, gather
@@ -133,6 +134,7 @@ def _prepare(
     engine, notes = make_engine(options, choice, model, initialize)
     cleanup.callback(engine.destroy)
     this = Running(options, begun.folder, reporter, together, choice, data, engine, model, count, batches, held_out)
+    this.planned = planned_for(options, begun.record, ranks_here=together.ranks.local_world)
     if resume:
         _load_checkpoint(this, begun.record)
     this.seen.append(engine.memory()["process"])
@@ -366,6 +368,7 @@ def _one_step(this: Running) -> StepFigures:
     mean_loss = this.together.step(mean_loss)
     seconds, after, memory = time.perf_counter() - begin, engine.io(), engine.memory()
     this.traffic.append((after["read_bytes"] - before["read_bytes"], after["write_bytes"] - before["write_bytes"]))
+    this.phases.append((forward + update, backward))
     busy = sum(after[key] - before[key] for key in ("read_seconds", "write_seconds"))
     return StepFigures(
         step=this.step + 1,

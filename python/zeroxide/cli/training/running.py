@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from zeroxide.cli.planning.measured import Planned
 from zeroxide.cli.training.batches import HeldOutBatches, TrainingBatches
 from zeroxide.cli.training.dataset import Dataset
 from zeroxide.cli.training.models import ModelChoice
@@ -42,5 +43,9 @@ class Running:
     """`engine.memory()` of the process: when training was about to begin, and after the first forward."""
     traffic: list[tuple[int, int]] = field(default_factory=list)
     """Bytes read and written in each step."""
+    phases: list[tuple[float, float]] = field(default_factory=list)
+    """Seconds of each step: forward and update, and backward."""
+    planned: Planned | None = None
+    """What `zeroxide plan` expected of such a run; None where it was not asked on this machine."""
     expected_process: int | None = None
     """Most resident bytes of the process that training should reach; known after the first backward."""

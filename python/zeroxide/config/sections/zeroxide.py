@@ -55,6 +55,8 @@ class ZeroxideSection(Section):
     """Size of one disk request and of one optimizer task."""
     staging_bytes: MemorySize | None = None
     """Size of the ring through which all disk traffic goes."""
+    state_in_memory: ByteSize | None = None
+    """How much optimizer state stays in host memory where its home is a disk, in whole units; without it, none."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
     """How many units are read ahead of the one in use."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
@@ -103,6 +105,8 @@ class Zeroxide(Resolved):
     """Size of the ring through which all disk traffic goes."""
     tile_bytes: int | None = field(default=None, metadata=may_differ("the size of a disk request changes no number"))
     """Size of one disk request and of one optimizer task."""
+    state_in_memory: int | None = None
+    """Most bytes of optimizer state that stay in host memory where its home is a disk; `None` is none."""
     prefetch: int = 1
     """How many units are read ahead of the one in use."""
     io_engine: Literal["auto", "io_uring", "threads"] = field(
@@ -146,6 +150,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         unit_bytes=section.unit_bytes,
         staging_bytes=_staging(section, host_memory),
         tile_bytes=section.tile_bytes,
+        state_in_memory=section.state_in_memory,
         prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
         io_engine=section.io_engine,
         threads=section.threads,
