@@ -142,6 +142,10 @@ class StorageError(ZeroxideError):
     """Checksum or bytes that there were."""
     holder: str | None = None
     """Who uses the directory."""
+    difference: str | None = None
+    """In what the run that left it is not like this one, with both values."""
+    call: str | None = None
+    """What was asked of a durable store that does not go now."""
     pid: int | None = None
     """Its process."""
     job: str | None = None
