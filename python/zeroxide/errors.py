@@ -144,6 +144,8 @@ class StorageError(ZeroxideError):
     """Who uses the directory."""
     difference: str | None = None
     """In what the run that left it is not like this one, with both values."""
+    call: str | None = None
+    """What was asked of a durable store that does not go now."""
     pid: int | None = None
     """Its process."""
     job: str | None = None

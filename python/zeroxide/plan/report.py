@@ -35,7 +35,7 @@ def describe(plan: Plan) -> list[str]:
     place = "host memory" if plan.state is Home.HOST else "files"
     if plan.state is Home.DISK and plan.buckets["optimizer"]:
         in_memory = plan.buckets["optimizer"]
-        on_disk = sum(unit.trainable * unit.state.bytes for unit, home in _state_homes(plan) if home == "disk")
+        on_disk = sum(unit.state.bytes(unit.trainable) for unit, home in _state_homes(plan) if home == "disk")
         place += f", {100.0 * in_memory / (in_memory + on_disk):.0f} % of it in host memory"
     beside = "beside it" if plan.units_on_device else "in host memory"
     if plan.units_on_device:

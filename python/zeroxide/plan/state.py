@@ -45,6 +45,10 @@ class StatePlan:
         )
         return cls.of(adam, "adam", format, compute)
 
+    def bytes(self, elements: int) -> int:
+        """Bytes of the state of that many elements, the live weight not counted; the last block of 64 counts whole."""
+        return -(-elements // 64) * sum(size for _, _, size, _ in self.tensors)
+
     def fits(self, other: StatePlan) -> bool:
         """Whether one unit can hold parameters of both: their hyperparameters may differ."""
         return (self.rule, self.format, self.tensors) == (other.rule, other.format, other.tensors)
