@@ -13,6 +13,7 @@ from typing import Any
 from zeroxide.cli.planning.measured import Disk, Machine
 from zeroxide.cli.planning.passes import PassSeconds
 from zeroxide.cli.planning.request import Option, Request
+from zeroxide.config.state_formats import EXACT
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 
@@ -118,7 +119,7 @@ def estimate(
     over = {name: bytes for name, (bytes, limit) in need.items() if limit is not None and bytes > limit}
     return Estimate(
         option=option,
-        exact=_is_exact(plan),
+        exact=all(format in EXACT for format in plan.formats),
         buckets=dict(buckets),
         activations=activations,
         process=process,
@@ -130,18 +131,6 @@ def estimate(
         problems=tuple(f"{name} over by {_mib(bytes - (need[name][1] or 0))}" for name, bytes in over.items()),
         over=over,
     )
-
-
-def _is_exact(plan: Plan) -> bool:
-    """Whether weight and state together hold an fp32 weight, and moments are fp32."""
-    compute = plan.compute.itemsize
-    for unit in plan.units:
-        exact = {name: size for name, _, size, _ in unit.state.tensors}
-        own = unit.state.initial
-        weight = compute + sum(size for name, size in exact.items() if name not in own)
-        if unit.trainable and (weight < 4 or any(exact.get(name, 0) < 4 for name in own)):
-            return False
-    return True
 
 
 def _mib(count: int) -> str:
@@ -175,8 +164,12 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
     reads = 0.0
     if disk is not None and plan.state is Home.DISK:
         moved = (min(read, state + _weight_bytes(plan)) + written) * request.ranks
-        update = max(compute, moved / disk.update)
-        waiting = update - compute
+        # The step goes on under the forward that follows: its waits for the disk are hidden there, and on a device its
+        # arithmetic, too, which elsewhere shares the processor with forward.
+        total = max(compute, moved / disk.update)
+        beside = 0.0 if request.device is not None else compute
+        update = max(beside, total - forward)
+        waiting = max(0.0, update - compute)
         reads = max(0, read - state - _weight_bytes(plan)) * request.ranks / disk.read
     else:
         update = compute
