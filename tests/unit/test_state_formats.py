@@ -11,6 +11,7 @@ from zeroxide.config import load
 from zeroxide.errors import ConfigError
 from zeroxide.optim import Adagrad, AdamW
 from zeroxide.plan.on_device import place_state
+from zeroxide.plan.state import StatePlan
 
 ROUNDING = ("split-bf16", "compact")
 
@@ -163,6 +164,7 @@ def test_a_device_that_is_to_update_such_state_is_refused():
         }
     )
     model = torch.nn.Linear(3, 3)
+    states = [StatePlan.default(format, torch.bfloat16) for format in ("split", "compact")]
     line = r"ratio = 0.5: optimizer state in the format compact is updated by the CPU; use 1"
     with pytest.raises(ConfigError, match=line):
-        place_state(config, model, torch.device("cuda"), 1, ["split", "compact"])
+        place_state(config, model, torch.device("cuda"), 1, states)

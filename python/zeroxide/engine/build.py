@@ -1,8 +1,7 @@
 """From a model and a config to an engine, step by step. A step that fails leaves nothing of those before it behind.
 
-Every step registers at once, on one ExitStack, how what it made is closed or undone: sockets, threads, memory and
-scratch files of the core, hooks, and what the model was. Weights move late: until then a model over any number of ranks
-becomes again what it was.
+Every step registers at once, on one ExitStack, how what it made is undone: sockets, threads, the core's memory and files,
+hooks, and what the model was. Weights move late: until then a model over any number of ranks becomes what it was.
 """
 
 from __future__ import annotations
@@ -215,8 +214,7 @@ class Build:
         make_current(self.device)
         check_direct_storage(config, self.device)
         states = state_plans(self.groups, config)
-        formats = sorted({each.format for each in states.values()})
-        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world, formats)
+        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world, states.values())
         self.plan = make_plan(
             self.module,
             config,

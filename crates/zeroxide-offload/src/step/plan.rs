@@ -231,16 +231,16 @@ fn segments(unit: &Unit, groups: &[Optimizer], grad_scale: f64) -> Result<Vec<Se
 }
 
 /// Group, updates before this one, elements, and the random bits of the first parameter among them.
-pub(crate) type Run = (usize, u64, Range<u64>, u64);
+pub(crate) type ConstantRange = (usize, u64, Range<u64>, u64);
 
 /// The same runs. In a format that rounds, each parameter is a run of its own, with random bits of its own.
-pub(crate) fn constant_runs(unit: &Unit, groups: &[Optimizer]) -> Result<Vec<Run>> {
+pub(crate) fn constant_runs(unit: &Unit, groups: &[Optimizer]) -> Result<Vec<ConstantRange>> {
     let joins = unit.tensors.format().is_exact();
     let mut order: Vec<usize> = (0..unit.params.len())
         .filter(|param| unit.params[*param].has_gradient())
         .collect();
     order.sort_by_key(|param| unit.layout.offset(*param));
-    let mut found: Vec<Run> = Vec::new();
+    let mut found: Vec<ConstantRange> = Vec::new();
     for param in order {
         let state = &unit.params[param];
         check_group(unit, state.group, groups)?;
