@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 
+from zeroxide import _core
 from zeroxide.cli import main
 from zeroxide.cli.planning import measure
 from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file, machine_key
@@ -33,7 +34,7 @@ def machine(tmp_path, monkeypatch):
         process_bytes=100 * MIB,
         start_bytes=0,
         operation_seconds=1e-6,
-        update_seconds={"fp32": 1e-9, "split": 1e-9},
+        update_seconds=dict.fromkeys(_core.formats(), 1e-9),
         flops=1e9,
         bytes_per_second=1e10,
         taken=time.time() - 3700,
@@ -53,7 +54,7 @@ def by_name(found: dict) -> dict:
 
 
 @pytest.mark.parametrize("offload", ["cpu", "nvme", "mixed"])
-@pytest.mark.parametrize("format", ["fp32", "split"])
+@pytest.mark.parametrize("format", _core.formats())
 def test_bytes_are_those_of_a_real_run(offload, format, machine, capsys):
     import zeroxide
     from zeroxide.cli.training.options import TrainOptions
@@ -101,7 +102,7 @@ def test_formats_are_those_that_the_core_has_for_the_dtype():
     bf16 = {"bf16": {"enabled": True}}
     assert "split" in formats_of(bf16, 1)
     assert formats_of({}, 1) == ["fp32"]
-    assert set(formats_of(bf16, 1)) <= set(__import__("zeroxide")._core.formats())
+    assert set(formats_of(bf16, 1)) <= set(_core.formats())
 
 
 def test_the_fastest_is_recommended_and_a_small_budget_moves_state_to_disk(machine, capsys):
@@ -116,10 +117,12 @@ def test_the_fastest_is_recommended_and_a_small_budget_moves_state_to_disk(machi
     kept, none = by_name(tight)[tight["recommended"]], by_name(tight)["mixed, split"]
     assert f'"state_in_memory": {kept["option"]["in_memory"]}' in tight["run"]
     assert none["process"] < kept["process"] <= 1 << 30
-    assert kept["written"] == none["written"] - kept["buckets"]["optimizer"]
+    # Beside the state, 10 bytes a parameter, its gradients stay, 2 bytes; the two last ones stay in any case.
+    spared = none["written"] - kept["written"]
+    assert kept["buckets"]["optimizer"] <= spared <= 12 * kept["buckets"]["optimizer"] // 10
     assert kept["phases"]["total"] < none["phases"]["total"]
     assert not by_name(tight)["cpu, split"]["fits"]
-    tighter = planned(capsys, *words, "--host-memory", "620MiB")
+    tighter = planned(capsys, *words, "--host-memory", "520MiB")
     assert tighter["recommended"].startswith("nvme, split")
     assert "nvme:" in tighter["run"]
 
@@ -140,8 +143,10 @@ def test_more_host_memory_is_never_slower(machine):
     assert before.option.offload == "cpu"
 
 
-def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, capsys):
-    words = ["plan", "gpt2", "--batch", "2", "--sequence", "64"]
+def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, tmp_path, capsys):
+    config = tmp_path / "split.json"
+    config.write_text(json.dumps({"bf16": {"enabled": True}, "zeroxide": {"format": "split"}}))
+    words = ["plan", "gpt2", "--batch", "2", "--sequence", "64", "--config", str(config)]
     assert main([*words, "--host-memory", "700MiB"]) == 2
     line = capsys.readouterr().err
     assert "nothing fits --host-memory 700 MiB with micro-batches of 2 x 64 tokens" in line
@@ -163,9 +168,9 @@ def test_a_smaller_micro_batch_is_named_where_one_fits(machine, capsys):
 
 
 def test_disk_bytes_are_a_budget(machine, capsys):
-    words = ["plan", "gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64", "--host-memory", "1GiB"]
-    assert main([*words, "--disk-bytes", "1GiB"]) == 2
-    assert "--disk-bytes 1 GiB" in capsys.readouterr().err
+    words = ["plan", "gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64", "--host-memory", "600MiB"]
+    assert main([*words, "--disk-bytes", "256MiB"]) == 2
+    assert "--disk-bytes 256 MiB" in capsys.readouterr().err
 
 
 def test_wear_is_a_share_of_the_drives_life(machine, capsys):

@@ -1,7 +1,7 @@
 """From a model and a config to an engine, step by step. A step that fails leaves nothing of those before it behind.
 
-Every step registers at once, on one ExitStack, how what it made is undone: sockets, threads, the core's memory and files,
-hooks, and what the model was. Weights move late: until then a model over any number of ranks becomes what it was.
+Every step registers at once, on one ExitStack, how what it made is undone: sockets, threads, memory and files of the
+core, hooks, and what the model was. Weights move late: until then a model over any number of ranks becomes what it was.
 """
 
 from __future__ import annotations

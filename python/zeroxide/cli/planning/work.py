@@ -84,6 +84,13 @@ def _kept_in_memory(request: Request, each: Estimate) -> int:
     return rest * FRAGMENTS // (FRAGMENTS + 1) >> 20 << 20
 
 
+def _short(request: Request, each: Estimate) -> int:
+    """Bytes of host memory that an option lacks; where it lacks something else, all that it has there."""
+    if set(each.over) != {"host"} or request.host_memory is None:
+        return each.process
+    return each.over["host"] - request.host_memory
+
+
 def threads_of(config: dict[str, Any]) -> int:
     """Threads of a process: the config's, else one for each processor that it may use."""
     return int(config.get("zeroxide", {}).get("threads") or len(os.sched_getaffinity(0)))
@@ -131,9 +138,14 @@ class Workbench:
 
             found.append(worked_out(option))
             kept = _kept_in_memory(request, found[-1])
-            if kept:
-                found.append(worked_out(replace(option, in_memory=kept)))
-        return [each for each in found if not each.option.in_memory or each.fits]
+            while kept > 0:
+                each = worked_out(replace(option, in_memory=kept))
+                if each.fits:
+                    found.append(each)
+                    break
+                # Gradients of units whose state stays do not leave memory either.
+                kept = (kept - _short(request, each)) >> 20 << 20
+        return found
 
     def planned(self, request: Request, estimates: list[Estimate]) -> dict[str, Planned]:
         """What runs are to be compared with, by `Planned.key`; nothing of a device that need not be here."""
