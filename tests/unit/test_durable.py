@@ -157,7 +157,7 @@ def test_two_processes_of_one_run_are_refused(run):
         ({"stage": 1}, "stage 3, and this one has 1"),
         ({"model": lambda: Model(layers=2)}, "model with names and shapes"),
         ({"fmt": "fp32"}, "format split, and this one has fp32"),
-        ({"param": "none"}, "homes of weights and state"),
+        ({"param": "none"}, "homes of weights, state and gradients"),
     ],
 )
 def test_another_run_is_refused_by_name_and_changes_nothing(run, change, word):

@@ -41,6 +41,7 @@ _OPTIONS = {
     "eval_every": (_OUTPUT, "Held-out loss every N steps; 0: only at the end."),
     "eval_batches": (_OUTPUT, "Batches in one held-out loss."),
     "save_every": (_OUTPUT, "Checkpoint every N steps and at the end; 0: only when stopped."),
+    "durable_every": (_OUTPUT, "Commit all state on disk every N steps, to go on from after a kill; 0: never."),
     "out": (_OUTPUT, "Run folder. Default: runs/MODEL."),
     "resume": (_OUTPUT, "Go on with the run in --out."),
     "sample_prompt": (_OUTPUT, "Text to go on from at the end."),

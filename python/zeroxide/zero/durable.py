@@ -66,7 +66,7 @@ def durable_facts(plan: Plan, config: Config, ranks: Ranks) -> list[tuple[str, s
         ("dtype", DTYPE_NAMES[plan.compute]),
         ("format", ", ".join(plan.formats)),
         ("optimizer", ", ".join(rules)),
-        ("homes of weights and state", f"{plan.numbers.weights}, {plan.numbers.state}"),
+        ("homes of weights, state and gradients", f"{plan.numbers.weights}, {plan.numbers.state}, {plan.gradients}"),
         ("model with names and shapes", model.hexdigest()),
         ("tile elements", str(plan.tile_elements)),
     ]

@@ -21,9 +21,16 @@ _BETAS = (0.9, 0.95)
 
 
 def make_engine(
-    options: TrainOptions, choice: ModelChoice, model: PreTrainedModel, initialize: Callable[..., Any] | None
+    options: TrainOptions,
+    choice: ModelChoice,
+    model: PreTrainedModel,
+    initialize: Callable[..., Any] | None,
+    durable_name: str = "",
 ) -> tuple[Any, list[str]]:
-    """Hand the model to zeroxide and return the engine, with one note per thing worth telling the user."""
+    """Hand the model to zeroxide and return the engine, with one note per thing worth telling the user.
+
+    durable_name: the name of the run's commits on disk, where `options` ask for such.
+    """
     from zeroxide.cli.training.from_safetensors import FromSafetensors
     from zeroxide.cli.training.from_scratch import FromScratch
     from zeroxide.cli.training.loss import causal_lm_loss, without_logits
@@ -57,7 +64,7 @@ def make_engine(
         model=model,
         model_parameters=_parameter_groups(model, options, bias_lr),
         lr_scheduler=lambda optimizer: _scheduler(optimizer, options),
-        config=_engine_config(options),
+        config=_engine_config(options, durable_name),
         offload=options.offload,
         host_memory=options.host_memory,
         weights=weights,
@@ -90,7 +97,7 @@ def _parameter_groups(model: torch.nn.Module, options: TrainOptions, bias_lr: fl
     return [group for group in groups if group["params"]]
 
 
-def _engine_config(options: TrainOptions) -> dict[str, Any]:
+def _engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": options.batch_size,
         "gradient_accumulation_steps": options.accumulate,
@@ -104,5 +111,10 @@ def _engine_config(options: TrainOptions) -> dict[str, Any]:
             "type": "AdamW",
             "params": {"lr": options.lr, "betas": list(_BETAS), "weight_decay": options.weight_decay},
         },
-        "zeroxide": {"format": options.format, "io_engine": options.io_engine, "threads": options.threads},
+        "zeroxide": {
+            "format": options.format,
+            "io_engine": options.io_engine,
+            "threads": options.threads,
+            **({"durable_every": options.durable_every, "durable_name": durable_name} if options.durable_every else {}),
+        },
     }

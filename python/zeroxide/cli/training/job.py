@@ -28,6 +28,7 @@ from zeroxide.cli.training.corpus import Corpus, gather
 from zeroxide.cli.training.dataset import Dataset, open_dataset, prepare_dataset
 from zeroxide.cli.training.engine_setup import make_engine
 from zeroxide.cli.training.facts import facts_of
+from zeroxide.cli.training.going_on import durable_name, go_on, note_for_commit
 from zeroxide.cli.training.interrupt import StopRequest
 from zeroxide.cli.training.models import ModelChoice, build_model, choose_model, num_parameters
 from zeroxide.cli.training.options import TrainOptions
@@ -39,7 +40,7 @@ from zeroxide.cli.training.tracing import Tracing
 from zeroxide.config.sizes import format_bytes
 from zeroxide.distributed import Ranks
 from zeroxide.distributed.process_group import start
-from zeroxide.errors import CheckpointError, ConfigError, ModelError, NumericsError
+from zeroxide.errors import ConfigError, ModelError, NumericsError
 
 __all__ = ["run"]
 
@@ -77,6 +78,7 @@ def run(
             _train(this)
             if together.stopping:
                 return _stop_early(this)
+            _finish_saving(this)
             conclude(this)
         except KeyboardInterrupt:
             reporter.event("interrupted", step=this.step, saved_step=this.saved_step)
@@ -131,12 +133,12 @@ def _prepare(
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     model = build_model(choice, dtypes[options.dtype])
     count = num_parameters(model)  # the engine takes the shapes away
-    engine, notes = make_engine(options, choice, model, initialize)
+    engine, notes = make_engine(options, choice, model, initialize, durable_name(begun.folder.path))
     cleanup.callback(engine.destroy)
     this = Running(options, begun.folder, reporter, together, choice, data, engine, model, count, batches, held_out)
     this.planned = planned_for(options, begun.record, ranks_here=together.ranks.local_world)
     if resume:
-        _load_checkpoint(this, begun.record)
+        go_on(this, begun.record)
     this.seen.append(engine.memory()["process"])
     return this, notes
 
@@ -241,22 +243,6 @@ def _fit_config(choice: ModelChoice, data: Dataset) -> None:
             setattr(choice.config, name, data.end_of_text)
 
 
-def _load_checkpoint(this: Running, record: Record) -> None:
-    folder = this.folder
-    if not folder.checkpoints():
-        raise CheckpointError(f"--resume: {folder.path} holds no checkpoint", path=folder.checkpoint_folder)
-    path, state = this.engine.load_checkpoint(str(folder.checkpoint_folder))
-    if path is None:
-        raise CheckpointError(f"--resume: no checkpoint could be loaded from {folder.checkpoint_folder}")
-    step = state.get("step") if isinstance(state, dict) else None
-    if not isinstance(step, int) or state.get("corpus") != record.corpus_digest:
-        raise CheckpointError(f"{path} was not written by this run", path=path)
-    this.step = this.saved_step = step
-    this.loaded = True
-    if step >= this.options.steps:
-        raise ConfigError(f"the run is at step {step} of {this.options.steps} already; give more --steps", path="steps")
-
-
 def _announce(this: Running, notes: list[str]) -> None:
     options, choice, data = this.options, this.choice, this.data
     origin = "fine-tuned" if choice.has_weights else "from scratch"
@@ -355,6 +341,7 @@ def _one_step(this: Running) -> StepFigures:
             _expect(this)
         del loss
         start = time.perf_counter()
+        note_for_commit(this)
         engine.step()
         update += time.perf_counter() - start
         mean_loss += value / options.accumulate
@@ -425,9 +412,16 @@ def _save_checkpoint(this: Running) -> None:
     this.reporter.event("checkpoint", step=this.step, seconds=seconds)
 
 
+def _finish_saving(this: Running) -> None:
+    """A durable run writes its checkpoints while it goes on. Raises CheckpointError where that has failed."""
+    if this.options.durable_every:
+        this.engine.wait_for_checkpoint()
+
+
 def _stop_early(this: Running) -> int:
     if this.saved_step != this.step:
         _save_checkpoint(this)
+    _finish_saving(this)
     stop = this.together.stop
     this.reporter.event("stopped", step=this.step, signal=stop.name, reached=reached(this.engine.memory()))
     this.reporter.say(

@@ -66,6 +66,8 @@ class TrainOptions:
     """Batches in one held-out loss; the same ones every time."""
     save_every: int = 0
     """Checkpoint every so many steps and at the end; 0: only when interrupted."""
+    durable_every: int = 0
+    """Commit all state where it is on disk every so many steps, to go on from when the process is killed; 0: never."""
     out: str | None = None
     """The run folder; None: `runs/<model>`, with a number appended where that is taken."""
     sample_prompt: str | None = None
@@ -94,7 +96,7 @@ class TrainOptions:
         _count("batch_size", self.batch_size, 1)
         _count("seq_len", self.seq_len, 2, _LARGEST_SEQUENCE)
         _count("accumulate", self.accumulate, 1)
-        for name in ("eval_every", "save_every", "sample_tokens"):
+        for name in ("eval_every", "save_every", "durable_every", "sample_tokens"):
             _count(name, getattr(self, name), 0)
         _count("eval_batches", self.eval_batches, 1)
         _count("threads", self.threads, 0, 4096)
@@ -125,6 +127,13 @@ class TrainOptions:
                 path="warmup",
             )
         self._check_offload()
+        if self.durable_every and not self.offload.startswith("nvme:"):
+            raise ConfigError(
+                f"--durable-every {self.durable_every} needs a disk: give --offload nvme:DIR, not {self.offload}",
+                path="durable_every",
+                expected="--offload nvme:DIR",
+                got=self.offload,
+            )
         self._check_host_memory()
         self._check_trace()
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
@@ -237,6 +246,9 @@ def conflicts(recorded: TrainOptions, wanted: TrainOptions) -> list[str]:
     content, elsewhere.
     """
     names = _DECIDE_THE_NUMBERS if recorded.schedule == "constant" else (*_DECIDE_THE_NUMBERS, "steps")
+    if recorded.durable_every and not wanted.durable_every:
+        # Steps since the newest checkpoint would be lost without a word.
+        names = (*names, "durable_every")
     return [
         f"{FLAGS[name]} (run: {getattr(recorded, name)}, now: {getattr(wanted, name)})"
         for name in names
