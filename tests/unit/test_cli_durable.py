@@ -72,3 +72,10 @@ def test_commits_are_not_turned_off_by_a_resume():
     assert conflicts(run, TrainOptions(offload="nvme:/x")) == ["--durable-every (run: 2, now: 0)"]
     assert conflicts(run, TrainOptions(durable_every=5, offload="nvme:/x")) == []
     assert conflicts(TrainOptions(), run) == []
+
+
+def test_a_format_that_rounds_is_part_of_the_run():
+    split, fp32, compact = (TrainOptions(format=format) for format in ("split", "fp32", "compact"))
+    assert conflicts(split, fp32) == []
+    assert conflicts(split, compact) == ["--format (run: split, now: compact)"]
+    assert conflicts(compact, compact) == []

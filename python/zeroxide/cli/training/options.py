@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_type_hints
 
 from zeroxide.config.sizes import parse_bytes
-from zeroxide.config.state_formats import FORMATS
+from zeroxide.config.state_formats import EXACT, FORMATS
 from zeroxide.errors import ConfigError
 
 __all__ = ["FLAGS", "TrainOptions", "conflicts"]
@@ -249,6 +249,9 @@ def conflicts(recorded: TrainOptions, wanted: TrainOptions) -> list[str]:
     if recorded.durable_every and not wanted.durable_every:
         # Steps since the newest checkpoint would be lost without a word.
         names = (*names, "durable_every")
+    lossy = {recorded.format, wanted.format}.difference(EXACT, {None})
+    if lossy:
+        names = (*names, "format")
     return [
         f"{FLAGS[name]} (run: {getattr(recorded, name)}, now: {getattr(wanted, name)})"
         for name in names
