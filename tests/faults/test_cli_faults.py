@@ -35,7 +35,7 @@ def train(monkeypatch, capsys, tmp_path, text):
         original = job.make_engine
         stand_in = fake or FakeInitialize()
         monkeypatch.setattr(
-            job, "make_engine", lambda options, choice, model, initialize: original(options, choice, model, stand_in)
+            job, "make_engine", lambda options, choice, model, _, name: original(options, choice, model, stand_in, name)
         )
         base = ["train", "--model", "tiny", "--data", str(text), "--steps", "6", "--batch-size", "2", "--seq-len", "16"]
         base += ["--dtype", "fp32", "--threads", "1", "--sample-tokens", "0", "--out", str(tmp_path / "run")]
