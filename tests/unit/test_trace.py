@@ -76,20 +76,20 @@ def test_a_trace_has_the_format_and_everything_in_it(mode, tmp_path):
     assert [event["args"] for event in counters] == [sample["buckets"] for sample in samples]
 
 
-def test_what_runs_under_the_next_forward_is_inside_of_it(tmp_path):
-    """With state on disk the update of a step is driven by the forward after it: seen in the same row, nested."""
+def test_a_step_on_disk_goes_on_until_its_units_are_used(tmp_path):
+    """Each unit is updated after the step has begun and before the next forward has ended: by a call of the thread that
+    trains, nested in that, or by the core's own thread between calls, which is a row of its own."""
     path = tmp_path / "trace.json"
     with started(build("gpt"), config=config_of(DISK, tmp_path, "fp32")) as engine, engine.trace(path):
         train(engine, batches("gpt", 2))
     trace = check(path)
     second = of(trace, "forward")[1]
-    inside = [
-        event
-        for event in of(trace, "update")
-        if second["ts"] <= event["ts"] and event["ts"] + event["dur"] <= second["ts"] + second["dur"]
-    ]
-    assert inside
-    assert {event["tid"] for event in inside} == {second["tid"]}
+    begun, ended = of(trace, "step")[0]["ts"], second["ts"] + second["dur"]
+    updates = [event for event in of(trace, "update") if event["ts"] < ended]
+    assert updates
+    assert all(begun <= event["ts"] and event["ts"] + event["dur"] <= ended for event in updates)
+    rows = {event["tid"] for event in updates}
+    assert len(rows - {second["tid"]}) <= 1
 
 
 @pytest.mark.parametrize("mode", [MEMORY, DISK], ids=str)
