@@ -69,9 +69,11 @@ def cut_into_files(wanted: Iterable[Cut], limit: int, *, pieces: bool) -> list[l
     for each in wanted:
         tensor, end = each.tensor, each.start + each.count
         size = tensor.dtype.itemsize
-        step = max(1, limit // size) if pieces else each.count
-        # A piece ends with a block of elements that share a scale, where it has more than one of them.
-        step = step // BLOCK * BLOCK or step
+        step = each.count
+        if pieces:
+            step = max(1, limit // size)
+            # A piece ends with a block of elements that share a scale, where it has more than one of them.
+            step = step // BLOCK * BLOCK or step
         for start in range(each.start, max(each.start + 1, end), max(1, step)):
             count = min(step, end - start)
             if not files or count * size > room:
