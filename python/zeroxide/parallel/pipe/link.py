@@ -23,12 +23,13 @@ from zeroxide.parallel.pipe.nesting import flatten, rebuild
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ACTIVATIONS", "GRADIENTS", "StageLink"]
+__all__ = ["ACTIVATIONS", "GRADIENTS", "TIED", "StageLink"]
 
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
+TIED = "tied weights"
 
-_KINDS = (ACTIVATIONS, GRADIENTS)
+_KINDS = (ACTIVATIONS, GRADIENTS, TIED)
 _PARTS = 3
 """Of a message: how long what goes ahead is, that itself, and the values. Each has a tag of its own."""
 _MOST_AHEAD = 1 << 24
@@ -44,6 +45,8 @@ class _Address:
     micro_batch: int
 
     def __str__(self) -> str:
+        if self.kind == TIED:
+            return f"{self.kind}, number {self.stage}, of rank {self.micro_batch} of the pipeline"
         return f"{self.kind} of micro-batch {self.micro_batch} from stage {self.stage}"
 
 

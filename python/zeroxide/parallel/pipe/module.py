@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from zeroxide.distributed import read_environment
-from zeroxide.errors import ConfigError, ModelError, RanksError
+from zeroxide.errors import ConfigError, DataError, ModelError, RanksError
 from zeroxide.parallel.pipe.layers import LayerSpec, TiedLayerSpec
 from zeroxide.parallel.pipe.partition import bounds_of, cut_by
 from zeroxide.parallel.pipe.profile import measure_layers
 from zeroxide.parallel.pipe.schedule import check_schedule, rank_of_stage, stages_of
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.parallel.pipe.topology import PipeDataParallelTopology, ProcessTopology
 
 __all__ = ["PipelineModule", "this_rank"]
@@ -35,7 +35,7 @@ def this_rank() -> tuple[int, int]:
     return told.rank, told.world
 
 
-class PipelineModule(nn.Module):
+class PipelineModule(PipelineStages, nn.Module):
     """A model whose layers follow one another: each takes what the one before gives. DeepSpeed's signature.
 
     layers: an `nn.Sequential`, or a sequence of modules, `LayerSpec`s and plain callables. A layer takes and gives one
@@ -101,11 +101,6 @@ class PipelineModule(nn.Module):
 
     # Where layers are ------------------------------------------------------------------------------------------------
 
-    @property
-    def total_stages(self) -> int:
-        """Stages of all ranks."""
-        return self.num_stages * self.stages_per_rank
-
     def layers_of(self, stage: int) -> range:
         """The numbers of a stage's layers."""
         return bounds_of(self.parts, stage)
@@ -154,14 +149,12 @@ class PipelineModule(nn.Module):
                 found.setdefault(spec.key, set()).add(self.stage_owner(at))
         return {key: tuple(sorted(ranks)) for key, ranks in found.items()}
 
-    def tied_parameters(self) -> dict[str, tuple[int, ...]]:
-        """By name, this rank's parameters that other ranks of the pipeline have, too, and all ranks that have them."""
+    def ties(self) -> dict[str, tuple[int, ...]]:
+        """See `PipelineStages`."""
         found = {}
         for spec in self._layer_specs:
-            if isinstance(spec, TiedLayerSpec) and self.stage_id in self.tied[spec.key]:
-                ranks = self.tied[spec.key]
-                if len(ranks) > 1:
-                    found.update({f"{TIED}.{spec.key}.{name}": ranks for name in spec.tied_weight_attr})
+            if isinstance(spec, TiedLayerSpec) and len(ranks := self.tied[spec.key]) > 1:
+                found.update({f"{TIED}.{spec.key}.{name}": ranks for name in spec.tied_weight_attr})
         return found
 
     # Building --------------------------------------------------------------------------------------------------------
@@ -241,10 +234,32 @@ class PipelineModule(nn.Module):
             return all(type(each).__name__ in self.checkpointable_layers for each in calls)
         return any(isinstance(each, nn.Module) and next(each.parameters(), None) is not None for each in calls)
 
-    @contextmanager
-    def feeding(self, stage: int, received: Any, batch: Any) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
-        """What `forward` is called with, for the model's input `batch` and what came from the stage before."""
-        yield (stage, batch if stage == 0 else received), {}
+    @property
+    def module(self) -> nn.Module:
+        """See `PipelineStages`."""
+        return self
+
+    def arguments(self, stage: int, received: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """See `PipelineStages`."""
+        return (stage, self._halves(batch)[0] if stage == 0 else received), {}
+
+    def loss_of(self, outputs: Any, batch: Any) -> Any:
+        """See `PipelineStages`."""
+        return outputs if self.loss_fn is None else self.loss_fn(outputs, self._halves(batch)[1])
+
+    def needs_batches(self) -> bool:
+        """See `PipelineStages`."""
+        last = self.total_stages - 1 in self.own_stages
+        return 0 in self.own_stages or (last and self.loss_fn is not None)
+
+    def _halves(self, batch: Any) -> tuple[Any, Any]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise DataError(
+                f"a batch of a PipelineModule is a pair, what its first layer takes and the labels, got "
+                f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}: give pairs, or "
+                "what makes them by engine.set_batch_fn"
+            )
+        return batch[0], batch[1]
 
     # What DeepSpeed's has --------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zeroxide.errors import ConfigError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.parallel.pipe.nesting import flatten, rebuild
 
 __all__ = ["measure_layers", "told_by_rank_0"]
@@ -41,9 +41,20 @@ def told_by_rank_0(measure: Callable[[], list[float]]) -> list[float]:
     from zeroxide.distributed import start
 
     ranks = start()
-    found = measure() if ranks.rank == 0 else []
-    told: list[float] = ranks.gather_objects(found)[0]
-    ranks.close()
+    try:
+        found: list[Any] = [None, None]
+        if ranks.rank == 0:
+            try:
+                found = [measure(), None]
+            except Exception as error:
+                # The others wait for what is measured.
+                found = [None, f"{type(error).__name__}: {error}"]
+        seconds, failure = ranks.gather_objects(found)[0]
+    finally:
+        ranks.close()
+    if failure is not None:
+        raise ModelError(f"measuring what layers take failed on rank 0: {failure}")
+    told: list[float] = seconds
     return told
 
 
