@@ -99,6 +99,43 @@ class PipelineModule(PipelineStages, nn.Module):
         self.tied: dict[str, tuple[int, ...]] = self._find_ties()
         self._build()
 
+    @staticmethod
+    def from_model(
+        model: nn.Module,
+        num_stages: int,
+        *,
+        partition_method: str = "parameters",
+        loss_fn: Callable[..., Any] | None = None,
+        schedule: str = "1f1b",
+        stages_per_rank: int = 1,
+        example: Any = None,
+    ) -> PipelineStages:
+        """Cuts a model with an nn.ModuleList of blocks, such as Hugging Face's causal models, in place, for
+        `zeroxide.initialize`. Every rank has the whole model, on the meta device if it is large, and keeps its part.
+
+        Every stage takes the same batches: mappings by the names of the model's arguments. The loss is the model's own,
+        or `loss_fn(outputs, labels)`, for which "labels" is taken out of the batch. Weights that are one parameter of
+        the model stay equal wherever they are used.
+
+        example: a micro-batch, to find out what runs where; known for models that take `input_ids`.
+        partition_method: see the class; blocks count with what runs before and after them.
+
+        Raises ModelError, naming what stands in the way, for a model whose blocks cannot be run apart.
+        """
+        from zeroxide.parallel.pipe.cut import cut_model
+
+        cut = cut_model(
+            model,
+            num_stages,
+            partition_method=partition_method,
+            loss_fn=loss_fn,
+            schedule=schedule,
+            stages_per_rank=stages_per_rank,
+            example=example,
+        )
+        cut.commit()
+        return cut
+
     # Where layers are ------------------------------------------------------------------------------------------------
 
     def layers_of(self, stage: int) -> range:
