@@ -35,6 +35,17 @@ class TrainingState:
         return self._parts.ranks
 
     @property
+    def world(self) -> Ranks:
+        """The ranks whose engines have the model together: `ranks`, or all of them where each has a part of it."""
+        job = self._parts.job
+        return job.world if job.parts.world > 1 else self._parts.ranks
+
+    @property
+    def kept_elsewhere(self) -> frozenset[str]:
+        """Names of parameters here that ranks with another part of the model save."""
+        return self._parts.kept_elsewhere
+
+    @property
     def core(self) -> _core.Offload:
         """What has the values. Raises RuntimeError after `destroy`."""
         return self._parts.core()

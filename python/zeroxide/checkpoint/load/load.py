@@ -66,7 +66,7 @@ def load_checkpoint(
     Raises CheckpointError on all ranks, before any engine has changed, for a checkpoint that is missing, damaged or
     of another model; an error after that says that the engines hold a mixture.
     """
-    team = Team(training.ranks)
+    team = Team(training.world)
     asked = {"load_optimizer_states": optimizer, "load_lr_scheduler_states": scheduler, "load_module_strict": strict}
 
     def look() -> dict[str, Any]:
@@ -131,6 +131,7 @@ class _Load:
         self.resume = optimizer or scheduler
         self.optimizer = optimizer
         self.staging = Staging()
+        self._elsewhere = self._names_elsewhere()
         team.together(lambda: self._compare(strict, scheduler), path)
         parts = [WEIGHTS, *(state_names(self.held) if optimizer else ())]
         self.fills = list(self._plan(parts))
@@ -143,12 +144,31 @@ class _Load:
             for piece in saved.part(part)
         ]
         needed += [piece for _, saved in self.buffers for piece in saved.pieces]
-        self.sources = Sources(path, manifest.files, needed, self.staging, team)
+        self._group = Team(training.ranks)
+        """The ranks with this part of the model, which need the same of the checkpoint."""
+
+        def verify() -> None:
+            self.sources = Sources(path, manifest.files, needed, self.staging, self._group)
+
+        team.together(verify, path)
+
+    def _names_elsewhere(self) -> dict[str, set[str]]:
+        """Names of parameters and buffers that other parts of the model have."""
+        if self.training.world is self.training.ranks:
+            return {"parameters": set(), "buffers": set()}
+        mine = {
+            "parameters": [name for held in self.held for name in held.names],
+            "buffers": list(persistent_buffers(self.training.module)),
+        }
+        found = self.team.together(lambda: mine, self.path)
+        return {key: {name for each in found for name in each[key]} for key in mine}
 
     def _compare(self, strict: bool, scheduler: bool) -> None:
-        training, manifest, path = self.training, self.manifest, self.path
-        self.saved = match_parameters(self.held, manifest, path, strict=strict)
-        self.buffers = match_buffers(persistent_buffers(training.module), manifest, path, strict=strict)
+        training, manifest, path, elsewhere = self.training, self.manifest, self.path, self._elsewhere
+        self.saved = match_parameters(self.held, manifest, path, strict=strict, elsewhere=elsewhere["parameters"])
+        self.buffers = match_buffers(
+            persistent_buffers(training.module), manifest, path, strict=strict, elsewhere=elsewhere["buffers"]
+        )
         self.scheduler = scheduler and self._has_scheduler(strict)
         if self.resume:
             match_groups(self.held, self.saved, len(training.optimizer.param_groups), manifest, path)
@@ -286,7 +306,7 @@ class _Load:
                 self._fill_buffer(buffer, saved)
         except BaseException:
             # The others go on, and every fill is an act of all ranks.
-            for fill in reversed(left) if self.team.world > 1 else ():
+            for fill in reversed(left) if self._group.world > 1 else ():
                 self.core.fill_begin(fill.unit, fill.part)
                 self.core.fill_commit(fill.unit)
             raise

@@ -58,7 +58,10 @@ class Description:
     ) -> None:
         self._leads = rank == 0
         self.records = param_records(training)
-        own = own_pieces(training, self.records)
+        own = [run for run in own_pieces(training, self.records) if run.held.name not in training.kept_elsewhere]
+        self._kept_elsewhere = training.kept_elsewhere
+        self.leads_part = training.ranks.rank == 0
+        """Whether this rank tells what there is in its part of the model; rank 0 does for its own and for all."""
         self.by_name = {held.name: held for held in self.records}
         self._states = state_names(self.records)
         self.buffers = self._checked_buffers(training, frozen_in_time)
@@ -66,6 +69,7 @@ class Description:
         if self._leads:
             # What only rank 0 writes, only rank 0 need be able to write.
             self.frame = frame(training, client_state)
+        if self.leads_part:
             self.updates = [training.core.updates(held.unit, held.position) for held in self.records]
         mark = f"rank{rank:05}-" if world > 1 else ""
         self.files = [
@@ -77,6 +81,23 @@ class Description:
         """Bytes of this rank's tensors."""
         self.bytes = self.payload + ROOM_FOR_HEADERS
         """Room that this rank's part takes, rounded up."""
+
+    def parameters(self) -> list[dict[str, Any]]:
+        """What the manifest says of the parameters that this rank's part of the model answers for, without where they
+        are."""
+        return [
+            {
+                "names": list(held.names),
+                "shape": list(held.shape),
+                "trainable": held.trainable,
+                "opaque": held.opaque,
+                "updates": updates,
+                "group": held.group,
+                "states": list(held.states),
+            }
+            for held, updates in zip(self.records, self.updates, strict=True)
+            if held.name not in self._kept_elsewhere
+        ]
 
     @staticmethod
     def _checked_buffers(training: TrainingState, frozen_in_time: bool) -> dict[str, torch.Tensor]:
@@ -105,7 +126,7 @@ class Description:
                 family,
                 [Cut(tensors[run.held.name], run.start, run.count) for run in own if run.held.name in tensors],
             )
-        if self._leads:
+        if self.leads_part:
             yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in self.buffers.items())
 
 

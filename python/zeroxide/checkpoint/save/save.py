@@ -77,7 +77,7 @@ class Save:
         *,
         frozen_in_time: bool,
     ) -> None:
-        self.team = Team(training.ranks)
+        self.team = Team(training.world)
         self.tag = f"global_step{training.counters.global_steps}" if tag is None else str(tag)
         self.save_dir = save_dir
         self.target = save_dir / self.tag
@@ -96,6 +96,7 @@ class Save:
                 "tag": self.tag,
                 "exclude_frozen_parameters": not include_frozen,
                 "step": training.counters.global_steps,
+                "optimizer groups": len(training.optimizer.param_groups),
             }
             return {"bytes": self.description.bytes, "asked": asked}
 
