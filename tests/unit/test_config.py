@@ -69,6 +69,17 @@ EFFECTS = [
         "comms_logger.prof_ops",
         ("broadcast",),
     ),
+    ("zeroxide.mesh.pp", 2, {}, "mesh", Mesh(pp=2, dp_shard=2)),
+    ("pipeline.stages", 2, {}, "mesh", Mesh(pp=2, dp_shard=2)),
+    *(
+        (f"pipeline.{key}", value, {"pipeline": {"stages": 2}}, f"pipeline.{key}", value)
+        for key, value in {
+            "partition": "type:block",
+            "schedule": "gpipe",
+            "stages_per_rank": 2,
+            "activation_checkpoint_interval": 3,
+        }.items()
+    ),
     ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
     ("managed_gradient_accumulation", False, {}, "batch.managed_gradient_accumulation", False),
@@ -204,7 +215,7 @@ EFFECTS = [
 def test_a_key_with_an_effect_changes_the_config(key, value, beside, name, expected):
     # Of the model's own dtype, which a config may overrule.
     own = {"own_dtype": lambda: "bf16"} if key == "data_types.param_dtype" else {}
-    if name == "mesh":
+    if name.startswith(("mesh", "pipeline")):
         own["world_size"] = 4
     after = load(merged(beside, nested(key, value)), **own)
     for step in name.split("."):
@@ -289,7 +300,7 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
 
 NOT_BUILT = [
     ("fp16.fp16_master_weights_and_grads", True, "fp16 master weights"),
-    ("pipeline", {"stages": 2}, "pipeline parallelism"),
+    ("pipeline.seed_layers", True, "seeds from the config"),
     ("tensor_parallel.autotp_size", 2, "tensor parallelism"),
     ("expert_parallel.ep_size", 2, "expert parallelism"),
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),

@@ -21,11 +21,11 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.device.direct_storage import check_direct_storage
 from zeroxide.device.health import DeviceHealth
-from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
+from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
@@ -34,17 +34,17 @@ from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.peak import Peak
 from zeroxide.engine.pipeline.engine import PipelineEngine
 from zeroxide.engine.pipeline.prepare import stages_for
-from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
-from zeroxide.params.empty import ParameterTable
 from zeroxide.parallel.pipe.stages import PipelineStages
+from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -153,11 +153,9 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        stages = None if asked.stages is None else asked.stages.num_stages
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config)
-        if self.stages is not None:
-            self.made.callback(self.stages.restore)
+        ranks, stages = self.world.world, asked.num_stages
+        self.config = load(asked.config, world_size=ranks, own_dtype=own, stages=stages, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -284,7 +282,10 @@ class Build:
         self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
             self.transfers = Transfers(self.health, self.plan.blocks_down)
-            self._keep_activations(self.transfers)
+            self.activations = keep_activations(self.config, plan, self.module, self.transfers)
+            if self.activations is not None:
+                # The device lets go of the memory first.
+                self.made.callback(self.activations.close)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
@@ -293,18 +294,6 @@ class Build:
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
-
-    def _keep_activations(self, transfers: Transfers) -> None:
-        if not self.config.activation_checkpointing.cpu_checkpointing:
-            return
-        own = self.config.zeroxide
-        expected = self.plan.resident_before + self.plan.expected_peaks()["total"]
-        pool = HostPool(
-            lambda memory: transfers.register(memory, "activations"), partial(room_in_budget, own.host_memory, expected)
-        )
-        self.activations = SavedActivations(transfers, pool, self.module.buffers, own.prefetch)
-        # The device lets go of the memory first.
-        self.made.callback(self.activations.close)
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and the schedule over it."""
@@ -503,7 +492,5 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
-        if under_way.stages is not None:
-            under_way.stages.commit()
         made.pop_all()
     return engine

@@ -120,24 +120,24 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         parts, accumulation = self.parts, self.parts.accumulation
         if scale_wrt_gas and accumulation.steps > 1:
             loss = loss / accumulation.steps
-        self._differentiate([parts.scaler.apply(loss)], [None], retain_graph)
+        self.differentiate([parts.scaler.apply(loss)], [None], retain_graph)
         parts.observers.note_loss(loss)
         return loss
 
-    def _differentiate(
+    def differentiate(
         self,
         outputs: Sequence[torch.Tensor | GradientEdge],
         gradients: Sequence[torch.Tensor | None],
         retain_graph: bool = False,
     ) -> None:
-        """Backward of outputs whose gradients are those of a loss that was divided by the accumulation steps."""
+        """Backward of outputs, of a loss that was divided by the accumulation steps, and scaled in fp16."""
         parts, accumulation = self.parts, self.parts.accumulation
         self.watch.doing = (self._phase("backward"), None, None, None)
         with parts.health.doing("backward ran"):
             parts.hooks.begin_backward()
             accumulation.take_as_divided()
             try:
-                torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)
+                torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)  # type: ignore[arg-type]
             except BaseException:
                 parts.hooks.fail_backward()
                 raise

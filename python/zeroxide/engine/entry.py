@@ -23,7 +23,7 @@ __all__ = ["initialize"]
 
 def initialize(
     args: Any = None,
-    model: nn.Module | None = None,
+    model: nn.Module | PipelineStages | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -85,12 +85,12 @@ def initialize(
         "gradient_clipping": gradient_clipping,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
-    stages = _checked(model, mpu, mesh_param)
+    module, stages = _checked(model, mpu, mesh_param)
     given = config if config is not None else config_params
     engine = build(
         Request(
-            model=stages.module if isinstance(stages, PipelineStages) else stages,
-            stages=stages if isinstance(stages, PipelineStages) else None,
+            model=module,
+            stages=stages,
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
@@ -105,8 +105,11 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(model: nn.Module | None, mpu: Any, mesh_param: Any) -> nn.Module:
-    """The model, unless there is none or something is asked for that is not built. Raises ModelError, ConfigError."""
+def _checked(
+    model: nn.Module | PipelineStages | None, mpu: Any, mesh_param: Any
+) -> tuple[nn.Module, PipelineStages | None]:
+    """The model, and its stages where it is cut into some, unless there is none or something is asked for that is not
+    built. Raises ModelError, ConfigError."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
@@ -114,4 +117,4 @@ def _checked(model: nn.Module | None, mpu: Any, mesh_param: Any) -> nn.Module:
     if mpu is not None or mesh_param is not None:
         name = "mpu" if mpu is not None else "mesh_param"
         raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
-    return model
+    return (model.module, model) if isinstance(model, PipelineStages) else (model, None)

@@ -32,3 +32,8 @@ class Request:
     config: dict[str, Any] | str | Path | None = None
     weights: WeightSource | None = None
     shortcuts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_stages(self) -> int | None:
+        """Ranks that the model is cut for; None where it is not cut yet."""
+        return None if self.stages is None else self.stages.num_stages

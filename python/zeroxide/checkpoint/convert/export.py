@@ -42,7 +42,7 @@ def save_model(
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 
-    def plan() -> dict[str, object]:
+    def plan() -> dict[str, Any]:
         made.append(_Export(training, check_name(name), save_dir, team, include_frozen))
         asked = {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
         return {"asked": asked, "tensors": made[0].told()}

@@ -35,6 +35,7 @@ class PipelineEngine(Engine):
         super().__init__(parts)
         # No attribute that holds a module: `stages` may be one, which is `module` already.
         self._pipe = _Pipe(self, stages)
+        stages.commit()
 
     # One step --------------------------------------------------------------------------------------------------------
 
@@ -70,7 +71,7 @@ class PipelineEngine(Engine):
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
     ) -> Any:
-        """Runs micro-batches forward, without gradients, in the mode of evaluation. The training data stays where it is.
+        """Runs micro-batches forward, without gradients, in the mode of evaluation. Training data stays where it is.
 
         compute_loss: whether the last stage computes a loss; without it the result is what the last stage gave.
         reduce_output: "avg" for the mean over micro-batches (and ranks with other samples, of losses), None for a list
@@ -97,7 +98,7 @@ class PipelineEngine(Engine):
                 outputs = pipe.outputs
                 if not compute_loss:
                     return outputs if pipe.is_last else None
-                reduced = pipe.mean(losses, count) if reduce_output else pipe.every(losses, count)
+                reduced: Any = pipe.mean(losses, count) if reduce_output else pipe.every(losses, count)
         finally:
             pipe.compute_loss, pipe.outputs = True, []
             pipe.batches.iterator = iterator
@@ -277,7 +278,7 @@ class _Pipe:
         """See `Compute`."""
         self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}"
         self.engine.parts.hooks.uses = self._uses.pop((stage, micro_batch))
-        self.engine._differentiate(outputs, gradients)
+        self.engine.differentiate(outputs, gradients)
 
     # What all ranks get to know --------------------------------------------------------------------------------------
 
@@ -293,7 +294,9 @@ class _Pipe:
                 mine = rows.double().mean(0).float()
         if self.ranks.world > 1:
             with parts.watch.waiting("the loss of the last stage"):
-                rows = self.ranks.gather_rows(torch.cat([mine, torch.tensor([float(self.is_last)])]), "the loss")
+                rows = self.ranks.gather_rows(
+                    torch.cat([mine, torch.full((1,), float(self.is_last), device=HOST)]), "the loss"
+                )
             mine = rows[int(rows[:, -1].argmax()), :-1]
         return [each.to(parts.device) for each in mine.unbind()]
 
@@ -305,5 +308,5 @@ class _Pipe:
 
 def _refuse(call: str) -> NoReturn:
     raise PipelineError(
-        f"engine.{call}: a pipeline runs whole steps: call engine.train_batch(data_iter), or engine.eval_batch to evaluate"
+        f"engine.{call}: a pipeline runs steps as a whole: call engine.train_batch(data_iter), or engine.eval_batch"
     )

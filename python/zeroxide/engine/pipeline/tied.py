@@ -70,6 +70,7 @@ class TiedWeights:
             value = safe_get_full_fp32_param(tie.param)
             assert value is not None, "it is a parameter of the engine's"
             shared = self._from_first(tie, value, lambda values: values[0])
+            assert shared is not None, "the first rank has one"
             if self._rank != tie.ranks[0]:
                 safe_set_full_fp32_param(tie.param, shared)
 
@@ -123,6 +124,6 @@ def _sum(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
 
 def _squares(values: torch.Tensor) -> float:
     total = 0.0
-    for piece in values.view(-1).split(_AT_ONCE):
+    for piece in torch.split(values.view(-1), _AT_ONCE):
         total += float(piece.double().square().sum())
     return total
