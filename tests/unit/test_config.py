@@ -69,8 +69,8 @@ EFFECTS = [
         "comms_logger.prof_ops",
         ("broadcast",),
     ),
-    ("zeroxide.mesh.pp", 2, {}, "mesh", Mesh(pp=2, dp_shard=2)),
-    ("pipeline.stages", 2, {}, "mesh", Mesh(pp=2, dp_shard=2)),
+    ("zeroxide.mesh.pp", 2, STAGE3, "mesh", Mesh(pp=2, dp_shard=2)),
+    ("pipeline.stages", 2, {}, "mesh", Mesh(pp=2, dp_replicate=2)),
     *(
         (f"pipeline.{key}", value, {"pipeline": {"stages": 2}}, f"pipeline.{key}", value)
         for key, value in {

@@ -43,6 +43,8 @@ FOREIGN = {
     "_optimizer_load_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_state_dict_post_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
+    "_get_1f1b_rank_ops": "torch: the order of one stage a rank, which has no public way to it",
+    "_get_pipeline_order": "torch: the order of all forwards, then all backwards",
     "_parameters": "torch: a module's own parameters, also those that are shared",
     "_post_accumulate_grad_hooks": "torch: whether the engine's hook is the last",
     "_register_hook_dict": "torch: lets a gradient function call the hooks of a tensor",

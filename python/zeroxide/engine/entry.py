@@ -52,9 +52,9 @@ def initialize(
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
     model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
-        on the meta device (then `weights` makes them, unit by unit). Its parameters move into the engine: outside of
-        forward and backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie
-        them in torch 2.15, so build it there.
+        on the meta device (then `weights` makes them, unit by unit), or a PipelineModule (see docs/pipeline.md). Its
+        parameters move into the engine: outside of forward and backward they are empty tensors. Tied weights stay tied;
+        `module.to("meta")` and `to_empty` untie them in torch 2.15, so build it there.
     optimizer: None (then the config's), a fresh torch AdamW, Adam, Adagrad or SGD, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
@@ -85,12 +85,10 @@ def initialize(
         "gradient_clipping": gradient_clipping,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
-    module, stages = _checked(model, mpu, mesh_param)
     given = config if config is not None else config_params
     engine = build(
         Request(
-            model=module,
-            stages=stages,
+            **_checked(model, mpu, mesh_param),
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
@@ -105,16 +103,15 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(
-    model: nn.Module | PipelineStages | None, mpu: Any, mesh_param: Any
-) -> tuple[nn.Module, PipelineStages | None]:
-    """The model, and its stages where it is cut into some, unless there is none or something is asked for that is not
-    built. Raises ModelError, ConfigError."""
+def _checked(model: nn.Module | PipelineStages | None, mpu: Any, mesh_param: Any) -> dict[str, Any]:
+    """The model, and its stages where it is cut. Raises ModelError where there is none, ConfigError for what is not
+    not built; the `mpu` of a PipelineModule says nothing new."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
         raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
-    if mpu is not None or mesh_param is not None:
-        name = "mpu" if mpu is not None else "mesh_param"
+    cut = isinstance(model, PipelineStages)
+    if (mpu is not None and not cut) or mesh_param is not None:
+        name = "mesh_param" if mesh_param is not None else "mpu"
         raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
-    return (model.module, model) if isinstance(model, PipelineStages) else (model, None)
+    return {"model": model.module, "stages": model} if isinstance(model, PipelineStages) else {"model": model}
