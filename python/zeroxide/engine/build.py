@@ -34,6 +34,8 @@ from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.pipeline.engine import PipelineEngine
+from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
@@ -42,6 +44,7 @@ from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -89,6 +92,8 @@ class Build:
 
     world: Ranks
     job: Job
+    stages: PipelineStages | None
+    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
@@ -148,7 +153,11 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.shortcuts)
+        stages = None if asked.stages is None else asked.stages.num_stages
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config)
+        if self.stages is not None:
+            self.made.callback(self.stages.restore)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -419,47 +428,46 @@ class Build:
     def engine(self) -> Engine:
         """The engine. Nothing is left that could fail."""
         config = self.asked.config
-        return Engine(
-            Parts(
-                module=self.module,
-                given=config if isinstance(config, dict) else dict(self.config.source),
-                config=self.config,
-                job=self.job,
-                ranks=self.ranks,
-                watch=self.watch,
-                plan=self.plan,
-                device=self.device,
-                health=self.health,
-                transfers=self.transfers,
-                activations=self.activations,
-                core=self.core,
-                committed_note=self.committed_note,
-                units=self.units,
-                weights=self.weights,
-                reduction=self.reduction,
-                residuals=self.residuals,
-                gatherer=self.gatherer,
-                hooks=self.hooks,
-                context=self.context,
-                guard=self.guard,
-                state_dicts=self.state_dicts,
-                copies=self.copies,
-                tables=self.tables,
-                loading=self.loading,
-                set_aside=self.set_aside,
-                counters=self.counters,
-                accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
-                scaler=self.scaler,
-                timers=self.timers,
-                observers=self.observers,
-                peak=self.peak,
-                updater=self.updater,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
-                dataloader=self.loader,
-                loaders=self.loaders,
-            )
+        parts = Parts(
+            module=self.module,
+            given=config if isinstance(config, dict) else dict(self.config.source),
+            config=self.config,
+            job=self.job,
+            ranks=self.ranks,
+            watch=self.watch,
+            plan=self.plan,
+            device=self.device,
+            health=self.health,
+            transfers=self.transfers,
+            activations=self.activations,
+            core=self.core,
+            committed_note=self.committed_note,
+            units=self.units,
+            weights=self.weights,
+            reduction=self.reduction,
+            residuals=self.residuals,
+            gatherer=self.gatherer,
+            hooks=self.hooks,
+            context=self.context,
+            guard=self.guard,
+            state_dicts=self.state_dicts,
+            copies=self.copies,
+            tables=self.tables,
+            loading=self.loading,
+            set_aside=self.set_aside,
+            counters=self.counters,
+            accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
+            scaler=self.scaler,
+            timers=self.timers,
+            observers=self.observers,
+            peak=self.peak,
+            updater=self.updater,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.loader,
+            loaders=self.loaders,
         )
+        return Engine(parts) if self.stages is None else PipelineEngine(parts, self.stages)
 
 
 STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
@@ -495,5 +503,7 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
+        if under_way.stages is not None:
+            under_way.stages.commit()
         made.pop_all()
     return engine
