@@ -1,0 +1,1 @@
+"""Ways of cutting a model over ranks that take the same samples."""
