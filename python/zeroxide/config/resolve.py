@@ -27,6 +27,7 @@ from zeroxide.config.sections import (
     precision,
     report,
     scheduler,
+    tensor_parallel,
     zero,
     zeroxide,
 )
@@ -112,6 +113,9 @@ class _Sections:
         """What the document comes to, with defaults for sections that have errors."""
         given, zero_section = self.given, document.zero_optimization
         own = document.zeroxide or zeroxide.ZeroxideSection()
+        grid = self._one(
+            lambda: own.mesh, ("tensor_parallel",), tensor_parallel.with_tensor_ranks, document.tensor_parallel, own.mesh
+        )
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")
@@ -126,14 +130,22 @@ class _Sections:
                 own_dtype,
                 given,
             ),
-            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, own.mesh),
+            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, grid),
             gradients=clipping,
             zero=sharding,
             mesh=self._one(
-                None, ("zero_optimization", "zeroxide"), mesh.resolve, own.mesh, zero_section, sharding.stage, given
+                None, ("zero_optimization", "zeroxide"), mesh.resolve, grid, zero_section, sharding.stage, given
             ),
             optimizer=self._one(None, ("optimizer",), optimizer.resolve, document.optimizer, given),
             scheduler=self._one(None, ("scheduler",), scheduler.resolve, document.scheduler, given),
+            tensor_parallel=self._one(
+                tensor_parallel.TensorParallel,
+                ("tensor_parallel", "zeroxide"),
+                tensor_parallel.resolve,
+                document.tensor_parallel,
+                grid,
+                given,
+            ),
             aio=aio.resolve(document.aio),
             activation_checkpointing=activation_checkpointing.resolve(document.activation_checkpointing),
             zeroxide=self._one(zeroxide.Zeroxide, ("zeroxide",), zeroxide.resolve, own, given),

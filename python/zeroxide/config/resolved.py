@@ -20,6 +20,7 @@ from zeroxide.config.sections.monitor import Monitors
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
 from zeroxide.config.sections.scheduler import Scheduler
+from zeroxide.config.sections.tensor_parallel import TensorParallel
 from zeroxide.config.sections.zero import Zero
 from zeroxide.config.sections.zeroxide import Zeroxide
 
@@ -41,6 +42,7 @@ class Config:
     zero: Zero = field(default_factory=Zero)
     mesh: Mesh | None = None
     """How the ranks are grouped; `None` is one shard group of all ranks, or at stage 0 all ranks as replicas."""
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     aio: Aio = field(default_factory=Aio)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -19,6 +19,7 @@ from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
 from zeroxide.engine.observers import Observers
 from zeroxide.engine.peak import Peak
+from zeroxide.engine.tensor_parallel import Uncut
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.params.empty import ParameterTable
@@ -52,6 +53,8 @@ class Parts:
     job: Job
     ranks: Ranks
     """Those of the job that have this rank's part of the model."""
+    tensor: Uncut
+    """How its matrices are cut over others."""
     watch: Watch
     plan: Plan
     device: torch.device

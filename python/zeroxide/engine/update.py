@@ -39,6 +39,7 @@ class Updater:
         scaler: LossScaler,
         counters: Counters,
         timers: Timers,
+        repeated: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.norm: float | None = None
         """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
@@ -49,6 +50,8 @@ class Updater:
         self._config = config
         self._core = core
         self._job = job
+        self._repeated = repeated
+        """Parameters whose gradients another part of the model counts in the norm."""
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
@@ -69,7 +72,9 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch)
+        sum_squares, nonfinite, _ = agree_on_norm(
+            self._core(), self._job, self._groups, self._watch, repeated=self._repeated
+        )
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:
@@ -78,7 +83,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0
+            core, self._job, self._groups, self._watch, self.clipping or 0.0, self._repeated
         )
         agreed = self._timers.now()
         if accumulated:

@@ -40,6 +40,10 @@ class TensorGroup:
         self.sent = 0
         """Bytes of activations and their gradients that have left this rank, as ring algorithms send them."""
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TensorGroup:
+        # Copies of a model that is cut compute together with the same ranks.
+        return self
+
     @property
     def size(self) -> int:
         """How many they are."""

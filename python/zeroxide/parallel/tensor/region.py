@@ -12,10 +12,20 @@ from torch import nn
 
 from zeroxide.parallel.tensor.group import TensorGroup
 
-__all__ = ["Region"]
+__all__ = ["Region", "drops"]
 
 _GOLDEN = 0x9E3779B97F4A7C15
 """Spreads the ranks' seeds (2^64 divided by the golden ratio, as SplitMix64 does)."""
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether anything in it is dropped at random while it trains: by a probability of its own, or a dropout module."""
+    return any(
+        isinstance(value, float) and value > 0
+        for each in module.modules()
+        for name, value in vars(each).items()
+        if "drop" in name or (name == "p" and isinstance(each, nn.Dropout))
+    )
 
 
 class Region:
@@ -39,7 +49,7 @@ class Region:
 
     def enter(self, tensor: torch.Tensor) -> torch.Tensor:
         """The input of a layer that cuts its output."""
-        if self._outside is None and self.owner.training and self._drops():
+        if self._outside is None and self.owner.training and drops(self.owner):
             self._begin_random(tensor.device)
         if not (tensor.requires_grad and torch.is_grad_enabled()):
             return tensor
@@ -71,12 +81,3 @@ class Region:
         torch.default_generator.manual_seed(seed)
         if on_device is not None:
             on_device.manual_seed(seed)
-
-    def _drops(self) -> bool:
-        """Whether anything in the layer is dropped at random: a probability of its own, or of a dropout module."""
-        return any(
-            isinstance(value, float) and value > 0
-            for each in self.owner.modules()
-            for name, value in vars(each).items()
-            if "drop" in name or (name == "p" and isinstance(each, nn.Dropout))
-        )

@@ -10,7 +10,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 from zeroxide.parallel.tensor.presets import PRESETS
-from zeroxide.parallel.tensor.spec import LayerRule, TPLayerSpec
+from zeroxide.parallel.tensor.spec import LayerRule, TPLayerSpec, rule_of
 
 __all__ = ["find_rules"]
 
@@ -103,7 +103,7 @@ def _by_specs(
             continue
         owner = name.rpartition(".")[0]
         _check_dim(module.get_submodule(owner), spec, name)
-        yield owner, spec.rule(origin)
+        yield owner, rule_of(spec, origin)
 
 
 def _check_dim(module: nn.Module, spec: TPLayerSpec, name: str) -> None:

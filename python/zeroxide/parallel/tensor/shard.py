@@ -279,7 +279,7 @@ def _localise(owner: nn.Module, members: list[_Layer], cuts: Mapping[str, Any]) 
             setattr(owner, name, value * shard.length // sum(layer.blocks))
 
 
-def lose_whole_logits(module: nn.Module, group: TensorGroup) -> None:
+def keep_logits_apart(module: nn.Module, group: TensorGroup) -> None:
     """Lets a causal model's loss be computed of each rank's logits, which are not put together any more.
 
     Raises ModelError for a model that computes no loss by its `loss_function`, or whose head is not cut.
