@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from zeroxide.parallel.tensor import TensorShard, shard_of
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
@@ -40,7 +41,11 @@ class ParamRecord:
     """Of its first element in the unit's flat weights, in elements."""
     names: tuple[str, ...]
     shape: tuple[int, ...]
+    """Of all of it."""
+    shard: TensorShard | None
+    """The part of it that this engine's ranks have; None where they have all."""
     numel: int
+    """Elements that these ranks have, which are what is counted here."""
     trainable: bool
     dtype: torch.dtype
     """What its weights are saved as: fp32, or for a frozen parameter the dtype that it has."""
@@ -49,6 +54,11 @@ class ParamRecord:
     """Number of its optimizer group; None if it is frozen."""
     states: Mapping[str, float]
     """The state tensors that its optimizer keeps, with what they start from; none if it is frozen."""
+
+    @property
+    def own_shape(self) -> tuple[int, ...]:
+        """The shape of what these ranks have."""
+        return self.shape if self.shard is None else self.shard.local_shape
 
     @property
     def name(self) -> str:
@@ -82,7 +92,8 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             position=position,
             offset=core.param_offset(unit.index, position),
             names=tuple(names[id(param)]),
-            shape=tuple(unit.shapes[position]),
+            shape=tuple(unit.shapes[position]) if (shard := shard_of(param)) is None else shard.shape,
+            shard=shard,
             numel=unit.shapes[position].numel(),
             trainable=unit.trainable[position],
             dtype=torch.float32 if unit.trainable[position] else unit.dtypes[position],
@@ -112,7 +123,8 @@ class ElementRange:
 def own_pieces(training: TrainingState, records: Sequence[ParamRecord]) -> list[ElementRange]:
     """What this rank saves of its parameters' `records`, in the order of the core: over all ranks, every element of
     every parameter once."""
-    return _runs(training, records, training.core.pieces)
+    runs = _runs(training, records, training.core.pieces)
+    return [run for run in runs if training.saves_shared or run.held.shard is not None]
 
 
 def _runs(

@@ -76,6 +76,7 @@ from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
+from zeroxide.zero.whole import Whole
 
 __all__ = ["STEPS", "build"]
 
@@ -381,6 +382,7 @@ class Build:
             health=self.health,
             keeps_edits=plan.keeps_edits,
         )
+        self.context.whole = Whole(self.tensor.group)
         shard_all(self.context)
         large = self.hooks.reducer.large
         for unit in self.units:

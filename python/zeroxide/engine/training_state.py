@@ -31,8 +31,18 @@ class TrainingState:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that share the state."""
-        return self._parts.ranks
+        """The ranks that share the state: those of all parts, where matrices are cut."""
+        return self._parts.ranks if self._parts.tensor.group is None else self._parts.job.world
+
+    @property
+    def saves_shared(self) -> bool:
+        """Whether these ranks save what others have alike, where matrices are cut."""
+        group = self._parts.tensor.group
+        return group is None or group.position == 0
+
+    def align_random(self) -> None:
+        """Random number generators were set: makes them the same where ranks must draw the same."""
+        self._parts.tensor.align_random()
 
     @property
     def core(self) -> _core.Offload:

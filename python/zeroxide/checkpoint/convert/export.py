@@ -6,12 +6,12 @@ ever has a whole tensor. Rank 0 makes the files beforehand and gives them their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import ElementRange, own_pieces, param_records, persistent_buffers
+from zeroxide.checkpoint.contents import ElementRange, ParamRecord, own_pieces, param_records, persistent_buffers
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.format.cutting import Tensor
 from zeroxide.checkpoint.live_state import LiveState, Staging
@@ -111,7 +111,16 @@ class _Export:
                         for run in self.runs.get(tensor.name, ()):
                             at = run.start
                             for values in self.live.chunks(run.held, "weights", run.start, run.count, tensor.dtype):
-                                file.write(tensor, at, values)
+                                for first, place, count in _places(run.held, at, values.numel()):
+                                    file.write(tensor, place, values[first - at : first - at + count])
                                 at += values.numel()
                     elif self.team.leads:
                         file.write(tensor, 0, in_host(bytes_of(buffer)).view(buffer.dtype))
+
+
+def _places(held: ParamRecord, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """(element, its place in the whole tensor, how many in a row) of elements that these ranks have."""
+    if held.shard is None:
+        yield start, start, count
+    else:
+        yield from held.shard.runs(start, count)

@@ -7,7 +7,9 @@ that a changed digit is found and reformatting is not mistaken for damage.
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from zeroxide.checkpoint.format.stream import SAVED, digest
 from zeroxide.checkpoint.load.foreign import foreign_format
 from zeroxide.errors import CheckpointError
+from zeroxide.parallel.tensor import TensorShard
 
 __all__ = [
     "MANIFEST",
@@ -25,18 +28,20 @@ __all__ = [
     "Manifest",
     "Piece",
     "SavedBuffer",
+    "SavedCut",
     "SavedFile",
     "SavedLossScale",
     "SavedParameter",
     "SavedScheduler",
+    "by_cut",
     "looks_pickled",
     "read_manifest",
 ]
 
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
-VERSION = 3
-"""3 has a parameter's optimizer state by name. 2 had the moments of Adam beside its weights, no dtypes beyond
+VERSION = 4
+"""4 has parts of tensors that ranks had cut; written where there are any. 3 has a parameter's optimizer state by name. 2 had the moments of Adam beside its weights, no dtypes beyond
 `_SECOND`, and frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where that says all. 1
 held the random generators of one process; everything else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
@@ -72,14 +77,28 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class SavedCut(_Section):
+    """The part of a tensor of `shape` that `ranges` (first index, how many) of its dimension `dim` are."""
+
+    shape: list[Size]
+    dim: Size
+    ranges: Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+
+    def shard(self) -> TensorShard:
+        """The same as those who compute with it have it."""
+        return TensorShard(tuple(self.shape), self.dim, (tuple((first, count) for first, count in self.ranges),), 0)
+
+
 class Piece(_Section):
-    """Elements `start .. start + count` of a tensor: those of the tensor `key` in `file`."""
+    """Elements `start .. start + count` of a tensor, or of a part of it: those of the tensor `key` in `file`."""
 
     file: FileName
     key: str
     start: Size
     count: Size
     dtype: DtypeName
+    cut: SavedCut | None = None
+    """The part whose elements are counted; None where they are the whole tensor's."""
 
 
 class SavedParameter(_Section):
@@ -186,6 +205,11 @@ class Manifest(_Section):
         for param in body["parameters"]:
             if not param["opaque"]:
                 del param["opaque"]
+        for piece in _pieces_in(body):
+            if piece["cut"] is None:
+                del piece["cut"]
+        if not self._is_cut():
+            body["version"] = 3
         if not self._needs_third():
             body["version"] = 2
             for param in body["parameters"]:
@@ -193,11 +217,14 @@ class Manifest(_Section):
                 param.update({name: state.get(name, []) for name in _MOMENTS})
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
 
+    def _is_cut(self) -> bool:
+        return any(piece.cut is not None for param in self.parameters for part in param.parts() for piece in param.part(part))
+
     def _needs_third(self) -> bool:
         frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}
         buffers = {piece.dtype for buffer in self.buffers for piece in buffer.pieces}
         states = {name for param in self.parameters for name in param.state}
-        plain = frozen <= _FLOATS and buffers <= _SECOND and states <= set(_MOMENTS)
+        plain = not self._is_cut() and frozen <= _FLOATS and buffers <= _SECOND and states <= set(_MOMENTS)
         return not plain or any(param.opaque for param in self.parameters)
 
     def checksum(self) -> str:
@@ -217,16 +244,48 @@ class Manifest(_Section):
         ]
         lists += [(buffer.name, buffer.shape, buffer.pieces) for buffer in self.buffers]
         for what, shape, pieces in lists:
-            end = 0
-            for piece in pieces:
-                if piece.start != end or piece.file not in files:
-                    raise ValueError(f"{what} is not complete")
-                end += piece.count
-            numel = 1
-            for size in shape:
-                numel *= size
-            if end != numel:
+            if any(piece.file not in files for piece in pieces) or not _complete(shape, pieces):
                 raise ValueError(f"{what} is not complete")
+
+
+def by_cut(pieces: Sequence[Piece]) -> list[tuple[TensorShard | None, list[Piece]]]:
+    """The pieces by the part of the tensor whose elements they count; None stands for the whole of it."""
+    found: dict[TensorShard | None, list[Piece]] = {}
+    for piece in pieces:
+        found.setdefault(None if piece.cut is None else piece.cut.shard(), []).append(piece)
+    return list(found.items())
+
+
+def _complete(shape: list[int], pieces: list[Piece]) -> bool:
+    """Whether the pieces are every element of the tensor once."""
+    parts = by_cut(pieces)
+    for shard, own in parts:
+        end = 0
+        for piece in own:
+            if piece.start != end:
+                return False
+            end += piece.count
+        if end != (math.prod(shape) if shard is None else shard.numel):
+            return False
+    if len(parts) == 1 and parts[0][0] is None:
+        return True
+    shards = [shard for shard, _ in parts if shard is not None]
+    if len(shards) < len(parts) or any(list(each.shape) != shape or each.dim >= len(shape) for each in shards):
+        return False
+    at = 0
+    for first, count in sorted(pair for each in shards for pair in each.own):
+        if first != at:
+            return False
+        at += count
+    return len({each.dim for each in shards}) == 1 and at == shape[shards[0].dim]
+
+
+def _pieces_in(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for param in body["parameters"]:
+        for pieces in (param["weights"], *param["state"].values()):
+            yield from pieces
+    for buffer in body["buffers"]:
+        yield from buffer["pieces"]
 
 
 def _distinct(what: str, names: list[str]) -> None:

@@ -323,7 +323,7 @@ class _Load:
             for start in range(0, run.count, self.staging.elements):
                 yield run.start + start, initial[: run.count - start]
         else:
-            for start, stored in self.sources.chunks(pieces, run.start, run.count):
+            for start, stored in self.sources.chunks(pieces, run.start, run.count, run.held.shard):
                 dtype = value_dtype(run.held, part)
                 if stored.dtype == dtype:
                     yield start, stored
@@ -400,3 +400,4 @@ class _Load:
         )
         if self.generators is not None:
             generators.restore(self.generators)
+        training.align_random()

@@ -18,10 +18,12 @@ import torch
 
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.format.header import read_header
-from zeroxide.checkpoint.format.manifest import Piece, SavedFile, looks_pickled
+from zeroxide.checkpoint.format.manifest import Piece, SavedFile, by_cut, looks_pickled
 from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, digest, read_into, stored_dtype
 from zeroxide.checkpoint.live_state import Staging
+from zeroxide.checkpoint.load.recut import recut
 from zeroxide.errors import CheckpointError
+from zeroxide.parallel.tensor import TensorShard
 
 __all__ = ["Sources"]
 
@@ -168,11 +170,23 @@ class Sources:
                     path=self._directory,
                 )
 
-    def chunks(self, pieces: Sequence[Piece], start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, elements as stored) for elements `start .. start + count` of a tensor.
+    def chunks(
+        self, pieces: Sequence[Piece], start: int, count: int, shard: TensorShard | None = None
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first element, elements as stored) for elements `start .. start + count` of a tensor, or of its part `shard`.
 
-        Each chunk is valid until the next one is taken. Reads nothing else than these elements.
+        Each chunk is valid until the next one is taken. Reads nothing else than these elements, and what lies between
+        them where that is little.
         """
+        parts = by_cut(pieces)
+        wanted = None if shard is None else TensorShard(shard.shape, shard.dim, (shard.own,), 0)
+        same = next((own for known, own in parts if known == wanted), None)
+        if same is not None:
+            yield from self._in_a_row(same, start, count)
+        else:
+            yield from recut(parts, start, count, shard, self._in_a_row)
+
+    def _in_a_row(self, pieces: Sequence[Piece], start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
         for piece in pieces:
             at = max(start, piece.start)
             end = min(start + count, piece.start + piece.count)

@@ -92,14 +92,14 @@ class Description:
     def _families(self, own: Sequence[ElementRange], include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
-            held.name: Tensor(held.name, held.dtype, held.shape)
+            held.name: Tensor(held.name, held.dtype, held.own_shape)
             for held in self.records
             if held.trainable or include_frozen
         }
         families = [(WEIGHTS, weights)]
         for state in self._states:
             having = [held for held in self.records if state in held.states]
-            families.append((state, {held.name: Tensor(held.name, torch.float32, held.shape) for held in having}))
+            families.append((state, {held.name: Tensor(held.name, torch.float32, held.own_shape) for held in having}))
         for family, tensors in families:
             yield (
                 family,

@@ -7,7 +7,7 @@ from typing import Any
 
 from zeroxide.checkpoint.contents import WEIGHTS
 from zeroxide.checkpoint.format.cutting import Cut
-from zeroxide.checkpoint.format.manifest import Manifest, Piece, SavedBuffer, SavedFile, SavedParameter
+from zeroxide.checkpoint.format.manifest import Manifest, Piece, SavedBuffer, SavedCut, SavedFile, SavedParameter
 from zeroxide.checkpoint.format.stream import saved_name
 from zeroxide.checkpoint.save.description import BUFFERS, Description
 
@@ -17,7 +17,7 @@ __all__ = ["manifest_text", "report"]
 def report(description: Description, written: Sequence[SavedFile]) -> dict[str, Any]:
     """What rank 0 needs to know of the files of this rank, as JSON."""
     pieces = [
-        [name.partition("-")[0], cut.tensor.name, _piece(name, cut).model_dump()]
+        [name.partition("-")[0], cut.tensor.name, _piece(description, name, cut).model_dump()]
         for name, cuts in description.files
         for cut in cuts
     ]
@@ -31,7 +31,7 @@ def manifest_text(description: Description, reports: Sequence[dict[str, Any]]) -
         for family, name, piece in report["pieces"]:
             pieces.setdefault((family, name), []).append(Piece(**piece))
     for found in pieces.values():
-        found.sort(key=lambda piece: piece.start)
+        found.sort(key=_place)
     manifest = Manifest(
         **description.frame,
         generators=[report["generators"] for report in reports],
@@ -59,6 +59,14 @@ def manifest_text(description: Description, reports: Sequence[dict[str, Any]]) -
     return manifest.text()
 
 
-def _piece(file: str, cut: Cut) -> Piece:
-    entry = cut.entry
-    return Piece(file=file, key=entry.key, start=cut.start, count=cut.count, dtype=saved_name(cut.tensor.dtype))
+def _place(piece: Piece) -> tuple[list[list[int]], int]:
+    return [] if piece.cut is None else piece.cut.ranges, piece.start
+
+
+def _piece(description: Description, file: str, cut: Cut) -> Piece:
+    entry, held = cut.entry, description.by_name.get(cut.tensor.name)
+    shard = None if held is None or file.startswith(BUFFERS) else held.shard
+    part = None
+    if shard is not None:
+        part = SavedCut(shape=list(shard.shape), dim=shard.dim, ranges=[list(each) for each in shard.own])
+    return Piece(file=file, key=entry.key, start=cut.start, count=cut.count, dtype=saved_name(cut.tensor.dtype), cut=part)
