@@ -114,7 +114,11 @@ class _Sections:
         given, zero_section = self.given, document.zero_optimization
         own = document.zeroxide or zeroxide.ZeroxideSection()
         grid = self._one(
-            lambda: own.mesh, ("tensor_parallel",), tensor_parallel.with_tensor_ranks, document.tensor_parallel, own.mesh
+            lambda: own.mesh,
+            ("tensor_parallel",),
+            tensor_parallel.with_tensor_ranks,
+            document.tensor_parallel,
+            own.mesh,
         )
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)

@@ -24,8 +24,8 @@ from zeroxide.device.health import DeviceHealth
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Job, Ranks, Watch, agree, start
-from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.accumulation import Accumulation, Counters
+from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
@@ -274,8 +274,7 @@ class Build:
         return self.new.get(id(param), param)
 
     def connect(self) -> None:
-        """Connects the ranks: their memory, what brings weights together, and what reduces gradients; and with them
-        the device, if that is not the host."""
+        """Connects the ranks, what brings weights together and what reduces gradients; and the device to them."""
         core, plan, units, messages = self.core(), self.plan, self.units, self.messages
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
@@ -305,9 +304,9 @@ class Build:
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers,
-            self.tensor.repeated(self.units)
+            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
+        self.updater.repeated = self.tensor.repeated(self.units)
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -322,8 +321,7 @@ class Build:
 
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
-        self.tensor.spread(self.module)
-        source = self.tensor.source(self.asked.weights)
+        source = self.tensor.spread(self.module, self.asked.weights)
         fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):

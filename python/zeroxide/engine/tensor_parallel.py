@@ -1,6 +1,6 @@
 """A model whose matrices are cut over tensor-parallel ranks, from what the caller gives to what an engine trains.
 
-From the time it is cut, everything of an engine sees a model of smaller matrices, and knows nothing of the others' parts.
+From the time it is cut, everything of an engine sees a model of smaller matrices, and knows nothing of other parts.
 """
 
 from __future__ import annotations
@@ -40,11 +40,9 @@ class Uncut:
     def restore(self) -> None:
         """Gives the parameters back what they were."""
 
-    def spread(self, module: nn.Module) -> None:
-        """Makes the values of the first rank those of all."""
-
-    def source(self, weights: WeightSource | None) -> WeightSource | None:
-        """What makes this rank's part of the weights of a model on the meta device."""
+    def spread(self, module: nn.Module, weights: WeightSource | None) -> WeightSource | None:
+        """Makes the values of the first rank those of all; returns what makes this rank's part of weights on the meta
+        device, where `weights` makes all of them."""
         return weights
 
     def attach(self, module: nn.Module, units: list[Unit]) -> None:
@@ -74,13 +72,17 @@ class TensorParallel(Uncut):
     """A model that is cut."""
 
     def __init__(self, module: nn.Module, config: Config, job: Job, watch: Watch) -> None:
-        own = config.tensor_parallel
         self.job = job
         self.group: TensorGroup = TensorGroup(job.tensor)
         self.group.waiting = watch.waiting
-        rules = find_rules(module, own.layer_specs, own.preset_model, defaults=own.use_default_specs)
+        rules = find_rules(
+            module,
+            config.tensor_parallel.layer_specs,
+            config.tensor_parallel.preset_model,
+            defaults=config.tensor_parallel.use_default_specs,
+        )
         self._sharding: Sharding = shard_model(module, rules, self.group)
-        if own.vocab_parallel_lm_head:
+        if config.tensor_parallel.vocab_parallel_lm_head:
             keep_logits_apart(module, self.group)
         self._shards = {
             name: shard
@@ -98,8 +100,8 @@ class TensorParallel(Uncut):
         self._sharding.restore()
 
     @torch.no_grad()
-    def spread(self, module: nn.Module) -> None:
-        """See `Uncut`; each of the others then has its own part, and nobody all of it."""
+    def spread(self, module: nn.Module, weights: WeightSource | None) -> WeightSource | None:
+        """See `Uncut`; each rank then has its own part, and nobody all of it."""
         full = self._sharding.full
         first = self.job.ranks.rank == 0
         for param in {id(each): each for each in module.parameters()}.values():
@@ -116,18 +118,13 @@ class TensorParallel(Uncut):
                     values = shard.take(values).clone(memory_format=torch.contiguous_format)
                 param.data = values
         full.clear()
+        kind = _CutPieces if isinstance(weights, PieceSource) else _CutSource
+        return None if weights is None else kind(weights, self._shards, self.group)
 
     def _first_of(self, values: torch.Tensor) -> torch.Tensor:
         given = in_host(values).contiguous()
         found = given if self.group.position == 0 else torch.empty_like(given)
-        return self.group.ranks.broadcast_tensor(found).to(values.device)
-
-    def source(self, weights: WeightSource | None) -> WeightSource | None:
-        """See `Uncut`."""
-        if weights is None:
-            return None
-        kind = _CutPieces if isinstance(weights, PieceSource) else _CutSource
-        return kind(weights, self._shards, self.group)
+        return self.group.broadcast(found, "sharing the first weights").to(values.device)
 
     def attach(self, module: nn.Module, units: list[Unit]) -> None:
         """See `Uncut`."""
@@ -157,7 +154,7 @@ class TensorParallel(Uncut):
 
     def align_random(self) -> None:
         """See `Uncut`: outside of what is cut, all ranks of a group drop the same."""
-        state = self.group.ranks.broadcast_tensor(torch.get_rng_state())
+        state = self.group.broadcast(torch.get_rng_state(), "aligning random numbers")
         torch.set_rng_state(state)
 
     def _check_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -166,11 +163,11 @@ class TensorParallel(Uncut):
         found = 0
         for tensor in tensors_in((args, kwargs)):
             if is_host(tensor.device):
-                found = zlib.crc32(memoryview(bytes_of(tensor).numpy()), found)
+                found = zlib.crc32(bytes_of(tensor).numpy().data, found)
         draws = module.training and drops(module)
-        drawn = zlib.crc32(memoryview(torch.get_rng_state().numpy())) if draws else 0
+        drawn = zlib.crc32(torch.get_rng_state().numpy().data) if draws else 0
         mine = torch.tensor([found, drawn], dtype=torch.int64, device=HOST)
-        rows = self.group.ranks.gather_rows(mine, "comparing the samples of tensor ranks")
+        rows = self.group.gather_rows(mine, "comparing the samples of tensor ranks")
         for column, what, remedy in (
             (0, "were given different samples", "give all ranks of a tensor-parallel group the same batch"),
             (1, "would draw different random numbers", "seed the ranks of a tensor-parallel group alike"),
@@ -178,7 +175,9 @@ class TensorParallel(Uncut):
             odd = [position for position, row in enumerate(rows.tolist()) if row[column] != rows[0][column]]
             if odd:
                 first, other = self.group.ranks.number(0), self.group.ranks.number(odd[0])
-                raise RanksError(f"ranks {first} and {other}, which share every matrix, {what}: {remedy}", ranks=(other,))
+                raise RanksError(
+                    f"ranks {first} and {other}, which share every matrix, {what}: {remedy}", ranks=(other,)
+                )
 
 
 class _CutSource:
@@ -197,7 +196,7 @@ class _CutSource:
         }
         self.weights.fill(full, modules)
         for name, each in full.items():
-            values = self.group.ranks.broadcast_tensor(each.contiguous())
+            values = self.group.broadcast(each.contiguous(), "sharing the first weights")
             if name in self.shards:
                 values = self.shards[name].take(values)
             if values is not tensors[name]:
@@ -212,9 +211,9 @@ class _CutPieces(_CutSource):
         shard = self.shards.get(name)
         if shard is None:
             for start, piece in self.weights.pieces(name, shape):
-                yield start, self.group.ranks.broadcast_tensor(piece)
+                yield start, self.group.broadcast(piece, "sharing the first weights")
             return
         full = torch.empty(shard.shape, dtype=torch.float32, device=HOST)
         for start, piece in self.weights.pieces(name, full.shape):
             full.view(-1)[start : start + piece.numel()] = piece
-        yield 0, shard.take(self.group.ranks.broadcast_tensor(full)).reshape(-1)
+        yield 0, shard.take(self.group.broadcast(full, "sharing the first weights")).reshape(-1)

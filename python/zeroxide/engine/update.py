@@ -39,7 +39,6 @@ class Updater:
         scaler: LossScaler,
         counters: Counters,
         timers: Timers,
-        repeated: frozenset[tuple[int, int]] = frozenset(),
     ) -> None:
         self.norm: float | None = None
         """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
@@ -50,8 +49,8 @@ class Updater:
         self._config = config
         self._core = core
         self._job = job
-        self._repeated = repeated
-        """Parameters whose gradients another part of the model counts in the norm."""
+        self.repeated: frozenset[tuple[int, int]] = frozenset()
+        """(unit, position) of parameters whose gradients another part of the model counts in the norm."""
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
@@ -73,7 +72,7 @@ class Updater:
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
         sum_squares, nonfinite, _ = agree_on_norm(
-            self._core(), self._job, self._groups, self._watch, repeated=self._repeated
+            self._core(), self._job, self._groups, self._watch, repeated=self.repeated
         )
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
@@ -83,7 +82,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0, self._repeated
+            core, self._job, self._groups, self._watch, self.clipping or 0.0, self.repeated
         )
         agreed = self._timers.now()
         if accumulated:

@@ -39,20 +39,21 @@ class Whole:
         raw = torch.zeros(widest * own.itemsize, dtype=torch.uint8, device=HOST)
         raw[: own.nbytes] = bytes_of(own)
         full = torch.empty(shard.shape, dtype=own.dtype, device=HOST)
-        for part, row in zip(shard.parts(), self.group.ranks.gather_rows(raw, "putting a parameter together"), strict=True):
+        rows = self.group.gather_rows(raw, "putting a parameter together")
+        for part, row in zip(shard.parts(), rows, strict=True):
             part.put(full, row[: part.numel * own.itemsize].view(own.dtype).view(part.local_shape))
         return full
 
     def part(self, param: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
-        """This rank's part, contiguous, of the first rank's `full`, contiguous and in the parameter's full shape; others
-        give memory for it."""
+        """This rank's part, contiguous, of the first rank's `full`, contiguous and in the full shape; others give
+        memory for it."""
         if self.group is None:
             return full
-        self.group.ranks.broadcast_tensor(full)
+        self.group.broadcast(full, "taking a parameter apart")
         shard = shard_of(param)
         return full if shard is None else shard.take(full).contiguous()
 
     def repeat(self, param: torch.Tensor, values: torch.Tensor) -> None:
         """Makes the first rank's values, contiguous, those of all where all have all of the parameter."""
         if self.group is not None and shard_of(param) is None:
-            self.group.ranks.broadcast_tensor(values)
+            self.group.broadcast(values, "repeating a parameter")

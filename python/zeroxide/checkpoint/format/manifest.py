@@ -41,9 +41,10 @@ __all__ = [
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
 VERSION = 4
-"""4 has parts of tensors that ranks had cut; written where there are any. 3 has a parameter's optimizer state by name. 2 had the moments of Adam beside its weights, no dtypes beyond
-`_SECOND`, and frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where that says all. 1
-held the random generators of one process; everything else reads as 2."""
+"""4 has parts of tensors that ranks had cut; 3, which is written where there are none, has a parameter's optimizer
+state by name. 2 had the moments of Adam beside its weights, no dtypes beyond `_SECOND`, and frozen weights of no other
+dtype than fp32, bf16 and fp16; it is still written where that says all. 1 held the random generators of one process;
+everything else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -218,7 +219,9 @@ class Manifest(_Section):
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
 
     def _is_cut(self) -> bool:
-        return any(piece.cut is not None for param in self.parameters for part in param.parts() for piece in param.part(part))
+        return any(
+            piece.cut is not None for param in self.parameters for part in param.parts() for piece in param.part(part)
+        )
 
     def _needs_third(self) -> bool:
         frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from zeroxide.checkpoint.format.manifest import Piece
+from zeroxide.device.placement import HOST
 from zeroxide.parallel.tensor import TensorShard
 from zeroxide.precision.bits import same_width
 
@@ -24,7 +25,11 @@ Read = Callable[[Sequence[Piece], int, int], Iterator[tuple[int, torch.Tensor]]]
 
 
 def recut(
-    parts: Sequence[tuple[TensorShard | None, list[Piece]]], start: int, count: int, shard: TensorShard | None, read: Read
+    parts: Sequence[tuple[TensorShard | None, list[Piece]]],
+    start: int,
+    count: int,
+    shard: TensorShard | None,
+    read: Read,
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(first element, elements as stored) for elements `start .. start + count` of the tensor, or of its part `shard`.
 
@@ -32,7 +37,7 @@ def recut(
     """
     for at in range(start, start + count, CHUNK):
         number = min(CHUNK, start + count - at)
-        places = torch.arange(at, at + number, device="cpu") if shard is None else shard.places(at, number)
+        places = torch.arange(at, at + number, device=HOST) if shard is None else shard.places(at, number)
         made: torch.Tensor | None = None
         for known, pieces in parts:
             if known is None:
@@ -46,7 +51,8 @@ def recut(
                 for begin, values in read(pieces, low, high - low + 1):
                     if made is None:
                         made = torch.empty(number, dtype=values.dtype, device=values.device)
-                    lower, upper = torch.searchsorted(wanted, torch.tensor([begin, begin + values.numel()])).tolist()
+                    lower = int(torch.searchsorted(wanted, begin))
+                    upper = int(torch.searchsorted(wanted, begin + values.numel()))
                     found = same_width(values)[wanted[lower:upper] - begin]
                     same_width(made)[into[lower:upper]] = found
         assert made is not None, "the parts are all of the tensor"

@@ -173,7 +173,7 @@ class Sources:
     def chunks(
         self, pieces: Sequence[Piece], start: int, count: int, shard: TensorShard | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, elements as stored) for elements `start .. start + count` of a tensor, or of its part `shard`.
+        """(first element, elements as stored) for elements `start .. start + count` of a tensor, or of its part.
 
         Each chunk is valid until the next one is taken. Reads nothing else than these elements, and what lies between
         them where that is little.

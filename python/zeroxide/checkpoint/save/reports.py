@@ -69,4 +69,6 @@ def _piece(description: Description, file: str, cut: Cut) -> Piece:
     part = None
     if shard is not None:
         part = SavedCut(shape=list(shard.shape), dim=shard.dim, ranges=[list(each) for each in shard.own])
-    return Piece(file=file, key=entry.key, start=cut.start, count=cut.count, dtype=saved_name(cut.tensor.dtype), cut=part)
+    return Piece(
+        file=file, key=entry.key, start=cut.start, count=cut.count, dtype=saved_name(cut.tensor.dtype), cut=part
+    )

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, PlainValidator, WithJsonSchema
 
@@ -19,7 +19,8 @@ from zeroxide.errors import ConfigError
 __all__ = ["TPLayerSpec", "TensorParallel", "TensorParallelSection", "resolve", "with_tensor_ranks"]
 
 _SECTION = "tensor_parallel"
-PRESETS = ("gpt2", "llama", "mistral", "mt5", "qwen2", "t5")
+Preset = Literal["gpt2", "llama", "mistral", "mt5", "qwen2", "t5"]
+PRESETS: tuple[str, ...] = get_args(Preset)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class TensorParallelSection(Section):
     enabled: Annotated[Flag | None, NoEffect("autotp_size says it")] = None
     vocab_parallel_lm_head: Flag | None = None
     """Whether the loss is computed of each rank's part of the logits, which are then never put together."""
-    preset_model: Annotated[Literal[PRESETS] | None, choice(*PRESETS)] = None
+    preset_model: Annotated[Preset, choice(*PRESETS)] | None = None
     """Whose rules are taken instead of the model's own."""
     partition_config: PartitionConfig | None = None
     tp: TensorGroupKeys | None = None
@@ -157,13 +158,18 @@ class TensorParallel(Resolved):
 
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""
-        specs = [{name: value for name, value in dataclasses.asdict(each).items() if value} for each in self.layer_specs]
+        specs = [_said(each) for each in self.layer_specs]
         return {
             f"{self.key}.vocab_parallel_lm_head": self.vocab_parallel_lm_head,
             f"{self.key}.preset_model": self.preset_model,
             f"{self.key}.partition_config.use_default_specs": self.use_default_specs,
             f"{self.key}.partition_config.layer_specs": specs or None,
         }
+
+
+def _said(spec: TPLayerSpec) -> dict[str, Any]:
+    said = {name: value for name, value in dataclasses.asdict(spec).items() if value is not None}
+    return {name: value for name, value in said.items() if value is not False}
 
 
 def tensor_ranks(section: TensorParallelSection | None) -> int | None:
@@ -207,7 +213,8 @@ def resolve(section: TensorParallelSection | None, mesh: MeshSection | None, giv
         return TensorParallel()
     rules = section.partition_config or PartitionConfig()
     specs = tuple(
-        TPLayerSpec(**{name: getattr(each, name) for name in LayerSpec.model_fields}) for each in rules.layer_specs or ()
+        TPLayerSpec(**{name: getattr(each, name) for name in LayerSpec.model_fields})
+        for each in rules.layer_specs or ()
     )
     for number, each in enumerate(specs):
         path = f"{_SECTION}.partition_config.layer_specs.{number}"

@@ -62,7 +62,8 @@ class _CrossEntropy(torch.autograd.Function):
         total, at_target = group.all_reduce(both, "sums of a cross entropy over tensor ranks")
         ctx.save_for_backward(exponentials.div_(total.unsqueeze(-1)), local, here, target != ignore_index)
         ctx.dtype = logits.dtype
-        return (total.log() - at_target).masked_fill(target == ignore_index, 0)
+        losses: torch.Tensor = (total.log() - at_target).masked_fill(target == ignore_index, 0)
+        return losses
 
     @staticmethod
     @once_differentiable

@@ -13,6 +13,8 @@ from math import prod
 
 import torch
 
+from zeroxide.device.placement import HOST
+
 __all__ = ["SHARD", "Range", "TensorShard", "cut_blocks", "shard_of"]
 
 Range = tuple[int, int]
@@ -92,8 +94,8 @@ class TensorShard:
     def places(self, start: int, count: int) -> torch.Tensor:
         """[count] int64: where in the tensor elements `start .. start + count` of this rank's part are; ascending."""
         inner = prod(self.shape[self.dim + 1 :])
-        local = torch.arange(start, start + count, device="cpu")
-        indices = torch.cat([torch.arange(first, first + number, device="cpu") for first, number in self.own])
+        local = torch.arange(start, start + count, device=HOST)
+        indices = torch.cat([torch.arange(first, first + number, device=HOST) for first, number in self.own])
         index = indices[local // inner % self.length]
         return (local // (inner * self.length) * self.shape[self.dim] + index) * inner + local % inner
 

@@ -2,9 +2,9 @@
 
 Parameters are plain tensors, each rank's own part, so that they live in an engine's units as any others do: a DTensor
 is a subclass whose storage an engine cannot move under a window. So the ways across are autograd functions around
-torch's own collectives. `torch.distributed.nn.functional.all_reduce` is none of them: its backward sums the gradients of
-the ranks, as if each had a loss of its own, while here all have one loss (Megatron-LM, arXiv 1909.08053, section 3, calls
-the two directions f and g).
+torch's own collectives. `torch.distributed.nn.functional.all_reduce` is none of them: its backward sums the gradients
+of the ranks, as if each had a loss of its own, while here all have one loss (Megatron-LM, arXiv 1909.08053, section 3,
+calls the two directions f and g).
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ class TensorGroup:
             return tensor
         # A ring sends each of `size` pieces on twice, but for one.
         self.sent += 2 * (self.size - 1) * tensor.nbytes // self.size
-        logged = COMMS.begin("all_reduce", tensor.nbytes, self.size, what="over tensor ranks") if COMMS.enabled else None
+        logged = (
+            COMMS.begin("all_reduce", tensor.nbytes, self.size, what="over tensor ranks") if COMMS.enabled else None
+        )
         with self.waiting(what):
             self._try(what, lambda: dist.all_reduce(tensor, op, group=self.ranks.group))
         COMMS.end(logged)
@@ -101,6 +103,21 @@ class TensorGroup:
             self._try(what, lambda: all_gather_single(rows.view(-1), given.view(-1), group=self.ranks.group))
         COMMS.end(logged)
         return rows
+
+    def broadcast(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """Overwrites the tensor, contiguous and in host memory, with the first rank's; returns it."""
+        with self.waiting(what):
+            return self.ranks.broadcast_tensor(tensor)
+
+    def gather_rows(self, tensor: torch.Tensor, what: str) -> torch.Tensor:
+        """[size, numel]: every rank's tensor in host memory, of one numel and dtype."""
+        with self.waiting(what):
+            return self.ranks.gather_rows(tensor, what)
+
+    def gather_objects(self, value: Any, what: str) -> list[Any]:
+        """What every rank gave, anything that JSON can hold."""
+        with self.waiting(what):
+            return self.ranks.gather_objects(value)
 
     def _try(self, what: str, act: Callable[[], Any]) -> None:
         try:
@@ -147,7 +164,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, group: TensorGroup, shard: TensorShard) -> torch.Tensor:
-        ctx.shard = last = TensorShard((*tensor.shape[:-1], shard.shape[shard.dim]), tensor.dim() - 1, shard.ranges, shard.position)
+        ctx.shard = last = TensorShard(
+            (*tensor.shape[:-1], shard.shape[shard.dim]), tensor.dim() - 1, shard.ranges, shard.position
+        )
         widest = max(part.length for part in last.parts())
         padded = torch.nn.functional.pad(tensor, (0, widest - tensor.shape[-1]))
         rows = group.all_gather(padded, "a gather over tensor ranks")

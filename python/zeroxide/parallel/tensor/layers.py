@@ -1,4 +1,4 @@
-"""Layers of which each tensor-parallel rank has a part. A module becomes one in place: `make_parallel` changes its class.
+"""Layers of which each tensor-parallel rank has a part; `make_parallel` changes a module's class to one.
 
 They are subclasses of what they were, so that `isinstance` says what it said, and their parameters keep their names.
 """
@@ -21,7 +21,9 @@ __all__ = ["ColumnEmbedding", "ColumnLinear", "RowLinear", "VocabParallelEmbeddi
 
 def is_conv1d(module: nn.Module) -> bool:
     """Whether it is Hugging Face's linear layer whose weight is [inputs, outputs], as GPT-2 has it."""
-    return any(each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils" for each in type(module).__mro__)
+    return any(
+        each.__name__ == "Conv1D" and each.__module__ == "transformers.pytorch_utils" for each in type(module).__mro__
+    )
 
 
 class _Parallel(nn.Module):
@@ -77,7 +79,7 @@ class ColumnEmbedding(_Parallel):
 
 
 class VocabParallelEmbedding(_Parallel):
-    """An embedding of which a rank has some rows; what it has no row for is zero, and the sum is the lookup, exactly."""
+    """An embedding of which a rank has some rows; what it has no row for is zero, and the sum is the exact lookup."""
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] -> [..., features], the same on all ranks."""
@@ -91,10 +93,12 @@ _made: dict[tuple[type, type], type] = {}
 
 
 def make_parallel(
-    module: nn.Module, kind: type[_Parallel], shard: TensorShard, group: TensorGroup, region: Region | None, **own: Any
+    module: Any, kind: type[_Parallel], shard: TensorShard, group: TensorGroup, region: Region | None, **own: Any
 ) -> None:
-    """Makes the module one of `kind`, whose weight is `shard` of what it was. Raises ModelError for one whose forward is
-    not that of its kind of layer."""
+    """Makes the module one of `kind`, whose weight is `shard` of what it was.
+
+    Raises ModelError for one whose forward is not that of its kind of layer.
+    """
     known = type(module)
     if kind is RowLinear and not is_conv1d(module) and known.forward is not nn.Linear.forward:
         raise ModelError(

@@ -1,8 +1,8 @@
 """What lies between layers that cut their output and those that sum: activations of which each rank has a part.
 
-Two things hold within it. Layers that take the same input, such as queries, keys and values, share its gradient, so that
-it is summed over ranks once. And random numbers differ from rank to rank, as each drops other elements, while outside
-all ranks must drop the same.
+Two things hold within it. Layers that take the same input, such as queries, keys and values, share its gradient, so
+that it is summed over ranks once. And random numbers differ from rank to rank, as each drops other elements, while
+outside all ranks must drop the same.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from zeroxide.device.placement import HOST, is_host
 from zeroxide.parallel.tensor.group import TensorGroup
 
 __all__ = ["Region", "drops"]
@@ -74,9 +75,9 @@ class Region:
     def _begin_random(self, device: torch.device) -> None:
         """Random numbers that follow from those outside, which all ranks have alike, and from the rank: so a forward
         that activation checkpointing repeats drops the same."""
-        drawn = int(torch.randint(0, 1 << 62, (), device="cpu"))
+        drawn = int(torch.randint(0, 1 << 62, (), device=HOST))
         seed = (drawn + (self.group.position + 1) * _GOLDEN) % (1 << 63)
-        on_device = torch.get_device_module() if device.type != "cpu" else None
+        on_device = None if is_host(device) else torch.get_device_module()
         self._outside = torch.get_rng_state(), None if on_device is None else on_device.get_rng_state()
         torch.default_generator.manual_seed(seed)
         if on_device is not None:

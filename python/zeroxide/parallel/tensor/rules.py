@@ -82,13 +82,16 @@ def _by_plan(module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, 
             )
         for name in whole:
             assert rule is not None
-            yield name, LayerRule(
-                rule.kind,
-                rule.blocks,
-                gather_output=rule.gather_output,
-                split_input=rule.split_input,
-                grad_allreduce=rule.grad_allreduce,
-                origin=f'tp_plan "{style}"',
+            yield (
+                name,
+                LayerRule(
+                    rule.kind,
+                    rule.blocks,
+                    gather_output=rule.gather_output,
+                    split_input=rule.split_input,
+                    grad_allreduce=rule.grad_allreduce,
+                    origin=f'tp_plan "{style}"',
+                ),
             )
 
 

@@ -1,7 +1,7 @@
 """Cuts a model in place: each rank keeps its part of every matrix that has a rule.
 
-Weights are first views of what the model has, so that a construction that fails leaves it as it was; `spread` makes them
-those of the group's first rank, and lets go of the rest.
+Weights are first views of what the model has, so that a construction that fails leaves it as it was; an engine then
+makes them those of the group's first rank, and lets go of the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 from zeroxide.parallel.tensor.cross_entropy import causal_lm_loss
-from zeroxide.parallel.tensor.cut import SHARD, TensorShard, cut_blocks, shard_of
+from zeroxide.parallel.tensor.cut import SHARD, Range, TensorShard, cut_blocks, shard_of
 from zeroxide.parallel.tensor.group import TensorGroup
 from zeroxide.parallel.tensor.layers import (
     ColumnEmbedding,
@@ -31,7 +31,10 @@ from zeroxide.parallel.tensor.layers import (
 from zeroxide.parallel.tensor.region import Region
 from zeroxide.parallel.tensor.spec import LayerRule
 
-__all__ = ["Sharding", "shard_model"]
+__all__ = ["Sharding", "keep_logits_apart", "shard_model"]
+
+Ranges = tuple[tuple[Range, ...], ...]
+"""By rank, see `TensorShard`."""
 
 _HEAD_SIZES = ("head_dim", "key_value_proj_dim", "attention_head_size", "head_size")
 _COUNTS = (
@@ -54,7 +57,7 @@ class _Layer:
     """One module that is cut."""
 
     name: str
-    module: nn.Module
+    module: Any
     rule: LayerRule
     dim: int
     """Of the weight, that is cut."""
@@ -96,7 +99,7 @@ def shard_model(
     """
     layers = [found for name, rule in rules.items() if (found := _layer(module, name, rule)) is not None]
     owners = _owners(module, layers)
-    cuts = {}
+    cuts: dict[str, Ranges] = {}
     for owner, members in owners.items():
         cuts |= _cut(module.get_submodule(owner), owner, members, group)
     shards = _shards(layers, cuts, group)
@@ -123,7 +126,7 @@ def _layer(module: nn.Module, name: str, rule: LayerRule) -> _Layer | None:
     else:
         raise ModelError(
             f"{name} is a {type(found).__name__}, which {rule.origin} asks to cut: expected nn.Linear, nn.Embedding or "
-            "Conv1D; adapters come after, and layers of other kinds stay as they are with partition_type \"skip\"",
+            'Conv1D; adapters come after, and layers of other kinds stay as they are with partition_type "skip"',
             name=name,
         )
     weight = found.weight
@@ -159,7 +162,7 @@ def _is_region(members: list[_Layer]) -> bool:
     return any(not _alone(each) for each in members)
 
 
-def _cut(owner: nn.Module, name: str, members: list[_Layer], group: TensorGroup) -> dict[str, Any]:
+def _cut(owner: nn.Module, name: str, members: list[_Layer], group: TensorGroup) -> dict[str, Ranges]:
     """The ranges of every rank of each layer, by its name: layers that work on the same parts are cut alike."""
     found = {}
     together = [each for each in members if not _alone(each)]
@@ -199,7 +202,7 @@ def _head_size(owner: nn.Module, name: str, members: list[_Layer]) -> int:
     return 1
 
 
-def _shards(layers: list[_Layer], cuts: Mapping[str, Any], group: TensorGroup) -> dict[int, TensorShard]:
+def _shards(layers: list[_Layer], cuts: Mapping[str, Ranges], group: TensorGroup) -> dict[int, TensorShard]:
     """How each weight is cut, by its id. Raises ModelError where two layers that share one cut it in two ways."""
     found: dict[int, TensorShard] = {}
     for layer in layers:
@@ -233,9 +236,7 @@ def _summed(module: nn.Module, rules: Mapping[str, LayerRule]) -> list[nn.Parame
     return list(found.values())
 
 
-def _make(
-    layer: _Layer, cut: Any, made: Sharding, region: Region | None, shards: Mapping[int, TensorShard]
-) -> None:
+def _make(layer: _Layer, cut: Ranges, made: Sharding, region: Region | None, shards: Mapping[int, TensorShard]) -> None:
     module, rule, group = layer.module, layer.rule, made.group
     shard = shards.get(id(module.weight)) or shard_of(module.weight)
     assert shard is not None
@@ -268,7 +269,7 @@ def _take(param: nn.Parameter, shard: TensorShard, made: Sharding) -> None:
     setattr(param, SHARD, shard)
 
 
-def _localise(owner: nn.Module, members: list[_Layer], cuts: Mapping[str, Any]) -> None:
+def _localise(owner: nn.Module, members: list[_Layer], cuts: Mapping[str, Ranges]) -> None:
     """Numbers that the module keeps of all heads become those of this rank's."""
     layer = next(each for each in members if not _alone(each))
     shard = shard_of(layer.module.weight)
@@ -279,7 +280,7 @@ def _localise(owner: nn.Module, members: list[_Layer], cuts: Mapping[str, Any]) 
             setattr(owner, name, value * shard.length // sum(layer.blocks))
 
 
-def keep_logits_apart(module: nn.Module, group: TensorGroup) -> None:
+def keep_logits_apart(module: Any, group: TensorGroup) -> None:
     """Lets a causal model's loss be computed of each rank's logits, which are not put together any more.
 
     Raises ModelError for a model that computes no loss by its `loss_function`, or whose head is not cut.
@@ -287,14 +288,14 @@ def keep_logits_apart(module: nn.Module, group: TensorGroup) -> None:
     head = getattr(module, "lm_head", None)
     if not isinstance(head, ColumnLinear) or not head.gathers:
         raise ModelError(
-            f"tensor_parallel.vocab_parallel_lm_head: {type(module).__name__} has no lm_head that is cut by column with "
-            "all of its output: leave the key out",
+            f"tensor_parallel.vocab_parallel_lm_head: {type(module).__name__} has no lm_head that is cut by "
+            "column with all of its output: leave the key out",
             name="lm_head",
         )
     if "loss_function" not in unwrap(type(module).forward).__code__.co_names:
         raise ModelError(
-            f"tensor_parallel.vocab_parallel_lm_head: {type(module).__name__} computes its loss of all logits by itself: "
-            "leave the key out",
+            f"tensor_parallel.vocab_parallel_lm_head: {type(module).__name__} computes its loss of all logits by "
+            "itself: leave the key out",
             name="lm_head",
         )
     ((first, _),) = head.weight_shard.own

@@ -25,9 +25,9 @@ from torch import nn
 
 from zeroxide.device.placement import HOST, in_host
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.absent import AbsentValues
 from zeroxide.params.callers import called_by
-from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
 from zeroxide.zero.buffers import set_buffer
@@ -104,7 +104,9 @@ class StateDicts:
                 self.given_whole[sharded.ident] = weakref.ref(known)
             destination[prefix + name] = known
 
-    def _save_own(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+    def _save_own(
+        self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         sharded_params = {
             name: sharded
             for name, param in module._parameters.items()
@@ -166,8 +168,9 @@ class StateDicts:
             yield
             return
         line = (
-            f"rank {ranks.number(ranks.rank)} has waited {self.patience:.0f} s for the other ranks to ask for the state of "
-            f"{first.name}: at stage 3, and where matrices are cut, every rank must call state_dict, and what builds on it, such as save_pretrained"
+            f"rank {ranks.number(ranks.rank)} has waited {self.patience:.0f} s for the other ranks to ask for the "
+            f"state of {first.name}: at stage 3, and where matrices are cut, every rank must call state_dict, and what "
+            "builds on it, such as save_pretrained"
         )
         timer = threading.Timer(self.patience, logger.warning, [line])
         timer.daemon = True
@@ -273,10 +276,10 @@ def load_full_state_dict(
     }
     given = {plain_name(name): value for name, value in given.items()}
     found_problems = list(_problems(context, targets, given, strict, {plain_name(name) for name in may_miss}))
-    found = [found_problems, [n for n in targets if n in given]]
+    said = [found_problems, [n for n in targets if n in given]]
     if context.whole.group is not None:
-        found = context.whole.group.ranks.gather_objects(found)[0]
-    problems, names = context.ranks.gather_objects(found)[0]
+        said = context.whole.group.gather_objects(said, "whether a state dict fits")[0]
+    problems, names = context.ranks.gather_objects(said)[0]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"load_module_state_dict: {problems[0]}{more}")
