@@ -23,6 +23,7 @@ from zeroxide.config.sections.optimizer import OptimizerSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
 from zeroxide.config.sections.scheduler import SchedulerSection
+from zeroxide.config.sections.sequence import SequenceKeys
 from zeroxide.config.sections.unbuilt import UnbuiltKeys
 from zeroxide.config.sections.zero import ZeroSection, stage_of_switch
 from zeroxide.config.sections.zeroxide import ZeroxideSection
@@ -31,7 +32,7 @@ __all__ = ["Document"]
 
 
 # The keys of the last base come first.
-class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
+class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, SequenceKeys, BatchKeys):
     """The whole config."""
 
     optimizer: OptimizerSection | None = None

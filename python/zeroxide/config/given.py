@@ -30,6 +30,8 @@ class Given:
     """The model of the whole document, for suggestions."""
     world_size: int = 1
     no_effect: list[tuple[str, str]] = field(default_factory=list)
+    sequence: int | None = None
+    """Ranks that share the sequences of a batch, as an `mpu` says."""
 
     def params(self, model: type[S], section: str, data: Mapping[str, Any]) -> S:
         """`data`, the keys in `section`.params, as a `model`. Raises ConfigError as `validate` does."""

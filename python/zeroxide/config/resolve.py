@@ -31,6 +31,7 @@ from zeroxide.config.sections import (
     zeroxide,
 )
 from zeroxide.config.sections.precision import Dtype
+from zeroxide.config.sections.sequence import SequenceKeys, shared
 from zeroxide.config.shortcuts import Shortcuts
 from zeroxide.errors import ConfigError
 
@@ -46,15 +47,17 @@ def resolve(
     world_size: int,
     origin: str,
     own_dtype: Callable[[], Dtype] | None = None,
+    sequence: int | None = None,
 ) -> Config:
     """Return the config that `data` (a parsed document) and `keywords` (shortcuts) come to on `world_size` processes.
 
-    `own_dtype` is as for `load`. Raises `ConfigError`.
+    `own_dtype` and `sequence` are as for `load`. Raises `ConfigError`.
     """
     no_effect: list[tuple[str, str]] = []
     document = validate(Document, data, origin=origin, no_effect=no_effect)
     shortcuts = validate(Shortcuts, keywords, origin="keyword arguments", no_effect=[])
-    return _Sections(Given(shortcuts, origin, Document, world_size, no_effect)).resolve(document, data, own_dtype)
+    given = Given(shortcuts, origin, Document, world_size, no_effect, sequence)
+    return _Sections(given).resolve(document, data, own_dtype)
 
 
 def examine(data: Mapping[str, Any], *, world_size: int, origin: str) -> tuple[Config | None, list[ConfigError]]:
@@ -112,6 +115,8 @@ class _Sections:
         """What the document comes to, with defaults for sections that have errors."""
         given, zero_section = self.given, document.zero_optimization
         own = document.zeroxide or zeroxide.ZeroxideSection()
+        named = (*SequenceKeys.model_fields, "zeroxide")
+        axes = self._one(lambda: own.mesh, named, shared, own.mesh, document, given)
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")
@@ -126,11 +131,11 @@ class _Sections:
                 own_dtype,
                 given,
             ),
-            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, own.mesh),
+            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, axes),
             gradients=clipping,
             zero=sharding,
             mesh=self._one(
-                None, ("zero_optimization", "zeroxide"), mesh.resolve, own.mesh, zero_section, sharding.stage, given
+                None, ("zero_optimization", "zeroxide"), mesh.resolve, axes, zero_section, sharding.stage, given
             ),
             optimizer=self._one(None, ("optimizer",), optimizer.resolve, document.optimizer, given),
             scheduler=self._one(None, ("scheduler",), scheduler.resolve, document.scheduler, given),

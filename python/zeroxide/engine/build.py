@@ -37,6 +37,7 @@ from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.sequences import SharedSequences, share_sequences
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
@@ -92,6 +93,8 @@ class Build:
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
+    sequences: SharedSequences | None
+    """Who shares the sequences of a batch; None where nobody does."""
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
@@ -148,10 +151,13 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.shortcuts)
+        self.config = load(
+            asked.config, world_size=self.world.world, own_dtype=own, sequence=asked.sequence, **asked.shortcuts
+        )
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
+        self.sequences = share_sequences(self.job, asked.mpu)
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
 
@@ -425,6 +431,7 @@ class Build:
                 given=config if isinstance(config, dict) else dict(self.config.source),
                 config=self.config,
                 job=self.job,
+                sequences=self.sequences,
                 ranks=self.ranks,
                 watch=self.watch,
                 plan=self.plan,

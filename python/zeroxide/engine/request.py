@@ -28,4 +28,7 @@ class Request:
     collate_fn: Callable[..., Any] | None = None
     config: dict[str, Any] | str | Path | None = None
     weights: WeightSource | None = None
+    mpu: Any = None
+    sequence: int | None = None
+    """Ranks that share the sequences of a batch, as `mpu` or `mesh_param` says."""
     shortcuts: dict[str, Any] = field(default_factory=dict)

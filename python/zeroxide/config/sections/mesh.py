@@ -30,7 +30,7 @@ class MeshSection(Section):
     """Ranks in a group, each of which has a shard."""
     pp: Annotated[Count | None, NotBuilt("pipeline parallelism", neutral=(1,))] = None
     """Stages of a pipeline."""
-    sp: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
+    sp: Count | None = None
     """Ranks that share the sequences of a batch."""
     tp: Annotated[Count | None, NotBuilt("tensor parallelism", neutral=(1,))] = None
     """Ranks that share every matrix."""
@@ -101,6 +101,15 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
     not shard what is to be sharded in groups.
     """
     others = other_axes(section)
+    hpz = None if zero is None else zero.zero_hpz_partition_size
+    if others["sp"] > 1 and hpz is not None and hpz > 1:
+        raise ConfigError(
+            f"{_HPZ} = {hpz} with {others['sp']} ranks that share sequences: they belong to one shard group; name "
+            f"{_MESH}.dp_shard, the shard groups' ranks over that",
+            path=_HPZ,
+            expected="1",
+            got=str(hpz),
+        )
     axes = _data_axes(section, zero, stage, batch_ranks(section, given))
     if axes is None and max(others.values()) == 1:
         return None

@@ -23,7 +23,17 @@ from torch.autograd.function import once_differentiable
 from zeroxide.distributed import COMMS, first_line
 from zeroxide.errors import ModelError, RanksError
 
-__all__ = ["Exchange", "Heads", "gather_numbers", "to_heads", "to_sequence"]
+__all__ = ["EXCHANGES", "Exchange", "Heads", "gather_numbers", "to_heads", "to_sequence"]
+
+
+@dataclass
+class _Exchanges:
+    """What this process has exchanged of sequences."""
+
+    count: int = 0
+
+
+EXCHANGES = _Exchanges()
 
 Blocks = tuple[tuple[int, int], ...]
 """(first, end) of each rank."""
@@ -159,6 +169,7 @@ class _Travel(torch.autograd.Function):
 def _travel(
     exchange: Exchange, there: bool, blocks: tuple[Blocks, ...], tensors: Sequence[torch.Tensor]
 ) -> tuple[torch.Tensor, ...]:
+    EXCHANGES.count += 1
     dims = (exchange.head_dim, exchange.sequence_dim)
     # [heads, tokens, ...]: what goes to a rank is a block of rows, or of columns.
     given = [tensor.movedim(dims, (0, 1)) for tensor in tensors]
@@ -193,7 +204,8 @@ def _rows(parts: list[torch.Tensor], block: Blocks) -> torch.Tensor:
     """All heads from the blocks of each rank; what several ranks have of a head is summed."""
     if all(before[1] == after[0] for before, after in zip(block, block[1:], strict=False)):
         return torch.cat(parts, 0)
-    total = torch.zeros((block[-1][1], *parts[0].shape[1:]), dtype=torch.float32, device=parts[0].device)
+    wide = torch.promote_types(parts[0].dtype, torch.float32)
+    total = torch.zeros((block[-1][1], *parts[0].shape[1:]), dtype=wide, device=parts[0].device)
     for (first, end), part in zip(block, parts, strict=True):
         total[first:end] += part
     return total.to(parts[0].dtype)

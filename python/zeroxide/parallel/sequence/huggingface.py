@@ -407,7 +407,9 @@ def _add(made: Registration, model: Any, core: str) -> None:
         raise
     if model.config._attn_implementation != name:
         made.unregister()
-        raise ModelError(f"{type(model).__name__} does not let its attention be chosen: ranks cannot share its sequences")
+        raise ModelError(
+            f"{type(model).__name__} does not let its attention be chosen: ranks cannot share its sequences"
+        )
     made.undo.append(lambda: model.set_attn_implementation(core))
     hook = model.register_forward_pre_hook(_NeedsPositions(made.attention), with_kwargs=True)
     made.undo.append(hook.remove)

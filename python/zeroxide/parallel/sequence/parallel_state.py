@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class SequenceParallelState:
     """The groups of one rank; an `mpu` that `initialize` takes."""
 
@@ -50,9 +50,12 @@ class SequenceParallelState:
     """Both together: all ranks over whose tokens a loss is averaged."""
     default_group: Any
     """The process group of all ranks that they were made in."""
+    asked: bool = False
+    """Whether somebody has asked for the sequence group, to exchange something in it."""
 
     def get_sequence_parallel_group(self) -> ProcessGroup:
         """Ranks that share sequences."""
+        self.asked = True
         return self.sequence_group
 
     def get_sequence_parallel_world_size(self) -> int:

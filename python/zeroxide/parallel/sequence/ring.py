@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from zeroxide.device.placement import is_host
 from zeroxide.errors import ModelError, TensorError
-from zeroxide.parallel.sequence.exchange import gather_numbers
+from zeroxide.parallel.sequence.exchange import EXCHANGES, gather_numbers
 from zeroxide.parallel.sequence.parallel_state import get_sequence_parallel_group
 
 __all__ = ["ring_attention"]
@@ -66,6 +66,7 @@ def ring_attention(
             expected=f"a divisor of {query.shape[1]}",
             got=str(key.shape[1]),
         )
+    EXCHANGES.count += 1
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -81,7 +82,9 @@ def _rings() -> tuple[Callable[..., Any], Callable[..., Any]]:
             _templated_ring_attention_backward,
         )
     except ImportError as error:
-        raise ModelError(f"torch {torch.__version__} has no ring attention that is known here: use torch 2.15") from error
+        raise ModelError(
+            f"torch {torch.__version__} has no ring attention that is known here: use torch 2.15"
+        ) from error
     return _templated_ring_attention, _templated_ring_attention_backward
 
 

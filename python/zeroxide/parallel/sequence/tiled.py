@@ -87,9 +87,7 @@ def sequence_tiled_compute(
     owner = [getattr(fn, "__self__", fn), *passed.values()]
     found = [each for each in owner if isinstance(each, nn.Module)]
     params = list(compute_params) if compute_params is not None else _of_modules(found)
-    work = _Work(
-        lambda given: fn(**given), cut, passed, params, shards, dim=1, out_dim=output_unshard_dimension
-    )
+    work = _Work(lambda given: fn(**given), cut, passed, params, shards, dim=1, out_dim=output_unshard_dimension)
     output = work.run(output_reduction)
     return output
 
@@ -179,7 +177,9 @@ def _parameters(module: Any, given: Sequence[torch.Tensor] | None, call: str) ->
     if given is not None:
         return [each for each in given if each.requires_grad]
     if not isinstance(module, nn.Module):
-        raise ModelError(f"{call}: {type(module).__name__} is no module: give compute_params, the parameters that are used")
+        raise ModelError(
+            f"{call}: {type(module).__name__} is no module: give compute_params, the parameters that are used"
+        )
     return _of_modules([module])
 
 
@@ -311,9 +311,7 @@ class _Sums:
 
     def all(self) -> list[torch.Tensor | None]:
         """They, in the dtypes of what they are of."""
-        return [
-            None if each is None else each.to(of.dtype) for each, of in zip(self.found, self.taking, strict=True)
-        ]
+        return [None if each is None else each.to(of.dtype) for each, of in zip(self.found, self.taking, strict=True)]
 
 
 class _Tiled(torch.autograd.Function):
@@ -400,9 +398,7 @@ class _Random:
         if where.type == "cuda":
             device = (where.index or 0, torch.cuda.get_rng_state(where))
         kind = where.type
-        return cls(
-            torch.get_rng_state(), device, kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        )
+        return cls(torch.get_rng_state(), device, kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
 
     @contextmanager
     def again(self) -> Iterator[None]:
