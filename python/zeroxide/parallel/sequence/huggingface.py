@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from zeroxide.distributed import first_line
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.parallel.sequence.exchange import Exchange, Heads, to_heads, to_sequence
 from zeroxide.parallel.sequence.layout import SequenceLayout, gather_layout
@@ -311,7 +312,13 @@ def _config_of(given: nn.Module | str) -> Any:
     if isinstance(given, str):
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(given)
+        try:
+            return AutoConfig.from_pretrained(given)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"model_name_or_path {given!r}: transformers finds no config there: {first_line(error)}",
+                path="model_name_or_path",
+            ) from error
     config = getattr(given, "config", None)
     if config is None or not hasattr(given, "set_attn_implementation"):
         raise ModelError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeroxide.parallel.sequence.parallel_state import get_sequence_parallel_group
+from zeroxide.parallel.sequence.parallel_state import known_state
 
 __all__ = ["average_over_tokens"]
 
@@ -22,7 +22,7 @@ def average_over_tokens(loss: torch.Tensor, tokens: torch.Tensor | int, group: A
     Backward gives this rank's loss the weight ranks * tokens_r / all tokens: gradients that are averaged over the ranks
     afterwards, as the engine does, are those of the result. Where no token counts at all, the result is 0.
     """
-    group = get_sequence_parallel_group() if group is None else group
+    group = known_state().sequence_group if group is None else group
     count = torch.as_tensor(tokens, device=loss.device).detach().to(torch.float64).reshape(())
     result: torch.Tensor = _Average.apply(loss, count, group)
     return result

@@ -33,6 +33,7 @@ __all__ = [
     "get_sequence_parallel_rank",
     "get_sequence_parallel_world_size",
     "initialize_sequence_parallel",
+    "known_state",
     "sequence_parallel_is_initialized",
 ]
 
@@ -187,7 +188,8 @@ def sequence_parallel_is_initialized() -> bool:
     return current_state() is not None
 
 
-def _known() -> SequenceParallelState:
+def known_state() -> SequenceParallelState:
+    """The state of this process. Raises RanksError where there are no sequence groups."""
     state = current_state()
     if state is None:
         raise RanksError("there are no sequence groups: call initialize_sequence_parallel(size) in every rank first")
@@ -196,7 +198,7 @@ def _known() -> SequenceParallelState:
 
 def get_sequence_parallel_group() -> ProcessGroup:
     """Ranks that share sequences with this one. Raises RanksError where there are no sequence groups."""
-    return _known().get_sequence_parallel_group()
+    return known_state().get_sequence_parallel_group()
 
 
 def get_sequence_parallel_world_size() -> int:
@@ -213,29 +215,29 @@ def get_sequence_parallel_rank() -> int:
 
 def get_data_parallel_group() -> ProcessGroup:
     """Ranks that have the same part of other sequences. Raises RanksError where there are no sequence groups."""
-    return _known().get_data_parallel_group()
+    return known_state().get_data_parallel_group()
 
 
 def get_data_parallel_world_size() -> int:
     """How many sequence groups there are. Raises RanksError where there are none."""
-    return _known().get_data_parallel_world_size()
+    return known_state().get_data_parallel_world_size()
 
 
 def get_data_parallel_rank() -> int:
     """Which of the sequence groups this rank is in. Raises RanksError where there are none."""
-    return _known().get_data_parallel_rank()
+    return known_state().get_data_parallel_rank()
 
 
 def get_sequence_data_parallel_group() -> ProcessGroup:
     """Ranks over whose tokens a loss is averaged. Raises RanksError where there are no sequence groups."""
-    return _known().get_sequence_data_parallel_group()
+    return known_state().get_sequence_data_parallel_group()
 
 
 def get_sequence_data_parallel_world_size() -> int:
     """How many ranks those are. Raises RanksError where there are no sequence groups."""
-    return _known().get_sequence_data_parallel_world_size()
+    return known_state().get_sequence_data_parallel_world_size()
 
 
 def get_sequence_data_parallel_rank() -> int:
     """This rank's number among them. Raises RanksError where there are no sequence groups."""
-    return _known().get_sequence_data_parallel_rank()
+    return known_state().get_sequence_data_parallel_rank()

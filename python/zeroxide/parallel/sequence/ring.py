@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from zeroxide.device.placement import is_host
 from zeroxide.errors import ModelError, TensorError
 from zeroxide.parallel.sequence.exchange import EXCHANGES, gather_numbers
-from zeroxide.parallel.sequence.parallel_state import get_sequence_parallel_group
+from zeroxide.parallel.sequence.parallel_state import known_state
 
 __all__ = ["ring_attention"]
 
@@ -42,7 +42,7 @@ def ring_attention(
     Raises TensorError where shapes do not go together, on all ranks alike where those of ranks do not, and ModelError
     for tensors on a device and for a torch that has no ring.
     """
-    group = get_sequence_parallel_group() if group is None else group
+    group = known_state().sequence_group if group is None else group
     ring, back = _rings()
     if not is_host(query.device):
         raise ModelError(
