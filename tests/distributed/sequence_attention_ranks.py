@@ -1,6 +1,6 @@
 """Attention over sequences that ranks share, beside torch's on whole sequences, and what is refused.
 
-Every rank prints a line "FOUND {...}" of JSON: for each check what came out. `REFUSED` checks print the line of the error.
+Every rank prints a line "FOUND {...}" of JSON: what came out of each check, or the line of its error.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ for losses, and in fp64 to tell how far from the truth fp32 is after as many ste
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -204,8 +203,8 @@ def main() -> None:
                 known[key] = {dtype: oracle(case, dtype) for dtype in (torch.float32, torch.float64)}
             (plain, fp32), (_, truth) = (known[key][dtype] for dtype in (torch.float32, torch.float64))
             found |= {"plain": plain, "off": apart(weights, truth), "plain_off": apart(fp32, truth)}
-            found["moved"] = apart({name: value for name, value in build(case).named_parameters()}, truth)
-        print("CASE", json.dumps(copy.copy(found)), flush=True)
+            found["moved"] = apart(dict(build(case).named_parameters()), truth)
+        print("CASE", json.dumps(found), flush=True)
         dist.barrier()
     dist.destroy_process_group()
 

@@ -43,8 +43,8 @@ def heads(queries: int, keys: int, world: int) -> tuple[list[int], list[int]]:
 
 
 def test_attention_is_that_of_whole_sequences(found):
-    """Catches: heads of another rank, tokens in another order, a key head for the wrong query heads, a gradient of a key
-    head that only the last rank's adds to."""
+    """Catches: heads of another rank, tokens in another order, a key head for the wrong query heads, a gradient
+    of a key head that only the last rank's adds to."""
     for rank in found:
         assert [each["case"] for each in rank["spread"]] == HEADS * 2
         for each in rank["spread"]:
@@ -89,8 +89,8 @@ def test_a_loss_over_tokens_counts_every_token_alike(found):
 
 
 def test_windows_and_documents_of_a_model_that_is_loaded_later(found):
-    """Catches: a window over a rank's own tokens alone, documents that see one another, a patch that stays. One block of
-    fp32 with outputs of about 1."""
+    """Catches: a window over a rank's own tokens alone, documents that see one another, a patch that stays. One block
+    of fp32 with outputs of about 1."""
     for rank in found:
         assert max(rank["windows"]["one"], rank["windows"]["packed"]) <= 1e-6
         assert rank["windows"]["one undone"]
@@ -165,5 +165,7 @@ def test_what_cannot_be_is_refused_in_one_line_by_every_rank(found):
             assert words.format(world=len(found)) in lines[name], name
         assert all("\n" not in line for line in lines.values())
         assert lines["ranks differ"].startswith("TensorError: DistributedAttention: ranks of a sequence group have")
-        expected = "TensorError: DistributedAttention: key is" if rank == 0 else "ModelError: DistributedAttention: rank 0"
+        expected = (
+            "TensorError: DistributedAttention: key is" if rank == 0 else "ModelError: DistributedAttention: rank 0"
+        )
         assert lines["one rank's shapes"].startswith(expected)

@@ -2,9 +2,9 @@
 
 Tolerances. A loss is a mean over tokens, each the difference of a logarithm and a logit of fp32: 2e-6 relative. Weights
 after 20 steps: the oracle in fp32 is some distance from the oracle in fp64, which is what roundings of one order of the
-sums come to. Another order of the same sums is another draw of the same roundings; its largest distance over a parameter
-may be 4 times the other's, and 4 units in the last place of the largest weight more where that one happens to be small.
-What training moves is thousands of times more.
+sums come to. Another order of the same sums is another draw of the same roundings; its largest distance over a
+parameter may be 4 times the other's, and 4 units in the last place of the largest weight more where that one happens to
+be small. What training moves is thousands of times more.
 """
 
 from __future__ import annotations
@@ -63,9 +63,7 @@ def found(request, tmp_path_factory) -> list[tuple[Case, list[dict[str, Any]]]]:
     results = run_ranks(request.param, PROGRAM, [str(path)], timeout=280)
     for result in results:
         assert result.code == 0, result.err
-    said = [
-        [json.loads(line[5:]) for line in result.out.splitlines() if line.startswith("CASE")] for result in results
-    ]
+    said = [[json.loads(line[5:]) for line in result.out.splitlines() if line.startswith("CASE")] for result in results]
     assert [each["name"] for each in said[0]] == [each["name"] for each in asked]
     return list(zip(asked, map(list, zip(*said, strict=True)), strict=True))
 
@@ -113,8 +111,8 @@ def test_batches_count_ranks_that_take_other_samples(found):
 def test_bytes_are_those_of_the_formula(found):
     """Catches: positions that are told again by every layer, a message that the formula does not have.
 
-    See `test_sequence_attention.py`. Each micro-batch, two a step, has 2 layers, whose exchanges go there and back in forward,
-    and in backward; where activations are computed again, so are their exchanges.
+    See `test_sequence_attention.py`. Each micro-batch, two a step, has 2 layers, whose exchanges go there and back in
+    forward, and in backward; where activations are computed again, so are their exchanges.
     """
     for case, ranks in found:
         queries, keys = (6, 2) if case.get("family", "llama") == "llama" else (4, 4)

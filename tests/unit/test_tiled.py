@@ -117,7 +117,7 @@ def test_autocast_is_that_of_forward_again():
 
 
 def test_gradients_of_bf16_are_summed_in_fp32():
-    """Catches: a sum over tiles in bf16, which stands still where a tile adds less than half a unit in the last place."""
+    """Catches: a sum over tiles in bf16, which stands still where a tile adds less than half a unit of it."""
     weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
     module = nn.Module()
     module.weight = weight
@@ -189,8 +189,8 @@ def test_tiles_keep_their_input_alone_and_make_nothing_larger_than_a_tile():
     """Catches: activations of tiles that are kept, and hidden activations of all tokens, in forward or backward."""
     x, gradient = inputs(64)
     whole, tiled = made(), made(8)
-    expected, all_of_it = kept(lambda: whole(x), whole)
-    output, of_tiles = kept(lambda: tiled(x), tiled)
+    _, all_of_it = kept(lambda: whole(x), whole)
+    _, of_tiles = kept(lambda: tiled(x), tiled)
     # The input; and of the whole the hidden activations before and after gelu as well.
     assert of_tiles == x.nbytes
     assert all_of_it == x.nbytes + 2 * 4 * x.nbytes

@@ -28,7 +28,7 @@ _CUTS = (
 def sequence_size(mpu: Any, mesh_param: Any) -> int | None:
     """How many ranks share the sequences of a batch, as `initialize`'s arguments say; None where they do not.
 
-    mpu: an object with `get_sequence_parallel_world_size`, as `UlyssesSPAttentionHF.register_with_transformers` returns.
+    mpu: has `get_sequence_parallel_world_size`, as what `UlyssesSPAttentionHF.register_with_transformers` returns.
     mesh_param: (groups of ranks with different samples, ranks that share sequences), as DeepSpeed takes it.
 
     Raises ConfigError for an `mpu` that cuts the model or does not say, and for a `mesh_param` that is not that.
@@ -53,7 +53,7 @@ def sequence_size(mpu: Any, mesh_param: Any) -> int | None:
                 expected=str(dist.get_world_size()),
                 got=str(numbers[0] * numbers[1]),
             )
-        return numbers[1]
+        return int(numbers[1])
     if mpu is None:
         return None
     for name in _CUTS:
@@ -83,14 +83,11 @@ def share_sequences(job: Job, mpu: Any) -> SharedSequences | None:
     if size == 1:
         return None
     if mpu is not None:
-        mine, theirs = (
-            job.mesh.group("sp").ranks,
-            tuple(dist.get_process_group_ranks(mpu.get_sequence_parallel_group())),
-        )
+        mine, theirs = [*job.mesh.group("sp").ranks], dist.get_process_group_ranks(mpu.get_sequence_parallel_group())
         if mine != theirs:
             raise RanksError(
-                f"rank {job.world.rank} shares sequences with ranks {list(theirs)} by the mpu, and with {list(mine)} by "
-                "the mesh: expected neighbours, in order"
+                f"rank {job.world.rank} shares sequences with ranks {theirs} by the mpu, and with {mine} by the mesh: "
+                "expected neighbours, in order"
             )
     return SharedSequences(initialize_sequence_parallel(size, mesh=job.mesh))
 

@@ -31,8 +31,8 @@ def chunked_cross_entropy(
     """-log softmax(logits)[target], fp32: what `torch.nn.functional.cross_entropy` gives of fp32 logits.
 
     logits: (..., vocabulary), fp32, bf16 or fp16; target: (...), int64, `ignore_index` where no loss counts. reduction:
-    "mean" over the targets that count, "sum", or "none" for one loss a target. block_rows: rows that are fp32 at a time,
-    as many as 64 MiB hold if None. backend: "auto" or "torch", which are one.
+    "mean" over the targets that count, "sum", or "none" for one loss a target. block_rows: rows that are fp32 at a
+    time, as many as 64 MiB hold if None. backend: "auto" or "torch", which are one.
 
     Raises TensorError where shapes or dtypes do not go together, and ValueError for another reduction or backend.
     """
@@ -57,7 +57,7 @@ def chunked_cross_entropy(
         )
     if block_rows is None:
         block_rows = max(1, BLOCK_BYTES // (4 * logits.shape[-1]))
-    elif isinstance(block_rows, bool) or not isinstance(block_rows, int) or block_rows < 1:
+    elif block_rows < 1:
         raise ValueError(f"chunked_cross_entropy: block_rows: expected an integer of at least 1, got {block_rows!r}")
     rows, targets = logits.reshape(-1, logits.shape[-1]), target.reshape(-1).to(logits.device)
     counts = targets != ignore_index

@@ -56,8 +56,8 @@ def _of_data(section: MeshSection | None, groups: int, size: int | None, given: 
         shares = "" if size is None else f" * {size} ranks that share sequences"
         beside = "" if others == 1 else f" * {others} of zeroxide.mesh.pp and tp"
         raise ConfigError(
-            f"data_parallel_size = {groups}{shares}{beside} does not come to the {given.world_size} ranks: leave it out, "
-            "and it follows from the others",
+            f"data_parallel_size = {groups}{shares}{beside} does not come to the {given.world_size} ranks: leave it "
+            "out, and it follows from the others",
             path="data_parallel_size",
             expected="unset" if size is None else str(given.world_size // (others * size) or 1),
             got=str(groups),

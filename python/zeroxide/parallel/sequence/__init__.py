@@ -2,7 +2,7 @@
 
 from zeroxide.parallel.sequence.batches import UlyssesSPDataLoaderAdapter, shard_batch
 from zeroxide.parallel.sequence.distributed_attention import DistributedAttention
-from zeroxide.parallel.sequence.huggingface import Registration, UlyssesSPAttentionHF
+from zeroxide.parallel.sequence.huggingface import UlyssesSPAttentionHF
 from zeroxide.parallel.sequence.loss import average_over_tokens
 from zeroxide.parallel.sequence.parallel_state import (
     SequenceParallelState,
@@ -19,6 +19,7 @@ from zeroxide.parallel.sequence.parallel_state import (
     initialize_sequence_parallel,
     sequence_parallel_is_initialized,
 )
+from zeroxide.parallel.sequence.registration import Registration
 from zeroxide.parallel.sequence.ring import ring_attention
 from zeroxide.parallel.sequence.tiled import (
     SequenceTiledCompute,

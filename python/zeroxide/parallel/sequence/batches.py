@@ -30,8 +30,8 @@ def shard_batch(
     """Rank `sp_rank`'s part of the tokens of a batch that all ranks of a sequence group have.
 
     batch: tensors of (sequences, tokens), among them `input_ids`, `position_ids` and `labels`. Other entries stay.
-    pad_token_id: with what sequences are filled up that do not divide by the ranks; None refuses them. What is filled
-    in has positions that go on, no label, and 0 in `attention_mask`.
+    pad_token_id: with what sequences are filled up that do not divide by the ranks; None refuses them. What is
+        filled in has positions that go on, no label, and 0 in `attention_mask`.
 
     Instead of `labels` there is `shift_labels`: token t has the label of token t + 1, also of the next rank's first.
     Raises DataError where something is missing or does not divide.
@@ -39,8 +39,8 @@ def shard_batch(
     missing = [name for name in NEEDED if not isinstance(batch.get(name), torch.Tensor)]
     if missing:
         raise DataError(
-            f"a batch has no {', '.join(missing)}: sequences that ranks share need {', '.join(NEEDED)} (positions count "
-            "in the whole sequence, and begin at 0 in each of its documents)"
+            f"a batch has no {', '.join(missing)}: sequences that ranks share need {', '.join(NEEDED)} (positions "
+            "count in the whole sequence, and begin at 0 in each of its documents)"
         )
     rows, tokens = batch["input_ids"].shape
     lacking = -tokens % sp_world_size
@@ -58,7 +58,7 @@ def shard_batch(
         if value.shape[1] != tokens or value.dim() > 2 or value.shape[0] not in (1, rows):
             raise DataError(f"{name} of a batch is {tuple(value.shape)}: expected ({rows}, {tokens}), as input_ids")
         name, value = _shifted(value) if name == "labels" else (name, value)
-        if lacking:
+        if lacking and pad_token_id is not None:
             value = torch.cat([value, _filling(name, value, lacking, pad_token_id)], 1)
         found[name] = value[:, sp_rank * part : (sp_rank + 1) * part].contiguous()
     return found
@@ -68,7 +68,7 @@ def _shifted(labels: torch.Tensor) -> tuple[str, torch.Tensor]:
     return "shift_labels", torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
-def _filling(name: str, value: torch.Tensor, count: int, pad_token_id: int | None) -> torch.Tensor:
+def _filling(name: str, value: torch.Tensor, count: int, pad_token_id: int) -> torch.Tensor:
     if name == "position_ids":
         return value[:, -1:] + torch.arange(1, count + 1, device=value.device, dtype=value.dtype)
     fill = {"shift_labels": IGNORED, "input_ids": pad_token_id}.get(name, 0)
@@ -162,8 +162,8 @@ class UlyssesSPDataLoaderAdapter:
         except TypeError as error:
             names = [name for name, value in batch.items() if not isinstance(value, torch.Tensor)]
             raise DataError(
-                f"a batch has {', '.join(names)} that is neither a tensor nor JSON: ranks that share sequences exchange "
-                "nothing else"
+                f"a batch has {', '.join(names)} that is neither a tensor nor JSON: ranks that share sequences "
+                "exchange nothing else"
             ) from error
         tensors = [value.to(self.device).contiguous() for value in batch.values() if isinstance(value, torch.Tensor)]
         head = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)

@@ -46,8 +46,8 @@ class DistributedAttention(nn.Module):
             raise ModelError("DistributedAttention: sp_stream is not built: leave it None")
         if scatter_idx != 2 or gather_idx not in (0, 1):
             raise ModelError(
-                f"DistributedAttention: scatter_idx {scatter_idx}, gather_idx {gather_idx}: expected heads in dimension "
-                "2 and tokens in dimension 0 or 1"
+                f"DistributedAttention: scatter_idx {scatter_idx}, gather_idx {gather_idx}: expected heads in "
+                "dimension 2 and tokens in dimension 0 or 1"
             )
         self.local_attn = local_attention
         self.spg = sequence_process_group
@@ -116,9 +116,9 @@ class DistributedAttention(nn.Module):
                 raise ModelError(f"DistributedAttention: rank {rank} of the sequence group has refused its tensors")
             if others[2:] != numbers[2:]:
                 raise TensorError(
-                    "DistributedAttention: ranks of a sequence group have (batch, query heads, size, key heads, size of "
-                    f"values, bytes) {numbers[2:]} here and {others[2:]} in rank {rank} of the group: expected the same "
-                    "but for the tokens",
+                    "DistributedAttention: ranks of a sequence group have (batch, query heads, size, key heads, size "
+                    f"of values, bytes) {numbers[2:]} here and {others[2:]} in rank {rank} of the group: expected the "
+                    "same but for the tokens",
                     name="query",
                     expected=str(numbers[2:]),
                     got=str(others[2:]),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def _cut(count: int, parts: int) -> Blocks:
     """`count` in `parts` that differ by one at most, the larger ones first."""
     small, larger = divmod(count, parts)
     ends = [small * part + min(part, larger) for part in range(parts + 1)]
-    return tuple(zip(ends, ends[1:], strict=False))
+    return tuple(pairwise(ends))
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class Heads:
     def __post_init__(self) -> None:
         if self.keys < 1 or self.queries % self.keys:
             raise ModelError(
-                f"{self.queries} query heads over {self.keys} key heads: expected a multiple, so that each key head has "
-                "a group of query heads"
+                f"{self.queries} query heads over {self.keys} key heads: expected a multiple, so that each key head "
+                "has a group of query heads"
             )
         if self.queries < self.world:
             raise ModelError(
@@ -122,7 +123,7 @@ class Exchange:
     def tokens(self) -> Blocks:
         """(first, end) of each rank's tokens in the whole sequence."""
         ends = [sum(self.lengths[:rank]) for rank in range(self.world + 1)]
-        return tuple(zip(ends, ends[1:], strict=False))
+        return tuple(pairwise(ends))
 
     def bytes_to_heads(self, blocks: Blocks, rest: int) -> tuple[int, int]:
         """(sent, received) bytes of this rank on the way there; `rest` bytes for each head and token."""
@@ -192,17 +193,18 @@ def _travel(
     received = _all_to_all(exchange, sends, [sum(_numel(shape) for shape in coming) for coming in shapes])
     found = []
     parts = [
-        message.split([_numel(shape) for shape in coming]) for message, coming in zip(received, shapes, strict=True)
+        torch.split(message, [_numel(shape) for shape in coming])
+        for message, coming in zip(received, shapes, strict=True)
     ]
     for at, block in enumerate(blocks):
-        each = [parts[other][at].view(shapes[other][at]) for other in range(world)]
-        found.append((torch.cat(each, 1) if there else _rows(each, block)).movedim((0, 1), dims))
+        of_ranks = [parts[other][at].view(shapes[other][at]) for other in range(world)]
+        found.append((torch.cat(of_ranks, 1) if there else _rows(of_ranks, block)).movedim((0, 1), dims))
     return tuple(found)
 
 
 def _rows(parts: list[torch.Tensor], block: Blocks) -> torch.Tensor:
     """All heads from the blocks of each rank; what several ranks have of a head is summed."""
-    if all(before[1] == after[0] for before, after in zip(block, block[1:], strict=False)):
+    if all(before[1] == after[0] for before, after in pairwise(block)):
         return torch.cat(parts, 0)
     wide = torch.promote_types(parts[0].dtype, torch.float32)
     total = torch.zeros((block[-1][1], *parts[0].shape[1:]), dtype=wide, device=parts[0].device)
@@ -235,7 +237,7 @@ def _all_to_all(exchange: Exchange, sends: list[torch.Tensor], counts: list[int]
         ) from error
     COMMS.end(logged)
     found = []
-    for other, message in enumerate(incoming.split(back)):
+    for other, message in enumerate(torch.split(incoming, back)):
         found.append(ours if other == rank else message.view(dtype))
     return found
 

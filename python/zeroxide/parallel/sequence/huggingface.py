@@ -1,15 +1,13 @@
 """Ulysses for models of Hugging Face: `UlyssesSPAttentionHF`, which can be undone.
 
-A model that is at hand gets an attention implementation of its own name, so that no other model sees it. Where only a
-name is known, the implementation of that name is another one for all models, until it is undone.
+What transformers calls with a rank's own tokens is attention over all of them: to the core of it, one of transformers'
+own, each rank gives all tokens and a part of the heads.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,24 +15,28 @@ import torch
 from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from zeroxide.distributed import first_line
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.parallel.sequence.exchange import Exchange, Heads, to_heads, to_sequence
 from zeroxide.parallel.sequence.layout import SequenceLayout, gather_layout
 from zeroxide.parallel.sequence.parallel_state import SequenceParallelState, initialize_sequence_parallel
+from zeroxide.parallel.sequence.registration import (
+    Registration,
+    add,
+    check_model,
+    config_of,
+    heads_of,
+    replace,
+)
 from zeroxide.parallel.sequence.ring import ring_attention
 
-__all__ = ["Registration", "UlyssesSPAttentionHF"]
+__all__ = ["UlyssesSPAttentionHF"]
 
 logger = logging.getLogger("zeroxide")
 
 CORES = ("sdpa", "flash_attention_2", "flash_attention_3")
 """Attention implementations of transformers that compute what is between the exchanges."""
-_NOT_SHARED = frozenset({"chunked_attention", "linear_attention", "mamba", "recurrent", "conv", "hybrid"})
-"""Kinds of layers in which tokens meet otherwise than in attention by causality, documents and a window."""
 _LOCAL = ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias", "s_aux", "head_mask", "softcap")
 """What may be given to attention besides, and says something of tokens or heads as this rank had them before."""
-_numbers = itertools.count()
 
 
 class _LocalHeads:
@@ -45,32 +47,6 @@ class _LocalHeads:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.module, name)
-
-
-class Registration:
-    """What `register_with_transformers` returns: an `mpu` for `initialize`, and what undoes it."""
-
-    def __init__(self, state: SequenceParallelState, attention: UlyssesSPAttentionHF) -> None:
-        self.state = state
-        self.attention = attention
-        self.undo: list[Callable[[], None]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        # Whatever is asked of an mpu.
-        if not name.startswith("get_"):
-            raise AttributeError(name)
-        return getattr(self.state, name)
-
-    def unregister(self) -> None:
-        """Models compute as before; their weights and the sequence groups stay. Calling it again does nothing."""
-        while self.undo:
-            self.undo.pop()()
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.unregister()
 
 
 class UlyssesSPAttentionHF:
@@ -133,14 +109,14 @@ class UlyssesSPAttentionHF:
         seq_length = max_length if seq_length is None else seq_length
         if core_attn_implementation not in CORES:
             raise ConfigError(
-                f"core_attn_implementation {core_attn_implementation!r} over ranks that share sequences: expected one of "
-                f"{', '.join(CORES)}",
+                f"core_attn_implementation {core_attn_implementation!r} over ranks that share sequences: expected one "
+                f"of {', '.join(CORES)}",
                 path="core_attn_implementation",
                 expected=" | ".join(CORES),
                 got=repr(core_attn_implementation),
             )
-        config = _config_of(model_name_or_path)
-        _check(config, model_name_or_path, core_attn_implementation)
+        config = config_of(model_name_or_path)
+        check_model(config, model_name_or_path, core_attn_implementation)
         if not seq_length_is_variable and (seq_length is None or seq_length % sequence_parallel_size):
             raise ConfigError(
                 f"seq_length = {seq_length} over {sequence_parallel_size} ranks: with seq_length_is_variable False "
@@ -154,11 +130,11 @@ class UlyssesSPAttentionHF:
                 path="disable_in_eval",
             )
         state = initialize_sequence_parallel(sequence_parallel_size)
-        ring = _heads(config)[0] < sequence_parallel_size
+        ring = heads_of(config)[0] < sequence_parallel_size
         if ring and state.get_sequence_parallel_rank() == 0:
             logger.warning(
                 "%d ranks share a sequence and there are %d heads: attention goes around in a ring",
-                *(sequence_parallel_size, _heads(config)[0]),
+                *(sequence_parallel_size, heads_of(config)[0]),
             )
         from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -175,9 +151,9 @@ class UlyssesSPAttentionHF:
         )
         made = Registration(state, attention)
         if isinstance(model_name_or_path, str):
-            _replace(made, core_attn_implementation)
+            replace(made, core_attn_implementation)
         else:
-            _add(made, model_name_or_path, core_attn_implementation)
+            add(made, model_name_or_path, core_attn_implementation)
         return made
 
     # What transformers calls --------------------------------------------------------------------------------------
@@ -191,8 +167,8 @@ class UlyssesSPAttentionHF:
             raise ModelError("sequence parallelism: a mask function of transformers is called by keywords")
         if kwargs.get("use_vmap") or "or_mask" in getattr(kwargs.get("mask_function"), "__qualname__", ""):
             raise ModelError(
-                "sequence parallelism: the model has a mask of its own kind (tokens that see what comes after them, or a "
-                "function given to it), which is not built: only causality, documents, padding and windows are"
+                "sequence parallelism: the model has a mask of its own kind (tokens that see what comes after them, or "
+                "a function given to it), which is not built: only causality, documents, padding and windows are"
             )
         if kwargs.get("q_length") != kwargs.get("kv_length"):
             raise ModelError(
@@ -242,11 +218,7 @@ class UlyssesSPAttentionHF:
     ) -> torch.Tensor:
         """(batch, tokens, heads, size) of all tokens, with this rank's heads."""
         if not layout.packed:
-            mask = None
-            if self.flash:
-                mask = layout.padding
-            else:
-                mask = layout.mask(causal, more.get("sliding_window"))
+            mask = layout.padding if self.flash else layout.mask(causal, more.get("sliding_window"))
             output: torch.Tensor = self.core(module, *qkv, mask, **more)[0]
             return output
         # A document at a time: no mask of tokens by tokens, and nothing is computed that a mask would hide.
@@ -293,8 +265,8 @@ def _around(
     window = more.get("sliding_window")
     if layout.packed or layout.padding is not None or (window is not None and window < layout.tokens):
         raise ModelError(
-            "ring attention (more ranks share a sequence than there are heads) has neither padding, packed documents nor "
-            "sliding windows: use a smaller sequence_parallel_size"
+            "ring attention (more ranks share a sequence than there are heads) has neither padding, packed documents "
+            "nor sliding windows: use a smaller sequence_parallel_size"
         )
     if more.get("dropout"):
         raise ModelError("ring attention has no dropout: set attention_dropout to 0, or use fewer ranks for a sequence")
@@ -303,62 +275,6 @@ def _around(
         raise ModelError(f"ring attention over parts of {list(layout.lengths)} tokens: expected equal parts")
     found = ring_attention(query, key, value, state.sequence_group, is_causal=causal, scale=scale)
     return found.transpose(1, 2)
-
-
-# Registering ----------------------------------------------------------------------------------------------------------
-
-
-def _config_of(given: nn.Module | str) -> Any:
-    if isinstance(given, str):
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(given)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"model_name_or_path {given!r}: transformers finds no config there: {first_line(error)}",
-                path="model_name_or_path",
-            ) from error
-    config = getattr(given, "config", None)
-    if config is None or not hasattr(given, "set_attn_implementation"):
-        raise ModelError(
-            f"{type(given).__name__} is no model of transformers, whose attention can be chosen: use "
-            "DistributedAttention in the model itself"
-        )
-    return config
-
-
-def _heads(config: Any) -> tuple[int, int]:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    queries = getattr(text, "num_attention_heads", None)
-    if queries is None:
-        raise ModelError(f"the config of {getattr(text, 'model_type', 'the model')} does not say num_attention_heads")
-    return queries, getattr(text, "num_key_value_heads", None) or queries
-
-
-def _check(config: Any, given: nn.Module | str, core: str) -> None:
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = sorted(
-        {each for each in getattr(text, "layer_types", None) or () if any(part in each for part in _NOT_SHARED)}
-    )
-    if found:
-        raise ModelError(
-            f"{text.model_type} has layers of type {', '.join(found)}, in which tokens meet otherwise than in attention: "
-            "ranks cannot share its sequences"
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{config.model_type} has an encoder and a decoder: ranks cannot share its sequences yet")
-    if isinstance(given, str):
-        return
-    own = config._attn_implementation
-    if own != core:
-        raise ConfigError(
-            f"core_attn_implementation {core!r}, and the model was made with {own!r}: load it with "
-            f"attn_implementation={core!r}, or unregister it first",
-            path="core_attn_implementation",
-            expected=repr(own),
-            got=repr(core),
-        )
 
 
 def _check_call(
@@ -392,70 +308,6 @@ def _check_call(
     kinds, layer = getattr(getattr(module, "config", None), "layer_types", None), getattr(module, "layer_idx", None)
     if kinds and layer is not None and "sliding" in kinds[layer] and more.get("sliding_window") is None:
         raise ModelError(
-            f"sequence parallelism: layer {layer} has a sliding window that its attention is not told of, only its mask: "
-            "ranks cannot share its sequences"
+            f"sequence parallelism: layer {layer} has a sliding window that its attention is not told of, only its "
+            "mask: ranks cannot share its sequences"
         )
-
-
-def _add(made: Registration, model: Any, core: str) -> None:
-    """Gives the model an implementation of its own name."""
-    from transformers.masking_utils import AttentionMaskInterface
-    from transformers.modeling_utils import AttentionInterface
-
-    name = f"ulysses_{core}_{next(_numbers)}"
-    made.attention.model = weakref.ref(model)
-    for interface, what in ((AttentionInterface, made.attention), (AttentionMaskInterface, made.attention.mask)):
-        interface.register(name, what)
-        made.undo.append(lambda interface=interface: interface._global_mapping.pop(name, None))
-    try:
-        model.set_attn_implementation(name)
-    except Exception:
-        made.unregister()
-        raise
-    if model.config._attn_implementation != name:
-        made.unregister()
-        raise ModelError(
-            f"{type(model).__name__} does not let its attention be chosen: ranks cannot share its sequences"
-        )
-    made.undo.append(lambda: model.set_attn_implementation(core))
-    hook = model.register_forward_pre_hook(_NeedsPositions(made.attention), with_kwargs=True)
-    made.undo.append(hook.remove)
-
-
-class _NeedsPositions:
-    """A model without `position_ids` counts from 0 on every rank, and nothing would fail."""
-
-    def __init__(self, attention: UlyssesSPAttentionHF) -> None:
-        self.attention = attention
-
-    def __call__(self, model: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.attention.disable_in_eval and not model.training:
-            return
-        if kwargs.get("position_ids") is None and (len(args) < 3 or args[2] is None):
-            raise ModelError(
-                "sequence parallelism: the model was called without position_ids, and would count this rank's tokens "
-                "from 0: pass positions in the whole sequence (UlyssesSPDataLoaderAdapter cuts them with the rest)"
-            )
-
-
-def _replace(made: Registration, core: str) -> None:
-    """Puts the implementation in the place of one that models will be loaded with."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if isinstance(made.attention.core, UlyssesSPAttentionHF):
-        raise ModelError(f"{core} is shared among ranks already: unregister() what was returned then first")
-    for interface, what in (
-        (ALL_ATTENTION_FUNCTIONS, made.attention),
-        (ALL_MASK_ATTENTION_FUNCTIONS, made.attention.mask),
-    ):
-        before = interface._local_mapping.get(core)
-        interface[core] = what
-        made.undo.append(lambda interface=interface, before=before: _put_back(interface, core, before))
-
-
-def _put_back(interface: Any, name: str, before: Any) -> None:
-    if before is None:
-        del interface[name]
-    else:
-        interface[name] = before

@@ -8,6 +8,7 @@ order of tokens, whatever their positions are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ def gather_layout(
     for rank, other in enumerate(numbers):
         if other[:2] != numbers[0][:2] or other[3] != numbers[0][3]:
             raise ModelError(
-                f"ranks that share sequences have (sequences, rows of position_ids, tokens, attention_mask) {numbers[0]} "
-                f"in rank 0 of the group and {other} in rank {rank}: expected the same but for the tokens"
+                "ranks that share sequences have (sequences, rows of position_ids, tokens, attention_mask) "
+                f"{numbers[0]} in rank 0 of the group and {other} in rank {rank}: expected the same but for the tokens"
             )
     lengths = tuple(each[2] for each in numbers)
     if padding is None and not causal:
@@ -95,7 +96,7 @@ def gather_layout(
     documents = []
     for row in breaks.expand(batch, -1):
         ends = [0, *(row.nonzero().flatten() + 1).tolist(), sum(lengths)]
-        documents.append(tuple(zip(ends, ends[1:], strict=False)))
+        documents.append(tuple(pairwise(ends)))
     return SequenceLayout(lengths, None, tuple(documents))
 
 

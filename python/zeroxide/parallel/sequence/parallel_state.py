@@ -122,7 +122,7 @@ def initialize_sequence_parallel(
     world, rank = dist.get_world_size(), dist.get_rank()
     if mesh is None:
         size = sequence_parallel_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1 or world % size:
+        if size < 1 or world % size:
             fitting = [each for each in range(1, world + 1) if world % each == 0]
             raise RanksError(
                 f"sequence_parallel_size = {size!r} does not divide the {world} ranks: use one of {fitting}"
@@ -166,11 +166,9 @@ def _distinct(groups: Any) -> list[tuple[int, ...]]:
 
 def _made(groups: list[tuple[int, ...]], rank: int) -> ProcessGroup:
     """The one of `groups` that has this rank. Every rank takes part in making each."""
-    found: Any = None
-    for ranks in groups:
-        made = dist.new_group(list(ranks))
-        if rank in ranks:
-            found = made
+    made = {ranks: dist.new_group(list(ranks)) for ranks in groups}
+    mine: Any = next(group for ranks, group in made.items() if rank in ranks)
+    found: ProcessGroup = mine
     return found
 
 

@@ -66,8 +66,8 @@ def sequence_tiled_compute(
     compute_params: parameters that fn uses besides what it is given; None for those of modules that it is a method of
         or is given. What is not among them gets no gradient.
     output_unshard_dimension: the dimension of tokens in what fn gives; of no account where that is one number a tile.
-    output_reduction: "mean" or "sum" of all that fn gives, or None for that itself. The mean of one number a tile counts
-        each as often as its tile has tokens.
+    output_reduction: "mean" or "sum" of all that fn gives, or None for that itself. The mean of one number a tile
+        counts each as often as its tile has tokens.
     """
     if output_reduction not in REDUCTIONS:
         raise ValueError(f'output_reduction: expected "mean", "sum" or None, got {output_reduction!r}')
@@ -223,7 +223,7 @@ class _Work:
 
     def run(self, reduction: str | None = None, at_once: bool = False) -> torch.Tensor:
         """What all tiles give. `at_once`: with their gradients, where anything takes one."""
-        if isinstance(self.shards, bool) or not isinstance(self.shards, int) or self.shards < 1:
+        if self.shards < 1:
             raise ValueError(f"shards: expected an integer of at least 1, got {self.shards!r}")
         tensors = self.given()
         self.names = [
@@ -299,9 +299,10 @@ class _Sums:
             if at < len(self.work.names) and self.work.names[at] in self.work.cut:
                 # Every token is in one tile.
                 value = self.work.cut[self.work.names[at]]
-                if self.found[at] is None:
-                    self.found[at] = torch.zeros_like(value)
-                self.found[at].narrow(self.work.dim, first, part.shape[self.work.dim]).copy_(part)  # type: ignore[union-attr]
+                total = self.found[at]
+                if total is None:
+                    total = self.found[at] = torch.zeros_like(value)
+                total.narrow(self.work.dim, first, part.shape[self.work.dim]).copy_(part)
             elif (before := self.found[at]) is None:
                 # A copy, since autograd may give one tensor for several: a wider one where there are more to add.
                 wider = torch.promote_types(part.dtype, torch.float32) if self.work.shards > 1 else part.dtype
