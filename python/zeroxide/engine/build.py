@@ -35,6 +35,8 @@ from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak, room_in_budget
+from zeroxide.engine.pipeline.engine import PipelineEngine
+from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
 from zeroxide.engine.sequences import SharedSequences, share_sequences
@@ -42,6 +44,7 @@ from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
@@ -90,11 +93,12 @@ class Build:
 
     world: Ranks
     job: Job
+    stages: PipelineStages | None
+    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
     sequences: SharedSequences | None
-    """Who shares the sequences of a batch; None where nobody does."""
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
@@ -151,9 +155,10 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        self.config = load(
-            asked.config, world_size=self.world.world, own_dtype=own, sequence=asked.sequence, **asked.shortcuts
-        )
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.axes, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config)
+        if self.stages is not None:
+            self.made.callback(self.stages.restore)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -425,48 +430,47 @@ class Build:
     def engine(self) -> Engine:
         """The engine. Nothing is left that could fail."""
         config = self.asked.config
-        return Engine(
-            Parts(
-                module=self.module,
-                given=config if isinstance(config, dict) else dict(self.config.source),
-                config=self.config,
-                job=self.job,
-                sequences=self.sequences,
-                ranks=self.ranks,
-                watch=self.watch,
-                plan=self.plan,
-                device=self.device,
-                health=self.health,
-                transfers=self.transfers,
-                activations=self.activations,
-                core=self.core,
-                committed_note=self.committed_note,
-                units=self.units,
-                weights=self.weights,
-                reduction=self.reduction,
-                residuals=self.residuals,
-                gatherer=self.gatherer,
-                hooks=self.hooks,
-                context=self.context,
-                guard=self.guard,
-                state_dicts=self.state_dicts,
-                copies=self.copies,
-                tables=self.tables,
-                loading=self.loading,
-                set_aside=self.set_aside,
-                counters=self.counters,
-                accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
-                scaler=self.scaler,
-                timers=self.timers,
-                observers=self.observers,
-                peak=self.peak,
-                updater=self.updater,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
-                dataloader=self.loader,
-                loaders=self.loaders,
-            )
+        parts = Parts(
+            module=self.module,
+            given=config if isinstance(config, dict) else dict(self.config.source),
+            config=self.config,
+            job=self.job,
+            sequences=self.sequences,
+            ranks=self.ranks,
+            watch=self.watch,
+            plan=self.plan,
+            device=self.device,
+            health=self.health,
+            transfers=self.transfers,
+            activations=self.activations,
+            core=self.core,
+            committed_note=self.committed_note,
+            units=self.units,
+            weights=self.weights,
+            reduction=self.reduction,
+            residuals=self.residuals,
+            gatherer=self.gatherer,
+            hooks=self.hooks,
+            context=self.context,
+            guard=self.guard,
+            state_dicts=self.state_dicts,
+            copies=self.copies,
+            tables=self.tables,
+            loading=self.loading,
+            set_aside=self.set_aside,
+            counters=self.counters,
+            accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
+            scaler=self.scaler,
+            timers=self.timers,
+            observers=self.observers,
+            peak=self.peak,
+            updater=self.updater,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.loader,
+            loaders=self.loaders,
         )
+        return Engine(parts) if self.stages is None else PipelineEngine(parts, self.stages)
 
 
 STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
@@ -502,5 +506,7 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
+        if under_way.stages is not None:
+            under_way.stages.commit()
         made.pop_all()
     return engine

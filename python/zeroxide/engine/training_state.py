@@ -46,6 +46,11 @@ class TrainingState:
         return axes is not None and (axes.cuts_the_model or axes.ep > 1)
 
     @property
+    def kept_elsewhere(self) -> frozenset[str]:
+        """Names of parameters here that ranks with another part of the model save."""
+        return self._parts.kept_elsewhere
+
+    @property
     def core(self) -> _core.Offload:
         """What has the values. Raises RuntimeError after `destroy`."""
         return self._parts.core()

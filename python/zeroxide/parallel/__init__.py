@@ -1,1 +1,3 @@
-"""Ways to spread one model over ranks beside its data: one folder each."""
+"""Ways of spreading a model over ranks beside its state: one package each."""
+
+from __future__ import annotations

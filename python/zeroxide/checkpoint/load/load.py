@@ -299,7 +299,7 @@ class _Load:
                 self._fill_buffer(buffer, saved)
         except BaseException:
             # The others go on, and every fill is an act of all ranks.
-            for fill in reversed(left) if self.team.world > 1 else ():
+            for fill in reversed(left) if self.training.ranks.world > 1 else ():
                 self.core.fill_begin(fill.unit, fill.part)
                 self.core.fill_commit(fill.unit)
             raise

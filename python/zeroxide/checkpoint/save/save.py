@@ -96,6 +96,7 @@ class Save:
                 "tag": self.tag,
                 "exclude_frozen_parameters": not include_frozen,
                 "step": training.counters.global_steps,
+                "optimizer groups": len(training.optimizer.param_groups),
             }
             return {"bytes": self.description.bytes, "asked": asked, "has": self.description.has()}
 
