@@ -34,18 +34,19 @@ from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.peak import Peak
 from zeroxide.engine.pipeline.engine import PipelineEngine
 from zeroxide.engine.pipeline.prepare import stages_for
-from zeroxide.engine.peak import Peak
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.sequences import SharedSequences, share_sequences
 from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
-from zeroxide.params.empty import ParameterTable
 from zeroxide.parallel.pipe.stages import PipelineStages
+from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -99,6 +100,7 @@ class Build:
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
+    sequences: SharedSequences | None
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
@@ -156,14 +158,14 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        stages = None if asked.stages is None else asked.stages.num_stages
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.axes, **asked.shortcuts)
         self.stages = stages_for(self.module, asked.stages, self.config)
         if self.stages is not None:
             self.made.callback(self.stages.restore)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
+        self.sequences = share_sequences(self.job, asked.mpu)
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
 
@@ -432,6 +434,7 @@ class Build:
             given=config if isinstance(config, dict) else dict(self.config.source),
             config=self.config,
             job=self.job,
+            sequences=self.sequences,
             ranks=self.ranks,
             tensor=self.tensor,
             watch=self.watch,

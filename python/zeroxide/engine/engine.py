@@ -100,8 +100,11 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
                 watched = parts.observers.around_forward(
                     self.module, parts.device, parts.counters.global_steps, parts.timers
                 )
+                before = 0 if parts.sequences is None else parts.sequences.exchanged
                 with watched, forward_context(parts.config, parts.device):
                     output = self.module(*inputs, **kwargs)
+                if parts.sequences is not None:
+                    parts.sequences.check(self.module, before)
             except BaseException:
                 parts.hooks.fail_forward(depth)
                 raise
