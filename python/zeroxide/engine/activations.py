@@ -1,7 +1,8 @@
-"""What keeps activations in host memory while they wait for their backward."""
+"""What keeps activations in host memory while a model computes on a device."""
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 
 from torch import nn
@@ -16,8 +17,10 @@ from zeroxide.zero.saved_activations import SavedActivations
 __all__ = ["keep_activations"]
 
 
-def keep_activations(config: Config, plan: Plan, module: nn.Module, transfers: Transfers) -> SavedActivations | None:
-    """What brings activations of a device to host memory and back; None where they stay where they are."""
+def keep_activations(
+    transfers: Transfers, module: nn.Module, config: Config, plan: Plan, made: ExitStack
+) -> SavedActivations | None:
+    """What keeps them where the config asks for it, undone by `made`; None where they stay on the device."""
     if not config.activation_checkpointing.cpu_checkpointing:
         return None
     own = config.zeroxide
@@ -25,4 +28,7 @@ def keep_activations(config: Config, plan: Plan, module: nn.Module, transfers: T
     pool = HostPool(
         lambda memory: transfers.register(memory, "activations"), partial(room_in_budget, own.host_memory, expected)
     )
-    return SavedActivations(transfers, pool, module.buffers, own.prefetch)
+    found = SavedActivations(transfers, pool, module.buffers, own.prefetch)
+    # The device lets go of the memory first.
+    made.callback(found.close)
+    return found

@@ -39,6 +39,8 @@ from zeroxide.engine.pipeline.engine import PipelineEngine
 from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.sequences import SharedSequences, share_sequences
+from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
@@ -78,6 +80,7 @@ from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
+from zeroxide.zero.whole import Whole
 
 __all__ = ["STEPS", "build"]
 
@@ -97,11 +100,13 @@ class Build:
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
+    sequences: SharedSequences | None
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
     undo: Undo
     watch: Watch
+    tensor: Uncut
     observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
@@ -152,13 +157,13 @@ class Build:
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        own = partial(own_dtype, self.module)
-        ranks, stages = self.world.world, asked.num_stages
-        self.config = load(asked.config, world_size=ranks, own_dtype=own, stages=stages, **asked.shortcuts)
+        own, ranks = partial(own_dtype, self.module), self.world.world
+        self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
         self.stages = stages_for(self.module, asked.stages, self.config, self.made)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
+        self.sequences = share_sequences(self.job, asked.mpu)
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
 
@@ -198,6 +203,11 @@ class Build:
         self.observers = open_observers(self.config, self.world)
         self.made.callback(self.observers.close)
 
+    def cut_matrices(self) -> None:
+        """Leaves this rank its part of every matrix, where tensor-parallel ranks share them."""
+        self.tensor = cut_matrices(self.module, self.config, self.job, self.watch)
+        self.made.callback(self.tensor.restore)
+
     def group_parameters(self) -> None:
         """Finds what is trained with which hyperparameters."""
         asked, config = self.asked, self.config
@@ -224,7 +234,7 @@ class Build:
             self.module,
             config,
             threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
-            resident=resident_without(self.module),
+            resident=resident_without(self.module) - self.tensor.beside,
             ranks=self.ranks,
             states=states,
             device=self.device,
@@ -273,8 +283,7 @@ class Build:
         return self.new.get(id(param), param)
 
     def connect(self) -> None:
-        """Connects the ranks: their memory, what brings weights together, and what reduces gradients; and with them
-        the device, if that is not the host."""
+        """Connects the ranks, what brings weights together and what reduces gradients; and the device to them."""
         core, plan, units, messages = self.core(), self.plan, self.units, self.messages
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
@@ -282,10 +291,7 @@ class Build:
         self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
             self.transfers = Transfers(self.health, self.plan.blocks_down)
-            self.activations = keep_activations(self.config, plan, self.module, self.transfers)
-            if self.activations is not None:
-                # The device lets go of the memory first.
-                self.made.callback(self.activations.close)
+            self.activations = keep_activations(self.transfers, self.module, self.config, self.plan, self.made)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
@@ -309,6 +315,7 @@ class Build:
         self.updater = Updater(
             self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
+        self.updater.repeated = self.tensor.repeated(self.units)
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -323,11 +330,13 @@ class Build:
 
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
-        fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks)
+        source = self.tensor.spread(self.module, self.asked.weights)
+        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
                 param.data = empty
+        self.tensor.attach(self.module, self.units)
         move_buffers(self.module, self.device)
         cast_buffers(self.module, self.config)
 
@@ -380,6 +389,7 @@ class Build:
             health=self.health,
             keeps_edits=plan.keeps_edits,
         )
+        self.context.whole = Whole(self.tensor.group)
         shard_all(self.context)
         large = self.hooks.reducer.large
         for unit in self.units:
@@ -422,7 +432,9 @@ class Build:
             given=config if isinstance(config, dict) else dict(self.config.source),
             config=self.config,
             job=self.job,
+            sequences=self.sequences,
             ranks=self.ranks,
+            tensor=self.tensor,
             watch=self.watch,
             plan=self.plan,
             device=self.device,
@@ -468,6 +480,7 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("undo", Build.remember_model),
     ("watch", Build.watch_ranks),
     ("observers", Build.open_observers),
+    ("tensors", Build.cut_matrices),
     ("groups", Build.group_parameters),
     ("plan", Build.make_plan),
     ("core", Build.open_core),

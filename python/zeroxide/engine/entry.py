@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
-from zeroxide.errors import ConfigError, ModelError
+from zeroxide.engine.sequences import sequence_size
+from zeroxide.errors import ModelError
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.context import is_building
 from zeroxide.zero.init.materialize import WeightSource
@@ -59,6 +60,8 @@ def initialize(
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
     training_data: a data set, whose part for this rank the returned loader gives, put together by `collate_fn`.
+    mpu: who shares the sequences of a batch, as `UlyssesSPAttentionHF.register_with_transformers` returns it, or
+        mesh_param: (data_parallel_size, sequence_parallel_size). The config's `sequence_parallel_size` says the same.
     config: DeepSpeed's JSON as a dict or a path.
     lr, betas, eps, weight_decay, gradient_clipping, gradient_accumulation_steps: as the config's keys of these names.
     dtype: what the model trains in, "bf16", "fp16" or "fp32".
@@ -88,7 +91,7 @@ def initialize(
     given = config if config is not None else config_params
     engine = build(
         Request(
-            **_checked(model, mpu, mesh_param),
+            **_checked(model),
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
@@ -97,21 +100,18 @@ def initialize(
             collate_fn=collate_fn,
             config=given if given is not None else getattr(args, "deepspeed_config", None),
             weights=weights,
+            mpu=mpu,
+            sequence=sequence_size(mpu, mesh_param),
             shortcuts=shortcuts,
         )
     )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(model: nn.Module | PipelineStages | None, mpu: Any, mesh_param: Any) -> dict[str, Any]:
-    """The model, and its stages where it is cut. Raises ModelError where there is none, ConfigError for what is not
-    not built; the `mpu` of a PipelineModule says nothing new."""
+def _checked(model: nn.Module | PipelineStages | None) -> dict[str, Any]:
+    """The model, and its stages where it is cut. Raises ModelError where there is none."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
         raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
-    cut = isinstance(model, PipelineStages)
-    if (mpu is not None and not cut) or mesh_param is not None:
-        name = "mesh_param" if mesh_param is not None else "mpu"
-        raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
     return {"model": model.module, "stages": model} if isinstance(model, PipelineStages) else {"model": model}

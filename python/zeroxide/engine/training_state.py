@@ -31,19 +31,23 @@ class TrainingState:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that share the state."""
+        """The ranks that share the state: those that have this rank's part of the model."""
         return self._parts.ranks
+
+    def align_random(self) -> None:
+        """Random number generators were set: makes them the same where ranks must draw the same."""
+        self._parts.tensor.align_random()
 
     @property
     def world(self) -> Ranks:
-        """The ranks whose engines have the model together: `ranks`, or all of them where each has a part of it."""
-        job = self._parts.job
-        return job.world if job.parts.world > 1 else self._parts.ranks
+        """All ranks, which together have all parts."""
+        return self._parts.job.world
 
     @property
-    def kept_elsewhere(self) -> frozenset[str]:
-        """Names of parameters here that ranks with another part of the model save."""
-        return self._parts.kept_elsewhere
+    def in_parts(self) -> bool:
+        """Whether ranks have different parameters, or parts of one."""
+        axes = self._parts.config.mesh
+        return axes is not None and (axes.cuts_the_model or axes.ep > 1)
 
     @property
     def core(self) -> _core.Offload:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,11 +61,11 @@ def match_parameters(
     path: Path,
     *,
     strict: bool,
-    elsewhere: Collection[str] = (),
+    elsewhere: Set[str] = frozenset(),
 ) -> dict[str, SavedParameter | None]:
     """For every parameter of the engine, by its first name, the saved one; None where the checkpoint has none.
 
-    elsewhere: names that other ranks' parts of the model have. A parameter is found by any of its names. Raises
+    A parameter is found by any of its names. `elsewhere` has names that other parts of the model have. Raises
     CheckpointError where shapes differ and, if `strict`, where names or the sharing of parameters do.
     """
     by_name = {plain_name(name): saved for saved in manifest.parameters for name in saved.names}
@@ -79,8 +79,8 @@ def match_parameters(
         if saved is None:
             found.missing.append(one.name)
             continue
-        if list(one.shape) != saved.shape:
-            found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.shape)} here)")
+        if list(one.full_shape) != saved.shape:
+            found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.full_shape)} here)")
         stored = SAVED[saved.weights[0].dtype] if saved.weights else one.dtype
         opaque = one.opaque or saved.opaque
         if stored != one.dtype and (opaque or not converts(stored, one.dtype)):
@@ -90,7 +90,7 @@ def match_parameters(
         if saved.name in users:
             found.ties.append(f"{one.name} (one parameter with {users[saved.name]} there, two here)")
         users[saved.name] = one.name
-    known = {name for one in held for name in one.names}.union(elsewhere)
+    known = {name for one in held for name in one.names} | elsewhere
     found.unexpected = [
         saved.name for saved in manifest.parameters if known.isdisjoint(plain_name(name) for name in saved.names)
     ]
@@ -104,7 +104,7 @@ def match_buffers(
     path: Path,
     *,
     strict: bool,
-    elsewhere: Collection[str] = (),
+    elsewhere: Set[str] = frozenset(),
 ) -> list[tuple[torch.Tensor, SavedBuffer]]:
     """Buffers of the model with what was saved for each. Raises CheckpointError like `match_parameters`."""
     by_name = {plain_name(saved.name): saved for saved in manifest.buffers}
