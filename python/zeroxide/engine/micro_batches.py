@@ -30,7 +30,7 @@ class Feed:
         """
         if data_iter is None:
             return self._pull_own(count)
-        batches = []
+        batches: list[Any] = []
         ended = False
         iterator = iter(data_iter)
         while len(batches) < count and not ended:

@@ -27,7 +27,7 @@ class State:
     def __init__(self) -> None:
         self.torch = torch.get_rng_state()
         self.python = random.getstate()
-        self.numpy: dict[str, Any] = np.random.get_state(legacy=False)  # type: ignore[assignment]
+        self.numpy: dict[str, Any] = np.random.get_state(legacy=False)
 
     def restore(self) -> None:
         """Has them give it again."""

@@ -24,7 +24,8 @@ def in_same_settings(act: Callable[..., None]) -> Callable[..., None]:
     """
     context, cast = contextvars.copy_context(), autocast_here()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    functions, operations = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
+    functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    operations = _get_current_dispatch_mode_stack()
     saved = torch._C._autograd._top_saved_tensors_default_hooks(False)
     threads = torch.get_num_threads()
 

@@ -218,18 +218,20 @@ class _Passes:
         failed = True
         try:
             self._layers.enter(number)
-            loss = self._forward(number)
-            self._layers.between(number)
-            self._backward(loss)
+            self._run(number)
             failed = False
         except Cancelled:
             pass
         except BaseException as error:
             self._error = self._error or (number, error)
         finally:
-            # Whatever refers to the graph ends before another goes on.
-            loss = None
             self._layers.leave(number, failed=failed)
+
+    def _run(self, number: int) -> None:
+        # The graph ends with this call, before another micro-batch goes on.
+        loss = self._forward(number)
+        self._layers.between(number)
+        self._parts.scaler.apply(loss).backward()  # type: ignore[no-untyped-call]
 
     def _forward(self, number: int) -> torch.Tensor:
         parts = self._parts
@@ -243,6 +245,3 @@ class _Passes:
         loss = loss_of(model, batch, self._loss_fn)
         self._losses[number] = loss.detach()
         return loss / len(self._batches) if len(self._batches) > 1 else loss
-
-    def _backward(self, loss: torch.Tensor) -> None:
-        self._parts.scaler.apply(loss).backward()  # type: ignore[no-untyped-call]

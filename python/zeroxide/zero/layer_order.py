@@ -1,9 +1,12 @@
 """Micro-batches that go through a model together, layer by layer, so that a layer's weights are gathered once for all.
 
-Each micro-batch has a thread. It runs forward, and later backward, as if it were alone, except that it hands its turn on
-whenever it comes to another layer: a unit that is gathered where its modules run. So every micro-batch has passed one
-layer before any enters the next, in forward and, the other way round, in backward. Within a layer micro-batches go in
-their order, and so do the gradients of its parameters: sums have the bits of micro-batches one after the other.
+Each micro-batch has a thread. It runs forward, and later backward, as if it were alone, except that it hands its turn
+on whenever it comes to another layer: a unit that is gathered where its modules run. So every micro-batch has passed
+one layer before any enters the next, in forward and, the other way round, in backward. Within a layer micro-batches go
+in their order, and so do the gradients of its parameters: sums have the bits of micro-batches one after the other.
+
+Autograd, on the CPU, runs backward in the thread that asks for it, and what a forward made last first. So when it comes
+to a layer, it is done with all that forward did from its next layer on, gradients of the parameters there included.
 
 What the hooks know of a pass is known of each micro-batch, and changes hands with the turn. Units stay gathered for as
 long as a micro-batch is still inside of them, and until one begins another layer.

@@ -321,9 +321,9 @@ class LargeWeights:
 
     def put_uses(self, taken: tuple[Any, ...]) -> None:
         """Goes on from what `take_uses` returned."""
-        self.seen = taken[0]
-        for large, (large.uses, large.all_lean, large.accumulated) in zip(self.found.values(), taken[1], strict=True):
-            pass
+        self.seen, uses = taken
+        for large, known in zip(self.found.values(), uses, strict=True):
+            large.uses, large.all_lean, large.accumulated = known
 
     def kinds(self, unit: Unit) -> dict[int, type[nn.Parameter]]:
         """The class of each large parameter of the unit, by its position."""
