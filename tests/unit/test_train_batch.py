@@ -260,49 +260,33 @@ def test_with_seeds_of_their_own_both_orders_draw_alike(which, checkpointing, tm
 
 
 def test_settings_of_the_callers_thread_hold_in_others(tmp_path):
-    """Catches each of them left out: a mode that sees no operation, another default device, no hooks for saved tensors,
-    another number of compute threads, denormal numbers."""
-    noticed = {"operations": 0, "saved": 0}
+    """Catches each of them left out: a mode that sees no operation, another default device, another number of compute
+    threads, another rounding of denormal numbers."""
+    seen, looked = [], []
 
     class Counts(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
-            noticed["operations"] += 1
+            seen.append(threading.current_thread().name)
             return func(*args, **(kwargs or {}))
 
     class Looks(Gpt):
         def hidden(self, input_ids):
-            found.append(
-                (torch.get_num_threads(), torch.tensor([1.0]).device.type, float(torch.tensor([1e-40]) * 1.0) == 0.0)
-            )
+            tiny = torch.tensor([1e-39], device="cpu") * 0.5
+            looked.append((torch.get_num_threads(), torch.empty(1).device.type, bool(tiny == 0)))
             return super().hidden(input_ids)
 
-    def pack(tensor):
-        noticed["saved"] += 1
-        return tensor
-
-    found: list[tuple] = []
     threads = torch.get_num_threads()
-    config = config_for(tmp_path, "layers", mode=Mode())
-    with started(Looks(), config=config) as engine:
-        feed = batches("gpt", 3)
+    with started(Looks(), config=config_for(tmp_path, "layers", mode=Mode())) as engine:
         torch.set_num_threads(threads + 1)
-        denormal = torch.set_flush_denormal(True)
+        flushes = torch.set_flush_denormal(True)
         try:
-            with (
-                torch.device("meta"),
-                Counts(),
-                torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            ):
-                looked = torch.tensor([1.0]).device.type
-                with pytest.raises(Exception, match=r".*"):
-                    engine.train_batch(iter(feed))
+            with torch.device("meta"), Counts():
+                engine.train_batch(iter(batches("gpt", 3)))
         finally:
             torch.set_flush_denormal(False)
             torch.set_num_threads(threads)
-    assert looked == "meta"
-    assert found[0][:2] == (threads + 1, "meta")
-    assert noticed["operations"] > 0
-    assert denormal in (True, False)
+    assert looked == [(threads + 1, "meta", flushes)] * 3
+    assert {f"zeroxide-micro-batch-{number}" for number in range(3)} <= set(seen)
 
 
 def test_hooks_for_saved_tensors_and_no_gradients_are_taken_over(tmp_path):
@@ -324,8 +308,8 @@ def test_what_cannot_go_layer_by_layer_is_refused(tmp_path):
 
 
 def test_weights_are_read_once_a_pass(tmp_path):
-    """State in host memory, so that weights alone are read. A micro-batch reads every block in forward and, but for
-    those that are still there, in backward; eight read eight times as much, layer by layer as much as one."""
+    """State in host memory, so that weights alone are read, each block once for forward and once for backward, but for
+    those that are still there from the pass before. Layer by layer eight micro-batches read what one does."""
     read = {}
     torch.manual_seed(0)
     for order, count in (("batches", 1), ("batches", 8), ("layers", 8)):
@@ -341,4 +325,4 @@ def test_weights_are_read_once_a_pass(tmp_path):
                 engine.finish_step()
             read[order, count] = (engine.io()["read_bytes"] - before) / 2
     assert read["layers", 8] == read["batches", 1] > 0
-    assert read["batches", 8] >= 7 * read["batches", 1]
+    assert read["batches", 8] > 5 * read["layers", 8]
