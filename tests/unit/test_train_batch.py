@@ -262,7 +262,7 @@ def test_with_seeds_of_their_own_both_orders_draw_alike(which, checkpointing, tm
 def test_settings_of_the_callers_thread_hold_in_others(tmp_path):
     """Catches each of them left out: a mode that sees no operation, another default device, another number of compute
     threads, another rounding of denormal numbers."""
-    seen, looked = [], []
+    seen, looked, half, feed = [], [], float("0.5"), batches("gpt", 3)
 
     class Counts(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -271,8 +271,7 @@ def test_settings_of_the_callers_thread_hold_in_others(tmp_path):
 
     class Looks(Gpt):
         def hidden(self, input_ids):
-            tiny = torch.tensor([1e-39], device="cpu") * 0.5
-            looked.append((torch.get_num_threads(), torch.empty(1).device.type, bool(tiny == 0)))
+            looked.append((torch.get_num_threads(), torch.empty(1).device.type, half * 1e-310 == 0))
             return super().hidden(input_ids)
 
     threads = torch.get_num_threads()
@@ -281,7 +280,7 @@ def test_settings_of_the_callers_thread_hold_in_others(tmp_path):
         flushes = torch.set_flush_denormal(True)
         try:
             with torch.device("meta"), Counts():
-                engine.train_batch(iter(batches("gpt", 3)))
+                engine.train_batch(iter(feed))
         finally:
             torch.set_flush_denormal(False)
             torch.set_num_threads(threads)
