@@ -19,22 +19,24 @@ from torch.utils.data import DataLoader
 
 from zeroxide import _core
 from zeroxide.config import Config, load
-from zeroxide.config.facts import config_facts
 from zeroxide.device.direct_storage import check_direct_storage
 from zeroxide.device.health import DeviceHealth
 from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
-from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
+from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.heap import keep_freed_memory
+from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.pipeline.engine import PipelineEngine
+from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
@@ -43,6 +45,7 @@ from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -85,7 +88,12 @@ logger = logging.getLogger("zeroxide")
 class Build:
     """An engine that is being made: each step adds what the ones after it need."""
 
+    world: Ranks
+    job: Job
+    stages: PipelineStages | None
+    """This rank's, where the model is cut into stages."""
     ranks: Ranks
+    """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
     loader: DataLoader[Any] | None
     set_aside: list[str]
@@ -136,28 +144,27 @@ class Build:
 
     def meet(self) -> None:
         """Finds the other ranks."""
-        self.ranks = start(port=self.asked.distributed_port)
-        self.made.callback(self.ranks.close)
+        self.world = start(port=self.asked.distributed_port)
+        self.made.callback(self.world.close)
 
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        self.config = load(
-            asked.config,
-            world_size=self.ranks.world,
-            own_dtype=partial(own_dtype, self.module),
-            **asked.shortcuts,
-        )
-        given = {"sampler.training_data": "none" if asked.training_data is None else "given"}
-        # The model before the config, in which its dtype may be.
-        agree(self.ranks, {**version_facts(), **model_facts(self.module), **config_facts(self.config), **given})
+        own = partial(own_dtype, self.module)
+        stages = None if asked.stages is None else asked.stages.num_stages
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config)
+        if self.stages is not None:
+            self.made.callback(self.stages.restore)
+        self.job = meet(self.world, self.module, self.config, asked.training_data)
+        self.made.callback(self.job.close)
+        self.ranks = self.job.ranks
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
-        self.batch_group = ProcessMesh(self.ranks.rank, self.ranks.world, self.config.mesh).batch_group()
 
     def make_loader(self) -> None:
         """Makes the data loader."""
-        self.loaders = Loaders(self.config, self.asked.collate_fn, self.ranks, self.batch_group)
+        self.loaders = Loaders(self.config, self.asked.collate_fn, self.world, self.job.mesh.batch_group())
         self.loader = self.loaders.training(self.asked.training_data)
 
     # What becomes of the model is undone from here on ---------------------------------------------------------------
@@ -183,12 +190,12 @@ class Build:
 
     def watch_ranks(self) -> None:
         """Begins to watch the other ranks."""
-        self.watch = Watch(self.ranks, timeout=self.config.zeroxide.rank_timeout)
+        self.watch = Watch(self.world, parts=self.job.groups(), timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
 
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
-        self.observers = open_observers(self.config, self.ranks)
+        self.observers = open_observers(self.config, self.world)
         self.made.callback(self.observers.close)
 
     def group_parameters(self) -> None:
@@ -197,7 +204,7 @@ class Build:
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
         self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
-        if self.groups and config.gradients.clipping_is_default and self.ranks.rank == 0:
+        if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
         agree(self.ranks, state_facts(self.groups, config))
@@ -207,7 +214,7 @@ class Build:
         config = self.config
         mark_leaf_modules(self.module, config)
         check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
-        self.device = compute_device(config.zeroxide.device, self.module, self.ranks.local_rank)
+        self.device = compute_device(config.zeroxide.device, self.module, self.world.local_rank)
         self.health.device = self.device
         make_current(self.device)
         check_direct_storage(config, self.device)
@@ -223,9 +230,9 @@ class Build:
             device=self.device,
             asked=asked,
         )
-        for path, reason in self.plan.quantisation.no_effect if self.ranks.rank == 0 else ():
+        for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
-        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.ranks.rank == 0:
+        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.world.rank == 0:
             path = "activation_checkpointing.cpu_checkpointing"
             logger.warning("config key %s has no effect: %s", path, "the model computes in host memory")
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
@@ -234,7 +241,7 @@ class Build:
     def open_core(self) -> None:
         """Reserves all memory and disk space."""
         self.messages = Messages(self.ranks, self.watch)
-        core, self.committed_note = open_core(self.plan, self.config, self.ranks)
+        core, self.committed_note = open_core(self.plan, self.config, self.world)
         # Restoring the model closes it, after what it has of the weights was read.
         self.undo.moves(core, self.plan)
         self.made.callback(self.messages.close)
@@ -307,9 +314,9 @@ class Build:
                 core.set_group(unit.index, at, number)
         self.scaler, self.counters = LossScaler(self.config.precision.loss_scale), Counters()
         breakdown = self.config.report.wall_clock_breakdown
-        self.timers = Timers(self.device, breakdown=breakdown, prints=self.ranks.rank == 0)
+        self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config, self.core, self.ranks, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
+            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
         self.residuals = None
         feedback = self.config.zero.feedback
@@ -418,46 +425,46 @@ class Build:
     def engine(self) -> Engine:
         """The engine. Nothing is left that could fail."""
         config = self.asked.config
-        return Engine(
-            Parts(
-                module=self.module,
-                given=config if isinstance(config, dict) else dict(self.config.source),
-                config=self.config,
-                ranks=self.ranks,
-                watch=self.watch,
-                plan=self.plan,
-                device=self.device,
-                health=self.health,
-                transfers=self.transfers,
-                activations=self.activations,
-                core=self.core,
-                committed_note=self.committed_note,
-                units=self.units,
-                weights=self.weights,
-                reduction=self.reduction,
-                residuals=self.residuals,
-                gatherer=self.gatherer,
-                hooks=self.hooks,
-                context=self.context,
-                guard=self.guard,
-                state_dicts=self.state_dicts,
-                copies=self.copies,
-                tables=self.tables,
-                loading=self.loading,
-                set_aside=self.set_aside,
-                counters=self.counters,
-                accumulation=Accumulation(self.config, self.batch_group.size, self.counters, self.hooks.reducer),
-                scaler=self.scaler,
-                timers=self.timers,
-                observers=self.observers,
-                peak=self.peak,
-                updater=self.updater,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
-                dataloader=self.loader,
-                loaders=self.loaders,
-            )
+        parts = Parts(
+            module=self.module,
+            given=config if isinstance(config, dict) else dict(self.config.source),
+            config=self.config,
+            job=self.job,
+            ranks=self.ranks,
+            watch=self.watch,
+            plan=self.plan,
+            device=self.device,
+            health=self.health,
+            transfers=self.transfers,
+            activations=self.activations,
+            core=self.core,
+            committed_note=self.committed_note,
+            units=self.units,
+            weights=self.weights,
+            reduction=self.reduction,
+            residuals=self.residuals,
+            gatherer=self.gatherer,
+            hooks=self.hooks,
+            context=self.context,
+            guard=self.guard,
+            state_dicts=self.state_dicts,
+            copies=self.copies,
+            tables=self.tables,
+            loading=self.loading,
+            set_aside=self.set_aside,
+            counters=self.counters,
+            accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
+            scaler=self.scaler,
+            timers=self.timers,
+            observers=self.observers,
+            peak=self.peak,
+            updater=self.updater,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.loader,
+            loaders=self.loaders,
         )
+        return Engine(parts) if self.stages is None else PipelineEngine(parts, self.stages)
 
 
 STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
@@ -493,5 +500,7 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
+        if under_way.stages is not None:
+            under_way.stages.commit()
         made.pop_all()
     return engine
