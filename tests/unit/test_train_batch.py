@@ -15,6 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
+import zeroxide
 from zeroxide.errors import ConfigError, DataError, ModelError
 
 ORDERS = ["batches", "layers"]
@@ -301,8 +302,7 @@ def test_hooks_for_saved_tensors_and_no_gradients_are_taken_over(tmp_path):
 def test_what_cannot_go_layer_by_layer_is_refused(tmp_path):
     config = config_for(tmp_path, "layers") | {"flops_profiler": {"enabled": True}}
     with pytest.raises(ConfigError, match=r'accumulation_order "layers": flops_profiler') as caught:
-        with started(build("gpt"), config=config):
-            pass
+        zeroxide.initialize(model=build("gpt"), config=config)
     assert caught.value.path == "zeroxide.accumulation_order"
 
 

@@ -71,9 +71,7 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(
-            self._core(), self._job, self._groups, self._watch, 0.0, self.counted_elsewhere
-        )
+        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch, 0.0, self.counted_elsewhere)
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:

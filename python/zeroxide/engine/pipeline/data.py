@@ -80,9 +80,7 @@ class Batches:
         short = min(range(len(rows)), key=lambda rank: rows[rank][2])
         left = rows[short][2]
         if left < count:
-            over = (
-                f"{left} micro-batch{'' if left == 1 else 'es'} of {count} were left over" if left else "none was left"
-            )
+            over = f"{left} micro-batch{'' if left == 1 else 'es'} of {count} were left over" if left else "none was left"
             raise StopIteration(f"{call}: the data of rank {short} ended before step {step + 1}: {over}")
 
     def _ready(self, batch: Any) -> Any:

@@ -308,15 +308,11 @@ class _Pipe:
 
 def _check_orders(parts: Parts) -> None:
     own = parts.config.zeroxide
-    for name, asked in (
-        ("accumulation_order", own.accumulation_order != "batches"),
-        ("micro_batch_seeds", own.micro_batch_seeds),
-    ):
-        if asked:
-            raise ConfigError(
-                f"zeroxide.{name}: in a pipeline its schedule orders micro-batches: leave it out",
-                path=f"zeroxide.{name}",
-            )
+    asked = {"accumulation_order": own.accumulation_order != "batches", "micro_batch_seeds": own.micro_batch_seeds}
+    for name in (name for name, given in asked.items() if given):
+        raise ConfigError(
+            f"zeroxide.{name}: in a pipeline its schedule orders micro-batches: leave it out", path=f"zeroxide.{name}"
+        )
 
 
 def _refuse(call: str) -> NoReturn:

@@ -174,16 +174,12 @@ class _Rehearsal:
         return Row(self.name, self.count, self._gives, self._keyword, runs)
 
     def _refusal(self, what: str) -> ModelError:
-        return ModelError(
-            f"the model cannot be cut into stages: {self.name} has {what}; describe it as a PipelineModule"
-        )
+        return ModelError(f"the model cannot be cut into stages: {self.name} has {what}; describe it as a PipelineModule")
 
     def _before_block(self, at: int) -> Any:
         def before(block: nn.Module, args: Any, kwargs: Any) -> None:
             if self._inside or at != self._next:
-                raise self._refusal(
-                    f"blocks that do not run once each in their order: number {at} after {self._next - 1}"
-                )
+                raise self._refusal(f"blocks that do not run once each in their order: number {at} after {self._next - 1}")
             self._inside = True
             keyword = None
             if not (args and isinstance(args[0], torch.Tensor)):
@@ -216,9 +212,7 @@ class _Rehearsal:
             gives = len(output) if isinstance(output, tuple) else None
             hidden = output if gives is None else output[0]
             if not isinstance(hidden, torch.Tensor) or (at and gives != self._gives):
-                raise self._refusal(
-                    f"a block, number {at}, that gives neither a tensor nor a tuple that begins with one"
-                )
+                raise self._refusal(f"a block, number {at}, that gives neither a tensor nor a tuple that begins with one")
             self._gives, self._hidden = gives, hidden
 
         return after

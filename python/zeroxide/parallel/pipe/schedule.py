@@ -18,17 +18,7 @@ from typing import Any
 
 from zeroxide.errors import ConfigError
 
-__all__ = [
-    "SCHEDULES",
-    "Action",
-    "Kind",
-    "Schedule",
-    "Timeline",
-    "make_schedule",
-    "rank_of_stage",
-    "simulate",
-    "stages_of",
-]
+__all__ = ["SCHEDULES", "Action", "Kind", "Schedule", "Timeline", "make_schedule", "rank_of_stage", "simulate", "stages_of"]
 
 
 class Kind(Enum):

@@ -40,9 +40,7 @@ class ProcessTopology:
             raise RanksError(f"topology: expected a place along {self.axes}, got {coord_kwargs}")
         found = self.mapping.get(self.ProcessCoord(**coord_kwargs))
         if found is None:
-            raise RanksError(
-                f"topology: {coord_kwargs} is not in a grid of {dict(zip(self.axes, self.dims, strict=True))}"
-            )
+            raise RanksError(f"topology: {coord_kwargs} is not in a grid of {dict(zip(self.axes, self.dims, strict=True))}")
         return found
 
     def get_axis_names(self) -> list[str]:
