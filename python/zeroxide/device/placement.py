@@ -181,6 +181,13 @@ def autocast_here() -> Callable[[], AbstractContextManager[Any]]:
     return lambda: torch.autocast(HOST.type, dtype, cache_enabled=cache)
 
 
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Within it torch's random generators, that of the device among them, may be set: after it they are as before."""
+    if is_host(device):
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
+
+
 def device_of(module: nn.Module) -> torch.device | None:
     """The device other than the host that the module's first parameter on one is on; None where none is."""
     found = (each.device for each in module.parameters())

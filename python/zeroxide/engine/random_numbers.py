@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from zeroxide.device.placement import HOST, is_host
+from zeroxide.device.placement import HOST, forked_generators
 from zeroxide.errors import ModelError
 
 __all__ = ["NoneDrawn", "OwnNumbers", "State", "draw_seeds", "of_seed"]
@@ -59,8 +59,7 @@ def draw_seeds(count: int) -> list[int]:
 def of_seed(seed: int, device: torch.device) -> Iterator[None]:
     """Within it the generators, that of `device` among them, give what comes of the seed; then what they would have."""
     before = State()
-    fork = torch.random.fork_rng([]) if is_host(device) else torch.random.fork_rng([device], device_type=device.type)
-    with fork:
+    with forked_generators(device):
         torch.manual_seed(seed)
         _seed_python(seed)
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from zeroxide.device.placement import in_host
 from zeroxide.distributed import IDLE
 from zeroxide.engine.micro_batches import Feed, loss_of
 from zeroxide.engine.parts import Parts
@@ -113,7 +114,7 @@ class WindowTrainer:
         if ranks.alone:
             return mean
         with self._parts.watch.waiting("the mean loss", "train_batch"):
-            rows = ranks.gather_rows(mean.cpu(), "the mean loss")
+            rows = ranks.gather_rows(in_host(mean), "the mean loss")
         return rows.mean().to(mean.device)
 
     # One after the other ----------------------------------------------------------------------------------------------
