@@ -28,6 +28,8 @@ FOREIGN = {
     "_autograd": "torch: hooks for saved tensors, which cannot be a context between two module hooks",
     "_pop_saved_tensors_default_hooks": "torch: ends hooks for saved tensors",
     "_push_saved_tensors_default_hooks": "torch: begins hooks for saved tensors",
+    "_push_on_torch_dispatch_stack": "torch: gives a thread the modes of another",
+    "_push_on_torch_function_stack": "torch: gives a thread the modes of another",
     "_top_saved_tensors_default_hooks": "torch: hooks for saved tensors of the caller's",
     "_make_wrapper_subclass": "torch: how a tensor without memory of its own is made",
     "_compiled_call_impl": "torch: whether a module has been compiled in place",

@@ -29,6 +29,7 @@ from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.heap import keep_freed_memory
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
@@ -85,9 +86,6 @@ from zeroxide.zero.whole import Whole
 __all__ = ["STEPS", "build"]
 
 logger = logging.getLogger("zeroxide")
-
-LARGE_BLOCK = 16 << 20
-"""Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
 
 
 class Build:
@@ -414,8 +412,7 @@ class Build:
 
     def show_weights(self) -> None:
         """Lets parameters that always show their values show their values."""
-        on_disk = Home.DISK in (self.plan.weights, self.plan.state)
-        _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
+        keep_freed_memory(self.plan, self.config)
         if self.config.zeroxide.trim_libraries:
             _core.drop_clean_text()
         self.gatherer.show_all()

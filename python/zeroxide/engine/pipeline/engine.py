@@ -33,13 +33,16 @@ class PipelineEngine(Engine):
 
     def __init__(self, parts: Parts, stages: PipelineStages) -> None:
         super().__init__(parts)
+        _check_orders(parts)
         # No attribute that holds a module: `stages` may be one, which is `module` already.
         self._pipe = _Pipe(self, stages)
         stages.commit()
 
     # One step --------------------------------------------------------------------------------------------------------
 
-    def train_batch(self, data_iter: Iterable[Any] | None = None) -> torch.Tensor:
+    def train_batch(  # type: ignore[override]  # the module has its loss function
+        self, data_iter: Iterable[Any] | None = None
+    ) -> torch.Tensor:
         """One optimizer step over `gradient_accumulation_steps` micro-batches. Returns their mean loss, on every rank.
 
         data_iter: what the micro-batches are taken from, from now on; this rank's own, as all ranks of a pipeline draw
@@ -303,6 +306,15 @@ class _Pipe:
         """The mean of `every`."""
         every = self.every(losses, count)
         return torch.stack(every).double().mean().float()
+
+
+def _check_orders(parts: Parts) -> None:
+    own = parts.config.zeroxide
+    asked = {"accumulation_order": own.accumulation_order != "batches", "micro_batch_seeds": own.micro_batch_seeds}
+    for name in (name for name, given in asked.items() if given):
+        raise ConfigError(
+            f"zeroxide.{name}: in a pipeline its schedule orders micro-batches: leave it out", path=f"zeroxide.{name}"
+        )
 
 
 def _refuse(call: str) -> NoReturn:
