@@ -62,7 +62,11 @@ class PipelineEngine(Engine):
             pipe.tied.sum_gradients()
             self.parts.updater.counted_elsewhere = pipe.tied.counted_elsewhere
             self.parts.counters.micro_steps += count - 1
-            Engine.step(self)
+            boundary, accumulation.boundary = accumulation.boundary, True
+            try:
+                Engine.step(self)
+            finally:
+                accumulation.boundary = boundary
             return pipe.mean(losses, count)
 
     def eval_batch(

@@ -25,8 +25,7 @@ def stages_for(
     pipeline, mesh = config.pipeline, config.mesh
     if pipeline is None:
         return None
-    if mesh is not None and mesh.tp > 1:
-        raise ConfigError("zeroxide.mesh: tp beside pp: not built yet", path="zeroxide.mesh.tp")
+    _check_composition(config)
     if given is None:
         if pipeline.activation_checkpoint_interval:
             raise ConfigError(
@@ -67,3 +66,20 @@ def stages_for(
             )
         given.activation_checkpoint_interval = pipeline.activation_checkpoint_interval
     return given
+
+
+def _check_composition(config: Config) -> None:
+    """Raises ConfigError for what goes beside the stages of a pipeline and is not built there."""
+    mesh = config.mesh
+    beside = {name: getattr(mesh, name) for name in ("tp", "sp", "ep")} if mesh is not None and mesh.pp > 1 else {}
+    for name, size in beside.items():
+        if size > 1:
+            raise ConfigError(
+                f"zeroxide.mesh: {name} = {size} beside pp = {mesh.pp}: not built yet; use one of the two",
+                path=f"zeroxide.mesh.{name}",
+            )
+    if config.zeroxide.durable_every:
+        raise ConfigError(
+            "zeroxide.durable_every: commits of a pipeline are not built yet: save with engine.save_checkpoint",
+            path="zeroxide.durable_every",
+        )
