@@ -157,7 +157,7 @@ class Build:
         asked = self.asked
         own, ranks = partial(own_dtype, self.module), self.world.world
         self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
+        self.stages = stages_for(self.world, self.module, asked.stages, self.config, self.made)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks

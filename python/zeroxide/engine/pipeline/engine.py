@@ -10,6 +10,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from zeroxide.device.placement import HOST, in_host
+from zeroxide.distributed import IDLE
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.pipeline.data import Batches
@@ -255,6 +256,7 @@ class _Pipe:
             # What its forward used is for its own backward to know, whatever comes between.
             hooks.uses = Uses()
         output = Engine.forward(engine, *args, **kwargs)
+        engine.watch.doing = IDLE
         if training:
             self._uses[stage, micro_batch] = hooks.uses
         if stage < self.stages.total_stages - 1:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from zeroxide.config import Config
+from zeroxide.distributed import Ranks, agree
 from zeroxide.errors import ConfigError
 from zeroxide.parallel.pipe.module import PipelineModule
 from zeroxide.parallel.pipe.stages import PipelineStages
@@ -15,13 +16,20 @@ __all__ = ["stages_for"]
 
 
 def stages_for(
-    module: nn.Module, given: PipelineStages | None, config: Config, made: ExitStack
+    world: Ranks, module: nn.Module, given: PipelineStages | None, config: Config, made: ExitStack
 ) -> PipelineStages | None:
     """The stages of a model; None without a pipeline. One that is not cut yet is cut in place, which `made` undoes.
 
-    Raises ConfigError where the config and a model that is cut say different things, ModelError for a model that cannot
-    be cut.
+    Called by all ranks. Raises ConfigError where the config and a model that is cut say different things, ModelError
+    for a model that cannot be cut, RanksError where ranks have cut it otherwise.
     """
+    stages = _stages(module, given, config, made)
+    if stages is not None:
+        agree(world, stages.facts())
+    return stages
+
+
+def _stages(module: nn.Module, given: PipelineStages | None, config: Config, made: ExitStack) -> PipelineStages | None:
     pipeline, mesh = config.pipeline, config.mesh
     if pipeline is None:
         return None
@@ -71,11 +79,10 @@ def stages_for(
 def _check_composition(config: Config) -> None:
     """Raises ConfigError for what goes beside the stages of a pipeline and is not built there."""
     mesh = config.mesh
-    beside = {name: getattr(mesh, name) for name in ("tp", "sp", "ep")} if mesh is not None and mesh.pp > 1 else {}
-    for name, size in beside.items():
-        if size > 1:
+    if mesh is not None and mesh.pp > 1:
+        for name in (name for name in ("tp", "sp", "ep") if getattr(mesh, name) > 1):
             raise ConfigError(
-                f"zeroxide.mesh: {name} = {size} beside pp = {mesh.pp}: not built yet; use one of the two",
+                f"zeroxide.mesh: {name} = {getattr(mesh, name)} beside pp = {mesh.pp}: not built yet; use one",
                 path=f"zeroxide.mesh.{name}",
             )
     if config.zeroxide.durable_every:
