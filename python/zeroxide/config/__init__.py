@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
     from zeroxide.config.sections.scheduler import Scheduler
+    from zeroxide.config.sections.tensor_parallel import TensorParallel, TPLayerSpec
     from zeroxide.config.sections.zero import ErrorFeedback, Offload
 
 __all__ = [
@@ -52,6 +53,8 @@ __all__ = [
     "Precision",
     "Rule",
     "Scheduler",
+    "TPLayerSpec",
+    "TensorParallel",
     "WandbRun",
     "format_bytes",
     "load",
@@ -78,6 +81,8 @@ _HOMES = {
     "Rule": "rules",
     "SGD": "rules",
     "Scheduler": "sections.scheduler",
+    "TPLayerSpec": "sections.tensor_parallel",
+    "TensorParallel": "sections.tensor_parallel",
     "WandbRun": "sections.monitor",
 }
 

@@ -25,6 +25,7 @@ from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
 from zeroxide.config.sections.scheduler import SchedulerSection
 from zeroxide.config.sections.sequence import SequenceKeys
+from zeroxide.config.sections.tensor_parallel import TensorParallelSection
 from zeroxide.config.sections.unbuilt import UnbuiltKeys
 from zeroxide.config.sections.zero import ZeroSection, stage_of_switch
 from zeroxide.config.sections.zeroxide import ZeroxideSection
@@ -44,6 +45,7 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     checkpoint: CheckpointSection | None = None
     pipeline: PipelineSection | None = None
     comms_logger: CommsLoggerSection | None = None
+    tensor_parallel: TensorParallelSection | None = None
     flops_profiler: FlopsProfilerSection | None = None
     zeroxide: ZeroxideSection | None = None
 

@@ -28,6 +28,7 @@ from zeroxide.config.sections import (
     precision,
     report,
     scheduler,
+    tensor_parallel,
     zero,
     zeroxide,
 )
@@ -120,7 +121,12 @@ class _Sections:
         own = document.zeroxide or zeroxide.ZeroxideSection()
         named = (*SequenceKeys.model_fields, "zeroxide")
         axes = self._one(lambda: own.mesh, ("pipeline",), pipeline.with_stages, document.pipeline, own.mesh, given)
-        axes = self._one(lambda: axes, named, shared, axes, document, given)
+        staged = axes
+        axes = self._one(
+            lambda: staged, ("tensor_parallel",), tensor_parallel.with_tensor_ranks, document.tensor_parallel, staged
+        )
+        in_parts = axes
+        axes = self._one(lambda: in_parts, named, shared, in_parts, document, given)
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")
@@ -144,6 +150,14 @@ class _Sections:
             pipeline=self._one(None, ("pipeline",), pipeline.resolve, document.pipeline, axes, given),
             optimizer=self._one(None, ("optimizer",), optimizer.resolve, document.optimizer, given),
             scheduler=self._one(None, ("scheduler",), scheduler.resolve, document.scheduler, given),
+            tensor_parallel=self._one(
+                tensor_parallel.TensorParallel,
+                ("tensor_parallel", "zeroxide"),
+                tensor_parallel.resolve,
+                document.tensor_parallel,
+                axes,
+                given,
+            ),
             aio=aio.resolve(document.aio),
             activation_checkpointing=activation_checkpointing.resolve(document.activation_checkpointing),
             zeroxide=self._one(zeroxide.Zeroxide, ("zeroxide",), zeroxide.resolve, own, given),

@@ -51,6 +51,8 @@ class Updater:
         self._config = config
         self._core = core
         self._job = job
+        self.repeated: frozenset[tuple[int, int]] = frozenset()
+        """(unit, position) of parameters whose gradients another part of the model counts in the norm."""
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
@@ -71,7 +73,14 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch, 0.0, self.counted_elsewhere)
+        sum_squares, nonfinite, _ = agree_on_norm(
+            self._core(),
+            self._job,
+            self._groups,
+            self._watch,
+            repeated=self.repeated,
+            counted_elsewhere=self.counted_elsewhere,
+        )
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:
@@ -80,7 +89,13 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0, self.counted_elsewhere
+            core,
+            self._job,
+            self._groups,
+            self._watch,
+            self.clipping or 0.0,
+            self.repeated,
+            self.counted_elsewhere,
         )
         agreed = self._timers.now()
         if accumulated:

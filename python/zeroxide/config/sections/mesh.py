@@ -32,7 +32,7 @@ class MeshSection(Section):
     """Stages of a pipeline."""
     sp: Count | None = None
     """Ranks that share the sequences of a batch."""
-    tp: Annotated[Count | None, NotBuilt("tensor parallelism", neutral=(1,))] = None
+    tp: Count | None = None
     """Ranks that share every matrix."""
     ep: Annotated[Count | None, NotBuilt("expert parallelism", neutral=(1,))] = None
     """Ranks, of those that share a shard group, over which experts are spread."""
