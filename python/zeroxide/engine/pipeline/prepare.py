@@ -25,8 +25,6 @@ def stages_for(
     pipeline, mesh = config.pipeline, config.mesh
     if pipeline is None:
         return None
-    if mesh is not None and mesh.tp > 1:
-        raise ConfigError("zeroxide.mesh: tp beside pp: not built yet", path="zeroxide.mesh.tp")
     if given is None:
         if pipeline.activation_checkpoint_interval:
             raise ConfigError(
