@@ -110,8 +110,8 @@ ranks.close()
         assert result.out.splitlines() == [
             "StopIteration train_batch: the data of rank 1 ended before step 2: 2 of 3 micro-batches were left over",
             "RanksError rank 1 called train_batch and rank 0 eval_batch: the ranks of a pipeline call the same",
-            "RanksError train_batch: rank 1 runs 3 micro-batches and rank 0 2: call engine.set_train_batch_size alike on "
-            "every rank",
+            "RanksError train_batch: rank 1 runs 3 micro-batches and rank 0 2: call engine.set_train_batch_size alike "
+            "on every rank",
             "loss True 2",
         ]
 

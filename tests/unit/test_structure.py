@@ -16,6 +16,8 @@ PACKAGE = Path(zeroxide.__file__).parent
 FOREIGN = {
     # torch's C extension: what autograd, functorch and storages know is told nowhere else.
     "_C": "torch",
+    "_scaled_dot_product_flash_attention_for_cpu": "torch: the attention whose sums of exponentials are known",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "torch: its gradient by those",
     "_current_graph_task_id": "torch: which backward is under way",
     "_distributed_c10d": "torch: classes of process groups",
     "_functorch": "torch: whether a transform of torch.func is on",
@@ -56,6 +58,9 @@ FOREIGN = {
     "_version": "torch: how often a tensor was changed in place",
     # Others.
     "_exit": "os: to end a process whose other threads hold locks",
+    "_attn_implementation": "transformers: which attention a model was made with",
+    "_global_mapping": "transformers: an attention that was registered has no other way out",
+    "_local_mapping": "transformers: whether an attention was replaced before",
     "_init_weights": "transformers: how a model of theirs draws initial weights",
     "_keys_to_ignore_on_load_unexpected": "transformers: which names in a file are not the model's",
 }

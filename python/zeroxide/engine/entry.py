@@ -21,6 +21,12 @@ from zeroxide.zero.init.materialize import WeightSource
 
 __all__ = ["initialize"]
 
+_SHORTCUTS = (
+    *("lr", "betas", "eps", "weight_decay", "offload", "offload_param", "offload_optimizer", "host_memory", "dtype"),
+    *("gradient_clipping", "gradient_accumulation_steps"),
+)
+"""The keyword arguments that stand for keys of the config."""
+
 
 def initialize(
     args: Any = None,
@@ -75,19 +81,8 @@ def initialize(
     Returns (engine, optimizer, dataloader or None, lr_scheduler or None). Raises ConfigError, ModelError,
     BudgetError or StorageError, each in one line.
     """
-    shortcuts = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "offload": offload,
-        "offload_param": offload_param,
-        "offload_optimizer": offload_optimizer,
-        "host_memory": host_memory,
-        "dtype": dtype,
-        "gradient_clipping": gradient_clipping,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
+    arguments = locals()
+    shortcuts = {name: arguments[name] for name in _SHORTCUTS}
     given = config if config is not None else config_params
     engine = build(
         Request(

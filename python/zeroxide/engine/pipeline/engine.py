@@ -61,7 +61,6 @@ class PipelineEngine(Engine):
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
             pipe.tied.sum_gradients()
-            self.parts.updater.counted_elsewhere = pipe.tied.counted_elsewhere
             self.parts.counters.micro_steps += count - 1
             boundary, accumulation.boundary = accumulation.boundary, True
             try:
@@ -195,7 +194,7 @@ class _Pipe:
         parts = engine.parts
         self.engine = engine
         self.stages = stages
-        self.ranks = parts.job.parts
+        self.ranks = parts.job.stages
         self.rank = self.ranks.rank
         self.is_last = stages.total_stages - 1 in stages.own_stages
         self.link = StageLink(self.ranks, parts.watch, stages.total_stages, parts.device)
@@ -204,6 +203,7 @@ class _Pipe:
         self.batches.repeat(parts.dataloader)
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()
+        parts.updater.repeated |= self.tied.counted_elsewhere(parts.units)
         self.under_way: str | None = None
         self.compute_loss = True
         self.outputs: list[Any] = []

@@ -33,7 +33,11 @@ def _stages(module: nn.Module, given: PipelineStages | None, config: Config, mad
     pipeline, mesh = config.pipeline, config.mesh
     if pipeline is None:
         return None
-    _check_composition(config)
+    if config.zeroxide.durable_every:
+        raise ConfigError(
+            "zeroxide.durable_every: commits of a pipeline are not built yet: save with engine.save_checkpoint",
+            path="zeroxide.durable_every",
+        )
     if given is None:
         if pipeline.activation_checkpoint_interval:
             raise ConfigError(
@@ -74,19 +78,3 @@ def _stages(module: nn.Module, given: PipelineStages | None, config: Config, mad
             )
         given.activation_checkpoint_interval = pipeline.activation_checkpoint_interval
     return given
-
-
-def _check_composition(config: Config) -> None:
-    """Raises ConfigError for what goes beside the stages of a pipeline and is not built there."""
-    mesh = config.mesh
-    if mesh is not None and mesh.pp > 1:
-        for name in (name for name in ("tp", "sp", "ep") if getattr(mesh, name) > 1):
-            raise ConfigError(
-                f"zeroxide.mesh: {name} = {getattr(mesh, name)} beside pp = {mesh.pp}: not built yet; use one",
-                path=f"zeroxide.mesh.{name}",
-            )
-    if config.zeroxide.durable_every:
-        raise ConfigError(
-            "zeroxide.durable_every: commits of a pipeline are not built yet: save with engine.save_checkpoint",
-            path="zeroxide.durable_every",
-        )
