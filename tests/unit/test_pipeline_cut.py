@@ -281,7 +281,6 @@ CONTRADICTIONS = {
     "stages": ({"pipeline": {"stages": 2}}, "2 in pipeline.stages and 1 in the PipelineModule"),
     "partition": ({"pipeline": {"partition": "uniform"}}, "the model is cut already by 'parameters'"),
     "schedule": ({"pipeline": {"schedule": "gpipe"}}, "the model is cut already by '1f1b'"),
-    "halves": ({"pipeline": {"schedule": "dualpipe_v"}}, "not built yet: backward in halves"),
     "durable": ({"zeroxide": {"durable_every": 1}, "zero_optimization": {"stage": 1}}, "commits of a pipeline"),
 }
 

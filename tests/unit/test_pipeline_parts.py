@@ -19,6 +19,7 @@ from zeroxide.parallel.pipe import (
     TiedLayerSpec,
     profile,
 )
+from zeroxide.parallel.pipe.halves import Halves
 from zeroxide.parallel.pipe.nesting import flatten, rebuild
 from zeroxide.parallel.pipe.partition import balanced, cut_by, uniform
 from zeroxide.parallel.pipe.schedule import SCHEDULES, Action, Kind, make_schedule, rank_of_stage, simulate, stages_of
@@ -349,3 +350,70 @@ def test_a_batch_that_is_no_pair_is_refused(monkeypatch):
     made = PipelineModule([nn.Linear(2, 2)], num_stages=1, loss_fn=functional.mse_loss)
     with pytest.raises(DataError, match=r"is a pair.*got 3 items"):
         made.arguments(0, None, (1, 2, 3))
+
+
+# --- backward in halves ----------------------------------------------------------------------------------------------
+
+
+class Crossed(nn.Module):
+    """Used twice, beside what depends on no input, with outputs that meet."""
+
+    def __init__(self):
+        super().__init__()
+        self.twice = nn.Linear(3, 3)
+        self.scale = nn.Parameter(torch.ones(3))
+        self.apart = nn.Parameter(torch.ones(2))
+        self.normed = nn.LayerNorm(3)
+
+    def forward(self, first, second):
+        hidden = self.twice(self.normed(first)) * self.scale
+        return torch.tanh(self.twice(hidden)) + second, hidden * second, self.apart * 2
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_halves_of_a_backward_are_the_whole(given):
+    """Catches: a parameter that is accumulated in the first half, twice, or not at all, and what flows through others.
+
+    given: how many of the inputs require a gradient.
+    """
+    torch.manual_seed(0)
+    model = Crossed()
+    values = torch.randn(2, 2, 3)
+    seen = []
+    for name, param in model.named_parameters():
+        param.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+
+    def run(halves):
+        leaves = [value.clone().requires_grad_(at < given) for at, value in enumerate(values)]
+        outputs = model(*leaves)
+        gradients = [torch.full_like(each, 0.5) for each in outputs]
+        leaves = [leaf for leaf in leaves if leaf.requires_grad]
+        del seen[:]
+        if halves:
+            made = Halves(outputs, gradients, leaves)
+            found = made.inputs()
+            assert seen == []
+            assert all(leaf.grad is None for leaf in leaves)
+            made.weights()
+        else:
+            torch.autograd.backward(outputs, gradients)
+            found = [leaf.grad for leaf in leaves]
+        assert sorted(seen) == sorted(name for name, _ in model.named_parameters())
+        taken = {name: param.grad for name, param in model.named_parameters()}
+        model.zero_grad()
+        return found, taken
+
+    (inputs, params), (whole_inputs, whole_params) = run(True), run(False)
+    assert all(torch.equal(one, other) for one, other in zip(inputs, whole_inputs, strict=True))
+    for name, values_of in whole_params.items():
+        # Sums of two uses, in another order.
+        torch.testing.assert_close(params[name], values_of, rtol=4 * 2.0**-24, atol=2.0**-24)
+
+
+def test_halves_of_a_loss_begin_with_one():
+    weight = torch.tensor([2.0], requires_grad=True)
+    leaf = torch.tensor([3.0], requires_grad=True)
+    halves = Halves([(weight * leaf).sum()], [None], [leaf])
+    assert halves.inputs() == [torch.tensor([2.0])]
+    halves.weights()
+    assert weight.grad == torch.tensor([3.0])
