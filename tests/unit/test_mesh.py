@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from zeroxide.config import Mesh
+from zeroxide.distributed import Job, Ranks
 from zeroxide.distributed.mesh import AXES, ProcessMesh
 from zeroxide.errors import RanksError
 from zeroxide.zero.reduce.norm import agree_on_norm
@@ -158,8 +159,16 @@ class OneGradient:
 def test_the_parts_of_a_norm_are_added_in_the_order_of_the_slices(axes, expected):
     # In doubles 1e16 + 1 is 1e16. Ranks 0, 2, 1, 3 have the slices of two by two. Catches: the order of the ranks.
     groups = ProcessMesh(0, 4, axes).unit_groups()
-    found = agree_on_norm(OneGradient(), FourRanks([1e16, 1.0, -1e16, 0.0]), groups, Silent())
+    job = Job(Ranks(), ProcessMesh(0, 1), FourRanks([1e16, 1.0, -1e16, 0.0]), Ranks())
+    found = agree_on_norm(OneGradient(), job, groups, Silent())
     assert found == (expected, False, 1)
+
+
+def test_the_norm_is_over_all_parts_of_the_model():
+    # Four parts, each of one rank. Catches: a norm of one part, which clips each by another factor; a sum of counts
+    # that counts this part's gradient for all.
+    job = Job(Ranks(), ProcessMesh(0, 1), Ranks(), FourRanks([1.0, 2.0, 4.0, 8.0]))
+    assert agree_on_norm(OneGradient(), job, ProcessMesh(0, 1).unit_groups(), Silent()) == (15.0, False, 4)
 
 
 class Silent:

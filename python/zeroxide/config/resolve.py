@@ -126,7 +126,7 @@ class _Sections:
                 own_dtype,
                 given,
             ),
-            batch=self._one(batch.Batch, batch.BatchKeys, batch.resolve, document, given),
+            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, own.mesh),
             gradients=clipping,
             zero=sharding,
             mesh=self._one(
@@ -147,6 +147,9 @@ class _Sections:
             no_effect=given.no_effect,
             source=dict(data),
         )
+
+    def _batch(self, document: Document, section: mesh.MeshSection | None) -> batch.Batch:
+        return batch.resolve(document, self.given, mesh.batch_ranks(section, self.given))
 
     def _one(
         self,

@@ -7,9 +7,10 @@ from zeroxide.distributed.comms_summary import log_summary
 from zeroxide.distributed.facts import model_facts, sampler_facts, version_facts
 from zeroxide.distributed.health.activity import IDLE
 from zeroxide.distributed.health.watch import EXIT_CODE, Watch
+from zeroxide.distributed.job import Job, split_job
 from zeroxide.distributed.launch import LaunchInfo, read_environment
 from zeroxide.distributed.mesh import Group, Hops, ProcessMesh, UnitGroups
-from zeroxide.distributed.process_group import init_distributed, start
+from zeroxide.distributed.process_group import init_distributed, split, start
 
 __all__ = [
     "COMMS",
@@ -19,6 +20,7 @@ __all__ = [
     "Fact",
     "Group",
     "Hops",
+    "Job",
     "LaunchInfo",
     "ProcessMesh",
     "Ranks",
@@ -33,6 +35,8 @@ __all__ = [
     "name_ranks",
     "read_environment",
     "sampler_facts",
+    "split",
+    "split_job",
     "start",
     "version_facts",
 ]

@@ -62,6 +62,10 @@ class Ranks:
     """Waits a moment for the watch to find out why a collective failed; set by the watch."""
     own_group: bool = False
     """Whether `group` is one that was made beside the default group, which takes no tensors in host memory."""
+    within: Ranks | None = None
+    """The ranks that these are a part of, see `zeroxide.distributed.split`; None for all of the job."""
+    members: tuple[int, ...] | None = None
+    """The numbers of these ranks `within` those; None for all of the job."""
     process: int = field(default_factory=os.getpid)
     """The process that the groups' threads live in."""
 
@@ -69,6 +73,10 @@ class Ranks:
     def alone(self) -> bool:
         """Whether there is nobody to talk to: a single rank, or torch's fake group, where nobody answers."""
         return self.world == 1 or self.backend == "fake"
+
+    def number(self, rank: int) -> int:
+        """What one of these ranks is called in the job."""
+        return rank if self.members is None else self.members[rank]
 
     def barrier(self) -> None:
         """Returns once every rank has called it. Raises RanksError when a rank is lost meanwhile."""
@@ -112,7 +120,7 @@ class Ranks:
             try:
                 dist.broadcast(raw, dist.get_global_rank(self.group, source), group=self.group)
             except RuntimeError as error:
-                raise self._broken("a broadcast", error) from error
+                raise self.broken("a broadcast", error) from error
             COMMS.end(logged)
         return tensor
 
@@ -128,11 +136,12 @@ class Ranks:
         try:
             all_gather_single(rows, flat, group=self.group)
         except RuntimeError as error:
-            raise self._broken(what, error) from error
+            raise self.broken(what, error) from error
         COMMS.end(logged)
         return rows.reshape(self.world, flat.numel())
 
-    def _broken(self, what: str, error: RuntimeError) -> RanksError:
+    def broken(self, what: str, error: RuntimeError) -> RanksError:
+        """The error of a collective that has failed: what the watch knows of it, else torch's first line."""
         found = self.explain() if self.explain is not None else None
         if found is not None:
             return found

@@ -181,6 +181,14 @@ class ProcessMesh:
         ranks = [rank for rank in range(self.world) if fixed.items() <= self.coordinates(rank).items()]
         return Group(tuple(ranks), ranks.index(self.rank))
 
+    def partition(self, *axes: str) -> list[tuple[int, ...]]:
+        """All ranks in groups that differ along `axes` alone; groups by their first rank, ranks ascending."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(self.world):
+            place = self.coordinates(rank)
+            groups.setdefault(tuple(place[name] for name in AXES if name not in axes), []).append(rank)
+        return [tuple(group) for group in groups.values()]
+
     def batch_group(self) -> Group:
         """Ranks that take different samples."""
         return self.group("dp_replicate", "dp_shard")

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,7 +17,7 @@ from zeroxide.distributed.host import host_identity
 from zeroxide.distributed.launch import LaunchInfo, read_environment
 from zeroxide.errors import RanksError
 
-__all__ = ["default_backend", "init_distributed", "start"]
+__all__ = ["default_backend", "init_distributed", "split", "start"]
 
 DEFAULT_TIMEOUT_SECONDS = 1800.0
 """How long a collective may take; torch's default. A lost rank is noticed by the watch long before."""
@@ -204,17 +204,61 @@ def _over_default_group(owned: bool, launch: LaunchInfo | None) -> Ranks:
         ranks.group, ranks.own_group = group, True
     else:
         ranks.group = default
+    here = _find_hosts(ranks)
+    if launch is None or launch.local_rank is None or launch.local_world is None:
+        ranks.local_rank, ranks.local_world = here.index(ranks.rank), len(here)
+    else:
+        ranks.local_rank, ranks.local_world = launch.local_rank, launch.local_world
+    return ranks
+
+
+def split(ranks: Ranks, groups: Sequence[Sequence[int]]) -> Ranks:
+    """The ranks of that one of `groups` in which this rank is, numbered from 0 in its order.
+
+    groups: of numbers of `ranks`; every rank of them is in one, and gives the same. Called by all ranks. Where a group
+    is all ranks in their order, these are `ranks` themselves; otherwise `close` destroys the group's process group.
+
+    Raises RanksError when a rank is lost meanwhile.
+    """
+    mine = next(tuple(group) for group in groups if ranks.rank in group)
+    if mine == tuple(range(ranks.world)):
+        return ranks
+    found = Ranks(
+        rank=mine.index(ranks.rank),
+        world=len(mine),
+        local_rank=ranks.local_rank,
+        local_world=ranks.local_world,
+        backend=ranks.backend,
+        within=ranks,
+        members=mine,
+    )
+    if ranks.alone:
+        found.group, found.same_host, found.shares_memory = ranks.group, ranks.same_host, ranks.shares_memory
+        return found
+    import torch.distributed as dist
+
+    try:
+        for group in groups:
+            # Every rank makes every group, so that all number them alike.
+            made = dist.new_group([ranks.number(each) for each in group], backend="gloo") if len(group) > 1 else None
+            if tuple(group) == mine and isinstance(made, dist.ProcessGroup):
+                found.group, found.own_group = made, True
+    except RuntimeError as error:
+        raise ranks.broken("making a group", error) from error
+    if found.world > 1:
+        _find_hosts(found)
+    return found
+
+
+def _find_hosts(ranks: Ranks) -> list[int]:
+    """Finds out what the ranks have in common; which of them are on this host."""
     hosts = ranks.gather_objects(host_identity())
     here = [rank for rank, host in enumerate(hosts) if host == hosts[ranks.rank]]
     ranks.same_host = len(here) == ranks.world
     # The boot and the network namespace; where the latter is unknown, something equal to nobody's stands in its place.
     ranks.same_network = len({(host[1], host[-1]) for host in hosts}) == 1
     ranks.shares_memory = ranks.same_host and _shares_memory(ranks)
-    if launch is None or launch.local_rank is None or launch.local_world is None:
-        ranks.local_rank, ranks.local_world = here.index(ranks.rank), len(here)
-    else:
-        ranks.local_rank, ranks.local_world = launch.local_rank, launch.local_world
-    return ranks
+    return here
 
 
 def _shares_memory(ranks: Ranks) -> bool:

@@ -19,17 +19,17 @@ from torch.utils.data import DataLoader
 
 from zeroxide import _core
 from zeroxide.config import Config, load
-from zeroxide.config.facts import config_facts
 from zeroxide.device.direct_storage import check_direct_storage
 from zeroxide.device.health import DeviceHealth
 from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
-from zeroxide.distributed import ProcessMesh, Ranks, Watch, agree, model_facts, start, version_facts
+from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
@@ -87,7 +87,10 @@ LARGE_BLOCK = 16 << 20
 class Build:
     """An engine that is being made: each step adds what the ones after it need."""
 
+    world: Ranks
+    job: Job
     ranks: Ranks
+    """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
     loader: DataLoader[Any] | None
     set_aside: list[str]
@@ -138,28 +141,23 @@ class Build:
 
     def meet(self) -> None:
         """Finds the other ranks."""
-        self.ranks = start(port=self.asked.distributed_port)
-        self.made.callback(self.ranks.close)
+        self.world = start(port=self.asked.distributed_port)
+        self.made.callback(self.world.close)
 
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        self.config = load(
-            asked.config,
-            world_size=self.ranks.world,
-            own_dtype=partial(own_dtype, self.module),
-            **asked.shortcuts,
-        )
-        given = {"sampler.training_data": "none" if asked.training_data is None else "given"}
-        # The model before the config, in which its dtype may be.
-        agree(self.ranks, {**version_facts(), **model_facts(self.module), **config_facts(self.config), **given})
+        own = partial(own_dtype, self.module)
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.shortcuts)
+        self.job = meet(self.world, self.module, self.config, asked.training_data)
+        self.made.callback(self.job.close)
+        self.ranks = self.job.ranks
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
-        self.batch_group = ProcessMesh(self.ranks.rank, self.ranks.world, self.config.mesh).batch_group()
 
     def make_loader(self) -> None:
         """Makes the data loader."""
-        self.loaders = Loaders(self.config, self.asked.collate_fn, self.ranks, self.batch_group)
+        self.loaders = Loaders(self.config, self.asked.collate_fn, self.world, self.job.mesh.batch_group())
         self.loader = self.loaders.training(self.asked.training_data)
 
     # What becomes of the model is undone from here on ---------------------------------------------------------------
@@ -185,12 +183,12 @@ class Build:
 
     def watch_ranks(self) -> None:
         """Begins to watch the other ranks."""
-        self.watch = Watch(self.ranks, timeout=self.config.zeroxide.rank_timeout)
+        self.watch = Watch(self.world, parts=self.job.groups(), timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
 
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
-        self.observers = open_observers(self.config, self.ranks)
+        self.observers = open_observers(self.config, self.world)
         self.made.callback(self.observers.close)
 
     def group_parameters(self) -> None:
@@ -199,7 +197,7 @@ class Build:
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
         self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
-        if self.groups and config.gradients.clipping_is_default and self.ranks.rank == 0:
+        if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
         agree(self.ranks, state_facts(self.groups, config))
@@ -209,7 +207,7 @@ class Build:
         config = self.config
         mark_leaf_modules(self.module, config)
         check_buffers(self.module, self.ranks, made=self.asked.weights is not None)
-        self.device = compute_device(config.zeroxide.device, self.module, self.ranks.local_rank)
+        self.device = compute_device(config.zeroxide.device, self.module, self.world.local_rank)
         self.health.device = self.device
         make_current(self.device)
         check_direct_storage(config, self.device)
@@ -225,9 +223,9 @@ class Build:
             device=self.device,
             asked=asked,
         )
-        for path, reason in self.plan.quantisation.no_effect if self.ranks.rank == 0 else ():
+        for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
-        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.ranks.rank == 0:
+        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.world.rank == 0:
             path = "activation_checkpointing.cpu_checkpointing"
             logger.warning("config key %s has no effect: %s", path, "the model computes in host memory")
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
@@ -236,7 +234,7 @@ class Build:
     def open_core(self) -> None:
         """Reserves all memory and disk space."""
         self.messages = Messages(self.ranks, self.watch)
-        core, self.committed_note = open_core(self.plan, self.config, self.ranks)
+        core, self.committed_note = open_core(self.plan, self.config, self.world)
         # Restoring the model closes it, after what it has of the weights was read.
         self.undo.moves(core, self.plan)
         self.made.callback(self.messages.close)
@@ -309,9 +307,9 @@ class Build:
                 core.set_group(unit.index, at, number)
         self.scaler, self.counters = LossScaler(self.config.precision.loss_scale), Counters()
         breakdown = self.config.report.wall_clock_breakdown
-        self.timers = Timers(self.device, breakdown=breakdown, prints=self.ranks.rank == 0)
+        self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config, self.core, self.ranks, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
+            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
         self.residuals = None
         feedback = self.config.zero.feedback
@@ -426,6 +424,7 @@ class Build:
                 module=self.module,
                 given=config if isinstance(config, dict) else dict(self.config.source),
                 config=self.config,
+                job=self.job,
                 ranks=self.ranks,
                 watch=self.watch,
                 plan=self.plan,
@@ -449,7 +448,7 @@ class Build:
                 loading=self.loading,
                 set_aside=self.set_aside,
                 counters=self.counters,
-                accumulation=Accumulation(self.config, self.batch_group.size, self.counters, self.hooks.reducer),
+                accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
                 scaler=self.scaler,
                 timers=self.timers,
                 observers=self.observers,

@@ -51,9 +51,9 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         self.config = parts.given
         self.ranks = parts.ranks
         self.watch = parts.watch
-        self.global_rank = parts.ranks.rank
+        self.global_rank = parts.job.world.rank
         self.local_rank = parts.ranks.local_rank
-        self.world_size = parts.ranks.world
+        self.world_size = parts.job.world.world
         self.training_dataloader = parts.dataloader
         self.training_state = TrainingState(parts)
         self._saver: Saver | None = None

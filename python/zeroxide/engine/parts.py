@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from zeroxide.config import Config
 from zeroxide.device.health import DeviceHealth
 from zeroxide.device.transfers import Transfers
-from zeroxide.distributed import Ranks, Watch
+from zeroxide.distributed import Job, Ranks, Watch
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
@@ -49,7 +49,9 @@ class Parts:
     given: dict[str, Any]
     """The config as the user gave it, parsed."""
     config: Config
+    job: Job
     ranks: Ranks
+    """Those of the job that have this rank's part of the model."""
     watch: Watch
     plan: Plan
     device: torch.device
@@ -101,7 +103,8 @@ class Parts:
         readers: list[Unit] = []
         # In the order in which they were registered, last first.
         with ExitStack() as ended:
-            ended.callback(self.ranks.close)
+            ended.callback(self.job.world.close)
+            ended.callback(self.job.close)
             ended.callback(self.watch.close)
             ended.callback(self.observers.close)
             ended.callback(lambda: self.core.end(core, readers))

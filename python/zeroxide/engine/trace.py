@@ -143,8 +143,8 @@ def _write_events(file: TextIO, parts: Parts, trace: Trace, packed: bytes, left_
         left_out = 0
     about = {
         "zeroxide": _core.__version__,
-        "rank": parts.ranks.rank,
-        "ranks": parts.ranks.world,
+        "rank": parts.job.world.rank,
+        "ranks": parts.job.world.world,
         "limit": parts.config.zeroxide.host_memory,
         "left_out": left_out,
         "units": [unit.name for unit in parts.plan.units],
@@ -152,7 +152,7 @@ def _write_events(file: TextIO, parts: Parts, trace: Trace, packed: bytes, left_
     }
     file.write(f'{{"displayTimeUnit":"ms","otherData":{json.dumps(about)},"traceEvents":[\n')
     rows = _Rows(trace.thread)
-    pid = parts.ranks.rank
+    pid = parts.job.world.rank
     for event in _events(parts, trace, packed, rows):
         file.write(json.dumps({"pid": pid, **event}) + ",\n")
     name = {"name": f"zeroxide, rank {pid} (process {os.getpid()})"}

@@ -169,7 +169,7 @@ class TrainingState:
         directory = self.scratch_directory
         if directory is None:
             raise RuntimeError("nothing is at home on disk")
-        return directory / durable_job(self._parts.config, self.ranks.rank)
+        return directory / durable_job(self._parts.config, self._parts.job.world.rank)
 
     @property
     def committed_note(self) -> str | None:

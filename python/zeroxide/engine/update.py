@@ -8,7 +8,7 @@ import math
 import torch
 
 from zeroxide.config import Config
-from zeroxide.distributed import Ranks, UnitGroups, Watch
+from zeroxide.distributed import Job, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.timers import Timers
@@ -33,7 +33,7 @@ class Updater:
         self,
         config: Config,
         core: LiveCore,
-        ranks: Ranks,
+        job: Job,
         groups: UnitGroups,
         watch: Watch,
         scaler: LossScaler,
@@ -48,7 +48,7 @@ class Updater:
         """Largest global gradient norm of the next step; None leaves gradients as they are."""
         self._config = config
         self._core = core
-        self._ranks = ranks
+        self._job = job
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
@@ -69,7 +69,7 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._ranks, self._groups, self._watch)
+        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch)
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:
@@ -78,7 +78,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._ranks, self._groups, self._watch, self.clipping or 0.0
+            core, self._job, self._groups, self._watch, self.clipping or 0.0
         )
         agreed = self._timers.now()
         if accumulated:

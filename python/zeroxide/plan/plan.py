@@ -208,7 +208,7 @@ def make_plan(
     transport = "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
-    mesh = ProcessMesh(ranks.rank, ranks.world, config.mesh)
+    mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
     groups = mesh.unit_groups(sharded=config.zero.stage > 0, secondary=quantisation.secondary)
     check_gradients(config, groups, transport)
     numbers = _core.Plan(

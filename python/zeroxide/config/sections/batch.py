@@ -51,11 +51,11 @@ class Batch(Resolved):
         return dataclasses.asdict(self)
 
 
-def resolve(keys: BatchKeys, given: Given) -> Batch:
-    """Batch sizes on `given.world_size` processes. Raises ConfigError where the given ones do not fit together."""
+def resolve(keys: BatchKeys, given: Given, ranks: int) -> Batch:
+    """Batch sizes on `ranks` that take different samples. Raises ConfigError where those given do not fit together."""
     name = "gradient_accumulation_steps"
     steps = agree(name, given.shortcuts.gradient_accumulation_steps, name, keys.gradient_accumulation_steps)
-    batch, micro, steps = _solve(keys.train_batch_size, keys.train_micro_batch_size_per_gpu, steps, given.world_size)
+    batch, micro, steps = _solve(keys.train_batch_size, keys.train_micro_batch_size_per_gpu, steps, ranks)
     return Batch(
         train_batch_size=batch,
         train_micro_batch_size_per_gpu=micro,

@@ -28,10 +28,14 @@ class MeshSection(Section):
     """Groups that each have all of the state."""
     dp_shard: Count | None = None
     """Ranks in a group, each of which has a shard."""
-    pp: Annotated[Any, NotBuilt("pipeline parallelism", neutral=(1,))] = None
-    sp: Annotated[Any, NotBuilt("sequence parallelism", neutral=(1,))] = None
-    tp: Annotated[Any, NotBuilt("tensor parallelism", neutral=(1,))] = None
-    ep: Annotated[Any, NotBuilt("expert parallelism", neutral=(1,))] = None
+    pp: Annotated[Count | None, NotBuilt("pipeline parallelism", neutral=(1,))] = None
+    """Stages of a pipeline."""
+    sp: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
+    """Ranks that share the sequences of a batch."""
+    tp: Annotated[Count | None, NotBuilt("tensor parallelism", neutral=(1,))] = None
+    """Ranks that share every matrix."""
+    ep: Annotated[Count | None, NotBuilt("expert parallelism", neutral=(1,))] = None
+    """Ranks, of those that share a shard group, over which experts are spread."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +51,44 @@ class Mesh(Resolved):
     tp: int = 1
     ep: int = 1
 
+    @property
+    def cuts_the_model(self) -> bool:
+        """Whether ranks have different parts of the model, along `pp` or `tp`."""
+        return self.pp * self.tp > 1
+
+    def data_axes(self) -> Mesh:
+        """The axes of the ranks that have one part of the model in common."""
+        return dataclasses.replace(self, pp=1, tp=1)
+
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""
-        return {f"{self.key}.dp_replicate": self.dp_replicate, f"{self.key}.dp_shard": self.dp_shard}
+        shown = {"dp_replicate": self.dp_replicate, "dp_shard": self.dp_shard}
+        shown |= {name: size for name in ("pp", "sp", "tp", "ep") if (size := getattr(self, name)) > 1}
+        return {f"{self.key}.{name}": size for name, size in shown.items()}
+
+
+def other_axes(section: MeshSection | None) -> dict[str, int]:
+    """Sizes of the axes along which ranks do not take other samples: `pp`, `sp` and `tp`; and `ep`."""
+    return {name: getattr(section, name, None) or 1 for name in ("pp", "sp", "tp", "ep")}
+
+
+def batch_ranks(section: MeshSection | None, given: Given) -> int:
+    """Ranks that take different samples: all of them, shared out to `pp`, `sp` and `tp`.
+
+    Raises ConfigError when these do not divide the ranks.
+    """
+    sizes = {name: size for name, size in other_axes(section).items() if name != "ep" and size > 1}
+    together = math.prod(sizes.values())
+    if given.world_size % together:
+        raise ConfigError(
+            f"{_MESH}: {' * '.join(f'{name} {size}' for name, size in sizes.items())}"
+            f"{f' = {together}' if len(sizes) > 1 else ''} does not divide the {given.world_size} ranks: make it "
+            "a divisor of them, or start as many ranks as it divides",
+            path=_MESH,
+            expected=f"a divisor of {given.world_size}",
+            got=str(together),
+        )
+    return given.world_size // together
 
 
 def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, given: Given) -> Mesh | None:
@@ -61,7 +100,24 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
     Raises ConfigError when groups do not divide the ranks, when the axes do not multiply to them, and when a stage does
     not shard what is to be sharded in groups.
     """
-    world_size = given.world_size
+    others = other_axes(section)
+    axes = _data_axes(section, zero, stage, batch_ranks(section, given))
+    if axes is None and max(others.values()) == 1:
+        return None
+    axes = dataclasses.replace(axes or Mesh(dp_shard=batch_ranks(section, given)), **others)
+    if axes.dp_shard * axes.sp % axes.ep:
+        raise ConfigError(
+            f"{_MESH}: ep = {axes.ep} does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, the ranks over which "
+            "experts are spread",
+            path=f"{_MESH}.ep",
+            expected=f"a divisor of {axes.dp_shard * axes.sp}",
+            got=str(axes.ep),
+        )
+    return axes
+
+
+def _data_axes(section: MeshSection | None, zero: ZeroSection | None, stage: int, world_size: int) -> Mesh | None:
+    """The axes of `world_size` ranks that take different samples; None as `resolve` says."""
     hpz = None if zero is None else zero.zero_hpz_partition_size
     replicate = None if section is None else section.dp_replicate
     shard = None if section is None else section.dp_shard
@@ -95,7 +151,7 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
     assert shard is not None
     assert replicate is not None
     axes = Mesh(dp_replicate=replicate, dp_shard=shard)
-    product = math.prod(dataclasses.astuple(axes))
+    product = replicate * shard
     if product != world_size:
         raise ConfigError(
             f"{_MESH}: dp_replicate {replicate} * dp_shard {shard} = {product}, and there are {world_size} ranks: make "

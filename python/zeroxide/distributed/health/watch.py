@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -45,6 +45,7 @@ EXIT_CODE = 75
 class Watch:
     """One rank's part in the watch. All ranks make one together; with a single rank it does nothing.
 
+    parts: groups of `ranks` that have collectives of their own, see `split`.
     timeout: seconds without a sign of life, or of all ranks waiting for different things, that count as a failure.
     interval: seconds between two signs of life; at most a tenth of `timeout` is used.
     grace: seconds that the main thread has to leave what it waits in, once the failure is known. After that the
@@ -56,11 +57,20 @@ class Watch:
     """
 
     def __init__(
-        self, ranks: Ranks, *, timeout: float = 10.0, interval: float = 1.0, grace: float = 3.0, cleanup: float = 30.0
+        self,
+        ranks: Ranks,
+        *,
+        parts: Sequence[Ranks] = (),
+        timeout: float = 10.0,
+        interval: float = 1.0,
+        grace: float = 3.0,
+        cleanup: float = 30.0,
     ) -> None:
         self.doing: Doing = IDLE
         """What this rank does: (phase, unit, collective, sequence). With a collective it waits, without it computes."""
         self._ranks = ranks
+        self._every = list({id(each): each for each in (ranks, *parts)}.values())
+        """The ranks, and the groups of them that must know of a loss as well."""
         self._timeout, self._grace, self._cleanup = timeout, grace, cleanup
         self._interval = min(interval, timeout / 10)
         self._grace = min(0.5, timeout / 4)
@@ -78,7 +88,8 @@ class Watch:
         if ranks.alone:
             return
         self._endpoint = _open(ranks, timeout, self._grace)
-        ranks.explain = self.explain
+        for each in self._every:
+            each.explain = self.explain
         self._hook = _chain_excepthook(self)
         self._thread = threading.Thread(target=self._run, name="zeroxide-watch", daemon=True)
         self._thread.start()
@@ -165,7 +176,8 @@ class Watch:
         if thread is not threading.current_thread():
             # A callback may still run in it; it is a daemon and ends with the process at the latest.
             thread.join(5.0)
-        self._ranks.explain = None
+        for each in self._every:
+            each.explain = None
         _live.discard(self)
         atexit.unregister(self.close)
         if sys.excepthook is self._hook[0]:
@@ -235,7 +247,8 @@ class Watch:
         return None
 
     def _fail(self, failure: Failure) -> None:
-        self._ranks.lost = failure.line
+        for each in self._every:
+            each.lost = failure.line
         with self._lock:
             self._failure = failure
             callbacks = list(self._callbacks)

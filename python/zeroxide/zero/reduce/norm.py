@@ -9,7 +9,7 @@ import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import of_buffer
-from zeroxide.distributed import Ranks, UnitGroups, Watch
+from zeroxide.distributed import Job, Ranks, UnitGroups, Watch
 from zeroxide.errors import RanksError
 
 __all__ = ["Totals", "agree_on_norm"]
@@ -18,17 +18,33 @@ Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
 
 _HEAD = struct.Struct("<d?d")
+_COUNT = struct.Struct("<q")
 
 
-def agree_on_norm(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch, clipping: float = 0.0) -> Totals:
+def agree_on_norm(core: _core.Offload, job: Job, groups: UnitGroups, watch: Watch, clipping: float = 0.0) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
     The sums over the slices of units are added in double precision in the order of the slices, so that every rank has
-    the same bits, however ranks are grouped.
+    the same bits, however ranks are grouped; then those of the parts of the model, in the order of the ranks that have
+    them.
 
     clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
     another rank's script asks for another, since each would update its shard by another factor.
     """
+    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping), job.parts
+    if parts.world == 1:
+        return totals
+    core.finish()
+    payload = bytearray(_HEAD.pack(totals[0], totals[1], clipping) + _COUNT.pack(totals[2]))
+    with watch.waiting("the gradient norm of all parts of the model"):
+        rows = parts.gather_rows(of_buffer(payload, torch.uint8))
+    every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
+    _check_clipping(every, parts)
+    counts = [_COUNT.unpack(bytes(row[_HEAD.size :].tolist()))[0] for row in rows]
+    return _sum(head[0] for head in every), any(head[1] for head in every), sum(counts)
+
+
+def _of_one_part(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch, clipping: float) -> Totals:
     total, nonfinite, accumulated = core.grad_norm()
     if ranks.world == 1:
         return total, nonfinite, accumulated
@@ -38,17 +54,22 @@ def agree_on_norm(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: 
     with watch.waiting("the gradient norm"):
         rows = ranks.gather_rows(of_buffer(payload, torch.uint8))
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
-    for rank, head in enumerate(every):
-        if head[2] != every[0][2]:
-            raise RanksError(
-                f"gradient clipping is {head[2]:g} on rank {rank} and {every[0][2]:g} on rank 0: call "
-                "engine.set_gradient_clipping alike on every rank",
-                ranks=(rank,),
-            )
+    _check_clipping(every, ranks)
     heads = [every[rank] for rank in groups.owners()]
     everywhere = rows[:, _HEAD.size :].amax(0)
     core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
+
+
+def _check_clipping(every: list[tuple[float, bool, float]], ranks: Ranks) -> None:
+    for position, head in enumerate(every):
+        if head[2] != every[0][2]:
+            rank, first = ranks.number(position), ranks.number(0)
+            raise RanksError(
+                f"gradient clipping is {head[2]:g} on rank {rank} and {every[0][2]:g} on rank {first}: call "
+                "engine.set_gradient_clipping alike on every rank",
+                ranks=(rank,),
+            )
 
 
 def _sum(values: Iterable[float]) -> float:

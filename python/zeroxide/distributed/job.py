@@ -1,0 +1,51 @@
+"""The ranks of a job, and those of them that an engine's parts live on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from zeroxide.distributed.collectives import Ranks
+from zeroxide.distributed.mesh import ProcessMesh
+from zeroxide.distributed.process_group import split
+
+__all__ = ["Job", "split_job"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """This process among all, and in the groups that the mesh makes of them.
+
+    An engine lives on `ranks`: it plans, gathers, reduces and saves one part of the model as if there were no others.
+    What the parts must have in common, such as the norm, is exchanged between `parts`.
+    """
+
+    world: Ranks
+    """All ranks."""
+    mesh: ProcessMesh
+    """All ranks by the axes along which they differ."""
+    ranks: Ranks
+    """Those that have this rank's part of the model, along `dp_replicate`, `dp_shard` and `sp`."""
+    parts: Ranks
+    """Those that have the other parts of the model in the same place, along `pp` and `tp`."""
+
+    def groups(self) -> tuple[Ranks, Ranks]:
+        """The groups that have collectives of their own."""
+        return self.ranks, self.parts
+
+    def close(self) -> None:
+        """Destroys the process groups that `split_job` made."""
+        for each in self.groups():
+            if each is not self.world:
+                each.close()
+
+
+def split_job(world: Ranks, mesh: ProcessMesh) -> Job:
+    """The groups of `mesh`. Called by all ranks; raises RanksError when one is lost meanwhile."""
+    ranks = split(world, mesh.partition("dp_replicate", "dp_shard", "sp"))
+    try:
+        parts = split(world, mesh.partition("pp", "tp"))
+    except BaseException:
+        if ranks is not world:
+            ranks.close()
+        raise
+    return Job(world, mesh, ranks, parts)
