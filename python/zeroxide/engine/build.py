@@ -24,7 +24,7 @@ from zeroxide.device.health import DeviceHealth
 from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
-from zeroxide.distributed import Job, Ranks, Watch, agree, start
+from zeroxide.distributed import Job, ProcessMesh, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
@@ -40,6 +40,7 @@ from zeroxide.engine.resident import resident_without
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
+from zeroxide.moe.spread import SpreadExperts, spread_experts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
@@ -59,7 +60,7 @@ from zeroxide.zero.guard import ModelGuard
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.init.materialize import fill_units, replace_meta_parameters
-from zeroxide.zero.leaf import mark_leaf_modules
+from zeroxide.zero.leaf import mark_leaf_modules, set_z3_leaf_module
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages
 from zeroxide.zero.on_device.core import device_part
@@ -97,6 +98,8 @@ class Build:
     peak: Peak
     undo: Undo
     watch: Watch
+    experts: SpreadExperts | None
+    """The experts that are spread over ranks; None where there are none."""
     observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
@@ -149,6 +152,7 @@ class Build:
         asked = self.asked
         own = partial(own_dtype, self.module)
         self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.shortcuts)
+        self.config = with_experts(self.config, self.module, self.world.world)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -186,6 +190,20 @@ class Build:
         self.watch = Watch(self.world, parts=self.job.groups(), timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
 
+    def spread_experts(self) -> None:
+        """Leaves this rank its own experts of those that are spread over ranks."""
+        axes = None if self.config.mesh is None else self.config.mesh.data_axes()
+        mesh = ProcessMesh(self.ranks.rank, self.ranks.world, axes)
+        self.experts = spread_experts(self.module, self.ranks, mesh, self.watch.waiting)
+        if self.experts is None:
+            return
+        if self.experts.ranks is not self.ranks:
+            self.made.callback(self.experts.ranks.close)
+        self.experts.take_from(self.asked.optimizer)
+        for each in self.experts.modules:
+            # All of them are used together, and named alike on every rank.
+            set_z3_leaf_module(each, True)
+
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
         self.observers = open_observers(self.config, self.world)
@@ -196,7 +214,9 @@ class Build:
         asked, config = self.asked, self.config
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
-        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
+        given = asked.model_parameters
+        given = given if self.experts is None else self.experts.without_dropped(given)
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
@@ -222,6 +242,7 @@ class Build:
             states=states,
             device=self.device,
             asked=asked,
+            experts=() if self.experts is None else self.experts.params,
         )
         for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
@@ -250,7 +271,7 @@ class Build:
         # Units remember shapes before the parameters lose them.
         core = self.core()
         self.units = [
-            Unit(index, unit, core, self.plan.compute, self.plan.groups, self.device)
+            Unit(index, unit, core, self.plan.compute, self.plan.groups_of(index), self.device)
             for index, unit in enumerate(self.plan.units)
         ]
         both = device_part(core)
@@ -309,7 +330,7 @@ class Build:
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
+            self.config, self.core, self.job, self.plan, self.watch, self.scaler, self.counters, self.timers
         )
         self.residuals = None
         feedback = self.config.zero.feedback
@@ -325,7 +346,8 @@ class Build:
 
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
-        fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks)
+        places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
+        fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks, places)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
@@ -376,7 +398,6 @@ class Build:
             self.units,
             self.ranks,
             self.watch,
-            groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
             health=self.health,
@@ -470,6 +491,7 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("peak", Build.measure),
     ("undo", Build.remember_model),
     ("watch", Build.watch_ranks),
+    ("experts", Build.spread_experts),
     ("observers", Build.open_observers),
     ("groups", Build.group_parameters),
     ("plan", Build.make_plan),

@@ -8,10 +8,11 @@ import math
 import torch
 
 from zeroxide.config import Config
-from zeroxide.distributed import Job, UnitGroups, Watch
+from zeroxide.distributed import Job, Watch
 from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.timers import Timers
+from zeroxide.plan.plan import Plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.hooks import Hooks
@@ -34,7 +35,7 @@ class Updater:
         config: Config,
         core: LiveCore,
         job: Job,
-        groups: UnitGroups,
+        plan: Plan,
         watch: Watch,
         scaler: LossScaler,
         counters: Counters,
@@ -49,7 +50,7 @@ class Updater:
         self._config = config
         self._core = core
         self._job = job
-        self._groups = groups
+        self._plan = plan
         self._watch = watch
         self._scaler = scaler
         self._counters = counters
@@ -69,7 +70,7 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch)
+        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._plan, self._watch)
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:
@@ -78,7 +79,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0
+            core, self._job, self._plan, self._watch, self.clipping or 0.0
         )
         agreed = self._timers.now()
         if accumulated:

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from zeroxide.device.placement import HOST
-from zeroxide.distributed import COMMS
+from zeroxide.distributed import COMMS, Ranks
 from zeroxide.moe.dispatch import dispatch
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 __all__ = ["ExpertExchange"]
 
@@ -28,10 +25,10 @@ class ExpertExchange:
     Every rank of them runs the layer equally often, forward and backward, with any number of tokens, also none.
     """
 
-    def __init__(self, group: ProcessGroup, position: int, size: int, name: str, waiting: Waiting) -> None:
-        self.group = group
+    def __init__(self, ranks: Ranks, position: int, name: str, waiting: Waiting) -> None:
+        self.ranks = ranks
         self.position = position
-        self.size = size
+        self.size = ranks.world
         self.name = name
         self.sent_bytes = 0
         """Bytes of tokens and their gradients that left this rank for others."""
@@ -77,7 +74,9 @@ class ExpertExchange:
         logged = COMMS.begin("all_to_all", sent, self.size, what=what, unit=self.name) if COMMS.enabled else None
         with self._waiting(f"all-to-all {what}", self.name, self._number):
             # As bytes: a group has no word for most dtypes.
-            dist.all_to_all_single(_bytes(arriving), _bytes(leaving), _scaled(given, arriving), _scaled(to, leaving), group=self.group)
+            dist.all_to_all_single(
+                _bytes(arriving), _bytes(leaving), _scaled(given, arriving), _scaled(to, leaving), group=self.ranks.group
+            )
         COMMS.end(logged)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
-from zeroxide.plan.checks import check_gradients, check_transport, refuse_max_norm
+from zeroxide.plan.checks import check_experts, check_gradients, check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
@@ -42,6 +42,8 @@ class Plan:
     resident_before: int
     """Bytes that the process uses without the state."""
     groups: UnitGroups = field(default_factory=UnitGroups)
+    expert_groups: UnitGroups | None = None
+    """Those of units of experts; None where no unit has any."""
     stage: int = 0
     offloads_weights: bool = False
     """Whether the config asks for parameters somewhere else than where the model computes."""
@@ -77,6 +79,12 @@ class Plan:
     def units_on_device(self) -> frozenset[int]:
         """Numbers of the units that are at home on the device: weights, optimizer state and gradients."""
         return frozenset(index for index, home in enumerate(self.numbers.states) if home == "device")
+
+    def groups_of(self, unit: int) -> UnitGroups:
+        """Who trains a unit, by its number."""
+        if self.expert_groups is not None and self.units[unit].experts:
+            return self.expert_groups
+        return self.groups
 
     @property
     def world(self) -> int:
@@ -187,29 +195,36 @@ def make_plan(
     states: Mapping[int, StatePlan] | None = None,
     device: torch.device = HOST,
     asked: _core.DeviceRequest | None = None,
+    experts: Container[int] = (),
 ) -> Plan:
     """Finds the units of `module` and places them.
 
     `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
     `resident` is the resident memory of the process in bytes without the model's own parameters, to which comes what
     copies to and from `device`, on which the model is to compute, keep locked. `asked` is what that device is to have.
+    `experts` are ids of parameters of experts that only some of the ranks have.
     Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
     payload, or `config.zeroxide.device_memory` what the device is to have.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
-    units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device)
+    units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
     blocks = _blocks_down(config, ranks, units)
     resident += pinned_bytes(device, blocks)
     check_transport(config, ranks)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
         refuse_max_norm(module)
-    transport = "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
+    axes = None if config.mesh is None else config.mesh.data_axes()
+    check_experts(config, ranks, device, spread=axes is not None and axes.ep > 1)
+    together = config.zeroxide.transport == "collective" or (axes is not None and axes.ep > 1)
+    transport = "shared" if ranks.shares_memory and not together else "collective"
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
-    mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
+    mesh = ProcessMesh(ranks.rank, ranks.world, axes)
     groups = mesh.unit_groups(sharded=config.zero.stage > 0, secondary=quantisation.secondary)
+    spread = any(unit.experts for unit in units)
+    expert_groups = mesh.unit_groups(sharded=config.zero.stage > 0, experts=True) if spread else None
     check_gradients(config, groups, transport)
     numbers = _core.Plan(
         units=_units(units),
@@ -232,6 +247,7 @@ def make_plan(
         limit=config.zeroxide.host_memory,
         resident=resident,
         device=asked,
+        apart=[(index, *_position(expert_groups)) for index, unit in enumerate(units) if expert_groups and unit.experts],
     )
     return Plan(
         units=units,
@@ -243,6 +259,7 @@ def make_plan(
         limit=config.zeroxide.host_memory,
         resident_before=resident,
         groups=groups,
+        expert_groups=expert_groups,
         stage=config.zero.stage,
         offloads_weights=config.zero.offload_param.enabled,
         device=device,
@@ -252,6 +269,11 @@ def make_plan(
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
     )
+
+
+def _position(groups: UnitGroups) -> tuple[int, int, int]:
+    """This rank, shards and replicas, as the core's planner takes them."""
+    return groups.rank, groups.shard.size, groups.replicate.size
 
 
 def _blocks_down(config: Config, ranks: Ranks, units: list[UnitPlan]) -> int:

@@ -34,7 +34,7 @@ class MeshSection(Section):
     """Ranks that share the sequences of a batch."""
     tp: Annotated[Count | None, NotBuilt("tensor parallelism", neutral=(1,))] = None
     """Ranks that share every matrix."""
-    ep: Annotated[Count | None, NotBuilt("expert parallelism", neutral=(1,))] = None
+    ep: Count | None = None
     """Ranks, of those that share a shard group, over which experts are spread."""
 
 
