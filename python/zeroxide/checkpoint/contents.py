@@ -49,6 +49,12 @@ class ParamRecord:
     """Number of its optimizer group; None if it is frozen."""
     states: Mapping[str, float]
     """The state tensors that its optimizer keeps, with what they start from; none if it is frozen."""
+    first: int
+    """Number of its first element in the parameter that is saved under its names."""
+    saved_shape: tuple[int, ...]
+    """The shape of that one: larger where other ranks have other parts of it."""
+    expert: bool
+    """Whether other ranks have other parameters, or other parts of it, in its place."""
 
     @property
     def name(self) -> str:
@@ -89,6 +95,9 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
             states=unit.states if unit.trainable[position] else {},
+            first=unit.parts[position][0],
+            saved_shape=tuple(unit.parts[position][1]),
+            expert=unit.experts,
         )
         for unit in training.units
         for position, param in enumerate(unit.params)
@@ -107,6 +116,11 @@ class ElementRange:
     held: ParamRecord
     start: int
     count: int
+
+    @property
+    def saved_start(self) -> int:
+        """The number of the first element in the parameter that is saved."""
+        return self.held.first + self.start
 
 
 def own_pieces(training: TrainingState, records: Sequence[ParamRecord]) -> list[ElementRange]:

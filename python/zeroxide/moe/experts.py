@@ -39,7 +39,7 @@ class Experts(nn.Module):
         """rows: those of each expert after those of the one before, (sum of `counts`, width). What experts make of
         them, in the same order; of an expert that gives a tuple, its first."""
         made = []
-        for expert, part in zip(self.deepspeed_experts.values(), rows.split(counts), strict=True):
+        for expert, part in zip(self.deepspeed_experts.values(), torch.split(rows, counts), strict=True):
             found = expert(part)
             made.append(found[0] if isinstance(found, tuple) else found)
         return torch.cat(made)

@@ -205,7 +205,9 @@ class MoE(nn.Module):
             beside = beside[0] if isinstance(beside, tuple) else beside
             shares = functional.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * shares[..., 0:1] + beside * shares[..., 1:]
-        return output, self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts
+        l_aux, counts = self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts
+        assert l_aux is not None and counts is not None, "forward has just set them"
+        return output, l_aux, counts
 
 
 def _check(

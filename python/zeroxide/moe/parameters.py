@@ -69,7 +69,7 @@ def split_params_into_different_moe_groups_for_optimizer(
     given = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
     taken: set[str] = set()
     for number, group in enumerate(given):
-        if not isinstance(group, dict) or "name" not in group:
+        if "name" not in group:
             raise ModelError(
                 f'moe: optimizer group {number} has no "name": give every group that is to be split one, such as '
                 f'{{"params": ..., "name": "group{number}"}}',

@@ -6,9 +6,11 @@ ever has a whole tensor. Rank 0 makes the files beforehand and gives them their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import ElementRange, own_pieces, param_records, persistent_buffers
@@ -37,21 +39,31 @@ def save_model(
     format lacks, StorageError when the files cannot be written: all ranks raise what one does.
     """
     team = Team(training.ranks)
+    elsewhere = team.together(lambda: _expert_tensors(training, include_frozen), save_dir)
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 
     def plan() -> dict[str, object]:
-        made.append(_Export(training, check_name(name), save_dir, team, include_frozen))
+        made.append(_Export(training, check_name(name), save_dir, team, include_frozen, elsewhere))
         return {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
 
     team.same(team.together(plan, save_dir), "export different models", save_dir)
     return made[0].write()
 
 
+def _expert_tensors(training: TrainingState, include_frozen: bool) -> list[tuple[str, str, list[int]]]:
+    """(name, dtype, shape) of what only some ranks have, and this one has."""
+    return [
+        (held.name, str(training.compute if held.trainable else held.dtype).removeprefix("torch."), [*held.saved_shape])
+        for held in param_records(training)
+        if held.expert and (held.trainable or include_frozen)
+    ]
+
+
 class _Export:
     """What will be written where."""
 
-    def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
+    def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool, elsewhere: Sequence[list[tuple[str, str, list[int]]]]) -> None:
         self.team = team
         self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}
@@ -67,9 +79,13 @@ class _Export:
                     name=name,
                 )
         tensors = [
-            Tensor(held.name, training.compute if held.trainable else held.dtype, held.shape)
+            Tensor(held.name, training.compute if held.trainable else held.dtype, held.saved_shape)
             for held in records
-            if held.trainable or include_frozen
+            if (held.trainable or include_frozen) and not held.expert
+        ]
+        experts = {name: (dtype, shape) for rank in elsewhere for name, dtype, shape in rank}
+        tensors += [
+            Tensor(name, getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in sorted(experts.items())
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
         check_exportable(tensors)
@@ -109,7 +125,7 @@ class _Export:
                     buffer = self.buffers.get(tensor.name)
                     if buffer is None:
                         for run in self.runs.get(tensor.name, ()):
-                            at = run.start
+                            at = run.saved_start
                             for values in self.live.chunks(run.held, "weights", run.start, run.count, tensor.dtype):
                                 file.write(tensor, at, values)
                                 at += values.numel()

@@ -38,6 +38,7 @@ from zeroxide.optim.groups import assign
 from zeroxide.optim.rules import FIXED
 from zeroxide.precision.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import set_buffer
+from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
     from zeroxide.engine.training_state import TrainingState
@@ -131,15 +132,26 @@ class _Load:
         self.resume = optimizer or scheduler
         self.optimizer = optimizer
         self.staging = Staging()
+        experts = [held for held in self.held if held.expert]
+        others = team.together(lambda: [list(held.names) for held in experts], path) if experts else []
+        self.elsewhere = {name for rank in others for names in rank for name in names}
         team.together(lambda: self._compare(strict, scheduler), path)
         parts = [WEIGHTS, *(state_names(self.held) if optimizer else ())]
         self.fills = list(self._plan(parts))
         needed = [
             piece
             for held in self.held
-            if (saved := self.saved[held.name]) is not None
+            if (saved := self.saved[held.name]) is not None and not held.expert
             for part in parts
             if held.has(part)
+            for piece in saved.part(part)
+        ]
+        # What other ranks have, too: all verify their share of the same files.
+        needed += [
+            piece
+            for saved in manifest.parameters
+            if self.elsewhere.intersection(map(plain_name, saved.names))
+            for part in parts
             for piece in saved.part(part)
         ]
         needed += [piece for _, saved in self.buffers for piece in saved.pieces]
@@ -147,7 +159,7 @@ class _Load:
 
     def _compare(self, strict: bool, scheduler: bool) -> None:
         training, manifest, path = self.training, self.manifest, self.path
-        self.saved = match_parameters(self.held, manifest, path, strict=strict)
+        self.saved = match_parameters(self.held, manifest, path, strict=strict, elsewhere=self.elsewhere)
         self.buffers = match_buffers(persistent_buffers(training.module), manifest, path, strict=strict)
         self.scheduler = scheduler and self._has_scheduler(strict)
         if self.resume:
@@ -323,7 +335,8 @@ class _Load:
             for start in range(0, run.count, self.staging.elements):
                 yield run.start + start, initial[: run.count - start]
         else:
-            for start, stored in self.sources.chunks(pieces, run.start, run.count):
+            for at, stored in self.sources.chunks(pieces, run.saved_start, run.count):
+                start = at - run.held.first
                 dtype = value_dtype(run.held, part)
                 if stored.dtype == dtype:
                     yield start, stored

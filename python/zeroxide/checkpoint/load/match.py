@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,11 +56,11 @@ def _refuse(kind: str, found: _Differences, strict: bool, path: Path) -> None:
 
 
 def match_parameters(
-    held: Sequence[ParamRecord], manifest: Manifest, path: Path, *, strict: bool
+    held: Sequence[ParamRecord], manifest: Manifest, path: Path, *, strict: bool, elsewhere: Collection[str] = ()
 ) -> dict[str, SavedParameter | None]:
     """For every parameter of the engine, by its first name, the saved one; None where the checkpoint has none.
 
-    A parameter is found by any of its names. Raises CheckpointError where shapes differ and, if `strict`, where names
+    A parameter is found by any of its names. elsewhere: names of parameters that other ranks have. Raises CheckpointError where shapes differ and, if `strict`, where names
     or the sharing of parameters do.
     """
     by_name = {plain_name(name): saved for saved in manifest.parameters for name in saved.names}
@@ -74,8 +74,8 @@ def match_parameters(
         if saved is None:
             found.missing.append(one.name)
             continue
-        if list(one.shape) != saved.shape:
-            found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.shape)} here)")
+        if list(one.saved_shape) != saved.shape:
+            found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.saved_shape)} here)")
         stored = SAVED[saved.weights[0].dtype] if saved.weights else one.dtype
         opaque = one.opaque or saved.opaque
         if stored != one.dtype and (opaque or not converts(stored, one.dtype)):
@@ -85,7 +85,7 @@ def match_parameters(
         if saved.name in users:
             found.ties.append(f"{one.name} (one parameter with {users[saved.name]} there, two here)")
         users[saved.name] = one.name
-    known = {name for one in held for name in one.names}
+    known = {*elsewhere, *(name for one in held for name in one.names)}
     found.unexpected = [
         saved.name for saved in manifest.parameters if known.isdisjoint(plain_name(name) for name in saved.names)
     ]

@@ -66,7 +66,20 @@ class Description:
         if self._leads:
             # What only rank 0 writes, only rank 0 need be able to write.
             self.frame = frame(training, client_state)
-            self.updates = [training.core.updates(held.unit, held.position) for held in self.records]
+        self.parameters = [
+            {
+                "names": list(held.names),
+                "shape": list(held.saved_shape),
+                "trainable": held.trainable,
+                "opaque": held.opaque,
+                "updates": training.core.updates(held.unit, held.position),
+                "group": held.group,
+                "states": list(held.states),
+            }
+            for held in self.records
+            if self._leads or held.expert
+        ]
+        """What the manifest says of each parameter: of all on rank 0, of what only some ranks have on every rank."""
         mark = f"rank{rank:05}-" if world > 1 else ""
         self.files = [
             (f"{family}-{mark}{number:05}.safetensors", cuts)
@@ -92,18 +105,18 @@ class Description:
     def _families(self, own: Sequence[ElementRange], include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
-            held.name: Tensor(held.name, held.dtype, held.shape)
+            held.name: Tensor(held.name, held.dtype, held.saved_shape)
             for held in self.records
             if held.trainable or include_frozen
         }
         families = [(WEIGHTS, weights)]
         for state in self._states:
             having = [held for held in self.records if state in held.states]
-            families.append((state, {held.name: Tensor(held.name, torch.float32, held.shape) for held in having}))
+            families.append((state, {held.name: Tensor(held.name, torch.float32, held.saved_shape) for held in having}))
         for family, tensors in families:
             yield (
                 family,
-                [Cut(tensors[run.held.name], run.start, run.count) for run in own if run.held.name in tensors],
+                [Cut(tensors[run.held.name], run.saved_start, run.count) for run in own if run.held.name in tensors],
             )
         if self._leads:
             yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in self.buffers.items())

@@ -21,7 +21,12 @@ def report(description: Description, written: Sequence[SavedFile]) -> dict[str, 
         for name, cuts in description.files
         for cut in cuts
     ]
-    return {"files": [each.model_dump() for each in written], "pieces": pieces, "generators": description.generators}
+    return {
+        "files": [each.model_dump() for each in written],
+        "pieces": pieces,
+        "generators": description.generators,
+        "parameters": description.parameters,
+    }
 
 
 def manifest_text(description: Description, reports: Sequence[dict[str, Any]]) -> str:
@@ -32,21 +37,19 @@ def manifest_text(description: Description, reports: Sequence[dict[str, Any]]) -
             pieces.setdefault((family, name), []).append(Piece(**piece))
     for found in pieces.values():
         found.sort(key=lambda piece: piece.start)
+    known = {each["names"][0]: each for report in reversed(reports) for each in report["parameters"]}
+    # Rank 0's in their order, then what only others have.
+    order = dict.fromkeys(each["names"][0] for report in reports for each in report["parameters"])
     manifest = Manifest(
         **description.frame,
         generators=[report["generators"] for report in reports],
         parameters=[
             SavedParameter(
-                names=list(held.names),
-                shape=list(held.shape),
-                trainable=held.trainable,
-                opaque=held.opaque,
-                updates=updates,
-                group=held.group,
-                weights=pieces.get((WEIGHTS, held.name), []),
-                state={name: pieces[name, held.name] for name in held.states if (name, held.name) in pieces},
+                **{key: value for key, value in known[name].items() if key != "states"},
+                weights=pieces.get((WEIGHTS, name), []),
+                state={state: pieces[state, name] for state in known[name]["states"] if (state, name) in pieces},
             )
-            for held, updates in zip(description.records, description.updates, strict=True)
+            for name in order
         ],
         buffers=[
             SavedBuffer(name=name, shape=list(buffer.shape), pieces=pieces[BUFFERS, name])

@@ -66,7 +66,7 @@ class StateDicts:
         self.methods = [
             Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
             for each in module.modules()
-            if each._parameters and not context.params_always_full
+            if each._parameters and (not context.params_always_full or _experts_of(each))
         ]
 
     def close(self) -> None:
@@ -76,6 +76,10 @@ class StateDicts:
         self.methods.clear()
 
     def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        experts = [] if _bare else _experts_of(module)
+        if experts:
+            self._save_experts(save, destination, prefix, experts)
+            return
         sharded_params = {
             name: sharded
             for name, param in module._parameters.items()
@@ -98,6 +102,20 @@ class StateDicts:
                 for name, sharded in sharded_params.items():
                     if isinstance(value := destination.get(prefix + name), torch.Tensor):
                         self.given[sharded.ident] = weakref.ref(value)
+
+    def _save_experts(
+        self, save: Any, destination: dict[str, Any], prefix: str, experts: list[tuple[str, ShardedParam]]
+    ) -> None:
+        """The module's part with the experts of all ranks, which all ask together."""
+        own: dict[str, Any] = {}
+        save(own, prefix, True)
+        found: dict[str, torch.Tensor] = {}
+        with self._patient(experts[0][1]):
+            for name, sharded in experts:
+                own.pop(prefix + name, None)
+                _add_experts(found, sharded, prefix + name)
+        destination.update(found)
+        destination.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in own.items()})
 
     def _save_names(
         self, save: Any, destination: dict[str, Any], prefix: str, sharded_params: dict[str, ShardedParam]
@@ -153,6 +171,12 @@ _NAMING = frozenset({"adapter_state_dict", "adapter_state_dict_load_map"})
 the values they take from what the engine has gathered."""
 
 
+def _experts_of(module: nn.Module) -> list[tuple[str, ShardedParam]]:
+    """The module's own parameters that are experts', by name, where ranks have different ones."""
+    params = [(name, sharded_param_of(param)) for name, param in module._parameters.items() if param is not None]
+    return [(name, sharded) for name, sharded in params if sharded is not None and sharded.unit.experts]
+
+
 def _gone() -> None:
     """Stands for a reference to nothing."""
 
@@ -184,6 +208,12 @@ def full_state_dict(
         sharded = sharded_param_of(value) if isinstance(value, torch.Tensor) else None
         if sharded is not None and not include_frozen and not sharded.trainable:
             continue
+        if sharded is not None and sharded.unit.experts:
+            every: dict[str, torch.Tensor] = {}
+            _add_experts(every, sharded, name)
+            if context.ranks.rank == 0:
+                kept.update({plain_name(each): value for each, value in every.items()})
+            continue
         if sharded is not None and id(value) not in seen:
             whole = sharded.read_live().view(sharded.shape)
             seen[id(value)] = whole if context.ranks.rank == 0 else torch.empty(0, device=HOST)
@@ -191,6 +221,28 @@ def full_state_dict(
             found = seen.get(id(value), value)
             kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
     return kept
+
+
+def _add_experts(kept: dict[str, torch.Tensor], sharded: ShardedParam, name: str) -> None:
+    """Adds what all ranks have in the place of a parameter, which is `name` in a dict: several parameters, or the parts
+    of one."""
+    shape = sharded.unit.parts[sharded.position][1]
+    found = sharded.read_live_everywhere()
+    if shape != sharded.shape:
+        kept[name] = torch.cat([values for _, values in found]).view(shape)
+        return
+    for each, values in found:
+        kept[_renamed(name, sharded.name, each)] = values.view(shape)
+
+
+def _renamed(name: str, own: str, other: str) -> str:
+    """`name`, which ends as `own` does or is an end of it, for the parameter whose full name is `other`: they differ in
+    the numbers of experts."""
+    parts = name.split(".")
+    for back, (mine, theirs) in enumerate(zip(reversed(own.split(".")), reversed(other.split(".")), strict=True), 1):
+        if mine != theirs:
+            parts[-back] = theirs
+    return ".".join(parts)
 
 
 def _copied(buffer: torch.Tensor) -> torch.Tensor:
@@ -235,6 +287,13 @@ def load_full_state_dict(
     Weights are taken as exact as they are given; optimizer state stays as it is. Raises ModelError on all ranks, before
     anything has changed, when names (`strict`) or shapes do not fit.
     """
+    for unit in context.units:
+        if unit.experts:
+            raise ModelError(
+                f"load_module_state_dict: {unit.name} has experts that are spread over ranks, which is not built: load "
+                "a checkpoint, or load the state dict before zeroxide.initialize",
+                name=unit.names[0],
+            )
     targets = {
         plain_name(name): value
         for name, value in _parameters_and_buffers(module).items()
