@@ -36,8 +36,13 @@ def config_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "gradient_clipping": 0.5,
         "steps_per_print": None,
         "zeroxide": {**own, **case.get("own", {})},
+        **(autoep(case["ep"]) if case["family"] != "moe" else {}),
         **case.get("config", {}),
     }
+
+
+def autoep(size: int) -> dict[str, Any]:
+    return {"expert_parallel": {"enabled": True, "autoep_size": size}}
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:

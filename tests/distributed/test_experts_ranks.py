@@ -77,7 +77,8 @@ def test_two_ranks_train_as_one_process_does(two):
     close_to_plain(found["stage 3"], torch.load(folder / "stage 3.pt"), "moe", 3)
     # A rank has half of the experts.
     experts = [unit for unit in found["stage 3"][0]["units"] if unit.endswith("(experts)")]
-    assert len(experts) == 2 and found["stage 3"][0]["units"] == found["stage 3"][1]["units"]
+    assert len(experts) == 2
+    assert found["stage 3"][0]["units"] == found["stage 3"][1]["units"]
     assert found["stage 3"][0]["held"] < found["dense"][0]["held"]
 
 
@@ -133,3 +134,34 @@ def test_four_ranks_with_two_and_four_places(tmp_path):
         assert found[name][0]["model"] == found["ep 2"][0]["model"], name
         assert found[name][0]["norms"] == found["ep 2"][0]["norms"], name
     assert found["ep 2, hybrid"][0]["model"] == found["ep 2"][0]["model"]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3"])
+def test_models_of_hugging_face_are_spread_in_place(tmp_path, family):
+    """Catches: rows of another expert, shared experts and routers that are not trained, a parameter that is saved as
+    one rank has it."""
+    cases = [
+        {"name": "spread", "ep": 2, "save": "spread"},
+        {"name": "stage 1", "ep": 2, "stage": 1},
+        {"name": "not spread", "ep": 1, "load": "spread", "first": 3, "steps": 1},
+        {"name": "spread again", "ep": 2, "load": "spread", "first": 3, "steps": 1},
+    ]
+    found = run_cases(2, tmp_path, [{"family": family, **case} for case in cases])
+    weights = torch.load(tmp_path / "spread.pt")
+    close_to_plain(found["spread"], weights, family, 3)
+    assert found["spread"][0]["model"] == found["stage 1"][0]["model"]
+    assert found["spread"][0]["shown"] == found["spread"][1]["shown"] == found["spread"][0]["model"]
+    before = build(family, 1).state_dict()
+    assert all(not torch.equal(weights[name], value) for name, value in before.items() if value.dim() > 1)
+    again, not_spread = found["spread again"][0]["losses"], found["not spread"][0]["losses"]
+    assert again == pytest.approx(not_spread, rel=2e-6)
+    exported = load_file(tmp_path / "spread.model" / "model.safetensors")
+    assert all(torch.equal(exported[name].float(), weights[name]) for name in exported)
+
+
+def test_fused_experts_of_four_ranks(tmp_path):
+    found = run_cases(
+        4, tmp_path, [{"family": "mixtral", "name": "ep 4", "ep": 4}, {"family": "mixtral", "name": "ep 2", "ep": 2}]
+    )
+    for name in ("ep 2", "ep 4"):
+        close_to_plain(found[name], torch.load(tmp_path / f"{name}.pt"), "mixtral", 3)

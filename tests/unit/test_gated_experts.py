@@ -28,7 +28,9 @@ def inputs(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     }
 
 
-def in_float64(given: dict[str, torch.Tensor], activation=functional.silu) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def in_float64(
+    given: dict[str, torch.Tensor], activation=functional.silu
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     wide = {
         name: value if name == "experts" else value.detach().double().requires_grad_() for name, value in given.items()
     }
@@ -44,7 +46,9 @@ def in_float64(given: dict[str, torch.Tensor], activation=functional.silu) -> tu
     return torch.stack(made), wide
 
 
-@pytest.mark.parametrize("activation", [functional.silu, functional.gelu, functional.relu], ids=["silu", "gelu", "relu"])
+@pytest.mark.parametrize(
+    "activation", [functional.silu, functional.gelu, functional.relu], ids=["silu", "gelu", "relu"]
+)
 def test_results_and_all_gradients(activation):
     given = inputs()
     given["experts"][3, 1], given["experts"][7, 0] = -1, EXPERTS
@@ -56,7 +60,8 @@ def test_results_and_all_gradients(activation):
     torch.testing.assert_close(made.double(), expected, **TOLERANCE)
     for name in ("tokens", "weights", "gate_up", "down"):
         torch.testing.assert_close(given[name].grad.double(), wide[name].grad, **TOLERANCE)
-    assert (given["gate_up"].grad[4] == 0).all() and (given["down"].grad[4] == 0).all()
+    assert (given["gate_up"].grad[4] == 0).all()
+    assert (given["down"].grad[4] == 0).all()
 
 
 def test_frozen_weights_have_no_gradient():
@@ -65,7 +70,10 @@ def test_frozen_weights_have_no_gradient():
     gated_experts(**given).sum().backward()
     _, wide = in_float64(given)
     in_float64_sum = in_float64(given)[0].sum()
-    assert given["gate_up"].grad is None and given["down"].grad is not None and in_float64_sum.isfinite() and wide
+    assert given["gate_up"].grad is None
+    assert given["down"].grad is not None
+    assert in_float64_sum.isfinite()
+    assert wide
 
 
 def test_under_autocast_products_are_bf16_and_gradients_are_fp32():
@@ -121,4 +129,5 @@ def test_no_tokens():
     given |= {"tokens": torch.randn(0, WIDTH), "experts": given["experts"][:0], "weights": torch.rand(0, WAYS)}
     made = gated_experts(**given)
     made.sum().backward()
-    assert made.shape == (0, WIDTH) and (given["down"].grad == 0).all()
+    assert made.shape == (0, WIDTH)
+    assert (given["down"].grad == 0).all()

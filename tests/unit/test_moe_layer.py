@@ -91,7 +91,9 @@ def test_a_layer_is_the_dense_one(name):
     torch.testing.assert_close(l_aux.double(), loss, **TOLERANCE)
     torch.testing.assert_close(given.grad.double().view(-1, WIDTH), tokens.grad, **TOLERANCE)
     for label, param in layer.named_parameters():
-        torch.testing.assert_close(param.grad.double(), params[label].grad, msg=lambda m, label=label: f"{label}: {m}", **TOLERANCE)
+        torch.testing.assert_close(
+            param.grad.double(), params[label].grad, msg=lambda m, label=label: f"{label}: {m}", **TOLERANCE
+        )
     if drops and "room" not in name:
         assert (output.view(-1, WIDTH) == 0).all(1).any() or k > 1, "a case in which nothing is dropped shows nothing"
 
@@ -113,7 +115,8 @@ def test_capacity_is_that_of_training_or_of_evaluation():
     layer.eval()
     layer(given)
     assert layer.deepspeed_moe.capacity == math.ceil(TOKENS / EXPERTS * 2.0)
-    assert capacity_of(41, 5, 1.0, 4) == 9 and capacity_of(10, 5, 1.0, 4) == 4
+    assert capacity_of(41, 5, 1.0, 4) == 9
+    assert capacity_of(10, 5, 1.0, 4) == 4
 
 
 def test_random_token_selection_drops_any_and_keeps_as_many():
@@ -184,7 +187,8 @@ def test_routes_stay_sparse():
     """A tensor of tokens x experts x capacity would have 2**31 elements here."""
     torch.manual_seed(0)
     routes = topkgating(torch.randn(4096, 64), 2, 4.0, 4)
-    assert routes.capacity == 512 and routes.experts.shape == routes.gates.shape == (4096, 2)
+    assert routes.capacity == 512
+    assert routes.experts.shape == routes.gates.shape == (4096, 2)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -194,9 +198,12 @@ def test_the_gate_is_fp32_under_autocast_and_in_bf16(k):
         counts = layer(given)[2]
         with torch.autocast("cpu", torch.bfloat16):
             cast, l_aux, under = layer(given)
-    assert torch.equal(counts, under) and l_aux.dtype is torch.float32 and cast.dtype is torch.float32
+    assert torch.equal(counts, under)
+    assert l_aux.dtype is torch.float32
+    assert cast.dtype is torch.float32
     low = layer.to(torch.bfloat16)(given.to(torch.bfloat16))
-    assert low[0].dtype is torch.bfloat16 and low[1].dtype is torch.float32
+    assert low[0].dtype is torch.bfloat16
+    assert low[1].dtype is torch.float32
 
 
 def test_experts_without_tokens_have_gradients_and_an_empty_batch_passes():
@@ -211,11 +218,13 @@ def test_experts_without_tokens_have_gradients_and_an_empty_batch_passes():
 def test_names_and_marks_are_deepspeeds():
     layer, _ = made(2)
     names = [name for name, _ in layer.named_parameters()]
-    assert "deepspeed_moe.gate.wg.weight" in names and "deepspeed_moe.experts.deepspeed_experts.4.2.bias" in names
+    assert "deepspeed_moe.gate.wg.weight" in names
+    assert "deepspeed_moe.experts.deepspeed_experts.4.2.bias" in names
     for name, param in layer.named_parameters():
         assert is_moe_param(param) == ("deepspeed_experts" in name)
     assert layer.deepspeed_moe.experts.deepspeed_experts["0"][0].weight.group_name == "ep_size_1"
-    assert has_moe_layers(nn.Sequential(layer)) == (True, 5) and has_moe_layers(nn.Linear(1, 1)) == (False, 0)
+    assert has_moe_layers(nn.Sequential(layer)) == (True, 5)
+    assert has_moe_layers(nn.Linear(1, 1)) == (False, 0)
 
 
 @pytest.mark.parametrize(
@@ -238,4 +247,5 @@ def test_names_and_marks_are_deepspeeds():
 def test_what_cannot_be_is_refused_in_one_line(options, line):
     with pytest.raises(ModelError) as caught:
         MoE(8, nn.Linear(8, 8), **options)
-    assert line in str(caught.value) and "\n" not in str(caught.value)
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)

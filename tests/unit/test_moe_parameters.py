@@ -26,7 +26,9 @@ def test_experts_have_groups_of_their_own_with_the_same_options():
     shared, *experts = split_params_into_different_moe_groups_for_optimizer(given)
     assert [group["name"] for group in experts] == ["ep_size_2", "ep_size_1"]
     assert all(group["lr"] == 0.5 and group["weight_decay"] == 0.1 and group["moe"] is True for group in experts)
-    assert shared["name"] == "all" and not is_moe_param_group(shared) and is_moe_param_group(experts[0])
+    assert shared["name"] == "all"
+    assert not is_moe_param_group(shared)
+    assert is_moe_param_group(experts[0])
     assert not any(map(is_moe_param, shared["params"]))
     assert [len(group["params"]) for group in experts] == [8, 4]
     every = [id(param) for group in (shared, *experts) for param in group["params"]]
@@ -57,7 +59,9 @@ def test_a_group_without_a_name_is_named():
 def test_parameters_and_groups_are_configured():
     made = model()
     assert [group["name"] for group in configure_moe_param_groups(made.parameters())] == [
-        "parameters", "ep_size_2", "ep_size_1",
+        "parameters",
+        "ep_size_2",
+        "ep_size_1",
     ]
     groups = configure_moe_param_groups([{"params": made[0].parameters()}, {"params": made[1].parameters()}])
     assert [group["name"] for group in groups] == ["group0", "group1", "ep_size_2"]
@@ -70,6 +74,7 @@ def test_parameters_and_gradients_are_split():
     made[0].weight.grad = torch.ones(8, 8)
     made[1].deepspeed_moe.experts.deepspeed_experts["1"].bias.grad = torch.full((8,), 2.0)
     shared, experts = split_params_into_shared_and_expert_params(made.parameters())
-    assert len(shared) == 4 and len(experts) == 12
+    assert len(shared) == 4
+    assert len(experts) == 12
     of_shared, of_experts = split_params_grads_into_shared_and_expert_params(made.parameters())
     assert [float(each.mean()) for each in of_shared + of_experts] == [1.0, 2.0]

@@ -194,7 +194,7 @@ class Build:
         """Leaves this rank its own experts of those that are spread over ranks."""
         axes = None if self.config.mesh is None else self.config.mesh.data_axes()
         mesh = ProcessMesh(self.ranks.rank, self.ranks.world, axes)
-        self.experts = spread_experts(self.module, self.ranks, mesh, self.watch.waiting)
+        self.experts = spread_experts(self.module, self.config, self.ranks, mesh, self.watch.waiting)
         if self.experts is None:
             return
         if self.experts.ranks is not self.ranks:
@@ -242,7 +242,7 @@ class Build:
             states=states,
             device=self.device,
             asked=asked,
-            experts=() if self.experts is None else self.experts.params,
+            experts=None if self.experts is None else self.experts.parts,
         )
         for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)

@@ -11,24 +11,22 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from zeroxide.device.placement import in_host_memory
 from zeroxide.kernels import Launcher
 from zeroxide.kernels.launchers import launcher
 from zeroxide.kernels.permute import combine_reference, combine_rows, gather_reference, gather_rows
-from zeroxide.device.placement import in_host_memory
 
 __all__ = ["combine", "dispatch", "expert_counts"]
 
 
 def dispatch(tokens: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Row i is token `sources[i]`: (rows, width) of (tokens, width). `positions` says where a token's rows are, (tokens,
-    k), -1 for none, as `zeroxide.kernels.permute.expert_order` gives both."""
+    """Row i is token `sources[i]`: (rows, width) of (tokens, width). `positions` says where a token's rows are,
+    (tokens, k), -1 for none, as `zeroxide.kernels.permute.expert_order` gives both."""
     found: torch.Tensor = _Dispatch.apply(tokens, sources, positions)
     return found
 
 
-def combine(
-    rows: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def combine(rows: torch.Tensor, weights: torch.Tensor, sources: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """For each token the sum of its rows times their `weights`, (tokens, k) in fp32: summed in fp32 in the order of its
     choices, in the dtype of `rows`. A token without rows gets zeros. See `dispatch`."""
     found: torch.Tensor = _Combine.apply(rows, weights, sources, positions)

@@ -46,20 +46,36 @@ class ExpertExchange:
         experts: this rank's, which are given the rows of each from all ranks, one expert after the other, and how many
         each has. Raises RanksError when a rank is lost.
         """
+        arrived, expert, way_back = self.bring(rows, counts)
+        order = expert.argsort(stable=True)
+        back = torch.empty_like(order)
+        back[order] = torch.arange(order.numel(), device=HOST)
+        number = len(counts) // self.size
+        made = experts(dispatch(arrived, order, back[:, None]), torch.bincount(expert, minlength=number).tolist())
+        return way_back(dispatch(made, back, order[:, None]))
+
+    def bring(
+        self, rows: torch.Tensor, counts: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
+        """The rows of this rank's experts from all ranks, rank after rank; the expert of each, counted from this rank's
+        first; and what takes as many rows back to where these came from. See `through`."""
         number = len(counts) // self.size
         leaving = torch.tensor(counts, dtype=torch.int64, device=HOST).view(self.size, number)
         arriving = torch.empty_like(leaving)
         self.exchange(arriving, leaving, [1] * self.size, [1] * self.size, "of counts")
         to, given = leaving.sum(1).tolist(), arriving.sum(1).tolist()
         arrived: torch.Tensor = _AllToAll.apply(rows, to, given, self)
-        # They come rank after rank, and of each rank expert after expert.
         expert = torch.arange(number, device=HOST).repeat(self.size).repeat_interleave(arriving.view(-1))
-        order = expert.argsort(stable=True)
-        back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=HOST)
-        made = experts(dispatch(arrived, order, back[:, None]), arriving.sum(0).tolist())
-        found: torch.Tensor = _AllToAll.apply(dispatch(made, back, order[:, None]), given, to, self)
-        return found
+
+        def way_back(made: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = _AllToAll.apply(made, given, to, self)
+            return found
+
+        return arrived, expert, way_back
+
+    def __deepcopy__(self, _: Any) -> ExpertExchange:
+        """Copies of a layer reach the same ranks."""
+        return self
 
     def exchange(
         self, arriving: torch.Tensor, leaving: torch.Tensor, given: list[int], to: list[int], what: str
@@ -74,9 +90,8 @@ class ExpertExchange:
         logged = COMMS.begin("all_to_all", sent, self.size, what=what, unit=self.name) if COMMS.enabled else None
         with self._waiting(f"all-to-all {what}", self.name, self._number):
             # As bytes: a group has no word for most dtypes.
-            dist.all_to_all_single(
-                _bytes(arriving), _bytes(leaving), _scaled(given, arriving), _scaled(to, leaving), group=self.ranks.group
-            )
+            sizes = _scaled(given, arriving), _scaled(to, leaving)
+            dist.all_to_all_single(_bytes(arriving), _bytes(leaving), *sizes, group=self.ranks.group)
         COMMS.end(logged)
 
 

@@ -29,25 +29,26 @@ def gated_experts(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     activation: Activation = functional.silu,
+    apply_gate: Activation | None = None,
 ) -> torch.Tensor:
     """For each token the sum over its choices of weight * (activation(x G^T) * (x U^T)) D^T, (tokens, width), in the
     dtype of `tokens`.
 
     experts: int64, (tokens, k), each a number of an expert, or below 0 or not below their number for none. weights:
     (tokens, k). gate_up: (experts, 2 * features, width), G above U. down: (experts, width, features). The sum is taken
-    in fp32 in the order of the experts.
+    in fp32 in the order of the experts. apply_gate: what makes (rows, features) of both products side by side, (rows,
+    2 * features), where that is something else.
     """
     dtype = autocast_dtype() or tokens.dtype
     order, counts = _by_expert(experts, gate_up.shape[0])
     made: torch.Tensor = _GatedExperts.apply(
-        tokens.to(dtype), weights.float(), gate_up, down, order, counts, activation
+        tokens.to(dtype), weights.float(), gate_up, down, order, counts, activation, apply_gate
     )
     return made.to(tokens.dtype)
 
 
 def _by_expert(experts: torch.Tensor, number: int) -> tuple[torch.Tensor, list[int]]:
-    """The choices, as numbers of (tokens, k) counted row by row, in the order of their experts, and how many each has.
-    """
+    """The choices, counted along the rows of (tokens, k), in the order of their experts, and how many each has."""
     flat = experts.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= number), number, flat)
     counts = torch.bincount(flat, minlength=number + 1)[:number].tolist()
@@ -76,6 +77,7 @@ class _GatedExperts(torch.autograd.Function):
         order: torch.Tensor,
         counts: list[int],
         activation: Activation,
+        apply_gate: Activation | None,
     ) -> torch.Tensor:
         ways = weights.shape[1]
         sources, scales = order // ways, weights.reshape(-1)[order]
@@ -86,11 +88,15 @@ class _GatedExperts(torch.autograd.Function):
                 rows = sources[start:end]
                 both = projected[start:end]
                 torch.mm(tokens.index_select(0, rows), gate_up[expert].to(tokens.dtype).t(), out=both)
-                gate, up = both.chunk(2, dim=1)
-                made = (activation(gate) * up).mm(down[expert].to(tokens.dtype).t())
+                if apply_gate is None:
+                    gate, up = both.chunk(2, dim=1)
+                    hidden = activation(gate) * up
+                else:
+                    hidden = apply_gate(both)
+                made = hidden.mm(down[expert].to(tokens.dtype).t())
                 total.index_add_(0, rows, made.float().mul_(scales[start:end, None]))
         ctx.save_for_backward(tokens, scales, gate_up, down, order, projected)
-        ctx.counts, ctx.activation, ctx.ways = counts, activation, ways
+        ctx.counts, ctx.bent, ctx.ways = counts, (activation, apply_gate), ways
         return total.to(tokens.dtype)
 
     @staticmethod
@@ -111,19 +117,19 @@ class _GatedExperts(torch.autograd.Function):
             for expert, start, end in _parts(ctx.counts):
                 rows, scale = sources[start:end], scales[start:end, None]
                 given = gradient.index_select(0, rows)
-                hidden, by_gate, by_up = _hidden(projected[start:end], ctx.activation)
+                hidden, slope = _hidden(projected[start:end], *ctx.bent)
                 weight = down[expert].to(tokens.dtype)
                 of_hidden = given.mm(weight)
                 of_weights[order[start:end]] = (of_hidden.float() * hidden.float()).sum(1)
                 of_hidden = of_hidden.mul_(scale.to(of_hidden.dtype))
                 if of_down is not None:
                     _product(given.mul_(scale.to(given.dtype)).t(), hidden, of_down[expert])
-                both = torch.cat([by_gate.mul_(of_hidden), by_up.mul_(of_hidden)], dim=1)
+                both = slope(of_hidden)
                 if of_gate_up is not None:
                     _product(both.t(), tokens.index_select(0, rows), of_gate_up[expert])
                 of_tokens.index_add_(0, rows, both.mm(gate_up[expert].to(tokens.dtype)).float())
         of_weights = of_weights.view(tokens.shape[0], ctx.ways)
-        return of_tokens.to(tokens.dtype), of_weights, of_gate_up, of_down, None, None, None
+        return of_tokens.to(tokens.dtype), of_weights, of_gate_up, of_down, None, None, None, None
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
@@ -133,12 +139,26 @@ def _product(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None
         out.copy_(left.mm(right))
 
 
-def _hidden(both: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """activation(gate) * up, and its derivatives by gate and by up."""
+def _hidden(
+    both: torch.Tensor, activation: Activation, apply_gate: Activation | None
+) -> tuple[torch.Tensor, Activation]:
+    """What the gate makes of both products, and what makes of a gradient of that the gradient of both."""
+    if apply_gate is not None:
+        with torch.enable_grad():
+            given = both.detach().requires_grad_()
+            found = apply_gate(given)
+        return found.detach(), lambda gradient: torch.autograd.grad(found, given, gradient)[0]
     gate, up = both.chunk(2, dim=1)
     with torch.enable_grad():
         bent = gate.detach().requires_grad_()
         active = activation(bent)
-    (slope,) = torch.autograd.grad(active, bent, up)
-    active = active.detach()
-    return active * up, slope, active
+    (by_gate,) = torch.autograd.grad(active, bent, up)
+    by_up = active.detach()
+
+    def slope(gradient: torch.Tensor) -> torch.Tensor:
+        found = torch.empty_like(both)
+        torch.mul(by_gate, gradient, out=found[:, : gate.shape[1]])
+        torch.mul(by_up, gradient, out=found[:, gate.shape[1] :])
+        return found
+
+    return by_up * up, slope

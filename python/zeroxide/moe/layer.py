@@ -9,13 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from zeroxide.device.placement import without_autocast
 from zeroxide.errors import ModelError
+from zeroxide.kernels.permute import expert_order
 from zeroxide.moe.dispatch import combine, dispatch, expert_counts
 from zeroxide.moe.exchange import ExpertExchange
 from zeroxide.moe.experts import Experts
 from zeroxide.moe.gating import DROP_POLICIES, Routes, top1gating, top2gating, topkgating, z_loss
-from zeroxide.device.placement import without_autocast
-from zeroxide.kernels.permute import expert_order
 
 __all__ = ["MOELayer", "MoE", "TopKGate"]
 
@@ -206,7 +206,8 @@ class MoE(nn.Module):
             shares = functional.softmax(self.coefficient(hidden_states), dim=-1)
             output = output * shares[..., 0:1] + beside * shares[..., 1:]
         l_aux, counts = self.deepspeed_moe.l_aux, self.deepspeed_moe.exp_counts
-        assert l_aux is not None and counts is not None, "forward has just set them"
+        assert l_aux is not None, "forward has just set it"
+        assert counts is not None, "forward has just set it"
         return output, l_aux, counts
 
 

@@ -77,7 +77,7 @@ def split_params_into_different_moe_groups_for_optimizer(
             )
         if group["name"] in taken:
             raise ModelError(
-                f'moe: two optimizer groups have the name {group["name"]!r}: expected names that differ', name="name"
+                f"moe: two optimizer groups have the name {group['name']!r}: expected names that differ", name="name"
             )
         taken.add(group["name"])
     apart: list[dict[str, Any]] = []

@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from zeroxide.config import Config, Mesh
-from zeroxide.device.placement import has_values, in_host_memory
+from zeroxide.device.placement import has_values, in_host, in_host_memory, nothing_like, plain
 from zeroxide.distributed import ProcessMesh, Ranks, split
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.moe.exchange import ExpertExchange, Waiting
+from zeroxide.moe.experts import mark_expert
+from zeroxide.moe.hugging_face import WEIGHTS, find_fused_experts, replace_forward
 from zeroxide.moe.layer import MoE
 from zeroxide.params.handle import handle_of
 
@@ -33,8 +35,9 @@ class SpreadExperts:
     """Those over which experts are spread; close them when the engine ends, where they are not the engine's own."""
     modules: tuple[nn.Module, ...]
     """Those that have experts of this rank, one for each layer."""
-    params: frozenset[int]
-    """Ids of the parameters of experts of this rank."""
+    parts: Mapping[int, tuple[int, torch.Size | None]]
+    """By the ids of the parameters of experts of this rank: the number of its first element in the parameter that all
+    ranks have together, and the shape of that, None where it is this one."""
     dropped: frozenset[int]
     """Ids of those of other ranks' experts, which the model no longer has here."""
 
@@ -64,35 +67,37 @@ class SpreadExperts:
 
 
 def expert_parallel_size(module: nn.Module, config: Config) -> int:
-    """Ranks over which the model's experts are spread: what `zeroxide.mesh.ep` says, or the layers' own `ep_size`.
+    """Ranks over which the model's experts are spread: what `zeroxide.mesh.ep` says, or else the layers' own `ep_size`
+    or `expert_parallel.autoep_size`.
 
-    Raises ConfigError where these differ, and ModelError where two layers differ.
+    Raises ConfigError where these differ.
     """
-    sizes = {name: each.ep_size for name, each in module.named_modules() if isinstance(each, MoE) and each.ep_size > 1}
-    asked = 1 if config.mesh is None else config.mesh.ep
+    sizes = {
+        f"the ep_size of {name}": each.ep_size
+        for name, each in module.named_modules()
+        if isinstance(each, MoE) and each.ep_size > 1
+    }
+    if config.expert_parallel.autoep_size > 1:
+        sizes["expert_parallel.autoep_size"] = config.expert_parallel.autoep_size
+    if config.mesh is not None and config.mesh.ep > 1:
+        if not sizes:
+            raise _wrong_size(
+                config.mesh.ep,
+                1,
+                f"{type(module).__name__} has no experts to be spread: give its MoE layers ep_size={config.mesh.ep}, "
+                "or set expert_parallel for a model of Hugging Face's",
+            )
+        sizes["zeroxide.mesh.ep"] = config.mesh.ep
+    first = next(iter(sizes), "")
     for name, size in sizes.items():
-        first, expected = next(iter(sizes.items()))
-        if size != expected:
-            raise ModelError(
-                f"{name} has ep_size = {size}, and {first} has {expected}: expected one for all layers", name=name
-            )
-        if asked not in (1, size):
-            raise ConfigError(
-                f"zeroxide.mesh.ep: expected {size}, the ep_size of {name}, got {asked}: make them one, or leave the "
-                "key out",
-                path="zeroxide.mesh.ep",
-                expected=str(size),
-                got=str(asked),
-            )
-    if asked > 1 and not sizes:
-        raise ConfigError(
-            f"zeroxide.mesh.ep is {asked}, and {type(module).__name__} has no experts to be spread: give its MoE "
-            f"layers ep_size={asked}",
-            path="zeroxide.mesh.ep",
-            expected="1",
-            got=str(asked),
-        )
-    return max(sizes.values(), default=1)
+        if size != sizes[first]:
+            raise _wrong_size(size, sizes[first], f"{name} is {size} and {first} is {sizes[first]}: make them one")
+    return sizes.get(first, 1)
+
+
+def _wrong_size(got: int, expected: int, why: str) -> ConfigError:
+    line = f"zeroxide.mesh.ep: expected {expected}, got {got}: {why}"
+    return ConfigError(line, path="zeroxide.mesh.ep", expected=str(expected), got=str(got))
 
 
 def with_experts(config: Config, module: nn.Module, world: int) -> Config:
@@ -106,8 +111,8 @@ def with_experts(config: Config, module: nn.Module, world: int) -> Config:
         return config
     if axes.dp_shard * axes.sp % size:
         raise ConfigError(
-            f"ep_size = {size} of the model's MoE layers does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, the "
-            "ranks over which experts are spread",
+            f"ep_size = {size} of the model's MoE layers does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, "
+            "the ranks over which experts are spread",
             path="zeroxide.mesh.ep",
             expected=f"a divisor of {axes.dp_shard * axes.sp}",
             got=str(size),
@@ -115,36 +120,97 @@ def with_experts(config: Config, module: nn.Module, world: int) -> Config:
     return dataclasses.replace(config, mesh=dataclasses.replace(axes, ep=size))
 
 
-def spread_experts(module: nn.Module, ranks: Ranks, mesh: ProcessMesh, waiting: Waiting) -> SpreadExperts | None:
+def spread_experts(
+    module: nn.Module, config: Config, ranks: Ranks, mesh: ProcessMesh, waiting: Waiting
+) -> SpreadExperts | None:
     """Leaves every rank its own experts, with rank 0's values. Called by all ranks; None where nothing is spread.
 
-    ranks, mesh: those that have this part of the model, and the mesh of them alone.
-    Raises ModelError for experts that `zero.Init` has cut, and RanksError when a rank is lost.
+    ranks, mesh: those that have this part of the model, and the mesh of them alone. A model whose construction fails
+    afterwards lacks the others' experts. Raises ModelError for experts that `zero.Init` has cut or that do not divide,
+    ConfigError for what `expert_parallel` does not find, and RanksError when a rank is lost.
     """
+    asked = config.expert_parallel
+    fused = find_fused_experts(module, asked) if asked.enabled else []
     layers = [(name, each) for name, each in module.named_modules() if isinstance(each, MoE) and each.ep_size > 1]
-    if mesh.ep == 1 or not layers:
+    if mesh.ep == 1:
+        for _, each in fused:
+            replace_forward(each, None)
         return None
-    before = {id(param) for param in module.parameters()}
-    for name, layer in layers:
-        for param_name, param in layer.deepspeed_moe.experts.named_parameters():
-            _share(f"{name}.deepspeed_moe.experts.{param_name}", param, ranks)
-    group = mesh.expert_group()
+    for name, each in fused:
+        _check_divides(name, each, mesh.ep)
+    for name, param in _experts_in(layers, fused):
+        _check_uncut(name, param)
+    position = mesh.expert_group().position
     together = split(ranks, mesh.expert_groups())
+    parts: dict[int, tuple[int, torch.Size | None]] = {}
+    dropped: set[int] = set()
     for name, layer in layers:
-        layer.spread(ExpertExchange(together, group.position, name, waiting))
-    modules = tuple(layer.deepspeed_moe.experts for _, layer in layers)
-    params = frozenset(id(param) for each in modules for param in each.parameters())
-    return SpreadExperts(together, modules, params, frozenset(before - {id(param) for param in module.parameters()}))
+        every = list(layer.deepspeed_moe.experts.parameters())
+        for param in every:
+            _share(param, ranks)
+        layer.spread(ExpertExchange(together, position, name, waiting))
+        kept = {id(param) for param in layer.deepspeed_moe.experts.parameters()}
+        for param in every:
+            if id(param) not in kept:
+                dropped.add(id(param))
+                param.data = nothing_like(param)
+        parts |= dict.fromkeys(kept, (0, None))
+    for name, each in fused:
+        for weight in each.parameters():
+            _share(weight, ranks)
+            parts[id(weight)] = _cut(weight, position, mesh.ep)
+            mark_expert(weight, f"ep_size_{mesh.ep}")
+        replace_forward(each, ExpertExchange(together, position, name, waiting))
+    modules = (*(layer.deepspeed_moe.experts for _, layer in layers), *(each for _, each in fused))
+    return SpreadExperts(together, modules, parts, frozenset(dropped))
 
 
-def _share(name: str, param: nn.Parameter, ranks: Ranks) -> None:
-    """Gives every rank rank 0's values of a parameter that they all still have."""
+def _experts_in(
+    layers: list[tuple[str, MoE]], fused: list[tuple[str, nn.Module]]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, layer in layers:
+        yield from layer.deepspeed_moe.experts.named_parameters(f"{name}.deepspeed_moe.experts")
+    for name, module in fused:
+        yield from module.named_parameters(name)
+
+
+def _check_divides(name: str, experts: nn.Module, ep: int) -> None:
+    param = experts._parameters[WEIGHTS[0]]
+    assert param is not None, "it was found by it"
+    if param.shape[0] % ep:
+        raise ModelError(
+            f"{name} has {param.shape[0]} experts, which {ep} ranks cannot share alike: make "
+            "expert_parallel.autoep_size a divisor of them",
+            name=name,
+        )
+    if not has_values(param):
+        raise ModelError(
+            f"{name} is on the meta device, and fused experts are cut from real weights: build the model in host "
+            "memory",
+            name=name,
+        )
+
+
+def _check_uncut(name: str, param: nn.Parameter) -> None:
     if handle_of(param) is not None:
         raise ModelError(
             f"{name} was cut by zero.Init over all ranks, and experts are to be spread over them: build the model "
-            "without zero.Init, on the meta device if it is large",
+            "without zero.Init",
             name=name,
         )
+
+
+def _cut(param: nn.Parameter, position: int, ep: int) -> tuple[int, torch.Size]:
+    """Leaves the parameter the experts at `position`; gives the number of its first element, and the shape it had."""
+    full = param.shape
+    number = full[0] // ep
+    with torch.no_grad():
+        param.data = param.data[position * number : (position + 1) * number].clone()
+    return position * param.numel(), full
+
+
+def _share(param: nn.Parameter, ranks: Ranks) -> None:
+    """Gives every rank rank 0's values of a parameter that they all still have."""
     if not has_values(param):
         return
     with torch.no_grad():
@@ -152,4 +218,4 @@ def _share(name: str, param: nn.Parameter, ranks: Ranks) -> None:
         if in_host_memory(values) and values.is_contiguous():
             ranks.broadcast_tensor(values)
         else:
-            param.copy_(ranks.broadcast_tensor(values.cpu().contiguous()))
+            param.copy_(ranks.broadcast_tensor(plain(in_host(values))))

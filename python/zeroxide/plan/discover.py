@@ -9,7 +9,7 @@ parameters are units apart, and everywhere those that are updated in different w
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,16 +75,17 @@ def find_units(
     world: int,
     states: Mapping[int, StatePlan],
     device: torch.device = HOST,
-    experts: Container[int] = (),
+    experts: Mapping[int, tuple[int, torch.Size | None]] | None = None,
 ) -> list[UnitPlan]:
     """The units of `module`, which computes on `device`, over `world` ranks.
 
-    experts: ids of parameters of experts that only some of the ranks have. states: by the ids of trainable parameters, how each is updated; Adam in the config's format where it does not say.
+    experts: by the ids of parameters of experts that only some of the ranks have, `first` and `full_shape` of
+    `ParameterPlan`. states: by the ids of trainable parameters, how each is updated; Adam in the config's
+    format where it does not say.
     Raises ModelError for a model that cannot be trained.
     """
     entries = [
-        replace(entry, expert=id(entry.param) in experts)
-        for entry in _parameters_of(module, compute, cast=config.precision.asked)
+        _as_expert(entry, experts or {}) for entry in _parameters_of(module, compute, cast=config.precision.asked)
     ]
     check_model(module, entries, config, device)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
@@ -129,6 +130,13 @@ def _parameters_of(module: nn.Module, compute: torch.dtype, *, cast: bool) -> It
             words=-(-shape.numel() * dtype.itemsize // compute.itemsize),
             opaque=opaque,
         )
+
+
+def _as_expert(entry: ParameterPlan, experts: Mapping[int, tuple[int, torch.Size | None]]) -> ParameterPlan:
+    if id(entry.param) not in experts:
+        return entry
+    first, full_shape = experts[id(entry.param)]
+    return replace(entry, expert=True, first=first, full_shape=full_shape)
 
 
 def _is_cast(param: nn.Parameter, compute: torch.dtype) -> bool:

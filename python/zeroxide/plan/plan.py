@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -195,14 +195,14 @@ def make_plan(
     states: Mapping[int, StatePlan] | None = None,
     device: torch.device = HOST,
     asked: _core.DeviceRequest | None = None,
-    experts: Container[int] = (),
+    experts: Mapping[int, tuple[int, torch.Size | None]] | None = None,
 ) -> Plan:
     """Finds the units of `module` and places them.
 
     `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
     `resident` is the resident memory of the process in bytes without the model's own parameters, to which comes what
     copies to and from `device`, on which the model is to compute, keep locked. `asked` is what that device is to have.
-    `experts` are ids of parameters of experts that only some of the ranks have.
+    `experts`: see `find_units`.
     Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
     payload, or `config.zeroxide.device_memory` what the device is to have.
     """
@@ -247,7 +247,9 @@ def make_plan(
         limit=config.zeroxide.host_memory,
         resident=resident,
         device=asked,
-        apart=[(index, *_position(expert_groups)) for index, unit in enumerate(units) if expert_groups and unit.experts],
+        apart=[
+            (index, *_position(expert_groups)) for index, unit in enumerate(units) if expert_groups and unit.experts
+        ],
     )
     return Plan(
         units=units,

@@ -63,7 +63,15 @@ def _expert_tensors(training: TrainingState, include_frozen: bool) -> list[tuple
 class _Export:
     """What will be written where."""
 
-    def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool, elsewhere: Sequence[list[tuple[str, str, list[int]]]]) -> None:
+    def __init__(
+        self,
+        training: TrainingState,
+        stem: str,
+        directory: Path,
+        team: Team,
+        include_frozen: bool,
+        elsewhere: Sequence[list[tuple[str, str, list[int]]]],
+    ) -> None:
         self.team = team
         self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}

@@ -60,7 +60,8 @@ def match_parameters(
 ) -> dict[str, SavedParameter | None]:
     """For every parameter of the engine, by its first name, the saved one; None where the checkpoint has none.
 
-    A parameter is found by any of its names. elsewhere: names of parameters that other ranks have. Raises CheckpointError where shapes differ and, if `strict`, where names
+    A parameter is found by any of its names. elsewhere: names of parameters that other ranks have.
+    Raises CheckpointError where shapes differ and, if `strict`, where names
     or the sharing of parameters do.
     """
     by_name = {plain_name(name): saved for saved in manifest.parameters for name in saved.names}

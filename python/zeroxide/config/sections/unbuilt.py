@@ -22,7 +22,6 @@ class UnbuiltKeys(Section):
     use_data_before_expert_parallelism: Annotated[Any, NotBuilt("expert parallelism")] = None
     pipeline: Annotated[Any, NotBuilt("pipeline parallelism")] = None
     tensor_parallel: Annotated[Any, NotBuilt("tensor parallelism")] = None
-    expert_parallel: Annotated[Any, NotBuilt("expert parallelism")] = None
     compile: Annotated[Any, NotBuilt("compiled graphs")] = None
     hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None
