@@ -330,7 +330,15 @@ class Build:
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config, self.core, self.job, self.plan, self.watch, self.scaler, self.counters, self.timers
+            self.config,
+            self.core,
+            self.job,
+            self.plan.groups,
+            self.watch,
+            self.scaler,
+            self.counters,
+            self.timers,
+            self.plan.trained_apart(),
         )
         self.residuals = None
         feedback = self.config.zero.feedback

@@ -8,18 +8,17 @@ import math
 import torch
 
 from zeroxide.config import Config
-from zeroxide.distributed import Job, Watch
+from zeroxide.distributed import Job, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.timers import Timers
-from zeroxide.plan.plan import Plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.zero.gather.weight_gather import WeightGather
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
-from zeroxide.zero.reduce.norm import agree_on_norm
+from zeroxide.zero.reduce.norm import Apart, agree_on_norm
 
 __all__ = ["Updater"]
 
@@ -35,11 +34,12 @@ class Updater:
         config: Config,
         core: LiveCore,
         job: Job,
-        plan: Plan,
+        groups: UnitGroups,
         watch: Watch,
         scaler: LossScaler,
         counters: Counters,
         timers: Timers,
+        apart: Apart = (),
     ) -> None:
         self.norm: float | None = None
         """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
@@ -50,11 +50,12 @@ class Updater:
         self._config = config
         self._core = core
         self._job = job
-        self._plan = plan
+        self._groups = groups
         self._watch = watch
         self._scaler = scaler
         self._counters = counters
         self._timers = timers
+        self._apart = apart
 
     def attach(
         self,
@@ -70,7 +71,7 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._plan, self._watch)
+        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch, apart=self._apart)
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:
@@ -79,7 +80,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._plan, self._watch, self.clipping or 0.0
+            core, self._job, self._groups, self._watch, self.clipping or 0.0, self._apart
         )
         agreed = self._timers.now()
         if accumulated:

@@ -86,6 +86,16 @@ class Plan:
             return self.expert_groups
         return self.groups
 
+    def trained_apart(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """Which of the trainable parameters of all units, by their numbers, only some ranks train; and those ranks."""
+        found, first = [], 0
+        for index, unit in enumerate(self.units):
+            end = first + sum(entry.trainable for entry in unit.params)
+            if unit.experts:
+                found.append((slice(first, end), self.groups_of(index).everyone))
+            first = end
+        return found
+
     @property
     def world(self) -> int:
         """Ranks that train the model."""

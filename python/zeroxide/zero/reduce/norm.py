@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from zeroxide import _core
 from zeroxide.device.placement import of_buffer
-from zeroxide.distributed import Job, Ranks, Watch
+from zeroxide.distributed import Job, Ranks, UnitGroups, Watch
 from zeroxide.errors import RanksError
-from zeroxide.plan.plan import Plan
 
-__all__ = ["Totals", "agree_on_norm"]
+__all__ = ["Apart", "Totals", "agree_on_norm"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
+
+Apart = Sequence[tuple[slice, tuple[int, ...]]]
 
 _HEAD = struct.Struct("<d?d")
 _COUNT = struct.Struct("<q")
 
 
-def agree_on_norm(core: _core.Offload, job: Job, plan: Plan, watch: Watch, clipping: float = 0.0) -> Totals:
+def agree_on_norm(
+    core: _core.Offload, job: Job, groups: UnitGroups, watch: Watch, clipping: float = 0.0, apart: Apart = ()
+) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
     The sums over the slices of units are added in double precision in the order of the slices, so that every rank has
     the same bits, however ranks are grouped; then those of the parts of the model, in the order of the ranks that have
     them.
 
+    apart: which trainable parameters, by their numbers, only some ranks train, and those ranks.
     clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
     another rank's script asks for another, since each would update its shard by another factor.
     """
-    totals, parts = _of_one_part(core, job.ranks, plan, watch, clipping), job.parts
+    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, apart), job.parts
     if parts.world == 1:
         return totals
     core.finish()
@@ -45,7 +49,9 @@ def agree_on_norm(core: _core.Offload, job: Job, plan: Plan, watch: Watch, clipp
     return _sum(head[0] for head in every), any(head[1] for head in every), sum(counts)
 
 
-def _of_one_part(core: _core.Offload, ranks: Ranks, plan: Plan, watch: Watch, clipping: float) -> Totals:
+def _of_one_part(
+    core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch, clipping: float, apart: Apart
+) -> Totals:
     total, nonfinite, accumulated = core.grad_norm()
     if ranks.world == 1:
         return total, nonfinite, accumulated
@@ -56,8 +62,8 @@ def _of_one_part(core: _core.Offload, ranks: Ranks, plan: Plan, watch: Watch, cl
         rows = ranks.gather_rows(of_buffer(payload, torch.uint8))
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
     _check_clipping(every, ranks)
-    heads = [every[rank] for rank in plan.groups.owners()]
-    everywhere = _everywhere(plan, rows[:, _HEAD.size :])
+    heads = [every[rank] for rank in groups.owners()]
+    everywhere = _everywhere(rows[:, _HEAD.size :], apart)
     core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
 
@@ -73,17 +79,11 @@ def _check_clipping(every: list[tuple[float, bool, float]], ranks: Ranks) -> Non
             )
 
 
-def _everywhere(plan: Plan, rows: torch.Tensor) -> torch.Tensor:
-    """Whether a parameter has been accumulated on any rank that trains it, by the trainable parameters of all units."""
+def _everywhere(rows: torch.Tensor, apart: Apart) -> torch.Tensor:
+    """Whether a parameter has been accumulated on any rank that trains it."""
     found = rows.amax(0)
-    if plan.expert_groups is None:
-        return found
-    at = 0
-    for index, unit in enumerate(plan.units):
-        end = at + sum(entry.trainable for entry in unit.params)
-        if unit.experts:
-            found[at:end] = rows[list(plan.groups_of(index).everyone), at:end].amax(0)
-        at = end
+    for which, ranks in apart:
+        found[which] = rows[list(ranks), which].amax(0)
     return found
 
 
