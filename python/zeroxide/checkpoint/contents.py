@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from zeroxide.params.part import Region, part_of
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
@@ -49,17 +50,18 @@ class ParamRecord:
     """Number of its optimizer group; None if it is frozen."""
     states: Mapping[str, float]
     """The state tensors that its optimizer keeps, with what they start from; none if it is frozen."""
-    first: int
-    """Number of its first element in the parameter that is saved under its names."""
-    saved_shape: tuple[int, ...]
-    """The shape of that one: larger where other ranks have other parts of it."""
-    expert: bool
-    """Whether other ranks have other parameters, or other parts of it, in its place."""
+    region: Region | None = None
+    """Which elements of the undivided model's parameter this is; None for all of them."""
 
     @property
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape of the undivided model's parameter."""
+        return self.shape if self.region is None else self.region.shape
 
     def has(self, part: str) -> bool:
         """Whether the parameter has that part: the weights, or a state tensor of its optimizer."""
@@ -72,7 +74,7 @@ def value_dtype(held: ParamRecord, part: str) -> torch.dtype:
 
 
 def param_records(training: TrainingState) -> list[ParamRecord]:
-    """Every parameter once, in the order of the core."""
+    """Every parameter once, in the order of the core, by its names in the undivided model."""
     core = training.core
     names: dict[int, list[str]] = {}
     for name, param in training.module.named_parameters(remove_duplicate=False):
@@ -87,7 +89,7 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             unit=unit.index,
             position=position,
             offset=core.param_offset(unit.index, position),
-            names=tuple(names[id(param)]),
+            names=part_of(param).names or tuple(names[id(param)]),
             shape=tuple(unit.shapes[position]),
             numel=unit.shapes[position].numel(),
             trainable=unit.trainable[position],
@@ -95,9 +97,7 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
             states=unit.states if unit.trainable[position] else {},
-            first=unit.parts[position][0],
-            saved_shape=tuple(unit.parts[position][1]),
-            expert=unit.experts,
+            region=part_of(param).region,
         )
         for unit in training.units
         for position, param in enumerate(unit.params)
@@ -116,11 +116,6 @@ class ElementRange:
     held: ParamRecord
     start: int
     count: int
-
-    @property
-    def saved_start(self) -> int:
-        """The number of the first element in the parameter that is saved."""
-        return self.held.first + self.start
 
 
 def own_pieces(training: TrainingState, records: Sequence[ParamRecord]) -> list[ElementRange]:

@@ -90,6 +90,7 @@ def load(
     *,
     world_size: int = 1,
     own_dtype: Callable[[], Dtype] | None = None,
+    stages: int | None = None,
     **shortcuts: Any,
 ) -> Config:
     """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
@@ -99,7 +100,7 @@ def load(
     `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
     precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp16"`, `"fp32"` or
     the torch dtype. Without a precision in the config and without `dtype`, training is in what `own_dtype` returns, the
-    dtype of the model's weights, or in fp32.
+    dtype of the model's weights, or in fp32. `stages` are the ranks that a `PipelineModule` is cut for.
 
     Raises `ConfigError`: for an unknown key or shortcut, a value that does not fit, a key whose meaning is not built
     yet, and a shortcut that contradicts the config.
@@ -107,7 +108,9 @@ def load(
     from zeroxide.config.resolve import resolve  # pydantic costs a tenth of a second to import
 
     source = read(config)
-    return resolve(source.data, shortcuts, world_size=world_size, origin=source.origin, own_dtype=own_dtype)
+    return resolve(
+        source.data, shortcuts, world_size=world_size, origin=source.origin, own_dtype=own_dtype, stages=stages
+    )
 
 
 def __getattr__(name: str) -> Any:

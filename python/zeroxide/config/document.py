@@ -21,6 +21,7 @@ from zeroxide.config.sections.flops_profiler import FlopsProfilerSection
 from zeroxide.config.sections.gradients import GradientKeys
 from zeroxide.config.sections.monitor import MonitorKeys
 from zeroxide.config.sections.optimizer import OptimizerSection
+from zeroxide.config.sections.pipeline import PipelineSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
 from zeroxide.config.sections.scheduler import SchedulerSection
@@ -41,6 +42,7 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     aio: AioSection | None = None
     activation_checkpointing: ActivationCheckpointingSection | None = None
     checkpoint: CheckpointSection | None = None
+    pipeline: PipelineSection | None = None
     comms_logger: CommsLoggerSection | None = None
     expert_parallel: ExpertParallelSection | None = None
     flops_profiler: FlopsProfilerSection | None = None

@@ -29,6 +29,8 @@ class Given:
     root: type[Section]
     """The model of the whole document, for suggestions."""
     world_size: int = 1
+    stages: int | None = None
+    """Ranks that the model is cut for; None for one that is not cut."""
     no_effect: list[tuple[str, str]] = field(default_factory=list)
 
     def params(self, model: type[S], section: str, data: Mapping[str, Any]) -> S:

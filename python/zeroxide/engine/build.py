@@ -24,25 +24,29 @@ from zeroxide.device.health import DeviceHealth
 from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
-from zeroxide.distributed import Job, ProcessMesh, Ranks, Watch, agree, start
+from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.experts import take_experts
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.pipeline.engine import PipelineEngine
+from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
-from zeroxide.moe.spread import SpreadExperts, spread_experts, with_experts
+from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.params.empty import ParameterTable
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -60,7 +64,7 @@ from zeroxide.zero.guard import ModelGuard
 from zeroxide.zero.hook_handle import PlainCopies
 from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.init.materialize import fill_units, replace_meta_parameters
-from zeroxide.zero.leaf import mark_leaf_modules, set_z3_leaf_module
+from zeroxide.zero.leaf import mark_leaf_modules
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.messages import Messages
 from zeroxide.zero.on_device.core import device_part
@@ -90,6 +94,8 @@ class Build:
 
     world: Ranks
     job: Job
+    stages: PipelineStages | None
+    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
@@ -98,8 +104,7 @@ class Build:
     peak: Peak
     undo: Undo
     watch: Watch
-    experts: SpreadExperts | None
-    """The experts that are spread over ranks; None where there are none."""
+    experts: SpreadExperts
     observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
@@ -151,8 +156,12 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.shortcuts)
-        self.config = with_experts(self.config, self.module, self.world.world)
+        stages = None if asked.stages is None else asked.stages.num_stages
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config)
+        if self.stages is not None:
+            self.made.callback(self.stages.restore)
+        self.config = with_experts(self.config, self.module, self.world.world, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -192,17 +201,7 @@ class Build:
 
     def spread_experts(self) -> None:
         """Leaves this rank its own experts of those that are spread over ranks."""
-        axes = None if self.config.mesh is None else self.config.mesh.data_axes()
-        mesh = ProcessMesh(self.ranks.rank, self.ranks.world, axes)
-        self.experts = spread_experts(self.module, self.config, self.ranks, mesh, self.watch.waiting)
-        if self.experts is None:
-            return
-        if self.experts.ranks is not self.ranks:
-            self.made.callback(self.experts.ranks.close)
-        self.experts.take_from(self.asked.optimizer)
-        for each in self.experts.modules:
-            # All of them are used together, and named alike on every rank.
-            set_z3_leaf_module(each, True)
+        self.experts = take_experts(self.asked, self.module, self.config, self.ranks, self.watch, self.made)
 
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
@@ -214,8 +213,7 @@ class Build:
         asked, config = self.asked, self.config
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
-        given = asked.model_parameters
-        given = given if self.experts is None else self.experts.without_dropped(given)
+        given = self.experts.without_dropped(asked.model_parameters)
         self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
@@ -242,7 +240,7 @@ class Build:
             states=states,
             device=self.device,
             asked=asked,
-            experts=None if self.experts is None else self.experts.parts,
+            experts=self.experts.params,
         )
         for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
@@ -330,16 +328,9 @@ class Build:
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config,
-            self.core,
-            self.job,
-            self.plan.groups,
-            self.watch,
-            self.scaler,
-            self.counters,
-            self.timers,
+            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers,
             self.plan.trained_apart(),
-        )
+        )  # fmt: skip
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -448,47 +439,46 @@ class Build:
     def engine(self) -> Engine:
         """The engine. Nothing is left that could fail."""
         config = self.asked.config
-        return Engine(
-            Parts(
-                module=self.module,
-                given=config if isinstance(config, dict) else dict(self.config.source),
-                config=self.config,
-                job=self.job,
-                ranks=self.ranks,
-                watch=self.watch,
-                plan=self.plan,
-                device=self.device,
-                health=self.health,
-                transfers=self.transfers,
-                activations=self.activations,
-                core=self.core,
-                committed_note=self.committed_note,
-                units=self.units,
-                weights=self.weights,
-                reduction=self.reduction,
-                residuals=self.residuals,
-                gatherer=self.gatherer,
-                hooks=self.hooks,
-                context=self.context,
-                guard=self.guard,
-                state_dicts=self.state_dicts,
-                copies=self.copies,
-                tables=self.tables,
-                loading=self.loading,
-                set_aside=self.set_aside,
-                counters=self.counters,
-                accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
-                scaler=self.scaler,
-                timers=self.timers,
-                observers=self.observers,
-                peak=self.peak,
-                updater=self.updater,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
-                dataloader=self.loader,
-                loaders=self.loaders,
-            )
+        parts = Parts(
+            module=self.module,
+            given=config if isinstance(config, dict) else dict(self.config.source),
+            config=self.config,
+            job=self.job,
+            ranks=self.ranks,
+            watch=self.watch,
+            plan=self.plan,
+            device=self.device,
+            health=self.health,
+            transfers=self.transfers,
+            activations=self.activations,
+            core=self.core,
+            committed_note=self.committed_note,
+            units=self.units,
+            weights=self.weights,
+            reduction=self.reduction,
+            residuals=self.residuals,
+            gatherer=self.gatherer,
+            hooks=self.hooks,
+            context=self.context,
+            guard=self.guard,
+            state_dicts=self.state_dicts,
+            copies=self.copies,
+            tables=self.tables,
+            loading=self.loading,
+            set_aside=self.set_aside,
+            counters=self.counters,
+            accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
+            scaler=self.scaler,
+            timers=self.timers,
+            observers=self.observers,
+            peak=self.peak,
+            updater=self.updater,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.loader,
+            loaders=self.loaders,
         )
+        return Engine(parts) if self.stages is None else PipelineEngine(parts, self.stages)
 
 
 STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
@@ -525,5 +515,7 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
+        if under_way.stages is not None:
+            under_way.stages.commit()
         made.pop_all()
     return engine

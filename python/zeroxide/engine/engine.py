@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge
 
 from zeroxide.distributed import IDLE
 from zeroxide.engine.accessors import Accessors
@@ -91,7 +92,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         parts.core()
         leave_untraced()
         start = parts.timers.now()
-        self.watch.doing = ("forward", None, None, None)
+        self.watch.doing = (self._phase("forward"), None, None, None)
         inputs, kwargs = cast_inputs(parts.config, (inputs, kwargs))
         depth = parts.hooks.current.depth
         with parts.health.doing("the model ran forward"):
@@ -119,12 +120,24 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         parts, accumulation = self.parts, self.parts.accumulation
         if scale_wrt_gas and accumulation.steps > 1:
             loss = loss / accumulation.steps
-        self.watch.doing = ("backward", None, None, None)
+        self._differentiate([parts.scaler.apply(loss)], [None], retain_graph)
+        parts.observers.note_loss(loss)
+        return loss
+
+    def _differentiate(
+        self,
+        outputs: Sequence[torch.Tensor | GradientEdge],
+        gradients: Sequence[torch.Tensor | None],
+        retain_graph: bool = False,
+    ) -> None:
+        """Backward of outputs whose gradients are those of a loss that was divided by the accumulation steps."""
+        parts, accumulation = self.parts, self.parts.accumulation
+        self.watch.doing = (self._phase("backward"), None, None, None)
         with parts.health.doing("backward ran"):
             parts.hooks.begin_backward()
             accumulation.take_as_divided()
             try:
-                parts.scaler.apply(loss).backward(retain_graph=retain_graph)  # type: ignore[no-untyped-call]
+                torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)
             except BaseException:
                 parts.hooks.fail_backward()
                 raise
@@ -133,8 +146,10 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
             parts.hooks.end_backward()
         accumulation.count_backward()
         self.watch.doing = IDLE
-        parts.observers.note_loss(loss)
-        return loss
+
+    def _phase(self, what: str) -> str:
+        """What other ranks are told that this one does."""
+        return what
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss times the loss scale, for `engine.scale(loss).backward()`; without fp16 the loss itself.

@@ -14,6 +14,7 @@ from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.context import is_building
 from zeroxide.zero.init.materialize import WeightSource
 
@@ -84,10 +85,12 @@ def initialize(
         "gradient_clipping": gradient_clipping,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
+    stages = _checked(model, mpu, mesh_param)
     given = config if config is not None else config_params
     engine = build(
         Request(
-            model=_checked(model, mpu, mesh_param),
+            model=stages.module if isinstance(stages, PipelineStages) else stages,
+            stages=stages if isinstance(stages, PipelineStages) else None,
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,

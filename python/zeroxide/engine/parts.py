@@ -93,6 +93,8 @@ class Parts:
     lr_scheduler: Any
     dataloader: DataLoader[Any] | None
     loaders: Loaders
+    kept_elsewhere: frozenset[str] = frozenset()
+    """Names of parameters that another part of the model has as well, and answers for."""
 
     def close(self) -> None:
         """Takes the model out of the engine and ends everything, whatever fails on the way. Raises what failed first.

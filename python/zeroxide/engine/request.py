@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.materialize import WeightSource
 
 __all__ = ["Request"]
@@ -20,6 +21,8 @@ class Request:
     """What `initialize` was asked for, under its names."""
 
     model: nn.Module
+    stages: PipelineStages | None = None
+    """What `model` is this rank's part of, where it is cut already."""
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None
     model_parameters: Any = None
     training_data: Any = None

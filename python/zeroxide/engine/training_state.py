@@ -31,8 +31,24 @@ class TrainingState:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that share the state."""
+        """The ranks that share the state: those that have this rank's part of the model."""
         return self._parts.ranks
+
+    @property
+    def world(self) -> Ranks:
+        """All ranks, which together have all parts."""
+        return self._parts.job.world
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether ranks have different parameters, or parts of one."""
+        axes = self._parts.config.mesh
+        return axes is not None and (axes.cuts_the_model or axes.ep > 1)
+
+    @property
+    def kept_elsewhere(self) -> frozenset[str]:
+        """Names of parameters here that ranks with another part of the model save."""
+        return self._parts.kept_elsewhere
 
     @property
     def core(self) -> _core.Offload:

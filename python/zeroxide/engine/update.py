@@ -7,6 +7,7 @@ import math
 
 import torch
 
+from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.distributed import Job, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
@@ -18,7 +19,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
-from zeroxide.zero.reduce.norm import Apart, agree_on_norm
+from zeroxide.zero.reduce.norm import Apart, Totals, agree_on_norm
 
 __all__ = ["Updater"]
 
@@ -47,6 +48,8 @@ class Updater:
         """Whether the last step changed the weights."""
         self.clipping = config.gradients.clipping
         """Largest global gradient norm of the next step; None leaves gradients as they are."""
+        self.counted_elsewhere = 0.0
+        """Squares of gradients at the next step that another part of the model counts: of weights that parts share."""
         self._config = config
         self._core = core
         self._job = job
@@ -71,17 +74,19 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch, apart=self._apart)
+        sum_squares, nonfinite, _ = self._agree(self._core(), 0.0)
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
+
+    def _agree(self, core: _core.Offload, clipping: float) -> Totals:
+        elsewhere, apart = self.counted_elsewhere, self._apart
+        return agree_on_norm(core, self._job, self._groups, self._watch, clipping, elsewhere, apart)
 
     def apply(self) -> None:
         """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
         together."""
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
-        sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0, self._apart
-        )
+        sum_squares, nonfinite, accumulated = self._agree(core, self.clipping or 0.0)
         agreed = self._timers.now()
         if accumulated:
             self._scaler.check_used()

@@ -23,6 +23,7 @@ from zeroxide.moe.experts import mark_expert
 from zeroxide.moe.hugging_face import WEIGHTS, find_fused_experts, replace_forward
 from zeroxide.moe.layer import MoE
 from zeroxide.params.handle import handle_of
+from zeroxide.params.part import ModelPart, Region, mark_part
 
 __all__ = ["SpreadExperts", "expert_parallel_size", "spread_experts", "with_experts"]
 
@@ -35,9 +36,8 @@ class SpreadExperts:
     """Those over which experts are spread; close them when the engine ends, where they are not the engine's own."""
     modules: tuple[nn.Module, ...]
     """Those that have experts of this rank, one for each layer."""
-    parts: Mapping[int, tuple[int, torch.Size | None]]
-    """By the ids of the parameters of experts of this rank: the number of its first element in the parameter that all
-    ranks have together, and the shape of that, None where it is this one."""
+    params: frozenset[int]
+    """Ids of the parameters of experts of this rank."""
     dropped: frozenset[int]
     """Ids of those of other ranks' experts, which the model no longer has here."""
 
@@ -66,7 +66,7 @@ class SpreadExperts:
                 yield each
 
 
-def expert_parallel_size(module: nn.Module, config: Config) -> int:
+def expert_parallel_size(module: nn.Module, config: Config, *, in_parts: bool = False) -> int:
     """Ranks over which the model's experts are spread: what `zeroxide.mesh.ep` says, or else the layers' own `ep_size`
     or `expert_parallel.autoep_size`.
 
@@ -80,7 +80,7 @@ def expert_parallel_size(module: nn.Module, config: Config) -> int:
     if config.expert_parallel.autoep_size > 1:
         sizes["expert_parallel.autoep_size"] = config.expert_parallel.autoep_size
     if config.mesh is not None and config.mesh.ep > 1:
-        if not sizes:
+        if not sizes and not in_parts:
             raise _wrong_size(
                 config.mesh.ep,
                 1,
@@ -100,12 +100,13 @@ def _wrong_size(got: int, expected: int, why: str) -> ConfigError:
     return ConfigError(line, path="zeroxide.mesh.ep", expected=str(expected), got=str(got))
 
 
-def with_experts(config: Config, module: nn.Module, world: int) -> Config:
+def with_experts(config: Config, module: nn.Module, world: int, *, in_parts: bool = False) -> Config:
     """The config with the axis over which the model's experts are spread, where it does not name one.
 
-    Raises ConfigError as `expert_parallel_size`, and where that does not divide the ranks of a shard group.
+    in_parts: other ranks may have the layers with experts. Raises ConfigError as `expert_parallel_size`, and where that
+    does not divide the ranks of a shard group.
     """
-    size = expert_parallel_size(module, config)
+    size = expert_parallel_size(module, config, in_parts=in_parts)
     axes = config.mesh or Mesh(dp_shard=world)
     if size == axes.ep:
         return config
@@ -122,8 +123,8 @@ def with_experts(config: Config, module: nn.Module, world: int) -> Config:
 
 def spread_experts(
     module: nn.Module, config: Config, ranks: Ranks, mesh: ProcessMesh, waiting: Waiting
-) -> SpreadExperts | None:
-    """Leaves every rank its own experts, with rank 0's values. Called by all ranks; None where nothing is spread.
+) -> SpreadExperts:
+    """Leaves every rank its own experts, with rank 0's values. Called by all ranks.
 
     ranks, mesh: those that have this part of the model, and the mesh of them alone. A model whose construction fails
     afterwards lacks the others' experts. Raises ModelError for experts that `zero.Init` has cut or that do not divide,
@@ -135,14 +136,14 @@ def spread_experts(
     if mesh.ep == 1:
         for _, each in fused:
             replace_forward(each, None)
-        return None
+        return SpreadExperts(ranks, (), frozenset(), frozenset())
     for name, each in fused:
         _check_divides(name, each, mesh.ep)
     for name, param in _experts_in(layers, fused):
         _check_uncut(name, param)
     position = mesh.expert_group().position
     together = split(ranks, mesh.expert_groups())
-    parts: dict[int, tuple[int, torch.Size | None]] = {}
+    params: set[int] = set()
     dropped: set[int] = set()
     for name, layer in layers:
         every = list(layer.deepspeed_moe.experts.parameters())
@@ -154,15 +155,16 @@ def spread_experts(
             if id(param) not in kept:
                 dropped.add(id(param))
                 param.data = nothing_like(param)
-        parts |= dict.fromkeys(kept, (0, None))
+        params |= kept
     for name, each in fused:
         for weight in each.parameters():
             _share(weight, ranks)
-            parts[id(weight)] = _cut(weight, position, mesh.ep)
+            _cut(weight, position, mesh.ep)
+            params.add(id(weight))
             mark_expert(weight, f"ep_size_{mesh.ep}")
         replace_forward(each, ExpertExchange(together, position, name, waiting))
     modules = (*(layer.deepspeed_moe.experts for _, layer in layers), *(each for _, each in fused))
-    return SpreadExperts(together, modules, parts, frozenset(dropped))
+    return SpreadExperts(together, modules, frozenset(params), frozenset(dropped))
 
 
 def _experts_in(
@@ -200,13 +202,13 @@ def _check_uncut(name: str, param: nn.Parameter) -> None:
         )
 
 
-def _cut(param: nn.Parameter, position: int, ep: int) -> tuple[int, torch.Size]:
-    """Leaves the parameter the experts at `position`; gives the number of its first element, and the shape it had."""
-    full = param.shape
+def _cut(param: nn.Parameter, position: int, ep: int) -> None:
+    """Leaves the parameter the experts at `position`."""
+    full = tuple(param.shape)
     number = full[0] // ep
     with torch.no_grad():
         param.data = param.data[position * number : (position + 1) * number].clone()
-    return position * param.numel(), full
+    mark_part(param, ModelPart(region=Region(full, 0, ((position * number, number),))))
 
 
 def _share(param: nn.Parameter, ranks: Ranks) -> None:

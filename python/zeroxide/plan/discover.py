@@ -9,7 +9,7 @@ parameters are units apart, and everywhere those that are updated in different w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,10 +25,13 @@ from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.state import UNDECIDED, StatePlan
 from zeroxide.precision.bits import ORDINARY
 
-__all__ = ["LEAF", "UnitPlan", "find_units", "is_leaf"]
+__all__ = ["LEAF", "STAND_IN", "UnitPlan", "find_units", "is_leaf"]
 
 LEAF = "_z3_leaf"
 """The attribute of a module that is to be gathered whole, as DeepSpeed calls it."""
+
+STAND_IN = "_stage_stand_in"
+"""The attribute of a module that stands for a block which another rank of a pipeline has."""
 
 DEFAULT_UNIT_BYTES = 512 << 20
 """What a unit may take where the config does not say."""
@@ -75,17 +78,17 @@ def find_units(
     world: int,
     states: Mapping[int, StatePlan],
     device: torch.device = HOST,
-    experts: Mapping[int, tuple[int, torch.Size | None]] | None = None,
+    experts: Container[int] = (),
 ) -> list[UnitPlan]:
     """The units of `module`, which computes on `device`, over `world` ranks.
 
-    experts: by the ids of parameters of experts that only some of the ranks have, `first` and `full_shape` of
-    `ParameterPlan`. states: by the ids of trainable parameters, how each is updated; Adam in the config's
-    format where it does not say.
+    experts: ids of parameters of experts that only some of the ranks have. states: by the ids of trainable parameters,
+    how each is updated; Adam in the config's format where it does not say.
     Raises ModelError for a model that cannot be trained.
     """
     entries = [
-        _as_expert(entry, experts or {}) for entry in _parameters_of(module, compute, cast=config.precision.asked)
+        replace(entry, expert=id(entry.param) in experts)
+        for entry in _parameters_of(module, compute, cast=config.precision.asked)
     ]
     check_model(module, entries, config, device)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
@@ -132,13 +135,6 @@ def _parameters_of(module: nn.Module, compute: torch.dtype, *, cast: bool) -> It
         )
 
 
-def _as_expert(entry: ParameterPlan, experts: Mapping[int, tuple[int, torch.Size | None]]) -> ParameterPlan:
-    if id(entry.param) not in experts:
-        return entry
-    first, full_shape = experts[id(entry.param)]
-    return replace(entry, expert=True, first=first, full_shape=full_shape)
-
-
 def _is_cast(param: nn.Parameter, compute: torch.dtype) -> bool:
     """Whether a frozen parameter takes the dtype of a bf16 or fp16 config, as DeepSpeed casts the module."""
     return compute is not torch.float32 and param.dtype in ORDINARY
@@ -157,10 +153,15 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         path = f"{prefix}.{name}" if prefix else name
         if is_leaf(child):
             yield path, child
-        elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
+        elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _is_block(item)) >= 2:
             yield from ((f"{path}.{index}", item) for index, item in enumerate(child) if _has_parameters(item))
         else:
             yield from _blocks(child, path)
+
+
+def _is_block(item: nn.Module | None) -> bool:
+    """Whether an item of a module list counts: it has parameters, or has them on another rank."""
+    return _has_parameters(item) or (item is not None and bool(item.__dict__.get(STAND_IN)))
 
 
 def _has_parameters(module: nn.Module | None) -> bool:

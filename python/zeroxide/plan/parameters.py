@@ -39,10 +39,6 @@ class ParameterPlan:
     """Frozen and of a class of its own: its elements are what that class makes of them, not numbers to be rounded."""
     expert: bool = False
     """Of an expert that only some of the ranks have."""
-    first: int = 0
-    """Number of its first element in the parameter of this name that all ranks have together."""
-    full_shape: torch.Size | None = None
-    """The shape of that parameter; None where it is this one."""
 
 
 def check_sharing(entries: Sequence[ParameterPlan]) -> None:

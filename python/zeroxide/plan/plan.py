@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -205,7 +205,7 @@ def make_plan(
     states: Mapping[int, StatePlan] | None = None,
     device: torch.device = HOST,
     asked: _core.DeviceRequest | None = None,
-    experts: Mapping[int, tuple[int, torch.Size | None]] | None = None,
+    experts: Container[int] = (),
 ) -> Plan:
     """Finds the units of `module` and places them.
 

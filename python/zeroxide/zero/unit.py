@@ -51,9 +51,6 @@ class Unit:
         self.opaque = [entry.opaque for entry in plan.params]
         self.experts = plan.experts
         """Whether its parameters are those of experts that only some of the ranks have."""
-        self.parts = [(entry.first, entry.full_shape or entry.shape) for entry in plan.params]
-        """Of each parameter, where its first element is in the one that all ranks have together, and that one's shape.
-        """
         self.states = plan.state.initial
         """The state tensors that the optimizer keeps of each trainable parameter, with what they start from."""
         self.has_frozen = not all(self.trainable)

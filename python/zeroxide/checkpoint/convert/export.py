@@ -6,9 +6,9 @@ ever has a whole tensor. Rank 0 makes the files beforehand and gives them their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -38,45 +38,37 @@ def save_model(
     Raises ConfigError for a name that does not end in .safetensors, ModelError for a buffer of a dtype that the
     format lacks, StorageError when the files cannot be written: all ranks raise what one does.
     """
-    team = Team(training.ranks)
-    elsewhere = team.together(lambda: _expert_tensors(training, include_frozen), save_dir)
+    team = Team(training.world)
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 
     def plan() -> dict[str, object]:
-        made.append(_Export(training, check_name(name), save_dir, team, include_frozen, elsewhere))
-        return {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
+        made.append(_Export(training, check_name(name), save_dir, team, include_frozen))
+        asked = {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
+        return {"asked": asked, "tensors": made[0].told()}
 
-    team.same(team.together(plan, save_dir), "export different models", save_dir)
+    found = team.together(plan, save_dir)
+    team.same([each["asked"] for each in found], "export different models", save_dir)
+    made[0].lay_out([each["tensors"] for each in found])
     return made[0].write()
-
-
-def _expert_tensors(training: TrainingState, include_frozen: bool) -> list[tuple[str, str, list[int]]]:
-    """(name, dtype, shape) of what only some ranks have, and this one has."""
-    return [
-        (held.name, str(training.compute if held.trainable else held.dtype).removeprefix("torch."), [*held.saved_shape])
-        for held in param_records(training)
-        if held.expert and (held.trainable or include_frozen)
-    ]
 
 
 class _Export:
     """What will be written where."""
 
-    def __init__(
-        self,
-        training: TrainingState,
-        stem: str,
-        directory: Path,
-        team: Team,
-        include_frozen: bool,
-        elsewhere: Sequence[list[tuple[str, str, list[int]]]],
-    ) -> None:
+    folder: ModelFolder
+
+    def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
         self.team = team
+        self._stem, self._directory = stem, directory
+        # One rank of each part of the model tells what there is in it; rank 0 knows its own part.
+        self._tells = training.world is not training.ranks and training.ranks.rank == 0
         self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}
         records = param_records(training)
         for run in own_pieces(training, records):
+            if run.held.name in training.kept_elsewhere:
+                continue
             self.runs.setdefault(run.held.name, []).append(run)
         self.buffers = persistent_buffers(training.module)
         for name, buffer in self.buffers.items():
@@ -87,17 +79,31 @@ class _Export:
                     name=name,
                 )
         tensors = [
-            Tensor(held.name, training.compute if held.trainable else held.dtype, held.saved_shape)
+            Tensor(held.name, training.compute if held.trainable else held.dtype, held.shape)
             for held in records
-            if (held.trainable or include_frozen) and not held.expert
-        ]
-        experts = {name: (dtype, shape) for rank in elsewhere for name, dtype, shape in rank}
-        tensors += [
-            Tensor(name, getattr(torch, dtype), tuple(shape)) for name, (dtype, shape) in sorted(experts.items())
+            if (held.trainable or include_frozen) and held.name not in training.kept_elsewhere
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
         check_exportable(tensors)
-        self.folder = ModelFolder(directory, stem, tensors)
+        self._tensors = tensors
+
+    def told(self) -> list[Any]:
+        """The tensors of this rank's part of the model, as JSON; empty where another rank tells of them."""
+        if not self._tells:
+            return []
+        return [[each.name, str(each.dtype).removeprefix("torch."), list(each.shape)] for each in self._tensors]
+
+    def lay_out(self, told: list[list[Any]]) -> None:
+        """Finds the place of every tensor, the same on all ranks. `told`: by all ranks, in rank order."""
+        tensors = {each.name: each for each in self._tensors} if not any(told) else {}
+        first: dict[str, int] = {}
+        for rank, each in enumerate(told):
+            for name, dtype, shape in each:
+                if name not in tensors:
+                    tensors[name], first[name] = Tensor(name, getattr(torch, dtype), tuple(shape)), rank
+        self._writes = {name for name in self.buffers if first.get(name, 0) == self.team.rank}
+        """Buffers that this rank writes: the first that has them."""
+        self.folder = ModelFolder(self._directory, self._stem, list(tensors.values()))
 
     def write(self) -> Path:
         """Writes everything aside, then renames. Raises StorageError."""
@@ -126,16 +132,16 @@ class _Export:
 
     def _write_own(self) -> None:
         for name, tensors in self.folder.files.items():
-            if not (self.team.leads or any(each.name in self.runs for each in tensors)):
+            if not any(each.name in self.runs or each.name in self._writes for each in tensors):
                 continue
             with self.folder.opened(name) as file:
                 for tensor in tensors:
                     buffer = self.buffers.get(tensor.name)
                     if buffer is None:
                         for run in self.runs.get(tensor.name, ()):
-                            at = run.saved_start
+                            at = run.start
                             for values in self.live.chunks(run.held, "weights", run.start, run.count, tensor.dtype):
                                 file.write(tensor, at, values)
                                 at += values.numel()
-                    elif self.team.leads:
+                    elif tensor.name in self._writes:
                         file.write(tensor, 0, in_host(bytes_of(buffer)).view(buffer.dtype))

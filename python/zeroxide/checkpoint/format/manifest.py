@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from zeroxide.checkpoint.format.stream import SAVED, digest
 from zeroxide.checkpoint.load.foreign import foreign_format
 from zeroxide.errors import CheckpointError
+from zeroxide.params.part import Region
 
 __all__ = [
     "MANIFEST",
@@ -28,6 +31,7 @@ __all__ = [
     "SavedFile",
     "SavedLossScale",
     "SavedParameter",
+    "SavedRegion",
     "SavedScheduler",
     "looks_pickled",
     "read_manifest",
@@ -35,10 +39,10 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
-VERSION = 3
-"""3 has a parameter's optimizer state by name. 2 had the moments of Adam beside its weights, no dtypes beyond
-`_SECOND`, and frozen weights of no other dtype than fp32, bf16 and fp16; it is still written where that says all. 1
-held the random generators of one process; everything else reads as 2."""
+VERSION = 4
+"""4 has pieces of regions, where ranks had parts of a tensor. 3 has a parameter's optimizer state by name. 2 had the
+moments of Adam beside its weights, no dtypes beyond `_SECOND`, and frozen weights of no other dtype than fp32, bf16 and
+fp16. The lowest of these that says all is written. 1 held the random generators of one process; all else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -72,14 +76,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+class SavedRegion(_Section):
+    """Elements of a tensor that one rank had: along `dim` those of `segments`, (start, length), one after the other."""
+
+    dim: Size
+    segments: Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+
+    def within(self, shape: Sequence[int]) -> Region:
+        """The region of a tensor of `shape`. Raises ValueError where the tensor has no such."""
+        if self.dim >= len(shape):
+            raise ValueError(f"a tensor of {len(shape)} dimensions has no dimension {self.dim}")
+        return Region(tuple(shape), self.dim, tuple((start, length) for start, length in self.segments))
+
+
 class Piece(_Section):
-    """Elements `start .. start + count` of a tensor: those of the tensor `key` in `file`."""
+    """Elements `start .. start + count` of a tensor, or of a region of it: those of the tensor `key` in `file`."""
 
     file: FileName
     key: str
     start: Size
     count: Size
     dtype: DtypeName
+    region: SavedRegion | None = None
+    """Where ranks had parts of the tensor."""
 
 
 class SavedParameter(_Section):
@@ -186,7 +205,13 @@ class Manifest(_Section):
         for param in body["parameters"]:
             if not param["opaque"]:
                 del param["opaque"]
-        if not self._needs_third():
+        divided = False
+        for piece in _pieces_in(body):
+            divided |= piece["region"] is not None
+            if piece["region"] is None:
+                del piece["region"]
+        body["version"] = VERSION if divided else 3
+        if not divided and not self._needs_third():
             body["version"] = 2
             for param in body["parameters"]:
                 state = param.pop("state")
@@ -217,16 +242,37 @@ class Manifest(_Section):
         ]
         lists += [(buffer.name, buffer.shape, buffer.pieces) for buffer in self.buffers]
         for what, shape, pieces in lists:
-            end = 0
-            for piece in pieces:
-                if piece.start != end or piece.file not in files:
-                    raise ValueError(f"{what} is not complete")
-                end += piece.count
-            numel = 1
-            for size in shape:
-                numel *= size
-            if end != numel:
+            if not files.issuperset(piece.file for piece in pieces) or not _complete(pieces, shape):
                 raise ValueError(f"{what} is not complete")
+
+
+def _complete(pieces: Sequence[Piece], shape: Sequence[int]) -> bool:
+    """Whether pieces are all elements of a tensor, each once. Raises ValueError for a region that the tensor lacks."""
+    ends: dict[Region | None, int] = {}
+    for piece in pieces:
+        region = None if piece.region is None else piece.region.within(shape)
+        if piece.start != ends.setdefault(region, 0):
+            return False
+        ends[region] += piece.count
+    regions = [region for region in ends if region is not None]
+    if len(regions) < len(ends):
+        return not regions and ends[None] == prod(shape)
+    if len({region.dim for region in regions}) != 1 or any(ends[region] != region.numel for region in regions):
+        return False
+    place = 0
+    for start, length in sorted(segment for region in regions for segment in region.segments if segment[1]):
+        if start != place:
+            return False
+        place += length
+    return place == shape[regions[0].dim]
+
+
+def _pieces_in(body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    for param in body["parameters"]:
+        for pieces in (param["weights"], *param["state"].values()):
+            yield from pieces
+    for buffer in body["buffers"]:
+        yield from buffer["pieces"]
 
 
 def _distinct(what: str, names: list[str]) -> None:

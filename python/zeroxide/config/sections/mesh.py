@@ -28,7 +28,7 @@ class MeshSection(Section):
     """Groups that each have all of the state."""
     dp_shard: Count | None = None
     """Ranks in a group, each of which has a shard."""
-    pp: Annotated[Count | None, NotBuilt("pipeline parallelism", neutral=(1,))] = None
+    pp: Count | None = None
     """Stages of a pipeline."""
     sp: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
     """Ranks that share the sequences of a batch."""

@@ -20,7 +20,6 @@ class UnbuiltKeys(Section):
     sequence_parallel_size: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
     data_parallel_size: Annotated[Count | None, NotBuilt("a mesh of several processes", neutral=(1,))] = None
     use_data_before_expert_parallelism: Annotated[Any, NotBuilt("expert parallelism")] = None
-    pipeline: Annotated[Any, NotBuilt("pipeline parallelism")] = None
     tensor_parallel: Annotated[Any, NotBuilt("tensor parallelism")] = None
     compile: Annotated[Any, NotBuilt("compiled graphs")] = None
     hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None

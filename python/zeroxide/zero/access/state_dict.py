@@ -28,6 +28,7 @@ from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.absent import AbsentValues
 from zeroxide.params.callers import called_by
 from zeroxide.params.handle import handle_of
+from zeroxide.params.part import part_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
@@ -226,10 +227,11 @@ def full_state_dict(
 def _add_experts(kept: dict[str, torch.Tensor], sharded: ShardedParam, name: str) -> None:
     """Adds what all ranks have in the place of a parameter, which is `name` in a dict: several parameters, or the parts
     of one."""
-    shape = sharded.unit.parts[sharded.position][1]
+    region, shape = part_of(sharded.param).region, sharded.shape
     found = sharded.read_live_everywhere()
-    if shape != sharded.shape:
-        kept[name] = torch.cat([values for _, values in found]).view(shape)
+    if region is not None:
+        # Experts are the first dimension, and their places in a row.
+        kept[name] = torch.cat([values for _, values in found]).view(region.shape)
         return
     for each, values in found:
         kept[_renamed(name, sharded.name, each)] = values.view(shape)

@@ -18,13 +18,20 @@ Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
 
 Apart = Sequence[tuple[slice, tuple[int, ...]]]
+"""Which trainable parameters, by their numbers, only some ranks train; and those ranks."""
 
 _HEAD = struct.Struct("<d?d")
 _COUNT = struct.Struct("<q")
 
 
 def agree_on_norm(
-    core: _core.Offload, job: Job, groups: UnitGroups, watch: Watch, clipping: float = 0.0, apart: Apart = ()
+    core: _core.Offload,
+    job: Job,
+    groups: UnitGroups,
+    watch: Watch,
+    clipping: float = 0.0,
+    counted_elsewhere: float = 0.0,
+    apart: Apart = (),
 ) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
@@ -32,15 +39,15 @@ def agree_on_norm(
     the same bits, however ranks are grouped; then those of the parts of the model, in the order of the ranks that have
     them.
 
-    apart: which trainable parameters, by their numbers, only some ranks train, and those ranks.
     clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
     another rank's script asks for another, since each would update its shard by another factor.
+    counted_elsewhere: squares of gradients of this part of the model that another part has as well, and counts.
     """
     totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, apart), job.parts
     if parts.world == 1:
         return totals
     core.finish()
-    payload = bytearray(_HEAD.pack(totals[0], totals[1], clipping) + _COUNT.pack(totals[2]))
+    payload = bytearray(_HEAD.pack(totals[0] - counted_elsewhere, totals[1], clipping) + _COUNT.pack(totals[2]))
     with watch.waiting("the gradient norm of all parts of the model"):
         rows = parts.gather_rows(of_buffer(payload, torch.uint8))
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
