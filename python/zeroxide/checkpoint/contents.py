@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.part import Region, part_of
 from zeroxide.zero.names import plain_name
 
@@ -97,11 +98,16 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
             states=unit.states if unit.trainable[position] else {},
-            region=part_of(param).region,
+            region=_region(param),
         )
         for unit in training.units
         for position, param in enumerate(unit.params)
     ]
+
+
+def _region(param: nn.Parameter) -> Region | None:
+    shard = shard_of(param)
+    return part_of(param).region if shard is None else shard.region
 
 
 def state_names(held: Iterable[ParamRecord]) -> list[str]:

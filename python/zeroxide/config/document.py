@@ -25,6 +25,8 @@ from zeroxide.config.sections.pipeline import PipelineSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
 from zeroxide.config.sections.scheduler import SchedulerSection
+from zeroxide.config.sections.sequence import SequenceKeys
+from zeroxide.config.sections.tensor_parallel import TensorParallelSection
 from zeroxide.config.sections.unbuilt import UnbuiltKeys
 from zeroxide.config.sections.zero import ZeroSection, stage_of_switch
 from zeroxide.config.sections.zeroxide import ZeroxideSection
@@ -33,7 +35,7 @@ __all__ = ["Document"]
 
 
 # The keys of the last base come first.
-class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
+class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, SequenceKeys, BatchKeys):
     """The whole config."""
 
     optimizer: OptimizerSection | None = None
@@ -45,6 +47,7 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     pipeline: PipelineSection | None = None
     comms_logger: CommsLoggerSection | None = None
     expert_parallel: ExpertParallelSection | None = None
+    tensor_parallel: TensorParallelSection | None = None
     flops_profiler: FlopsProfilerSection | None = None
     zeroxide: ZeroxideSection | None = None
 

@@ -22,6 +22,7 @@ from zeroxide.config.sections.pipeline import Pipeline
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
 from zeroxide.config.sections.scheduler import Scheduler
+from zeroxide.config.sections.tensor_parallel import TensorParallel
 from zeroxide.config.sections.zero import Zero
 from zeroxide.config.sections.zeroxide import Zeroxide
 
@@ -45,6 +46,7 @@ class Config:
     """How the ranks are grouped; `None` is one shard group of all ranks, or at stage 0 all ranks as replicas."""
     pipeline: Pipeline | None = None
     """How stages of the model are made and run; `None` without a pipeline."""
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     aio: Aio = field(default_factory=Aio)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)

@@ -21,11 +21,11 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.device.direct_storage import check_direct_storage
 from zeroxide.device.health import DeviceHealth
-from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
+from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
@@ -35,18 +35,20 @@ from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.peak import Peak
 from zeroxide.engine.pipeline.engine import PipelineEngine
 from zeroxide.engine.pipeline.prepare import stages_for
-from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.sequences import SharedSequences, share_sequences
+from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
-from zeroxide.params.empty import ParameterTable
 from zeroxide.parallel.pipe.stages import PipelineStages
+from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -80,6 +82,7 @@ from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
+from zeroxide.zero.whole import Whole
 
 __all__ = ["STEPS", "build"]
 
@@ -99,12 +102,14 @@ class Build:
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
+    sequences: SharedSequences | None
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
     undo: Undo
     watch: Watch
     experts: SpreadExperts
+    tensor: Uncut
     observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
@@ -156,8 +161,7 @@ class Build:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
         own = partial(own_dtype, self.module)
-        stages = None if asked.stages is None else asked.stages.num_stages
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
+        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.axes, **asked.shortcuts)
         self.stages = stages_for(self.module, asked.stages, self.config)
         if self.stages is not None:
             self.made.callback(self.stages.restore)
@@ -165,6 +169,7 @@ class Build:
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
+        self.sequences = share_sequences(self.job, asked.mpu)
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
 
@@ -208,6 +213,11 @@ class Build:
         self.observers = open_observers(self.config, self.world)
         self.made.callback(self.observers.close)
 
+    def cut_matrices(self) -> None:
+        """Leaves this rank its part of every matrix, where tensor-parallel ranks share them."""
+        self.tensor = cut_matrices(self.module, self.config, self.job, self.watch)
+        self.made.callback(self.tensor.restore)
+
     def group_parameters(self) -> None:
         """Finds what is trained with which hyperparameters."""
         asked, config = self.asked, self.config
@@ -235,7 +245,7 @@ class Build:
             self.module,
             config,
             threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
-            resident=resident_without(self.module),
+            resident=resident_without(self.module) - self.tensor.beside,
             ranks=self.ranks,
             states=states,
             device=self.device,
@@ -285,8 +295,7 @@ class Build:
         return self.new.get(id(param), param)
 
     def connect(self) -> None:
-        """Connects the ranks: their memory, what brings weights together, and what reduces gradients; and with them
-        the device, if that is not the host."""
+        """Connects the ranks, what brings weights together and what reduces gradients; and the device to them."""
         core, plan, units, messages = self.core(), self.plan, self.units, self.messages
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
@@ -294,7 +303,7 @@ class Build:
         self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
             self.transfers = Transfers(self.health, self.plan.blocks_down)
-            self._keep_activations(self.transfers)
+            self.activations = keep_activations(self.transfers, self.module, self.config, self.plan, self.made)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
@@ -303,18 +312,6 @@ class Build:
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
-
-    def _keep_activations(self, transfers: Transfers) -> None:
-        if not self.config.activation_checkpointing.cpu_checkpointing:
-            return
-        own = self.config.zeroxide
-        expected = self.plan.resident_before + self.plan.expected_peaks()["total"]
-        pool = HostPool(
-            lambda memory: transfers.register(memory, "activations"), partial(room_in_budget, own.host_memory, expected)
-        )
-        self.activations = SavedActivations(transfers, pool, self.module.buffers, own.prefetch)
-        # The device lets go of the memory first.
-        self.made.callback(self.activations.close)
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and the schedule over it."""
@@ -328,9 +325,9 @@ class Build:
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(
-            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers,
-            self.plan.trained_apart(),
-        )  # fmt: skip
+            self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
+        )
+        self.updater.repeated, self.updater.apart = self.tensor.repeated(self.units), self.plan.trained_apart()
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -346,11 +343,13 @@ class Build:
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
         places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
-        fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks, places)
+        source = self.tensor.spread(self.module, self.asked.weights)
+        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks, places)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
                 param.data = empty
+        self.tensor.attach(self.module, self.units)
         move_buffers(self.module, self.device)
         cast_buffers(self.module, self.config)
 
@@ -402,6 +401,7 @@ class Build:
             health=self.health,
             keeps_edits=plan.keeps_edits,
         )
+        self.context.whole = Whole(self.tensor.group)
         shard_all(self.context)
         large = self.hooks.reducer.large
         for unit in self.units:
@@ -444,7 +444,9 @@ class Build:
             given=config if isinstance(config, dict) else dict(self.config.source),
             config=self.config,
             job=self.job,
+            sequences=self.sequences,
             ranks=self.ranks,
+            tensor=self.tensor,
             watch=self.watch,
             plan=self.plan,
             device=self.device,
@@ -491,6 +493,7 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("watch", Build.watch_ranks),
     ("experts", Build.spread_experts),
     ("observers", Build.open_observers),
+    ("tensors", Build.cut_matrices),
     ("groups", Build.group_parameters),
     ("plan", Build.make_plan),
     ("core", Build.open_core),

@@ -100,8 +100,11 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
                 watched = parts.observers.around_forward(
                     self.module, parts.device, parts.counters.global_steps, parts.timers
                 )
+                before = 0 if parts.sequences is None else parts.sequences.exchanged
                 with watched, forward_context(parts.config, parts.device):
                     output = self.module(*inputs, **kwargs)
+                if parts.sequences is not None:
+                    parts.sequences.check(self.module, before)
             except BaseException:
                 parts.hooks.fail_forward(depth)
                 raise
@@ -390,7 +393,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         if save_filename is not None and save_filename.endswith(SUFFIXES):
             left_out = exclude_frozen_parameters
             gather = functools.partial(self.module_state_dict, exclude_frozen_parameters=left_out)
-            return save_pickled(self.ranks, gather, Path(save_dir), save_filename)
+            return save_pickled(self.training_state.ranks, gather, Path(save_dir), save_filename)
         include_frozen = not exclude_frozen_parameters
         return save_model(self.training_state, Path(save_dir), save_filename, include_frozen=include_frozen)
 

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
-from zeroxide.errors import ConfigError, ModelError
+from zeroxide.engine.sequences import sequence_size
+from zeroxide.errors import ModelError
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.context import is_building
 from zeroxide.zero.init.materialize import WeightSource
@@ -59,6 +60,8 @@ def initialize(
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
     training_data: a data set, whose part for this rank the returned loader gives, put together by `collate_fn`.
+    mpu: who shares the sequences of a batch, as `UlyssesSPAttentionHF.register_with_transformers` returns it, or
+        mesh_param: (data_parallel_size, sequence_parallel_size). The config's `sequence_parallel_size` says the same.
     config: DeepSpeed's JSON as a dict or a path.
     lr, betas, eps, weight_decay, gradient_clipping, gradient_accumulation_steps: as the config's keys of these names.
     dtype: what the model trains in, "bf16", "fp16" or "fp32".
@@ -85,7 +88,7 @@ def initialize(
         "gradient_clipping": gradient_clipping,
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
-    stages = _checked(model, mpu, mesh_param)
+    stages = _checked(model)
     given = config if config is not None else config_params
     engine = build(
         Request(
@@ -99,19 +102,18 @@ def initialize(
             collate_fn=collate_fn,
             config=given if given is not None else getattr(args, "deepspeed_config", None),
             weights=weights,
+            mpu=mpu,
+            sequence=sequence_size(mpu, mesh_param),
             shortcuts=shortcuts,
         )
     )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(model: nn.Module | None, mpu: Any, mesh_param: Any) -> nn.Module:
-    """The model, unless there is none or something is asked for that is not built. Raises ModelError, ConfigError."""
+def _checked(model: nn.Module | None) -> nn.Module:
+    """The model, unless there is none. Raises ModelError."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
         raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
-    if mpu is not None or mesh_param is not None:
-        name = "mpu" if mpu is not None else "mesh_param"
-        raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
     return model

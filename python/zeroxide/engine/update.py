@@ -7,7 +7,6 @@ import math
 
 import torch
 
-from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.distributed import Job, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
@@ -19,7 +18,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
-from zeroxide.zero.reduce.norm import Apart, Totals, agree_on_norm
+from zeroxide.zero.reduce.norm import Apart, agree_on_norm
 
 __all__ = ["Updater"]
 
@@ -40,7 +39,6 @@ class Updater:
         scaler: LossScaler,
         counters: Counters,
         timers: Timers,
-        apart: Apart = (),
     ) -> None:
         self.norm: float | None = None
         """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
@@ -53,12 +51,15 @@ class Updater:
         self._config = config
         self._core = core
         self._job = job
+        self.repeated: frozenset[tuple[int, int]] = frozenset()
+        """(unit, position) of parameters whose gradients another part of the model counts in the norm."""
+        self.apart: Apart = ()
+        """Which parameters only some of the ranks train."""
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
         self._counters = counters
         self._timers = timers
-        self._apart = apart
 
     def attach(
         self,
@@ -74,19 +75,32 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = self._agree(self._core(), 0.0)
+        sum_squares, nonfinite, _ = agree_on_norm(
+            self._core(),
+            self._job,
+            self._groups,
+            self._watch,
+            repeated=self.repeated,
+            counted_elsewhere=self.counted_elsewhere,
+            apart=self.apart,
+        )
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
-
-    def _agree(self, core: _core.Offload, clipping: float) -> Totals:
-        elsewhere, apart = self.counted_elsewhere, self._apart
-        return agree_on_norm(core, self._job, self._groups, self._watch, clipping, elsewhere, apart)
 
     def apply(self) -> None:
         """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
         together."""
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
-        sum_squares, nonfinite, accumulated = self._agree(core, self.clipping or 0.0)
+        sum_squares, nonfinite, accumulated = agree_on_norm(
+            core,
+            self._job,
+            self._groups,
+            self._watch,
+            self.clipping or 0.0,
+            self.repeated,
+            self.counted_elsewhere,
+            self.apart,
+        )
         agreed = self._timers.now()
         if accumulated:
             self._scaler.check_used()

@@ -20,6 +20,7 @@ from zeroxide.precision.bits import bytes_of, converted, copy_of, exact_in_fp32,
 from zeroxide.zero.gather.device_weights import DeviceWeights
 from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.unit import Unit
+from zeroxide.zero.whole import Whole
 
 if TYPE_CHECKING:
     from zeroxide.zero.gather.gatherer import Gatherer
@@ -45,6 +46,8 @@ class ParameterContext:
         health: DeviceHealth,
         keeps_edits: bool = False,
     ) -> None:
+        self.whole: Whole = Whole()
+        """What puts parameters together whose parts other ranks have."""
         self.health = health
         """Whether the device that parameters show their values on is there."""
         self.keeps_edits = keeps_edits
@@ -460,6 +463,7 @@ class ShardedParam:
             flat = torch.empty(self.shape.numel(), dtype=self.dtype, device=HOST)
         if self.context.ranks.world > 1:
             self.context.broadcast(flat, source, self.name)
+        self.context.whole.repeat(param, flat)
         self._replace(flat)
         if self.holds:
             self.unit.lend(self.position, copy_of(flat).view(self.shape).to(self.unit.device))

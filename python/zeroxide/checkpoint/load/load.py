@@ -417,3 +417,4 @@ class _Load:
         )
         if self.generators is not None:
             generators.restore(self.generators)
+        training.align_random()

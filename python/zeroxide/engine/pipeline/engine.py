@@ -195,7 +195,6 @@ class _Pipe:
         self.batches.repeat(parts.dataloader)
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()
-        parts.kept_elsewhere = self.tied.kept_elsewhere
         self.under_way: str | None = None
         self.compute_loss = True
         self.outputs: list[Any] = []

@@ -59,8 +59,6 @@ class TiedWeights:
                     name=name,
                 )
             self._ties.append(_Tie(number, name, holders, found[name]))
-        self.kept_elsewhere = frozenset(tie.name for tie in self._ties if self._rank != tie.ranks[0])
-        """Names of those that another rank saves."""
         self.counted_elsewhere = 0.0
         """Squares of the gradients that this rank has and the first of their ranks counts, at the last `sum`."""
 

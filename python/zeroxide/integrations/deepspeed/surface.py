@@ -45,7 +45,9 @@ _LOG_DIST = f"{_HERE}.logging:log_dist"
 _PIPELINE = _later("pipeline parallelism")
 _EXPERTS = _later("expert parallelism")
 _TENSOR = _later("tensor parallelism")
-_SEQUENCE = _later("sequence parallelism")
+_SEQUENCE = "zeroxide.parallel.sequence"
+_OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
+_WHICH = ("data", "sequence", "sequence_data")
 _INFERENCE = f"{_HERE}.inference:InferenceEngine"
 _BUILDERS = {
     name: f"{_HERE}.op_builder:{name}"
@@ -237,11 +239,28 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     },
     "deepspeed.runtime.pipe": {},
     "deepspeed.runtime.pipe.engine": {"PipelineEngine": _PIPELINE},
+    "deepspeed.runtime.chunked_cross_entropy": {"chunked_cross_entropy": "zeroxide.losses:chunked_cross_entropy"},
     "deepspeed.runtime.sequence_parallel": {},
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": {
+        name: f"{_SEQUENCE}.parallel_state:{name}"
+        for name in (
+            "initialize_sequence_parallel",
+            *(f"get_{which}_parallel_{what}" for which in _WHICH for what in ("group", "rank", "world_size")),
+        )
+    },
     "deepspeed.runtime.sequence_parallel.ulysses_sp": {
-        "TiledMLP": _SEQUENCE,
-        "UlyssesSPAttentionHF": _SEQUENCE,
-        "UlyssesSPDataLoaderAdapter": _SEQUENCE,
+        **{
+            name: f"{_SEQUENCE}:{name}"
+            for name in (
+                "SequenceTiledCompute",
+                "TiledFusedLogitsLoss",
+                "TiledMLP",
+                "UlyssesSPAttentionHF",
+                "UlyssesSPDataLoaderAdapter",
+                "sequence_tiled_compute",
+            )
+        },
+        "AutogradComputeMLP": _OTHER_MLP,
     },
     "deepspeed.runtime.utils": {
         "move_to_device": f"{_HERE}.tensors:move_to_device",
@@ -280,7 +299,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "zero_wrapper_for_fp_tensor_constructor": f"{_HERE}.gathering:zero_wrapper_for_fp_tensor_constructor",
     },
     "deepspeed.sequence": {},
-    "deepspeed.sequence.layer": {"DistributedAttention": _SEQUENCE},
+    "deepspeed.sequence.layer": {"DistributedAttention": f"{_SEQUENCE}:DistributedAttention"},
     "deepspeed.utils": {
         **_LEAVES,
         **_SAFE,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 
 from zeroxide import _core
-from zeroxide.device.placement import of_buffer
+from zeroxide.device.placement import HOST, of_buffer, spec
 from zeroxide.distributed import Job, Ranks, UnitGroups, Watch
 from zeroxide.errors import RanksError
 
@@ -30,6 +30,7 @@ def agree_on_norm(
     groups: UnitGroups,
     watch: Watch,
     clipping: float = 0.0,
+    repeated: Set[tuple[int, int]] = frozenset(),
     counted_elsewhere: float = 0.0,
     apart: Apart = (),
 ) -> Totals:
@@ -41,9 +42,10 @@ def agree_on_norm(
 
     clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
     another rank's script asks for another, since each would update its shard by another factor.
+    repeated: (unit, position) of parameters whose gradients other ranks have alike, which count them.
     counted_elsewhere: squares of gradients of this part of the model that another part has as well, and counts.
     """
-    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, apart), job.parts
+    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, repeated, apart), job.parts
     if parts.world == 1:
         return totals
     core.finish()
@@ -57,9 +59,18 @@ def agree_on_norm(
 
 
 def _of_one_part(
-    core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch, clipping: float, apart: Apart
+    core: _core.Offload,
+    ranks: Ranks,
+    groups: UnitGroups,
+    watch: Watch,
+    clipping: float,
+    repeated: Set[tuple[int, int]],
+    apart: Apart,
 ) -> Totals:
     total, nonfinite, accumulated = core.grad_norm()
+    if repeated and not nonfinite:
+        # Rounding may leave less than nothing.
+        total = max(0.0, total - _squares(core, repeated))
     if ranks.world == 1:
         return total, nonfinite, accumulated
     # What another rank waits for must not wait for this exchange.
@@ -75,6 +86,26 @@ def _of_one_part(
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
 
 
+def _everywhere(rows: torch.Tensor, apart: Apart) -> torch.Tensor:
+    """Whether a parameter has been accumulated on any rank that trains it."""
+    found = rows.amax(0)
+    for which, ranks in apart:
+        found[which] = rows[list(ranks), which].amax(0)
+    return found
+
+
+def _squares(core: _core.Offload, params: Set[tuple[int, int]]) -> float:
+    """The sum of squares of the gradients of some parameters that this rank answers for."""
+    found = 0.0
+    for unit in sorted({unit for unit, _ in params}):
+        for position, start, count in core.pieces(unit):
+            if (unit, position) in params and count:
+                grad = torch.empty(count, dtype=torch.float32, device=HOST)
+                core.read_param(unit, position, "grad", start, spec(grad))
+                found += float(grad.double().square_().sum())
+    return found
+
+
 def _check_clipping(every: list[tuple[float, bool, float]], ranks: Ranks) -> None:
     for position, head in enumerate(every):
         if head[2] != every[0][2]:
@@ -84,14 +115,6 @@ def _check_clipping(every: list[tuple[float, bool, float]], ranks: Ranks) -> Non
                 "engine.set_gradient_clipping alike on every rank",
                 ranks=(rank,),
             )
-
-
-def _everywhere(rows: torch.Tensor, apart: Apart) -> torch.Tensor:
-    """Whether a parameter has been accumulated on any rank that trains it."""
-    found = rows.amax(0)
-    for which, ranks in apart:
-        found[which] = rows[list(ranks), which].amax(0)
-    return found
 
 
 def _sum(values: Iterable[float]) -> float:
