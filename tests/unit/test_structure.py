@@ -34,7 +34,6 @@ FOREIGN = {
     "_cdata": "torch: the address of a storage, which C functions take",
     "_device_types": "torch: what a process group can carry",
     "_execution_engine": "torch: the only way to be called when a backward ends",
-    "_apply_gate": "transformers: what fused experts make of both products",
     "_default_apply_gate": "transformers: the usual one",
     "_indices": "torch: of a sparse tensor as it is, not coalesced",
     "_modules": "torch: a module's own children",

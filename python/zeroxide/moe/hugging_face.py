@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from zeroxide.config import ExpertParallel
+from zeroxide.config import Config
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.kernels.permute import expert_order
 from zeroxide.moe.dispatch import combine, dispatch, expert_counts
@@ -26,17 +26,20 @@ WEIGHTS = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, (experts, 2 * features, width) and (experts, width, features)."""
 
 
-def find_fused_experts(module: nn.Module, asked: ExpertParallel) -> list[tuple[str, nn.Module]]:
-    """The modules with fused experts that `asked` means, with their names.
+def find_fused_experts(module: nn.Module, config: Config) -> list[tuple[str, nn.Module]]:
+    """The modules with fused experts that `expert_parallel` means, with their names; none where it is off.
 
     Raises ConfigError where the model is of another family than `preset_model` says, or has no such experts, and
     ModelError for experts that are of another kind.
     """
-    if asked.preset_model is not None:
+    if not config.expert_parallel.enabled:
+        return []
+    preset = config.expert_parallel.preset_model
+    if preset is not None:
         family = str(getattr(getattr(module, "config", None), "model_type", "none"))
-        if family != asked.preset_model and not family.startswith(f"{asked.preset_model}_"):
-            raise _wrong("preset_model", f"{family!r}, the model's model_type", asked.preset_model)
-    found = [(name, each) for name, each in _candidates(module) if _is_meant(name, asked)]
+        if family != preset and not family.startswith(f"{preset}_"):
+            raise _wrong("preset_model", f"{family!r}, the model's model_type", preset)
+    found = [(name, each) for name, each in _candidates(module) if _is_meant(name, config)]
     if not found:
         raise _wrong(
             "enabled",
@@ -62,11 +65,12 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, each
 
 
-def _is_meant(name: str, asked: ExpertParallel) -> bool:
+def _is_meant(name: str, config: Config) -> bool:
+    pattern, experts = config.expert_parallel.moe_layer_pattern, config.expert_parallel.expert_pattern
     layer, _, last = name.rpartition(".")
-    if asked.moe_layer_pattern is not None and re.search(asked.moe_layer_pattern, layer) is None:
+    if pattern is not None and re.search(pattern, layer) is None:
         return False
-    return asked.expert_pattern is None or re.fullmatch(asked.expert_pattern, last) is not None
+    return experts is None or re.fullmatch(experts, last) is not None
 
 
 def _problem(experts: nn.Module) -> str | None:

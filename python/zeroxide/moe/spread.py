@@ -130,8 +130,7 @@ def spread_experts(
     afterwards lacks the others' experts. Raises ModelError for experts that `zero.Init` has cut or that do not divide,
     ConfigError for what `expert_parallel` does not find, and RanksError when a rank is lost.
     """
-    asked = config.expert_parallel
-    fused = find_fused_experts(module, asked) if asked.enabled else []
+    fused = find_fused_experts(module, config)
     layers = [(name, each) for name, each in module.named_modules() if isinstance(each, MoE) and each.ep_size > 1]
     if mesh.ep == 1:
         for _, each in fused:

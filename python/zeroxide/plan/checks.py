@@ -86,9 +86,9 @@ def check_transport(config: Config, ranks: Ranks) -> None:
         )
 
 
-def check_experts(config: Config, ranks: Ranks, device: torch.device, *, spread: bool) -> None:
+def check_experts(config: Config, device: torch.device) -> None:
     """Refuses what does not go with experts that are spread over ranks."""
-    if not spread:
+    if config.mesh is None or config.mesh.ep == 1:
         return
     quantised = config.zero.quantized_weights or config.zero.quantized_gradients
     for path, wrong, got, instead in (
@@ -96,6 +96,7 @@ def check_experts(config: Config, ranks: Ranks, device: torch.device, *, spread:
         ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
         ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
         ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
+        ("zeroxide.mesh.tp", config.mesh.tp > 1, str(config.mesh.tp), "1"),
     ):
         if wrong:
             raise ConfigError(

@@ -43,7 +43,7 @@ class Plan:
     """Bytes that the process uses without the state."""
     groups: UnitGroups = field(default_factory=UnitGroups)
     expert_groups: UnitGroups | None = None
-    """Those of units of experts; None where no unit has any."""
+    """Those of units of experts; None where no experts are spread over ranks."""
     stage: int = 0
     offloads_weights: bool = False
     """Whether the config asks for parameters somewhere else than where the model computes."""
@@ -209,10 +209,10 @@ def make_plan(
 ) -> Plan:
     """Finds the units of `module` and places them.
 
-    `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
-    `resident` is the resident memory of the process in bytes without the model's own parameters, to which comes what
-    copies to and from `device`, on which the model is to compute, keep locked. `asked` is what that device is to have.
-    `experts`: see `find_units`.
+    `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
+    the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
+    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
+    `asked` is what that device is to have.
     Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
     payload, or `config.zeroxide.device_memory` what the device is to have.
     """
@@ -225,16 +225,13 @@ def make_plan(
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
         refuse_max_norm(module)
-    axes = None if config.mesh is None else config.mesh.data_axes()
-    check_experts(config, ranks, device, spread=axes is not None and axes.ep > 1)
-    together = config.zeroxide.transport == "collective" or (axes is not None and axes.ep > 1)
-    transport = "shared" if ranks.shares_memory and not together else "collective"
+    check_experts(config, device)
+    transport = _transport(config, ranks)
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
-    mesh = ProcessMesh(ranks.rank, ranks.world, axes)
+    mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
     groups = mesh.unit_groups(sharded=config.zero.stage > 0, secondary=quantisation.secondary)
-    spread = any(unit.experts for unit in units)
-    expert_groups = mesh.unit_groups(sharded=config.zero.stage > 0, experts=True) if spread else None
+    expert_groups = mesh.unit_groups(sharded=config.zero.stage > 0, experts=True) if mesh.ep > 1 else None
     check_gradients(config, groups, transport)
     numbers = _core.Plan(
         units=_units(units),
@@ -257,9 +254,7 @@ def make_plan(
         limit=config.zeroxide.host_memory,
         resident=resident,
         device=asked,
-        apart=[
-            (index, *_position(expert_groups)) for index, unit in enumerate(units) if expert_groups and unit.experts
-        ],
+        apart=_apart(units, expert_groups),
     )
     return Plan(
         units=units,
@@ -283,9 +278,18 @@ def make_plan(
     )
 
 
-def _position(groups: UnitGroups) -> tuple[int, int, int]:
-    """This rank, shards and replicas, as the core's planner takes them."""
-    return groups.rank, groups.shard.size, groups.replicate.size
+def _transport(config: Config, ranks: Ranks) -> str:
+    """What carries gradients: shared memory is laid out for units that all ranks train."""
+    collective = config.zeroxide.transport == "collective" or (config.mesh is not None and config.mesh.ep > 1)
+    return "shared" if ranks.shares_memory and not collective else "collective"
+
+
+def _apart(units: list[UnitPlan], groups: UnitGroups | None) -> list[tuple[int, int, int, int]]:
+    """(unit, this rank, shards, replicas) of units that only some ranks train, as the core's planner takes them."""
+    if groups is None:
+        return []
+    position = groups.rank, groups.shard.size, groups.replicate.size
+    return [(index, *position) for index, unit in enumerate(units) if unit.experts]
 
 
 def _blocks_down(config: Config, ranks: Ranks, units: list[UnitPlan]) -> int:

@@ -295,18 +295,6 @@ class ShardedParam:
         """All elements of the live weight, flat, on every rank: every bit of a frozen one. Every rank calls it."""
         return self.live(self.read("weights")) if self.trainable else self._together("weights", self.dtype)
 
-    def read_live_everywhere(self) -> list[tuple[str, torch.Tensor]]:
-        """(name, all elements of the live weight, flat) of what each place of experts has here. Every rank calls it."""
-        groups, mine = self.unit.groups, self.read_live()
-        with self.context.watch.waiting("the names of experts", self.unit.name):
-            names = self.context.ranks.gather_objects(self.name)
-        found = []
-        for everyone in groups.places:
-            values = mine if everyone == groups.everyone else torch.empty_like(mine)
-            self.context.broadcast(values, everyone[0], self.unit.name)
-            found.append((names[everyone[0]], values))
-        return found
-
     def _together(self, part: str, dtype: torch.dtype) -> torch.Tensor:
         full = torch.empty(self.shape.numel(), dtype=dtype, device=HOST)
         groups = self.unit.groups

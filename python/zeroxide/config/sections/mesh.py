@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import Count, NotBuilt, Section
+from zeroxide.config.fields import Count, Section
 from zeroxide.config.given import Given
 from zeroxide.errors import ConfigError
 

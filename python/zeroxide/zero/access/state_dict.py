@@ -29,8 +29,8 @@ from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.absent import AbsentValues
 from zeroxide.params.callers import called_by
 from zeroxide.params.handle import handle_of
-from zeroxide.params.part import part_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
+from zeroxide.zero.access.experts import add_experts, experts_of
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
@@ -70,7 +70,7 @@ class StateDicts:
         self.methods = [
             Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
             for each in module.modules()
-            if each._parameters and (not context.params_always_full or self._cut(each) or _experts_of(each))
+            if each._parameters and (not context.params_always_full or self._cut(each) or experts_of(each))
         ]
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class StateDicts:
         return {name: param for name, param in found.items() if shard_of(param) is not None}
 
     def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        experts = [] if _bare else _experts_of(module)
+        experts = [] if _bare else experts_of(module)
         if experts:
             self._save_experts(save, destination, prefix, experts)
             return
@@ -145,7 +145,7 @@ class StateDicts:
         with self._patient(experts[0][1]):
             for name, sharded in experts:
                 own.pop(prefix + name, None)
-                _add_experts(found, sharded, prefix + name)
+                add_experts(found, sharded, prefix + name)
         destination.update(found)
         destination.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in own.items()})
 
@@ -205,12 +205,6 @@ _NAMING = frozenset({"adapter_state_dict", "adapter_state_dict_load_map"})
 the values they take from what the engine has gathered."""
 
 
-def _experts_of(module: nn.Module) -> list[tuple[str, ShardedParam]]:
-    """The module's own parameters that are experts', by name, where ranks have different ones."""
-    params = [(name, sharded_param_of(param)) for name, param in module._parameters.items() if param is not None]
-    return [(name, sharded) for name, sharded in params if sharded is not None and sharded.unit.experts]
-
-
 def _gone() -> None:
     """Stands for a reference to nothing."""
 
@@ -245,7 +239,7 @@ def full_state_dict(
             continue
         if sharded is not None and sharded.unit.experts:
             every: dict[str, torch.Tensor] = {}
-            _add_experts(every, sharded, name)
+            add_experts(every, sharded, name)
             if context.ranks.rank == 0:
                 kept.update({plain_name(each): value for each, value in every.items()})
             continue
@@ -256,29 +250,6 @@ def full_state_dict(
             found = seen.get(id(value), value)
             kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
     return kept
-
-
-def _add_experts(kept: dict[str, torch.Tensor], sharded: ShardedParam, name: str) -> None:
-    """Adds what all ranks have in the place of a parameter, which is `name` in a dict: several parameters, or the parts
-    of one."""
-    region, shape = part_of(sharded.param).region, sharded.shape
-    found = sharded.read_live_everywhere()
-    if region is not None:
-        # Experts are the first dimension, and their places in a row.
-        kept[name] = torch.cat([values for _, values in found]).view(region.shape)
-        return
-    for each, values in found:
-        kept[_renamed(name, sharded.name, each)] = values.view(shape)
-
-
-def _renamed(name: str, own: str, other: str) -> str:
-    """`name`, which ends as `own` does or is an end of it, for the parameter whose full name is `other`: they differ in
-    the numbers of experts."""
-    parts = name.split(".")
-    for back, (mine, theirs) in enumerate(zip(reversed(own.split(".")), reversed(other.split(".")), strict=True), 1):
-        if mine != theirs:
-            parts[-back] = theirs
-    return ".".join(parts)
 
 
 def _copied(buffer: torch.Tensor) -> torch.Tensor:
