@@ -57,7 +57,7 @@ REFUSED = [
     (8, {"dp_shard": 4}, 3, 2, HPZ, f"= 2 contradicts {MESH}.dp_shard = 4"),
     (4, {"dp_shard": 2}, 0, None, f"{MESH}.dp_shard", "dp_shard = 2 needs zero_optimization.stage 1 to 3, got 0"),
     (4, {"dp_shard": 1}, 3, None, f"{MESH}.dp_shard", "keeps everything on each of 4 ranks: that is"),
-    (4, {"tp": 2}, 3, None, f"{MESH}.tp", "tensor parallelism: not built yet"),
+    (4, {"tp": 3}, 3, None, MESH, "tp 3 does not divide the 4 ranks"),
     (4, {"pp": 2}, 3, None, f"{MESH}.pp", "pipeline parallelism: not built yet"),
     (4, {"sp": 2}, 3, None, f"{MESH}.sp", "sequence parallelism: not built yet"),
     (4, {"ep": 2}, 3, None, f"{MESH}.ep", "expert parallelism: not built yet"),

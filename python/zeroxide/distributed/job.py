@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zeroxide.distributed.collectives import Ranks
 from zeroxide.distributed.mesh import ProcessMesh
@@ -28,7 +28,7 @@ class Job:
     parts: Ranks
     """Those that have the other parts of the model in the same place, along `pp` and `tp`."""
 
-    tensor: Ranks
+    tensor: Ranks = field(default_factory=Ranks)
     """Those that compute a part of every matrix, along `tp`; where the model computes, tensors travel between them."""
 
     def groups(self) -> tuple[Ranks, ...]:
