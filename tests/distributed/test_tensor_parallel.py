@@ -89,8 +89,8 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
 
 @pytest.mark.timeout(300)
 def test_four_ranks_train_as_one_process_does(tmp_path):
-    """Two replicas of two tensor ranks, and one of four. Catches: a batch that tensor ranks do not share, gradients that
-    are summed over tensor ranks as well, shards of one part of a matrix that go to the ranks of another."""
+    """Two replicas of two tensor ranks, and one of four. Catches: a batch that tensor ranks do not share, gradients
+    that are summed over tensor ranks as well, shards of one part of a matrix that go to the ranks of another."""
     cases = cases_of(["gpt2"], [MODES[3], MODES[1], MODES[2]]) + cases_of(["uneven"], [MODES[5]])
     cases += cases_of(["gpt2"], [{"group": "four", **MODES[3]}], tp=4)
     check(cases, run(4, cases, tmp_path))
