@@ -19,7 +19,8 @@ import zeroxide
 from zeroxide.parallel.tensor import group as exchange
 
 def engine_of(model, tp=2, **more):
-    config = {"tensor_parallel": {"autotp_size": tp}, "steps_per_print": None, "zero_optimization": {"stage": 3}, **more}
+    config = {"tensor_parallel": {"autotp_size": tp}, "zero_optimization": {"stage": 3}, "steps_per_print": None}
+    config |= more
     return zeroxide.initialize(model=model, config=config, lr=1e-3)[0]
 """
 )
@@ -218,14 +219,14 @@ say(all(torch.equal(before[name], each) for name, each in model.state_dict().ite
 
 
 def test_what_cannot_be_cut_is_refused_by_name():
-    """Catches: heads that are cut through, a model that trains uncut where nobody said how, a shared weight of which one
-    user has a part, a model that is left half cut."""
+    """Catches: heads that are cut through, a model that trains uncut where nobody said how, a shared weight of which
+    one user has a part, a model that is left half cut."""
     for result in run_ranks(4, REFUSED):
         assert result.code == 0, result.err[-3000:]
         lines = result.out.splitlines()
         expected = [
             "ModelError model.layers.0.self_attn.q_proj has 2 heads of keys and values, which 4 tensor ranks cannot",
-            "ModelError Sequential has no tp_plan, and no rule cuts any of its layers: give tensor_parallel.partition_con",
+            "ModelError Sequential has no tp_plan, and no rule cuts any of its layers: give tensor_parallel.partit",
             "ModelError other.weight is shared with a layer that is cut, and other has no rule",
             "ModelError 0 is a Conv1d, which partition_config.layer_specs asks to cut: expected nn.Linear",
             "ModelError up: 8 does not divide into 3 weights",
