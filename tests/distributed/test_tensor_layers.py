@@ -242,7 +242,7 @@ def test_what_cannot_be_cut_is_refused_by_name():
 def test_rules_of_ones_own_train_a_model_without_a_plan():
     """A model of plain layers, cut as its config says, has the loss and the weights that it has in one process.
 
-    Catches: fused weights that are cut as one, a rule that is not found, the preset of a type that a model lacks.
+    Catches: fused weights that are cut as one, a rule that is not found, what `tp_model_init` was told forgotten.
     """
     for result in run_ranks(2, OWN):
         assert result.code == 0, result.err[-3000:]
@@ -268,7 +268,9 @@ class Gated(nn.Module):
 specs = [{"patterns": ["both"], "shape": [2, -1]}, {"patterns": ["down"], "partition_type": "row"}]
 x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
 plain, model = Gated(), Gated()
-engine = engine_of(model, tensor_parallel={"autotp_size": 2, "partition_config": {"layer_specs": specs}})
+zeroxide.tp_model_init(model, 2, torch.float32, {"partition_config": {"layer_specs": specs}})
+config = {"zero_optimization": {"stage": 1}, "steps_per_print": None}
+engine = zeroxide.initialize(model=model, config=config, lr=1e-3)[0]
 optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3, weight_decay=0.0)
 far = []
 for step in range(3):

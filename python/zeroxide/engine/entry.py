@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
+from zeroxide.engine.tp_model_init import with_asked
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.zero.init.context import is_building
 from zeroxide.zero.init.materialize import WeightSource
@@ -85,16 +86,18 @@ def initialize(
         "gradient_accumulation_steps": gradient_accumulation_steps,
     }
     given = config if config is not None else config_params
+    model = _checked(model, mpu, mesh_param)
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
     engine = build(
         Request(
-            model=_checked(model, mpu, mesh_param),
+            model=model,
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
             distributed_port=distributed_port,
             collate_fn=collate_fn,
-            config=given if given is not None else getattr(args, "deepspeed_config", None),
+            config=with_asked(model, given),
             weights=weights,
             shortcuts=shortcuts,
         )

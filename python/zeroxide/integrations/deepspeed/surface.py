@@ -44,7 +44,6 @@ _LOGGER = f"{_HERE}.logging:logger"
 _LOG_DIST = f"{_HERE}.logging:log_dist"
 _PIPELINE = _later("pipeline parallelism")
 _EXPERTS = _later("expert parallelism")
-_TENSOR = _later("tensor parallelism")
 _SEQUENCE = _later("sequence parallelism")
 _INFERENCE = f"{_HERE}.inference:InferenceEngine"
 _BUILDERS = {
@@ -168,7 +167,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
         "PipelineModule": _PIPELINE,
-        "tp_model_init": _TENSOR,
+        "tp_model_init": "zeroxide.engine.tp_model_init:tp_model_init",
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
     },
@@ -196,6 +195,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "main": Unbuilt("zeroxide has no launcher of its own: start ranks by `zeroxide run torchrun ...`"),
     },
     "deepspeed.module_inject": {},
+    "deepspeed.module_inject.autotp_config": {"TPLayerSpec": "zeroxide.config:TPLayerSpec"},
     "deepspeed.module_inject.layers": {"GatherReplacedLayerParams": f"{_HERE}.gathering:GatherReplacedLayerParams"},
     "deepspeed.moe": {"MoE": _EXPERTS},
     "deepspeed.moe.layer": {"MoE": _EXPERTS},
