@@ -56,6 +56,9 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     (folder / "nvme").mkdir(exist_ok=True)
     model = build(case["family"], case.get("ep", 1))
+    if case.get("recomputes"):
+        model.train()
+        model.gradient_checkpointing_enable()
     if rank:
         # Rank 0's weights are those of all.
         with torch.no_grad():
