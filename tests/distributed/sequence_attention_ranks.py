@@ -241,6 +241,40 @@ def batches(group: Any) -> dict[str, Any]:
     return {"passes": passes, "length": len(adapter), "batch_size": adapter.batch_size}
 
 
+class Numbered(torch.utils.data.Dataset):
+    """The same on every rank."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, at: int) -> dict[str, torch.Tensor]:
+        return {name: value[0] + (at if name == "input_ids" else 0) for name, value in whole_batch(8).items()}
+
+
+def loaded(group: Any) -> dict[str, Any]:
+    """The loader of an engine gives those that share sequences the same samples; the first token tells which."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    engine, *_ = zeroxide.initialize(
+        model=tiny(),
+        mesh_param=(1, world),
+        training_data=Numbered(),
+        config={
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+            "train_micro_batch_size_per_gpu": 2,
+            "zeroxide": {"threads": 1},
+        },
+    )
+    loader = engine.training_dataloader
+    try:
+        return {
+            "samples": [[batch["input_ids"][:, 0].tolist() for batch in loader] for _ in range(2)],
+            "adapter": said(lambda: UlyssesSPDataLoaderAdapter(loader, rank, group, world, "cpu")),
+        }
+    finally:
+        dist.barrier()
+        engine.destroy()
+
+
 def said(act: Callable[[], Any]) -> str:
     """The line of the error that it raises."""
     try:
@@ -331,6 +365,7 @@ def main() -> None:
         "evaluating": evaluating(),
         "around": around(),
         "batches": batches(group),
+        "loaded": loaded(group),
         "refused": refused(group),
     }
     print("FOUND", json.dumps(found), flush=True)

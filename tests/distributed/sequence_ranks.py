@@ -47,6 +47,10 @@ class Case:
     clip: float = 0.5
     config: dict[str, Any] = field(default_factory=dict)
     oracle: bool = True
+    first: int = 0
+    """The first of the steps: what was before is in the checkpoint `load`."""
+    load: str | None = None
+    save: str | None = None
 
 
 def build(case: Case) -> nn.Module:
@@ -115,7 +119,7 @@ def oracle(case: Case, dtype: torch.dtype) -> tuple[list[float], dict[str, torch
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, eps=EPS, weight_decay=0.1, foreach=False)
     groups = dist.get_world_size() // case.sp
     losses = []
-    for step in range(case.steps):
+    for step in range(case.first + case.steps):
         found = []
         for number in range(case.accumulation * groups):
             loss = model(**batch(case, step * case.accumulation * groups + number), use_cache=False).loss
@@ -125,7 +129,7 @@ def oracle(case: Case, dtype: torch.dtype) -> tuple[list[float], dict[str, torch
         optimizer.step()
         optimizer.zero_grad()
         losses.append(sum(found) / len(found))
-    return losses, {name: param.detach().double() for name, param in model.named_parameters()}
+    return losses[case.first :], {name: param.detach().double() for name, param in model.named_parameters()}
 
 
 def train(case: Case, folder: Path) -> dict[str, Any]:
@@ -138,10 +142,12 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     engine, *_ = zeroxide.initialize(model=model, mpu=mpu, config=config)
     groups, group = dist.get_world_size() // case.sp, dist.get_rank() // case.sp
     losses: list[float] = []
+    if case.load:
+        engine.load_checkpoint(folder / case.load)
     COMMS.enabled = True
     COMMS.reset()
     try:
-        for step in range(case.steps):
+        for step in range(case.first, case.first + case.steps):
             found = []
             for micro in range(case.accumulation):
                 number = (step * case.accumulation + micro) * groups + group
@@ -151,13 +157,15 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
                 own = model.loss_function(
                     logits=logits, labels=None, shift_labels=targets, vocab_size=model.config.vocab_size
                 )
-                loss = average_over_tokens(own, (targets != IGNORED).sum())
+                loss = own if mpu is None else average_over_tokens(own, (targets != IGNORED).sum())
                 engine.backward(loss)
                 engine.step()
                 found.append(loss.item())
             mean = torch.tensor(sum(found) / len(found), dtype=torch.float64)
             dist.all_reduce(mean)
             losses.append(mean.item() / dist.get_world_size())
+        if case.save:
+            engine.save_checkpoint(folder / case.save)
         # What is read below is exchanged as well.
         sent = {name: {str(size): each.count for size, each in sizes.items()} for name, sizes in COMMS.records.items()}
         state = whole_state(engine)
@@ -176,8 +184,8 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
         COMMS.enabled = False
         dist.barrier()
         engine.destroy()
-        assert mpu is not None
-        mpu.unregister()
+        if mpu is not None:
+            mpu.unregister()
         assert model.config._attn_implementation == before
         destroy_sequence_parallel()
 
@@ -198,7 +206,8 @@ def main() -> None:
         found["name"] = case.name
         weights = found.pop("weights")
         if case.oracle:
-            key = (case.family, case.sp, case.kind, case.tokens, case.steps)
+            key = (case.family, dist.get_world_size() // case.sp * case.accumulation, case.kind, case.tokens)
+            key += (case.first, case.steps)
             if key not in known:
                 known[key] = {dtype: oracle(case, dtype) for dtype in (torch.float32, torch.float64)}
             (plain, fp32), (_, truth) = (known[key][dtype] for dtype in (torch.float32, torch.float64))

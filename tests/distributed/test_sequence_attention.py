@@ -132,6 +132,18 @@ def test_a_loader_gives_every_rank_a_part_of_each_batch(found):
     assert found[0]["batches"]["batch_size"] == 1
 
 
+def test_the_engines_loader_gives_the_same_samples_to_those_that_share_them(found):
+    """Catches: ranks that draw by themselves where no ranks take other samples, and a loader whose batches the adapter
+    would train on once for each rank."""
+    for rank in found:
+        assert rank["loaded"]["samples"] == found[0]["loaded"]["samples"]
+        assert "the same samples" in rank["loaded"]["adapter"]
+    first, second = found[0]["loaded"]["samples"]
+    for each in (first, second):
+        assert sorted(sample for batch in each for sample in batch) == list(range(6))
+    assert first != second
+
+
 REFUSED = {
     "too few heads": "attention heads over {world} ranks of a sequence group leave ranks without a head",
     "ring lengths": "expected as many tokens of each in every rank",

@@ -39,6 +39,15 @@ MODES: list[Case] = [
 ]
 """Of one family, with the same bits."""
 SHORT = {"steps": 4, "oracle": False}
+RESUMED: list[Case] = [
+    {"steps": 8, "oracle": False},
+    {"steps": 4, "oracle": False, "save": "shared"},
+    {"steps": 4, "oracle": False, "first": 4, "load": "shared", "stage": 1, "optimizer": "cpu"},
+    {"steps": 4, "first": 4, "load": "shared", "sp": 1, "accumulation": 1},
+    {"steps": 4, "oracle": False, "sp": 1, "accumulation": 1, "save": "whole"},
+    {"steps": 4, "first": 4, "load": "whole"},
+]
+"""From a checkpoint of ranks that share sequences to one of ranks that do not, and back."""
 MODES_OF_FOUR = [MODES[0], MODES[1], MODES[5]]
 
 
@@ -48,7 +57,7 @@ def named(each: Case) -> Case:
 
 def cases(world: int) -> list[Case]:
     if world == 2:
-        return [named(each) for each in [*({**mode, **SHORT} for mode in MODES), *FAMILIES]]
+        return [named(each) for each in [*({**mode, **SHORT} for mode in MODES), *FAMILIES, *RESUMED]]
     groups = {"zeroxide": {"threads": 1, "mesh": {"dp_replicate": 2, "sp": 2}}}
     two = [{**mode, **SHORT} for mode in [*MODES_OF_FOUR, {"stage": 3, "config": groups}]]
     return [named(each) for each in [*two, FAMILIES[0], *({**each, "sp": 4} for each in FAMILIES)]]
@@ -72,7 +81,7 @@ def test_losses_are_those_of_one_process(found):
     """Catches: a mean of the ranks' means, documents and padding seen by a rank alone, positions that begin anew."""
     for case, ranks in found:
         for said in ranks if case.get("oracle", True) else ():
-            assert len(said["losses"]) == 20 == len(said["plain"])
+            assert len(said["losses"]) == case.get("steps", 20) == len(said["plain"])
             assert said["losses"] == pytest.approx(said["plain"], rel=2e-6), case["name"]
 
 
@@ -96,16 +105,26 @@ def test_bits_are_the_same_in_every_mode(found):
     count = len(MODES) if world == 2 else len(MODES_OF_FOUR) + 1
     digests = {said["state"] for _, ranks in found[:count] for said in ranks}
     assert len(digests) == 1
-    assert len({said["state"] for _, ranks in found for said in ranks}) == len(found) - count + 1
+    families = found[count : count + len(FAMILIES)]
+    assert len({said["state"] for _, ranks in families for said in ranks}) == len(families)
+
+
+def test_a_checkpoint_of_ranks_that_share_sequences_is_one_of_any(found):
+    """Catches: weights or moments by the part of a sequence, and counts that begin anew; what follows is compared with
+    one process above, in every composition."""
+    if len(found[0][1]) == 2:
+        digests = [{said["state"] for said in ranks} for _, ranks in found[-len(RESUMED) :]]
+        assert digests[0] == digests[2] != digests[1]
 
 
 def test_batches_count_ranks_that_take_other_samples(found):
     """Catches: a batch size or a count of samples by all ranks."""
     for case, ranks in found:
-        groups = len(ranks) // case.get("sp", 2)
+        groups, micro_batches = len(ranks) // case.get("sp", 2), case.get("accumulation", 2)
         for said in ranks:
-            assert said["train_batch"] == 2 * 2 * groups
-            assert said["samples"] == case.get("steps", 20) * 2 * 2 * groups
+            assert said["train_batch"] == 2 * micro_batches * groups
+            steps = case.get("first", 0) + case.get("steps", 20)
+            assert said["samples"] == steps * 2 * micro_batches * groups
 
 
 def test_bytes_are_those_of_the_formula(found):
@@ -115,6 +134,9 @@ def test_bytes_are_those_of_the_formula(found):
     forward, and in backward; where activations are computed again, so are their exchanges.
     """
     for case, ranks in found:
+        if case.get("sp") == 1:
+            assert "all_to_all of sequences" not in ranks[0]["sent"]
+            continue
         queries, keys = (6, 2) if case.get("family", "llama") == "llama" else (4, 4)
         share, kind, micro_batches = case.get("sp", 2), case.get("kind", "plain"), 2 * case.get("steps", 20)
         tokens = [-(-case.get("tokens", 24) // share)] * share

@@ -126,8 +126,8 @@ class _Sections:
         axes = self._one(
             lambda: staged, ("tensor_parallel",), tensor_parallel.with_tensor_ranks, document.tensor_parallel, staged
         )
-        cut = axes
-        axes = self._one(lambda: cut, named, shared, cut, document, given)
+        in_parts = axes
+        axes = self._one(lambda: in_parts, named, shared, in_parts, document, given)
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")

@@ -30,6 +30,7 @@ from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.experts import take_experts
+from zeroxide.engine.heap import keep_freed_memory
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
@@ -87,9 +88,6 @@ from zeroxide.zero.whole import Whole
 __all__ = ["STEPS", "build"]
 
 logger = logging.getLogger("zeroxide")
-
-LARGE_BLOCK = 16 << 20
-"""Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
 
 
 class Build:
@@ -160,12 +158,10 @@ class Build:
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        own = partial(own_dtype, self.module)
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.axes, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config)
-        if self.stages is not None:
-            self.made.callback(self.stages.restore)
-        self.config = with_experts(self.config, self.module, self.world.world, in_parts=self.stages is not None)
+        own, ranks = partial(own_dtype, self.module), self.world.world
+        self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
+        self.config = with_experts(self.config, self.module, ranks, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -426,8 +422,7 @@ class Build:
 
     def show_weights(self) -> None:
         """Lets parameters that always show their values show their values."""
-        on_disk = Home.DISK in (self.plan.weights, self.plan.state)
-        _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
+        keep_freed_memory(self.plan, self.config)
         if self.config.zeroxide.trim_libraries:
             _core.drop_clean_text()
         self.gatherer.show_all()
@@ -518,7 +513,5 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
-        if under_way.stages is not None:
-            under_way.stages.commit()
         made.pop_all()
     return engine

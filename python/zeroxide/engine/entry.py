@@ -14,6 +14,7 @@ from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
 from zeroxide.engine.sequences import sequence_size
+from zeroxide.engine.tp_model_init import with_asked
 from zeroxide.errors import ModelError
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.context import is_building
@@ -21,10 +22,16 @@ from zeroxide.zero.init.materialize import WeightSource
 
 __all__ = ["initialize"]
 
+_SHORTCUTS = (
+    *("lr", "betas", "eps", "weight_decay", "offload", "offload_param", "offload_optimizer", "host_memory", "dtype"),
+    *("gradient_clipping", "gradient_accumulation_steps"),
+)
+"""The keyword arguments that stand for keys of the config."""
+
 
 def initialize(
     args: Any = None,
-    model: nn.Module | None = None,
+    model: nn.Module | PipelineStages | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -53,9 +60,9 @@ def initialize(
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
     model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
-        on the meta device (then `weights` makes them, unit by unit). Its parameters move into the engine: outside of
-        forward and backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie
-        them in torch 2.15, so build it there.
+        on the meta device (then `weights` makes them, unit by unit), or a PipelineModule (see docs/pipeline.md). Its
+        parameters move into the engine: outside of forward and backward they are empty tensors. Tied weights stay tied;
+        `module.to("meta")` and `to_empty` untie them in torch 2.15, so build it there.
     optimizer: None (then the config's), a fresh torch AdamW, Adam, Adagrad or SGD, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
@@ -75,32 +82,21 @@ def initialize(
     Returns (engine, optimizer, dataloader or None, lr_scheduler or None). Raises ConfigError, ModelError,
     BudgetError or StorageError, each in one line.
     """
-    shortcuts = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "offload": offload,
-        "offload_param": offload_param,
-        "offload_optimizer": offload_optimizer,
-        "host_memory": host_memory,
-        "dtype": dtype,
-        "gradient_clipping": gradient_clipping,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    stages = _checked(model)
+    arguments = locals()
+    shortcuts = {name: arguments[name] for name in _SHORTCUTS}
     given = config if config is not None else config_params
+    checked = _checked(model)
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
     engine = build(
         Request(
-            model=stages.module if isinstance(stages, PipelineStages) else stages,
-            stages=stages if isinstance(stages, PipelineStages) else None,
+            **checked,
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
             distributed_port=distributed_port,
             collate_fn=collate_fn,
-            config=given if given is not None else getattr(args, "deepspeed_config", None),
+            config=with_asked(checked["model"], given),
             weights=weights,
             mpu=mpu,
             sequence=sequence_size(mpu, mesh_param),
@@ -110,10 +106,10 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(model: nn.Module | None) -> nn.Module:
-    """The model, unless there is none. Raises ModelError."""
+def _checked(model: nn.Module | PipelineStages | None) -> dict[str, Any]:
+    """The model, and its stages where it is cut. Raises ModelError where there is none."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
         raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
-    return model
+    return {"model": model.module, "stages": model} if isinstance(model, PipelineStages) else {"model": model}

@@ -113,7 +113,10 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
     axes = _data_axes(section, zero, stage, batch_ranks(section, given))
     if axes is None and max(others.values()) == 1:
         return None
-    axes = dataclasses.replace(axes or Mesh(dp_shard=batch_ranks(section, given)), **others)
+    if axes is None:
+        ranks = batch_ranks(section, given)
+        axes = Mesh(dp_shard=ranks) if stage > 0 else Mesh(dp_replicate=ranks)
+    axes = dataclasses.replace(axes, **others)
     if axes.dp_shard * axes.sp % axes.ep:
         raise ConfigError(
             f"{_MESH}: ep = {axes.ep} does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, the ranks over which "

@@ -42,8 +42,17 @@ _CPU_ADAGRAD = "zeroxide.optim:DeepSpeedCPUAdagrad"
 _INIT_DISTRIBUTED = "zeroxide.distributed:init_distributed"
 _LOGGER = f"{_HERE}.logging:logger"
 _LOG_DIST = f"{_HERE}.logging:log_dist"
-_PIPELINE = _later("pipeline parallelism")
-_TENSOR = _later("tensor parallelism")
+_LAYERS = {name: f"zeroxide.parallel.pipe:{name}" for name in ("LayerSpec", "PipelineModule", "TiedLayerSpec")}
+_TOPOLOGY = {
+    name: f"zeroxide.parallel.pipe:{name}"
+    for name in (
+        "PipeDataParallelTopology",
+        "PipeModelDataParallelTopology",
+        "PipelineParallelGrid",
+        "ProcessTopology",
+    )
+}
+_PIPELINE_ERROR = {"PipelineError": "zeroxide.errors:PipelineError"}
 _SEQUENCE = "zeroxide.parallel.sequence"
 _OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
 _WHICH = ("data", "sequence", "sequence_data")
@@ -169,8 +178,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "logger": _LOGGER,
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
-        "PipelineModule": _PIPELINE,
-        "tp_model_init": _TENSOR,
+        "PipelineModule": _LAYERS["PipelineModule"],
+        "tp_model_init": "zeroxide.engine.tp_model_init:tp_model_init",
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
     },
@@ -198,6 +207,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "main": Unbuilt("zeroxide has no launcher of its own: start ranks by `zeroxide run torchrun ...`"),
     },
     "deepspeed.module_inject": {},
+    "deepspeed.module_inject.autotp_config": {"TPLayerSpec": "zeroxide.config:TPLayerSpec"},
     "deepspeed.module_inject.layers": {"GatherReplacedLayerParams": f"{_HERE}.gathering:GatherReplacedLayerParams"},
     "deepspeed.moe": {"MoE": "zeroxide.moe:MoE"},
     "deepspeed.moe.experts": {"Experts": "zeroxide.moe:Experts"},
@@ -226,7 +236,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.ops.op_builder": {**_BUILDERS, "OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.ops.op_builder.all_ops": {"ALL_OPS": f"{_HERE}.op_builder:ALL_OPS"},
     "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
-    "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
+    "deepspeed.pipe": _LAYERS,
     "deepspeed.profiling": {},
     "deepspeed.profiling.flops_profiler": _PROFILER,
     "deepspeed.profiling.flops_profiler.profiler": _PROFILER,
@@ -250,8 +260,13 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "WARMUP_DECAY_LR": f"{_HERE}.version:WARMUP_DECAY_LR",
         "WARMUP_LR": f"{_HERE}.version:WARMUP_LR",
     },
-    "deepspeed.runtime.pipe": {},
-    "deepspeed.runtime.pipe.engine": {"PipelineEngine": _PIPELINE},
+    "deepspeed.runtime.pipe": {**_LAYERS, "ProcessTopology": _TOPOLOGY["ProcessTopology"]},
+    "deepspeed.runtime.pipe.engine": {
+        "PipelineEngine": "zeroxide.engine.pipeline.engine:PipelineEngine",
+        **_PIPELINE_ERROR,
+    },
+    "deepspeed.runtime.pipe.module": {**_LAYERS, **_PIPELINE_ERROR},
+    "deepspeed.runtime.pipe.topology": _TOPOLOGY,
     "deepspeed.runtime.chunked_cross_entropy": {"chunked_cross_entropy": "zeroxide.losses:chunked_cross_entropy"},
     "deepspeed.runtime.sequence_parallel": {},
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": {

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DistributedSampler
 
+from zeroxide.device.placement import of_buffer
 from zeroxide.errors import DataError
 from zeroxide.parallel.sequence.exchange import gather_numbers
 
@@ -99,7 +100,7 @@ class UlyssesSPDataLoaderAdapter:
     ) -> None:
         self.dl = dl
         self.sp_rank, self.sp_group, self.sp_world_size = sp_rank, sp_group, sp_world_size
-        self.device = torch.device(device)
+        self.device = device
         self.pad_token_id = pad_token_id
         self.iter: Iterator[Any] | None = None
         self.micro_batches: deque[dict[str, Any]] = deque()
@@ -166,7 +167,7 @@ class UlyssesSPDataLoaderAdapter:
                 "exchange nothing else"
             ) from error
         tensors = [value.to(self.device).contiguous() for value in batch.values() if isinstance(value, torch.Tensor)]
-        head = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self.device)
+        head = of_buffer(bytearray(text), torch.uint8).to(self.device)
         message = torch.cat([head, *(tensor.view(-1).view(torch.uint8) for tensor in tensors)])
         sizes = gather_numbers(self.sp_group, [head.numel(), message.numel()], self.device)
         most = max(size for _, size in sizes)

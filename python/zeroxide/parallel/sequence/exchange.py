@@ -242,7 +242,7 @@ def _all_to_all(exchange: Exchange, sends: list[torch.Tensor], counts: list[int]
     return found
 
 
-def gather_numbers(group: Any, numbers: Sequence[int], device: torch.device) -> list[list[int]]:
+def gather_numbers(group: Any, numbers: Sequence[int], device: torch.device | str) -> list[list[int]]:
     """What each rank of the group gave: as many whole numbers each."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from zeroxide.parallel.sequence.parallel_state import known_state
+from zeroxide.parallel.sequence.parallel_state import current_state
 
 __all__ = ["average_over_tokens"]
 
@@ -17,12 +17,16 @@ def average_over_tokens(loss: torch.Tensor, tokens: torch.Tensor | int, group: A
 
     loss: this rank's mean over its own tokens; what it is does not matter where there are none. tokens: how many of
     them count (`(shift_labels != -100).sum()`). group: ranks that share sequences, those of
-    `initialize_sequence_parallel` if None.
+    `initialize_sequence_parallel` if None; where there are none of these, the result is `loss`.
 
     Backward gives this rank's loss the weight ranks * tokens_r / all tokens: gradients that are averaged over the ranks
     afterwards, as the engine does, are those of the result. Where no token counts at all, the result is 0.
     """
-    group = known_state().sequence_group if group is None else group
+    if group is None:
+        state = current_state()
+        if state is None:
+            return loss
+        group = state.sequence_group
     count = torch.as_tensor(tokens, device=loss.device).detach().to(torch.float64).reshape(())
     result: torch.Tensor = _Average.apply(loss, count, group)
     return result

@@ -18,7 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.random import fork_rng
+from torch.utils.checkpoint import get_device_states, set_device_states
 
+from zeroxide.device.placement import device_kind
 from zeroxide.errors import ModelError, TensorError
 
 __all__ = ["SequenceTiledCompute", "TiledFusedLogitsLoss", "TiledMLP", "sequence_tiled_compute"]
@@ -386,7 +389,9 @@ class _Random:
     """What computing a tile again needs to be the same: random numbers, and autocast."""
 
     host: torch.Tensor
-    device: tuple[int, torch.Tensor] | None
+    devices: list[int]
+    states: list[torch.Tensor]
+    """Of the random numbers of each device that has a part of the input."""
     kind: str
     autocast: bool
     dtype: torch.dtype
@@ -394,22 +399,22 @@ class _Random:
     @classmethod
     def now(cls, work: _Work) -> _Random:
         """As it is."""
-        where = next(iter(work.cut.values())).device
-        device = None
-        if where.type == "cuda":
-            device = (where.index or 0, torch.cuda.get_rng_state(where))
-        kind = where.type
-        return cls(torch.get_rng_state(), device, kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        tensors = [each for each in work.given().values() if isinstance(each, torch.Tensor)]
+        kind = device_kind(next(iter(work.cut.values())))
+        return cls(
+            torch.get_rng_state(),
+            *get_device_states(*tensors),
+            kind,
+            torch.is_autocast_enabled(kind),
+            torch.get_autocast_dtype(kind),
+        )
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """As it was."""
-        devices = [] if self.device is None else [self.device[0]]
-        with (
-            torch.random.fork_rng(devices=devices),
-            torch.autocast(self.kind, dtype=self.dtype, enabled=self.autocast),
-        ):
+        forked = fork_rng(self.devices, device_type=self.kind) if self.devices else fork_rng(devices=[])
+        with forked, torch.autocast(self.kind, dtype=self.dtype, enabled=self.autocast):
             torch.set_rng_state(self.host)
-            if self.device is not None:
-                torch.cuda.set_rng_state(self.device[1], self.device[0])
+            if self.devices:
+                set_device_states(self.devices, self.states, device_type=self.kind)
             yield

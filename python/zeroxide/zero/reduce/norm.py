@@ -31,7 +31,6 @@ def agree_on_norm(
     watch: Watch,
     clipping: float = 0.0,
     repeated: Set[tuple[int, int]] = frozenset(),
-    counted_elsewhere: float = 0.0,
     apart: Apart = (),
 ) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
@@ -43,13 +42,12 @@ def agree_on_norm(
     clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
     another rank's script asks for another, since each would update its shard by another factor.
     repeated: (unit, position) of parameters whose gradients other ranks have alike, which count them.
-    counted_elsewhere: squares of gradients of this part of the model that another part has as well, and counts.
     """
     totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, repeated, apart), job.parts
     if parts.world == 1:
         return totals
     core.finish()
-    payload = bytearray(_HEAD.pack(totals[0] - counted_elsewhere, totals[1], clipping) + _COUNT.pack(totals[2]))
+    payload = bytearray(_HEAD.pack(totals[0], totals[1], clipping) + _COUNT.pack(totals[2]))
     with watch.waiting("the gradient norm of all parts of the model"):
         rows = parts.gather_rows(of_buffer(payload, torch.uint8))
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
