@@ -26,6 +26,7 @@ __all__ = [
     "InvalidValueError",
     "ModelError",
     "NumericsError",
+    "PipelineError",
     "RanksError",
     "StorageError",
     "TensorError",
@@ -272,6 +273,10 @@ class ModelError(ZeroxideError):
     def __init__(self, message: str, *, name: str | None = None) -> None:
         super().__init__(message)
         self.name = name
+
+
+class PipelineError(ModelError):
+    """A call that an engine of a pipeline does not take, or not now."""
 
 
 class TensorError(ZeroxideError, ValueError):

@@ -88,7 +88,7 @@ def set_first(body, *keys, value):
 
 
 FORGED = [
-    (("version",), 4, "has version 4, this zeroxide reads up to 3: load it with zeroxide"),
+    (("version",), 5, "has version 5, this zeroxide reads up to 4: load it with zeroxide"),
     (("version",), 0, "is not well-formed at version"),
     (("version",), "1", "is not well-formed at version"),
     (("format",), "other", '"format" is not "zeroxide-checkpoint"'),

@@ -3,6 +3,7 @@
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -93,6 +94,7 @@ def join(engines):
     for rank, engine in enumerate(engines):
         # Training goes by the engine's own ranks, of which there is one.
         engine.parts.ranks = OneOfSeveral()
+        engine.parts.job = replace(engine.parts.job, world=engine.parts.ranks, ranks=engine.parts.ranks)
         engine.fake = engine.parts.ranks.fake = FakeRanks(rank, meeting)
     return engines
 

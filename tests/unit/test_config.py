@@ -82,6 +82,17 @@ EFFECTS = [
         "comms_logger.prof_ops",
         ("broadcast",),
     ),
+    ("zeroxide.mesh.pp", 2, STAGE3, "mesh", Mesh(pp=2, dp_shard=2)),
+    ("pipeline.stages", 2, {}, "mesh", Mesh(pp=2, dp_replicate=2)),
+    *(
+        (f"pipeline.{key}", value, {"pipeline": {"stages": 2}}, f"pipeline.{key}", value)
+        for key, value in {
+            "partition": "type:block",
+            "schedule": "gpipe",
+            "stages_per_rank": 2,
+            "activation_checkpoint_interval": 3,
+        }.items()
+    ),
     ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
     ("managed_gradient_accumulation", False, {}, "batch.managed_gradient_accumulation", False),
@@ -195,6 +206,8 @@ EFFECTS = [
     ("zeroxide.staging_bytes", "32MiB", {}, "zeroxide.staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "zeroxide.prefetch", 0),
     ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
+    ("zeroxide.accumulation_order", "layers", {}, "zeroxide.accumulation_order", "layers"),
+    ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),
@@ -220,6 +233,9 @@ EFFECTS = [
     ("zeroxide.mesh.tp", 2, STAGE3, "mesh", Mesh(dp_shard=2, tp=2)),
     ("zeroxide.mesh.dp_shard", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zeroxide.mesh.dp_replicate", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zeroxide.mesh.sp", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
+    ("sequence_parallel_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
+    ("data_parallel_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
     ("zero_optimization.zero_hpz_partition_size", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zero_optimization.zero_quantized_weights", True, STAGE3, "zero.quantized_weights", True),
     ("zero_optimization.zero_quantized_nontrainable_weights", True, STAGE3, "zero.quantized_frozen", True),
@@ -233,7 +249,7 @@ EFFECTS = [
 def test_a_key_with_an_effect_changes_the_config(key, value, beside, name, expected):
     # Of the model's own dtype, which a config may overrule.
     own = {"own_dtype": lambda: "bf16"} if key == "data_types.param_dtype" else {}
-    if name.split(".")[0] in ("mesh", "tensor_parallel"):
+    if name.startswith(("mesh", "pipeline", "tensor_parallel")):
         own["world_size"] = 4
     after = load(merged(beside, nested(key, value)), **own)
     for step in name.split("."):
@@ -318,7 +334,7 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
 
 NOT_BUILT = [
     ("fp16.fp16_master_weights_and_grads", True, "fp16 master weights"),
-    ("pipeline", {"stages": 2}, "pipeline parallelism"),
+    ("pipeline.seed_layers", True, "seeds from the config"),
     ("tensor_parallel.vocab_parallel_ce_backend", "liger", "Liger"),
     ("expert_parallel.ep_size", 2, "expert parallelism"),
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
@@ -329,7 +345,6 @@ NOT_BUILT = [
     ("autotuning.enabled", True, "autotuning"),
     ("compile.deepcompile", True, "compiled graphs"),
     ("hybrid_engine.enabled", True, "hybrid engine"),
-    ("sequence_parallel_size", 2, "sequence parallelism"),
     ("activation_checkpointing.contiguous_memory_optimization", True, "contiguous activation"),
     ("checkpoint.load_universal", True, "universal"),
     ("bf16.bf16_optimizer_states", True, "bf16 optimizer states"),
@@ -379,7 +394,6 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
         *((key.split(".")[0], {"enabled": False}) for key, *_ in REMOVED if not key.startswith("zero_")),
         ("compile", {"deepcompile": False}),
         ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False}, "groups": {}}}),
-        ("sequence_parallel_size", 1),
         ("torch_autocast.lower_precision_safe_modules", []),
         ("zero_optimization.mics_shard_size", -1),
         ("activation_checkpointing.partition_activations", False),

@@ -16,6 +16,8 @@ PACKAGE = Path(zeroxide.__file__).parent
 FOREIGN = {
     # torch's C extension: what autograd, functorch and storages know is told nowhere else.
     "_C": "torch",
+    "_scaled_dot_product_flash_attention_for_cpu": "torch: the attention whose sums of exponentials are known",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "torch: its gradient by those",
     "_current_graph_task_id": "torch: which backward is under way",
     "_distributed_c10d": "torch: classes of process groups",
     "_functorch": "torch: whether a transform of torch.func is on",
@@ -28,6 +30,8 @@ FOREIGN = {
     "_autograd": "torch: hooks for saved tensors, which cannot be a context between two module hooks",
     "_pop_saved_tensors_default_hooks": "torch: ends hooks for saved tensors",
     "_push_saved_tensors_default_hooks": "torch: begins hooks for saved tensors",
+    "_push_on_torch_dispatch_stack": "torch: gives a thread the modes of another",
+    "_push_on_torch_function_stack": "torch: gives a thread the modes of another",
     "_top_saved_tensors_default_hooks": "torch: hooks for saved tensors of the caller's",
     "_make_wrapper_subclass": "torch: how a tensor without memory of its own is made",
     "_compiled_call_impl": "torch: whether a module has been compiled in place",
@@ -43,6 +47,8 @@ FOREIGN = {
     "_optimizer_load_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_state_dict_post_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
+    "_get_1f1b_rank_ops": "torch: the order of one stage a rank, which has no public way to it",
+    "_get_pipeline_order": "torch: the order of all forwards, then all backwards",
     "_parameters": "torch: a module's own parameters, also those that are shared",
     "_post_accumulate_grad_hooks": "torch: whether the engine's hook is the last",
     "_register_hook_dict": "torch: lets a gradient function call the hooks of a tensor",
@@ -52,6 +58,9 @@ FOREIGN = {
     "_version": "torch: how often a tensor was changed in place",
     # Others.
     "_exit": "os: to end a process whose other threads hold locks",
+    "_attn_implementation": "transformers: which attention a model was made with",
+    "_global_mapping": "transformers: an attention that was registered has no other way out",
+    "_local_mapping": "transformers: whether an attention was replaced before",
     "_init_weights": "transformers: how a model of theirs draws initial weights",
     "_keys_to_ignore_on_load_unexpected": "transformers: which names in a file are not the model's",
 }

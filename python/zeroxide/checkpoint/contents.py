@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from zeroxide.parallel.tensor import TensorShard, shard_of
+from zeroxide.parallel.tensor import shard_of
+from zeroxide.params.part import Region, part_of
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
@@ -41,11 +42,7 @@ class ParamRecord:
     """Of its first element in the unit's flat weights, in elements."""
     names: tuple[str, ...]
     shape: tuple[int, ...]
-    """Of all of it."""
-    shard: TensorShard | None
-    """The part of it that this engine's ranks have; None where they have all."""
     numel: int
-    """Elements that these ranks have, which are what is counted here."""
     trainable: bool
     dtype: torch.dtype
     """What its weights are saved as: fp32, or for a frozen parameter the dtype that it has."""
@@ -54,16 +51,23 @@ class ParamRecord:
     """Number of its optimizer group; None if it is frozen."""
     states: Mapping[str, float]
     """The state tensors that its optimizer keeps, with what they start from; none if it is frozen."""
-
-    @property
-    def own_shape(self) -> tuple[int, ...]:
-        """The shape of what these ranks have."""
-        return self.shape if self.shard is None else self.shard.local_shape
+    region: Region | None = None
+    """Which elements of the undivided model's parameter this is; None for all of them."""
 
     @property
     def name(self) -> str:
         """The first name."""
         return self.names[0]
+
+    @property
+    def full_shape(self) -> tuple[int, ...]:
+        """The shape of the undivided model's parameter."""
+        return self.shape if self.region is None else self.region.shape
+
+    @property
+    def elements(self) -> str:
+        """Which elements of which parameter of the undivided model this is."""
+        return self.name if self.region is None else f"{self.name}[{self.region.dim}:{self.region.segments}]"
 
     def has(self, part: str) -> bool:
         """Whether the parameter has that part: the weights, or a state tensor of its optimizer."""
@@ -76,7 +80,7 @@ def value_dtype(held: ParamRecord, part: str) -> torch.dtype:
 
 
 def param_records(training: TrainingState) -> list[ParamRecord]:
-    """Every parameter once, in the order of the core."""
+    """Every parameter once, in the order of the core, by its names in the undivided model."""
     core = training.core
     names: dict[int, list[str]] = {}
     for name, param in training.module.named_parameters(remove_duplicate=False):
@@ -91,19 +95,24 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             unit=unit.index,
             position=position,
             offset=core.param_offset(unit.index, position),
-            names=tuple(names[id(param)]),
-            shape=tuple(unit.shapes[position]) if (shard := shard_of(param)) is None else shard.shape,
-            shard=shard,
+            names=part_of(param).names or tuple(names[id(param)]),
+            shape=tuple(unit.shapes[position]),
             numel=unit.shapes[position].numel(),
             trainable=unit.trainable[position],
             dtype=torch.float32 if unit.trainable[position] else unit.dtypes[position],
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
             states=unit.states if unit.trainable[position] else {},
+            region=_region(param),
         )
         for unit in training.units
         for position, param in enumerate(unit.params)
     ]
+
+
+def _region(param: nn.Parameter) -> Region | None:
+    shard = shard_of(param)
+    return part_of(param).region if shard is None else shard.region
 
 
 def state_names(held: Iterable[ParamRecord]) -> list[str]:
@@ -123,8 +132,7 @@ class ElementRange:
 def own_pieces(training: TrainingState, records: Sequence[ParamRecord]) -> list[ElementRange]:
     """What this rank saves of its parameters' `records`, in the order of the core: over all ranks, every element of
     every parameter once."""
-    runs = _runs(training, records, training.core.pieces)
-    return [run for run in runs if training.saves_shared or run.held.shard is not None]
+    return _runs(training, records, training.core.pieces)
 
 
 def _runs(

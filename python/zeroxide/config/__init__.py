@@ -92,6 +92,8 @@ def load(
     *,
     world_size: int = 1,
     own_dtype: Callable[[], Dtype] | None = None,
+    stages: int | None = None,
+    sequence: int | None = None,
     **shortcuts: Any,
 ) -> Config:
     """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
@@ -101,7 +103,8 @@ def load(
     `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
     precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp16"`, `"fp32"` or
     the torch dtype. Without a precision in the config and without `dtype`, training is in what `own_dtype` returns, the
-    dtype of the model's weights, or in fp32.
+    dtype of the model's weights, or in fp32. `stages` are the ranks that a `PipelineModule` is cut for,
+    `sequence` those that share the sequences of a batch, as an `mpu` says.
 
     Raises `ConfigError`: for an unknown key or shortcut, a value that does not fit, a key whose meaning is not built
     yet, and a shortcut that contradicts the config.
@@ -109,7 +112,15 @@ def load(
     from zeroxide.config.resolve import resolve  # pydantic costs a tenth of a second to import
 
     source = read(config)
-    return resolve(source.data, shortcuts, world_size=world_size, origin=source.origin, own_dtype=own_dtype)
+    return resolve(
+        source.data,
+        shortcuts,
+        world_size=world_size,
+        origin=source.origin,
+        own_dtype=own_dtype,
+        stages=stages,
+        sequence=sequence,
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -20,9 +20,11 @@ from zeroxide.config.sections.flops_profiler import FlopsProfilerSection
 from zeroxide.config.sections.gradients import GradientKeys
 from zeroxide.config.sections.monitor import MonitorKeys
 from zeroxide.config.sections.optimizer import OptimizerSection
+from zeroxide.config.sections.pipeline import PipelineSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
 from zeroxide.config.sections.scheduler import SchedulerSection
+from zeroxide.config.sections.sequence import SequenceKeys
 from zeroxide.config.sections.tensor_parallel import TensorParallelSection
 from zeroxide.config.sections.unbuilt import UnbuiltKeys
 from zeroxide.config.sections.zero import ZeroSection, stage_of_switch
@@ -32,7 +34,7 @@ __all__ = ["Document"]
 
 
 # The keys of the last base come first.
-class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
+class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, SequenceKeys, BatchKeys):
     """The whole config."""
 
     optimizer: OptimizerSection | None = None
@@ -41,6 +43,7 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     aio: AioSection | None = None
     activation_checkpointing: ActivationCheckpointingSection | None = None
     checkpoint: CheckpointSection | None = None
+    pipeline: PipelineSection | None = None
     comms_logger: CommsLoggerSection | None = None
     tensor_parallel: TensorParallelSection | None = None
     flops_profiler: FlopsProfilerSection | None = None

@@ -29,7 +29,11 @@ class Given:
     root: type[Section]
     """The model of the whole document, for suggestions."""
     world_size: int = 1
+    stages: int | None = None
+    """Ranks that the model is cut for; None for one that is not cut."""
     no_effect: list[tuple[str, str]] = field(default_factory=list)
+    sequence: int | None = None
+    """Ranks that share the sequences of a batch, as an `mpu` says."""
 
     def params(self, model: type[S], section: str, data: Mapping[str, Any]) -> S:
         """`data`, the keys in `section`.params, as a `model`. Raises ConfigError as `validate` does."""

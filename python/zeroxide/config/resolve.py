@@ -24,6 +24,7 @@ from zeroxide.config.sections import (
     mesh,
     monitor,
     optimizer,
+    pipeline,
     precision,
     report,
     scheduler,
@@ -32,6 +33,7 @@ from zeroxide.config.sections import (
     zeroxide,
 )
 from zeroxide.config.sections.precision import Dtype
+from zeroxide.config.sections.sequence import SequenceKeys, shared
 from zeroxide.config.shortcuts import Shortcuts
 from zeroxide.errors import ConfigError
 
@@ -47,15 +49,18 @@ def resolve(
     world_size: int,
     origin: str,
     own_dtype: Callable[[], Dtype] | None = None,
+    stages: int | None = None,
+    sequence: int | None = None,
 ) -> Config:
     """Return the config that `data` (a parsed document) and `keywords` (shortcuts) come to on `world_size` processes.
 
-    `own_dtype` is as for `load`. Raises `ConfigError`.
+    `own_dtype`, `stages` and `sequence` are as for `load`. Raises `ConfigError`.
     """
     no_effect: list[tuple[str, str]] = []
     document = validate(Document, data, origin=origin, no_effect=no_effect)
     shortcuts = validate(Shortcuts, keywords, origin="keyword arguments", no_effect=[])
-    return _Sections(Given(shortcuts, origin, Document, world_size, no_effect)).resolve(document, data, own_dtype)
+    given = Given(shortcuts, origin, Document, world_size, stages, no_effect, sequence)
+    return _Sections(given).resolve(document, data, own_dtype)
 
 
 def examine(data: Mapping[str, Any], *, world_size: int, origin: str) -> tuple[Config | None, list[ConfigError]]:
@@ -72,7 +77,8 @@ def examine(data: Mapping[str, Any], *, world_size: int, origin: str) -> tuple[C
         problems += [each for each in more if each.path not in {known.path for known in problems}]
     errors = list(refusal(problems, origin).found) if problems else []
     wrong = {each.path[0] for each in problems}
-    sections = _Sections(Given(validate(Shortcuts, {}, no_effect=[]), origin, Document, world_size, no_effect), wrong)
+    given = Given(validate(Shortcuts, {}, no_effect=[]), origin, Document, world_size, no_effect=no_effect)
+    sections = _Sections(given, wrong)
     config = sections.resolve(document, data, None)
     errors += [each for error in sections.errors for each in error.found]
     return (None if errors else config), errors
@@ -113,13 +119,14 @@ class _Sections:
         """What the document comes to, with defaults for sections that have errors."""
         given, zero_section = self.given, document.zero_optimization
         own = document.zeroxide or zeroxide.ZeroxideSection()
-        grid = self._one(
-            lambda: own.mesh,
-            ("tensor_parallel",),
-            tensor_parallel.with_tensor_ranks,
-            document.tensor_parallel,
-            own.mesh,
+        named = (*SequenceKeys.model_fields, "zeroxide")
+        axes = self._one(lambda: own.mesh, ("pipeline",), pipeline.with_stages, document.pipeline, own.mesh, given)
+        staged = axes
+        axes = self._one(
+            lambda: staged, ("tensor_parallel",), tensor_parallel.with_tensor_ranks, document.tensor_parallel, staged
         )
+        in_parts = axes
+        axes = self._one(lambda: in_parts, named, shared, in_parts, document, given)
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")
@@ -134,12 +141,13 @@ class _Sections:
                 own_dtype,
                 given,
             ),
-            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, grid),
+            batch=self._one(batch.Batch, batch.BatchKeys, self._batch, document, axes),
             gradients=clipping,
             zero=sharding,
             mesh=self._one(
-                None, ("zero_optimization", "zeroxide"), mesh.resolve, grid, zero_section, sharding.stage, given
+                None, ("zero_optimization", "zeroxide"), mesh.resolve, axes, zero_section, sharding.stage, given
             ),
+            pipeline=self._one(None, ("pipeline",), pipeline.resolve, document.pipeline, axes, given),
             optimizer=self._one(None, ("optimizer",), optimizer.resolve, document.optimizer, given),
             scheduler=self._one(None, ("scheduler",), scheduler.resolve, document.scheduler, given),
             tensor_parallel=self._one(
@@ -147,7 +155,7 @@ class _Sections:
                 ("tensor_parallel", "zeroxide"),
                 tensor_parallel.resolve,
                 document.tensor_parallel,
-                grid,
+                axes,
                 given,
             ),
             aio=aio.resolve(document.aio),

@@ -17,6 +17,7 @@ from zeroxide.config.sections.flops_profiler import FlopsProfile
 from zeroxide.config.sections.gradients import Gradients
 from zeroxide.config.sections.mesh import Mesh
 from zeroxide.config.sections.monitor import Monitors
+from zeroxide.config.sections.pipeline import Pipeline
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
 from zeroxide.config.sections.scheduler import Scheduler
@@ -42,6 +43,8 @@ class Config:
     zero: Zero = field(default_factory=Zero)
     mesh: Mesh | None = None
     """How the ranks are grouped; `None` is one shard group of all ranks, or at stage 0 all ranks as replicas."""
+    pipeline: Pipeline | None = None
+    """How stages of the model are made and run; `None` without a pipeline."""
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     aio: Aio = field(default_factory=Aio)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)

@@ -29,19 +29,24 @@ from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.heap import keep_freed_memory
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import Peak
+from zeroxide.engine.pipeline.engine import PipelineEngine
+from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.sequences import SharedSequences, share_sequences
 from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
@@ -82,18 +87,18 @@ __all__ = ["STEPS", "build"]
 
 logger = logging.getLogger("zeroxide")
 
-LARGE_BLOCK = 16 << 20
-"""Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
-
 
 class Build:
     """An engine that is being made: each step adds what the ones after it need."""
 
     world: Ranks
     job: Job
+    stages: PipelineStages | None
+    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
+    sequences: SharedSequences | None
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
@@ -150,11 +155,13 @@ class Build:
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        own = partial(own_dtype, self.module)
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.shortcuts)
+        own, ranks = partial(own_dtype, self.module), self.world.world
+        self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
+        self.sequences = share_sequences(self.job, asked.mpu)
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
 
@@ -405,8 +412,7 @@ class Build:
 
     def show_weights(self) -> None:
         """Lets parameters that always show their values show their values."""
-        on_disk = Home.DISK in (self.plan.weights, self.plan.state)
-        _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
+        keep_freed_memory(self.plan, self.config)
         if self.config.zeroxide.trim_libraries:
             _core.drop_clean_text()
         self.gatherer.show_all()
@@ -418,48 +424,48 @@ class Build:
     def engine(self) -> Engine:
         """The engine. Nothing is left that could fail."""
         config = self.asked.config
-        return Engine(
-            Parts(
-                module=self.module,
-                given=config if isinstance(config, dict) else dict(self.config.source),
-                config=self.config,
-                job=self.job,
-                ranks=self.ranks,
-                tensor=self.tensor,
-                watch=self.watch,
-                plan=self.plan,
-                device=self.device,
-                health=self.health,
-                transfers=self.transfers,
-                activations=self.activations,
-                core=self.core,
-                committed_note=self.committed_note,
-                units=self.units,
-                weights=self.weights,
-                reduction=self.reduction,
-                residuals=self.residuals,
-                gatherer=self.gatherer,
-                hooks=self.hooks,
-                context=self.context,
-                guard=self.guard,
-                state_dicts=self.state_dicts,
-                copies=self.copies,
-                tables=self.tables,
-                loading=self.loading,
-                set_aside=self.set_aside,
-                counters=self.counters,
-                accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
-                scaler=self.scaler,
-                timers=self.timers,
-                observers=self.observers,
-                peak=self.peak,
-                updater=self.updater,
-                optimizer=self.optimizer,
-                lr_scheduler=self.lr_scheduler,
-                dataloader=self.loader,
-                loaders=self.loaders,
-            )
+        parts = Parts(
+            module=self.module,
+            given=config if isinstance(config, dict) else dict(self.config.source),
+            config=self.config,
+            job=self.job,
+            sequences=self.sequences,
+            ranks=self.ranks,
+            tensor=self.tensor,
+            watch=self.watch,
+            plan=self.plan,
+            device=self.device,
+            health=self.health,
+            transfers=self.transfers,
+            activations=self.activations,
+            core=self.core,
+            committed_note=self.committed_note,
+            units=self.units,
+            weights=self.weights,
+            reduction=self.reduction,
+            residuals=self.residuals,
+            gatherer=self.gatherer,
+            hooks=self.hooks,
+            context=self.context,
+            guard=self.guard,
+            state_dicts=self.state_dicts,
+            copies=self.copies,
+            tables=self.tables,
+            loading=self.loading,
+            set_aside=self.set_aside,
+            counters=self.counters,
+            accumulation=Accumulation(self.config, self.loaders.group.size, self.counters, self.hooks.reducer),
+            scaler=self.scaler,
+            timers=self.timers,
+            observers=self.observers,
+            peak=self.peak,
+            updater=self.updater,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.loader,
+            loaders=self.loaders,
         )
+        return Engine(parts) if self.stages is None else PipelineEngine(parts, self.stages)
 
 
 STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from zeroxide.config.sections.zero import Offload
 from zeroxide.engine.parts import Parts
-from zeroxide.errors import ConfigError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import torch_dtype
 
 __all__ = ["ABSENT", "DeepSpeedMethods", "OffloadHome"]
@@ -37,6 +37,12 @@ class DeepSpeedMethods:
     """What they all ask."""
     module: Any
     """The model."""
+
+    def get_sequence_parallel_group(self) -> Any:
+        """The process group of the ranks that share sequences with this one. Raises ModelError where none do."""
+        if self.parts.sequences is None:
+            raise ModelError("no ranks share sequences: set sequence_parallel_size in the config")
+        return self.parts.sequences.state.get_sequence_parallel_group()
 
     def deepspeed_io(
         self,
@@ -231,8 +237,8 @@ ABSENT: dict[str, str] = {
         "random_ltd_initialize set_custom_curriculum_learning_schedule set_data_post_process_func",
     ),
     **_names(
-        "sequence and expert parallelism are not built in zeroxide yet",
-        "get_sequence_parallel_group load_moe_state_dict",
+        "expert parallelism is not built in zeroxide yet",
+        "load_moe_state_dict",
     ),
     **_names("it is DeepSpeed's own machinery", "is_first_weights_partition_group"),
     **_names("isinstance(dataset, ...) tells", "is_iterable_style_dataset is_map_style_dataset"),

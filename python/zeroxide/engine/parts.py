@@ -19,6 +19,7 @@ from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
 from zeroxide.engine.observers import Observers
 from zeroxide.engine.peak import Peak
+from zeroxide.engine.sequences import SharedSequences
 from zeroxide.engine.tensor_parallel import Uncut
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
@@ -51,6 +52,8 @@ class Parts:
     """The config as the user gave it, parsed."""
     config: Config
     job: Job
+    sequences: SharedSequences | None
+    """Who shares the sequences of a batch; None where nobody does."""
     ranks: Ranks
     """Those of the job that have this rank's part of the model."""
     tensor: Uncut

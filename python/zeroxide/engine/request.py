@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.materialize import WeightSource
 
 __all__ = ["Request"]
@@ -20,6 +21,8 @@ class Request:
     """What `initialize` was asked for, under its names."""
 
     model: nn.Module
+    stages: PipelineStages | None = None
+    """What `model` is this rank's part of, where it is cut already."""
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None
     model_parameters: Any = None
     training_data: Any = None
@@ -28,4 +31,12 @@ class Request:
     collate_fn: Callable[..., Any] | None = None
     config: dict[str, Any] | str | Path | None = None
     weights: WeightSource | None = None
+    mpu: Any = None
+    sequence: int | None = None
+    """Ranks that share the sequences of a batch, as `mpu` or `mesh_param` says."""
     shortcuts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """What the config is told of ranks: those that the model is cut for, and those that share sequences."""
+        return {"stages": None if self.stages is None else self.stages.num_stages, "sequence": self.sequence}

@@ -31,18 +31,23 @@ class TrainingState:
 
     @property
     def ranks(self) -> Ranks:
-        """The ranks that share the state: those of all parts, where matrices are cut."""
-        return self._parts.ranks if self._parts.tensor.group is None else self._parts.job.world
-
-    @property
-    def saves_shared(self) -> bool:
-        """Whether these ranks save what others have alike, where matrices are cut."""
-        group = self._parts.tensor.group
-        return group is None or group.position == 0
+        """The ranks that share the state: those that have this rank's part of the model."""
+        return self._parts.ranks
 
     def align_random(self) -> None:
         """Random number generators were set: makes them the same where ranks must draw the same."""
         self._parts.tensor.align_random()
+
+    @property
+    def world(self) -> Ranks:
+        """All ranks, which together have all parts."""
+        return self._parts.job.world
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether ranks have different parameters, or parts of one."""
+        axes = self._parts.config.mesh
+        return axes is not None and (axes.cuts_the_model or axes.ep > 1)
 
     @property
     def core(self) -> _core.Offload:

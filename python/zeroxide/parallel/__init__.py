@@ -1,1 +1,3 @@
-"""Ways of cutting a model over ranks that take the same samples."""
+"""Ways of spreading a model over ranks beside its state: one package each."""
+
+from __future__ import annotations

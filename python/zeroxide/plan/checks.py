@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from zeroxide.config import Config
-from zeroxide.device.placement import HOST, device_kind, has_values, in_host_memory
+from zeroxide.device.placement import HOST, device_kind, has_values, in_host_memory, is_host
 from zeroxide.distributed import Ranks, UnitGroups
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
-__all__ = ["check_gradients", "check_model", "check_transport", "refuse_max_norm"]
+__all__ = ["check_gradients", "check_model", "check_order", "check_transport", "refuse_max_norm"]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config, device: torch.device = HOST) -> None:
@@ -72,6 +72,28 @@ def refuse_max_norm(module: nn.Module) -> None:
                 "ranks' shards or weights that move know nothing of; only stages 0 to 2 on one rank allow that",
                 name=name,
             )
+
+
+def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Refuses micro-batches layer by layer where they cannot be."""
+    if config.zeroxide.accumulation_order != "layers":
+        return
+    problem = None
+    if not is_host(device):
+        problem = f"the model computes on {device}, where backward of all micro-batches has one thread: not built yet"
+    elif config.mesh is not None and config.mesh.cuts_the_model:
+        problem = "ranks have parts of the model: not built yet"
+    elif ranks.world > 1:
+        problem = f"there are {ranks.world} ranks: not built yet"
+    elif config.flops_profiler.enabled:
+        problem = "flops_profiler measures one forward, and several would be under way"
+    if problem is not None:
+        raise ConfigError(
+            f'zeroxide.accumulation_order "layers": {problem}; use "batches"',
+            path="zeroxide.accumulation_order",
+            expected='"batches"',
+            got='"layers"',
+        )
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:

@@ -25,10 +25,13 @@ from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.state import UNDECIDED, StatePlan
 from zeroxide.precision.bits import ORDINARY
 
-__all__ = ["LEAF", "UnitPlan", "find_units", "is_leaf"]
+__all__ = ["LEAF", "STAND_IN", "UnitPlan", "find_units", "is_leaf"]
 
 LEAF = "_z3_leaf"
 """The attribute of a module that is to be gathered whole, as DeepSpeed calls it."""
+
+STAND_IN = "_stage_stand_in"
+"""The attribute of a module that stands for a block which another rank of a pipeline has."""
 
 DEFAULT_UNIT_BYTES = 512 << 20
 """What a unit may take where the config does not say."""
@@ -142,10 +145,15 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         path = f"{prefix}.{name}" if prefix else name
         if is_leaf(child):
             yield path, child
-        elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _has_parameters(item)) >= 2:
+        elif isinstance(child, nn.ModuleList) and sum(1 for item in child if _is_block(item)) >= 2:
             yield from ((f"{path}.{index}", item) for index, item in enumerate(child) if _has_parameters(item))
         else:
             yield from _blocks(child, path)
+
+
+def _is_block(item: nn.Module | None) -> bool:
+    """Whether an item of a module list counts: it has parameters, or has them on another rank."""
+    return _has_parameters(item) or (item is not None and bool(item.__dict__.get(STAND_IN)))
 
 
 def _has_parameters(module: nn.Module | None) -> bool:

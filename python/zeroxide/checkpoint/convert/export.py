@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.contents import ElementRange, ParamRecord, own_pieces, param_records, persistent_buffers
@@ -36,23 +38,32 @@ def save_model(
     Raises ConfigError for a name that does not end in .safetensors, ModelError for a buffer of a dtype that the
     format lacks, StorageError when the files cannot be written: all ranks raise what one does.
     """
-    team = Team(training.ranks)
+    team = Team(training.world)
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 
-    def plan() -> dict[str, object]:
+    def plan() -> dict[str, Any]:
         made.append(_Export(training, check_name(name), save_dir, team, include_frozen))
-        return {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
+        asked = {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
+        return {"asked": asked, "tensors": made[0].told()}
 
-    team.same(team.together(plan, save_dir), "export different models", save_dir)
+    found = team.together(plan, save_dir)
+    team.same([each["asked"] for each in found], "export different models", save_dir)
+    made[0].lay_out([each["tensors"] for each in found])
     return made[0].write()
 
 
 class _Export:
     """What will be written where."""
 
+    folder: ModelFolder
+
     def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
         self.team = team
+        self._stem, self._directory = stem, directory
+        self._leader = training.ranks.number(0)
+        """The first rank that has this part of the model."""
+        self._tells = training.in_parts or team.leads
         self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}
         records = param_records(training)
@@ -67,13 +78,41 @@ class _Export:
                     name=name,
                 )
         tensors = [
-            Tensor(held.name, training.compute if held.trainable else held.dtype, held.shape)
+            Tensor(held.name, training.compute if held.trainable else held.dtype, held.full_shape)
             for held in records
             if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
         check_exportable(tensors)
-        self.folder = ModelFolder(directory, stem, tensors)
+        self._tensors = tensors
+        self._elements = {held.name: held.elements for held in records}
+
+    def told(self) -> dict[str, Any]:
+        """The tensors of this rank's part of the model, as JSON; none where another rank tells of all."""
+        tensors = [
+            [
+                each.name,
+                str(each.dtype).removeprefix("torch."),
+                list(each.shape),
+                self._elements.get(each.name, each.name),
+            ]
+            for each in self._tensors
+        ]
+        return {"leader": self._leader, "tensors": tensors if self._tells else []}
+
+    def lay_out(self, told: list[dict[str, Any]]) -> None:
+        """Finds the place of every tensor, the same on all ranks. `told`: by all ranks, in rank order."""
+        tensors: dict[str, Tensor] = {}
+        first: dict[str, int] = {}
+        for each in told:
+            for name, dtype, shape, elements in each["tensors"]:
+                tensors.setdefault(name, Tensor(name, getattr(torch, dtype), tuple(shape)))
+                first.setdefault(elements, each["leader"])
+        # What several parts of the model have, the first of them writes.
+        self.runs = {name: runs for name, runs in self.runs.items() if first.get(self._elements[name]) == self._leader}
+        self._writes = {name for name in self.buffers if first[name] == self.team.rank}
+        """Buffers that this rank writes: the first that has them."""
+        self.folder = ModelFolder(self._directory, self._stem, list(tensors.values()))
 
     def write(self) -> Path:
         """Writes everything aside, then renames. Raises StorageError."""
@@ -102,7 +141,7 @@ class _Export:
 
     def _write_own(self) -> None:
         for name, tensors in self.folder.files.items():
-            if not (self.team.leads or any(each.name in self.runs for each in tensors)):
+            if not any(each.name in self.runs or each.name in self._writes for each in tensors):
                 continue
             with self.folder.opened(name) as file:
                 for tensor in tensors:
@@ -114,13 +153,13 @@ class _Export:
                                 for first, place, count in _places(run.held, at, values.numel()):
                                     file.write(tensor, place, values[first - at : first - at + count])
                                 at += values.numel()
-                    elif self.team.leads:
+                    elif tensor.name in self._writes:
                         file.write(tensor, 0, in_host(bytes_of(buffer)).view(buffer.dtype))
 
 
 def _places(held: ParamRecord, start: int, count: int) -> Iterator[tuple[int, int, int]]:
     """(element, its place in the whole tensor, how many in a row) of elements that these ranks have."""
-    if held.shard is None:
+    if held.region is None:
         yield start, start, count
     else:
-        yield from held.shard.runs(start, count)
+        yield from held.region.runs(start, count)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,13 +77,13 @@ class Portable:
 class _Chunks:
     """The elements of a tensor of our own checkpoint."""
 
-    def __init__(self, sources: Sources, pieces: Sequence[Any], numel: int) -> None:
+    def __init__(self, sources: Sources, pieces: Sequence[Any], shape: Sequence[int]) -> None:
         self._sources = sources
         self._pieces = pieces
-        self._numel = numel
+        self._shape = shape
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for _, values in self._sources.chunks(self._pieces, 0, self._numel):
+        for _, values in self._sources.chunks(self._pieces, 0, prod(self._shape), self._shape):
             yield values
 
 
@@ -101,11 +102,11 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
     needed = [piece for pieces in lists.values() for piece in pieces]
     needed += [piece for saved in manifest.buffers for piece in saved.pieces]
     sources = Sources(directory, manifest.files, needed, Staging(), Team(None))
-    numels = {plain_name(saved.name): torch.Size(saved.shape).numel() for saved in manifest.parameters}
+    shapes = {plain_name(saved.name): saved.shape for saved in manifest.parameters}
     buffers = {}
     for saved in manifest.buffers:
         shape, empty = torch.Size(saved.shape), torch.empty(0, dtype=torch.uint8, device=HOST)
-        values = [bytes_of(each).clone() for _, each in sources.chunks(saved.pieces, 0, shape.numel())]
+        values = [bytes_of(each).clone() for _, each in sources.chunks(saved.pieces, 0, shape.numel(), shape)]
         kept = tensor_of(torch.cat([empty, *values]), SAVED[saved.pieces[0].dtype], shape)
         buffers[plain_name(saved.name)] = kept
     return Portable(
@@ -120,7 +121,7 @@ def read_own(directory: Path, *, moments: bool) -> Portable:
             )
             for saved in manifest.parameters
         ],
-        segments={key: _Chunks(sources, pieces, numels[key[0]]) for key, pieces in lists.items()},
+        segments={key: _Chunks(sources, pieces, shapes[key[0]]) for key, pieces in lists.items()},
         buffers=buffers,
         precision=manifest.precision,
         groups=[decode(group.hyperparameters) for group in manifest.groups],

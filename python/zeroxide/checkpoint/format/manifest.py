@@ -7,9 +7,9 @@ that a changed digit is found and reformatting is not mistaken for damage.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from zeroxide.checkpoint.format.stream import SAVED, digest
 from zeroxide.checkpoint.load.foreign import foreign_format
 from zeroxide.errors import CheckpointError
-from zeroxide.parallel.tensor import TensorShard
+from zeroxide.params.part import Region
 
 __all__ = [
     "MANIFEST",
@@ -28,12 +28,11 @@ __all__ = [
     "Manifest",
     "Piece",
     "SavedBuffer",
-    "SavedCut",
     "SavedFile",
     "SavedLossScale",
     "SavedParameter",
+    "SavedRegion",
     "SavedScheduler",
-    "by_cut",
     "looks_pickled",
     "read_manifest",
 ]
@@ -41,10 +40,9 @@ __all__ = [
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
 VERSION = 4
-"""4 has parts of tensors that ranks had cut; 3, which is written where there are none, has a parameter's optimizer
-state by name. 2 had the moments of Adam beside its weights, no dtypes beyond `_SECOND`, and frozen weights of no other
-dtype than fp32, bf16 and fp16; it is still written where that says all. 1 held the random generators of one process;
-everything else reads as 2."""
+"""4 has pieces of regions, where ranks had parts of a tensor. 3 has a parameter's optimizer state by name. 2 had the
+moments of Adam beside its weights, no dtypes beyond `_SECOND`, and frozen weights of no other dtype than fp32, bf16 and
+fp16. The lowest of these that says all is written. 1 held the random generators of one process; all else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -78,28 +76,29 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
-class SavedCut(_Section):
-    """The part of a tensor of `shape` that `ranges` (first index, how many) of its dimension `dim` are."""
+class SavedRegion(_Section):
+    """Elements of a tensor that one rank had: along `dim` those of `segments`, (start, length), one after the other."""
 
-    shape: list[Size]
     dim: Size
-    ranges: Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
+    segments: Annotated[list[Annotated[list[Size], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 
-    def shard(self) -> TensorShard:
-        """The same as those who compute with it have it."""
-        return TensorShard(tuple(self.shape), self.dim, (tuple((first, count) for first, count in self.ranges),), 0)
+    def within(self, shape: Sequence[int]) -> Region:
+        """The region of a tensor of `shape`. Raises ValueError where the tensor has no such."""
+        if self.dim >= len(shape):
+            raise ValueError(f"a tensor of {len(shape)} dimensions has no dimension {self.dim}")
+        return Region(tuple(shape), self.dim, tuple((start, length) for start, length in self.segments))
 
 
 class Piece(_Section):
-    """Elements `start .. start + count` of a tensor, or of a part of it: those of the tensor `key` in `file`."""
+    """Elements `start .. start + count` of a tensor, or of a region of it: those of the tensor `key` in `file`."""
 
     file: FileName
     key: str
     start: Size
     count: Size
     dtype: DtypeName
-    cut: SavedCut | None = None
-    """The part whose elements are counted; None where they are the whole tensor's."""
+    region: SavedRegion | None = None
+    """Where ranks had parts of the tensor."""
 
 
 class SavedParameter(_Section):
@@ -206,28 +205,24 @@ class Manifest(_Section):
         for param in body["parameters"]:
             if not param["opaque"]:
                 del param["opaque"]
+        divided = False
         for piece in _pieces_in(body):
-            if piece["cut"] is None:
-                del piece["cut"]
-        if not self._is_cut():
-            body["version"] = 3
-        if not self._needs_third():
+            divided |= piece["region"] is not None
+            if piece["region"] is None:
+                del piece["region"]
+        body["version"] = VERSION if divided else 3
+        if not divided and not self._needs_third():
             body["version"] = 2
             for param in body["parameters"]:
                 state = param.pop("state")
                 param.update({name: state.get(name, []) for name in _MOMENTS})
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
 
-    def _is_cut(self) -> bool:
-        return any(
-            piece.cut is not None for param in self.parameters for part in param.parts() for piece in param.part(part)
-        )
-
     def _needs_third(self) -> bool:
         frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}
         buffers = {piece.dtype for buffer in self.buffers for piece in buffer.pieces}
         states = {name for param in self.parameters for name in param.state}
-        plain = not self._is_cut() and frozen <= _FLOATS and buffers <= _SECOND and states <= set(_MOMENTS)
+        plain = frozen <= _FLOATS and buffers <= _SECOND and states <= set(_MOMENTS)
         return not plain or any(param.opaque for param in self.parameters)
 
     def checksum(self) -> str:
@@ -247,40 +242,29 @@ class Manifest(_Section):
         ]
         lists += [(buffer.name, buffer.shape, buffer.pieces) for buffer in self.buffers]
         for what, shape, pieces in lists:
-            if any(piece.file not in files for piece in pieces) or not _complete(shape, pieces):
+            if not files.issuperset(piece.file for piece in pieces) or not _complete(pieces, shape):
                 raise ValueError(f"{what} is not complete")
 
 
-def by_cut(pieces: Sequence[Piece]) -> list[tuple[TensorShard | None, list[Piece]]]:
-    """The pieces by the part of the tensor whose elements they count; None stands for the whole of it."""
-    found: dict[TensorShard | None, list[Piece]] = {}
+def _complete(pieces: Sequence[Piece], shape: Sequence[int]) -> bool:
+    """Whether pieces are all elements of a tensor, each once. Raises ValueError for a region that the tensor lacks."""
+    ends: dict[Region | None, int] = {}
     for piece in pieces:
-        found.setdefault(None if piece.cut is None else piece.cut.shard(), []).append(piece)
-    return list(found.items())
-
-
-def _complete(shape: list[int], pieces: list[Piece]) -> bool:
-    """Whether the pieces are every element of the tensor once."""
-    parts = by_cut(pieces)
-    for shard, own in parts:
-        end = 0
-        for piece in own:
-            if piece.start != end:
-                return False
-            end += piece.count
-        if end != (math.prod(shape) if shard is None else shard.numel):
+        region = None if piece.region is None else piece.region.within(shape)
+        if piece.start != ends.setdefault(region, 0):
             return False
-    if len(parts) == 1 and parts[0][0] is None:
-        return True
-    shards = [shard for shard, _ in parts if shard is not None]
-    if len(shards) < len(parts) or any(list(each.shape) != shape or each.dim >= len(shape) for each in shards):
+        ends[region] += piece.count
+    regions = [region for region in ends if region is not None]
+    if len(regions) < len(ends):
+        return not regions and ends[None] == prod(shape)
+    if len({region.dim for region in regions}) != 1 or any(ends[region] != region.numel for region in regions):
         return False
-    at = 0
-    for first, count in sorted(pair for each in shards for pair in each.own):
-        if first != at:
+    place = 0
+    for start, length in sorted(segment for region in regions for segment in region.segments if segment[1]):
+        if start != place:
             return False
-        at += count
-    return len({each.dim for each in shards}) == 1 and at == shape[shards[0].dim]
+        place += length
+    return place == shape[regions[0].dim]
 
 
 def _pieces_in(body: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -66,7 +66,7 @@ def load_checkpoint(
     Raises CheckpointError on all ranks, before any engine has changed, for a checkpoint that is missing, damaged or
     of another model; an error after that says that the engines hold a mixture.
     """
-    team = Team(training.ranks)
+    team = Team(training.world)
     asked = {"load_optimizer_states": optimizer, "load_lr_scheduler_states": scheduler, "load_module_strict": strict}
 
     def look() -> dict[str, Any]:
@@ -128,6 +128,7 @@ class _Load:
         self.manifest = manifest
         self.team = team
         self.held = param_records(training)
+        self.elsewhere = self._elsewhere() if training.in_parts else frozenset()
         self.resume = optimizer or scheduler
         self.optimizer = optimizer
         self.staging = Staging()
@@ -143,12 +144,24 @@ class _Load:
             for piece in saved.part(part)
         ]
         needed += [piece for _, saved in self.buffers for piece in saved.pieces]
-        self.sources = Sources(path, manifest.files, needed, self.staging, team)
+        # Ranks that have one part of the model need the same of the files.
+        self.sources = Sources(path, manifest.files, needed, self.staging, team, Team(training.ranks))
+
+    def _elsewhere(self) -> frozenset[str]:
+        """Names of all parameters and buffers that the parts of the model have, this one among them."""
+
+        def mine() -> list[str]:
+            names = [name for held in self.held for name in held.names]
+            return [*names, *persistent_buffers(self.training.module)]
+
+        return frozenset(name for names in self.team.together(mine, self.path) for name in names)
 
     def _compare(self, strict: bool, scheduler: bool) -> None:
         training, manifest, path = self.training, self.manifest, self.path
-        self.saved = match_parameters(self.held, manifest, path, strict=strict)
-        self.buffers = match_buffers(persistent_buffers(training.module), manifest, path, strict=strict)
+        self.saved = match_parameters(self.held, manifest, path, strict=strict, elsewhere=self.elsewhere)
+        self.buffers = match_buffers(
+            persistent_buffers(training.module), manifest, path, strict=strict, elsewhere=self.elsewhere
+        )
         self.scheduler = scheduler and self._has_scheduler(strict)
         if self.resume:
             match_groups(self.held, self.saved, len(training.optimizer.param_groups), manifest, path)
@@ -286,7 +299,7 @@ class _Load:
                 self._fill_buffer(buffer, saved)
         except BaseException:
             # The others go on, and every fill is an act of all ranks.
-            for fill in reversed(left) if self.team.world > 1 else ():
+            for fill in reversed(left) if self.training.ranks.world > 1 else ():
                 self.core.fill_begin(fill.unit, fill.part)
                 self.core.fill_commit(fill.unit)
             raise
@@ -323,7 +336,8 @@ class _Load:
             for start in range(0, run.count, self.staging.elements):
                 yield run.start + start, initial[: run.count - start]
         else:
-            for start, stored in self.sources.chunks(pieces, run.start, run.count, run.held.shard):
+            region = run.held.region
+            for start, stored in self.sources.chunks(pieces, run.start, run.count, run.held.full_shape, region):
                 dtype = value_dtype(run.held, part)
                 if stored.dtype == dtype:
                     yield start, stored
@@ -335,7 +349,7 @@ class _Load:
     @torch.no_grad()
     def _fill_buffer(self, buffer: torch.Tensor, saved: SavedBuffer) -> None:
         raw = torch.empty(buffer.numel() * buffer.itemsize, dtype=torch.uint8, device=HOST)
-        for start, values in self.sources.chunks(saved.pieces, 0, buffer.numel()):
+        for start, values in self.sources.chunks(saved.pieces, 0, buffer.numel(), saved.shape):
             found = values if values.dtype == buffer.dtype else values.to(buffer.dtype)
             at = start * buffer.itemsize
             raw[at : at + found.numel() * buffer.itemsize].copy_(bytes_of(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,17 @@ def _refuse(kind: str, found: _Differences, strict: bool, path: Path) -> None:
 
 
 def match_parameters(
-    held: Sequence[ParamRecord], manifest: Manifest, path: Path, *, strict: bool
+    held: Sequence[ParamRecord],
+    manifest: Manifest,
+    path: Path,
+    *,
+    strict: bool,
+    elsewhere: Set[str] = frozenset(),
 ) -> dict[str, SavedParameter | None]:
     """For every parameter of the engine, by its first name, the saved one; None where the checkpoint has none.
 
-    A parameter is found by any of its names. Raises CheckpointError where shapes differ and, if `strict`, where names
-    or the sharing of parameters do.
+    A parameter is found by any of its names. `elsewhere` has names that other parts of the model have. Raises
+    CheckpointError where shapes differ and, if `strict`, where names or the sharing of parameters do.
     """
     by_name = {plain_name(name): saved for saved in manifest.parameters for name in saved.names}
     result: dict[str, SavedParameter | None] = {}
@@ -74,8 +79,8 @@ def match_parameters(
         if saved is None:
             found.missing.append(one.name)
             continue
-        if list(one.shape) != saved.shape:
-            found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.shape)} here)")
+        if list(one.full_shape) != saved.shape:
+            found.shapes.append(f"{one.name} ({_shape(saved.shape)} there, {_shape(one.full_shape)} here)")
         stored = SAVED[saved.weights[0].dtype] if saved.weights else one.dtype
         opaque = one.opaque or saved.opaque
         if stored != one.dtype and (opaque or not converts(stored, one.dtype)):
@@ -85,7 +90,7 @@ def match_parameters(
         if saved.name in users:
             found.ties.append(f"{one.name} (one parameter with {users[saved.name]} there, two here)")
         users[saved.name] = one.name
-    known = {name for one in held for name in one.names}
+    known = {name for one in held for name in one.names} | elsewhere
     found.unexpected = [
         saved.name for saved in manifest.parameters if known.isdisjoint(plain_name(name) for name in saved.names)
     ]
@@ -94,12 +99,17 @@ def match_parameters(
 
 
 def match_buffers(
-    buffers: dict[str, torch.Tensor], manifest: Manifest, path: Path, *, strict: bool
+    buffers: dict[str, torch.Tensor],
+    manifest: Manifest,
+    path: Path,
+    *,
+    strict: bool,
+    elsewhere: Set[str] = frozenset(),
 ) -> list[tuple[torch.Tensor, SavedBuffer]]:
     """Buffers of the model with what was saved for each. Raises CheckpointError like `match_parameters`."""
     by_name = {plain_name(saved.name): saved for saved in manifest.buffers}
     found = _Differences([name for name in buffers if name not in by_name], [], [], [])
-    found.unexpected = [name for name in by_name if name not in buffers]
+    found.unexpected = [name for name in by_name if name not in buffers and name not in elsewhere]
     pairs = []
     for name, buffer in buffers.items():
         saved = by_name.get(name)

@@ -18,12 +18,12 @@ import torch
 
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.format.header import read_header
-from zeroxide.checkpoint.format.manifest import Piece, SavedFile, by_cut, looks_pickled
+from zeroxide.checkpoint.format.manifest import Piece, SavedFile, looks_pickled
 from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, digest, read_into, stored_dtype
 from zeroxide.checkpoint.live_state import Staging
-from zeroxide.checkpoint.load.recut import recut
+from zeroxide.checkpoint.load.regions import PieceMap
 from zeroxide.errors import CheckpointError
-from zeroxide.parallel.tensor import TensorShard
+from zeroxide.params.part import Region
 
 __all__ = ["Sources"]
 
@@ -124,15 +124,22 @@ class _File:
 class Sources:
     """The files of a checkpoint that one load needs, each verified before this exists. Raises CheckpointError.
 
-    `needed` is what all ranks together need, the same on each. Every rank must make one.
+    `needed` is what the ranks of `sharing` (`team`, where it is None) need, the same on each of them: each verifies its
+    share. Every rank of `team` must make one.
     """
 
     def __init__(
-        self, directory: Path, files: Sequence[SavedFile], needed: Sequence[Piece], staging: Staging, team: Team
+        self,
+        directory: Path,
+        files: Sequence[SavedFile],
+        needed: Sequence[Piece],
+        staging: Staging,
+        team: Team,
+        sharing: Team | None = None,
     ) -> None:
         names = {piece.file for piece in needed}
         wanted = [file for file in files if file.name in names]
-        mine = _share(wanted, team)
+        mine = _share(wanted, sharing or team)
         self._directory = directory
         self._staging = staging
         self._files: dict[str, _File] = {}
@@ -171,36 +178,31 @@ class Sources:
                 )
 
     def chunks(
-        self, pieces: Sequence[Piece], start: int, count: int, shard: TensorShard | None = None
+        self, pieces: Sequence[Piece], start: int, count: int, shape: Sequence[int], region: Region | None = None
     ) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first element, elements as stored) for elements `start .. start + count` of a tensor, or of its part.
+        """(first element, elements as stored) for elements `start .. start + count` of a tensor of `shape`, or of a
+        region of it.
 
-        Each chunk is valid until the next one is taken. Reads nothing else than these elements, and what lies between
-        them where that is little.
+        Each chunk is valid until the next one is taken. Reads nothing else than these elements.
         """
-        parts = by_cut(pieces)
-        wanted = None if shard is None else TensorShard(shard.shape, shard.dim, (shard.own,), 0)
-        same = next((own for known, own in parts if known == wanted), None)
-        if same is not None:
-            yield from self._in_a_row(same, start, count)
-        else:
-            yield from recut(parts, start, count, shard, self._in_a_row)
-
-    def _in_a_row(self, pieces: Sequence[Piece], start: int, count: int) -> Iterator[tuple[int, torch.Tensor]]:
-        for piece in pieces:
-            at = max(start, piece.start)
-            end = min(start + count, piece.start + piece.count)
-            if at >= end:
-                continue
+        filled, values = 0, self._staging.values[:0]
+        begin, end = start, start + count
+        for at, piece, inside, left in PieceMap(pieces, shape).of_region(region, start, count):
             file = self._files[piece.file]
             if not file.tensors:
                 file.read_header()
             stored = file.tensors[piece.key]
-            while at < end:
-                values = self._staging.stored(SAVED[piece.dtype], min(end - at, self._staging.elements))
-                file.read(stored, at - piece.start, values)
-                yield at, values
-                at += values.numel()
+            while left:
+                if not filled:
+                    begin = at
+                    values = self._staging.stored(SAVED[piece.dtype], min(end - at, self._staging.elements))
+                take = min(left, values.numel() - filled)
+                file.read(stored, inside, values[filled : filled + take])
+                at, inside, left, filled = at + take, inside + take, left - take, filled + take
+                if filled == values.numel():
+                    yield begin, values
+                    filled = 0
+        assert not filled, "the pieces of a tensor have all of its elements"
 
 
 def _share(files: Sequence[SavedFile], team: Team) -> list[SavedFile]:

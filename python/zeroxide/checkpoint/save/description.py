@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -57,8 +57,11 @@ class Description:
         frozen_in_time: bool,
     ) -> None:
         self._leads = rank == 0
+        self.in_parts = training.in_parts
+        self._leads_part = training.ranks.rank == 0
         self.records = param_records(training)
         own = own_pieces(training, self.records)
+        self._own, self._include_frozen = own, include_frozen
         self.by_name = {held.name: held for held in self.records}
         self._states = state_names(self.records)
         self.buffers = self._checked_buffers(training, frozen_in_time)
@@ -66,11 +69,30 @@ class Description:
         if self._leads:
             # What only rank 0 writes, only rank 0 need be able to write.
             self.frame = frame(training, client_state)
-            self.updates = [training.core.updates(held.unit, held.position) for held in self.records]
-        mark = f"rank{rank:05}-" if world > 1 else ""
+        says = self.records if self._leads or self.in_parts else []
+        self.updates = [training.core.updates(held.unit, held.position) for held in says]
+        self._mark = f"rank{rank:05}-" if world > 1 else ""
+        self._make_files(frozenset())
+
+    def has(self) -> list[str]:
+        """The elements of parameters and the buffers that this part of the model has; told by one rank of the part,
+        where there are parts."""
+        return self._all() if self.in_parts and self._leads_part else []
+
+    def _all(self) -> list[str]:
+        return [held.elements for held in self.records] + list(self.buffers)
+
+    def leave_out(self, names: Set[str]) -> None:
+        """Leaves to others what they have as well, as `has` says it."""
+        if not names.isdisjoint(self._all()):
+            self._make_files(names)
+
+    def _make_files(self, others: Set[str]) -> None:
+        self.others = others
+        """What other parts of the model save."""
         self.files = [
-            (f"{family}-{mark}{number:05}.safetensors", cuts)
-            for family, wanted in self._families(own, include_frozen)
+            (f"{family}-{self._mark}{number:05}.safetensors", cuts)
+            for family, wanted in self._families(self._own, self._include_frozen)
             for number, cuts in enumerate(cut_into_files(wanted, cutting.FILE_BYTES, pieces=True), 1)
         ]
         self.payload = sum(cut.entry.bytes for _, cuts in self.files for cut in cuts)
@@ -92,21 +114,22 @@ class Description:
     def _families(self, own: Sequence[ElementRange], include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
-            held.name: Tensor(held.name, held.dtype, held.own_shape)
+            held.name: Tensor(held.name, held.dtype, held.shape)
             for held in self.records
-            if held.trainable or include_frozen
+            if (held.trainable or include_frozen) and held.elements not in self.others
         }
         families = [(WEIGHTS, weights)]
         for state in self._states:
-            having = [held for held in self.records if state in held.states]
-            families.append((state, {held.name: Tensor(held.name, torch.float32, held.own_shape) for held in having}))
+            having = [held for held in self.records if state in held.states and held.name in weights]
+            families.append((state, {held.name: Tensor(held.name, torch.float32, held.shape) for held in having}))
         for family, tensors in families:
             yield (
                 family,
                 [Cut(tensors[run.held.name], run.start, run.count) for run in own if run.held.name in tensors],
             )
-        if self._leads:
-            yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in self.buffers.items())
+        if self._leads or (self.in_parts and self._leads_part):
+            mine = {name: each for name, each in self.buffers.items() if name not in self.others}
+            yield BUFFERS, whole(Tensor(name, each.dtype, tuple(each.shape)) for name, each in mine.items())
 
 
 def frame(training: TrainingState, client_state: dict[str, Any]) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Save:
         *,
         frozen_in_time: bool,
     ) -> None:
-        self.team = Team(training.ranks)
+        self.team = Team(training.world)
         self.tag = f"global_step{training.counters.global_steps}" if tag is None else str(tag)
         self.save_dir = save_dir
         self.target = save_dir / self.tag
@@ -96,11 +96,15 @@ class Save:
                 "tag": self.tag,
                 "exclude_frozen_parameters": not include_frozen,
                 "step": training.counters.global_steps,
+                "optimizer groups": len(training.optimizer.param_groups),
             }
-            return {"bytes": self.description.bytes, "asked": asked}
+            return {"bytes": self.description.bytes, "asked": asked, "has": self.description.has()}
 
         found = self.team.together(describe, self.target)
         self.team.same([each["asked"] for each in found], "save different checkpoints", self.target)
+        # What several parts of the model have, such as a tied weight, is saved by the first of them.
+        leader = training.ranks.number(0)
+        self.description.leave_out({name for each in found[:leader] for name in each["has"]})
         self.bytes: int = sum(each["bytes"] for each in found)
         """Room that the whole checkpoint takes, rounded up."""
         try:

@@ -42,9 +42,21 @@ _CPU_ADAGRAD = "zeroxide.optim:DeepSpeedCPUAdagrad"
 _INIT_DISTRIBUTED = "zeroxide.distributed:init_distributed"
 _LOGGER = f"{_HERE}.logging:logger"
 _LOG_DIST = f"{_HERE}.logging:log_dist"
-_PIPELINE = _later("pipeline parallelism")
+_LAYERS = {name: f"zeroxide.parallel.pipe:{name}" for name in ("LayerSpec", "PipelineModule", "TiedLayerSpec")}
+_TOPOLOGY = {
+    name: f"zeroxide.parallel.pipe:{name}"
+    for name in (
+        "PipeDataParallelTopology",
+        "PipeModelDataParallelTopology",
+        "PipelineParallelGrid",
+        "ProcessTopology",
+    )
+}
+_PIPELINE_ERROR = {"PipelineError": "zeroxide.errors:PipelineError"}
 _EXPERTS = _later("expert parallelism")
-_SEQUENCE = _later("sequence parallelism")
+_SEQUENCE = "zeroxide.parallel.sequence"
+_OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
+_WHICH = ("data", "sequence", "sequence_data")
 _INFERENCE = f"{_HERE}.inference:InferenceEngine"
 _BUILDERS = {
     name: f"{_HERE}.op_builder:{name}"
@@ -166,7 +178,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "logger": _LOGGER,
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
-        "PipelineModule": _PIPELINE,
+        "PipelineModule": _LAYERS["PipelineModule"],
         "tp_model_init": "zeroxide.engine.tp_model_init:tp_model_init",
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
@@ -211,7 +223,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.ops.op_builder": {**_BUILDERS, "OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.ops.op_builder.all_ops": {"ALL_OPS": f"{_HERE}.op_builder:ALL_OPS"},
     "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
-    "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
+    "deepspeed.pipe": _LAYERS,
     "deepspeed.profiling": {},
     "deepspeed.profiling.flops_profiler": _PROFILER,
     "deepspeed.profiling.flops_profiler.profiler": _PROFILER,
@@ -235,13 +247,35 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "WARMUP_DECAY_LR": f"{_HERE}.version:WARMUP_DECAY_LR",
         "WARMUP_LR": f"{_HERE}.version:WARMUP_LR",
     },
-    "deepspeed.runtime.pipe": {},
-    "deepspeed.runtime.pipe.engine": {"PipelineEngine": _PIPELINE},
+    "deepspeed.runtime.pipe": {**_LAYERS, "ProcessTopology": _TOPOLOGY["ProcessTopology"]},
+    "deepspeed.runtime.pipe.engine": {
+        "PipelineEngine": "zeroxide.engine.pipeline.engine:PipelineEngine",
+        **_PIPELINE_ERROR,
+    },
+    "deepspeed.runtime.pipe.module": {**_LAYERS, **_PIPELINE_ERROR},
+    "deepspeed.runtime.pipe.topology": _TOPOLOGY,
+    "deepspeed.runtime.chunked_cross_entropy": {"chunked_cross_entropy": "zeroxide.losses:chunked_cross_entropy"},
     "deepspeed.runtime.sequence_parallel": {},
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": {
+        name: f"{_SEQUENCE}.parallel_state:{name}"
+        for name in (
+            "initialize_sequence_parallel",
+            *(f"get_{which}_parallel_{what}" for which in _WHICH for what in ("group", "rank", "world_size")),
+        )
+    },
     "deepspeed.runtime.sequence_parallel.ulysses_sp": {
-        "TiledMLP": _SEQUENCE,
-        "UlyssesSPAttentionHF": _SEQUENCE,
-        "UlyssesSPDataLoaderAdapter": _SEQUENCE,
+        **{
+            name: f"{_SEQUENCE}:{name}"
+            for name in (
+                "SequenceTiledCompute",
+                "TiledFusedLogitsLoss",
+                "TiledMLP",
+                "UlyssesSPAttentionHF",
+                "UlyssesSPDataLoaderAdapter",
+                "sequence_tiled_compute",
+            )
+        },
+        "AutogradComputeMLP": _OTHER_MLP,
     },
     "deepspeed.runtime.utils": {
         "move_to_device": f"{_HERE}.tensors:move_to_device",
@@ -280,7 +314,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "zero_wrapper_for_fp_tensor_constructor": f"{_HERE}.gathering:zero_wrapper_for_fp_tensor_constructor",
     },
     "deepspeed.sequence": {},
-    "deepspeed.sequence.layer": {"DistributedAttention": _SEQUENCE},
+    "deepspeed.sequence.layer": {"DistributedAttention": f"{_SEQUENCE}:DistributedAttention"},
     "deepspeed.utils": {
         **_LEAVES,
         **_SAFE,

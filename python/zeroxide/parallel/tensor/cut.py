@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from math import prod
 
 import torch
 
-from zeroxide.device.placement import HOST
+from zeroxide.params.part import Region
 
 __all__ = ["SHARD", "Range", "TensorShard", "cut_blocks", "shard_of"]
 
@@ -38,6 +39,11 @@ class TensorShard:
     def own(self) -> tuple[Range, ...]:
         """This rank's ranges."""
         return self.ranges[self.position]
+
+    @cached_property
+    def region(self) -> Region:
+        """This rank's part as checkpoints know it."""
+        return Region(self.shape, self.dim, self.own)
 
     @property
     def length(self) -> int:
@@ -73,44 +79,6 @@ class TensorShard:
         for start, count in self.own:
             full.narrow(self.dim, start, count).copy_(part.narrow(self.dim, at, count))
             at += count
-
-    def runs(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
-        """(place in the part, place in the tensor, how many) of elements `start .. start + count` of this rank's part,
-        in order: those that lie in a row in both."""
-        inner = prod(self.shape[self.dim + 1 :])
-        at, end = start, start + count
-        while at < end:
-            outer, within = divmod(at, self.length * inner)
-            index, rest = divmod(within, inner)
-            for first, indices in self.own:
-                if index < indices:
-                    place = (outer * self.shape[self.dim] + first + index) * inner + rest
-                    length = min(end - at, (indices - index) * inner - rest)
-                    yield at, place, length
-                    at += length
-                    break
-                index -= indices
-
-    def places(self, start: int, count: int) -> torch.Tensor:
-        """[count] int64: where in the tensor elements `start .. start + count` of this rank's part are; ascending."""
-        inner = prod(self.shape[self.dim + 1 :])
-        local = torch.arange(start, start + count, device=HOST)
-        indices = torch.cat([torch.arange(first, first + number, device=HOST) for first, number in self.own])
-        index = indices[local // inner % self.length]
-        return (local // (inner * self.length) * self.shape[self.dim] + index) * inner + local % inner
-
-    def find(self, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(which of `places` in the tensor are of this rank's part, where in the part those are)."""
-        inner = prod(self.shape[self.dim + 1 :])
-        index = places // inner % self.shape[self.dim]
-        local, here, before = torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool), 0
-        for first, number in self.own:
-            inside = (index >= first) & (index < first + number)
-            here |= inside
-            local = torch.where(inside, index - first + before, local)
-            before += number
-        found = (places // (inner * self.shape[self.dim]) * self.length + local) * inner + places % inner
-        return here, found[here]
 
 
 def shard_of(param: torch.Tensor) -> TensorShard | None:

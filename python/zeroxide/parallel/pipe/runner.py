@@ -1,0 +1,138 @@
+"""Follows a rank's order of actions: receives what each needs, has it computed, sends what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from zeroxide.distributed import Ranks
+from zeroxide.errors import RanksError
+from zeroxide.parallel.pipe.link import ACTIVATIONS, GRADIENTS, StageLink
+from zeroxide.parallel.pipe.nesting import flatten
+from zeroxide.parallel.pipe.schedule import Action, Kind, rank_of_stage
+
+__all__ = ["Compute", "Runner"]
+
+
+class Compute(Protocol):
+    """What computes the stages of a rank."""
+
+    def forward(self, stage: int, micro_batch: int, received: Any) -> Any:
+        """Runs a stage over what came from the stage before, None for the first. Returns what it gives: the next
+        stage's input, or, of the last stage, the loss of the micro-batch as backward begins with it."""
+
+    def backward(
+        self,
+        stage: int,
+        micro_batch: int,
+        outputs: list[torch.Tensor | GradientEdge],
+        gradients: list[torch.Tensor | None],
+    ) -> None:
+        """Runs backward from the outputs of a stage, of which each has a gradient; None for a loss."""
+
+
+@dataclass(slots=True)
+class _Pending:
+    """What backward of a micro-batch in a stage needs."""
+
+    leaves: list[torch.Tensor] = field(default_factory=list)
+    """What came from the stage before and requires a gradient."""
+    outputs: list[torch.Tensor | GradientEdge] = field(default_factory=list)
+    """What the stage gave and requires a gradient: the loss, or edges of tensors that are not kept."""
+
+
+class Runner:
+    """One rank's part in a pipeline. `name` is the schedule's, which says where stages are."""
+
+    def __init__(self, name: str, ranks: Ranks, stages: int, link: StageLink, compute: Compute) -> None:
+        self._name = name
+        self._ranks = ranks
+        self._stages = stages
+        self._link = link
+        self._compute = compute
+        self._pending: dict[tuple[int, int], _Pending] = {}
+        self._beside: dict[tuple[str, int, int], Any] = {}
+        """What goes from one stage of this rank to another."""
+
+    def run(self, order: Iterable[Action]) -> None:
+        """Follows the order to its end, and waits until all that was sent has left.
+
+        Raises whatever computing raises, RanksError when a rank is lost.
+        """
+        try:
+            for action in order:
+                if action.kind is Kind.FORWARD:
+                    self._forward(action.stage, action.micro_batch)
+                elif action.kind is Kind.BACKWARD:
+                    self._backward(action.stage, action.micro_batch)
+                else:
+                    raise NotImplementedError(f"{action}: backward in halves")
+            self._link.drain()
+        except BaseException:
+            self._link.abandon()
+            raise
+        finally:
+            self._pending.clear()
+            self._beside.clear()
+
+    def _forward(self, stage: int, micro_batch: int) -> None:
+        received = self._receive(ACTIVATIONS, stage - 1, micro_batch) if stage else None
+        leaves = [each for each in flatten(received, "what came")[1] if each.requires_grad]
+        given = self._compute.forward(stage, micro_batch, received)
+        last = stage == self._stages - 1
+        outputs: list[torch.Tensor | GradientEdge] = []
+        if torch.is_grad_enabled():
+            if last:
+                outputs = [given]
+            else:
+                tensors = flatten(given, f"what stage {stage} gives")[1]
+                # What has been sent is not kept for backward, unless a node of the graph keeps it.
+                outputs = [get_gradient_edge(each) for each in tensors if each.requires_grad]
+            self._pending[stage, micro_batch] = _Pending(leaves, outputs)
+        if not last:
+            self._give(ACTIVATIONS, stage, micro_batch, stage + 1, given)
+
+    def _backward(self, stage: int, micro_batch: int) -> None:
+        pending = self._pending.pop((stage, micro_batch))
+        gradients: list[torch.Tensor | None] = [None]
+        if stage < self._stages - 1:
+            gradients = self._receive(GRADIENTS, stage + 1, micro_batch)
+            if len(gradients) != len(pending.outputs):
+                raise RanksError(
+                    f"stage {stage} gave {len(pending.outputs)} tensors that require a gradient, and stage {stage + 1} "
+                    f"has {len(gradients)} gradients: ranks follow different schedules"
+                )
+        wanted = [at for at, each in enumerate(gradients) if each is not None or stage == self._stages - 1]
+        if wanted:
+            outputs = [pending.outputs[at] for at in wanted]
+            self._compute.backward(stage, micro_batch, outputs, [gradients[at] for at in wanted])
+        if stage:
+            found = [each.grad for each in pending.leaves]
+            for each in pending.leaves:
+                each.grad = None
+            self._give(GRADIENTS, stage, micro_batch, stage - 1, found)
+
+    def _receive(self, kind: str, stage: int, micro_batch: int) -> Any:
+        source = rank_of_stage(self._name, stage, self._ranks.world)
+        if source == self._ranks.rank:
+            return self._beside.pop((kind, stage, micro_batch))
+        return self._link.receive(kind, stage, micro_batch, source)
+
+    def _give(self, kind: str, stage: int, micro_batch: int, to: int, value: Any) -> None:
+        rank = rank_of_stage(self._name, to, self._ranks.world)
+        if rank != self._ranks.rank:
+            self._link.send(kind, stage, micro_batch, rank, value)
+        else:
+            self._beside[kind, stage, micro_batch] = value if kind == GRADIENTS else _detached(value)
+
+
+def _detached(value: Any) -> Any:
+    """The value with leaves in place of its tensors, which require a gradient where those do."""
+    from zeroxide.parallel.pipe.nesting import rebuild
+
+    structure, tensors = flatten(value, "what a stage gives")
+    return rebuild(structure, [each.detach().requires_grad_(each.requires_grad) for each in tensors])

@@ -1,0 +1,63 @@
+"""What an engine needs of a model that is cut into stages, however that was done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+__all__ = ["PipelineStages"]
+
+
+class PipelineStages:
+    """One rank's stages of a model."""
+
+    num_stages: int
+    """Ranks of the pipeline."""
+    stages_per_rank: int
+    stage_id: int
+    """This rank in the pipeline."""
+    own_stages: tuple[int, ...]
+    """This rank's stages of all `total_stages`, ascending."""
+    schedule: str
+    """Which of `SCHEDULES` the stages are laid out for."""
+    partition_method: str
+    loss_fn: Callable[..., Any] | None
+
+    @property
+    def module(self) -> nn.Module:
+        """What has this rank's parameters, by the names that they have in the model before it was cut."""
+        raise NotImplementedError
+
+    @property
+    def total_stages(self) -> int:
+        """Stages of all ranks."""
+        return self.num_stages * self.stages_per_rank
+
+    def arguments(self, stage: int, received: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What `module` is called with next, to run one of this rank's stages. Raises DataError for a batch that does
+        not fit."""
+        raise NotImplementedError
+
+    def loss_of(self, outputs: Any, batch: Any) -> Any:
+        """The loss of a micro-batch, on the last stage."""
+        raise NotImplementedError
+
+    def logits_of(self, outputs: Any) -> Any:
+        """What `eval_batch` calls logits, of what the last stage gave."""
+        return outputs
+
+    def needs_batches(self) -> bool:
+        """Whether this rank takes batches of its own from the data."""
+        raise NotImplementedError
+
+    def ties(self) -> dict[str, tuple[int, ...]]:
+        """By name, the parameters that several ranks of the pipeline have, and those ranks; the same on every rank."""
+        return {}
+
+    def commit(self) -> None:
+        """The engine is made: nothing of other stages is needed again."""
+
+    def restore(self) -> None:
+        """The engine was not made: the model becomes what it was."""
