@@ -232,6 +232,17 @@ EFFECTS = [
     ),
     ("zeroxide.mesh.tp", 2, STAGE3, "mesh", Mesh(dp_shard=2, tp=2)),
     ("zeroxide.mesh.dp_shard", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zeroxide.mesh.ep", 2, STAGE3, "mesh", Mesh(dp_shard=4, ep=2)),
+    ("expert_parallel.enabled", True, {}, "expert_parallel.enabled", True),
+    *(
+        (f"expert_parallel.{key}", value, {"expert_parallel": {"enabled": True}}, f"expert_parallel.{key}", value)
+        for key, value in {
+            "autoep_size": 2,
+            "preset_model": "mixtral",
+            "moe_layer_pattern": "mlp",
+            "expert_pattern": "experts",
+        }.items()
+    ),
     ("zeroxide.mesh.dp_replicate", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zeroxide.mesh.sp", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
     ("sequence_parallel_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
@@ -336,7 +347,9 @@ NOT_BUILT = [
     ("fp16.fp16_master_weights_and_grads", True, "fp16 master weights"),
     ("pipeline.seed_layers", True, "seeds from the config"),
     ("tensor_parallel.vocab_parallel_ce_backend", "liger", "Liger"),
-    ("expert_parallel.ep_size", 2, "expert parallelism"),
+    ("expert_parallel.top_k", 1, "routers other than the model's own"),
+    ("expert_parallel.comm_backend", "deepep", "DeepEP"),
+    ("use_data_before_expert_parallelism", True, "expert parallelism"),
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
     ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),

@@ -61,7 +61,7 @@ REFUSED = [
     (4, {"pp": 3}, 3, None, MESH, "pp 3 does not divide the 4 ranks"),
     (4, {"sp": 3}, 3, None, MESH, "sp 3 does not divide the 4 ranks"),
     (4, {"sp": 2}, 3, 2, HPZ, "= 2 with 2 ranks that share sequences"),
-    (4, {"ep": 2}, 3, None, f"{MESH}.ep", "expert parallelism: not built yet"),
+    (4, {"ep": 3}, 3, None, f"{MESH}.ep", "ep = 3 does not divide dp_shard * sp = 4"),
     (4, {"dp": 2}, 3, None, f"{MESH}.dp", "unknown key"),
     (4, {"dp_shard": 0}, 3, None, f"{MESH}.dp_shard", "expected an integer from 1"),
     (4, None, 3, True, HPZ, "expected an integer from 1"),

@@ -83,7 +83,6 @@ def test_off_sections():
     for section in (
         {"monitor_config": {"tensorboard": {"enabled": False}, "csv_monitor": {"enabled": False}}},
         {"monitor_config": {}},
-        {"expert_parallel": {"ep_size": 1}},
     ):
         assert [name for name, _ in load(section).no_effect] == list(section)
     for section in ({"monitor_config": {"wandb": {"enabled": True}}},):
