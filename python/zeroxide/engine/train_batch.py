@@ -215,14 +215,14 @@ class _Passes:
             error.add_note(f"in micro-batch {number} of {len(self._batches)}, counted from 0")
             raise error
 
-    def _is_same_way(self, way: list[int] | None) -> bool:
+    def _is_same_way(self, way: tuple[list[int], list[int]] | None) -> bool:
         """Whether all micro-batches of all ranks went the same way through the model."""
         ranks = self._parts.ranks
         if ranks.alone:
             return way is not None
         with self._parts.watch.waiting("the order of layers", "train_batch"):
             ways = ranks.gather_objects(way)
-        return way is not None and all(each == way for each in ways)
+        return way is not None and all(each == [*way] for each in ways)
 
     def _work(self, number: int) -> None:
         failed = True

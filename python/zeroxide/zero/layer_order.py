@@ -120,9 +120,11 @@ class LayerOrder:
         hooks.current, hooks.uses = self._before
         hooks.thread = threading.get_ident()
 
-    def way(self) -> list[int] | None:
-        """The layers that all forwards came to, in order, each by its first unit. None where they did not take the same
-        way, or a unit may give gradients at several moments: then backward is not to go by layers."""
+    def way(self) -> tuple[list[int], list[int]] | None:
+        """The layers that all forwards came to, in order, each by its first unit, and the units that one of them used
+        more than once: what decides on the order of backward. None where forwards did not take the same way, or a unit
+        may give gradients at several moments: then backward is not to go by layers.
+        """
         first = self.batches[0]
         if any(each.layers != first.layers for each in self.batches):
             return None
@@ -133,7 +135,10 @@ class LayerOrder:
         ):
             return None
         units = {_layer_of(unit): unit.index for unit in reversed(self.hooks.units)}
-        return [units[layer] for layer in first.layers]
+        return [units[layer] for layer in first.layers], sorted(self._repeated())
+
+    def _repeated(self) -> set[int]:
+        return {index for each in self.batches for index in each.uses.repeated}
 
     def run_backward(self, *, by_layer: bool, check: Callable[[], None]) -> None:
         """Runs all backwards to their ends. `check` raises what ended one of them."""
@@ -142,7 +147,7 @@ class LayerOrder:
         hooks.reducer.large.starts_at_zero = False
         hooks.begin_backward()
         announced = set(self.batches[0].layers) if by_layer else set()
-        repeated = {index for each in self.batches for index in each.uses.repeated}
+        repeated = self._repeated()
         in_order = [
             unit
             for unit in hooks.units
