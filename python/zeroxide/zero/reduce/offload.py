@@ -131,6 +131,11 @@ class OffloadedReduction:
             self._send_complete()
             self._complete = unit
 
+    def reduce(self, unit: Unit) -> None:
+        """See `GradientReduction`."""
+        self._grad_offload.drain_unit(unit)
+        self.host.reduce(unit)
+
     def end_backward(self) -> None:
         """See `GradientReduction`."""
         self._grad_offload.drain()
