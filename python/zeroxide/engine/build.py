@@ -25,7 +25,7 @@ from zeroxide.device.placement import HOST, compute_device, is_host, make_curren
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
-from zeroxide.engine.activations import keep_activations
+from zeroxide.engine.activations import idle_keys, keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
@@ -160,7 +160,7 @@ class Build:
         asked = self.asked
         own, ranks = partial(own_dtype, self.module), self.world.world
         self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
+        self.stages = stages_for(self.world, self.module, asked.stages, self.config, self.made)
         self.config = with_experts(self.config, self.module, ranks, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
@@ -248,11 +248,8 @@ class Build:
             asked=asked,
             experts=self.experts.params,
         )
-        for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
+        for path, reason in idle_keys(self.plan, config, self.device) if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
-        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.world.rank == 0:
-            path = "activation_checkpointing.cpu_checkpointing"
-            logger.warning("config key %s has no effect: %s", path, "the model computes in host memory")
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)
 
@@ -283,12 +280,9 @@ class Build:
             assert self.launcher is not None, "no unit is at home on the device without one"
             both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher, self.health)
         for unit in self.units:
-            unit.params = [self._present(param) for param in unit.params]
+            unit.params = [self.new.get(id(param), param) for param in unit.params]
         for group in self.groups:
-            group["params"] = [self._present(param) for param in group["params"]]
-
-    def _present(self, param: nn.Parameter) -> nn.Parameter:
-        return self.new.get(id(param), param)
+            group["params"] = [self.new.get(id(param), param) for param in group["params"]]
 
     def connect(self) -> None:
         """Connects the ranks, what brings weights together and what reduces gradients; and the device to them."""
