@@ -69,6 +69,17 @@ EFFECTS = [
         "comms_logger.prof_ops",
         ("broadcast",),
     ),
+    ("zeroxide.mesh.pp", 2, STAGE3, "mesh", Mesh(pp=2, dp_shard=2)),
+    ("pipeline.stages", 2, {}, "mesh", Mesh(pp=2, dp_replicate=2)),
+    *(
+        (f"pipeline.{key}", value, {"pipeline": {"stages": 2}}, f"pipeline.{key}", value)
+        for key, value in {
+            "partition": "type:block",
+            "schedule": "gpipe",
+            "stages_per_rank": 2,
+            "activation_checkpoint_interval": 3,
+        }.items()
+    ),
     ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
     ("managed_gradient_accumulation", False, {}, "batch.managed_gradient_accumulation", False),
@@ -182,6 +193,8 @@ EFFECTS = [
     ("zeroxide.staging_bytes", "32MiB", {}, "zeroxide.staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "zeroxide.prefetch", 0),
     ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
+    ("zeroxide.accumulation_order", "layers", {}, "zeroxide.accumulation_order", "layers"),
+    ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),
@@ -190,6 +203,17 @@ EFFECTS = [
     ("zeroxide.durable_every", 50, {}, "zeroxide.durable_every", 50),
     ("zeroxide.durable_name", "a-b.1", {"zeroxide": {"durable_every": 1}}, "zeroxide.durable_name", "a-b.1"),
     ("zeroxide.mesh.dp_shard", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zeroxide.mesh.ep", 2, STAGE3, "mesh", Mesh(dp_shard=4, ep=2)),
+    ("expert_parallel.enabled", True, {}, "expert_parallel.enabled", True),
+    *(
+        (f"expert_parallel.{key}", value, {"expert_parallel": {"enabled": True}}, f"expert_parallel.{key}", value)
+        for key, value in {
+            "autoep_size": 2,
+            "preset_model": "mixtral",
+            "moe_layer_pattern": "mlp",
+            "expert_pattern": "experts",
+        }.items()
+    ),
     ("zeroxide.mesh.dp_replicate", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zeroxide.mesh.sp", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
     ("sequence_parallel_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
@@ -207,7 +231,7 @@ EFFECTS = [
 def test_a_key_with_an_effect_changes_the_config(key, value, beside, name, expected):
     # Of the model's own dtype, which a config may overrule.
     own = {"own_dtype": lambda: "bf16"} if key == "data_types.param_dtype" else {}
-    if name == "mesh":
+    if name.startswith(("mesh", "pipeline")):
         own["world_size"] = 4
     after = load(merged(beside, nested(key, value)), **own)
     for step in name.split("."):
@@ -292,9 +316,11 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
 
 NOT_BUILT = [
     ("fp16.fp16_master_weights_and_grads", True, "fp16 master weights"),
-    ("pipeline", {"stages": 2}, "pipeline parallelism"),
+    ("pipeline.seed_layers", True, "seeds from the config"),
     ("tensor_parallel.autotp_size", 2, "tensor parallelism"),
-    ("expert_parallel.ep_size", 2, "expert parallelism"),
+    ("expert_parallel.top_k", 1, "routers other than the model's own"),
+    ("expert_parallel.comm_backend", "deepep", "DeepEP"),
+    ("use_data_before_expert_parallelism", True, "expert parallelism"),
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
     ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),

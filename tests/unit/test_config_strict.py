@@ -141,7 +141,7 @@ RATES = ["gradient_clipping", "optimizer.params.lr", "optimizer.params.eps", "op
 SIZES = [f"zeroxide.{name}" for name in ("host_memory", "unit_bytes", "tile_bytes", "staging_bytes")]
 FLAGS = ["wall_clock_breakdown", "dataloader_drop_last", "bf16.enabled", "optimizer.params.bias_correction"]
 FLAGS += ["bf16.check_grad_overflow", "fp16.enabled", "fp16.auto_cast", "fp16.consecutive_hysteresis"]
-FLAGS += ["managed_gradient_accumulation", "torch_autocast.enabled"]
+FLAGS += ["managed_gradient_accumulation", "torch_autocast.enabled", "zeroxide.micro_batch_seeds"]
 NAN, INF = math.nan, math.inf
 WRONG = [
     *((key, value) for key in COUNTS for value in (0, -1, 1.5, "8", True, [8], 1 << 40, NAN, INF)),
@@ -162,6 +162,7 @@ WRONG = [
     *(("zeroxide.transport", value) for value in ("tcp", 1)),
     *(("zeroxide.format", value) for value in ("fp16", 1, None.__class__, "")),
     *(("zeroxide.io_engine", value) for value in ("libaio", 1)),
+    *(("zeroxide.accumulation_order", value) for value in ("layer", "", 1, True)),
     *(("zero_optimization.offload_param.device", value) for value in ("disk", 1, True)),
     *(("zero_optimization.offload_param.nvme_path", value) for value in ("", "  ", 1, "a\0b")),
     *(("data_types.grad_accum_dtype", value) for value in ("float", 16)),

@@ -85,7 +85,6 @@ def test_off_sections():
         {"tensor_parallel": {"autotp_size": 0, "enabled": False}},
         {"monitor_config": {"tensorboard": {"enabled": False}, "csv_monitor": {"enabled": False}}},
         {"monitor_config": {}},
-        {"expert_parallel": {"ep_size": 1}},
     ):
         assert [name for name, _ in load(section).no_effect] == list(section)
     for section in (

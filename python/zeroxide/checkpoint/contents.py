@@ -64,6 +64,11 @@ class ParamRecord:
         """The shape of the undivided model's parameter."""
         return self.shape if self.region is None else self.region.shape
 
+    @property
+    def elements(self) -> str:
+        """Which elements of which parameter of the undivided model this is."""
+        return self.name if self.region is None else f"{self.name}[{self.region.dim}:{self.region.segments}]"
+
     def has(self, part: str) -> bool:
         """Whether the parameter has that part: the weights, or a state tensor of its optimizer."""
         return part == WEIGHTS or part in self.states

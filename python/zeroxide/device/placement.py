@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from operator import methodcaller
 from typing import Any
@@ -51,6 +51,7 @@ __all__ = [
     "view_of",
     "wait_for",
     "why_lost",
+    "without_autocast",
 ]
 
 HOST = torch.device("cpu")
@@ -167,9 +168,30 @@ def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager
     return torch.autocast(device.type, dtype, cache_enabled=False)
 
 
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Ends torch.autocast for a while: products are in the dtype of their factors."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def autocast_dtype() -> torch.dtype | None:
     """What autocast computes in in host memory; None outside of it."""
     return torch.get_autocast_dtype(HOST.type) if torch.is_autocast_enabled(HOST.type) else None
+
+
+def autocast_here() -> Callable[[], AbstractContextManager[Any]]:
+    """What makes the caller's autocast in host memory again, in another thread; a context that does nothing outside of
+    one."""
+    dtype, cache = autocast_dtype(), torch.is_autocast_cache_enabled()
+    if dtype is None:
+        return nullcontext
+    return lambda: torch.autocast(HOST.type, dtype, cache_enabled=cache)
+
+
+def forked_generators(device: torch.device) -> AbstractContextManager[None]:
+    """Within it torch's random generators, that of the device among them, may be set: after it they are as before."""
+    if is_host(device):
+        return torch.random.fork_rng([])
+    return torch.random.fork_rng([device], device_type=device.type)
 
 
 def device_of(module: nn.Module) -> torch.device | None:

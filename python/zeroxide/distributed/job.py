@@ -30,10 +30,12 @@ class Job:
 
     tensor: Ranks
     """Those that compute a part of every matrix, along `tp`; where the model computes, tensors travel between them."""
+    stages: Ranks
+    """Those that have the other stages of a pipeline for the same samples, along `pp`."""
 
     def groups(self) -> tuple[Ranks, ...]:
         """The groups that have collectives of their own."""
-        return tuple({id(each): each for each in (self.ranks, self.parts, self.tensor)}.values())
+        return tuple({id(each): each for each in (self.ranks, self.parts, self.tensor, self.stages)}.values())
 
     def close(self) -> None:
         """Destroys the process groups that `split_job` made."""
@@ -53,6 +55,7 @@ def split_job(world: Ranks, mesh: ProcessMesh) -> Job:
         alike = mesh.sizes["pp"] == 1 and not on_device
         backend = world.backend if on_device and world.backend else "gloo"
         made.append(made[1] if alike else split(world, mesh.partition("tp"), backend))
+        made.append(made[1] if mesh.sizes["tp"] == 1 else split(world, mesh.partition("pp")))
     except BaseException:
         for each in made:
             if each is not world:

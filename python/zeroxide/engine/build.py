@@ -29,6 +29,8 @@ from zeroxide.engine.activations import keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.experts import take_experts
+from zeroxide.engine.heap import keep_freed_memory
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
@@ -44,6 +46,7 @@ from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
+from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.params.empty import ParameterTable
@@ -86,9 +89,6 @@ __all__ = ["STEPS", "build"]
 
 logger = logging.getLogger("zeroxide")
 
-LARGE_BLOCK = 16 << 20
-"""Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
-
 
 class Build:
     """An engine that is being made: each step adds what the ones after it need."""
@@ -106,6 +106,7 @@ class Build:
     peak: Peak
     undo: Undo
     watch: Watch
+    experts: SpreadExperts
     tensor: Uncut
     observers: Observers
     groups: list[dict[str, Any]]
@@ -157,11 +158,10 @@ class Build:
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        own = partial(own_dtype, self.module)
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, **asked.axes, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config)
-        if self.stages is not None:
-            self.made.callback(self.stages.restore)
+        own, ranks = partial(own_dtype, self.module), self.world.world
+        self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
+        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
+        self.config = with_experts(self.config, self.module, ranks, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -200,6 +200,10 @@ class Build:
         self.watch = Watch(self.world, parts=self.job.groups(), timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
 
+    def spread_experts(self) -> None:
+        """Leaves this rank its own experts of those that are spread over ranks."""
+        self.experts = take_experts(self.asked, self.module, self.config, self.ranks, self.watch, self.made)
+
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
         self.observers = open_observers(self.config, self.world)
@@ -215,7 +219,8 @@ class Build:
         asked, config = self.asked, self.config
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
-        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
+        given = self.experts.without_dropped(asked.model_parameters)
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
@@ -241,6 +246,7 @@ class Build:
             states=states,
             device=self.device,
             asked=asked,
+            experts=self.experts.params,
         )
         for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
@@ -269,7 +275,7 @@ class Build:
         # Units remember shapes before the parameters lose them.
         core = self.core()
         self.units = [
-            Unit(index, unit, core, self.plan.compute, self.plan.groups, self.device)
+            Unit(index, unit, core, self.plan.compute, self.plan.groups_of(index), self.device)
             for index, unit in enumerate(self.plan.units)
         ]
         both = device_part(core)
@@ -317,7 +323,7 @@ class Build:
         self.updater = Updater(
             self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
-        self.updater.repeated = self.tensor.repeated(self.units)
+        self.updater.repeated, self.updater.apart = self.tensor.repeated(self.units), self.plan.trained_apart()
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -332,8 +338,9 @@ class Build:
 
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
+        places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
         source = self.tensor.spread(self.module, self.asked.weights)
-        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks)
+        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks, places)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
@@ -385,7 +392,6 @@ class Build:
             self.units,
             self.ranks,
             self.watch,
-            groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
             health=self.health,
@@ -416,8 +422,7 @@ class Build:
 
     def show_weights(self) -> None:
         """Lets parameters that always show their values show their values."""
-        on_disk = Home.DISK in (self.plan.weights, self.plan.state)
-        _core.keep_freed_memory(LARGE_BLOCK if on_disk else None)
+        keep_freed_memory(self.plan, self.config)
         if self.config.zeroxide.trim_libraries:
             _core.drop_clean_text()
         self.gatherer.show_all()
@@ -481,6 +486,7 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("peak", Build.measure),
     ("undo", Build.remember_model),
     ("watch", Build.watch_ranks),
+    ("experts", Build.spread_experts),
     ("observers", Build.open_observers),
     ("tensors", Build.cut_matrices),
     ("groups", Build.group_parameters),
@@ -507,7 +513,5 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
-        if under_way.stages is not None:
-            under_way.stages.commit()
         made.pop_all()
     return engine

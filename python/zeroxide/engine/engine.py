@@ -21,6 +21,7 @@ from zeroxide.engine.parts import Parts
 from zeroxide.engine.peak import check_budget
 from zeroxide.engine.report import print_progress
 from zeroxide.engine.trace import EVENTS, Trace, record
+from zeroxide.engine.train_batch import LossFn, WindowTrainer
 from zeroxide.engine.training_state import TrainingState
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import cast_inputs, forward_context
@@ -57,6 +58,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         self.world_size = parts.job.world.world
         self.training_dataloader = parts.dataloader
         self.training_state = TrainingState(parts)
+        self._window = WindowTrainer(parts, self, self.backward, self.step)
         self._saver: Saver | None = None
         self._durable: DurableRun | None = None
         if parts.config.zeroxide.durable_every and parts.plan.durable:
@@ -118,29 +120,30 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         scalar.
         """
         self._check_trained("backward")
+        self._window.check_by_hand("backward")
         if loss.numel() != 1:
             raise ValueError(f"backward takes a scalar loss, got shape {tuple(loss.shape)}")
         parts, accumulation = self.parts, self.parts.accumulation
         if scale_wrt_gas and accumulation.steps > 1:
             loss = loss / accumulation.steps
-        self._differentiate([parts.scaler.apply(loss)], [None], retain_graph)
+        self.differentiate([parts.scaler.apply(loss)], [None], retain_graph)
         parts.observers.note_loss(loss)
         return loss
 
-    def _differentiate(
+    def differentiate(
         self,
         outputs: Sequence[torch.Tensor | GradientEdge],
         gradients: Sequence[torch.Tensor | None],
         retain_graph: bool = False,
     ) -> None:
-        """Backward of outputs whose gradients are those of a loss that was divided by the accumulation steps."""
+        """Backward of outputs, of a loss that was divided by the accumulation steps, and scaled in fp16."""
         parts, accumulation = self.parts, self.parts.accumulation
         self.watch.doing = (self._phase("backward"), None, None, None)
         with parts.health.doing("backward ran"):
             parts.hooks.begin_backward()
             accumulation.take_as_divided()
             try:
-                torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)
+                torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)  # type: ignore[arg-type]
             except BaseException:
                 parts.hooks.fail_backward()
                 raise
@@ -167,10 +170,33 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         A step whose gradients are not finite is left out and counted in `skipped_steps`.
         """
         self._check_trained("step")
+        self._window.check_by_hand("step")
+        self._end_micro_batch(lr_kwargs or {})
+
+    def train_batch(self, data_iter: Any = None, loss_fn: LossFn | None = None) -> torch.Tensor:
+        """All of one optimizer step: forward and backward of its micro-batches, the update, and the schedule.
+
+        data_iter: an iterator, of which `gradient_accumulation_steps` micro-batches are taken before anything is
+            computed; None for the engine's data loader, which begins anew at its end.
+        loss_fn: makes a loss of (outputs, labels), of micro-batches that are pairs (inputs, labels). Without it the
+            model returns the loss, or has it as `loss`, under "loss", or first.
+
+        `zeroxide.accumulation_order` says in which order micro-batches go through the model; the result is the same.
+        Returns the mean loss of all micro-batches over all ranks, fp32 of shape (), without a graph. Every rank calls
+        it. Raises StopIteration, with nothing changed, where the iterator has too few micro-batches on any rank;
+        ModelError in the middle of a step by hand, and as the model does. After an error in a micro-batch the gradients
+        of all are forgotten, and the next call begins anew.
+        """
+        self._check_trained("train_batch")
+        losses = self._window.accumulate(data_iter, loss_fn)
+        self._end_micro_batch({})
+        return self._window.mean(losses)
+
+    def _end_micro_batch(self, lr_kwargs: dict[str, Any]) -> None:
         self.parts.accumulation.stepping = True
         try:
             with self.parts.health.doing("a step was made"):
-                self._step(lr_kwargs or {})
+                self._step(lr_kwargs)
         finally:
             self.parts.accumulation.stepping = False
 

@@ -30,7 +30,7 @@ _SHORTCUTS = (
 
 def initialize(
     args: Any = None,
-    model: nn.Module | None = None,
+    model: nn.Module | PipelineStages | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -59,9 +59,9 @@ def initialize(
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
     model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
-        on the meta device (then `weights` makes them, unit by unit). Its parameters move into the engine: outside of
-        forward and backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie
-        them in torch 2.15, so build it there.
+        on the meta device (then `weights` makes them, unit by unit), or a PipelineModule (see docs/pipeline.md). Its
+        parameters move into the engine: outside of forward and backward they are empty tensors. Tied weights stay tied;
+        `module.to("meta")` and `to_empty` untie them in torch 2.15, so build it there.
     optimizer: None (then the config's), a fresh torch AdamW, Adam, Adagrad or SGD, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
@@ -83,12 +83,10 @@ def initialize(
     """
     arguments = locals()
     shortcuts = {name: arguments[name] for name in _SHORTCUTS}
-    stages = _checked(model)
     given = config if config is not None else config_params
     engine = build(
         Request(
-            model=stages.module if isinstance(stages, PipelineStages) else stages,
-            stages=stages if isinstance(stages, PipelineStages) else None,
+            **_checked(model),
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
@@ -105,10 +103,10 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(model: nn.Module | None) -> nn.Module:
-    """The model, unless there is none. Raises ModelError."""
+def _checked(model: nn.Module | PipelineStages | None) -> dict[str, Any]:
+    """The model, and its stages where it is cut. Raises ModelError where there is none."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
         raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
-    return model
+    return {"model": model.module, "stages": model} if isinstance(model, PipelineStages) else {"model": model}

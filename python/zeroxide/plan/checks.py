@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from zeroxide.config import Config
-from zeroxide.device.placement import HOST, device_kind, has_values, in_host_memory
+from zeroxide.device.placement import HOST, device_kind, has_values, in_host_memory, is_host
 from zeroxide.distributed import Ranks, UnitGroups
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
-__all__ = ["check_gradients", "check_model", "check_transport", "refuse_max_norm"]
+__all__ = ["check_experts", "check_gradients", "check_model", "check_order", "check_transport", "refuse_max_norm"]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config, device: torch.device = HOST) -> None:
@@ -74,6 +74,28 @@ def refuse_max_norm(module: nn.Module) -> None:
             )
 
 
+def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Refuses micro-batches layer by layer where they cannot be."""
+    if config.zeroxide.accumulation_order != "layers":
+        return
+    problem = None
+    if not is_host(device):
+        problem = f"the model computes on {device}, where backward of all micro-batches has one thread: not built yet"
+    elif config.mesh is not None and config.mesh.cuts_the_model:
+        problem = "ranks have parts of the model: not built yet"
+    elif ranks.world > 1:
+        problem = f"there are {ranks.world} ranks: not built yet"
+    elif config.flops_profiler.enabled:
+        problem = "flops_profiler measures one forward, and several would be under way"
+    if problem is not None:
+        raise ConfigError(
+            f'zeroxide.accumulation_order "layers": {problem}; use "batches"',
+            path="zeroxide.accumulation_order",
+            expected='"batches"',
+            got='"layers"',
+        )
+
+
 def check_transport(config: Config, ranks: Ranks) -> None:
     """Refuses shared memory between ranks that have none."""
     if config.zeroxide.transport == "shared_memory" and not ranks.shares_memory:
@@ -84,6 +106,27 @@ def check_transport(config: Config, ranks: Ranks) -> None:
             expected='"auto" or "collective"',
             got='"shared_memory"',
         )
+
+
+def check_experts(config: Config, device: torch.device) -> None:
+    """Refuses what does not go with experts that are spread over ranks."""
+    if config.mesh is None or config.mesh.ep == 1:
+        return
+    quantised = config.zero.quantized_weights or config.zero.quantized_gradients
+    for path, wrong, got, instead in (
+        ("zeroxide.transport", config.zeroxide.transport == "shared_memory", '"shared_memory"', '"auto"'),
+        ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
+        ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
+        ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
+        ("zeroxide.mesh.tp", config.mesh.tp > 1, str(config.mesh.tp), "1"),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"{path}: {got} is not built for experts that are spread over ranks (zeroxide.mesh.ep): use {instead}",
+                path=path,
+                expected=instead,
+                got=got,
+            )
 
 
 def check_gradients(config: Config, groups: UnitGroups, transport: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-__all__ = ["add_hook"]
+from zeroxide.errors import ModelError
+
+__all__ = ["add_hook", "on_gradient"]
 
 
 def add_hook(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None:
@@ -28,3 +30,28 @@ def add_hook(tensor: torch.Tensor, hook: Callable[[torch.Tensor], None]) -> None
         node._register_hook_dict(tensor)
     # torch's own keys are numbers.
     hooks[hook] = hook  # type: ignore[index]
+
+
+def on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], params_always_full: bool) -> None:
+    """Runs `act` when the gradient of any of the tensors is known."""
+
+    def hook(grad: torch.Tensor) -> None:
+        if torch.is_grad_enabled():
+            if torch._C._functorch.peek_interpreter_stack() is not None:
+                if params_always_full:
+                    # A transform of torch.func accumulates no gradient, and needs nothing brought.
+                    return
+                raise ModelError(
+                    "torch.func over an engine's module at stage 3: its transforms run beside the passes that weights "
+                    "are brought for; use stages 0 to 2, or torch.autograd"
+                )
+            raise ModelError(
+                "backward with create_graph=True: a graph of the backward would refer to weights that are gone when it "
+                "is used; double backward is not supported"
+            )
+        act()
+
+    for tensor in tensors:
+        # A leaf is nothing that the module has made; a hook on it would stay for ever.
+        if tensor.grad_fn is not None:
+            add_hook(tensor, hook)

@@ -18,10 +18,10 @@ that is an exchange between ranks, every module that owns a parameter announces 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -32,7 +32,7 @@ from zeroxide.plan.plan import is_leaf
 from zeroxide.zero.current_pass import Pass, Uses
 from zeroxide.zero.gather.gatherer import Gatherer
 from zeroxide.zero.gather.stray import StrayReaders
-from zeroxide.zero.gradient_hooks import add_hook
+from zeroxide.zero.gradient_hooks import on_gradient
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.nested import given, handed_through, replaced, tensors_in
 from zeroxide.zero.passes import PassState, UnitState, UsesState, in_backward
@@ -42,6 +42,9 @@ from zeroxide.zero.reduce.reducer import Reducer
 from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.saved_tensors import SavedTensors
 from zeroxide.zero.unit import Unit
+
+if TYPE_CHECKING:
+    from zeroxide.zero.layer_order import LayerOrder
 
 __all__ = ["Hooks"]
 
@@ -84,6 +87,8 @@ class Hooks:
         """The pass under way, and what is known of it."""
         self.uses = Uses()
         """What the backward that is to come must know of the forwards before it."""
+        self.layers: LayerOrder | None = None
+        """Several micro-batches on their way through the model, each with a thread, a pass and uses of its own."""
         self.thread = threading.get_ident()
         """Which runs the passes. Weights come and go for it alone."""
         self.before_training: Callable[[], None] | None = None
@@ -148,7 +153,8 @@ class Hooks:
                 self.uses = Uses()
             self.uses.state = UsesState.PENDING
             self._begin_saving()
-        self.gatherer.start_pass(training)
+        if self.layers is None or self.layers.begins_pass():
+            self.gatherer.start_pass(training)
 
     def in_pass(self) -> bool:
         """Whether a forward or backward of the model, or of a part of it, is under way on this thread."""
@@ -194,13 +200,15 @@ class Hooks:
         """Ends `use` outside of a pass, whose results are copies. Backward of what autograd has `recorded` is a pass,
         which shows what it may have saved, and a read brings that.
         """
-        _on_gradient(recorded, self.begin_backward, self.gatherer.params_always_full)
+        on_gradient(recorded, self.begin_backward, self.gatherer.params_always_full)
         guests = list(self.gatherer.guests)
         self.gatherer.release_guests()
         for unit in guests if not self.gatherer.params_always_full else ():
             unit.hide()
 
     def _before(self, unit: Unit, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.layers is not None:
+            self.layers.come_to(unit)
         current = self.current
         self._begin_saving()
         current.inputs.append(given(tensors_in(*args, *kwargs.values())))
@@ -227,9 +235,11 @@ class Hooks:
         if self.moves and (kept := self._kept([unit], output)) is not None:
             output = kept
         own = [tensor for tensor in tensors_in(output) if not handed_through(tensor, before)]
-        _on_gradient(own, partial(self._before_backward, unit), self.gatherer.params_always_full)
+        on_gradient(own, partial(self._before_backward, unit), self.gatherer.params_always_full)
         if not in_backward():
-            if len(unit.modules) > 1:
+            if self.layers is not None:
+                self.layers.go_from(unit)
+            elif len(unit.modules) > 1:
                 self.current.lingering = unit
             else:
                 self.gatherer.release(unit)
@@ -242,7 +252,7 @@ class Hooks:
             self.current.lingering = None
 
     def _after_part(self, unit: Unit, module: nn.Module, args: Any, output: Any) -> None:
-        _on_gradient(tensors_in(output), partial(self._before_part, unit), self.gatherer.params_always_full)
+        on_gradient(tensors_in(output), partial(self._before_part, unit), self.gatherer.params_always_full)
 
     def _kept(self, units: Sequence[Unit], output: Any) -> Any:
         """The output with copies in place of views of weights, whose memory goes; None where there are none."""
@@ -276,7 +286,7 @@ class Hooks:
         kept = self._kept(self.units, output) if self.moves else None
         self._end_lingering()
         if torch.is_grad_enabled():
-            _on_gradient(
+            on_gradient(
                 tensors_in(output if kept is None else kept), self.begin_backward, self.gatherer.params_always_full
             )
             self.gatherer.release_guests()
@@ -308,7 +318,9 @@ class Hooks:
     def _before_backward(self, unit: Unit) -> None:
         if self._is_inside_forward(unit):
             return
-        if self.marked:
+        if self.layers is not None:
+            self.layers.come_back_to(unit)
+        elif self.marked:
             self._end_leaves(unit)
         if unit.index in self.uses.repeated or not self.reducer.is_complete(unit):
             self._hold(unit)
@@ -318,6 +330,8 @@ class Hooks:
         if self._is_inside_forward(unit):
             return
         self.begin_backward()
+        if self.layers is not None:
+            self.layers.come_back_to(unit)
         if unit not in self.current.held and not self.reducer.is_complete(unit):
             self._hold(unit)
 
@@ -367,6 +381,9 @@ class Hooks:
     def _gradients_complete(self, unit: Unit) -> None:
         # A module that ran twice has its backward twice, and may get gradients twice.
         if unit.held_through_backward or unit.index in self.uses.repeated:
+            return
+        if self.layers is not None:
+            # The next micro-batch comes to it.
             return
         # What is frozen may still be needed for the gradient of the unit's input.
         if not unit.has_frozen:
@@ -442,28 +459,3 @@ class Hooks:
         if self.strays is not None:
             self.strays.close()
         self.reducer.close()
-
-
-def _on_gradient(tensors: Iterable[torch.Tensor], act: Callable[[], None], params_always_full: bool) -> None:
-    """Runs `act` when the gradient of any of the tensors is known."""
-
-    def hook(grad: torch.Tensor) -> None:
-        if torch.is_grad_enabled():
-            if torch._C._functorch.peek_interpreter_stack() is not None:
-                if params_always_full:
-                    # A transform of torch.func accumulates no gradient, and needs nothing brought.
-                    return
-                raise ModelError(
-                    "torch.func over an engine's module at stage 3: its transforms run beside the passes that weights "
-                    "are brought for; use stages 0 to 2, or torch.autograd"
-                )
-            raise ModelError(
-                "backward with create_graph=True: a graph of the backward would refer to weights that are gone when it "
-                "is used; double backward is not supported"
-            )
-        act()
-
-    for tensor in tensors:
-        # A leaf is nothing that the module has made; a hook on it would stay for ever.
-        if tensor.grad_fn is not None:
-            add_hook(tensor, hook)

@@ -85,10 +85,19 @@ class _Export:
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
         check_exportable(tensors)
         self._tensors = tensors
+        self._elements = {held.name: held.elements for held in records}
 
     def told(self) -> dict[str, Any]:
         """The tensors of this rank's part of the model, as JSON; none where another rank tells of all."""
-        tensors = [[each.name, str(each.dtype).removeprefix("torch."), list(each.shape)] for each in self._tensors]
+        tensors = [
+            [
+                each.name,
+                str(each.dtype).removeprefix("torch."),
+                list(each.shape),
+                self._elements.get(each.name, each.name),
+            ]
+            for each in self._tensors
+        ]
         return {"leader": self._leader, "tensors": tensors if self._tells else []}
 
     def lay_out(self, told: list[dict[str, Any]]) -> None:
@@ -96,13 +105,11 @@ class _Export:
         tensors: dict[str, Tensor] = {}
         first: dict[str, int] = {}
         for each in told:
-            for name, dtype, shape in each["tensors"]:
-                if name not in tensors:
-                    tensors[name], first[name] = Tensor(name, getattr(torch, dtype), tuple(shape)), each["leader"]
-        # What several parts of the model have, the first of them writes; each has its own region of what is cut.
-        for name in [name for name, runs in self.runs.items() if runs[0].held.region is None]:
-            if first.get(name) != self._leader:
-                del self.runs[name]
+            for name, dtype, shape, elements in each["tensors"]:
+                tensors.setdefault(name, Tensor(name, getattr(torch, dtype), tuple(shape)))
+                first.setdefault(elements, each["leader"])
+        # What several parts of the model have, the first of them writes.
+        self.runs = {name: runs for name, runs in self.runs.items() if first.get(self._elements[name]) == self._leader}
         self._writes = {name for name in self.buffers if first[name] == self.team.rank}
         """Buffers that this rank writes: the first that has them."""
         self.folder = ModelFolder(self._directory, self._stem, list(tensors.values()))

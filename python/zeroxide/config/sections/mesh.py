@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import Count, NotBuilt, Section
+from zeroxide.config.fields import Count, Section
 from zeroxide.config.given import Given
 from zeroxide.errors import ConfigError
 
@@ -34,7 +34,7 @@ class MeshSection(Section):
     """Ranks that share the sequences of a batch."""
     tp: Count | None = None
     """Ranks that share every matrix."""
-    ep: Annotated[Count | None, NotBuilt("expert parallelism", neutral=(1,))] = None
+    ep: Count | None = None
     """Ranks, of those that share a shard group, over which experts are spread."""
 
 
@@ -113,7 +113,10 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
     axes = _data_axes(section, zero, stage, batch_ranks(section, given))
     if axes is None and max(others.values()) == 1:
         return None
-    axes = dataclasses.replace(axes or Mesh(dp_shard=batch_ranks(section, given)), **others)
+    if axes is None:
+        ranks = batch_ranks(section, given)
+        axes = Mesh(dp_shard=ranks) if stage > 0 else Mesh(dp_replicate=ranks)
+    axes = dataclasses.replace(axes, **others)
     if axes.dp_shard * axes.sp % axes.ep:
         raise ConfigError(
             f"{_MESH}: ep = {axes.ep} does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, the ranks over which "

@@ -59,6 +59,10 @@ class ZeroxideSection(Section):
     """How much optimizer state stays in host memory where its home is a disk, in whole units; without it, none."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
     """How many units are read ahead of the one in use."""
+    accumulation_order: Annotated[Literal["batches", "layers"], choice("batches", "layers")] = "batches"
+    """How `train_batch` accumulates: one micro-batch after the other, or all of them layer by layer."""
+    micro_batch_seeds: Flag = False
+    """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     trim_libraries: Flag = True
@@ -109,6 +113,10 @@ class Zeroxide(Resolved):
     """Most bytes of optimizer state that stay in host memory where its home is a disk; `None` is none."""
     prefetch: int = 1
     """How many units are read ahead of the one in use."""
+    accumulation_order: Literal["batches", "layers"] = "batches"
+    """How `train_batch` accumulates: one micro-batch after the other, or all of them layer by layer."""
+    micro_batch_seeds: bool = False
+    """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     io_engine: Literal["auto", "io_uring", "threads"] = field(
         default="auto", metadata=may_differ("a kernel may have io_uring and another not")
     )
@@ -152,6 +160,8 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         tile_bytes=section.tile_bytes,
         state_in_memory=section.state_in_memory,
         prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
+        accumulation_order=section.accumulation_order,
+        micro_batch_seeds=section.micro_batch_seeds,
         io_engine=section.io_engine,
         threads=section.threads,
         gradients=section.gradients,

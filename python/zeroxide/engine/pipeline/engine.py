@@ -33,12 +33,16 @@ class PipelineEngine(Engine):
 
     def __init__(self, parts: Parts, stages: PipelineStages) -> None:
         super().__init__(parts)
+        _check_orders(parts)
         # No attribute that holds a module: `stages` may be one, which is `module` already.
         self._pipe = _Pipe(self, stages)
+        stages.commit()
 
     # One step --------------------------------------------------------------------------------------------------------
 
-    def train_batch(self, data_iter: Iterable[Any] | None = None) -> torch.Tensor:
+    def train_batch(  # type: ignore[override]  # the module has its loss function
+        self, data_iter: Iterable[Any] | None = None
+    ) -> torch.Tensor:
         """One optimizer step over `gradient_accumulation_steps` micro-batches. Returns their mean loss, on every rank.
 
         data_iter: what the micro-batches are taken from, from now on; this rank's own, as all ranks of a pipeline draw
@@ -56,7 +60,6 @@ class PipelineEngine(Engine):
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
             pipe.tied.sum_gradients()
-            self.parts.updater.counted_elsewhere = pipe.tied.counted_elsewhere
             self.parts.counters.micro_steps += count - 1
             Engine.step(self)
             return pipe.mean(losses, count)
@@ -70,7 +73,7 @@ class PipelineEngine(Engine):
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
     ) -> Any:
-        """Runs micro-batches forward, without gradients, in the mode of evaluation. The training data stays where it is.
+        """Runs micro-batches forward, without gradients, in the mode of evaluation. Training data stays where it is.
 
         compute_loss: whether the last stage computes a loss; without it the result is what the last stage gave.
         reduce_output: "avg" for the mean over micro-batches (and ranks with other samples, of losses), None for a list
@@ -97,7 +100,7 @@ class PipelineEngine(Engine):
                 outputs = pipe.outputs
                 if not compute_loss:
                     return outputs if pipe.is_last else None
-                reduced = pipe.mean(losses, count) if reduce_output else pipe.every(losses, count)
+                reduced: Any = pipe.mean(losses, count) if reduce_output else pipe.every(losses, count)
         finally:
             pipe.compute_loss, pipe.outputs = True, []
             pipe.batches.iterator = iterator
@@ -186,7 +189,7 @@ class _Pipe:
         parts = engine.parts
         self.engine = engine
         self.stages = stages
-        self.ranks = parts.job.parts
+        self.ranks = parts.job.stages
         self.rank = self.ranks.rank
         self.is_last = stages.total_stages - 1 in stages.own_stages
         self.link = StageLink(self.ranks, parts.watch, stages.total_stages, parts.device)
@@ -195,6 +198,7 @@ class _Pipe:
         self.batches.repeat(parts.dataloader)
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()
+        parts.updater.repeated |= self.tied.counted_elsewhere(parts.units)
         self.under_way: str | None = None
         self.compute_loss = True
         self.outputs: list[Any] = []
@@ -276,7 +280,7 @@ class _Pipe:
         """See `Compute`."""
         self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}"
         self.engine.parts.hooks.uses = self._uses.pop((stage, micro_batch))
-        self.engine._differentiate(outputs, gradients)
+        self.engine.differentiate(outputs, gradients)
 
     # What all ranks get to know --------------------------------------------------------------------------------------
 
@@ -292,7 +296,9 @@ class _Pipe:
                 mine = rows.double().mean(0).float()
         if self.ranks.world > 1:
             with parts.watch.waiting("the loss of the last stage"):
-                rows = self.ranks.gather_rows(torch.cat([mine, torch.tensor([float(self.is_last)])]), "the loss")
+                rows = self.ranks.gather_rows(
+                    torch.cat([mine, torch.full((1,), float(self.is_last), device=HOST)]), "the loss"
+                )
             mine = rows[int(rows[:, -1].argmax()), :-1]
         return [each.to(parts.device) for each in mine.unbind()]
 
@@ -302,7 +308,16 @@ class _Pipe:
         return torch.stack(every).double().mean().float()
 
 
+def _check_orders(parts: Parts) -> None:
+    own = parts.config.zeroxide
+    asked = {"accumulation_order": own.accumulation_order != "batches", "micro_batch_seeds": own.micro_batch_seeds}
+    for name in (name for name, given in asked.items() if given):
+        raise ConfigError(
+            f"zeroxide.{name}: in a pipeline its schedule orders micro-batches: leave it out", path=f"zeroxide.{name}"
+        )
+
+
 def _refuse(call: str) -> NoReturn:
     raise PipelineError(
-        f"engine.{call}: a pipeline runs whole steps: call engine.train_batch(data_iter), or engine.eval_batch to evaluate"
+        f"engine.{call}: a pipeline runs steps as a whole: call engine.train_batch(data_iter), or engine.eval_batch"
     )

@@ -42,8 +42,17 @@ _CPU_ADAGRAD = "zeroxide.optim:DeepSpeedCPUAdagrad"
 _INIT_DISTRIBUTED = "zeroxide.distributed:init_distributed"
 _LOGGER = f"{_HERE}.logging:logger"
 _LOG_DIST = f"{_HERE}.logging:log_dist"
-_PIPELINE = _later("pipeline parallelism")
-_EXPERTS = _later("expert parallelism")
+_LAYERS = {name: f"zeroxide.parallel.pipe:{name}" for name in ("LayerSpec", "PipelineModule", "TiedLayerSpec")}
+_TOPOLOGY = {
+    name: f"zeroxide.parallel.pipe:{name}"
+    for name in (
+        "PipeDataParallelTopology",
+        "PipeModelDataParallelTopology",
+        "PipelineParallelGrid",
+        "ProcessTopology",
+    )
+}
+_PIPELINE_ERROR = {"PipelineError": "zeroxide.errors:PipelineError"}
 _TENSOR = _later("tensor parallelism")
 _SEQUENCE = "zeroxide.parallel.sequence"
 _OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
@@ -106,6 +115,7 @@ _SCHEDULES = {
     name: f"zeroxide.optim.schedules:{name}"
     for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
 }
+_GATES = {name: f"zeroxide.moe:{name}" for name in ("MOELayer", "TopKGate")}
 _DISTRIBUTED = {
     name: f"torch.distributed:{name}"
     for name in (
@@ -169,7 +179,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "logger": _LOGGER,
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
-        "PipelineModule": _PIPELINE,
+        "PipelineModule": _LAYERS["PipelineModule"],
         "tp_model_init": _TENSOR,
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
@@ -199,9 +209,22 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     },
     "deepspeed.module_inject": {},
     "deepspeed.module_inject.layers": {"GatherReplacedLayerParams": f"{_HERE}.gathering:GatherReplacedLayerParams"},
-    "deepspeed.moe": {"MoE": _EXPERTS},
-    "deepspeed.moe.layer": {"MoE": _EXPERTS},
-    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _EXPERTS},
+    "deepspeed.moe": {"MoE": "zeroxide.moe:MoE"},
+    "deepspeed.moe.experts": {"Experts": "zeroxide.moe:Experts"},
+    "deepspeed.moe.layer": {"MoE": "zeroxide.moe:MoE", "Experts": "zeroxide.moe:Experts", **_GATES},
+    "deepspeed.moe.sharded_moe": _GATES,
+    "deepspeed.moe.utils": {
+        name: f"zeroxide.moe.parameters:{name}"
+        for name in (
+            "configure_moe_param_groups",
+            "has_moe_layers",
+            "is_moe_param",
+            "is_moe_param_group",
+            "split_params_grads_into_shared_and_expert_params",
+            "split_params_into_different_moe_groups_for_optimizer",
+            "split_params_into_shared_and_expert_params",
+        )
+    },
     "deepspeed.monitor": {},
     "deepspeed.monitor.config": {"get_monitor_config": f"{_HERE}.monitor:get_monitor_config"},
     "deepspeed.monitor.monitor": {"MonitorMaster": f"{_HERE}.monitor:MonitorMaster"},
@@ -213,7 +236,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.ops.op_builder": {**_BUILDERS, "OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.ops.op_builder.all_ops": {"ALL_OPS": f"{_HERE}.op_builder:ALL_OPS"},
     "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
-    "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
+    "deepspeed.pipe": _LAYERS,
     "deepspeed.profiling": {},
     "deepspeed.profiling.flops_profiler": _PROFILER,
     "deepspeed.profiling.flops_profiler.profiler": _PROFILER,
@@ -237,8 +260,13 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "WARMUP_DECAY_LR": f"{_HERE}.version:WARMUP_DECAY_LR",
         "WARMUP_LR": f"{_HERE}.version:WARMUP_LR",
     },
-    "deepspeed.runtime.pipe": {},
-    "deepspeed.runtime.pipe.engine": {"PipelineEngine": _PIPELINE},
+    "deepspeed.runtime.pipe": {**_LAYERS, "ProcessTopology": _TOPOLOGY["ProcessTopology"]},
+    "deepspeed.runtime.pipe.engine": {
+        "PipelineEngine": "zeroxide.engine.pipeline.engine:PipelineEngine",
+        **_PIPELINE_ERROR,
+    },
+    "deepspeed.runtime.pipe.module": {**_LAYERS, **_PIPELINE_ERROR},
+    "deepspeed.runtime.pipe.topology": _TOPOLOGY,
     "deepspeed.runtime.chunked_cross_entropy": {"chunked_cross_entropy": "zeroxide.losses:chunked_cross_entropy"},
     "deepspeed.runtime.sequence_parallel": {},
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": {

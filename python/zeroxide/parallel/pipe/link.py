@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeroxide.device.placement import HOST, in_host, plain
+from zeroxide.device.placement import HOST, in_host, of_buffer, plain
 from zeroxide.distributed import COMMS, Ranks, Watch
 from zeroxide.errors import RanksError
 from zeroxide.parallel.pipe.nesting import flatten, rebuild
@@ -82,7 +82,7 @@ class StageLink:
         first = self._tag(address)
         self._leave(address, to, torch.tensor([0 if known else len(ahead)], device=HOST), first)
         if not known:
-            self._leave(address, to, torch.frombuffer(bytearray(ahead), dtype=torch.uint8), first + 1)
+            self._leave(address, to, of_buffer(bytearray(ahead), torch.uint8), first + 1)
         for each in tensors:
             values = plain(in_host(each.detach())).contiguous()
             if values.numel():

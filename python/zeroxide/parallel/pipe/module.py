@@ -247,10 +247,7 @@ class PipelineModule(PipelineStages, nn.Module):
             return self._run(layers, inputs)
         for first in range(layers.start, layers.stop, every):
             piece = range(first, min(first + every, layers.stop))
-            if self._is_checkpointable(piece):
-                inputs = self._recomputed(piece, inputs)
-            else:
-                inputs = self._run(piece, inputs)
+            inputs = self._recomputed(piece, inputs) if self._is_checkpointable(piece) else self._run(piece, inputs)
         return inputs
 
     def _run(self, layers: range, inputs: Any) -> Any:
@@ -291,10 +288,10 @@ class PipelineModule(PipelineStages, nn.Module):
 
     def _halves(self, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            shown = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise DataError(
-                f"a batch of a PipelineModule is a pair, what its first layer takes and the labels, got "
-                f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}: give pairs, or "
-                "what makes them by engine.set_batch_fn"
+                f"a batch of a PipelineModule is a pair, what its first layer takes and the labels, got {shown}: give "
+                "pairs, or what makes them by engine.set_batch_fn"
             )
         return batch[0], batch[1]
 
@@ -361,8 +358,8 @@ def _check_tied(spec: TiedLayerSpec, module: nn.Module, ranks: Sequence[int]) ->
     left = [name for name in names if name not in spec.tied_weight_attr]
     if left and len(ranks) > 1:
         raise ModelError(
-            f"TiedLayerSpec {spec.key!r} is on stages {', '.join(map(str, ranks))}, and its {left[0]} is not tied: name "
-            "it in tied_weight_attr, so that all copies stay one",
+            f"TiedLayerSpec {spec.key!r} is on stages {', '.join(map(str, ranks))}, and its {left[0]} is not tied: "
+            "name it in tied_weight_attr, so that all copies stay one",
             name=left[0],
         )
 

@@ -26,7 +26,11 @@ class Compute(Protocol):
         stage's input, or, of the last stage, the loss of the micro-batch as backward begins with it."""
 
     def backward(
-        self, stage: int, micro_batch: int, outputs: list[torch.Tensor | GradientEdge], gradients: list[torch.Tensor | None]
+        self,
+        stage: int,
+        micro_batch: int,
+        outputs: list[torch.Tensor | GradientEdge],
+        gradients: list[torch.Tensor | None],
     ) -> None:
         """Runs backward from the outputs of a stage, of which each has a gradient; None for a loss."""
 

@@ -18,7 +18,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.parallel.sequence.exchange import Exchange, Heads, to_heads, to_sequence
 from zeroxide.parallel.sequence.layout import SequenceLayout, gather_layout
-from zeroxide.parallel.sequence.parallel_state import SequenceParallelState, initialize_sequence_parallel
+from zeroxide.parallel.sequence.parallel_state import (
+    SequenceParallelState,
+    current_state,
+    initialize_sequence_parallel,
+)
 from zeroxide.parallel.sequence.registration import (
     Registration,
     add,
@@ -129,7 +133,10 @@ class UlyssesSPAttentionHF:
                 "disable_in_eval needs the model itself, not what it is loaded from: only that tells when it evaluates",
                 path="disable_in_eval",
             )
-        state = initialize_sequence_parallel(sequence_parallel_size)
+        # Beside other axes a script has made the groups, by its mesh.
+        state = current_state()
+        if state is None or state.get_sequence_parallel_world_size() != sequence_parallel_size:
+            state = initialize_sequence_parallel(sequence_parallel_size)
         ring = heads_of(config)[0] < sequence_parallel_size
         if ring and state.get_sequence_parallel_rank() == 0:
             logger.warning(

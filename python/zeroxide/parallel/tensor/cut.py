@@ -81,7 +81,6 @@ class TensorShard:
             at += count
 
 
-
 def shard_of(param: torch.Tensor) -> TensorShard | None:
     """How the parameter is a part of a larger one; None where it is all of it."""
     found: TensorShard | None = param.__dict__.get(SHARD)

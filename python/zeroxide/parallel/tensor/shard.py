@@ -119,6 +119,9 @@ def _layer(module: nn.Module, name: str, rule: LayerRule) -> _Layer | None:
     if rule.kind == "skip":
         return None
     found = module.get_submodule(name)
+    if getattr(found, "weight", found) is None:
+        # Another stage of a pipeline has it.
+        return None
     if isinstance(found, nn.Linear):
         dim = 0 if rule.kind == "column" else 1
     elif is_conv1d(found) or isinstance(found, nn.Embedding):

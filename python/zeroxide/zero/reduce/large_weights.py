@@ -248,6 +248,9 @@ class LargeWeight:
         # and in their own dtype.
         if self.uses > 1 and not self.shared.adds_as_autograd(self.unit.flat.dtype):
             return False
+        order = self.shared.reducer.order
+        if order is not None and not order.may_add(self.unit, self.position):
+            return False
         try:
             wanted: bool = torch._C._will_engine_execute_node(accumulate)
         except RuntimeError:
@@ -260,6 +263,8 @@ class LargeWeight:
         reducer = self.shared.reducer
         if self.unit.gradients is not GradientState.OPEN:
             reducer.check_open(self.unit)
+        if reducer.order is not None:
+            reducer.order.note(self.unit, self.position)
         reducer.core.accumulate(self.unit.index, self.position, start, spec(plain(reducer.share(part))), True)
         if start + part.numel() == self.unit.shapes[self.position].numel():
             self._arrived()
@@ -269,6 +274,8 @@ class LargeWeight:
         reducer = self.shared.reducer
         if self.unit.gradients is not GradientState.OPEN:
             reducer.check_open(self.unit)
+        if reducer.order is not None:
+            reducer.order.note(self.unit, self.position)
         shared = plain(reducer.share(values))
         reducer.core.accumulate_rows(self.unit.index, self.position, count, spec(rows), spec(shared))
         self._arrived()
@@ -305,6 +312,18 @@ class LargeWeights:
                 shape = unit.shapes[position]
                 if unit.trainable[position] and len(shape) == 2 and shape.numel() >= LARGE and _is_ordinary(param):
                     self.found[unit.index, position] = LargeWeight(self, unit, position)
+
+    def take_uses(self) -> tuple[Any, ...]:
+        """What is known of the uses by one micro-batch, to be put back when that goes on. Forgets it."""
+        found = self.seen, [(large.uses, large.all_lean, large.accumulated) for large in self.found.values()]
+        self.seen = {}
+        return found
+
+    def put_uses(self, taken: tuple[Any, ...]) -> None:
+        """Goes on from what `take_uses` returned."""
+        self.seen, uses = taken
+        for large, known in zip(self.found.values(), uses, strict=True):
+            large.uses, large.all_lean, large.accumulated = known
 
     def kinds(self, unit: Unit) -> dict[int, type[nn.Parameter]]:
         """The class of each large parameter of the unit, by its position."""

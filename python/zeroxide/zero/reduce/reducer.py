@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from operator import attrgetter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -17,6 +18,9 @@ from zeroxide.zero.passes import GradientState
 from zeroxide.zero.reduce.large_weights import LargeWeights, accumulate_rows, raise_closed
 from zeroxide.zero.reduce.offload import GradientOffload
 from zeroxide.zero.unit import Unit
+
+if TYPE_CHECKING:
+    from zeroxide.zero.reduce.in_order import GradientOrder
 
 __all__ = ["Reducer"]
 
@@ -46,12 +50,15 @@ class Reducer:
         self.divisor = 1
         """What gradients are divided by as they are accumulated: the accumulation steps, where no loss was divided by
         them."""
+        self.order: GradientOrder | None = None
+        """What lets gradients through in the order of micro-batches, several of which are under way."""
         self.wanted: list[frozenset[int]] = []
         """Of each unit, the positions that take a gradient."""
         self.missing: list[set[int]] = []
         """Those of them whose gradients are outstanding in the backward under way."""
         self.handles: list[RemovableHandle] = []
         self.hooked: list[tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = []
+        self._places: list[tuple[Unit, int]] = []
         for unit in units:
             wanted = frozenset(position for position, trainable in enumerate(unit.trainable) if trainable)
             missing = set(wanted)
@@ -60,6 +67,7 @@ class Reducer:
             for position in sorted(wanted):
                 hook = Hook(_core.GradientHook(host_part(core), unit, position, missing, GradientState.OPEN, self))
                 self.hooked.append((unit.params[position], hook))
+                self._places.append((unit, position))
                 self.handles.append(_put(*self.hooked[-1]))
         self.params = [param for param, _ in self.hooked]
         """All trainable parameters."""
@@ -76,6 +84,17 @@ class Reducer:
             if len(hooks) > 1 and next(reversed(hooks)) != self.handles[number].id:
                 self.handles[number].remove()
                 self.handles[number] = _put(param, hook)
+
+    def put_before(self, make: Callable[[Callable[[torch.Tensor], None], Unit, int], Callable[[Any], None]]) -> None:
+        """Puts what `make` makes of each hook, its unit and position in the hook's place."""
+        for number, (param, hook) in enumerate(self.hooked):
+            self.handles[number].remove()
+            self.hooked[number] = param, make(hook, *self._places[number])
+            self.handles[number] = _put(*self.hooked[number])
+
+    def expect(self, unit: Unit) -> None:
+        """Gradients of the unit are outstanding, for one more micro-batch."""
+        self.missing[unit.index] |= self.wanted[unit.index]
 
     def expect_all(self) -> None:
         """Begins a backward: every trainable parameter's gradient is outstanding."""
