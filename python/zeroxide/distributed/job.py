@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from zeroxide.distributed.collectives import Ranks
 from zeroxide.distributed.mesh import ProcessMesh
@@ -28,9 +28,9 @@ class Job:
     parts: Ranks
     """Those that have the other parts of the model in the same place, along `pp` and `tp`."""
 
-    tensor: Ranks
+    tensor: Ranks = field(default_factory=Ranks)
     """Those that compute a part of every matrix, along `tp`; where the model computes, tensors travel between them."""
-    stages: Ranks
+    stages: Ranks = field(default_factory=Ranks)
     """Those that have the other stages of a pipeline for the same samples, along `pp`."""
 
     def groups(self) -> tuple[Ranks, ...]:

@@ -53,7 +53,6 @@ _TOPOLOGY = {
     )
 }
 _PIPELINE_ERROR = {"PipelineError": "zeroxide.errors:PipelineError"}
-_TENSOR = _later("tensor parallelism")
 _SEQUENCE = "zeroxide.parallel.sequence"
 _OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
 _WHICH = ("data", "sequence", "sequence_data")
@@ -180,7 +179,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
         "PipelineModule": _LAYERS["PipelineModule"],
-        "tp_model_init": _TENSOR,
+        "tp_model_init": "zeroxide.engine.tp_model_init:tp_model_init",
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
     },
@@ -208,6 +207,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "main": Unbuilt("zeroxide has no launcher of its own: start ranks by `zeroxide run torchrun ...`"),
     },
     "deepspeed.module_inject": {},
+    "deepspeed.module_inject.autotp_config": {"TPLayerSpec": "zeroxide.config:TPLayerSpec"},
     "deepspeed.module_inject.layers": {"GatherReplacedLayerParams": f"{_HERE}.gathering:GatherReplacedLayerParams"},
     "deepspeed.moe": {"MoE": "zeroxide.moe:MoE"},
     "deepspeed.moe.experts": {"Experts": "zeroxide.moe:Experts"},
