@@ -76,7 +76,7 @@ from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.reduce.choice import make_reduction
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
-from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
+from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction, kept_where_they_arrive
 from zeroxide.zero.reduce.quantised import QuantisedGradients
 from zeroxide.zero.reduce.timed import TimedReduction
 from zeroxide.zero.saved_activations import SavedActivations
@@ -96,7 +96,6 @@ class Build:
     world: Ranks
     job: Job
     stages: PipelineStages | None
-    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
@@ -358,24 +357,15 @@ class Build:
         )
         if self.grad_offload is not None:
             # Locked memory is resident: what has moved out of the model is not any more.
-            self.grad_offload.go_straight(self._keeping_gradients(), plan.grad)
+            self.grad_offload.go_straight(kept_where_they_arrive(plan, self.units), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        reduction = (
-            TimedReduction(self.reduction, self.timers.add_reduction) if self.timers.breakdown else self.reduction
-        )
+        timed = self.timers.breakdown
+        reduction = TimedReduction(self.reduction, self.timers.add_reduction) if timed else self.reduction
         self.hooks = Hooks(
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
         self.made.callback(self.hooks.close)
-
-    def _keeping_gradients(self) -> list[Unit]:
-        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
-        state on disk their memory is given back after the update."""
-        plan = self.plan
-        if plan.world > 1 or plan.state is not Home.HOST:
-            return []
-        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def keep_parameters(self) -> None:
         """Makes the engine answer for the parameters while they are empty."""
