@@ -38,6 +38,7 @@ FOREIGN = {
     "_cdata": "torch: the address of a storage, which C functions take",
     "_device_types": "torch: what a process group can carry",
     "_execution_engine": "torch: the only way to be called when a backward ends",
+    "_default_apply_gate": "transformers: the usual one",
     "_indices": "torch: of a sparse tensor as it is, not coalesced",
     "_modules": "torch: a module's own children",
     "_non_persistent_buffers_set": "torch: which buffers are not state",

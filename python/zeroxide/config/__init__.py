@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.comms_logger import CommsLogging
+    from zeroxide.config.sections.expert_parallel import ExpertParallel
     from zeroxide.config.sections.flops_profiler import FlopsProfile
     from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
@@ -41,6 +42,7 @@ __all__ = [
     "Config",
     "Dtype",
     "ErrorFeedback",
+    "ExpertParallel",
     "FlopsProfile",
     "Lion",
     "LogFolder",
@@ -66,6 +68,7 @@ _HOMES = {
     "CommsLogging": "sections.comms_logger",
     "Config": "resolved",
     "Dtype": "sections.precision",
+    "ExpertParallel": "sections.expert_parallel",
     "FlopsProfile": "sections.flops_profiler",
     "Lion": "rules",
     "LogFolder": "sections.monitor",

@@ -16,6 +16,7 @@ from zeroxide.config.sections.aio import AioSection
 from zeroxide.config.sections.batch import BatchKeys
 from zeroxide.config.sections.checkpoint import CheckpointSection
 from zeroxide.config.sections.comms_logger import CommsLoggerSection
+from zeroxide.config.sections.expert_parallel import ExpertParallelSection
 from zeroxide.config.sections.flops_profiler import FlopsProfilerSection
 from zeroxide.config.sections.gradients import GradientKeys
 from zeroxide.config.sections.monitor import MonitorKeys
@@ -45,6 +46,7 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     checkpoint: CheckpointSection | None = None
     pipeline: PipelineSection | None = None
     comms_logger: CommsLoggerSection | None = None
+    expert_parallel: ExpertParallelSection | None = None
     tensor_parallel: TensorParallelSection | None = None
     flops_profiler: FlopsProfilerSection | None = None
     zeroxide: ZeroxideSection | None = None

@@ -19,6 +19,7 @@ from zeroxide.config.sections import (
     batch,
     checkpoint,
     comms_logger,
+    expert_parallel,
     flops_profiler,
     gradients,
     mesh,
@@ -167,6 +168,9 @@ class _Sections:
             report=report.resolve(document),
             monitor=monitor.resolve(document, given),
             comms_logger=comms_logger.resolve(document.comms_logger, given),
+            expert_parallel=self._one(
+                expert_parallel.ExpertParallel, ("expert_parallel",), expert_parallel.resolve, document.expert_parallel
+            ),
             flops_profiler=flops_profiler.resolve(document.flops_profiler, given),
             no_effect=given.no_effect,
             source=dict(data),

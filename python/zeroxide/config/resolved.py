@@ -13,6 +13,7 @@ from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
 from zeroxide.config.sections.comms_logger import CommsLogging
+from zeroxide.config.sections.expert_parallel import ExpertParallel
 from zeroxide.config.sections.flops_profiler import FlopsProfile
 from zeroxide.config.sections.gradients import Gradients
 from zeroxide.config.sections.mesh import Mesh
@@ -52,6 +53,7 @@ class Config:
     zeroxide: Zeroxide = field(default_factory=Zeroxide)
     report: Report = field(default_factory=Report)
     monitor: Monitors = field(default_factory=Monitors)
+    expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
     flops_profiler: FlopsProfile = field(default_factory=FlopsProfile)
     comms_logger: CommsLogging = field(default_factory=CommsLogging)
 

@@ -29,6 +29,7 @@ from zeroxide.engine.activations import idle_keys, keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.experts import take_experts
 from zeroxide.engine.heap import keep_freed_memory
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
@@ -45,6 +46,7 @@ from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
+from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.params.empty import ParameterTable
@@ -74,7 +76,7 @@ from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.reduce.choice import make_reduction
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
-from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
+from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction, kept_where_they_arrive
 from zeroxide.zero.reduce.quantised import QuantisedGradients
 from zeroxide.zero.reduce.timed import TimedReduction
 from zeroxide.zero.saved_activations import SavedActivations
@@ -94,7 +96,6 @@ class Build:
     world: Ranks
     job: Job
     stages: PipelineStages | None
-    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
@@ -104,6 +105,7 @@ class Build:
     peak: Peak
     undo: Undo
     watch: Watch
+    experts: SpreadExperts
     tensor: Uncut
     observers: Observers
     groups: list[dict[str, Any]]
@@ -158,6 +160,7 @@ class Build:
         own, ranks = partial(own_dtype, self.module), self.world.world
         self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
         self.stages = stages_for(self.world, self.module, asked.stages, self.config, self.made)
+        self.config = with_experts(self.config, self.module, ranks, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
@@ -196,6 +199,10 @@ class Build:
         self.watch = Watch(self.world, parts=self.job.groups(), timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
 
+    def spread_experts(self) -> None:
+        """Leaves this rank its own experts of those that are spread over ranks."""
+        self.experts = take_experts(self.asked, self.module, self.config, self.ranks, self.watch, self.made)
+
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
         self.observers = open_observers(self.config, self.world)
@@ -211,7 +218,8 @@ class Build:
         asked, config = self.asked, self.config
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
-        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
+        given = self.experts.without_dropped(asked.model_parameters)
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
@@ -237,6 +245,7 @@ class Build:
             states=states,
             device=self.device,
             asked=asked,
+            experts=self.experts.params,
         )
         for path, reason in idle_keys(self.plan, config, self.device) if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
@@ -262,7 +271,7 @@ class Build:
         # Units remember shapes before the parameters lose them.
         core = self.core()
         self.units = [
-            Unit(index, unit, core, self.plan.compute, self.plan.groups, self.device)
+            Unit(index, unit, core, self.plan.compute, self.plan.groups_of(index), self.device)
             for index, unit in enumerate(self.plan.units)
         ]
         both = device_part(core)
@@ -307,7 +316,7 @@ class Build:
         self.updater = Updater(
             self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
-        self.updater.repeated = self.tensor.repeated(self.units)
+        self.updater.repeated, self.updater.apart = self.tensor.repeated(self.units), self.plan.trained_apart()
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -322,8 +331,9 @@ class Build:
 
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
+        places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
         source = self.tensor.spread(self.module, self.asked.weights)
-        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks)
+        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks, places)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
@@ -347,24 +357,15 @@ class Build:
         )
         if self.grad_offload is not None:
             # Locked memory is resident: what has moved out of the model is not any more.
-            self.grad_offload.go_straight(self._keeping_gradients(), plan.grad)
+            self.grad_offload.go_straight(kept_where_they_arrive(plan, self.units), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        reduction = (
-            TimedReduction(self.reduction, self.timers.add_reduction) if self.timers.breakdown else self.reduction
-        )
+        timed = self.timers.breakdown
+        reduction = TimedReduction(self.reduction, self.timers.add_reduction) if timed else self.reduction
         self.hooks = Hooks(
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
         self.made.callback(self.hooks.close)
-
-    def _keeping_gradients(self) -> list[Unit]:
-        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
-        state on disk their memory is given back after the update."""
-        plan = self.plan
-        if plan.world > 1 or plan.state is not Home.HOST:
-            return []
-        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def keep_parameters(self) -> None:
         """Makes the engine answer for the parameters while they are empty."""
@@ -375,7 +376,6 @@ class Build:
             self.units,
             self.ranks,
             self.watch,
-            groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
             health=self.health,
@@ -470,6 +470,7 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("peak", Build.measure),
     ("undo", Build.remember_model),
     ("watch", Build.watch_ranks),
+    ("experts", Build.spread_experts),
     ("observers", Build.open_observers),
     ("tensors", Build.cut_matrices),
     ("groups", Build.group_parameters),

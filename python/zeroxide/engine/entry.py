@@ -14,6 +14,7 @@ from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
 from zeroxide.engine.sequences import sequence_size
+from zeroxide.engine.tp_model_init import with_asked
 from zeroxide.errors import ModelError
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.context import is_building
@@ -84,16 +85,18 @@ def initialize(
     arguments = locals()
     shortcuts = {name: arguments[name] for name in _SHORTCUTS}
     given = config if config is not None else config_params
+    checked = _checked(model)
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
     engine = build(
         Request(
-            **_checked(model),
+            **checked,
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
             distributed_port=distributed_port,
             collate_fn=collate_fn,
-            config=given if given is not None else getattr(args, "deepspeed_config", None),
+            config=with_asked(checked["model"], given),
             weights=weights,
             mpu=mpu,
             sequence=sequence_size(mpu, mesh_param),

@@ -15,6 +15,7 @@ from torch import nn
 from zeroxide.config import Config
 from zeroxide.device.placement import HOST, has_values, in_host, is_host
 from zeroxide.distributed import Job, Watch, agree, model_facts
+from zeroxide.engine.tp_model_init import check_dtype
 from zeroxide.errors import RanksError
 from zeroxide.parallel.tensor import Sharding, TensorGroup, TensorShard, find_rules, shard_model, shard_of
 from zeroxide.parallel.tensor.region import drops
@@ -62,6 +63,7 @@ def cut_matrices(module: nn.Module, config: Config, job: Job, watch: Watch) -> U
     Raises RanksError where these ranks have different models, and ModelError for one that cannot be cut so; `restore`
     undoes what a later failure leaves.
     """
+    check_dtype(module, config)
     if job.tensor.world == 1:
         return Uncut()
     agree(job.tensor, model_facts(module))

@@ -18,7 +18,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
-from zeroxide.zero.reduce.norm import agree_on_norm
+from zeroxide.zero.reduce.norm import Apart, agree_on_norm
 
 __all__ = ["Updater"]
 
@@ -51,6 +51,8 @@ class Updater:
         self._job = job
         self.repeated: frozenset[tuple[int, int]] = frozenset()
         """(unit, position) of parameters whose gradients another part of the model counts in the norm."""
+        self.apart: Apart = ()
+        """Which parameters only some of the ranks train."""
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
@@ -72,7 +74,7 @@ class Updater:
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
         sum_squares, nonfinite, _ = agree_on_norm(
-            self._core(), self._job, self._groups, self._watch, repeated=self.repeated
+            self._core(), self._job, self._groups, self._watch, repeated=self.repeated, apart=self.apart
         )
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
@@ -82,7 +84,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0, self.repeated
+            core, self._job, self._groups, self._watch, self.clipping or 0.0, self.repeated, self.apart
         )
         agreed = self._timers.now()
         if accumulated:

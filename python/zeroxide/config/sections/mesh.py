@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import Count, NotBuilt, Section
+from zeroxide.config.fields import Count, Section
 from zeroxide.config.given import Given
 from zeroxide.errors import ConfigError
 
@@ -34,7 +34,7 @@ class MeshSection(Section):
     """Ranks that share the sequences of a batch."""
     tp: Count | None = None
     """Ranks that share every matrix."""
-    ep: Annotated[Count | None, NotBuilt("expert parallelism", neutral=(1,))] = None
+    ep: Count | None = None
     """Ranks, of those that share a shard group, over which experts are spread."""
 
 

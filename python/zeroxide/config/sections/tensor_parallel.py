@@ -88,7 +88,7 @@ Shape = Annotated[
     tuple[Any, ...],
     PlainValidator(_shape),
     expecting("[n, -1] for n equal weights, or [[a, b, c], -1] for their sizes"),
-    WithJsonSchema({"type": "array", "prefixItems": [_SIZES, {"const": -1}], "minItems": 2, "maxItems": 2}),
+    WithJsonSchema({"type": "array", "items": _SIZES, "minItems": 2, "maxItems": 2}),
 ]
 
 
@@ -96,12 +96,19 @@ class LayerSpec(Section):
     """An entry of `tensor_parallel.partition_config.layer_specs`: see `TPLayerSpec`."""
 
     patterns: Patterns
+    """Regular expressions, matched from the beginning of a weight's name."""
     partition_type: Annotated[Literal["column", "row", "skip"], choice("column", "row", "skip")] = "column"
+    """What is cut: "column" what a layer gives, "row" what it takes, "skip" nothing."""
     shape: Shape | None = None
+    """Of fused weights, [n, -1] for n equal ones or [[a, b, c], -1] for their sizes."""
     partition_dim: Annotated[int, Field(ge=0, le=1), expecting("0 or 1")] | None = None
+    """The dimension that is cut; it follows from the layer and may be left out."""
     model_types: Patterns | None = None
+    """`model_type` of the models for which it holds; without it, all."""
     gather_output: Flag = False
+    """Of "column": whether every rank is given all of the output."""
     grad_allreduce: Flag = False
+    """Of "skip": whether each rank has a part of the weight's gradients, which are summed."""
 
 
 class PartitionConfig(Section):
@@ -157,7 +164,9 @@ class TensorParallel(Resolved):
     """Rules that come first."""
 
     def written(self) -> dict[str, Any]:
-        """See `Resolved.written`."""
+        """See `Resolved.written`. Nothing where nothing is said: without ranks to share matrices it has no effect."""
+        if self == TensorParallel():
+            return {}
         specs = [_said(each) for each in self.layer_specs]
         return {
             f"{self.key}.vocab_parallel_lm_head": self.vocab_parallel_lm_head,

@@ -18,7 +18,6 @@ class UnbuiltKeys(Section):
 
     # What is not built yet.
     use_data_before_expert_parallelism: Annotated[Any, NotBuilt("expert parallelism")] = None
-    expert_parallel: Annotated[Any, NotBuilt("expert parallelism")] = None
     compile: Annotated[Any, NotBuilt("compiled graphs")] = None
     hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None

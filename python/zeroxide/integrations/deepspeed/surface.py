@@ -53,8 +53,6 @@ _TOPOLOGY = {
     )
 }
 _PIPELINE_ERROR = {"PipelineError": "zeroxide.errors:PipelineError"}
-_EXPERTS = _later("expert parallelism")
-_TENSOR = _later("tensor parallelism")
 _SEQUENCE = "zeroxide.parallel.sequence"
 _OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
 _WHICH = ("data", "sequence", "sequence_data")
@@ -116,6 +114,7 @@ _SCHEDULES = {
     name: f"zeroxide.optim.schedules:{name}"
     for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
 }
+_GATES = {name: f"zeroxide.moe:{name}" for name in ("MOELayer", "TopKGate")}
 _DISTRIBUTED = {
     name: f"torch.distributed:{name}"
     for name in (
@@ -180,7 +179,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
         "PipelineModule": _LAYERS["PipelineModule"],
-        "tp_model_init": _TENSOR,
+        "tp_model_init": "zeroxide.engine.tp_model_init:tp_model_init",
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
     },
@@ -208,10 +207,24 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "main": Unbuilt("zeroxide has no launcher of its own: start ranks by `zeroxide run torchrun ...`"),
     },
     "deepspeed.module_inject": {},
+    "deepspeed.module_inject.autotp_config": {"TPLayerSpec": "zeroxide.config:TPLayerSpec"},
     "deepspeed.module_inject.layers": {"GatherReplacedLayerParams": f"{_HERE}.gathering:GatherReplacedLayerParams"},
-    "deepspeed.moe": {"MoE": _EXPERTS},
-    "deepspeed.moe.layer": {"MoE": _EXPERTS},
-    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _EXPERTS},
+    "deepspeed.moe": {"MoE": "zeroxide.moe:MoE"},
+    "deepspeed.moe.experts": {"Experts": "zeroxide.moe:Experts"},
+    "deepspeed.moe.layer": {"MoE": "zeroxide.moe:MoE", "Experts": "zeroxide.moe:Experts", **_GATES},
+    "deepspeed.moe.sharded_moe": _GATES,
+    "deepspeed.moe.utils": {
+        name: f"zeroxide.moe.parameters:{name}"
+        for name in (
+            "configure_moe_param_groups",
+            "has_moe_layers",
+            "is_moe_param",
+            "is_moe_param_group",
+            "split_params_grads_into_shared_and_expert_params",
+            "split_params_into_different_moe_groups_for_optimizer",
+            "split_params_into_shared_and_expert_params",
+        )
+    },
     "deepspeed.monitor": {},
     "deepspeed.monitor.config": {"get_monitor_config": f"{_HERE}.monitor:get_monitor_config"},
     "deepspeed.monitor.monitor": {"MonitorMaster": f"{_HERE}.monitor:MonitorMaster"},

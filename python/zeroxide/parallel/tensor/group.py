@@ -25,6 +25,9 @@ from zeroxide.parallel.tensor.cut import TensorShard
 
 __all__ = ["TensorGroup"]
 
+_OVER = "over tensor ranks"
+"""What sets these collectives apart in the log."""
+
 Waiting = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -81,10 +84,9 @@ class TensorGroup:
         if self.size == 1:
             return tensor
         # A ring sends each of `size` pieces on twice, but for one.
-        self.sent += 2 * (self.size - 1) * tensor.nbytes // self.size
-        logged = (
-            COMMS.begin("all_reduce", tensor.nbytes, self.size, what="over tensor ranks") if COMMS.enabled else None
-        )
+        size = 2 * (self.size - 1) * tensor.nbytes // self.size
+        self.sent += size
+        logged = COMMS.begin("all_reduce", size, self.size, what=_OVER) if COMMS.enabled else None
         with self.waiting(what):
             self._try(what, lambda: dist.all_reduce(tensor, op, group=self.ranks.group))
         COMMS.end(logged)
@@ -96,9 +98,9 @@ class TensorGroup:
         rows = torch.empty((self.size, *given.shape), dtype=given.dtype, device=given.device)
         if self.size == 1:
             return rows.copy_(given.unsqueeze(0))
-        self.sent += (self.size - 1) * given.nbytes
         size = (self.size - 1) * given.nbytes
-        logged = COMMS.begin("all_gather", size, self.size, what="over tensor ranks") if COMMS.enabled else None
+        self.sent += size
+        logged = COMMS.begin("all_gather", size, self.size, what=_OVER) if COMMS.enabled else None
         with self.waiting(what):
             self._try(what, lambda: all_gather_single(rows.view(-1), given.view(-1), group=self.ranks.group))
         COMMS.end(logged)

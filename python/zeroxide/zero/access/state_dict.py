@@ -30,6 +30,7 @@ from zeroxide.params.absent import AbsentValues
 from zeroxide.params.callers import called_by
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
+from zeroxide.zero.access.experts import add_experts, experts_of
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
@@ -69,7 +70,7 @@ class StateDicts:
         self.methods = [
             Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
             for each in module.modules()
-            if each._parameters and (not context.params_always_full or self._cut(each))
+            if each._parameters and (not context.params_always_full or self._cut(each) or experts_of(each))
         ]
 
     def close(self) -> None:
@@ -86,6 +87,10 @@ class StateDicts:
         return {name: param for name, param in found.items() if shard_of(param) is not None}
 
     def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        experts = [] if _bare else experts_of(module)
+        if experts:
+            self._save_experts(save, destination, prefix, experts)
+            return
         self._save_own(module, save, destination, prefix, keep_vars)
         if _bare or keep_vars:
             return
@@ -129,6 +134,20 @@ class StateDicts:
                 for name, sharded in sharded_params.items():
                     if isinstance(value := destination.get(prefix + name), torch.Tensor):
                         self.given[sharded.ident] = weakref.ref(value)
+
+    def _save_experts(
+        self, save: Any, destination: dict[str, Any], prefix: str, experts: list[tuple[str, ShardedParam]]
+    ) -> None:
+        """The module's part with the experts of all ranks, which all ask together."""
+        own: dict[str, Any] = {}
+        save(own, prefix, True)
+        found: dict[str, torch.Tensor] = {}
+        with self._patient(experts[0][1]):
+            for name, sharded in experts:
+                own.pop(prefix + name, None)
+                add_experts(found, sharded, prefix + name)
+        destination.update(found)
+        destination.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in own.items()})
 
     def _save_names(
         self, save: Any, destination: dict[str, Any], prefix: str, sharded_params: dict[str, ShardedParam]
@@ -218,6 +237,12 @@ def full_state_dict(
         sharded = sharded_param_of(value) if isinstance(value, torch.Tensor) else None
         if sharded is not None and not include_frozen and not sharded.trainable:
             continue
+        if sharded is not None and sharded.unit.experts:
+            every: dict[str, torch.Tensor] = {}
+            add_experts(every, sharded, name)
+            if context.ranks.rank == 0:
+                kept.update({plain_name(each): value for each, value in every.items()})
+            continue
         if sharded is not None and id(value) not in seen:
             whole = context.whole.of(value, sharded.read_live().view(sharded.shape))
             seen[id(value)] = whole if leads else torch.empty(0, device=HOST)
@@ -269,6 +294,13 @@ def load_full_state_dict(
     Weights are taken as exact as they are given; optimizer state stays as it is. Raises ModelError on all ranks, before
     anything has changed, when names (`strict`) or shapes do not fit.
     """
+    for unit in context.units:
+        if unit.experts:
+            raise ModelError(
+                f"load_module_state_dict: {unit.name} has experts that are spread over ranks, which is not built: load "
+                "a checkpoint, or load the state dict before zeroxide.initialize",
+                name=unit.names[0],
+            )
     targets = {
         plain_name(name): value
         for name, value in _parameters_and_buffers(module).items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 
@@ -12,10 +12,13 @@ from zeroxide.device.placement import HOST, of_buffer, spec
 from zeroxide.distributed import Job, Ranks, UnitGroups, Watch
 from zeroxide.errors import RanksError
 
-__all__ = ["Totals", "agree_on_norm"]
+__all__ = ["Apart", "Totals", "agree_on_norm"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
+
+Apart = Sequence[tuple[slice, tuple[int, ...]]]
+"""Which trainable parameters, by their numbers, only some ranks train; and those ranks."""
 
 _HEAD = struct.Struct("<d?d")
 _COUNT = struct.Struct("<q")
@@ -28,6 +31,7 @@ def agree_on_norm(
     watch: Watch,
     clipping: float = 0.0,
     repeated: Set[tuple[int, int]] = frozenset(),
+    apart: Apart = (),
 ) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
@@ -39,7 +43,7 @@ def agree_on_norm(
     another rank's script asks for another, since each would update its shard by another factor.
     repeated: (unit, position) of parameters whose gradients other ranks have alike, which count them.
     """
-    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, repeated), job.parts
+    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, repeated, apart), job.parts
     if parts.world == 1:
         return totals
     core.finish()
@@ -59,6 +63,7 @@ def _of_one_part(
     watch: Watch,
     clipping: float,
     repeated: Set[tuple[int, int]],
+    apart: Apart,
 ) -> Totals:
     total, nonfinite, accumulated = core.grad_norm()
     if repeated and not nonfinite:
@@ -74,9 +79,17 @@ def _of_one_part(
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
     _check_clipping(every, ranks)
     heads = [every[rank] for rank in groups.owners()]
-    everywhere = rows[:, _HEAD.size :].amax(0)
+    everywhere = _everywhere(rows[:, _HEAD.size :], apart)
     core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
+
+
+def _everywhere(rows: torch.Tensor, apart: Apart) -> torch.Tensor:
+    """Whether a parameter has been accumulated on any rank that trains it."""
+    found = rows.amax(0)
+    for which, ranks in apart:
+        found[which] = rows[list(ranks), which].amax(0)
+    return found
 
 
 def _squares(core: _core.Offload, params: Set[tuple[int, int]]) -> float:
