@@ -64,6 +64,8 @@ class PipelineEngine(Engine):
         batches = pipe.batches.take("train_batch", count, self.global_steps)
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
+            # By the last stage, for all.
+            self.parts.scaler.note_scaled()
             pipe.tied.sum_gradients()
             self.parts.counters.micro_steps += count - 1
             boundary, accumulation.boundary = accumulation.boundary, True
