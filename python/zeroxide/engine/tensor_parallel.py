@@ -20,7 +20,7 @@ from zeroxide.errors import RanksError
 from zeroxide.parallel.tensor import Sharding, TensorGroup, TensorShard, find_rules, shard_model, shard_of
 from zeroxide.parallel.tensor.region import drops
 from zeroxide.parallel.tensor.shard import keep_logits_apart
-from zeroxide.precision.bits import bytes_of
+from zeroxide.precision.bits import bytes_of, tensor_of
 from zeroxide.zero.buffers import share_buffers
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.init.materialize import PieceSource, WeightSource
@@ -108,8 +108,8 @@ class TensorParallel(Uncut):
         first = self.job.ranks.rank == 0
         for param in {id(each): each for each in module.parameters()}.values():
             shard = shard_of(param)
-            if not has_values(param):
-                full.pop(id(param), None)
+            if not has_values(param) or (shard is not None and id(param) not in full):
+                # It was on the meta device: `weights` makes it.
                 continue
             with torch._C.DisableTorchFunctionSubclass():
                 values = param.data if shard is None else full.pop(id(param))[1]
@@ -124,17 +124,16 @@ class TensorParallel(Uncut):
         return None if weights is None else kind(weights, self._shards, self.group)
 
     def _first_of(self, values: torch.Tensor) -> torch.Tensor:
-        given = in_host(values).contiguous()
-        found = given if self.group.position == 0 else torch.empty_like(given)
-        return self.group.broadcast(found, "sharing the first weights").to(values.device)
+        given = bytes_of(in_host(values))
+        raw = self.group.broadcast(given if self.group.position == 0 else given.clone(), "sharing the first weights")
+        return tensor_of(raw, values.dtype, values.shape).to(values.device)
 
     def attach(self, module: nn.Module, units: list[Unit]) -> None:
         """See `Uncut`."""
         share_buffers(module, self.group.ranks)
-        summed = {id(each) for each in self._sharding.summed}
         for unit in units:
-            for param in unit.params:
-                if id(param) in summed and param.requires_grad:
+            for name, param in zip(unit.names, unit.params, strict=True):
+                if name in self._sharding.summed and param.requires_grad:
                     param.register_hook(Hook(self._sum_gradient))  # type: ignore[no-untyped-call]
         module.register_forward_pre_hook(Hook(self._check_inputs), prepend=True, with_kwargs=True)
         self.align_random()

@@ -76,8 +76,8 @@ class Sharding:
     group: TensorGroup
     full: dict[int, tuple[nn.Parameter, torch.Tensor]] = field(default_factory=dict)
     """What each parameter that was cut has been, by its id; until `spread`."""
-    summed: list[nn.Parameter] = field(default_factory=list)
-    """Parameters that are the same on all ranks, and of whose gradients each rank has a part."""
+    summed: set[str] = field(default_factory=set)
+    """Names of parameters that are the same on all ranks, and of whose gradients each rank has a part."""
 
     def restore(self) -> None:
         """Gives the parameters all their values back, where they have not moved on. Modules are not its concern."""
@@ -105,7 +105,7 @@ def shard_model(
     shards = _shards(layers, cuts, group)
     _check_shared(module, layers, shards)
     made = Sharding(group)
-    made.summed += _summed(module, rules)
+    made.summed |= _summed(module, rules)
     regions = {owner: Region(group, module.get_submodule(owner)) for owner, each in owners.items() if _is_region(each)}
     for layer in layers:
         _make(layer, cuts[layer.name], made, regions.get(layer.name.rpartition(".")[0]), shards)
@@ -229,14 +229,13 @@ def _check_shared(module: nn.Module, layers: list[_Layer], shards: Mapping[int, 
                 )
 
 
-def _summed(module: nn.Module, rules: Mapping[str, LayerRule]) -> list[nn.Parameter]:
-    found = {
-        id(param): param
+def _summed(module: nn.Module, rules: Mapping[str, LayerRule]) -> set[str]:
+    return {
+        f"{name}.{inner}"
         for name, rule in rules.items()
         if rule.grad_allreduce
-        for param in module.get_submodule(name).parameters()
+        for inner, _ in module.get_submodule(name).named_parameters()
     }
-    return list(found.values())
 
 
 def _make(layer: _Layer, cut: Ranges, made: Sharding, region: Region | None, shards: Mapping[int, TensorShard]) -> None:
