@@ -341,7 +341,11 @@ say(json.dumps(found))
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_weights_that_are_made_are_cut(family):
-    """A model on the meta device trains as one with weights. Catches: a part asked of a source that makes all, a weight of another rank than the first, norms within what is cut whose gradients nobody sums."""
+    """A model on the meta device trains as one with weights.
+
+    Catches: a part asked of a source that makes all, a weight of another rank than the first, norms within what is cut
+    whose gradients nobody sums.
+    """
     for result in run_ranks(2, META, [family]):
         assert result.code == 0, result.err[-3000:]
         plain, made, pieces = json.loads(result.out)
