@@ -27,7 +27,6 @@ class Job:
     """Those that have this rank's part of the model, along `dp_replicate`, `dp_shard` and `sp`."""
     parts: Ranks
     """Those that have the other parts of the model in the same place, along `pp` and `tp`."""
-
     tensor: Ranks
     """Those that compute a part of every matrix, along `tp`; where the model computes, tensors travel between them."""
     stages: Ranks

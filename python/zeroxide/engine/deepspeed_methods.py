@@ -237,7 +237,7 @@ ABSENT: dict[str, str] = {
         "random_ltd_initialize set_custom_curriculum_learning_schedule set_data_post_process_func",
     ),
     **_names(
-        "expert parallelism is not built in zeroxide yet",
+        "this of expert parallelism is not built in zeroxide yet",
         "load_moe_state_dict",
     ),
     **_names("it is DeepSpeed's own machinery", "is_first_weights_partition_group"),
