@@ -198,7 +198,7 @@ def rules(*specs, **more):
 
 UP, DOWN = {"patterns": ["up"]}, {"patterns": ["down"], "partition_type": "row"}
 before = build("llama").state_dict()
-model = build("llama")
+model, other = build("llama"), build("t5")
 for make, more in (
     (lambda: model, {"tensor_parallel": {"autotp_size": ranks.world}}),
     (lambda: nn.Sequential(nn.Linear(4, 4)), {"tensor_parallel": {"autotp_size": ranks.world}}),
@@ -206,7 +206,7 @@ for make, more in (
     (lambda: nn.Sequential(nn.Conv1d(4, 4, 1)), rules({"patterns": ["0"]})),
     (Tied, rules({**UP, "shape": [3, -1]}, DOWN)),
     (Tied, rules({**UP, "partition_dim": 1}, DOWN)),
-    (lambda: build("t5"), {"tensor_parallel": {"autotp_size": ranks.world, "vocab_parallel_lm_head": True}}),
+    (lambda: other, {"tensor_parallel": {"autotp_size": ranks.world, "vocab_parallel_lm_head": True}}),
 ):
     try:
         engine_of(make(), **more)
@@ -219,6 +219,8 @@ except Exception as error:
     say(type(error).__name__)
 # What was refused is as it was.
 say(all(torch.equal(before[name], each) for name, each in model.state_dict().items()), type(model.lm_head).__name__)
+before = build("t5").state_dict()
+say(all(torch.equal(before[name], each) for name, each in other.state_dict().items()), other.shared.num_embeddings)
 """
 )
 
@@ -240,7 +242,7 @@ def test_what_cannot_be_cut_is_refused_by_name():
         ]
         for line, start in zip(lines, expected, strict=False):
             assert line.startswith(start)
-        assert lines[len(expected) :] == ["BudgetError", "True Linear"]
+        assert lines[len(expected) :] == ["BudgetError", "True Linear", f"True {VOCABULARY}"]
 
 
 @pytest.mark.timeout(120)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -57,40 +58,48 @@ class Uncut:
         """Makes random numbers the same where ranks must draw the same."""
 
 
-def cut_matrices(module: nn.Module, config: Config, job: Job, watch: Watch) -> Uncut:
-    """Cuts `module` in place over the tensor-parallel ranks of `job`, if there are any. Every rank calls it.
+def cut_matrices(module: nn.Module, config: Config, job: Job, watch: Watch, made: ExitStack) -> Uncut:
+    """Cuts `module` in place over the tensor-parallel ranks of `job`, if there are any; `made` gives its parameters
+    back what they were. Every rank calls it.
 
-    Raises RanksError where these ranks have different models, and ModelError for one that cannot be cut so; `restore`
-    undoes what a later failure leaves.
+    Raises RanksError where these ranks have different models, and ModelError for one that cannot be cut so.
     """
     check_dtype(module, config)
     if job.tensor.world == 1:
         return Uncut()
     agree(job.tensor, model_facts(module))
-    return TensorParallel(module, config, job, watch)
+    found = TensorParallel(job, watch)
+    made.callback(found.restore)
+    found.cut(module, config)
+    return found
 
 
 class TensorParallel(Uncut):
     """A model that is cut."""
 
-    def __init__(self, module: nn.Module, config: Config, job: Job, watch: Watch) -> None:
+    def __init__(self, job: Job, watch: Watch) -> None:
         self.job = job
         self.group: TensorGroup = TensorGroup(job.tensor)
         self.group.waiting = watch.waiting
+        self._sharding = Sharding(self.group)
+        self._shards: dict[str, TensorShard] = {}
+        """How what is cut is cut, by all its names."""
+
+    def cut(self, module: nn.Module, config: Config) -> None:
+        """Cuts the model; see `cut_matrices`."""
         rules = find_rules(
             module,
             config.tensor_parallel.layer_specs,
             config.tensor_parallel.preset_model,
             defaults=config.tensor_parallel.use_default_specs,
         )
-        self._sharding: Sharding = shard_model(module, rules, self.group)
+        shard_model(module, rules, self._sharding)
         if config.tensor_parallel.vocab_parallel_lm_head:
             keep_logits_apart(module, self.group)
-        self._shards = {
-            name: shard
-            for name, param in module.named_parameters(remove_duplicate=False)
-            if (shard := shard_of(param)) is not None
-        }
+        for name, param in module.named_parameters(remove_duplicate=False):
+            shard = shard_of(param)
+            if shard is not None:
+                self._shards[name] = shard
 
     @property
     def beside(self) -> int:  # type: ignore[override]

@@ -10,7 +10,7 @@ from torch import nn
 
 from zeroxide.errors import ModelError
 from zeroxide.parallel.tensor.presets import PRESETS
-from zeroxide.parallel.tensor.spec import LayerRule, TPLayerSpec, rule_of
+from zeroxide.parallel.tensor.spec import OWN_PLAN, LayerRule, TPLayerSpec, rule_of
 
 __all__ = ["find_rules"]
 
@@ -93,7 +93,7 @@ def _by_plan(module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, 
                     gather_output=rule.gather_output,
                     split_input=rule.split_input,
                     grad_allreduce=rule.grad_allreduce,
-                    origin=f'tp_plan "{style}"',
+                    origin=f'{OWN_PLAN} "{style}"',
                 ),
             )
 

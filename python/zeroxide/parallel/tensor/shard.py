@@ -29,7 +29,7 @@ from zeroxide.parallel.tensor.layers import (
     make_parallel,
 )
 from zeroxide.parallel.tensor.region import Region
-from zeroxide.parallel.tensor.spec import LayerRule
+from zeroxide.parallel.tensor.spec import OWN_PLAN, LayerRule
 
 __all__ = ["Sharding", "keep_logits_apart", "shard_model"]
 
@@ -87,16 +87,13 @@ class Sharding:
         self.full.clear()
 
 
-def shard_model(
-    module: nn.Module, rules: Mapping[str, LayerRule], group: TensorGroup, *, own_plan: bool = False
-) -> Sharding:
-    """Cuts `module` by its rules, over `group`.
+def shard_model(module: nn.Module, rules: Mapping[str, LayerRule], made: Sharding) -> None:
+    """Cuts `module` by its rules, over the group of `made`, which keeps what it was.
 
-    own_plan: whether the model was written to be cut, and derives sizes from what it is given.
-
-    Raises ModelError, on every rank alike and before anything has changed, for a layer that cannot be cut, heads that
-    do not go round, and weights shared with a layer that is not cut.
+    Raises ModelError, on every rank alike, for a layer that cannot be cut, heads that do not go round, and weights
+    shared with a layer that is not cut. `made.restore` then gives the parameters back what they were.
     """
+    group = made.group
     layers = [found for name, rule in rules.items() if (found := _layer(module, name, rule)) is not None]
     owners = _owners(module, layers)
     cuts: dict[str, Ranges] = {}
@@ -104,15 +101,14 @@ def shard_model(
         cuts |= _cut(module.get_submodule(owner), owner, members, group)
     shards = _shards(layers, cuts, group)
     _check_shared(module, layers, shards)
-    made = Sharding(group)
     made.summed |= _summed(module, rules)
     regions = {owner: Region(group, module.get_submodule(owner)) for owner, each in owners.items() if _is_region(each)}
     for layer in layers:
         _make(layer, cuts[layer.name], made, regions.get(layer.name.rpartition(".")[0]), shards)
-    for owner, members in owners.items() if not own_plan else ():
-        if owner in regions:
-            _localise(module.get_submodule(owner), members, cuts)
-    return made
+    for owner in regions:
+        # A model that brings its plan was written to be cut, and derives sizes from what it is given.
+        if not any(each.rule.origin.startswith(OWN_PLAN) for each in owners[owner]):
+            _localise(module.get_submodule(owner), owners[owner], cuts)
 
 
 def _layer(module: nn.Module, name: str, rule: LayerRule) -> _Layer | None:
