@@ -118,7 +118,6 @@ def check_experts(config: Config, device: torch.device) -> None:
         ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
         ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
         ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
-        ("zeroxide.mesh.tp", config.mesh.tp > 1, str(config.mesh.tp), "1"),
     ):
         if wrong:
             raise ConfigError(
