@@ -20,8 +20,11 @@ __all__ = ["IGNORED", "SAMPLES", "batch", "build", "train_plain"]
 VOCABULARY, SAMPLES, TOKENS, IGNORED = 64, 2, 16, -100
 
 
-def build(kind: str) -> nn.Module:
-    """A model on which all axes divide; the same weights in every process."""
+def build(kind: str, *, plain_experts: bool = False) -> nn.Module:
+    """A model on which all axes divide; the same weights in every process.
+
+    plain_experts: whether experts are computed one after the other, which alone takes fp64.
+    """
     torch.manual_seed(1)
     if kind == "gpt2":
         config: Any = GPT2Config(
@@ -36,6 +39,8 @@ def build(kind: str) -> nn.Module:
     }  # fmt: skip
     if kind == "mixtral":
         config = MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+        if plain_experts:
+            config._experts_implementation = "eager"
         return MixtralForCausalLM(config).train()
     return LlamaForCausalLM(LlamaConfig(**shape)).train()
 
@@ -52,7 +57,7 @@ def batch(kind: str, step: int, number: int) -> dict[str, torch.Tensor]:
 
 def train_plain(kind: str, steps: int, numbers: int, clip: float, lr: float, dtype: torch.dtype) -> dict[str, Any]:
     """Losses, norms and the weights at the end."""
-    model = build(kind).to(dtype)
+    model = build(kind, plain_experts=True).to(dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, eps=1e-5, weight_decay=0.01, foreach=False)
     losses, norms = [], []
     for step in range(steps):

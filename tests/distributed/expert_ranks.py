@@ -56,6 +56,14 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     (folder / "nvme").mkdir(exist_ok=True)
     model = build(case["family"], case.get("ep", 1))
+    if case.get("recomputes"):
+        model.train()
+        model.gradient_checkpointing_enable()
+    if rank:
+        # Rank 0's weights are those of all.
+        with torch.no_grad():
+            for param in model.parameters():
+                param.add_(0.5)
     engine, *_ = zeroxide.initialize(model=model, config=config_of(case, folder))
     found: dict[str, Any] = {"losses": [], "norms": [], "units": [unit.name for unit in engine.parts.units]}
     if case.get("load"):

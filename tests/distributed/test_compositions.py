@@ -35,6 +35,13 @@ PAIRS: list[Case] = [
     {**BASE, "name": "pp x dp", "model": "gpt2", "pp": 2, "stage": 3},
     {**BASE, "name": "sp x dp", "model": "gpt2", "sp": 2, "stage": 3},
 ]
+EXPERTS: list[Case] = [
+    {**BASE, "name": "ep x dp", "model": "mixtral", "ep": 2, "stage": 3},
+    {**BASE, "name": "ep 4", "model": "mixtral", "ep": 4, "stage": 2},
+    {**BASE, "name": "ep x tp", "model": "mixtral", "ep": 2, "tp": 2},
+    {**BASE, "name": "pp x ep", "model": "mixtral", "pp": 2, "ep": 2},
+    {**BASE, "name": "sp x ep", "model": "mixtral", "sp": 2, "ep": 2, "stage": 3},
+]
 MODES: list[Case] = [
     {**BASE, "name": f"mode {number}", "model": "llama", "pp": 2, "tp": 2, "steps": 4, **mode}
     for number, mode in enumerate(
@@ -94,6 +101,13 @@ def test_axes_together_train_as_one_process(tmp_path: Path) -> None:
     or a mean over the wrong ranks; a tied weight of which each tensor rank has a part, summed over the wrong ones."""
     found = run(4, PAIRS, tmp_path)
     for at, case in enumerate(PAIRS):
+        check_against_plain(case, [each[at] for each in found], tmp_path)
+
+
+def test_axes_together_train_experts_as_one_process(tmp_path: Path) -> None:
+    """Catches: an expert's gradient averaged over the wrong ranks, or counted twice in the norm."""
+    found = run(4, EXPERTS, tmp_path)
+    for at, case in enumerate(EXPERTS):
         check_against_plain(case, [each[at] for each in found], tmp_path)
 
 

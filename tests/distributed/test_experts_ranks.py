@@ -61,6 +61,9 @@ def two(tmp_path_factory):
         {"name": "stage 0", "ep": 2, "stage": 0},
         {"name": "nvme", "ep": 2, "nvme": True},
         {"name": "state on nvme", "ep": 2, "stage": 2, "nvme": True},
+        {"name": "bf16", "ep": 2, "dtype": "bf16"},
+        {"name": "bf16, stage 1", "ep": 2, "dtype": "bf16", "stage": 1},
+        {"name": "bf16, nvme", "ep": 2, "dtype": "bf16", "nvme": True},
         {"name": "dense", "ep": 1, "save": "dense"},
         {"name": "on from three", "ep": 2, "load": "three", "first": 3, "steps": 1, "stage": 1},
         {"name": "dense from three", "ep": 1, "load": "three", "first": 3, "steps": 1},
@@ -92,6 +95,9 @@ def test_stages_and_homes_have_the_same_bits(two):
                 theirs[key] for key in ("losses", "norms", "shown")
             ], name
         assert found[name][0]["model"] == first[0]["model"], name
+    for name in ("bf16, stage 1", "bf16, nvme"):
+        assert found[name][0]["model"] == found["bf16"][0]["model"], name
+        assert found[name][0]["norms"] == found["bf16"][0]["norms"], name
 
 
 def test_the_state_dict_is_that_of_the_whole_model_on_every_rank(two):
@@ -143,13 +149,14 @@ def test_models_of_hugging_face_are_spread_in_place(tmp_path, family):
     cases = [
         {"name": "spread", "ep": 2, "save": "spread"},
         {"name": "stage 1", "ep": 2, "stage": 1},
+        {"name": "recomputes", "ep": 2, "recomputes": True},
         {"name": "not spread", "ep": 1, "load": "spread", "first": 3, "steps": 1},
         {"name": "spread again", "ep": 2, "load": "spread", "first": 3, "steps": 1},
     ]
     found = run_cases(2, tmp_path, [{"family": family, **case} for case in cases])
     weights = torch.load(tmp_path / "spread.pt")
     close_to_plain(found["spread"], weights, family, 3)
-    assert found["spread"][0]["model"] == found["stage 1"][0]["model"]
+    assert found["spread"][0]["model"] == found["stage 1"][0]["model"] == found["recomputes"][0]["model"]
     assert found["spread"][0]["shown"] == found["spread"][1]["shown"] == found["spread"][0]["model"]
     before = build(family, 1).state_dict()
     assert all(not torch.equal(weights[name], value) for name, value in before.items() if value.dim() > 1)

@@ -71,6 +71,8 @@ TWO: list[Case] = [
     {**BASE, "name": "gpt2", "kind": "gpt2"},
     {**BASE, "name": "gpt2 interleaved", "kind": "gpt2", "schedule": "interleaved_1f1b", "stages_per_rank": 2},
     {**BASE, "name": "llama", "kind": "llama", "by_mesh": True, "stage": 3},
+    {**BASE, "name": "gpt2 halves", "kind": "gpt2", "schedule": "interleaved_zero_bubble", "stages_per_rank": 2},
+    {**BASE, "name": "llama v", "kind": "llama", "schedule": "dualpipe_v", "stages_per_rank": 2, "stage": 3},
     {**BASE, "name": "llama looped", "kind": "llama", "schedule": "looped_bfs", "stages_per_rank": 2, "stage": 2},
 ]
 MODES: list[Case] = [
@@ -115,6 +117,7 @@ FOUR: list[Case] = [
     {**BASE, "name": "2 x 2", "kind": "gpt2", "stage": 1},
     {**BASE, "name": "2 x 2, 3", "kind": "gpt2", "stage": 3, "optimizer": "nvme"},
     {**BASE, "name": "2 x 2 layers", "kind": "tied layers", "stage": 2},
+    {**BASE, "name": "2 x 2 v", "kind": "tied layers", "schedule": "zbv_zero_bubble", "stages_per_rank": 2},
 ]
 
 

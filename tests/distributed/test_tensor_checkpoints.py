@@ -30,13 +30,13 @@ def put_together(path: Path) -> dict[str, torch.Tensor]:
     for param in manifest["parameters"]:
         for part, pieces in {"weights": param["weights"], **param["state"]}.items():
             full = torch.full(param["shape"], float("nan"))
-            for cut in {json.dumps(piece.get("cut")): piece.get("cut") for piece in pieces}.values():
-                own = [piece for piece in pieces if piece.get("cut") == cut]
+            for cut in {json.dumps(piece.get("region")): piece.get("region") for piece in pieces}.values():
+                own = [piece for piece in pieces if piece.get("region") == cut]
                 flat = torch.cat([files[piece["file"]][piece["key"]].flatten() for piece in own])
                 if cut is None:
                     full.view(-1).copy_(flat)
                     continue
-                indices = torch.cat([torch.arange(first, first + count) for first, count in cut["ranges"]])
+                indices = torch.cat([torch.arange(first, first + count) for first, count in cut["segments"]])
                 shape = list(full.shape)
                 shape[cut["dim"]] = len(indices)
                 full.index_copy_(cut["dim"], indices, flat.view(shape))
@@ -66,7 +66,7 @@ def test_what_two_tensor_ranks_save_loads_over_any(tmp_path, family, ways):
     # Where nothing is cut, manifests are as they were.
     plain = json.loads((tmp_path / next(way for way in ways if way[0] == "1") / "manifest.json").read_text())
     assert plain["version"] == 2
-    assert "cut" not in json.dumps(plain)
+    assert "segments" not in json.dumps(plain)
 
 
 @pytest.mark.timeout(300)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from zeroxide.distributed.collectives import Ranks
 from zeroxide.distributed.mesh import ProcessMesh
@@ -27,10 +27,9 @@ class Job:
     """Those that have this rank's part of the model, along `dp_replicate`, `dp_shard` and `sp`."""
     parts: Ranks
     """Those that have the other parts of the model in the same place, along `pp` and `tp`."""
-
-    tensor: Ranks = field(default_factory=Ranks)
+    tensor: Ranks
     """Those that compute a part of every matrix, along `tp`; where the model computes, tensors travel between them."""
-    stages: Ranks = field(default_factory=Ranks)
+    stages: Ranks
     """Those that have the other stages of a pipeline for the same samples, along `pp`."""
 
     def groups(self) -> tuple[Ranks, ...]:

@@ -5,16 +5,26 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 
+import torch
 from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.device.host_pool import HostPool
+from zeroxide.device.placement import is_host
 from zeroxide.device.transfers import Transfers
 from zeroxide.engine.peak import room_in_budget
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.saved_activations import SavedActivations
 
-__all__ = ["keep_activations"]
+__all__ = ["idle_keys", "keep_activations"]
+
+
+def idle_keys(plan: Plan, config: Config, device: torch.device) -> list[tuple[str, str]]:
+    """Keys of the config that come to nothing with this plan on this device, each with the reason."""
+    found = list(plan.quantisation.no_effect)
+    if is_host(device) and config.activation_checkpointing.cpu_checkpointing:
+        found.append(("activation_checkpointing.cpu_checkpointing", "the model computes in host memory"))
+    return found
 
 
 def keep_activations(

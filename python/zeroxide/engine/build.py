@@ -25,7 +25,7 @@ from zeroxide.device.placement import HOST, compute_device, is_host, make_curren
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
-from zeroxide.engine.activations import keep_activations
+from zeroxide.engine.activations import idle_keys, keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
@@ -76,7 +76,7 @@ from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.reduce.choice import make_reduction
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
-from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
+from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction, kept_where_they_arrive
 from zeroxide.zero.reduce.quantised import QuantisedGradients
 from zeroxide.zero.reduce.timed import TimedReduction
 from zeroxide.zero.saved_activations import SavedActivations
@@ -96,7 +96,6 @@ class Build:
     world: Ranks
     job: Job
     stages: PipelineStages | None
-    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
@@ -160,7 +159,7 @@ class Build:
         asked = self.asked
         own, ranks = partial(own_dtype, self.module), self.world.world
         self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config, self.made)
+        self.stages = stages_for(self.world, self.module, asked.stages, self.config, self.made)
         self.config = with_experts(self.config, self.module, ranks, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
@@ -248,11 +247,8 @@ class Build:
             asked=asked,
             experts=self.experts.params,
         )
-        for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
+        for path, reason in idle_keys(self.plan, config, self.device) if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
-        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.world.rank == 0:
-            path = "activation_checkpointing.cpu_checkpointing"
-            logger.warning("config key %s has no effect: %s", path, "the model computes in host memory")
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)
 
@@ -283,12 +279,9 @@ class Build:
             assert self.launcher is not None, "no unit is at home on the device without one"
             both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher, self.health)
         for unit in self.units:
-            unit.params = [self._present(param) for param in unit.params]
+            unit.params = [self.new.get(id(param), param) for param in unit.params]
         for group in self.groups:
-            group["params"] = [self._present(param) for param in group["params"]]
-
-    def _present(self, param: nn.Parameter) -> nn.Parameter:
-        return self.new.get(id(param), param)
+            group["params"] = [self.new.get(id(param), param) for param in group["params"]]
 
     def connect(self) -> None:
         """Connects the ranks, what brings weights together and what reduces gradients; and the device to them."""
@@ -364,24 +357,15 @@ class Build:
         )
         if self.grad_offload is not None:
             # Locked memory is resident: what has moved out of the model is not any more.
-            self.grad_offload.go_straight(self._keeping_gradients(), plan.grad)
+            self.grad_offload.go_straight(kept_where_they_arrive(plan, self.units), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        reduction = (
-            TimedReduction(self.reduction, self.timers.add_reduction) if self.timers.breakdown else self.reduction
-        )
+        timed = self.timers.breakdown
+        reduction = TimedReduction(self.reduction, self.timers.add_reduction) if timed else self.reduction
         self.hooks = Hooks(
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
         self.made.callback(self.hooks.close)
-
-    def _keeping_gradients(self) -> list[Unit]:
-        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
-        state on disk their memory is given back after the update."""
-        plan = self.plan
-        if plan.world > 1 or plan.state is not Home.HOST:
-            return []
-        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def keep_parameters(self) -> None:
         """Makes the engine answer for the parameters while they are empty."""

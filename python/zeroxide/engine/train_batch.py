@@ -192,7 +192,7 @@ class _Passes:
         self._check()
         parts.timers.add("fwd", start)
         parts.watch.doing = ("backward", None, None, None)
-        by_layer = layers.can_go_by_layer()
+        by_layer = self._is_same_way(layers.way())
         accumulation.take_as_divided()
         try:
             layers.run_backward(by_layer=by_layer, check=self._check)
@@ -215,6 +215,15 @@ class _Passes:
             error.add_note(f"in micro-batch {number} of {len(self._batches)}, counted from 0")
             raise error
 
+    def _is_same_way(self, way: tuple[list[int], list[int]] | None) -> bool:
+        """Whether all micro-batches of all ranks went the same way through the model."""
+        ranks = self._parts.ranks
+        if ranks.alone:
+            return way is not None
+        with self._parts.watch.waiting("the order of layers", "train_batch"):
+            ways = ranks.gather_objects(way)
+        return way is not None and all(each == [*way] for each in ways)
+
     def _work(self, number: int) -> None:
         failed = True
         try:
@@ -233,6 +242,7 @@ class _Passes:
         loss = self._forward(number)
         self._layers.between(number)
         self._parts.scaler.apply(loss).backward()  # type: ignore[no-untyped-call]
+        self._layers.conclude(number)
 
     def _forward(self, number: int) -> torch.Tensor:
         parts = self._parts

@@ -50,7 +50,7 @@ def gated_experts(
 def _by_expert(experts: torch.Tensor, number: int) -> tuple[torch.Tensor, list[int]]:
     """The choices, counted along the rows of (tokens, k), in the order of their experts, and how many each has."""
     flat = experts.reshape(-1)
-    flat = torch.where((flat < 0) | (flat >= number), number, flat)
+    flat = torch.where(flat < 0, number, flat)
     counts = torch.bincount(flat, minlength=number + 1)[:number].tolist()
     return flat.argsort(stable=True)[: sum(counts)], counts
 

@@ -83,8 +83,8 @@ def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
         problem = f"the model computes on {device}, where backward of all micro-batches has one thread: not built yet"
     elif config.mesh is not None and config.mesh.cuts_the_model:
         problem = "ranks have parts of the model: not built yet"
-    elif ranks.world > 1:
-        problem = f"there are {ranks.world} ranks: not built yet"
+    elif ranks.world > 1 and config.zero.quantized_gradients:
+        problem = "gradients travel as integers: not built yet"
     elif config.flops_profiler.enabled:
         problem = "flops_profiler measures one forward, and several would be under way"
     if problem is not None:
@@ -118,7 +118,6 @@ def check_experts(config: Config, device: torch.device) -> None:
         ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
         ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
         ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
-        ("zeroxide.mesh.tp", config.mesh.tp > 1, str(config.mesh.tp), "1"),
     ):
         if wrong:
             raise ConfigError(

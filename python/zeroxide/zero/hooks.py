@@ -398,7 +398,7 @@ class Hooks:
             if self.serves:
                 self.gatherer.core.watch_readers()
             self.reducer.drain()
-            if self.synchronize:
+            if self.synchronize and self.layers is None:
                 try:
                     self.reduction.end_backward()
                 except BaseException:

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,6 +88,9 @@ class LayerOrder:
         self._inside: Counter[int] = Counter()
         """By unit, the micro-batches that are inside of its modules in forward."""
         self._before: tuple[Pass, Uses] = hooks.current, hooks.uses
+        self._reductions: Iterator[tuple[int, int, list[Unit]]] = iter(())
+        self._next_reduction: tuple[int, int, list[Unit]] | None = None
+        self._last: list[Unit] = []
 
     # What the thread that trains does ---------------------------------------------------------------------------------
 
@@ -117,16 +120,25 @@ class LayerOrder:
         hooks.current, hooks.uses = self._before
         hooks.thread = threading.get_ident()
 
-    def can_go_by_layer(self) -> bool:
-        """Whether all forwards came to the same layers in the same order, and each unit gives its gradients at once."""
+    def way(self) -> tuple[list[int], list[int]] | None:
+        """The layers that all forwards came to, in order, each by its first unit, and the units that one of them used
+        more than once: what decides on the order of backward. None where forwards did not take the same way, or a unit
+        may give gradients at several moments: then backward is not to go by layers.
+        """
         first = self.batches[0]
         if any(each.layers != first.layers for each in self.batches):
-            return False
-        return not any(
+            return None
+        if any(
             self.hooks.units[index].held_through_backward or index in each.uses.repeated
             for each in self.batches
             for index in each.recomputed
-        )
+        ):
+            return None
+        units = {_layer_of(unit): unit.index for unit in reversed(self.hooks.units)}
+        return [units[layer] for layer in first.layers], sorted(self._repeated())
+
+    def _repeated(self) -> set[int]:
+        return {index for each in self.batches for index in each.uses.repeated}
 
     def run_backward(self, *, by_layer: bool, check: Callable[[], None]) -> None:
         """Runs all backwards to their ends. `check` raises what ended one of them."""
@@ -135,14 +147,14 @@ class LayerOrder:
         hooks.reducer.large.starts_at_zero = False
         hooks.begin_backward()
         announced = set(self.batches[0].layers) if by_layer else set()
-        repeated = {index for each in self.batches for index in each.uses.repeated}
-        self.order.begin(
-            {
-                unit.index
-                for unit in hooks.units
-                if _layer_of(unit) in announced and not unit.held_through_backward and unit.index not in repeated
-            }
-        )
+        repeated = self._repeated()
+        in_order = [
+            unit
+            for unit in hooks.units
+            if _layer_of(unit) in announced and not unit.held_through_backward and unit.index not in repeated
+        ]
+        self.order.begin({unit.index for unit in in_order}, alone=hooks.gatherer.alone)
+        self._plan_reductions(in_order)
         for each in self.batches:
             each.ended, each.place = False, len(each.layers)
             each.current = Pass(PassState.BACKWARD, held=hooks.current.held)
@@ -151,7 +163,41 @@ class LayerOrder:
         check()
         hooks.current = outer
         hooks.thread = threading.get_ident()
+        if by_layer:
+            for each in self.batches:
+                self._close(each.number)
         hooks.end_backward()
+
+    # Over ranks, gradients of a unit are reduced once for each micro-batch, in an order that all ranks share: by layer
+    # and then by micro-batch, as soon as backward is past the layer; the rest when all backwards have ended.
+
+    def _plan_reductions(self, in_order: list[Unit]) -> None:
+        trainable = [unit for unit in self.hooks.units if unit.num_trainable]
+        last = {unit.index for unit in in_order}
+        self._last = [unit for unit in trainable if unit.index not in last]
+        layers = self.batches[0].layers if in_order else []
+        at = {layer: [unit for unit in in_order if _layer_of(unit) == layer and unit.num_trainable] for layer in layers}
+        # The last moment of a layer in backward is its first in forward.
+        places = [place for place in range(len(layers) - 1, -1, -1) if layers.index(layers[place]) == place]
+        self._reductions = ((place, each.number, at[layers[place]]) for place in places for each in self.batches)
+        self._next_reduction = next(self._reductions, None)
+
+    def _reduce(self) -> None:
+        """Reduces what backward is past."""
+        while self._next_reduction is not None:
+            place, number, units = self._next_reduction
+            each = self.batches[number]
+            if not each.ended and each.place >= place:
+                return
+            for unit in units:
+                self.hooks.reduction.reduce(unit)
+            self._next_reduction = next(self._reductions, None)
+
+    def _close(self, number: int) -> None:
+        """The backward of a micro-batch has ended, as have those before it."""
+        for unit in self._last:
+            self.hooks.reduction.reduce(unit)
+        self.order.end(number)
 
     def _run(self) -> None:
         first = self._next()
@@ -198,6 +244,15 @@ class LayerOrder:
         self._turns.hand_on(number, self._next())
         self._resume(each)
 
+    def conclude(self, number: int) -> None:
+        """The backward of a micro-batch has ended."""
+        self.batches[number].ended = True
+        self._reduce()
+        if not self.by_layer:
+            self._close(number)
+        elif self.hooks.gatherer.alone:
+            self.order.end(number)
+
     def leave(self, number: int, *, failed: bool) -> None:
         """A micro-batch has ended; it was its turn. After a failure no other begins or goes on."""
         each = self.batches[number]
@@ -207,7 +262,6 @@ class LayerOrder:
             self._turns.cancelled = True
             self._turns.end(None)
             return
-        self.order.end(number)
         self._turns.end(self._next())
 
     def begins_pass(self) -> bool:
@@ -254,6 +308,7 @@ class LayerOrder:
             if place is not None:
                 each.place, each.layer = place, unit.name
                 if self.by_layer:
+                    self._reduce()
                     self._hand_on(each)
         if unit.index not in each.begun:
             each.begun.add(unit.index)

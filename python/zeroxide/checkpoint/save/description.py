@@ -75,9 +75,8 @@ class Description:
         self._make_files(frozenset())
 
     def has(self) -> list[str]:
-        """The elements of parameters and the buffers that this part of the model has; told by one rank of the part,
-        where there are parts."""
-        return self._all() if self.in_parts and self._leads_part else []
+        """The elements of parameters and the buffers that this rank has a share of, where there are parts."""
+        return self._all() if self.in_parts else []
 
     def _all(self) -> list[str]:
         return [held.elements for held in self.records] + list(self.buffers)

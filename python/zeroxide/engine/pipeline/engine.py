@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from zeroxide.device.placement import HOST, in_host
+from zeroxide.distributed import IDLE
+from zeroxide.engine.backward import run_backward
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.pipeline.data import Batches
 from zeroxide.engine.pipeline.tied import TiedWeights
 from zeroxide.errors import ConfigError, ModelError, PipelineError, RanksError
+from zeroxide.parallel.pipe.halves import Halves
 from zeroxide.parallel.pipe.link import StageLink
 from zeroxide.parallel.pipe.runner import Runner
 from zeroxide.parallel.pipe.schedule import Action, Kind, Schedule, make_schedule
@@ -22,6 +25,8 @@ from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.current_pass import Uses
 
 __all__ = ["PipelineEngine"]
+
+T = TypeVar("T")
 
 
 class PipelineEngine(Engine):
@@ -65,7 +70,11 @@ class PipelineEngine(Engine):
                 shared.check_stages(before)
             pipe.tied.sum_gradients()
             self.parts.counters.micro_steps += count - 1
-            Engine.step(self)
+            boundary, accumulation.boundary = accumulation.boundary, True
+            try:
+                Engine.step(self)
+            finally:
+                accumulation.boundary = boundary
             return pipe.mean(losses, count)
 
     def eval_batch(
@@ -255,6 +264,7 @@ class _Pipe:
             # What its forward used is for its own backward to know, whatever comes between.
             hooks.uses = Uses()
         output = Engine.forward(engine, *args, **kwargs)
+        engine.watch.doing = IDLE
         if training:
             self._uses[stage, micro_batch] = hooks.uses
         if stage < self.stages.total_stages - 1:
@@ -284,7 +294,30 @@ class _Pipe:
         """See `Compute`."""
         self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}"
         self.engine.parts.hooks.uses = self._uses.pop((stage, micro_batch))
-        self.engine.differentiate(outputs, gradients)
+        roots: Any = outputs
+        self._run_backward(lambda: torch.autograd.backward(roots, gradients))
+        self.engine.parts.accumulation.count_backward()
+
+    def backward_input(self, stage: int, micro_batch: int, halves: Halves) -> list[torch.Tensor | None]:
+        """See `Compute`."""
+        self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}, its inputs"
+        hooks = self.engine.parts.hooks
+        hooks.uses = self._uses[stage, micro_batch]
+        before, hooks.synchronize = hooks.synchronize, False
+        try:
+            return self._run_backward(halves.inputs)
+        finally:
+            hooks.synchronize = before
+
+    def backward_weight(self, stage: int, micro_batch: int, halves: Halves) -> None:
+        """See `Compute`."""
+        self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}, its weights"
+        self.engine.parts.hooks.uses = self._uses.pop((stage, micro_batch))
+        self._run_backward(halves.weights)
+        self.engine.parts.accumulation.count_backward()
+
+    def _run_backward(self, run: Callable[[], T]) -> T:
+        return run_backward(self.engine.parts, self.under_way or "backward", run)
 
     # What all ranks get to know --------------------------------------------------------------------------------------
 

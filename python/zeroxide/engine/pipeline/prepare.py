@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from zeroxide.config import Config
+from zeroxide.distributed import Ranks, agree
 from zeroxide.errors import ConfigError
 from zeroxide.parallel.pipe.module import PipelineModule
 from zeroxide.parallel.pipe.stages import PipelineStages
@@ -15,16 +16,28 @@ __all__ = ["stages_for"]
 
 
 def stages_for(
-    module: nn.Module, given: PipelineStages | None, config: Config, made: ExitStack
+    world: Ranks, module: nn.Module, given: PipelineStages | None, config: Config, made: ExitStack
 ) -> PipelineStages | None:
     """The stages of a model; None without a pipeline. One that is not cut yet is cut in place, which `made` undoes.
 
-    Raises ConfigError where the config and a model that is cut say different things, ModelError for a model that cannot
-    be cut.
+    Called by all ranks. Raises ConfigError where the config and a model that is cut say different things, ModelError
+    for a model that cannot be cut, RanksError where ranks have cut it otherwise.
     """
+    stages = _stages(module, given, config, made)
+    if stages is not None:
+        agree(world, stages.facts())
+    return stages
+
+
+def _stages(module: nn.Module, given: PipelineStages | None, config: Config, made: ExitStack) -> PipelineStages | None:
     pipeline, mesh = config.pipeline, config.mesh
     if pipeline is None:
         return None
+    if config.zeroxide.durable_every:
+        raise ConfigError(
+            "zeroxide.durable_every: commits of a pipeline are not built yet: save with engine.save_checkpoint",
+            path="zeroxide.durable_every",
+        )
     if given is None:
         if pipeline.activation_checkpoint_interval:
             raise ConfigError(

@@ -108,7 +108,7 @@ class CutModel(PipelineStages):
         self.schedule, self.loss_fn = schedule, loss_fn
         self.own_stages = stages_of(schedule, stage_id, num_stages, stages_per_rank)
         self.row = row
-        self.bounds = bounds
+        self._bounds = bounds
         self._model = model
         self._forward = model.forward
         self._undo: list[Callable[[], None]] = []
@@ -126,7 +126,11 @@ class CutModel(PipelineStages):
 
     def blocks_of(self, stage: int) -> range:
         """The numbers of a stage's blocks."""
-        return bounds_of(self.bounds, stage)
+        return bounds_of(self._bounds, stage)
+
+    def bounds(self) -> list[int]:
+        """See `PipelineStages`."""
+        return self._bounds
 
     def needs_batches(self) -> bool:
         """See `PipelineStages`."""

@@ -164,5 +164,7 @@ class StageLink:
         return number * _PARTS
 
     def _waiting(self, address: _Address) -> AbstractContextManager[None]:
-        # The words are the same on both sides, and no number: they are not calls that all ranks make.
-        return self._watch.waiting(str(address), None, address.micro_batch)
+        # With a number of its own, which is no count of calls: not all ranks make the same ones.
+        what = f"tied weights {address.stage} of rank" if address.kind == TIED else None
+        words = what or f"{address.kind} from stage {address.stage} for micro-batch"
+        return self._watch.waiting(words, None, address.micro_batch)

@@ -74,6 +74,9 @@ def _by_plan(module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, 
         rule = _STYLES.get(style)
         whole = [name for name in sorted(modules) if matches(name)]
         single = [name for name in sorted(params) if matches(name)]
+        if _are_experts(module, whole or [name.rpartition(".")[0] for name in single]):
+            # Every tensor rank computes all of them alike; `expert_parallel` is what spreads them.
+            continue
         if (whole or single) and (rule is None or (single and rule.kind != "skip")):
             raise ModelError(
                 f'{(whole or single)[0]} has "{style}" in the model\'s tp_plan, which is not built: give '
@@ -93,6 +96,15 @@ def _by_plan(module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, 
                     origin=f'tp_plan "{style}"',
                 ),
             )
+
+
+def _are_experts(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether these are all fused experts: modules with parameters of three dimensions, one an expert."""
+    found = [module.get_submodule(name) for name in names]
+    return bool(found) and all(
+        each._parameters and all(param is None or param.dim() == 3 for param in each._parameters.values())
+        for each in found
+    )
 
 
 def _by_specs(

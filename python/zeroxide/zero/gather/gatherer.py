@@ -83,6 +83,8 @@ class Gatherer:
         self.units = units
         self.params_always_full = params_always_full
         self.home = home
+        self.alone = world == 1
+        """Whether no other rank takes part in what this one gathers and reduces."""
         self.serves = not transient
         """Whether a read of weights that are not there is noticed."""
         self.moves = transient or home is not Home.HOST

@@ -41,6 +41,12 @@ class GradientReduction(Protocol):
     def send(self, unit: Unit) -> None:
         """The unit's gradients of this backward are complete: from here on none may arrive."""
 
+    def reduce(self, unit: Unit) -> None:
+        """Reduces what has been accumulated of the unit, and waits for it: more of this backward may come afterwards.
+
+        All ranks call it for the same units in the same order, and then do without `send` and `end_backward`.
+        """
+
     def end_backward(self) -> None:
         """Reduces every unit of this backward that is still to be reduced."""
 
@@ -55,6 +61,9 @@ class SingleRankGradients:
 
     def send(self, unit: Unit) -> None:
         """More may come: nobody waits for them."""
+
+    def reduce(self, unit: Unit) -> None:
+        """They are where they belong."""
 
     def end_backward(self) -> None:
         """Nothing is outstanding."""
@@ -124,6 +133,14 @@ class SharedGradients(_BetweenRanks):
             each for each in self._waiting if not self._received(each, self.core.receive(each.index, False))
         ]
 
+    def reduce(self, unit: Unit) -> None:
+        """A round of its own."""
+        self.send(unit)
+        if unit in self._waiting:
+            self._waiting.remove(unit)
+            self._received(unit, self.wait("gradients", unit.name, self.core.receive, unit.index, True))
+        unit.gradients = GradientState.OPEN
+
     def _received(self, unit: Unit, complete: bool) -> bool:
         if complete and self._logged:
             COMMS.end(self._logged.pop(unit.index, None))
@@ -182,6 +199,13 @@ class CollectiveGradients(_BetweenRanks):
         self._end_update()
         self._next = 0
         self._end()
+
+    def reduce(self, unit: Unit) -> None:
+        """Nothing is on its way but the unit."""
+        self._check_whole()
+        self._begin_reduce(unit)
+        self._end_reduce()
+        self._end_update()
 
     def _begin_reduce(self, unit: Unit) -> None:
         self._end_reduce()

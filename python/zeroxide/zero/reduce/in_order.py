@@ -31,15 +31,20 @@ class GradientOrder:
         self.now = 0
         """The micro-batch whose backward runs."""
         self._ended: set[int] = set()
+        self._alone = True
         self._by_layer: set[int] = set()
         self._added: dict[Key, list[int]] = {}
         self._waiting: dict[Key, dict[int, tuple[Unit, torch.Tensor]]] = {}
         reducer.order = self
         reducer.put_before(lambda hook, unit, position: Hook(self._take, hook, unit, position))
 
-    def begin(self, by_layer: set[int]) -> None:
-        """A backward of micro-batches begins. Gradients of the units `by_layer` come in order where they come."""
-        self.now, self._by_layer = 0, by_layer
+    def begin(self, by_layer: set[int], *, alone: bool = True) -> None:
+        """A backward of micro-batches begins. Gradients of the units `by_layer` come in order where they come.
+
+        alone: whether no other rank has gradients. Else those of one micro-batch are summed over ranks before those of
+            the next are added, which for units that are not `by_layer` is when its backward has ended.
+        """
+        self.now, self._by_layer, self._alone = 0, by_layer, alone
         self._ended.clear()
         self._added.clear()
         self._waiting.clear()
@@ -48,8 +53,11 @@ class GradientOrder:
         """Whether the gradient of the micro-batch whose backward runs is the parameter's next."""
         if unit.index in self._by_layer:
             return True
-        added = self._added.get((unit.index, position), ())
-        return all(before in self._ended or before in added for before in range(self.now))
+        return self._is_next((unit.index, position), self.now)
+
+    def _is_next(self, key: Key, number: int) -> bool:
+        added = self._added.get(key, ()) if self._alone else ()
+        return all(before in self._ended or before in added for before in range(number))
 
     def note(self, unit: Unit, position: int, number: int | None = None) -> None:
         """A gradient of the micro-batch `number`, or the one that runs, is being added. Raises ModelError where one of
@@ -94,8 +102,7 @@ class GradientOrder:
     def _add_waiting(self, key: Key) -> None:
         waiting = self._waiting.get(key, {})
         for number in sorted(waiting):
-            added = self._added.get(key, ())
-            if not all(before in self._ended or before in added for before in range(number)):
+            if not self._is_next(key, number):
                 return
             unit, grad = waiting.pop(number)
             self.note(unit, key[1], number)

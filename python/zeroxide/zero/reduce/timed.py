@@ -30,6 +30,12 @@ class TimedReduction:
         self._reduction.send(unit)
         self._note(time.perf_counter() - start)
 
+    def reduce(self, unit: Unit) -> None:
+        """See `GradientReduction.reduce`."""
+        start = time.perf_counter()
+        self._reduction.reduce(unit)
+        self._note(time.perf_counter() - start)
+
     def end_backward(self) -> None:
         """See `GradientReduction.end_backward`."""
         start = time.perf_counter()
