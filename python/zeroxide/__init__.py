@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from zeroxide.distributed import init_distributed
     from zeroxide.engine.engine import Engine
     from zeroxide.engine.entry import initialize
+    from zeroxide.engine.tp_model_init import tp_model_init
     from zeroxide.errors import ZeroxideError
     from zeroxide.optim import AdamW
     from zeroxide.zero import (
@@ -53,6 +54,7 @@ __all__ = [
     "safe_set_local_fp32_param",
     "safe_set_local_grad",
     "safe_set_local_optimizer_state",
+    "tp_model_init",
     "zero",
 ]
 
@@ -63,6 +65,7 @@ _HOMES = {
     "ZeroxideError": "zeroxide.errors",
     "init_distributed": "zeroxide.distributed",
     "initialize": "zeroxide.engine.entry",
+    "tp_model_init": "zeroxide.engine.tp_model_init",
 }
 
 

@@ -172,7 +172,8 @@ class IoEngine:
 class UnitSpec:
     """One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated.
 
-    A format that rounds needs `streams`, the random bits of each parameter.
+    A format that rounds needs `streams`, the random bits of each parameter. `mesh` is None for a unit that all ranks
+    train.
     """
 
     def __new__(
@@ -187,6 +188,7 @@ class UnitSpec:
         held_through_backward: bool = False,
         gradients: GradientHome | None = None,
         streams: list[int] = ...,
+        mesh: MeshPosition | None = None,
     ) -> UnitSpec: ...
 
 @final
@@ -405,7 +407,9 @@ class Plan:
         limit: int | None = None,
         resident: int = 0,
         device: DeviceRequest | None = None,
-    ) -> Plan: ...
+        apart: list[tuple[int, int, int, int]] = ...,
+    ) -> Plan:
+        """apart: (unit, rank, shards, replicas) of units that not all ranks train."""
     @property
     def weights(self) -> str: ...
     @property

@@ -32,7 +32,13 @@ USED = {
     "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer",
     "deepspeed.runtime.engine": "DeepSpeedEngine",
     "deepspeed.runtime.lr_schedules": "VALID_LR_SCHEDULES LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR",
-    "deepspeed.runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP",
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP "
+    "TiledFusedLogitsLoss SequenceTiledCompute sequence_tiled_compute",
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": "initialize_sequence_parallel get_sequence_parallel_group "
+    "get_sequence_parallel_world_size get_sequence_parallel_rank get_sequence_data_parallel_group "
+    "get_sequence_data_parallel_world_size get_sequence_data_parallel_rank",
+    "deepspeed.runtime.chunked_cross_entropy": "chunked_cross_entropy",
+    "deepspeed.sequence.layer": "DistributedAttention",
     "deepspeed.runtime.utils": "move_to_device see_memory_usage",
     "deepspeed.runtime.zero.offload_config": "OffloadStateTypeEnum OffloadDeviceEnum",
     "deepspeed.runtime.zero.partition_parameters": "ZeroParamStatus zero_wrapper_for_fp_tensor_constructor "

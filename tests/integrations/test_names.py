@@ -129,10 +129,10 @@ def test_what_is_not_built_says_so_when_it_is_used():
     """Catches: a placeholder that refuses to be imported, or to be asked about, and one that can be called."""
     source = """
 import zeroxide.integrations.deepspeed, deepspeed
-from deepspeed.pipe import PipelineModule
+from deepspeed import DeepSpeedHybridEngine
 from zeroxide.errors import ModelError
-assert not isinstance(3, PipelineModule)
-for call in (lambda: PipelineModule([], 2), lambda: deepspeed.tp_model_init(None, 2, None)):
+assert not isinstance(3, DeepSpeedHybridEngine)
+for call in (lambda: DeepSpeedHybridEngine(None),):
     try:
         call()
     except ModelError as error:
@@ -147,8 +147,7 @@ except ImportError:
     print("ImportError")
 """
     assert python(source).splitlines() == [
-        "deepspeed.pipe.PipelineModule: pipeline parallelism is not built in zeroxide yet",
-        "deepspeed.tp_model_init: tensor parallelism is not built in zeroxide yet",
+        "deepspeed.DeepSpeedHybridEngine: the hybrid engine is not built in zeroxide yet",
         "deepspeed.utils.no_such_name: zeroxide, which answers for DeepSpeed 0.19.8, has no such name",
         "ImportError",
     ]

@@ -8,7 +8,18 @@ from pathlib import Path
 import pytest
 from given_configs import ADAM, BF16, COSINE, DECAY, FP16, GIB, ONE_CYCLE, RANGE_TEST, WARMUP, complaint, merged, nested
 
-from zeroxide.config import ErrorFeedback, LogFolder, LossScale, Mesh, Offload, Optimizer, Scheduler, WandbRun, load
+from zeroxide.config import (
+    ErrorFeedback,
+    LogFolder,
+    LossScale,
+    Mesh,
+    Offload,
+    Optimizer,
+    Scheduler,
+    TPLayerSpec,
+    WandbRun,
+    load,
+)
 from zeroxide.config.check import all_keys, section_of
 from zeroxide.config.document import Document
 from zeroxide.config.fields import NoEffect, NotBuilt
@@ -27,6 +38,8 @@ MONITORS = {
     "wandb": ("group", "team", "project"),
     "csv_monitor": ("output_path", "job_name"),
 }
+CUT = {**STAGE3, "tensor_parallel": {"autotp_size": 2}}
+
 EFFECTS = [
     ("train_batch_size", 8, {}, "batch.train_batch_size", 8),
     ("zero_optimization.leaf_module.classes", ["Moe"], {}, "zero.leaf_classes", ("Moe",)),
@@ -68,6 +81,17 @@ EFFECTS = [
         {"comms_logger": {"enabled": True, "prof_all": False}},
         "comms_logger.prof_ops",
         ("broadcast",),
+    ),
+    ("zeroxide.mesh.pp", 2, STAGE3, "mesh", Mesh(pp=2, dp_shard=2)),
+    ("pipeline.stages", 2, {}, "mesh", Mesh(pp=2, dp_replicate=2)),
+    *(
+        (f"pipeline.{key}", value, {"pipeline": {"stages": 2}}, f"pipeline.{key}", value)
+        for key, value in {
+            "partition": "type:block",
+            "schedule": "gpipe",
+            "stages_per_rank": 2,
+            "activation_checkpoint_interval": 3,
+        }.items()
     ),
     ("zeroxide.log", "a/b.jsonl", {}, "zeroxide.log", Path("a/b.jsonl")),
     ("dataloader_drop_last", True, {}, "batch.dataloader_drop_last", True),
@@ -191,8 +215,38 @@ EFFECTS = [
     ("zeroxide.rank_timeout", 2.5, {}, "zeroxide.rank_timeout", 2.5),
     ("zeroxide.durable_every", 50, {}, "zeroxide.durable_every", 50),
     ("zeroxide.durable_name", "a-b.1", {"zeroxide": {"durable_every": 1}}, "zeroxide.durable_name", "a-b.1"),
+    ("tensor_parallel.autotp_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, tp=2)),
+    ("tensor_parallel.tp.tp_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, tp=2)),
+    ("tensor_parallel.vocab_parallel_lm_head", True, CUT, "tensor_parallel.vocab_parallel_lm_head", True),
+    ("tensor_parallel.preset_model", "gpt2", CUT, "tensor_parallel.preset_model", "gpt2"),
+    ("tensor_parallel.partition_config.use_default_specs", False, CUT, "tensor_parallel.use_default_specs", False),
+    (
+        "tensor_parallel.partition_config.layer_specs",
+        [
+            {"patterns": [".*up"], "shape": [[4, 2], -1], "partition_dim": 0},
+            {"patterns": ["b"], "partition_type": "row"},
+        ],
+        CUT,
+        "tensor_parallel.layer_specs",
+        (TPLayerSpec((".*up",), shape=((4, 2), -1), partition_dim=0), TPLayerSpec(("b",), "row")),
+    ),
+    ("zeroxide.mesh.tp", 2, STAGE3, "mesh", Mesh(dp_shard=2, tp=2)),
     ("zeroxide.mesh.dp_shard", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zeroxide.mesh.ep", 2, STAGE3, "mesh", Mesh(dp_shard=4, ep=2)),
+    ("expert_parallel.enabled", True, {}, "expert_parallel.enabled", True),
+    *(
+        (f"expert_parallel.{key}", value, {"expert_parallel": {"enabled": True}}, f"expert_parallel.{key}", value)
+        for key, value in {
+            "autoep_size": 2,
+            "preset_model": "mixtral",
+            "moe_layer_pattern": "mlp",
+            "expert_pattern": "experts",
+        }.items()
+    ),
     ("zeroxide.mesh.dp_replicate", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
+    ("zeroxide.mesh.sp", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
+    ("sequence_parallel_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
+    ("data_parallel_size", 2, STAGE3, "mesh", Mesh(dp_shard=2, sp=2)),
     ("zero_optimization.zero_hpz_partition_size", 2, STAGE3, "mesh", Mesh(dp_replicate=2, dp_shard=2)),
     ("zero_optimization.zero_quantized_weights", True, STAGE3, "zero.quantized_weights", True),
     ("zero_optimization.zero_quantized_nontrainable_weights", True, STAGE3, "zero.quantized_frozen", True),
@@ -206,7 +260,7 @@ EFFECTS = [
 def test_a_key_with_an_effect_changes_the_config(key, value, beside, name, expected):
     # Of the model's own dtype, which a config may overrule.
     own = {"own_dtype": lambda: "bf16"} if key == "data_types.param_dtype" else {}
-    if name == "mesh":
+    if name.split(".")[0] in ("mesh", "pipeline", "tensor_parallel"):
         own["world_size"] = 4
     after = load(merged(beside, nested(key, value)), **own)
     for step in name.split("."):
@@ -291,9 +345,11 @@ def test_keys_without_an_effect_are_listed_once_with_a_reason():
 
 NOT_BUILT = [
     ("fp16.fp16_master_weights_and_grads", True, "fp16 master weights"),
-    ("pipeline", {"stages": 2}, "pipeline parallelism"),
-    ("tensor_parallel.autotp_size", 2, "tensor parallelism"),
-    ("expert_parallel.ep_size", 2, "expert parallelism"),
+    ("pipeline.seed_layers", True, "seeds from the config"),
+    ("expert_parallel.top_k", 1, "routers other than the model's own"),
+    ("expert_parallel.comm_backend", "deepep", "DeepEP"),
+    ("use_data_before_expert_parallelism", True, "expert parallelism"),
+    ("tensor_parallel.vocab_parallel_ce_backend", "liger", "Liger"),
     ("zero_optimization.zenflow.topk_ratio", 0.1, "ZenFlow"),
     ("zero_optimization.offload_optimizer.super_offload", True, "super offload"),
     ("torch_autocast.lower_precision_safe_modules", ["torch.nn.Linear"], "dtype of autocast"),
@@ -302,7 +358,6 @@ NOT_BUILT = [
     ("autotuning.enabled", True, "autotuning"),
     ("compile.deepcompile", True, "compiled graphs"),
     ("hybrid_engine.enabled", True, "hybrid engine"),
-    ("sequence_parallel_size", 2, "sequence parallelism"),
     ("activation_checkpointing.contiguous_memory_optimization", True, "contiguous activation"),
     ("checkpoint.load_universal", True, "universal"),
     ("bf16.bf16_optimizer_states", True, "bf16 optimizer states"),
@@ -350,10 +405,8 @@ def test_what_is_not_built_is_refused_by_name(key, value, what):
     [
         *((key.split(".")[0], {"enabled": False, "anything": [1]}) for key, _, _ in NOT_BUILT[7:12]),
         *((key.split(".")[0], {"enabled": False}) for key, *_ in REMOVED if not key.startswith("zero_")),
-        ("tensor_parallel", {"autotp_size": 0}),
         ("compile", {"deepcompile": False}),
         ("compression_training", {"weight_quantization": {"shared_parameters": {"enabled": False}, "groups": {}}}),
-        ("sequence_parallel_size", 1),
         ("torch_autocast.lower_precision_safe_modules", []),
         ("zero_optimization.mics_shard_size", -1),
         ("activation_checkpointing.partition_activations", False),

@@ -81,19 +81,19 @@ def test_param_dtype():
 
 def test_off_sections():
     for section in (
-        {"tensor_parallel": {"autotp_size": 1}},
-        {"tensor_parallel": {"autotp_size": 0, "enabled": False}},
         {"monitor_config": {"tensorboard": {"enabled": False}, "csv_monitor": {"enabled": False}}},
         {"monitor_config": {}},
-        {"expert_parallel": {"ep_size": 1}},
     ):
         assert [name for name, _ in load(section).no_effect] == list(section)
-    for section in (
-        {"tensor_parallel": {"autotp_size": 2}},
-        {"tensor_parallel": {"autotp_size": True}},
-        {"monitor_config": {"wandb": {"enabled": True}}},
-    ):
+    for section in ({"monitor_config": {"wandb": {"enabled": True}}},):
         assert "not built yet" in refused(section)
+
+
+def test_tensor_ranks_of_one_are_none():
+    for section in ({"autotp_size": 1}, {"autotp_size": 0, "enabled": False}, {"tp": {"tp_size": 1}}):
+        assert load({"tensor_parallel": section}).mesh is None
+    assert "expected an integer" in refused({"tensor_parallel": {"autotp_size": True}})
+    assert "does not divide the 1 ranks" in refused({"tensor_parallel": {"autotp_size": 2}})
 
 
 def test_lenient_values():

@@ -159,7 +159,7 @@ class OneGradient:
 def test_the_parts_of_a_norm_are_added_in_the_order_of_the_slices(axes, expected):
     # In doubles 1e16 + 1 is 1e16. Ranks 0, 2, 1, 3 have the slices of two by two. Catches: the order of the ranks.
     groups = ProcessMesh(0, 4, axes).unit_groups()
-    job = Job(Ranks(), ProcessMesh(0, 1), FourRanks([1e16, 1.0, -1e16, 0.0]), Ranks())
+    job = Job(Ranks(), ProcessMesh(0, 1), FourRanks([1e16, 1.0, -1e16, 0.0]), Ranks(), Ranks(), Ranks())
     found = agree_on_norm(OneGradient(), job, groups, Silent())
     assert found == (expected, False, 1)
 
@@ -167,7 +167,7 @@ def test_the_parts_of_a_norm_are_added_in_the_order_of_the_slices(axes, expected
 def test_the_norm_is_over_all_parts_of_the_model():
     # Four parts, each of one rank. Catches: a norm of one part, which clips each by another factor; a sum of counts
     # that counts this part's gradient for all.
-    job = Job(Ranks(), ProcessMesh(0, 1), Ranks(), FourRanks([1.0, 2.0, 4.0, 8.0]))
+    job = Job(Ranks(), ProcessMesh(0, 1), Ranks(), FourRanks([1.0, 2.0, 4.0, 8.0]), Ranks(), Ranks())
     assert agree_on_norm(OneGradient(), job, ProcessMesh(0, 1).unit_groups(), Silent()) == (15.0, False, 4)
 
 

@@ -16,6 +16,8 @@ PACKAGE = Path(zeroxide.__file__).parent
 FOREIGN = {
     # torch's C extension: what autograd, functorch and storages know is told nowhere else.
     "_C": "torch",
+    "_scaled_dot_product_flash_attention_for_cpu": "torch: the attention whose sums of exponentials are known",
+    "_scaled_dot_product_flash_attention_for_cpu_backward": "torch: its gradient by those",
     "_current_graph_task_id": "torch: which backward is under way",
     "_distributed_c10d": "torch: classes of process groups",
     "_functorch": "torch: whether a transform of torch.func is on",
@@ -36,6 +38,7 @@ FOREIGN = {
     "_cdata": "torch: the address of a storage, which C functions take",
     "_device_types": "torch: what a process group can carry",
     "_execution_engine": "torch: the only way to be called when a backward ends",
+    "_default_apply_gate": "transformers: the usual one",
     "_indices": "torch: of a sparse tensor as it is, not coalesced",
     "_modules": "torch: a module's own children",
     "_non_persistent_buffers_set": "torch: which buffers are not state",
@@ -45,6 +48,8 @@ FOREIGN = {
     "_optimizer_load_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_state_dict_post_hooks": "torch: hooks of users, to be called as torch calls them",
     "_optimizer_state_dict_pre_hooks": "torch: hooks of users, to be called as torch calls them",
+    "_get_1f1b_rank_ops": "torch: the order of one stage a rank, which has no public way to it",
+    "_get_pipeline_order": "torch: the order of all forwards, then all backwards",
     "_parameters": "torch: a module's own parameters, also those that are shared",
     "_post_accumulate_grad_hooks": "torch: whether the engine's hook is the last",
     "_register_hook_dict": "torch: lets a gradient function call the hooks of a tensor",
@@ -54,6 +59,9 @@ FOREIGN = {
     "_version": "torch: how often a tensor was changed in place",
     # Others.
     "_exit": "os: to end a process whose other threads hold locks",
+    "_attn_implementation": "transformers: which attention a model was made with",
+    "_global_mapping": "transformers: an attention that was registered has no other way out",
+    "_local_mapping": "transformers: whether an attention was replaced before",
     "_init_weights": "transformers: how a model of theirs draws initial weights",
     "_keys_to_ignore_on_load_unexpected": "transformers: which names in a file are not the model's",
 }

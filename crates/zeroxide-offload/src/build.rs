@@ -11,7 +11,7 @@ use crate::durable::mirror_tile;
 use crate::error::{OffloadError, Result, misuse};
 use crate::gradients::kept::{GRADIENT, KeptGradients};
 use crate::homes::{GradArena, ShardArena, StateArena};
-use crate::settings::{Settings, StateHome, UnitSpec, WeightHome};
+use crate::settings::{MeshPosition, Settings, StateHome, Transport, UnitSpec, WeightHome};
 use crate::unit::{StateBlocks, Unit};
 use crate::weights::Weights;
 use crate::weights::residence::{Residence, UnitWeights};
@@ -72,6 +72,7 @@ fn make_units(
             what: format!("{} units; at most {} are supported", specs.len(), u32::MAX),
         })?;
         check_streams(&specs[index])?;
+        check_mesh(settings, &specs[index])?;
         blocks.extend(disk_blocks(&tensors[index], id, placed));
         if settings.durable.is_some() {
             blocks.extend(mirror_blocks(settings, &tensors[index], id, placed));
@@ -95,6 +96,10 @@ fn make_units(
         };
         units.push(Unit {
             name: spec.name.clone(),
+            mesh: MeshPosition {
+                groups: placed.mesh,
+                ..settings.mesh
+            },
             base: local.base,
             weight_tiles: Tiling::new(local.own, placed.tile)?,
             state_tiles: Tiling::new(trainable, placed.tile)?,
@@ -125,6 +130,18 @@ fn check_streams(spec: &UnitSpec) -> Result<()> {
             "unit {} is {}, which rounds: {streams} streams of random bits for {params} parameters",
             spec.name, spec.format
         ),
+    )
+}
+
+/// Shared memory is laid out for all ranks.
+fn check_mesh(settings: &Settings, spec: &UnitSpec) -> Result<()> {
+    if spec.mesh.is_none() || settings.mesh.transport == Transport::Collective {
+        return Ok(());
+    }
+    let name = &spec.name;
+    misuse(
+        "new",
+        format!("unit {name} is not trained by all ranks, and gradients go through shared memory"),
     )
 }
 

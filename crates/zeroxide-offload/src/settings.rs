@@ -31,9 +31,11 @@ pub struct UnitSpec {
     pub format: Format,
     /// The stream of random bits of each parameter, made of a seed and its name, for a format that rounds.
     pub streams: Vec<u64>,
+    /// This process among those that train it; `None` where these are all. Only where the caller carries gradients.
+    pub mesh: Option<Mesh>,
 }
 
-/// This process's position in the groups that every unit has, and how it reaches the other ranks.
+/// This process's position in the groups that a unit has, and how it reaches the other ranks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MeshPosition {
     /// The shard group and the replicate group.
@@ -133,6 +135,7 @@ impl Settings {
             state: spec.state,
             gradients: spec.gradients,
             state_bytes: StateBytes::of(tensors),
+            mesh: spec.mesh,
         });
         let dtypes = Dtypes {
             compute: self.compute,

@@ -59,6 +59,8 @@ pub(crate) enum StateBlocks {
 
 pub(crate) struct Unit {
     pub(crate) name: String,
+    /// This process among those that train it.
+    pub(crate) mesh: MeshPosition,
     pub(crate) layout: UnitLayout,
     /// The optimizer rule that updates its trainable parameters.
     pub(crate) rule: &'static str,
@@ -158,9 +160,9 @@ impl Unit {
     }
 
     /// Those of which this rank sums what all ranks have sent.
-    pub(crate) fn summed(&self, mesh: MeshPosition) -> Range<u64> {
-        if mesh.sums_its_slice() {
-            self.layout.trainable_shard(mesh.slice())
+    pub(crate) fn summed(&self) -> Range<u64> {
+        if self.mesh.sums_its_slice() {
+            self.layout.trainable_shard(self.mesh.slice())
         } else {
             self.kept()
         }

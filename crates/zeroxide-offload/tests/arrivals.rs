@@ -17,6 +17,7 @@ fn open() -> Offload {
         trainable,
     };
     let unit = UnitSpec {
+        mesh: None,
         name: "unit".into(),
         held_through_backward: false,
         params: vec![param(true), param(true), param(false)],

@@ -80,6 +80,7 @@ fn a_step_ends_while_nobody_calls() {
 fn four_units(case: &Case) -> Offload {
     let units: Vec<UnitSpec> = (0..4)
         .map(|unit| UnitSpec {
+            mesh: None,
             name: format!("unit {unit}"),
             held_through_backward: false,
             params: vec![ParamShape {

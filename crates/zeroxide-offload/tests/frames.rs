@@ -19,6 +19,7 @@ const NEXT: usize = 2;
 fn open(directory: &std::path::Path) -> Offload {
     let units: Vec<UnitSpec> = (0..3)
         .map(|unit| UnitSpec {
+            mesh: None,
             name: format!("unit {unit}"),
             held_through_backward: false,
             params: vec![ParamShape {

@@ -34,6 +34,7 @@ impl Job {
             .iter()
             .zip(&self.rules)
             .map(|(unit, (optimizer, format))| UnitSpec {
+                mesh: None,
                 name: unit.shape.name.clone(),
                 held_through_backward: unit.shape.held_through_backward,
                 params: unit.shape.params.clone(),
@@ -121,6 +122,7 @@ prop_compose! {
             StateLayout::new(compute, *format, &optimizer.moments()).expect("a pair that exists")
         };
         let units = units.into_iter().enumerate().map(|(index, (held, params))| UnitRequest {
+mesh: None,
             name: format!("unit {index}"),
             params: params
                 .iter()

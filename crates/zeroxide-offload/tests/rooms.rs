@@ -19,6 +19,7 @@ fn open(gradients: bool) -> Offload {
         trainable: true,
     };
     let unit = UnitSpec {
+        mesh: None,
         name: "unit".into(),
         held_through_backward: false,
         params: vec![param, param],

@@ -24,6 +24,8 @@ pub struct UnitRequest {
     pub state_bytes: StateBytes,
     /// Units that follow one another with the same number belong to the same modules and are used together.
     pub turn: u32,
+    /// This rank among those that train it; `None` where these are all ranks.
+    pub mesh: Option<Mesh>,
 }
 
 /// What a user and the machine say.
@@ -132,10 +134,15 @@ impl Plan {
             name: unit.name,
             params: unit.params,
             held_through_backward: unit.held_through_backward,
-            weights,
+            weights: match unit.mesh {
+                // It keeps all of them: what it would gather is what it has.
+                Some(mesh) if mesh.has_all() && weights == WeightHome::Shard => WeightHome::Host,
+                _ => weights,
+            },
             state,
             gradients: GradientHome::Host,
             state_bytes: unit.state_bytes,
+            mesh: unit.mesh,
         });
         let mut placement = Placement::new(
             request.mesh,

@@ -374,7 +374,10 @@ impl<'a> Rank<'a> {
 
     fn all_gather(&mut self, unit: usize) {
         let placement = &self.plan.placement;
-        let (mesh, quantisation) = (placement.mesh, &placement.quantisation);
+        let (mesh, quantisation) = (placement.units[unit].mesh, &placement.quantisation);
+        if mesh.has_all() {
+            return;
+        }
         let len = placement.units[unit].layout.len();
         let shards = u64::from(mesh.shards);
         let begin = |kind, sent, across| Collective {
@@ -412,7 +415,10 @@ impl<'a> Rank<'a> {
         if placement.transport == Transport::Shared {
             return;
         }
-        let mesh = placement.mesh;
+        let mesh = placement.units[unit].mesh;
+        if mesh.world() == 1 {
+            return;
+        }
         let summed = mesh.summed(placement.units[unit].local.kept);
         let begin = |kind, sent, across| Collective {
             phase: self.phase,
@@ -446,8 +452,8 @@ impl<'a> Rank<'a> {
                 CollectiveKind::AllToAll
             };
             // As many bytes leave as arrive.
-            let sent = placement.units[unit].incoming_bytes(mesh, placement.dtypes.comm);
-            let across = summed * placement.dtypes.comm.size() as u64 * self.strangers();
+            let sent = placement.units[unit].incoming_bytes(placement.dtypes.comm);
+            let across = summed * placement.dtypes.comm.size() as u64 * self.strangers(unit);
             begin(kind, sent, across)
         };
         if !mesh.has_all() && mesh.replicas > 1 {
@@ -462,12 +468,13 @@ impl<'a> Rank<'a> {
     }
 
     /// Ranks outside of a rank's group, over which a reduction in one hop goes.
-    fn strangers(&self) -> u64 {
+    fn strangers(&self, unit: usize) -> u64 {
         let placement = &self.plan.placement;
-        if placement.mesh.has_all() {
+        let mesh = placement.units[unit].mesh;
+        if mesh.has_all() {
             0
         } else {
-            u64::from(placement.mesh.world() - placement.quantisation.near(placement.mesh))
+            u64::from(mesh.world() - placement.quantisation.near(mesh))
         }
     }
 

@@ -60,7 +60,7 @@ impl Transit {
                 if quantisation.gradients {
                     quantisation.incoming_bytes(mesh, unit.layout.trainable_len())
                 } else {
-                    unit.incoming_bytes(mesh, comm)
+                    unit.incoming_bytes(comm)
                 }
             };
             found.incoming = page(units.iter().map(incoming).max().unwrap_or(0));

@@ -81,6 +81,8 @@ pub struct UnitShape {
     pub gradients: GradientHome,
     /// Bytes of its optimizer state.
     pub state_bytes: StateBytes,
+    /// This rank among those that train it; `None` where these are all ranks.
+    pub mesh: Option<Mesh>,
 }
 
 /// The part of a unit that a rank keeps, in elements of the layout.
@@ -125,13 +127,17 @@ pub struct PlacedUnit {
     pub local: LocalShard,
     /// Elements in a tile of it, a multiple of 2,048.
     pub tile: u64,
+    /// This rank among those that train it.
+    pub mesh: Mesh,
 }
 
 impl PlacedUnit {
-    pub(crate) fn new(mesh: Mesh, tile_elements: u64, shape: UnitShape) -> Result<Self> {
+    /// Lays the unit out; over the ranks of `all` where it does not say over which.
+    pub(crate) fn new(all: Mesh, tile_elements: u64, shape: UnitShape) -> Result<Self> {
+        let mesh = shape.mesh.unwrap_or(all);
         let layout = UnitLayout::new(&shape.params, mesh.world())?;
         let trainable = layout.trainable_len();
-        if mesh.world() > 1 && trainable > 0 && trainable < layout.len() {
+        if all.world() > 1 && trainable > 0 && trainable < layout.len() {
             return Err(PlanError::MixedUnit { unit: shape.name });
         }
         let local = LocalShard::new(mesh, shape.weights, &layout);
@@ -140,6 +146,7 @@ impl PlacedUnit {
             layout,
             local,
             tile: tile_elements,
+            mesh,
         };
         made.choose_tile(tile_elements);
         Ok(made)
@@ -209,8 +216,8 @@ impl PlacedUnit {
     }
 
     /// Bytes of the other ranks' gradients of what this rank keeps of it.
-    pub fn incoming_bytes(&self, mesh: Mesh, comm: Dtype) -> u64 {
-        mesh.incoming_bytes(self.local.kept, comm)
+    pub fn incoming_bytes(&self, comm: Dtype) -> u64 {
+        self.mesh.incoming_bytes(self.local.kept, comm)
     }
 
     /// Bytes of this rank's part of its weights.

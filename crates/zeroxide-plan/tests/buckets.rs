@@ -174,6 +174,7 @@ prop_compose! {
         let mesh = Mesh { rank: 0, shards, replicas };
         let (compute, grad, comm) = dtypes;
         let units = units.into_iter().enumerate().map(|(index, (held, params))| UnitRequest {
+mesh: None,
             name: format!("unit {index}"),
             params: params
                 .iter()
@@ -288,6 +289,7 @@ fn refusals_name_numbers_and_help() {
         gradients: None,
         pinned: 0,
         units: vec![UnitRequest {
+            mesh: None,
             name: "only".into(),
             params: vec![ParamShape {
                 numel: 10 << 20,
@@ -345,6 +347,7 @@ fn refusals_name_numbers_and_help() {
 fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
     let made = |on_disk, numel| {
         let unit = UnitRequest {
+            mesh: None,
             name: "one of two".into(),
             params: vec![ParamShape {
                 numel,

@@ -11,6 +11,7 @@ use zeroxide_plan::{
 /// Units of `numel` trainable elements each, on ranks at stage 3.
 fn plan(mesh: Mesh, quantisation: Quantisation, numels: &[u64]) -> Plan {
     let unit = |(index, numel): (usize, &u64)| UnitRequest {
+        mesh: None,
         name: format!("unit {index}"),
         params: vec![ParamShape {
             numel: *numel,

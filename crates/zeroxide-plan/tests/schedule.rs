@@ -41,6 +41,7 @@ fn grouped(
     weights_on_disk: bool,
 ) -> Plan {
     let unit = |index: usize, numel: u64| UnitRequest {
+        mesh: None,
         name: format!("unit {index}"),
         params: vec![ParamShape {
             numel,

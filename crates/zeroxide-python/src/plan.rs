@@ -38,6 +38,7 @@ fn unit_request(compute: Dtype, unit: UnitTuple<'_>) -> PyResult<UnitRequest> {
         held_through_backward,
         state_bytes: StateBytes::of(&layout),
         turn,
+        mesh: None,
     })
 }
 
@@ -89,7 +90,7 @@ impl PyPlan {
     #[new]
     #[pyo3(signature = (*, units, rank, shards, replicas, stage, transport, compute, grad, comm, weights_on_disk,
                         state_on_disk, prefetch, gradients = None, pinned = 0, quantisation = None, tile_bytes = None, staging_bytes = None,
-                        limit = None, resident = 0, device = None))]
+                        limit = None, resident = 0, device = None, apart = Vec::new()))]
     #[expect(
         clippy::too_many_arguments,
         reason = "keyword arguments of a Python constructor"
@@ -116,6 +117,7 @@ impl PyPlan {
         limit: Option<u64>,
         resident: u64,
         device: Option<PyRef<'_, PyDeviceRequest>>,
+        apart: Vec<(usize, u32, u32, u32)>,
     ) -> PyResult<Self> {
         let mesh = Mesh {
             rank,
@@ -129,10 +131,22 @@ impl PyPlan {
             )));
         }
         let compute = parse_dtype(compute)?;
-        let units = units
+        let mut units = units
             .into_iter()
             .map(|unit| unit_request(compute, unit))
-            .collect::<PyResult<_>>()?;
+            .collect::<PyResult<Vec<_>>>()?;
+        for (unit, rank, shards, replicas) in apart {
+            let Some(unit) = units.get_mut(unit) else {
+                return Err(PyValueError::new_err(format!(
+                    "apart: there is no unit {unit}"
+                )));
+            };
+            unit.mesh = Some(Mesh {
+                rank,
+                shards,
+                replicas,
+            });
+        }
         let request = PlanRequest {
             mesh,
             stage,

@@ -64,7 +64,7 @@ enums! {
 }
 
 /// One unit: its parameters as (elements, trainable), the homes of weights and state, and how it is updated. A format that
-/// rounds needs `streams`, the random bits of each parameter.
+/// rounds needs `streams`, the random bits of each parameter. `mesh` is None for a unit that all ranks train.
 #[pyclass(frozen, module = "zeroxide._core", name = "UnitSpec")]
 pub(crate) struct PyUnitSpec {
     pub(crate) inner: UnitSpec,
@@ -74,7 +74,7 @@ pub(crate) struct PyUnitSpec {
 impl PyUnitSpec {
     #[new]
     #[pyo3(signature = (*, name, params, weights, state, optimizer, format, held_through_backward = false,
-                        gradients = None, streams = Vec::new()))]
+                        gradients = None, streams = Vec::new(), mesh = None))]
     #[expect(
         clippy::too_many_arguments,
         clippy::needless_pass_by_value,
@@ -90,6 +90,7 @@ impl PyUnitSpec {
         held_through_backward: bool,
         gradients: Option<PyRef<'_, PyGradientHome>>,
         streams: Vec<u64>,
+        mesh: Option<PyRef<'_, PyMeshPosition>>,
     ) -> PyResult<Self> {
         let params = params
             .into_iter()
@@ -106,12 +107,13 @@ impl PyUnitSpec {
                 optimizer: optimizer.optimizer(),
                 format: parse_format(format)?,
                 streams,
+                mesh: mesh.map(|mesh| mesh.inner.groups),
             },
         })
     }
 }
 
-/// This process's position in the groups that every unit has: `shards` ranks in a row, and `replicas` such groups.
+/// This process's position in the groups that a unit has: `shards` ranks in a row, and `replicas` such groups.
 #[pyclass(frozen, module = "zeroxide._core", name = "MeshPosition")]
 pub(crate) struct PyMeshPosition {
     inner: MeshPosition,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.part import Region, part_of
 from zeroxide.zero.names import plain_name
 
@@ -63,6 +64,11 @@ class ParamRecord:
         """The shape of the undivided model's parameter."""
         return self.shape if self.region is None else self.region.shape
 
+    @property
+    def elements(self) -> str:
+        """Which elements of which parameter of the undivided model this is."""
+        return self.name if self.region is None else f"{self.name}[{self.region.dim}:{self.region.segments}]"
+
     def has(self, part: str) -> bool:
         """Whether the parameter has that part: the weights, or a state tensor of its optimizer."""
         return part == WEIGHTS or part in self.states
@@ -97,11 +103,16 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             opaque=unit.opaque[position],
             group=groups.get(id(param)),
             states=unit.states if unit.trainable[position] else {},
-            region=part_of(param).region,
+            region=_region(param),
         )
         for unit in training.units
         for position, param in enumerate(unit.params)
     ]
+
+
+def _region(param: nn.Parameter) -> Region | None:
+    shard = shard_of(param)
+    return part_of(param).region if shard is None else shard.region
 
 
 def state_names(held: Iterable[ParamRecord]) -> list[str]:

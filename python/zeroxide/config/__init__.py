@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
     from zeroxide.config.sections.comms_logger import CommsLogging
+    from zeroxide.config.sections.expert_parallel import ExpertParallel
     from zeroxide.config.sections.flops_profiler import FlopsProfile
     from zeroxide.config.sections.mesh import Mesh
     from zeroxide.config.sections.monitor import LogFolder, Monitors, WandbRun
     from zeroxide.config.sections.precision import Dtype, LossScale, LowDtype, Precision
     from zeroxide.config.sections.scheduler import Scheduler
+    from zeroxide.config.sections.tensor_parallel import TensorParallel, TPLayerSpec
     from zeroxide.config.sections.zero import ErrorFeedback, Offload
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "Config",
     "Dtype",
     "ErrorFeedback",
+    "ExpertParallel",
     "FlopsProfile",
     "Lion",
     "LogFolder",
@@ -52,6 +55,8 @@ __all__ = [
     "Precision",
     "Rule",
     "Scheduler",
+    "TPLayerSpec",
+    "TensorParallel",
     "WandbRun",
     "format_bytes",
     "load",
@@ -63,6 +68,7 @@ _HOMES = {
     "CommsLogging": "sections.comms_logger",
     "Config": "resolved",
     "Dtype": "sections.precision",
+    "ExpertParallel": "sections.expert_parallel",
     "FlopsProfile": "sections.flops_profiler",
     "Lion": "rules",
     "LogFolder": "sections.monitor",
@@ -78,6 +84,8 @@ _HOMES = {
     "Rule": "rules",
     "SGD": "rules",
     "Scheduler": "sections.scheduler",
+    "TPLayerSpec": "sections.tensor_parallel",
+    "TensorParallel": "sections.tensor_parallel",
     "WandbRun": "sections.monitor",
 }
 
@@ -88,6 +96,7 @@ def load(
     world_size: int = 1,
     own_dtype: Callable[[], Dtype] | None = None,
     stages: int | None = None,
+    sequence: int | None = None,
     **shortcuts: Any,
 ) -> Config:
     """Read a config (a mapping, or the path of a JSON file with comments) together with keyword shortcuts.
@@ -97,7 +106,8 @@ def load(
     `offload` sets the home of parameters and of optimizer state, and `offload_param` and `offload_optimizer` take
     precedence over it: each is `"none"`, `"cpu"` or `"nvme:DIRECTORY"`. `dtype` is `"bf16"`, `"fp16"`, `"fp32"` or
     the torch dtype. Without a precision in the config and without `dtype`, training is in what `own_dtype` returns, the
-    dtype of the model's weights, or in fp32. `stages` are the ranks that a `PipelineModule` is cut for.
+    dtype of the model's weights, or in fp32. `stages` are the ranks that a `PipelineModule` is cut for,
+    `sequence` those that share the sequences of a batch, as an `mpu` says.
 
     Raises `ConfigError`: for an unknown key or shortcut, a value that does not fit, a key whose meaning is not built
     yet, and a shortcut that contradicts the config.
@@ -106,7 +116,13 @@ def load(
 
     source = read(config)
     return resolve(
-        source.data, shortcuts, world_size=world_size, origin=source.origin, own_dtype=own_dtype, stages=stages
+        source.data,
+        shortcuts,
+        world_size=world_size,
+        origin=source.origin,
+        own_dtype=own_dtype,
+        stages=stages,
+        sequence=sequence,
     )
 
 

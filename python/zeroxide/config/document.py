@@ -16,6 +16,7 @@ from zeroxide.config.sections.aio import AioSection
 from zeroxide.config.sections.batch import BatchKeys
 from zeroxide.config.sections.checkpoint import CheckpointSection
 from zeroxide.config.sections.comms_logger import CommsLoggerSection
+from zeroxide.config.sections.expert_parallel import ExpertParallelSection
 from zeroxide.config.sections.flops_profiler import FlopsProfilerSection
 from zeroxide.config.sections.gradients import GradientKeys
 from zeroxide.config.sections.monitor import MonitorKeys
@@ -24,6 +25,8 @@ from zeroxide.config.sections.pipeline import PipelineSection
 from zeroxide.config.sections.precision import PrecisionKeys
 from zeroxide.config.sections.report import ReportKeys
 from zeroxide.config.sections.scheduler import SchedulerSection
+from zeroxide.config.sections.sequence import SequenceKeys
+from zeroxide.config.sections.tensor_parallel import TensorParallelSection
 from zeroxide.config.sections.unbuilt import UnbuiltKeys
 from zeroxide.config.sections.zero import ZeroSection, stage_of_switch
 from zeroxide.config.sections.zeroxide import ZeroxideSection
@@ -32,7 +35,7 @@ __all__ = ["Document"]
 
 
 # The keys of the last base come first.
-class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, BatchKeys):
+class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys, SequenceKeys, BatchKeys):
     """The whole config."""
 
     optimizer: OptimizerSection | None = None
@@ -43,6 +46,8 @@ class Document(UnbuiltKeys, MonitorKeys, PrecisionKeys, ReportKeys, GradientKeys
     checkpoint: CheckpointSection | None = None
     pipeline: PipelineSection | None = None
     comms_logger: CommsLoggerSection | None = None
+    expert_parallel: ExpertParallelSection | None = None
+    tensor_parallel: TensorParallelSection | None = None
     flops_profiler: FlopsProfilerSection | None = None
     zeroxide: ZeroxideSection | None = None
 

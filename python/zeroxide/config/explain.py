@@ -28,6 +28,8 @@ _OTHER_NAMES = {
     "zero_optimization.stage": ("zero_optimization",),
     "zero_optimization.offload_param.device": ("zero_optimization.cpu_offload_param",),
     "zero_optimization.offload_optimizer.device": ("zero_optimization.cpu_offload",),
+    "zeroxide.mesh.pp": ("pipeline.stages",),
+    "zeroxide.mesh.tp": ("tensor_parallel.autotp_size", "tensor_parallel.tp.tp_size"),
     "zeroxide.checkpoint_background": ("checkpoint.writer.decoupled",),
 }
 """What else a document may say instead of a key."""

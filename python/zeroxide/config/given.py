@@ -32,6 +32,8 @@ class Given:
     stages: int | None = None
     """Ranks that the model is cut for; None for one that is not cut."""
     no_effect: list[tuple[str, str]] = field(default_factory=list)
+    sequence: int | None = None
+    """Ranks that share the sequences of a batch, as an `mpu` says."""
 
     def params(self, model: type[S], section: str, data: Mapping[str, Any]) -> S:
         """`data`, the keys in `section`.params, as a `model`. Raises ConfigError as `validate` does."""

@@ -19,6 +19,7 @@ from zeroxide.config.sections import (
     batch,
     checkpoint,
     comms_logger,
+    expert_parallel,
     flops_profiler,
     gradients,
     mesh,
@@ -28,10 +29,12 @@ from zeroxide.config.sections import (
     precision,
     report,
     scheduler,
+    tensor_parallel,
     zero,
     zeroxide,
 )
 from zeroxide.config.sections.precision import Dtype
+from zeroxide.config.sections.sequence import SequenceKeys, shared
 from zeroxide.config.shortcuts import Shortcuts
 from zeroxide.errors import ConfigError
 
@@ -48,15 +51,16 @@ def resolve(
     origin: str,
     own_dtype: Callable[[], Dtype] | None = None,
     stages: int | None = None,
+    sequence: int | None = None,
 ) -> Config:
     """Return the config that `data` (a parsed document) and `keywords` (shortcuts) come to on `world_size` processes.
 
-    `own_dtype` and `stages` are as for `load`. Raises `ConfigError`.
+    `own_dtype`, `stages` and `sequence` are as for `load`. Raises `ConfigError`.
     """
     no_effect: list[tuple[str, str]] = []
     document = validate(Document, data, origin=origin, no_effect=no_effect)
     shortcuts = validate(Shortcuts, keywords, origin="keyword arguments", no_effect=[])
-    given = Given(shortcuts, origin, Document, world_size, stages, no_effect)
+    given = Given(shortcuts, origin, Document, world_size, stages, no_effect, sequence)
     return _Sections(given).resolve(document, data, own_dtype)
 
 
@@ -116,7 +120,14 @@ class _Sections:
         """What the document comes to, with defaults for sections that have errors."""
         given, zero_section = self.given, document.zero_optimization
         own = document.zeroxide or zeroxide.ZeroxideSection()
+        named = (*SequenceKeys.model_fields, "zeroxide")
         axes = self._one(lambda: own.mesh, ("pipeline",), pipeline.with_stages, document.pipeline, own.mesh, given)
+        staged = axes
+        axes = self._one(
+            lambda: staged, ("tensor_parallel",), tensor_parallel.with_tensor_ranks, document.tensor_parallel, staged
+        )
+        in_parts = axes
+        axes = self._one(lambda: in_parts, named, shared, in_parts, document, given)
         clipping = self._one(gradients.Gradients, gradients.GradientKeys, gradients.resolve, document, given)
         sharding = self._one(zero.Zero, ("zero_optimization",), zero.resolve, zero_section, clipping, given)
         dtypes = (*precision.PrecisionKeys.model_fields, "zeroxide")
@@ -140,6 +151,14 @@ class _Sections:
             pipeline=self._one(None, ("pipeline",), pipeline.resolve, document.pipeline, axes, given),
             optimizer=self._one(None, ("optimizer",), optimizer.resolve, document.optimizer, given),
             scheduler=self._one(None, ("scheduler",), scheduler.resolve, document.scheduler, given),
+            tensor_parallel=self._one(
+                tensor_parallel.TensorParallel,
+                ("tensor_parallel", "zeroxide"),
+                tensor_parallel.resolve,
+                document.tensor_parallel,
+                axes,
+                given,
+            ),
             aio=aio.resolve(document.aio),
             activation_checkpointing=activation_checkpointing.resolve(document.activation_checkpointing),
             zeroxide=self._one(zeroxide.Zeroxide, ("zeroxide",), zeroxide.resolve, own, given),
@@ -149,6 +168,9 @@ class _Sections:
             report=report.resolve(document),
             monitor=monitor.resolve(document, given),
             comms_logger=comms_logger.resolve(document.comms_logger, given),
+            expert_parallel=self._one(
+                expert_parallel.ExpertParallel, ("expert_parallel",), expert_parallel.resolve, document.expert_parallel
+            ),
             flops_profiler=flops_profiler.resolve(document.flops_profiler, given),
             no_effect=given.no_effect,
             source=dict(data),

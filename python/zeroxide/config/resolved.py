@@ -13,6 +13,7 @@ from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
 from zeroxide.config.sections.comms_logger import CommsLogging
+from zeroxide.config.sections.expert_parallel import ExpertParallel
 from zeroxide.config.sections.flops_profiler import FlopsProfile
 from zeroxide.config.sections.gradients import Gradients
 from zeroxide.config.sections.mesh import Mesh
@@ -21,6 +22,7 @@ from zeroxide.config.sections.pipeline import Pipeline
 from zeroxide.config.sections.precision import Precision
 from zeroxide.config.sections.report import Report
 from zeroxide.config.sections.scheduler import Scheduler
+from zeroxide.config.sections.tensor_parallel import TensorParallel
 from zeroxide.config.sections.zero import Zero
 from zeroxide.config.sections.zeroxide import Zeroxide
 
@@ -44,12 +46,14 @@ class Config:
     """How the ranks are grouped; `None` is one shard group of all ranks, or at stage 0 all ranks as replicas."""
     pipeline: Pipeline | None = None
     """How stages of the model are made and run; `None` without a pipeline."""
+    tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     aio: Aio = field(default_factory=Aio)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     zeroxide: Zeroxide = field(default_factory=Zeroxide)
     report: Report = field(default_factory=Report)
     monitor: Monitors = field(default_factory=Monitors)
+    expert_parallel: ExpertParallel = field(default_factory=ExpertParallel)
     flops_profiler: FlopsProfile = field(default_factory=FlopsProfile)
     comms_logger: CommsLogging = field(default_factory=CommsLogging)
 

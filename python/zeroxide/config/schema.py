@@ -12,7 +12,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, TypeAdapter
 from pydantic.fields import FieldInfo
@@ -102,6 +102,10 @@ def _key(info: FieldInfo, path: str, doc: str | None, defaults: Mapping[str, Any
     if inner is not None:
         text = _line((inner.__doc__ or "").split("\n\n")[0])
         return {"description": text, "anyOf": [_section(inner, f"{path}.", defaults), *_UNSET]}
+    item = _item_of(info.annotation)
+    if item is not None:
+        items = {"type": "array", "items": _section(item, f"{path}.", defaults)}
+        return {"description": doc, "anyOf": [items, *_UNSET]}
     for mark in info.metadata:
         if isinstance(mark, NoEffect):
             return {"description": f"Without effect: {mark.reason}.", **_either(_of_type(info))}
@@ -115,6 +119,14 @@ def _key(info: FieldInfo, path: str, doc: str | None, defaults: Mapping[str, Any
     if path in OTHER_DEFAULTS:
         found["description"] += f" DeepSpeed's default: {OTHER_DEFAULTS[path]}."
     return found
+
+
+def _item_of(annotation: Any) -> type[BaseModel] | None:
+    """The section that a list of sections is made of."""
+    for member in (annotation, *get_args(annotation)):
+        if get_origin(member) is list:
+            return section_of(get_args(member)[0])
+    return None
 
 
 def _refusal(mark: NotBuilt) -> str:

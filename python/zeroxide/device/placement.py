@@ -51,6 +51,7 @@ __all__ = [
     "view_of",
     "wait_for",
     "why_lost",
+    "without_autocast",
 ]
 
 HOST = torch.device("cpu")
@@ -165,6 +166,11 @@ def lies_within(tensor: torch.Tensor, first: int, end: int) -> bool:
 def autocast(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """torch.autocast where the model computes, without its cache: weights change between passes."""
     return torch.autocast(device.type, dtype, cache_enabled=False)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Ends torch.autocast for a while: products are in the dtype of their factors."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def autocast_dtype() -> torch.dtype | None:

@@ -7,7 +7,8 @@ A message's size is the bytes that come to this rank from others; of a broadcast
 its beginning until this rank finds it complete: what ran beside it meanwhile is in it, so that the bandwidths of what
 overlaps with compute are lower bounds. Bandwidths are those of NCCL's tests (doc/PERFORMANCE.md of nccl-tests): with n
 ranks, an all-gather, all-to-all or reduce-scatter of S bytes in all has the algorithm bandwidth S / t and the bus
-bandwidth S / t * (n - 1) / n, where S * (n - 1) / n is what comes to a rank; a broadcast has S / t for both.
+bandwidth S / t * (n - 1) / n, where S * (n - 1) / n is what comes to a rank; an all-reduce has twice the latter; a
+broadcast has S / t for both.
 """
 
 from __future__ import annotations
@@ -64,7 +65,10 @@ def bandwidths(op: str, size: int, ranks: int, milliseconds: float) -> tuple[flo
     if milliseconds <= 0:
         return 0.0, 0.0
     bus = size * 8 / 1e6 / milliseconds
-    return (bus if op == "broadcast" or ranks < 2 else bus * ranks / (ranks - 1)), bus
+    if op == "broadcast" or ranks < 2:
+        return bus, bus
+    # An all-reduce brings everything twice: as parts to be summed, and as sums.
+    return bus * ranks / (ranks - 1) / (2 if op == "all_reduce" else 1), bus
 
 
 class CommsLog:

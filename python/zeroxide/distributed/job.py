@@ -27,10 +27,14 @@ class Job:
     """Those that have this rank's part of the model, along `dp_replicate`, `dp_shard` and `sp`."""
     parts: Ranks
     """Those that have the other parts of the model in the same place, along `pp` and `tp`."""
+    tensor: Ranks
+    """Those that compute a part of every matrix, along `tp`; where the model computes, tensors travel between them."""
+    stages: Ranks
+    """Those that have the other stages of a pipeline for the same samples, along `pp`."""
 
-    def groups(self) -> tuple[Ranks, Ranks]:
+    def groups(self) -> tuple[Ranks, ...]:
         """The groups that have collectives of their own."""
-        return self.ranks, self.parts
+        return tuple({id(each): each for each in (self.ranks, self.parts, self.tensor, self.stages)}.values())
 
     def close(self) -> None:
         """Destroys the process groups that `split_job` made."""
@@ -41,11 +45,19 @@ class Job:
 
 def split_job(world: Ranks, mesh: ProcessMesh) -> Job:
     """The groups of `mesh`. Called by all ranks; raises RanksError when one is lost meanwhile."""
-    ranks = split(world, mesh.partition("dp_replicate", "dp_shard", "sp"))
+    made: list[Ranks] = []
     try:
-        parts = split(world, mesh.partition("pp", "tp"))
+        made.append(split(world, mesh.partition("dp_replicate", "dp_shard", "sp")))
+        made.append(split(world, mesh.partition("pp", "tp")))
+        # Activations travel from where they are.
+        on_device = world.backend is not None and "cuda" in world.backend
+        alike = mesh.sizes["pp"] == 1 and not on_device
+        backend = world.backend if on_device and world.backend else "gloo"
+        made.append(made[1] if alike else split(world, mesh.partition("tp"), backend))
+        made.append(made[1] if mesh.sizes["tp"] == 1 else split(world, mesh.partition("pp")))
     except BaseException:
-        if ranks is not world:
-            ranks.close()
+        for each in made:
+            if each is not world:
+                each.close()
         raise
-    return Job(world, mesh, ranks, parts)
+    return Job(world, mesh, *made)

@@ -92,6 +92,9 @@ class UnitGroups:
     """All ranks that train the unit, ascending: the order in which their gradients are summed."""
     secondary: int = 0
     """Ranks in a row of a shard group that are a group for integers that travel; 0 for all of it."""
+    places: tuple[tuple[int, ...], ...] = ()
+    """Of a unit of experts, the ranks that train each of the units in its place, `everyone` among them, by where the
+    experts are; none for other units."""
 
     @property
     def world(self) -> int:
@@ -205,11 +208,12 @@ class ProcessMesh:
         secondary: see `UnitGroups`.
         """
         everyone = self.loss_group().ranks
+        places: tuple[tuple[int, ...], ...] = ()
         shards = self.sizes["dp_shard"] * self.sizes["sp"]
         if experts:
             # Neighbours have different experts: those with the same are `ep` apart.
-            place = everyone.index(self.rank) % self.ep
-            everyone = everyone[place :: self.ep]
+            places = tuple(everyone[place :: self.ep] for place in range(self.ep))
+            everyone = places[everyone.index(self.rank) % self.ep]
             shards //= self.ep
         if not sharded:
             shards = 1
@@ -220,6 +224,7 @@ class ProcessMesh:
             Group(everyone[at % shards :: shards], at // shards),
             everyone,
             secondary,
+            places,
         )
 
     def expert_group(self) -> Group:
@@ -227,6 +232,14 @@ class ProcessMesh:
         everyone = self.loss_group()
         first = everyone.position - everyone.position % self.ep
         return Group(everyone.ranks[first : first + self.ep], everyone.position % self.ep)
+
+    def expert_groups(self) -> list[tuple[int, ...]]:
+        """All ranks in such groups."""
+        return [
+            everyone[first : first + self.ep]
+            for everyone in self.partition("dp_replicate", "dp_shard", "sp")
+            for first in range(0, len(everyone), self.ep)
+        ]
 
     def device_mesh(self, ranks: Ranks) -> DeviceMesh | None:
         """torch's picture of the grid, for tensors in host memory: the axes larger than 1, or `dp_shard` alone.

@@ -212,11 +212,13 @@ def _over_default_group(owned: bool, launch: LaunchInfo | None) -> Ranks:
     return ranks
 
 
-def split(ranks: Ranks, groups: Sequence[Sequence[int]]) -> Ranks:
+def split(ranks: Ranks, groups: Sequence[Sequence[int]], backend: str = "gloo") -> Ranks:
     """The ranks of that one of `groups` in which this rank is, numbered from 0 in its order.
 
     groups: of numbers of `ranks`; every rank of them is in one, and gives the same. Called by all ranks. Where a group
     is all ranks in their order, these are `ranks` themselves; otherwise `close` destroys the group's process group.
+
+    backend: torch's name of what carries their collectives; "gloo" for tensors in host memory.
 
     Raises RanksError when a rank is lost meanwhile.
     """
@@ -240,7 +242,7 @@ def split(ranks: Ranks, groups: Sequence[Sequence[int]]) -> Ranks:
     try:
         for group in groups:
             # Every rank makes every group, so that all number them alike.
-            made = dist.new_group([ranks.number(each) for each in group], backend="gloo") if len(group) > 1 else None
+            made = dist.new_group([ranks.number(each) for each in group], backend=backend) if len(group) > 1 else None
             if tuple(group) == mine and isinstance(made, dist.ProcessGroup):
                 found.group, found.own_group = made, True
     except RuntimeError as error:

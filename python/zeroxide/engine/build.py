@@ -21,31 +21,35 @@ from zeroxide import _core
 from zeroxide.config import Config, load
 from zeroxide.device.direct_storage import check_direct_storage
 from zeroxide.device.health import DeviceHealth
-from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import HOST, compute_device, is_host, make_current
 from zeroxide.device.transfers import Transfers
 from zeroxide.distributed import Job, Ranks, Watch, agree, start
 from zeroxide.engine.accumulation import Accumulation, Counters
+from zeroxide.engine.activations import idle_keys, keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
+from zeroxide.engine.experts import take_experts
 from zeroxide.engine.heap import keep_freed_memory
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
 from zeroxide.engine.optimizer import EngineOptimizer
 from zeroxide.engine.parts import Parts
+from zeroxide.engine.peak import Peak
 from zeroxide.engine.pipeline.engine import PipelineEngine
 from zeroxide.engine.pipeline.prepare import stages_for
-from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.sequences import SharedSequences, share_sequences
+from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
+from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
-from zeroxide.params.empty import ParameterTable
 from zeroxide.parallel.pipe.stages import PipelineStages
+from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
 from zeroxide.plan.plan import Plan, make_plan
@@ -72,13 +76,14 @@ from zeroxide.zero.param import ParameterContext, shard_all
 from zeroxide.zero.reduce.choice import make_reduction
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
-from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction
+from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction, kept_where_they_arrive
 from zeroxide.zero.reduce.quantised import QuantisedGradients
 from zeroxide.zero.reduce.timed import TimedReduction
 from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
+from zeroxide.zero.whole import Whole
 
 __all__ = ["STEPS", "build"]
 
@@ -91,15 +96,17 @@ class Build:
     world: Ranks
     job: Job
     stages: PipelineStages | None
-    """This rank's, where the model is cut into stages."""
     ranks: Ranks
     """Those that have this rank's part of the model: most of what is made here knows no others."""
     config: Config
+    sequences: SharedSequences | None
     loader: DataLoader[Any] | None
     set_aside: list[str]
     peak: Peak
     undo: Undo
     watch: Watch
+    experts: SpreadExperts
+    tensor: Uncut
     observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
@@ -150,15 +157,14 @@ class Build:
     def read_config(self) -> None:
         """Reads the config, and refuses what it or the model rules out, on all ranks alike."""
         asked = self.asked
-        own = partial(own_dtype, self.module)
-        stages = None if asked.stages is None else asked.stages.num_stages
-        self.config = load(asked.config, world_size=self.world.world, own_dtype=own, stages=stages, **asked.shortcuts)
-        self.stages = stages_for(self.module, asked.stages, self.config)
-        if self.stages is not None:
-            self.made.callback(self.stages.restore)
+        own, ranks = partial(own_dtype, self.module), self.world.world
+        self.config = load(asked.config, world_size=ranks, own_dtype=own, **asked.axes, **asked.shortcuts)
+        self.stages = stages_for(self.world, self.module, asked.stages, self.config, self.made)
+        self.config = with_experts(self.config, self.module, ranks, in_parts=self.stages is not None)
         self.job = meet(self.world, self.module, self.config, asked.training_data)
         self.made.callback(self.job.close)
         self.ranks = self.job.ranks
+        self.sequences = share_sequences(self.job, asked.mpu)
         check_schedule(asked.lr_scheduler, asked.optimizer)
         check_batch_norms(self.module, self.config)
 
@@ -193,17 +199,27 @@ class Build:
         self.watch = Watch(self.world, parts=self.job.groups(), timeout=self.config.zeroxide.rank_timeout)
         self.made.callback(self.watch.close)
 
+    def spread_experts(self) -> None:
+        """Leaves this rank its own experts of those that are spread over ranks."""
+        self.experts = take_experts(self.asked, self.module, self.config, self.ranks, self.watch, self.made)
+
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
         self.observers = open_observers(self.config, self.world)
         self.made.callback(self.observers.close)
+
+    def cut_matrices(self) -> None:
+        """Leaves this rank its part of every matrix, where tensor-parallel ranks share them."""
+        self.tensor = cut_matrices(self.module, self.config, self.job, self.watch)
+        self.made.callback(self.tensor.restore)
 
     def group_parameters(self) -> None:
         """Finds what is trained with which hyperparameters."""
         asked, config = self.asked, self.config
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
-        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, asked.model_parameters)
+        given = self.experts.without_dropped(asked.model_parameters)
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
@@ -224,17 +240,15 @@ class Build:
             self.module,
             config,
             threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
-            resident=resident_without(self.module),
+            resident=resident_without(self.module) - self.tensor.beside,
             ranks=self.ranks,
             states=states,
             device=self.device,
             asked=asked,
+            experts=self.experts.params,
         )
-        for path, reason in self.plan.quantisation.no_effect if self.world.rank == 0 else ():
+        for path, reason in idle_keys(self.plan, config, self.device) if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
-        if is_host(self.device) and config.activation_checkpointing.cpu_checkpointing and self.world.rank == 0:
-            path = "activation_checkpointing.cpu_checkpointing"
-            logger.warning("config key %s has no effect: %s", path, "the model computes in host memory")
         trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
         check_all_grouped(self.groups, trainable)
 
@@ -257,7 +271,7 @@ class Build:
         # Units remember shapes before the parameters lose them.
         core = self.core()
         self.units = [
-            Unit(index, unit, core, self.plan.compute, self.plan.groups, self.device)
+            Unit(index, unit, core, self.plan.compute, self.plan.groups_of(index), self.device)
             for index, unit in enumerate(self.plan.units)
         ]
         both = device_part(core)
@@ -265,16 +279,12 @@ class Build:
             assert self.launcher is not None, "no unit is at home on the device without one"
             both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher, self.health)
         for unit in self.units:
-            unit.params = [self._present(param) for param in unit.params]
+            unit.params = [self.new.get(id(param), param) for param in unit.params]
         for group in self.groups:
-            group["params"] = [self._present(param) for param in group["params"]]
-
-    def _present(self, param: nn.Parameter) -> nn.Parameter:
-        return self.new.get(id(param), param)
+            group["params"] = [self.new.get(id(param), param) for param in group["params"]]
 
     def connect(self) -> None:
-        """Connects the ranks: their memory, what brings weights together, and what reduces gradients; and with them
-        the device, if that is not the host."""
+        """Connects the ranks, what brings weights together and what reduces gradients; and the device to them."""
         core, plan, units, messages = self.core(), self.plan, self.units, self.messages
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
@@ -282,7 +292,7 @@ class Build:
         self.transfers = self.grad_offload = self.activations = None
         if not is_host(self.device):
             self.transfers = Transfers(self.health, self.plan.blocks_down)
-            self._keep_activations(self.transfers)
+            self.activations = keep_activations(self.transfers, self.module, self.config, self.plan, self.made)
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
@@ -291,18 +301,6 @@ class Build:
             if on_device is not None and isinstance(self.weights, ResidentWeights):
                 on_device.connect(self.transfers, self.weights.changed)
             self.reduction = OffloadedReduction(self.reduction, self.grad_offload)
-
-    def _keep_activations(self, transfers: Transfers) -> None:
-        if not self.config.activation_checkpointing.cpu_checkpointing:
-            return
-        own = self.config.zeroxide
-        expected = self.plan.resident_before + self.plan.expected_peaks()["total"]
-        pool = HostPool(
-            lambda memory: transfers.register(memory, "activations"), partial(room_in_budget, own.host_memory, expected)
-        )
-        self.activations = SavedActivations(transfers, pool, self.module.buffers, own.prefetch)
-        # The device lets go of the memory first.
-        self.made.callback(self.activations.close)
 
     def make_optimizer(self) -> None:
         """Makes the optimizer and the schedule over it."""
@@ -318,6 +316,7 @@ class Build:
         self.updater = Updater(
             self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
+        self.updater.repeated, self.updater.apart = self.tensor.repeated(self.units), self.plan.trained_apart()
         self.residuals = None
         feedback = self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
@@ -332,11 +331,14 @@ class Build:
 
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
-        fill_units(self.module, self.plan.units, self.core(), self.asked.weights, self.new, self.ranks)
+        places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
+        source = self.tensor.spread(self.module, self.asked.weights)
+        fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks, places)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
                 param.grad = None
                 param.data = empty
+        self.tensor.attach(self.module, self.units)
         move_buffers(self.module, self.device)
         cast_buffers(self.module, self.config)
 
@@ -355,24 +357,15 @@ class Build:
         )
         if self.grad_offload is not None:
             # Locked memory is resident: what has moved out of the model is not any more.
-            self.grad_offload.go_straight(self._keeping_gradients(), plan.grad)
+            self.grad_offload.go_straight(kept_where_they_arrive(plan, self.units), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        reduction = (
-            TimedReduction(self.reduction, self.timers.add_reduction) if self.timers.breakdown else self.reduction
-        )
+        timed = self.timers.breakdown
+        reduction = TimedReduction(self.reduction, self.timers.add_reduction) if timed else self.reduction
         self.hooks = Hooks(
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
         self.made.callback(self.hooks.close)
-
-    def _keeping_gradients(self) -> list[Unit]:
-        """The units whose gradients are kept where they arrive: with several ranks they are summed first, and with
-        state on disk their memory is given back after the update."""
-        plan = self.plan
-        if plan.world > 1 or plan.state is not Home.HOST:
-            return []
-        return [unit for unit in self.units if unit.num_trainable and unit.index not in plan.units_on_device]
 
     def keep_parameters(self) -> None:
         """Makes the engine answer for the parameters while they are empty."""
@@ -383,12 +376,12 @@ class Build:
             self.units,
             self.ranks,
             self.watch,
-            groups=plan.groups,
             params_always_full=plan.params_always_full,
             on_disk=plan.weights is Home.DISK,
             health=self.health,
             keeps_edits=plan.keeps_edits,
         )
+        self.context.whole = Whole(self.tensor.group)
         shard_all(self.context)
         large = self.hooks.reducer.large
         for unit in self.units:
@@ -430,7 +423,9 @@ class Build:
             given=config if isinstance(config, dict) else dict(self.config.source),
             config=self.config,
             job=self.job,
+            sequences=self.sequences,
             ranks=self.ranks,
+            tensor=self.tensor,
             watch=self.watch,
             plan=self.plan,
             device=self.device,
@@ -475,7 +470,9 @@ STEPS: tuple[tuple[str, Callable[[Build], None]], ...] = (
     ("peak", Build.measure),
     ("undo", Build.remember_model),
     ("watch", Build.watch_ranks),
+    ("experts", Build.spread_experts),
     ("observers", Build.open_observers),
+    ("tensors", Build.cut_matrices),
     ("groups", Build.group_parameters),
     ("plan", Build.make_plan),
     ("core", Build.open_core),
@@ -500,7 +497,5 @@ def build(asked: Request) -> Engine:
             for _, act in STEPS:
                 act(under_way)
         engine = under_way.engine()
-        if under_way.stages is not None:
-            under_way.stages.commit()
         made.pop_all()
     return engine

@@ -101,7 +101,8 @@ class Loaders:
         if not mapped and group.size > 1 and getattr(data, "_distributed", None) is None:
             data = ShardedIterable(data, group.position, group.size)
         shared = None
-        if mapped and group.size > 1 and sampler is None:
+        # Also where no ranks take other samples, and several take the same ones.
+        if mapped and self.ranks.world > 1 and sampler is None:
             shared = EpochSampler(data, group.size, group.position, shuffle=not in_order, drop_last=drop_last)
         agree(self.ranks, {} if shared is None else sampler_facts(shared))
         return DataLoader(

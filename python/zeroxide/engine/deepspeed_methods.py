@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from zeroxide.config.sections.zero import Offload
 from zeroxide.engine.parts import Parts
-from zeroxide.errors import ConfigError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import torch_dtype
 
 __all__ = ["ABSENT", "DeepSpeedMethods", "OffloadHome"]
@@ -37,6 +37,12 @@ class DeepSpeedMethods:
     """What they all ask."""
     module: Any
     """The model."""
+
+    def get_sequence_parallel_group(self) -> Any:
+        """The process group of the ranks that share sequences with this one. Raises ModelError where none do."""
+        if self.parts.sequences is None:
+            raise ModelError("no ranks share sequences: set sequence_parallel_size in the config")
+        return self.parts.sequences.state.get_sequence_parallel_group()
 
     def deepspeed_io(
         self,
@@ -111,6 +117,18 @@ class DeepSpeedMethods:
         """This rank's place among those that take different samples."""
         return self.parts.loaders.group.position
 
+    def get_tensor_parallel_rank(self) -> int:
+        """This rank's place among those that share every matrix."""
+        return self.parts.job.tensor.rank
+
+    def get_model_parallel_rank(self) -> int:
+        """The same under its older name."""
+        return self.parts.job.tensor.rank
+
+    def autotp_size(self) -> int:
+        """How many ranks share every matrix; 0 where none do."""
+        return self.parts.job.tensor.world if self.parts.tensor.group is not None else 0
+
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
         """(dtype of weights in forward, dtype in which gradients are accumulated)."""
         precision = self.parts.config.precision
@@ -175,7 +193,7 @@ def _names(line: str, names: str) -> dict[str, str]:
 ABSENT: dict[str, str] = {
     **_names(
         "engine.config has what the config says, engine.resolved_config what counts",
-        """aio_config autotp_size autotuning_enabled bf16_master_weights_and_gradients bf16_optimizer_states
+        """aio_config autotuning_enabled bf16_master_weights_and_gradients bf16_optimizer_states
         checkpoint_serialization_enabled checkpoint_tag_validation_enabled checkpoint_tag_validation_fail
         checkpoint_writer_enabled clip_fp32_gradients communication_data_type compile_zero_optimization_stage
         cpuadam_cores_perc curriculum_learning_config curriculum_learning_enabled data_efficiency_config
@@ -219,8 +237,8 @@ ABSENT: dict[str, str] = {
         "random_ltd_initialize set_custom_curriculum_learning_schedule set_data_post_process_func",
     ),
     **_names(
-        "tensor, sequence and expert parallelism are not built in zeroxide yet",
-        "get_model_parallel_rank get_sequence_parallel_group get_tensor_parallel_rank load_moe_state_dict",
+        "this of expert parallelism is not built in zeroxide yet",
+        "load_moe_state_dict",
     ),
     **_names("it is DeepSpeed's own machinery", "is_first_weights_partition_group"),
     **_names("isinstance(dataset, ...) tells", "is_iterable_style_dataset is_map_style_dataset"),

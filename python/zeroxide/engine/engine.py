@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import GradientEdge
 
-from zeroxide.distributed import IDLE
 from zeroxide.engine.accessors import Accessors
+from zeroxide.engine.backward import run_backward
 from zeroxide.engine.deepspeed_methods import ABSENT, DeepSpeedMethods
 from zeroxide.engine.observers import StepFacts
 from zeroxide.engine.optimizer import check_schedule_call
@@ -102,8 +101,11 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
                 watched = parts.observers.around_forward(
                     self.module, parts.device, parts.counters.global_steps, parts.timers
                 )
+                before = 0 if parts.sequences is None else parts.sequences.exchanged
                 with watched, forward_context(parts.config, parts.device):
                     output = self.module(*inputs, **kwargs)
+                if parts.sequences is not None:
+                    parts.sequences.check(self.module, before)
             except BaseException:
                 parts.hooks.fail_forward(depth)
                 raise
@@ -123,32 +125,11 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         parts, accumulation = self.parts, self.parts.accumulation
         if scale_wrt_gas and accumulation.steps > 1:
             loss = loss / accumulation.steps
-        self._differentiate([parts.scaler.apply(loss)], [None], retain_graph)
+        scaled = parts.scaler.apply(loss)
+        run_backward(parts, "backward", lambda: torch.autograd.backward(scaled, retain_graph=retain_graph))
+        accumulation.count_backward()
         parts.observers.note_loss(loss)
         return loss
-
-    def _differentiate(
-        self,
-        outputs: Sequence[torch.Tensor | GradientEdge],
-        gradients: Sequence[torch.Tensor | None],
-        retain_graph: bool = False,
-    ) -> None:
-        """Backward of outputs whose gradients are those of a loss that was divided by the accumulation steps."""
-        parts, accumulation = self.parts, self.parts.accumulation
-        self.watch.doing = (self._phase("backward"), None, None, None)
-        with parts.health.doing("backward ran"):
-            parts.hooks.begin_backward()
-            accumulation.take_as_divided()
-            try:
-                torch.autograd.backward(outputs, gradients, retain_graph=retain_graph)
-            except BaseException:
-                parts.hooks.fail_backward()
-                raise
-            finally:
-                accumulation.divide_gradients()
-            parts.hooks.end_backward()
-        accumulation.count_backward()
-        self.watch.doing = IDLE
 
     def _phase(self, what: str) -> str:
         """What other ranks are told that this one does."""
@@ -416,7 +397,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         if save_filename is not None and save_filename.endswith(SUFFIXES):
             left_out = exclude_frozen_parameters
             gather = functools.partial(self.module_state_dict, exclude_frozen_parameters=left_out)
-            return save_pickled(self.ranks, gather, Path(save_dir), save_filename)
+            return save_pickled(self.training_state.ranks, gather, Path(save_dir), save_filename)
         include_frozen = not exclude_frozen_parameters
         return save_model(self.training_state, Path(save_dir), save_filename, include_frozen=include_frozen)
 

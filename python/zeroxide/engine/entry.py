@@ -13,17 +13,25 @@ from torch.utils.data import DataLoader
 from zeroxide.engine.build import build
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.request import Request
-from zeroxide.errors import ConfigError, ModelError
+from zeroxide.engine.sequences import sequence_size
+from zeroxide.engine.tp_model_init import with_asked
+from zeroxide.errors import ModelError
 from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.init.context import is_building
 from zeroxide.zero.init.materialize import WeightSource
 
 __all__ = ["initialize"]
 
+_SHORTCUTS = (
+    *("lr", "betas", "eps", "weight_decay", "offload", "offload_param", "offload_optimizer", "host_memory", "dtype"),
+    *("gradient_clipping", "gradient_accumulation_steps"),
+)
+"""The keyword arguments that stand for keys of the config."""
+
 
 def initialize(
     args: Any = None,
-    model: nn.Module | None = None,
+    model: nn.Module | PipelineStages | None = None,
     optimizer: torch.optim.Optimizer | Callable[..., Any] | None = None,
     model_parameters: Any = None,
     training_data: Any = None,
@@ -52,13 +60,15 @@ def initialize(
     """Prepares a model for training; the signature of `deepspeed.initialize`, plus keyword shortcuts.
 
     model: any module with floating-point parameters, all in host memory, all on the device that is to compute, or all
-        on the meta device (then `weights` makes them, unit by unit). Its parameters move into the engine: outside of
-        forward and backward they are empty tensors. Tied weights stay tied; `module.to("meta")` and `to_empty` untie
-        them in torch 2.15, so build it there.
+        on the meta device (then `weights` makes them, unit by unit), or a PipelineModule (see docs/pipeline.md). Its
+        parameters move into the engine: outside of forward and backward they are empty tensors. Tied weights stay tied;
+        `module.to("meta")` and `to_empty` untie them in torch 2.15, so build it there.
     optimizer: None (then the config's), a fresh torch AdamW, Adam, Adagrad or SGD, or a callable that makes one.
     model_parameters: parameters or group dicts to optimize; all trainable ones if None.
     lr_scheduler: a torch scheduler over the returned optimizer's groups, or a callable that makes one from it.
     training_data: a data set, whose part for this rank the returned loader gives, put together by `collate_fn`.
+    mpu: who shares the sequences of a batch, as `UlyssesSPAttentionHF.register_with_transformers` returns it, or
+        mesh_param: (data_parallel_size, sequence_parallel_size). The config's `sequence_parallel_size` says the same.
     config: DeepSpeed's JSON as a dict or a path.
     lr, betas, eps, weight_decay, gradient_clipping, gradient_accumulation_steps: as the config's keys of these names.
     dtype: what the model trains in, "bf16", "fp16" or "fp32".
@@ -72,46 +82,34 @@ def initialize(
     Returns (engine, optimizer, dataloader or None, lr_scheduler or None). Raises ConfigError, ModelError,
     BudgetError or StorageError, each in one line.
     """
-    shortcuts = {
-        "lr": lr,
-        "betas": betas,
-        "eps": eps,
-        "weight_decay": weight_decay,
-        "offload": offload,
-        "offload_param": offload_param,
-        "offload_optimizer": offload_optimizer,
-        "host_memory": host_memory,
-        "dtype": dtype,
-        "gradient_clipping": gradient_clipping,
-        "gradient_accumulation_steps": gradient_accumulation_steps,
-    }
-    stages = _checked(model, mpu, mesh_param)
+    arguments = locals()
+    shortcuts = {name: arguments[name] for name in _SHORTCUTS}
     given = config if config is not None else config_params
+    checked = _checked(model)
+    given = given if given is not None else getattr(args, "deepspeed_config", None)
     engine = build(
         Request(
-            model=stages.module if isinstance(stages, PipelineStages) else stages,
-            stages=stages if isinstance(stages, PipelineStages) else None,
+            **checked,
             optimizer=optimizer,
             model_parameters=model_parameters,
             training_data=training_data,
             lr_scheduler=lr_scheduler,
             distributed_port=distributed_port,
             collate_fn=collate_fn,
-            config=given if given is not None else getattr(args, "deepspeed_config", None),
+            config=with_asked(checked["model"], given),
             weights=weights,
+            mpu=mpu,
+            sequence=sequence_size(mpu, mesh_param),
             shortcuts=shortcuts,
         )
     )
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def _checked(model: nn.Module | None, mpu: Any, mesh_param: Any) -> nn.Module:
-    """The model, unless there is none or something is asked for that is not built. Raises ModelError, ConfigError."""
+def _checked(model: nn.Module | PipelineStages | None) -> dict[str, Any]:
+    """The model, and its stages where it is cut. Raises ModelError where there is none."""
     if model is None:
         raise ModelError("initialize needs a model")
     if is_building():
         raise ModelError("zeroxide.initialize was called inside zero.Init: leave the context first")
-    if mpu is not None or mesh_param is not None:
-        name = "mpu" if mpu is not None else "mesh_param"
-        raise ConfigError(f"{name}: model parallelism is not built yet", path=name)
-    return model
+    return {"model": model.module, "stages": model} if isinstance(model, PipelineStages) else {"model": model}

@@ -19,6 +19,8 @@ from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
 from zeroxide.engine.observers import Observers
 from zeroxide.engine.peak import Peak
+from zeroxide.engine.sequences import SharedSequences
+from zeroxide.engine.tensor_parallel import Uncut
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.params.empty import ParameterTable
@@ -50,8 +52,12 @@ class Parts:
     """The config as the user gave it, parsed."""
     config: Config
     job: Job
+    sequences: SharedSequences | None
+    """Who shares the sequences of a batch; None where nobody does."""
     ranks: Ranks
     """Those of the job that have this rank's part of the model."""
+    tensor: Uncut
+    """How its matrices are cut over others."""
     watch: Watch
     plan: Plan
     device: torch.device
@@ -93,8 +99,6 @@ class Parts:
     lr_scheduler: Any
     dataloader: DataLoader[Any] | None
     loaders: Loaders
-    kept_elsewhere: frozenset[str] = frozenset()
-    """Names of parameters that another part of the model has as well, and answers for."""
 
     def close(self) -> None:
         """Takes the model out of the engine and ends everything, whatever fails on the way. Raises what failed first.

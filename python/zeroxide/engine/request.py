@@ -31,4 +31,12 @@ class Request:
     collate_fn: Callable[..., Any] | None = None
     config: dict[str, Any] | str | Path | None = None
     weights: WeightSource | None = None
+    mpu: Any = None
+    sequence: int | None = None
+    """Ranks that share the sequences of a batch, as `mpu` or `mesh_param` says."""
     shortcuts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def axes(self) -> dict[str, int | None]:
+        """What the config is told of ranks: those that the model is cut for, and those that share sequences."""
+        return {"stages": None if self.stages is None else self.stages.num_stages, "sequence": self.sequence}

@@ -34,6 +34,10 @@ class TrainingState:
         """The ranks that share the state: those that have this rank's part of the model."""
         return self._parts.ranks
 
+    def align_random(self) -> None:
+        """Random number generators were set: makes them the same where ranks must draw the same."""
+        self._parts.tensor.align_random()
+
     @property
     def world(self) -> Ranks:
         """All ranks, which together have all parts."""
@@ -44,11 +48,6 @@ class TrainingState:
         """Whether ranks have different parameters, or parts of one."""
         axes = self._parts.config.mesh
         return axes is not None and (axes.cuts_the_model or axes.ep > 1)
-
-    @property
-    def kept_elsewhere(self) -> frozenset[str]:
-        """Names of parameters here that ranks with another part of the model save."""
-        return self._parts.kept_elsewhere
 
     @property
     def core(self) -> _core.Offload:

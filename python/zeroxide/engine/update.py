@@ -18,7 +18,7 @@ from zeroxide.zero.hooks import Hooks
 from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
-from zeroxide.zero.reduce.norm import agree_on_norm
+from zeroxide.zero.reduce.norm import Apart, agree_on_norm
 
 __all__ = ["Updater"]
 
@@ -46,11 +46,13 @@ class Updater:
         """Whether the last step changed the weights."""
         self.clipping = config.gradients.clipping
         """Largest global gradient norm of the next step; None leaves gradients as they are."""
-        self.counted_elsewhere = 0.0
-        """Squares of gradients at the next step that another part of the model counts: of weights that parts share."""
         self._config = config
         self._core = core
         self._job = job
+        self.repeated: frozenset[tuple[int, int]] = frozenset()
+        """(unit, position) of parameters whose gradients another part of the model counts in the norm."""
+        self.apart: Apart = ()
+        """Which parameters only some of the ranks train."""
         self._groups = groups
         self._watch = watch
         self._scaler = scaler
@@ -71,7 +73,9 @@ class Updater:
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
-        sum_squares, nonfinite, _ = agree_on_norm(self._core(), self._job, self._groups, self._watch, 0.0, self.counted_elsewhere)
+        sum_squares, nonfinite, _ = agree_on_norm(
+            self._core(), self._job, self._groups, self._watch, repeated=self.repeated, apart=self.apart
+        )
         return math.nan if nonfinite else math.sqrt(sum_squares) / self._scaler.scale
 
     def apply(self) -> None:
@@ -80,7 +84,7 @@ class Updater:
         core, optimizer, config = self._core(), self._optimizer, self._config
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
-            core, self._job, self._groups, self._watch, self.clipping or 0.0, self.counted_elsewhere
+            core, self._job, self._groups, self._watch, self.clipping or 0.0, self.repeated, self.apart
         )
         agreed = self._timers.now()
         if accumulated:

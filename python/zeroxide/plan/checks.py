@@ -15,7 +15,7 @@ from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
-__all__ = ["check_gradients", "check_model", "check_order", "check_transport", "refuse_max_norm"]
+__all__ = ["check_experts", "check_gradients", "check_model", "check_order", "check_transport", "refuse_max_norm"]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config, device: torch.device = HOST) -> None:
@@ -106,6 +106,26 @@ def check_transport(config: Config, ranks: Ranks) -> None:
             expected='"auto" or "collective"',
             got='"shared_memory"',
         )
+
+
+def check_experts(config: Config, device: torch.device) -> None:
+    """Refuses what does not go with experts that are spread over ranks."""
+    if config.mesh is None or config.mesh.ep == 1:
+        return
+    quantised = config.zero.quantized_weights or config.zero.quantized_gradients
+    for path, wrong, got, instead in (
+        ("zeroxide.transport", config.zeroxide.transport == "shared_memory", '"shared_memory"', '"auto"'),
+        ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
+        ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
+        ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
+    ):
+        if wrong:
+            raise ConfigError(
+                f"{path}: {got} is not built for experts that are spread over ranks (zeroxide.mesh.ep): use {instead}",
+                path=path,
+                expected=instead,
+                got=got,
+            )
 
 
 def check_gradients(config: Config, groups: UnitGroups, transport: str) -> None:

@@ -9,7 +9,7 @@ parameters are units apart, and everywhere those that are updated in different w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +51,8 @@ class UnitPlan:
     held_through_backward: bool = False
     state: StatePlan = UNDECIDED
     """How its trainable parameters are updated, and what state that takes."""
+    experts: bool = False
+    """Whether its parameters are those of experts that only some of the ranks have."""
 
     @property
     def numel(self) -> int:
@@ -76,18 +78,24 @@ def find_units(
     world: int,
     states: Mapping[int, StatePlan],
     device: torch.device = HOST,
+    experts: Container[int] = (),
 ) -> list[UnitPlan]:
     """The units of `module`, which computes on `device`, over `world` ranks.
 
-    states: by the ids of trainable parameters, how each is updated; Adam in the config's format where it does not say.
+    experts: ids of parameters of experts that only some of the ranks have. states: by the ids of trainable parameters,
+    how each is updated; Adam in the config's format where it does not say.
     Raises ModelError for a model that cannot be trained.
     """
-    entries = list(_parameters_of(module, compute, cast=config.precision.asked))
+    entries = [
+        replace(entry, expert=id(entry.param) in experts)
+        for entry in _parameters_of(module, compute, cast=config.precision.asked)
+    ]
     check_model(module, entries, config, device)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
     units = _gathered_together(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize)
     if world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
+        units = [part for unit in units for part in _by_experts(unit)]
     default = StatePlan.default(config.precision.format, compute)
     return [part for unit in units for part in _by_state(unit, states, default)]
 
@@ -273,6 +281,17 @@ def _by_trainable(unit: UnitPlan) -> list[UnitPlan]:
     if not all(params for _, params in parts):
         return [unit]
     return [replace(unit, name=name, params=params) for name, params in parts]
+
+
+def _by_experts(unit: UnitPlan) -> list[UnitPlan]:
+    """What all ranks have, and what only those with the same experts have, as units of the same modules."""
+    shared = [entry for entry in unit.params if not entry.expert]
+    experts = [entry for entry in unit.params if entry.expert]
+    if not experts:
+        return [unit]
+    # The same words on every rank, whichever experts it has.
+    apart = replace(unit, name=f"{unit.name} (experts)", params=experts, experts=True)
+    return [replace(unit, params=shared), apart] if shared else [apart]
 
 
 def _by_state(unit: UnitPlan, states: Mapping[int, StatePlan], default: StatePlan) -> list[UnitPlan]:

@@ -37,6 +37,8 @@ class ParameterPlan:
     words: int
     opaque: bool
     """Frozen and of a class of its own: its elements are what that class makes of them, not numbers to be rounded."""
+    expert: bool = False
+    """Of an expert that only some of the ranks have."""
 
 
 def check_sharing(entries: Sequence[ParameterPlan]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,7 +14,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
-from zeroxide.plan.checks import check_gradients, check_order, check_transport, refuse_max_norm
+from zeroxide.plan.checks import check_experts, check_gradients, check_order, check_transport, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
@@ -42,6 +42,8 @@ class Plan:
     resident_before: int
     """Bytes that the process uses without the state."""
     groups: UnitGroups = field(default_factory=UnitGroups)
+    expert_groups: UnitGroups | None = None
+    """Those of units of experts; None where no experts are spread over ranks."""
     stage: int = 0
     offloads_weights: bool = False
     """Whether the config asks for parameters somewhere else than where the model computes."""
@@ -77,6 +79,22 @@ class Plan:
     def units_on_device(self) -> frozenset[int]:
         """Numbers of the units that are at home on the device: weights, optimizer state and gradients."""
         return frozenset(index for index, home in enumerate(self.numbers.states) if home == "device")
+
+    def groups_of(self, unit: int) -> UnitGroups:
+        """Who trains a unit, by its number."""
+        if self.expert_groups is not None and self.units[unit].experts:
+            return self.expert_groups
+        return self.groups
+
+    def trained_apart(self) -> list[tuple[slice, tuple[int, ...]]]:
+        """Which of the trainable parameters of all units, by their numbers, only some ranks train; and those ranks."""
+        found, first = [], 0
+        for index, unit in enumerate(self.units):
+            end = first + sum(entry.trainable for entry in unit.params)
+            if unit.experts:
+                found.append((slice(first, end), self.groups_of(index).everyone))
+            first = end
+        return found
 
     @property
     def world(self) -> int:
@@ -187,18 +205,20 @@ def make_plan(
     states: Mapping[int, StatePlan] | None = None,
     device: torch.device = HOST,
     asked: _core.DeviceRequest | None = None,
+    experts: Container[int] = (),
 ) -> Plan:
     """Finds the units of `module` and places them.
 
-    `states` says by the ids of trainable parameters how each is updated; Adam in the config's format where it does not.
-    `resident` is the resident memory of the process in bytes without the model's own parameters, to which comes what
-    copies to and from `device`, on which the model is to compute, keep locked. `asked` is what that device is to have.
+    `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
+    the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
+    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
+    `asked` is what that device is to have.
     Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
     payload, or `config.zeroxide.device_memory` what the device is to have.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
-    units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device)
+    units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
     blocks = _blocks_down(config, ranks, units)
     resident += pinned_bytes(device, blocks)
     check_transport(config, ranks)
@@ -206,11 +226,13 @@ def make_plan(
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
         refuse_max_norm(module)
-    transport = "shared" if ranks.shares_memory and config.zeroxide.transport != "collective" else "collective"
+    check_experts(config, device)
+    transport = _transport(config, ranks)
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
     mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
     groups = mesh.unit_groups(sharded=config.zero.stage > 0, secondary=quantisation.secondary)
+    expert_groups = mesh.unit_groups(sharded=config.zero.stage > 0, experts=True) if mesh.ep > 1 else None
     check_gradients(config, groups, transport)
     numbers = _core.Plan(
         units=_units(units),
@@ -233,6 +255,7 @@ def make_plan(
         limit=config.zeroxide.host_memory,
         resident=resident,
         device=asked,
+        apart=_apart(units, expert_groups),
     )
     return Plan(
         units=units,
@@ -244,6 +267,7 @@ def make_plan(
         limit=config.zeroxide.host_memory,
         resident_before=resident,
         groups=groups,
+        expert_groups=expert_groups,
         stage=config.zero.stage,
         offloads_weights=config.zero.offload_param.enabled,
         device=device,
@@ -253,6 +277,20 @@ def make_plan(
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
     )
+
+
+def _transport(config: Config, ranks: Ranks) -> str:
+    """What carries gradients: shared memory is laid out for units that all ranks train."""
+    collective = config.zeroxide.transport == "collective" or (config.mesh is not None and config.mesh.ep > 1)
+    return "shared" if ranks.shares_memory and not collective else "collective"
+
+
+def _apart(units: list[UnitPlan], groups: UnitGroups | None) -> list[tuple[int, int, int, int]]:
+    """(unit, this rank, shards, replicas) of units that only some ranks train, as the core's planner takes them."""
+    if groups is None:
+        return []
+    position = groups.rank, groups.shard.size, groups.replicate.size
+    return [(index, *position) for index, unit in enumerate(units) if unit.experts]
 
 
 def _blocks_down(config: Config, ranks: Ranks, units: list[UnitPlan]) -> int:

@@ -8,7 +8,7 @@ import secrets
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, is_host
-from zeroxide.distributed import Ranks
+from zeroxide.distributed import Ranks, UnitGroups
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.plan.state import rounding_stream
@@ -29,15 +29,16 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
         _core.UnitSpec(
             name=unit.name,
             params=[(entry.words, entry.trainable) for entry in unit.params],
-            weights=_core.WeightHome(plan.numbers.weights),
+            weights=_core.WeightHome(_weight_home(plan, index)),
             state=_core.StateHome(home),
             optimizer=unit.state.optimizer,
             format=unit.state.format,
             held_through_backward=unit.held_through_backward,
             gradients=_core.GradientHome(plan.numbers.gradients),
             streams=[rounding_stream(config.precision.rounding_seed, entry.name) for entry in unit.params],
+            mesh=_position(plan, plan.groups_of(index)) if unit.experts else None,
         )
-        for unit, home in zip(plan.units, plan.numbers.states, strict=True)
+        for index, (unit, home) in enumerate(zip(plan.units, plan.numbers.states, strict=True))
     ]
     directories = [
         offload.path
@@ -57,12 +58,7 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
         queue_depth=config.aio.queue_depth,
         directories=list(dict.fromkeys(directories)),
         job=durable_job(config, ranks.rank) if durable else f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
-        mesh=_core.MeshPosition(
-            rank=plan.rank,
-            shards=plan.groups.shard.size,
-            replicas=plan.groups.replicate.size,
-            transport=_core.Transport(plan.transport),
-        ),
+        mesh=_position(plan, plan.groups),
         comm_dtype=DTYPE_NAMES[plan.comm],
         quantisation=plan.quantisation.for_core(),
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
@@ -73,3 +69,19 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
     if durable:
         return open_durable(lambda: _core.Offload(settings, units), ranks)
     return with_device(_core.Offload(settings, units), plan.units_on_device), None
+
+
+def _position(plan: Plan, groups: UnitGroups) -> _core.MeshPosition:
+    return _core.MeshPosition(
+        rank=groups.rank,
+        shards=groups.shard.size,
+        replicas=groups.replicate.size,
+        transport=_core.Transport(plan.transport),
+    )
+
+
+def _weight_home(plan: Plan, unit: int) -> str:
+    """Where a unit's weights are at home: a rank that keeps all of its shards has them there at all times."""
+    home = plan.numbers.weights
+    kept = plan.units[unit].experts and plan.groups_of(unit).shard.size == 1
+    return "host" if home == "shard" and kept else home

@@ -12,7 +12,7 @@ from torch import nn
 
 from zeroxide.device.health import DeviceHealth
 from zeroxide.device.placement import HOST, in_host, is_host, spec
-from zeroxide.distributed import Ranks, UnitGroups, Watch
+from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import ModelError
 from zeroxide.params.empty import conceal
 from zeroxide.params.handle import handle_of, manage, new_id
@@ -20,6 +20,7 @@ from zeroxide.precision.bits import bytes_of, converted, copy_of, exact_in_fp32,
 from zeroxide.zero.gather.device_weights import DeviceWeights
 from zeroxide.zero.passes import UnitState, in_backward
 from zeroxide.zero.unit import Unit
+from zeroxide.zero.whole import Whole
 
 if TYPE_CHECKING:
     from zeroxide.zero.gather.gatherer import Gatherer
@@ -40,12 +41,13 @@ class ParameterContext:
         ranks: Ranks,
         watch: Watch,
         *,
-        groups: UnitGroups,
         params_always_full: bool,
         on_disk: bool,
         health: DeviceHealth,
         keeps_edits: bool = False,
     ) -> None:
+        self.whole: Whole = Whole()
+        """What puts parameters together whose parts other ranks have."""
         self.health = health
         """Whether the device that parameters show their values on is there."""
         self.keeps_edits = keeps_edits
@@ -57,7 +59,6 @@ class ParameterContext:
         self.units = units
         self.ranks = ranks
         self.watch = watch
-        self.groups = groups
         self.params_always_full = params_always_full
         self.hooks: Hooks | None = None
         """What gathers; None once the engine has ended."""
@@ -71,11 +72,6 @@ class ParameterContext:
         """How often values of parameters have changed since the start."""
         self.waits: list[Callable[[], None]] = []
         """Called before values change: a save in the background waits here until it has what it needs."""
-
-    @property
-    def alone(self) -> bool:
-        """Whether this rank has all values of everything."""
-        return self.groups.shard.size == 1
 
     def in_pass(self) -> bool:
         """Whether a forward or backward is under way, in which parameters are used where they are."""
@@ -263,10 +259,11 @@ class ShardedParam:
     def pieces(self) -> list[tuple[int, int, int]]:
         """(position in the shard group, first element, elements) of the shards that hold the parameter."""
         numel = self.shape.numel()
-        if self.context.alone:
+        shard = self.unit.groups.shard
+        if shard.size == 1:
             return [(0, 0, numel)]
         found = []
-        for position in range(self.offset // self.shard, self.context.groups.shard.size):
+        for position in range(self.offset // self.shard, shard.size):
             first = max(self.offset, position * self.shard)
             end = min(self.offset + numel, (position + 1) * self.shard)
             if first >= end:
@@ -277,7 +274,7 @@ class ShardedParam:
     def own(self) -> tuple[int, int]:
         """(first element, elements) of the piece in this rank's shard; elements are 0 where it has none."""
         for position, start, count in self.pieces():
-            if position == self.context.groups.shard.position:
+            if position == self.unit.groups.shard.position:
                 return start, count
         return 0, 0
 
@@ -300,14 +297,18 @@ class ShardedParam:
 
     def _together(self, part: str, dtype: torch.dtype) -> torch.Tensor:
         full = torch.empty(self.shape.numel(), dtype=dtype, device=HOST)
-        groups = self.context.groups
+        groups = self.unit.groups
         for position, start, count in self.pieces():
             piece = full[start : start + count]
             if position == groups.shard.position:
                 self._fetch(part, start, piece)
-            if not self.context.alone:
+            if groups.shard.size == 1:
+                continue
+            # Of experts, each place in its turn: their units have the same layout, and all ranks are in one group.
+            for everyone in groups.places or (groups.everyone,):
+                mine = everyone == groups.everyone
                 # Every replica has the same: the first one's is sent.
-                self.context.broadcast(piece, groups.everyone[position], self.name)
+                self.context.broadcast(piece if mine else torch.empty_like(piece), everyone[position], self.unit.name)
         return full
 
     def _fetch(self, part: str, start: int, out: torch.Tensor) -> torch.Tensor:
@@ -371,9 +372,8 @@ class ShardedParam:
         accumulated = self.context.core().accumulated()[before + sum(self.unit.trainable[: self.position])]
         if everywhere and self.context.ranks.world > 1:
             with self.context.watch.waiting("whether there is a gradient", self.name):
-                accumulated = int(
-                    self.context.ranks.gather_rows(torch.tensor([accumulated], dtype=torch.uint8, device=HOST)).amax()
-                )
+                rows = self.context.ranks.gather_rows(torch.tensor([accumulated], dtype=torch.uint8, device=HOST))
+                accumulated = int(rows[list(self.unit.groups.everyone)].amax())
         return bool(accumulated)
 
     def live(self, exact: torch.Tensor) -> torch.Tensor:
@@ -451,6 +451,7 @@ class ShardedParam:
             flat = torch.empty(self.shape.numel(), dtype=self.dtype, device=HOST)
         if self.context.ranks.world > 1:
             self.context.broadcast(flat, source, self.name)
+        self.context.whole.repeat(param, flat)
         self._replace(flat)
         if self.holds:
             self.unit.lend(self.position, copy_of(flat).view(self.shape).to(self.unit.device))

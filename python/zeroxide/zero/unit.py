@@ -49,6 +49,8 @@ class Unit:
         self.shapes = [entry.shape for entry in plan.params]
         self.trainable = [entry.trainable for entry in plan.params]
         self.opaque = [entry.opaque for entry in plan.params]
+        self.experts = plan.experts
+        """Whether its parameters are those of experts that only some of the ranks have."""
         self.states = plan.state.initial
         """The state tensors that the optimizer keeps of each trainable parameter, with what they start from."""
         self.has_frozen = not all(self.trainable)

@@ -234,8 +234,11 @@ impl Offload {
     pub fn pieces(&self, unit: usize) -> Result<Vec<(usize, u64, u64)>> {
         self.with("pieces", |core| {
             core.check_unit("pieces", unit)?;
-            let layout = &core.units[unit].layout;
-            Ok(pieces_in(layout, layout.shard(core.mesh.slice())))
+            let unit = &core.units[unit];
+            Ok(pieces_in(
+                &unit.layout,
+                unit.layout.shard(unit.mesh.slice()),
+            ))
         })
     }
 

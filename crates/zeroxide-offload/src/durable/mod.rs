@@ -117,7 +117,7 @@ impl Core {
         for (key, elements) in mirrored(&self.units[unit]) {
             self.restore(unit, key, elements)?;
         }
-        let valid = self.mesh.has_all() || self.mesh.shares_weights();
+        let valid = self.units[unit].mesh.has_all() || self.mesh.shares_weights();
         if let UnitWeights::Host {
             all_shards_valid, ..
         } = &mut self.units[unit].weights

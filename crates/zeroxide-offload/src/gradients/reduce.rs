@@ -13,7 +13,6 @@ use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::accumulate::{GradNorm, add, as_grad, grad_mut};
 use crate::gradients::transport::GradientTransport;
-use crate::settings::MeshPosition;
 use crate::unit::{Gradient, ParamState, Unit};
 
 /// Elements that one task sums: fixed, so that the order of the norm's sums does not depend on the number of threads.
@@ -74,15 +73,14 @@ impl Core {
             self.gradients.dtype,
             self.gradients.reduce_scale,
         );
-        let mesh = self.mesh;
         let GradientTransport::Shared { reducer, .. } = &mut self.gradients.transport else {
             return Ok(false);
         };
         let (this, pool) = (&mut self.units[unit], &self.pool);
-        let range = byte_range(&this.summed(mesh), comm_dtype.size());
+        let range = byte_range(&this.summed(), comm_dtype.size());
         reducer.take(unit, range, |sources| {
             let present: Vec<&[u8]> = sources.iter().copied().flatten().collect();
-            reduce_into(pool, this, &present, comm_dtype, grad, scale, mesh)
+            reduce_into(pool, this, &present, comm_dtype, grad, scale)
         })?;
         Ok(true)
     }
@@ -108,18 +106,23 @@ impl Core {
             self.gradients.dtype,
             self.gradients.reduce_scale,
         );
-        let mesh = self.mesh;
         let this = &mut self.units[unit];
-        let own = byte_range(&this.summed(mesh), comm_dtype.size());
-        let (Some(outgoing), Some(incoming)) = (this.outgoing.take(), this.incoming.take()) else {
+        let own = byte_range(&this.summed(), comm_dtype.size());
+        let (outgoing, incoming) = (this.outgoing.take(), this.incoming.take());
+        // The only rank that trains it has nothing to receive.
+        let complete = incoming.is_some() || this.mesh.world() == 1;
+        let (Some(outgoing), true) = (outgoing, complete) else {
             return misuse(
                 "receive_from",
                 format!("unit {} has not been sent and received", this.name),
             );
         };
-        let mut sources: Vec<&[u8]> = incoming.chunks(own.len()).collect();
-        sources.insert(mesh.groups.rank as usize, &outgoing[own]);
-        reduce_into(&self.pool, this, &sources, comm_dtype, grad, scale, mesh)
+        let mut sources: Vec<&[u8]> = incoming
+            .iter()
+            .flat_map(|incoming| incoming.chunks(own.len()))
+            .collect();
+        sources.insert(this.mesh.groups.rank as usize, &outgoing[own]);
+        reduce_into(&self.pool, this, &sources, comm_dtype, grad, scale)
     }
 
     /// Takes the sums over all ranks, not yet scaled, of the elements that this rank sums. What the unit has sent is let
@@ -129,9 +132,9 @@ impl Core {
         self.check_unit("receive_sum", unit)?;
         self.finish_unit(unit)?;
         self.bring_gradients(unit)?;
-        let (grad, scale, mesh) = (self.gradients.dtype, self.gradients.reduce_scale, self.mesh);
+        let (grad, scale) = (self.gradients.dtype, self.gradients.reduce_scale);
         let this = &mut self.units[unit];
-        let summed = this.summed(mesh);
+        let summed = this.summed();
         if this.outgoing.take().is_none() || to_usize(summed.end - summed.start) != sums.len() {
             return misuse(
                 "receive_sum",
@@ -144,7 +147,7 @@ impl Core {
             );
         }
         let sources = [bytemuck::cast_slice(sums)];
-        reduce_into(&self.pool, this, &sources, Dtype::F32, grad, scale, mesh)
+        reduce_into(&self.pool, this, &sources, Dtype::F32, grad, scale)
     }
 
     /// Address and bytes of the gradients that this rank keeps of the unit.
@@ -239,7 +242,6 @@ fn reduce_into(
     comm_dtype: Dtype,
     dtype: Dtype,
     scale: f32,
-    mesh: MeshPosition,
 ) -> Result<()> {
     if sources.is_empty() {
         return Ok(());
@@ -249,10 +251,10 @@ fn reduce_into(
     } else {
         Accumulate::Add
     };
-    let (kept, summed) = (unit.kept(), unit.summed(mesh));
+    let (kept, summed) = (unit.kept(), unit.summed());
     // Slice by slice, whoever sums them, so that the sums of a norm are over the same elements in the same order.
     let slices: Vec<(Range<u64>, bool)> = (0..unit.layout.world())
-        .map(|each| (unit.layout.trainable_shard(each), each == mesh.slice()))
+        .map(|each| (unit.layout.trainable_shard(each), each == unit.mesh.slice()))
         .filter(|(slice, _)| summed.start <= slice.start && slice.end <= summed.end)
         .collect();
     let Some(grad) = unit.grad.bytes_mut() else {

@@ -182,7 +182,7 @@ impl Core {
         self.check_unit("incoming", unit)?;
         if self.units[unit].incoming.is_none() {
             let kept = self.units[unit].state_tiles.len();
-            let groups = self.mesh.groups;
+            let groups = self.units[unit].mesh.groups;
             let bytes = to_usize(groups.incoming_bytes(kept, self.gradients.comm_dtype));
             let GradientTransport::Collective {
                 incoming: Some(arena),
@@ -283,7 +283,7 @@ impl Core {
 
     /// This rank's part of the unit's weights is that of the present step; the other ranks have to get it.
     pub(crate) fn weights_renewed(&mut self, unit: usize) {
-        if self.mesh.has_all() {
+        if self.units[unit].mesh.has_all() {
             return;
         }
         if self.shares_weights() && matches!(self.units[unit].weights, UnitWeights::Host { .. }) {

@@ -102,7 +102,7 @@ impl Core {
     ) -> Result<()> {
         let element = self.compute.size();
         let filled = self.filled_window(unit);
-        let alone = self.mesh.has_all();
+        let alone = self.units[unit].mesh.has_all();
         let shared = self.shares_weights();
         let this = &mut self.units[unit];
         let own = this.own();
@@ -246,7 +246,7 @@ impl Core {
         let first = this.layout.offset(param);
         let whole = first..first + this.layout.numel(param);
         let present = whole.start.max(kept.start)..whole.end.min(kept.end);
-        let slice = this.layout.trainable_shard(mesh.slice());
+        let slice = this.layout.trainable_shard(this.mesh.slice());
         let counted = present.start.max(slice.start)..present.end.min(slice.end);
         let (Some(grad), true) = (this.grad.bytes_mut(), this.params[param].trainable) else {
             return misuse(

@@ -51,7 +51,7 @@ impl Core {
         self.state.cache.clear();
         self.finish_step()?;
         self.wait_reads()?;
-        let alone = self.mesh.has_all();
+        let alone = self.units[unit].mesh.has_all();
         if key == StateKey::WEIGHT {
             let own = self.units[unit].own();
             if let UnitWeights::Moving {

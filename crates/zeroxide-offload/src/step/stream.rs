@@ -242,7 +242,7 @@ impl Core {
             self.release_gradients(unit)?;
         }
         let used = self.weights.tick();
-        let alone = self.mesh.has_all();
+        let alone = self.units[unit].mesh.has_all();
         if let Some(residence) = self.residence_mut(unit)
             && matches!(residence, Residence::Updating)
         {

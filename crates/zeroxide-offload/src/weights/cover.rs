@@ -28,7 +28,7 @@ impl Core {
     /// of the unit is gathered again.
     pub(crate) fn cover(&mut self, unit: usize) -> Result<()> {
         self.check_unit("cover", unit)?;
-        if self.mesh.has_all() {
+        if self.units[unit].mesh.has_all() {
             // The only rank has all of it, and waits for the end of a change.
             return Ok(());
         }
@@ -46,7 +46,7 @@ impl Core {
 
     /// The unit is held: where the parts that it lacks are to go.
     pub(crate) fn prepare_for_parts(&mut self, unit: usize, covered: bool) -> Result<()> {
-        if self.mesh.has_all() {
+        if self.units[unit].mesh.has_all() {
             return Ok(());
         }
         self.set_covered(unit, covered);

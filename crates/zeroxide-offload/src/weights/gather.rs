@@ -174,7 +174,7 @@ impl Core {
         let clock = self.weights.tick();
         // How long frames stay depends on when disk requests end, which differs between ranks. Whether a unit's other
         // parts have to be brought again must not, or collectives would not meet.
-        let forget = !self.mesh.has_all() && self.units[unit].weights.on_disk();
+        let forget = !self.units[unit].mesh.has_all() && self.units[unit].weights.on_disk();
         // Only the end of a use is a use: releasing once more does not make the unit a late one.
         if let Some(Residence::Here {
             pinned,
@@ -413,11 +413,11 @@ impl Core {
             None => self.verify_window(unit),
         };
         let outcome = match outcome {
-            Ok(()) if self.mesh.has_all() => self.publish(unit),
+            Ok(()) if self.units[unit].mesh.has_all() => self.publish(unit),
             other => other,
         };
         let used = self.weights.tick();
-        let all_shards_valid = self.mesh.has_all();
+        let all_shards_valid = self.units[unit].mesh.has_all();
         if let Some(residence) = self.residence_mut(unit) {
             *residence = Residence::Here {
                 all_shards_valid,

@@ -81,6 +81,7 @@ impl Case {
             .iter()
             .enumerate()
             .map(|(index, params)| UnitSpec {
+                mesh: None,
                 name: format!("unit {index}"),
                 held_through_backward: false,
                 params: params

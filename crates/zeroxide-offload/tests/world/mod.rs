@@ -71,6 +71,7 @@ impl Case {
             .iter()
             .enumerate()
             .map(|(unit, params)| UnitSpec {
+                mesh: None,
                 name: format!("unit {unit}"),
                 held_through_backward: unit == 0,
                 params: params

@@ -6,14 +6,14 @@ ever has a whole tensor. Rank 0 makes the files beforehand and gives them their 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from zeroxide.checkpoint.agree import Team
-from zeroxide.checkpoint.contents import ElementRange, own_pieces, param_records, persistent_buffers
+from zeroxide.checkpoint.contents import ElementRange, ParamRecord, own_pieces, param_records, persistent_buffers
 from zeroxide.checkpoint.convert.model_folder import DEFAULT_NAME, ModelFolder, check_exportable, check_name
 from zeroxide.checkpoint.format.cutting import Tensor
 from zeroxide.checkpoint.live_state import LiveState, Staging
@@ -42,7 +42,7 @@ def save_model(
     name = DEFAULT_NAME if save_filename is None else save_filename
     made: list[_Export] = []
 
-    def plan() -> dict[str, object]:
+    def plan() -> dict[str, Any]:
         made.append(_Export(training, check_name(name), save_dir, team, include_frozen))
         asked = {"save_filename": name, "exclude_frozen_parameters": not include_frozen}
         return {"asked": asked, "tensors": made[0].told()}
@@ -61,14 +61,13 @@ class _Export:
     def __init__(self, training: TrainingState, stem: str, directory: Path, team: Team, include_frozen: bool) -> None:
         self.team = team
         self._stem, self._directory = stem, directory
-        # One rank of each part of the model tells what there is in it; rank 0 knows its own part.
-        self._tells = training.world is not training.ranks and training.ranks.rank == 0
+        self._leader = training.ranks.number(0)
+        """The first rank that has this part of the model."""
+        self._tells = training.in_parts or team.leads
         self.live = LiveState(training, Staging())
         self.runs: dict[str, list[ElementRange]] = {}
         records = param_records(training)
         for run in own_pieces(training, records):
-            if run.held.name in training.kept_elsewhere:
-                continue
             self.runs.setdefault(run.held.name, []).append(run)
         self.buffers = persistent_buffers(training.module)
         for name, buffer in self.buffers.items():
@@ -79,29 +78,39 @@ class _Export:
                     name=name,
                 )
         tensors = [
-            Tensor(held.name, training.compute if held.trainable else held.dtype, held.shape)
+            Tensor(held.name, training.compute if held.trainable else held.dtype, held.full_shape)
             for held in records
-            if (held.trainable or include_frozen) and held.name not in training.kept_elsewhere
+            if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
         check_exportable(tensors)
         self._tensors = tensors
+        self._elements = {held.name: held.elements for held in records}
 
-    def told(self) -> list[Any]:
-        """The tensors of this rank's part of the model, as JSON; empty where another rank tells of them."""
-        if not self._tells:
-            return []
-        return [[each.name, str(each.dtype).removeprefix("torch."), list(each.shape)] for each in self._tensors]
+    def told(self) -> dict[str, Any]:
+        """The tensors of this rank's part of the model, as JSON; none where another rank tells of all."""
+        tensors = [
+            [
+                each.name,
+                str(each.dtype).removeprefix("torch."),
+                list(each.shape),
+                self._elements.get(each.name, each.name),
+            ]
+            for each in self._tensors
+        ]
+        return {"leader": self._leader, "tensors": tensors if self._tells else []}
 
-    def lay_out(self, told: list[list[Any]]) -> None:
+    def lay_out(self, told: list[dict[str, Any]]) -> None:
         """Finds the place of every tensor, the same on all ranks. `told`: by all ranks, in rank order."""
-        tensors = {each.name: each for each in self._tensors} if not any(told) else {}
+        tensors: dict[str, Tensor] = {}
         first: dict[str, int] = {}
-        for rank, each in enumerate(told):
-            for name, dtype, shape in each:
-                if name not in tensors:
-                    tensors[name], first[name] = Tensor(name, getattr(torch, dtype), tuple(shape)), rank
-        self._writes = {name for name in self.buffers if first.get(name, 0) == self.team.rank}
+        for each in told:
+            for name, dtype, shape, elements in each["tensors"]:
+                tensors.setdefault(name, Tensor(name, getattr(torch, dtype), tuple(shape)))
+                first.setdefault(elements, each["leader"])
+        # What several parts of the model have, the first of them writes.
+        self.runs = {name: runs for name, runs in self.runs.items() if first.get(self._elements[name]) == self._leader}
+        self._writes = {name for name in self.buffers if first[name] == self.team.rank}
         """Buffers that this rank writes: the first that has them."""
         self.folder = ModelFolder(self._directory, self._stem, list(tensors.values()))
 
@@ -141,7 +150,16 @@ class _Export:
                         for run in self.runs.get(tensor.name, ()):
                             at = run.start
                             for values in self.live.chunks(run.held, "weights", run.start, run.count, tensor.dtype):
-                                file.write(tensor, at, values)
+                                for first, place, count in _places(run.held, at, values.numel()):
+                                    file.write(tensor, place, values[first - at : first - at + count])
                                 at += values.numel()
                     elif tensor.name in self._writes:
                         file.write(tensor, 0, in_host(bytes_of(buffer)).view(buffer.dtype))
+
+
+def _places(held: ParamRecord, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+    """(element, its place in the whole tensor, how many in a row) of elements that these ranks have."""
+    if held.region is None:
+        yield start, start, count
+    else:
+        yield from held.region.runs(start, count)

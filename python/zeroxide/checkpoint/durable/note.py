@@ -73,6 +73,7 @@ def restore(training: TrainingState, note: str) -> None:
         samples=counters["global_samples"],
     )
     generators.restore(said["generators"])
+    training.align_random()
 
 
 def check(training: TrainingState, note: str) -> None:

@@ -143,6 +143,9 @@ class _Load:
             if held.has(part)
             for piece in saved.part(part)
         ]
+        if any(unit.experts for unit in training.units):
+            # What other ranks have, too: all verify their share of the same files.
+            needed = [piece for saved in manifest.parameters for part in parts for piece in saved.part(part)]
         needed += [piece for _, saved in self.buffers for piece in saved.pieces]
         # Ranks that have one part of the model need the same of the files.
         self.sources = Sources(path, manifest.files, needed, self.staging, team, Team(training.ranks))
@@ -414,3 +417,4 @@ class _Load:
         )
         if self.generators is not None:
             generators.restore(self.generators)
+        training.align_random()

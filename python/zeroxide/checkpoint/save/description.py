@@ -75,15 +75,15 @@ class Description:
         self._make_files(frozenset())
 
     def has(self) -> list[str]:
-        """Names of parameters and buffers that this part of the model has as they are in the undivided one; of one rank
-        of the part, where there are parts."""
-        if not (self.in_parts and self._leads_part):
-            return []
-        return [held.name for held in self.records if held.region is None] + list(self.buffers)
+        """The elements of parameters and the buffers that this rank has a share of, where there are parts."""
+        return self._all() if self.in_parts else []
+
+    def _all(self) -> list[str]:
+        return [held.elements for held in self.records] + list(self.buffers)
 
     def leave_out(self, names: Set[str]) -> None:
-        """Leaves to others what they have of these names as well."""
-        if not names.isdisjoint(self.by_name) or not names.isdisjoint(self.buffers):
+        """Leaves to others what they have as well, as `has` says it."""
+        if not names.isdisjoint(self._all()):
             self._make_files(names)
 
     def _make_files(self, others: Set[str]) -> None:
@@ -115,7 +115,7 @@ class Description:
         weights = {
             held.name: Tensor(held.name, held.dtype, held.shape)
             for held in self.records
-            if (held.trainable or include_frozen) and (held.region is not None or held.name not in self.others)
+            if (held.trainable or include_frozen) and held.elements not in self.others
         }
         families = [(WEIGHTS, weights)]
         for state in self._states:

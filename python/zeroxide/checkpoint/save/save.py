@@ -84,6 +84,8 @@ class Save:
         self._save_latest = save_latest
         self._held_aside: commit.Aside | None = None
 
+        leader = training.ranks.number(0)
+
         def describe() -> dict[str, Any]:
             training.core.check_usable()
             commit.check_tag(self.tag, save_dir)
@@ -98,13 +100,12 @@ class Save:
                 "step": training.counters.global_steps,
                 "optimizer groups": len(training.optimizer.param_groups),
             }
-            return {"bytes": self.description.bytes, "asked": asked, "has": self.description.has()}
+            return {"bytes": self.description.bytes, "asked": asked, "leader": leader, "has": self.description.has()}
 
         found = self.team.together(describe, self.target)
         self.team.same([each["asked"] for each in found], "save different checkpoints", self.target)
         # What several parts of the model have, such as a tied weight, is saved by the first of them.
-        leader = training.ranks.number(0)
-        self.description.leave_out({name for each in found[:leader] for name in each["has"]})
+        self.description.leave_out({name for each in found if each["leader"] < leader for name in each["has"]})
         self.bytes: int = sum(each["bytes"] for each in found)
         """Room that the whole checkpoint takes, rounded up."""
         try:

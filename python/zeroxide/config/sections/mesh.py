@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from zeroxide.config.facts import Resolved
-from zeroxide.config.fields import Count, NotBuilt, Section
+from zeroxide.config.fields import Count, Section
 from zeroxide.config.given import Given
 from zeroxide.errors import ConfigError
 
@@ -30,11 +30,11 @@ class MeshSection(Section):
     """Ranks in a group, each of which has a shard."""
     pp: Count | None = None
     """Stages of a pipeline."""
-    sp: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
+    sp: Count | None = None
     """Ranks that share the sequences of a batch."""
-    tp: Annotated[Count | None, NotBuilt("tensor parallelism", neutral=(1,))] = None
+    tp: Count | None = None
     """Ranks that share every matrix."""
-    ep: Annotated[Count | None, NotBuilt("expert parallelism", neutral=(1,))] = None
+    ep: Count | None = None
     """Ranks, of those that share a shard group, over which experts are spread."""
 
 
@@ -101,10 +101,22 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
     not shard what is to be sharded in groups.
     """
     others = other_axes(section)
+    hpz = None if zero is None else zero.zero_hpz_partition_size
+    if others["sp"] > 1 and hpz is not None and hpz > 1:
+        raise ConfigError(
+            f"{_HPZ} = {hpz} with {others['sp']} ranks that share sequences: they belong to one shard group; name "
+            f"{_MESH}.dp_shard, the shard groups' ranks over that",
+            path=_HPZ,
+            expected="1",
+            got=str(hpz),
+        )
     axes = _data_axes(section, zero, stage, batch_ranks(section, given))
     if axes is None and max(others.values()) == 1:
         return None
-    axes = dataclasses.replace(axes or Mesh(dp_shard=batch_ranks(section, given)), **others)
+    if axes is None:
+        ranks = batch_ranks(section, given)
+        axes = Mesh(dp_shard=ranks) if stage > 0 else Mesh(dp_replicate=ranks)
+    axes = dataclasses.replace(axes, **others)
     if axes.dp_shard * axes.sp % axes.ep:
         raise ConfigError(
             f"{_MESH}: ep = {axes.ep} does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, the ranks over which "
@@ -160,7 +172,7 @@ def _data_axes(section: MeshSection | None, zero: ZeroSection | None, stage: int
             expected=f"a product of {world_size}",
             got=str(product),
         )
-    _check_stage(axes, stage)
+    _check_stage(axes, stage, other_axes(section)["sp"])
     return axes if replicate > 1 and stage > 0 else None
 
 
@@ -189,13 +201,13 @@ def _alternatives(values: list[str]) -> str:
     return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
 
 
-def _check_stage(axes: Mesh, stage: int) -> None:
+def _check_stage(axes: Mesh, stage: int, sequence: int) -> None:
     if stage == 0 and axes.dp_shard > 1:
         raise ConfigError(
             f"{_MESH}: dp_shard = {axes.dp_shard} needs zero_optimization.stage 1 to 3, got 0, which shards nothing",
             path=f"{_MESH}.dp_shard",
         )
-    if stage > 0 and axes.dp_shard == 1 and axes.dp_replicate > 1:
+    if stage > 0 and axes.dp_shard * sequence == 1 and axes.dp_replicate > 1:
         raise ConfigError(
             f"{_MESH}: dp_shard = 1 keeps everything on each of {axes.dp_replicate} ranks: that is "
             f"zero_optimization.stage 0, got stage {stage}",

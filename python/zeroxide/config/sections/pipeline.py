@@ -15,12 +15,15 @@ from zeroxide.errors import ConfigError
 __all__ = ["Pipeline", "PipelineSection", "resolve"]
 
 _SHAPES = "what travels between stages is sent as it is"
-_HALVES = "backward in halves, whose gradients of weights pass no hook of a parameter"
-
-BUILT = ("gpipe", "1f1b", "looped_bfs", "interleaved_1f1b")
-"""Schedules that compute all of backward at once."""
-TO_COME = ("interleaved_zero_bubble", "zbv_zero_bubble", "dualpipe_v")
-"""Those that compute it in halves."""
+SCHEDULES = (
+    "1f1b",
+    "gpipe",
+    "looped_bfs",
+    "interleaved_1f1b",
+    "interleaved_zero_bubble",
+    "zbv_zero_bubble",
+    "dualpipe_v",
+)
 
 
 class PipelineSection(Section):
@@ -41,7 +44,7 @@ class PipelineSection(Section):
             "dualpipe_v",
         ]
         | None,
-        choice(*BUILT, *TO_COME),
+        choice(*SCHEDULES),
     ] = None
     """The order in which stages compute; zeroxide's own key."""
     stages_per_rank: Count | None = None
@@ -92,7 +95,7 @@ def with_stages(section: PipelineSection | None, own: MeshSection | None, given:
 def resolve(section: PipelineSection | None, mesh: MeshSection | None, given: Given) -> Pipeline | None:
     """What the section comes to; None where there is no pipeline.
 
-    Raises ConfigError for keys that say how stages are where there are none, and for schedules that are not built.
+    Raises ConfigError for keys that say how stages are where there are none.
     """
     found = Pipeline() if section is None else _said(section)
     if (mesh is None or (mesh.pp or 1) == 1) and given.stages is None:
@@ -103,13 +106,6 @@ def resolve(section: PipelineSection | None, mesh: MeshSection | None, given: Gi
                 path="pipeline",
             )
         return None
-    if found.schedule in TO_COME:
-        raise ConfigError(
-            f"pipeline.schedule = {found.schedule}: not built yet: {_HALVES}; {', '.join(BUILT)} are",
-            path="pipeline.schedule",
-            expected=", ".join(BUILT),
-            got=str(found.schedule),
-        )
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from zeroxide.config.fields import Count, NotBuilt, Removed, Section
+from zeroxide.config.fields import NotBuilt, Removed, Section
 
 __all__ = ["UnbuiltKeys"]
 
@@ -17,11 +17,7 @@ class UnbuiltKeys(Section):
     """The keys; a section of its own takes one over when it is built."""
 
     # What is not built yet.
-    sequence_parallel_size: Annotated[Count | None, NotBuilt("sequence parallelism", neutral=(1,))] = None
-    data_parallel_size: Annotated[Count | None, NotBuilt("a mesh of several processes", neutral=(1,))] = None
     use_data_before_expert_parallelism: Annotated[Any, NotBuilt("expert parallelism")] = None
-    tensor_parallel: Annotated[Any, NotBuilt("tensor parallelism")] = None
-    expert_parallel: Annotated[Any, NotBuilt("expert parallelism")] = None
     compile: Annotated[Any, NotBuilt("compiled graphs")] = None
     hybrid_engine: Annotated[Any, NotBuilt("the hybrid engine")] = None
     weight_quantization: Annotated[Any, NotBuilt("weight quantization")] = None

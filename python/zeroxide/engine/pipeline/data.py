@@ -61,7 +61,7 @@ class Batches:
         for rank, row in enumerate(rows):
             if row[0] != rows[0][0]:
                 raise RanksError(
-                    f"rank {rank} called {CALLS[row[0]]} and rank 0 {CALLS[rows[0][0]]}: every rank of a pipeline calls "
+                    f"rank {rank} called {CALLS[row[0]]} and rank 0 {CALLS[rows[0][0]]}: the ranks of a pipeline call "
                     "the same",
                     ranks=(rank,),
                 )
@@ -80,7 +80,7 @@ class Batches:
         short = min(range(len(rows)), key=lambda rank: rows[rank][2])
         left = rows[short][2]
         if left < count:
-            over = f"{left} micro-batch{'' if left == 1 else 'es'} of {count} were left over" if left else "none was left"
+            over = f"{left} of {count} micro-batches were left over" if left else "no micro-batch was left"
             raise StopIteration(f"{call}: the data of rank {short} ended before step {step + 1}: {over}")
 
     def _ready(self, batch: Any) -> Any:

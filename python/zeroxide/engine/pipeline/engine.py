@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch.autograd.graph import GradientEdge
 
 from zeroxide.device.placement import HOST, in_host
+from zeroxide.distributed import IDLE
+from zeroxide.engine.backward import run_backward
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.parts import Parts
 from zeroxide.engine.pipeline.data import Batches
 from zeroxide.engine.pipeline.tied import TiedWeights
 from zeroxide.errors import ConfigError, ModelError, PipelineError, RanksError
+from zeroxide.parallel.pipe.halves import Halves
 from zeroxide.parallel.pipe.link import StageLink
 from zeroxide.parallel.pipe.runner import Runner
 from zeroxide.parallel.pipe.schedule import Action, Kind, Schedule, make_schedule
@@ -22,6 +25,8 @@ from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.zero.current_pass import Uses
 
 __all__ = ["PipelineEngine"]
+
+T = TypeVar("T")
 
 
 class PipelineEngine(Engine):
@@ -36,6 +41,7 @@ class PipelineEngine(Engine):
         _check_orders(parts)
         # No attribute that holds a module: `stages` may be one, which is `module` already.
         self._pipe = _Pipe(self, stages)
+        stages.commit()
 
     # One step --------------------------------------------------------------------------------------------------------
 
@@ -59,9 +65,12 @@ class PipelineEngine(Engine):
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
             pipe.tied.sum_gradients()
-            self.parts.updater.counted_elsewhere = pipe.tied.counted_elsewhere
             self.parts.counters.micro_steps += count - 1
-            Engine.step(self)
+            boundary, accumulation.boundary = accumulation.boundary, True
+            try:
+                Engine.step(self)
+            finally:
+                accumulation.boundary = boundary
             return pipe.mean(losses, count)
 
     def eval_batch(
@@ -73,7 +82,7 @@ class PipelineEngine(Engine):
         bcast_loss: bool = True,
         num_micro_batches: int | None = None,
     ) -> Any:
-        """Runs micro-batches forward, without gradients, in the mode of evaluation. The training data stays where it is.
+        """Runs micro-batches forward, without gradients, in the mode of evaluation. Training data stays where it is.
 
         compute_loss: whether the last stage computes a loss; without it the result is what the last stage gave.
         reduce_output: "avg" for the mean over micro-batches (and ranks with other samples, of losses), None for a list
@@ -100,7 +109,7 @@ class PipelineEngine(Engine):
                 outputs = pipe.outputs
                 if not compute_loss:
                     return outputs if pipe.is_last else None
-                reduced = pipe.mean(losses, count) if reduce_output else pipe.every(losses, count)
+                reduced: Any = pipe.mean(losses, count) if reduce_output else pipe.every(losses, count)
         finally:
             pipe.compute_loss, pipe.outputs = True, []
             pipe.batches.iterator = iterator
@@ -189,7 +198,7 @@ class _Pipe:
         parts = engine.parts
         self.engine = engine
         self.stages = stages
-        self.ranks = parts.job.parts
+        self.ranks = parts.job.stages
         self.rank = self.ranks.rank
         self.is_last = stages.total_stages - 1 in stages.own_stages
         self.link = StageLink(self.ranks, parts.watch, stages.total_stages, parts.device)
@@ -198,7 +207,7 @@ class _Pipe:
         self.batches.repeat(parts.dataloader)
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()
-        parts.kept_elsewhere = self.tied.kept_elsewhere
+        parts.updater.repeated |= self.tied.counted_elsewhere(parts.units)
         self.under_way: str | None = None
         self.compute_loss = True
         self.outputs: list[Any] = []
@@ -251,6 +260,7 @@ class _Pipe:
             # What its forward used is for its own backward to know, whatever comes between.
             hooks.uses = Uses()
         output = Engine.forward(engine, *args, **kwargs)
+        engine.watch.doing = IDLE
         if training:
             self._uses[stage, micro_batch] = hooks.uses
         if stage < self.stages.total_stages - 1:
@@ -280,7 +290,30 @@ class _Pipe:
         """See `Compute`."""
         self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}"
         self.engine.parts.hooks.uses = self._uses.pop((stage, micro_batch))
-        self.engine._differentiate(outputs, gradients)
+        roots: Any = outputs
+        self._run_backward(lambda: torch.autograd.backward(roots, gradients))
+        self.engine.parts.accumulation.count_backward()
+
+    def backward_input(self, stage: int, micro_batch: int, halves: Halves) -> list[torch.Tensor | None]:
+        """See `Compute`."""
+        self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}, its inputs"
+        hooks = self.engine.parts.hooks
+        hooks.uses = self._uses[stage, micro_batch]
+        before, hooks.synchronize = hooks.synchronize, False
+        try:
+            return self._run_backward(halves.inputs)
+        finally:
+            hooks.synchronize = before
+
+    def backward_weight(self, stage: int, micro_batch: int, halves: Halves) -> None:
+        """See `Compute`."""
+        self.under_way = f"backward of micro-batch {micro_batch} in stage {stage}, its weights"
+        self.engine.parts.hooks.uses = self._uses.pop((stage, micro_batch))
+        self._run_backward(halves.weights)
+        self.engine.parts.accumulation.count_backward()
+
+    def _run_backward(self, run: Callable[[], T]) -> T:
+        return run_backward(self.engine.parts, self.under_way or "backward", run)
 
     # What all ranks get to know --------------------------------------------------------------------------------------
 
@@ -296,7 +329,9 @@ class _Pipe:
                 mine = rows.double().mean(0).float()
         if self.ranks.world > 1:
             with parts.watch.waiting("the loss of the last stage"):
-                rows = self.ranks.gather_rows(torch.cat([mine, torch.tensor([float(self.is_last)])]), "the loss")
+                rows = self.ranks.gather_rows(
+                    torch.cat([mine, torch.full((1,), float(self.is_last), device=HOST)]), "the loss"
+                )
             mine = rows[int(rows[:, -1].argmax()), :-1]
         return [each.to(parts.device) for each in mine.unbind()]
 
@@ -317,5 +352,5 @@ def _check_orders(parts: Parts) -> None:
 
 def _refuse(call: str) -> NoReturn:
     raise PipelineError(
-        f"engine.{call}: a pipeline runs whole steps: call engine.train_batch(data_iter), or engine.eval_batch to evaluate"
+        f"engine.{call}: a pipeline runs steps as a whole: call engine.train_batch(data_iter), or engine.eval_batch"
     )

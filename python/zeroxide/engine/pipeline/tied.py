@@ -22,11 +22,9 @@ from zeroxide.zero.access.safe import (
     safe_set_full_fp32_param,
     safe_set_full_grad,
 )
+from zeroxide.zero.unit import Unit
 
 __all__ = ["TiedWeights"]
-
-_AT_ONCE = 1 << 20
-"""Elements that are squared in double precision at a time."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +57,16 @@ class TiedWeights:
                     name=name,
                 )
             self._ties.append(_Tie(number, name, holders, found[name]))
-        self.kept_elsewhere = frozenset(tie.name for tie in self._ties if self._rank != tie.ranks[0])
-        """Names of those that another rank saves."""
-        self.counted_elsewhere = 0.0
-        """Squares of the gradients that this rank has and the first of their ranks counts, at the last `sum`."""
+
+    def counted_elsewhere(self, units: Sequence[Unit]) -> frozenset[tuple[int, int]]:
+        """(unit, position) of trainable copies whose gradients the first of their ranks counts in a norm."""
+        others = {id(tie.param) for tie in self._ties if self._rank != tie.ranks[0] and tie.param.requires_grad}
+        return frozenset(
+            (unit.index, position)
+            for unit in units
+            for position, param in enumerate(unit.params)
+            if id(param) in others
+        )
 
     def make_equal(self) -> None:
         """The values of the first rank of each tie become those of all."""
@@ -70,12 +74,12 @@ class TiedWeights:
             value = safe_get_full_fp32_param(tie.param)
             assert value is not None, "it is a parameter of the engine's"
             shared = self._from_first(tie, value, lambda values: values[0])
+            assert shared is not None, "the first rank has one"
             if self._rank != tie.ranks[0]:
                 safe_set_full_fp32_param(tie.param, shared)
 
     def sum_gradients(self) -> None:
         """Every copy's gradient becomes the sum of all; one that no copy has stays none."""
-        self.counted_elsewhere = 0.0
         for tie in self._ties:
             if not tie.param.requires_grad:
                 continue
@@ -84,11 +88,6 @@ class TiedWeights:
             if total is None:
                 continue
             safe_set_full_grad(tie.param, total)
-            if self._rank != tie.ranks[0]:
-                # What is counted is what the core has of it.
-                kept = safe_get_full_grad(tie.param)
-                assert kept is not None, "it has just been set"
-                self.counted_elsewhere += _squares(kept)
 
     def _from_first(
         self,
@@ -118,11 +117,4 @@ def _sum(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     for each in values:
         if each is not None:
             total = each.clone() if total is None else total.add_(each)
-    return total
-
-
-def _squares(values: torch.Tensor) -> float:
-    total = 0.0
-    for piece in values.view(-1).split(_AT_ONCE):
-        total += float(piece.double().square().sum())
     return total

@@ -14,6 +14,7 @@ from torch import nn
 from zeroxide.config import load
 from zeroxide.distributed import init_distributed
 from zeroxide.engine.entry import initialize as initialize_engine
+from zeroxide.engine.sequences import sequence_size
 from zeroxide.integrations.deepspeed.comm import get_world_size
 from zeroxide.integrations.deepspeed.logging import logger
 from zeroxide.integrations.ownership import Ownership, owner_of
@@ -44,7 +45,9 @@ def initialize(*args: Any, **kwargs: Any) -> Any:
     if before is not None:
         # What is wrong with the config is said while the model still has its engine.
         given = asked.arguments.get("config") or asked.arguments.get("config_params")
-        load(given, world_size=get_world_size(), own_dtype=functools.partial(own_dtype, model))
+        shared = sequence_size(asked.arguments.get("mpu"), asked.arguments.get("mesh_param"))
+        own = functools.partial(own_dtype, model)
+        load(given, world_size=get_world_size(), own_dtype=own, sequence=shared)
         logger.info("the engine that has the model ends: another one takes it over")
         before.give_back()
     owner = Ownership.of(model, trains=True)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from zeroxide.errors import ModelError
+from zeroxide.parallel.tensor import shard_of
 from zeroxide.zero import GatheredParameters
 
 __all__ = ["GatherReplacedLayerParams", "zero_wrapper_for_fp_tensor_constructor"]
@@ -24,9 +26,18 @@ def zero_wrapper_for_fp_tensor_constructor(
 
 
 class GatherReplacedLayerParams(GatheredParameters):
-    """Weights of layers that tensor parallelism has replaced, whole. It replaces none here, so that whoever asks gets
-    them from where they are."""
+    """Weights of layers that tensor parallelism has replaced, whole; those that it has not are where they are.
+
+    Raises ModelError for a parameter of which this rank has a part: `engine.module_state_dict` puts them together.
+    """
 
     def __init__(self, params: Iterable[nn.Parameter] | nn.Parameter, module: nn.Module, enabled: bool = True) -> None:
-        super().__init__(params, enabled=enabled)
+        asked = [params] if isinstance(params, nn.Parameter) else list(params)
+        cut = next((each for each in asked if shard_of(each) is not None), None)
+        if enabled and cut is not None:
+            raise ModelError(
+                f"GatherReplacedLayerParams: a parameter of shape {tuple(cut.shape)} is this rank's part of a matrix: "
+                "call engine.module_state_dict() or zeroxide.safe_get_full_fp32_param on every rank for all of it"
+            )
+        super().__init__(asked, enabled=enabled)
         self.module = module

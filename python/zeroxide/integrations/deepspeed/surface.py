@@ -42,10 +42,20 @@ _CPU_ADAGRAD = "zeroxide.optim:DeepSpeedCPUAdagrad"
 _INIT_DISTRIBUTED = "zeroxide.distributed:init_distributed"
 _LOGGER = f"{_HERE}.logging:logger"
 _LOG_DIST = f"{_HERE}.logging:log_dist"
-_PIPELINE = _later("pipeline parallelism")
-_EXPERTS = _later("expert parallelism")
-_TENSOR = _later("tensor parallelism")
-_SEQUENCE = _later("sequence parallelism")
+_LAYERS = {name: f"zeroxide.parallel.pipe:{name}" for name in ("LayerSpec", "PipelineModule", "TiedLayerSpec")}
+_TOPOLOGY = {
+    name: f"zeroxide.parallel.pipe:{name}"
+    for name in (
+        "PipeDataParallelTopology",
+        "PipeModelDataParallelTopology",
+        "PipelineParallelGrid",
+        "ProcessTopology",
+    )
+}
+_PIPELINE_ERROR = {"PipelineError": "zeroxide.errors:PipelineError"}
+_SEQUENCE = "zeroxide.parallel.sequence"
+_OTHER_MLP = Unbuilt("AutogradComputeMLP is TiledMLP for tests of it: use TiledMLP")
+_WHICH = ("data", "sequence", "sequence_data")
 _INFERENCE = f"{_HERE}.inference:InferenceEngine"
 _BUILDERS = {
     name: f"{_HERE}.op_builder:{name}"
@@ -104,6 +114,7 @@ _SCHEDULES = {
     name: f"zeroxide.optim.schedules:{name}"
     for name in ("LRRangeTest", "OneCycle", "WarmupCosineLR", "WarmupDecayLR", "WarmupLR")
 }
+_GATES = {name: f"zeroxide.moe:{name}" for name in ("MOELayer", "TopKGate")}
 _DISTRIBUTED = {
     name: f"torch.distributed:{name}"
     for name in (
@@ -167,8 +178,8 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "logger": _LOGGER,
         "log_dist": _LOG_DIST,
         "OnDevice": _later("OnDevice (zero.Init builds models in slices)"),
-        "PipelineModule": _PIPELINE,
-        "tp_model_init": _TENSOR,
+        "PipelineModule": _LAYERS["PipelineModule"],
+        "tp_model_init": "zeroxide.engine.tp_model_init:tp_model_init",
         "DeepSpeedHybridEngine": _later("the hybrid engine"),
         "InferenceEngine": _INFERENCE,
     },
@@ -196,10 +207,24 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "main": Unbuilt("zeroxide has no launcher of its own: start ranks by `zeroxide run torchrun ...`"),
     },
     "deepspeed.module_inject": {},
+    "deepspeed.module_inject.autotp_config": {"TPLayerSpec": "zeroxide.config:TPLayerSpec"},
     "deepspeed.module_inject.layers": {"GatherReplacedLayerParams": f"{_HERE}.gathering:GatherReplacedLayerParams"},
-    "deepspeed.moe": {"MoE": _EXPERTS},
-    "deepspeed.moe.layer": {"MoE": _EXPERTS},
-    "deepspeed.moe.utils": {"split_params_into_different_moe_groups_for_optimizer": _EXPERTS},
+    "deepspeed.moe": {"MoE": "zeroxide.moe:MoE"},
+    "deepspeed.moe.experts": {"Experts": "zeroxide.moe:Experts"},
+    "deepspeed.moe.layer": {"MoE": "zeroxide.moe:MoE", "Experts": "zeroxide.moe:Experts", **_GATES},
+    "deepspeed.moe.sharded_moe": _GATES,
+    "deepspeed.moe.utils": {
+        name: f"zeroxide.moe.parameters:{name}"
+        for name in (
+            "configure_moe_param_groups",
+            "has_moe_layers",
+            "is_moe_param",
+            "is_moe_param_group",
+            "split_params_grads_into_shared_and_expert_params",
+            "split_params_into_different_moe_groups_for_optimizer",
+            "split_params_into_shared_and_expert_params",
+        )
+    },
     "deepspeed.monitor": {},
     "deepspeed.monitor.config": {"get_monitor_config": f"{_HERE}.monitor:get_monitor_config"},
     "deepspeed.monitor.monitor": {"MonitorMaster": f"{_HERE}.monitor:MonitorMaster"},
@@ -211,7 +236,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
     "deepspeed.ops.op_builder": {**_BUILDERS, "OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
     "deepspeed.ops.op_builder.all_ops": {"ALL_OPS": f"{_HERE}.op_builder:ALL_OPS"},
     "deepspeed.ops.op_builder.builder": {"OpBuilder": f"{_HERE}.op_builder:OpBuilder"},
-    "deepspeed.pipe": {"LayerSpec": _PIPELINE, "PipelineModule": _PIPELINE, "TiedLayerSpec": _PIPELINE},
+    "deepspeed.pipe": _LAYERS,
     "deepspeed.profiling": {},
     "deepspeed.profiling.flops_profiler": _PROFILER,
     "deepspeed.profiling.flops_profiler.profiler": _PROFILER,
@@ -235,13 +260,35 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "WARMUP_DECAY_LR": f"{_HERE}.version:WARMUP_DECAY_LR",
         "WARMUP_LR": f"{_HERE}.version:WARMUP_LR",
     },
-    "deepspeed.runtime.pipe": {},
-    "deepspeed.runtime.pipe.engine": {"PipelineEngine": _PIPELINE},
+    "deepspeed.runtime.pipe": {**_LAYERS, "ProcessTopology": _TOPOLOGY["ProcessTopology"]},
+    "deepspeed.runtime.pipe.engine": {
+        "PipelineEngine": "zeroxide.engine.pipeline.engine:PipelineEngine",
+        **_PIPELINE_ERROR,
+    },
+    "deepspeed.runtime.pipe.module": {**_LAYERS, **_PIPELINE_ERROR},
+    "deepspeed.runtime.pipe.topology": _TOPOLOGY,
+    "deepspeed.runtime.chunked_cross_entropy": {"chunked_cross_entropy": "zeroxide.losses:chunked_cross_entropy"},
     "deepspeed.runtime.sequence_parallel": {},
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": {
+        name: f"{_SEQUENCE}.parallel_state:{name}"
+        for name in (
+            "initialize_sequence_parallel",
+            *(f"get_{which}_parallel_{what}" for which in _WHICH for what in ("group", "rank", "world_size")),
+        )
+    },
     "deepspeed.runtime.sequence_parallel.ulysses_sp": {
-        "TiledMLP": _SEQUENCE,
-        "UlyssesSPAttentionHF": _SEQUENCE,
-        "UlyssesSPDataLoaderAdapter": _SEQUENCE,
+        **{
+            name: f"{_SEQUENCE}:{name}"
+            for name in (
+                "SequenceTiledCompute",
+                "TiledFusedLogitsLoss",
+                "TiledMLP",
+                "UlyssesSPAttentionHF",
+                "UlyssesSPDataLoaderAdapter",
+                "sequence_tiled_compute",
+            )
+        },
+        "AutogradComputeMLP": _OTHER_MLP,
     },
     "deepspeed.runtime.utils": {
         "move_to_device": f"{_HERE}.tensors:move_to_device",
@@ -280,7 +327,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "zero_wrapper_for_fp_tensor_constructor": f"{_HERE}.gathering:zero_wrapper_for_fp_tensor_constructor",
     },
     "deepspeed.sequence": {},
-    "deepspeed.sequence.layer": {"DistributedAttention": _SEQUENCE},
+    "deepspeed.sequence.layer": {"DistributedAttention": f"{_SEQUENCE}:DistributedAttention"},
     "deepspeed.utils": {
         **_LEAVES,
         **_SAFE,

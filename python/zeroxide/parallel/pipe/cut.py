@@ -11,29 +11,41 @@ Names of parameters stay those of the whole model.
 from __future__ import annotations
 
 import copy
+import functools
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from zeroxide.errors import DataError, ModelError, PipelineError, RanksError
-from zeroxide.params.handle import handle_of
 from zeroxide.parallel.pipe.module import this_rank
 from zeroxide.parallel.pipe.partition import bounds_of, cut_by
 from zeroxide.parallel.pipe.profile import ROUNDS, told_by_rank_0
-from zeroxide.parallel.pipe.row import AFTER, AROUND, BEFORE, Row, call_of, find_row, hidden_in, without_values
+from zeroxide.parallel.pipe.row import (
+    AFTER,
+    AROUND,
+    BEFORE,
+    Row,
+    call_of,
+    example_for,
+    find_row,
+    hidden_in,
+    without_values,
+)
 from zeroxide.parallel.pipe.schedule import check_schedule, rank_of_stage, stages_of
 from zeroxide.parallel.pipe.stages import PipelineStages
+from zeroxide.params.handle import handle_of
 from zeroxide.plan.discover import STAND_IN
 
 __all__ = ["CutModel", "cut_model"]
 
 
-class _StageEnd(Exception):  # noqa: N818
+class _StageEnd(Exception):
     """The stage's last block has run, and forward ends."""
 
     def __init__(self, hidden: torch.Tensor) -> None:
@@ -96,7 +108,7 @@ class CutModel(PipelineStages):
         self.schedule, self.loss_fn = schedule, loss_fn
         self.own_stages = stages_of(schedule, stage_id, num_stages, stages_per_rank)
         self.row = row
-        self.bounds = bounds
+        self._bounds = bounds
         self._model = model
         self._forward = model.forward
         self._undo: list[Callable[[], None]] = []
@@ -114,7 +126,11 @@ class CutModel(PipelineStages):
 
     def blocks_of(self, stage: int) -> range:
         """The numbers of a stage's blocks."""
-        return bounds_of(self.bounds, stage)
+        return bounds_of(self._bounds, stage)
+
+    def bounds(self) -> list[int]:
+        """See `PipelineStages`."""
+        return self._bounds
 
     def needs_batches(self) -> bool:
         """See `PipelineStages`."""
@@ -319,7 +335,6 @@ def _stand_in(block: nn.Module, forward: Callable[..., Any]) -> nn.Module:
 
 def _named_like(forward: Callable[..., Any], run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, which scripts that ask for forward's signature take for it."""
-    import functools
 
     @functools.wraps(forward)
     def stage_forward(*args: Any, **kwargs: Any) -> Any:
@@ -366,15 +381,13 @@ def _elements(model: nn.Module, row: Row, when: str) -> int:
 
 def _measured(model: nn.Module, row: Row, example: Any) -> list[float]:
     """Seconds of each block forward, the fastest of some rounds; what runs before and after counts for the ends."""
-    from zeroxide.parallel.pipe.row import _example_for
-
     if any(param.is_meta for param in model.parameters()):
         raise ModelError("partition 'profile' runs the model on rank 0, and it is on the meta device: use another one")
     stamps: list[float] = []
     blocks = [row.block(model, at) for at in range(row.count)]
     handles = [block.register_forward_pre_hook(lambda *_: stamps.append(time.perf_counter())) for block in blocks]
     handles.append(blocks[-1].register_forward_hook(lambda *_: stamps.append(time.perf_counter())))
-    args, kwargs = call_of(model, _example_for(model, example))
+    args, kwargs = call_of(model, example_for(model, example))
     best = [float("inf")] * row.count
     try:
         for _ in range(ROUNDS):
@@ -383,7 +396,7 @@ def _measured(model: nn.Module, row: Row, example: Any) -> list[float]:
             with torch.no_grad():
                 model(*args, **kwargs)
             ended = time.perf_counter()
-            took = [after - before for before, after in zip(stamps, stamps[1:], strict=False)]
+            took = [after - before for before, after in pairwise(stamps)]
             took[0] += stamps[0] - began
             took[-1] += ended - stamps[-1]
             best = list(map(min, best, took))

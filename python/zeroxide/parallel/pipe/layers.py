@@ -19,7 +19,8 @@ class LayerSpec:
     """
 
     def __init__(self, typename: type[nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
-        if not (isinstance(typename, type) and issubclass(typename, nn.Module)):
+        given: object = typename
+        if not (isinstance(given, type) and issubclass(given, nn.Module)):
             raise ModelError(f"LayerSpec: expected a class of torch.nn.Module, got {typename!r}")
         self.typename = typename
         self.module_args = module_args

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zeroxide.device.placement import HOST, in_host, plain
+from zeroxide.device.placement import HOST, in_host, of_buffer, plain
 from zeroxide.distributed import COMMS, Ranks, Watch
 from zeroxide.errors import RanksError
 from zeroxide.parallel.pipe.nesting import flatten, rebuild
@@ -82,7 +82,7 @@ class StageLink:
         first = self._tag(address)
         self._leave(address, to, torch.tensor([0 if known else len(ahead)], device=HOST), first)
         if not known:
-            self._leave(address, to, torch.frombuffer(bytearray(ahead), dtype=torch.uint8), first + 1)
+            self._leave(address, to, of_buffer(bytearray(ahead), torch.uint8), first + 1)
         for each in tensors:
             values = plain(in_host(each.detach())).contiguous()
             if values.numel():
@@ -164,5 +164,7 @@ class StageLink:
         return number * _PARTS
 
     def _waiting(self, address: _Address) -> AbstractContextManager[None]:
-        # The words are the same on both sides, and no number: they are not calls that all ranks make.
-        return self._watch.waiting(str(address), None, address.micro_batch)
+        # With a number of its own, which is no count of calls: not all ranks make the same ones.
+        what = f"tied weights {address.stage} of rank" if address.kind == TIED else None
+        words = what or f"{address.kind} from stage {address.stage} for micro-batch"
+        return self._watch.waiting(words, None, address.micro_batch)

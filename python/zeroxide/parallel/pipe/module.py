@@ -97,6 +97,7 @@ class PipelineModule(PipelineStages, nn.Module):
         self.own_stages = stages_of(schedule, self.stage_id, self.num_stages, stages_per_rank)
         self._calls: dict[int, Callable[[Any], Any]] = {}
         self.tied: dict[str, tuple[int, ...]] = self._find_ties()
+        self._check_parameters()
         self._build()
 
     @staticmethod
@@ -141,6 +142,10 @@ class PipelineModule(PipelineStages, nn.Module):
     def layers_of(self, stage: int) -> range:
         """The numbers of a stage's layers."""
         return bounds_of(self.parts, stage)
+
+    def bounds(self) -> list[int]:
+        """See `PipelineStages`."""
+        return self.parts
 
     def stage_owner(self, layer_idx: int) -> int:
         """The rank of the pipeline that has a layer."""
@@ -196,6 +201,17 @@ class PipelineModule(PipelineStages, nn.Module):
 
     # Building --------------------------------------------------------------------------------------------------------
 
+    def _check_parameters(self) -> None:
+        """Raises ModelError, on all ranks alike, where one would have nothing to train."""
+        for rank in range(self.num_stages):
+            stages = stages_of(self.schedule, rank, self.num_stages, self.stages_per_rank)
+            specs = (self._layer_specs[at] for stage in stages for at in self.layers_of(stage))
+            if not any(_count_parameters(spec, frozen=True) for spec in specs):
+                raise ModelError(
+                    f"rank {rank} of {self.num_stages} of the pipeline has no parameter, and so nothing to train: use "
+                    f"fewer stages, or another partition_method than {self.partition_method!r}"
+                )
+
     def _build(self) -> None:
         tied = nn.ModuleDict()
         for stage in self.own_stages:
@@ -206,13 +222,8 @@ class PipelineModule(PipelineStages, nn.Module):
         for spec in self._layer_specs:
             if isinstance(spec, TiedLayerSpec) and spec.key in tied:
                 _check_tied(spec, tied[spec.key], self.tied[spec.key])
-        # What other stages have is let go of, if this process made it.
+        # What other stages have is let go of.
         self._layer_specs = [spec if isinstance(spec, LayerSpec) else None for spec in self._layer_specs]
-        if next(self.parameters(), None) is None:
-            raise ModelError(
-                f"stage {self.stage_id} of {self.num_stages} has no parameter, and so nothing to train: use fewer "
-                f"stages, or another partition_method than {self.partition_method!r}"
-            )
 
     def _build_layer(self, at: int, tied: nn.ModuleDict) -> None:
         spec = self._layer_specs[at]
@@ -247,10 +258,7 @@ class PipelineModule(PipelineStages, nn.Module):
             return self._run(layers, inputs)
         for first in range(layers.start, layers.stop, every):
             piece = range(first, min(first + every, layers.stop))
-            if self._is_checkpointable(piece):
-                inputs = self._recomputed(piece, inputs)
-            else:
-                inputs = self._run(piece, inputs)
+            inputs = self._recomputed(piece, inputs) if self._is_checkpointable(piece) else self._run(piece, inputs)
         return inputs
 
     def _run(self, layers: range, inputs: Any) -> Any:
@@ -291,10 +299,10 @@ class PipelineModule(PipelineStages, nn.Module):
 
     def _halves(self, batch: Any) -> tuple[Any, Any]:
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            shown = f"{len(batch)} items" if isinstance(batch, (tuple, list)) else type(batch).__name__
             raise DataError(
-                f"a batch of a PipelineModule is a pair, what its first layer takes and the labels, got "
-                f"{type(batch).__name__}{f' of {len(batch)}' if isinstance(batch, (tuple, list)) else ''}: give pairs, or "
-                "what makes them by engine.set_batch_fn"
+                f"a batch of a PipelineModule is a pair, what its first layer takes and the labels, got {shown}: give "
+                "pairs, or what makes them by engine.set_batch_fn"
             )
         return batch[0], batch[1]
 
@@ -361,8 +369,8 @@ def _check_tied(spec: TiedLayerSpec, module: nn.Module, ranks: Sequence[int]) ->
     left = [name for name in names if name not in spec.tied_weight_attr]
     if left and len(ranks) > 1:
         raise ModelError(
-            f"TiedLayerSpec {spec.key!r} is on stages {', '.join(map(str, ranks))}, and its {left[0]} is not tied: name "
-            "it in tied_weight_attr, so that all copies stay one",
+            f"TiedLayerSpec {spec.key!r} is on stages {', '.join(map(str, ranks))}, and its {left[0]} is not tied: "
+            "name it in tied_weight_attr, so that all copies stay one",
             name=left[0],
         )
 
@@ -373,11 +381,11 @@ def _name_of(layer: Any) -> str:
     return type(layer).__name__ if isinstance(layer, nn.Module) else str(getattr(layer, "__name__", layer))
 
 
-def _count_parameters(layer: Any) -> int:
-    """Trainable elements; a layer that is only described is built without values to be counted."""
+def _count_parameters(layer: Any, *, frozen: bool = False) -> int:
+    """Trainable elements, or all; a layer that is only described is built without values to be counted."""
     if isinstance(layer, LayerSpec):
         with torch.device("meta"):
             layer = layer.build()
     if not isinstance(layer, nn.Module):
         return 0
-    return sum(param.numel() for param in layer.parameters() if param.requires_grad)
+    return sum(param.numel() for param in layer.parameters() if frozen or param.requires_grad)

@@ -63,12 +63,10 @@ def _measured(layers: Sequence[Callable[[], Callable[[Any], Any]]], given: Any) 
     state = torch.get_rng_state()
     for make in layers:
         layer = make()
-        best = float("inf")
+        best, output = float("inf"), None
         for _ in range(ROUNDS):
             structure, tensors = flatten(given, "profile_input")
-            fresh = [
-                each.detach().requires_grad_(each.is_floating_point() or each.is_complex()) for each in tensors
-            ]
+            fresh = [each.detach().requires_grad_(each.is_floating_point() or each.is_complex()) for each in tensors]
             began = time.perf_counter()
             output = layer(rebuild(structure, fresh))
             outputs = [each for each in flatten(output, "what a layer gives")[1] if each.requires_grad]

@@ -15,7 +15,7 @@ from zeroxide.device.placement import HOST
 from zeroxide.errors import ModelError
 from zeroxide.profiling.outline import become_outline
 
-__all__ = ["Row", "call_of", "find_row", "hidden_in", "without_values"]
+__all__ = ["Row", "call_of", "example_for", "find_row", "hidden_in", "without_values"]
 
 BEFORE, AFTER, AROUND = "before", "after", "around"
 
@@ -56,7 +56,7 @@ def find_row(model: nn.Module, example: Any) -> Row:
         param.requires_grad_(param.is_floating_point())
     become_outline(form)
     seen = _Rehearsal(form, name, count)
-    args, kwargs = call_of(model, _example_for(model, example))
+    args, kwargs = call_of(model, example_for(model, example))
     with seen:
         try:
             form(*args, **kwargs)
@@ -64,7 +64,7 @@ def find_row(model: nn.Module, example: Any) -> Row:
             raise
         except Exception as error:
             raise ModelError(
-                f"{type(model).__name__} could not be rehearsed to be cut into stages: {type(error).__name__}: {error}; "
+                f"{type(model).__name__} could not be rehearsed to be cut: {type(error).__name__}: {error}; "
                 "give example, a micro-batch as the model takes it, to PipelineModule.from_model"
             ) from error
     return seen.row()
@@ -101,13 +101,14 @@ def without_values(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _example_for(model: nn.Module, example: Any) -> Any:
+def example_for(model: nn.Module, example: Any) -> Any:
+    """A micro-batch: the one given, or one for a model of Hugging Face's that takes `input_ids`. Raises ModelError."""
     if example is not None:
         return example
     name = getattr(model, "main_input_name", None)
     if name != "input_ids":
         raise ModelError(
-            f"{type(model).__name__}: what it takes is not known: give example, a micro-batch as the model takes it, to "
+            f"{type(model).__name__}: what it takes is not known: give example, a micro-batch as it takes it, to "
             "PipelineModule.from_model"
         )
     return {"input_ids": torch.zeros(1, 8, dtype=torch.int64, device=HOST)}
@@ -118,7 +119,7 @@ def _longest_list(model: nn.Module) -> tuple[str, int]:
     found = [(sum(param.numel() for param in each.parameters()), name, len(each)) for name, each in _lists(model)]
     if not found:
         raise ModelError(
-            f"{type(model).__name__} has no nn.ModuleList of two blocks or more that could be cut into stages: describe "
+            f"{type(model).__name__} has no nn.ModuleList of two blocks or more to be cut into stages: describe "
             "it as layers of a PipelineModule"
         )
     _, name, count = max(found)
@@ -174,12 +175,16 @@ class _Rehearsal:
         return Row(self.name, self.count, self._gives, self._keyword, runs)
 
     def _refusal(self, what: str) -> ModelError:
-        return ModelError(f"the model cannot be cut into stages: {self.name} has {what}; describe it as a PipelineModule")
+        return ModelError(
+            f"the model cannot be cut into stages: {self.name} has {what}; describe it as a PipelineModule"
+        )
 
     def _before_block(self, at: int) -> Any:
         def before(block: nn.Module, args: Any, kwargs: Any) -> None:
             if self._inside or at != self._next:
-                raise self._refusal(f"blocks that do not run once each in their order: number {at} after {self._next - 1}")
+                raise self._refusal(
+                    f"blocks that do not run once each in their order: number {at} after {self._next - 1}"
+                )
             self._inside = True
             keyword = None
             if not (args and isinstance(args[0], torch.Tensor)):
@@ -202,7 +207,7 @@ class _Rehearsal:
             for each in _tensors(value):
                 if each is not hidden and each.requires_grad:
                     raise self._refusal(
-                        f"a block, number {at}, whose {name} is made of parameters: each stage would need those of others"
+                        f"a block, number {at}, whose {name} is made of parameters, which each stage would need"
                     )
 
     def _after_block(self, at: int) -> Any:
@@ -212,7 +217,9 @@ class _Rehearsal:
             gives = len(output) if isinstance(output, tuple) else None
             hidden = output if gives is None else output[0]
             if not isinstance(hidden, torch.Tensor) or (at and gives != self._gives):
-                raise self._refusal(f"a block, number {at}, that gives neither a tensor nor a tuple that begins with one")
+                raise self._refusal(
+                    f"a block, number {at}, that gives neither a tensor nor a tuple that begins with one"
+                )
             self._gives, self._hidden = gives, hidden
 
         return after

@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from zeroxide.distributed import Ranks
 from zeroxide.errors import RanksError
+from zeroxide.parallel.pipe.halves import Halves
 from zeroxide.parallel.pipe.link import ACTIVATIONS, GRADIENTS, StageLink
 from zeroxide.parallel.pipe.nesting import flatten
 from zeroxide.parallel.pipe.schedule import Action, Kind, rank_of_stage
@@ -26,9 +27,19 @@ class Compute(Protocol):
         stage's input, or, of the last stage, the loss of the micro-batch as backward begins with it."""
 
     def backward(
-        self, stage: int, micro_batch: int, outputs: list[torch.Tensor | GradientEdge], gradients: list[torch.Tensor | None]
+        self,
+        stage: int,
+        micro_batch: int,
+        outputs: list[torch.Tensor | GradientEdge],
+        gradients: list[torch.Tensor | None],
     ) -> None:
         """Runs backward from the outputs of a stage, of which each has a gradient; None for a loss."""
+
+    def backward_input(self, stage: int, micro_batch: int, halves: Halves) -> list[torch.Tensor | None]:
+        """Runs the first half of a backward. Returns what it gives."""
+
+    def backward_weight(self, stage: int, micro_batch: int, halves: Halves) -> None:
+        """Runs the second half."""
 
 
 @dataclass(slots=True)
@@ -39,6 +50,8 @@ class _Pending:
     """What came from the stage before and requires a gradient."""
     outputs: list[torch.Tensor | GradientEdge] = field(default_factory=list)
     """What the stage gave and requires a gradient: the loss, or edges of tensors that are not kept."""
+    halves: Halves | None = None
+    """Backward, where it is computed in two halves and one has run."""
 
 
 class Runner:
@@ -65,8 +78,10 @@ class Runner:
                     self._forward(action.stage, action.micro_batch)
                 elif action.kind is Kind.BACKWARD:
                     self._backward(action.stage, action.micro_batch)
+                elif action.kind is Kind.BACKWARD_INPUT:
+                    self._backward_input(action.stage, action.micro_batch)
                 else:
-                    raise NotImplementedError(f"{action}: backward in halves")
+                    self._backward_weight(action.stage, action.micro_batch)
             self._link.drain()
         except BaseException:
             self._link.abandon()
@@ -94,6 +109,37 @@ class Runner:
 
     def _backward(self, stage: int, micro_batch: int) -> None:
         pending = self._pending.pop((stage, micro_batch))
+        outputs, gradients = self._roots(pending, stage, micro_batch)
+        if outputs:
+            self._compute.backward(stage, micro_batch, outputs, gradients)
+        found = [each.grad for each in pending.leaves]
+        for each in pending.leaves:
+            each.grad = None
+        self._give_gradients(stage, micro_batch, found)
+
+    def _backward_input(self, stage: int, micro_batch: int) -> None:
+        pending = self._pending[stage, micro_batch]
+        outputs, gradients = self._roots(pending, stage, micro_batch)
+        found: list[torch.Tensor | None] = [None] * len(pending.leaves)
+        if outputs:
+            pending.halves = Halves(outputs, gradients, pending.leaves)
+            found = self._compute.backward_input(stage, micro_batch, pending.halves)
+        pending.outputs = []
+        self._give_gradients(stage, micro_batch, found)
+
+    def _backward_weight(self, stage: int, micro_batch: int) -> None:
+        pending = self._pending.pop((stage, micro_batch))
+        if pending.halves is not None:
+            self._compute.backward_weight(stage, micro_batch, pending.halves)
+
+    def _give_gradients(self, stage: int, micro_batch: int, found: list[torch.Tensor | None]) -> None:
+        if stage:
+            self._give(GRADIENTS, stage, micro_batch, stage - 1, found)
+
+    def _roots(
+        self, pending: _Pending, stage: int, micro_batch: int
+    ) -> tuple[list[torch.Tensor | GradientEdge], list[torch.Tensor | None]]:
+        """What backward begins with: outputs that have a gradient, and these; None for a loss."""
         gradients: list[torch.Tensor | None] = [None]
         if stage < self._stages - 1:
             gradients = self._receive(GRADIENTS, stage + 1, micro_batch)
@@ -103,14 +149,7 @@ class Runner:
                     f"has {len(gradients)} gradients: ranks follow different schedules"
                 )
         wanted = [at for at, each in enumerate(gradients) if each is not None or stage == self._stages - 1]
-        if wanted:
-            outputs = [pending.outputs[at] for at in wanted]
-            self._compute.backward(stage, micro_batch, outputs, [gradients[at] for at in wanted])
-        if stage:
-            found = [each.grad for each in pending.leaves]
-            for each in pending.leaves:
-                each.grad = None
-            self._give(GRADIENTS, stage, micro_batch, stage - 1, found)
+        return [pending.outputs[at] for at in wanted], [gradients[at] for at in wanted]
 
     def _receive(self, kind: str, stage: int, micro_batch: int) -> Any:
         source = rank_of_stage(self._name, stage, self._ranks.world)

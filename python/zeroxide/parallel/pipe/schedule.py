@@ -18,7 +18,17 @@ from typing import Any
 
 from zeroxide.errors import ConfigError
 
-__all__ = ["SCHEDULES", "Action", "Kind", "Schedule", "Timeline", "make_schedule", "rank_of_stage", "simulate", "stages_of"]
+__all__ = [
+    "SCHEDULES",
+    "Action",
+    "Kind",
+    "Schedule",
+    "Timeline",
+    "make_schedule",
+    "rank_of_stage",
+    "simulate",
+    "stages_of",
+]
 
 
 class Kind(Enum):
@@ -177,7 +187,7 @@ def _stand_ins(name: str, rank: int, ranks: int, chunks: int) -> list[Any]:
 def _actions(found: Sequence[Any], micro_batches: int) -> list[Action]:
     """The actions that compute, those that torch runs overlapped one after the other.
 
-    Where there are fewer micro-batches than a schedule's shape needs, torch has it go through more and leaves those out.
+    Where there are fewer micro-batches than the shape of a schedule needs, torch goes through more, which are left out.
     """
     kinds = {kind.value: kind for kind in Kind}
     actions = []

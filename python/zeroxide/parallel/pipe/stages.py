@@ -52,6 +52,19 @@ class PipelineStages:
         """Whether this rank takes batches of its own from the data."""
         raise NotImplementedError
 
+    def bounds(self) -> list[int]:
+        """Where the model is cut: the first layer or block of every stage, and how many there are."""
+        raise NotImplementedError
+
+    def facts(self) -> dict[str, str | int | float | None]:
+        """What all ranks of a pipeline must have alike."""
+        return {
+            "stages.bounds": ", ".join(map(str, self.bounds())),
+            "stages.ranks": self.num_stages,
+            "stages.schedule": self.schedule,
+            "stages.ties": "; ".join(f"{name} on {ranks}" for name, ranks in sorted(self.ties().items())),
+        }
+
     def ties(self) -> dict[str, tuple[int, ...]]:
         """By name, the parameters that several ranks of the pipeline have, and those ranks; the same on every rank."""
         return {}

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 __all__ = ["PipeDataParallelTopology", "PipeModelDataParallelTopology", "PipelineParallelGrid", "ProcessTopology"]
 
 
+def _coordinates(axes: Sequence[str]) -> Any:
+    """A class of named tuples with a place along each axis."""
+    return namedtuple("ProcessCoord", list(axes))
+
+
 class ProcessTopology:
     """A grid of `dims` ranks along `axes`, row-major. Raises RanksError for axes and sizes that do not go together."""
 
@@ -28,9 +33,9 @@ class ProcessTopology:
             raise RanksError(f"topology: expected a size of at least 1 for each axis, got {axes} and {dims}")
         self.axes = list(axes)
         self.dims = list(dims)
-        self.ProcessCoord: Any = namedtuple("ProcessCoord", axes)  # noqa: PYI024
+        self.ProcessCoord: Any = _coordinates(axes)
         self.mapping: dict[Any, int] = {
-            self.ProcessCoord(*places): rank for rank, places in enumerate(product(*map(range, dims)))
+            self.ProcessCoord(*places): rank for rank, places in enumerate(product(*[range(size) for size in dims]))
         }
         self._coords = list(self.mapping)
 
@@ -40,7 +45,9 @@ class ProcessTopology:
             raise RanksError(f"topology: expected a place along {self.axes}, got {coord_kwargs}")
         found = self.mapping.get(self.ProcessCoord(**coord_kwargs))
         if found is None:
-            raise RanksError(f"topology: {coord_kwargs} is not in a grid of {dict(zip(self.axes, self.dims, strict=True))}")
+            raise RanksError(
+                f"topology: {coord_kwargs} is not in a grid of {dict(zip(self.axes, self.dims, strict=True))}"
+            )
         return found
 
     def get_axis_names(self) -> list[str]:
@@ -147,7 +154,7 @@ class PipelineParallelGrid:
             for row in self._topo.get_axis_comm_lists(axis) or [[rank] for rank in range(self.world_size)]:
                 made = dist.new_group(row, backend="gloo") if running and len(row) > 1 else None
                 if self.global_rank in row:
-                    self._groups[axis] = row, made
+                    self._groups[axis] = row, made if isinstance(made, dist.ProcessGroup) else None
 
     def topology(self) -> ProcessTopology:
         """The topology."""
@@ -164,7 +171,7 @@ class PipelineParallelGrid:
     def stage_to_global(self, stage_id: int, **kwargs: int) -> int:
         """The rank of another stage at this rank's place along the other axes."""
         here = self._topo.get_coord(self.global_rank)
-        return self._topo.get_rank(**{**here._asdict(), **kwargs, "pipe": stage_id})
+        return self._topo.get_rank(**{**dict(zip(self._topo.axes, here, strict=True)), **kwargs, "pipe": stage_id})
 
     def get_global_rank(self) -> int:
         """This rank."""

@@ -129,6 +129,12 @@ def _listed(params: Any) -> list[nn.Parameter]:
 
 def _check_rank(handle: ParamHandle, rank: int | None) -> None:
     world = 1
+    if isinstance(handle, ShardedParam) and handle.unit.groups.places and rank is not None:
+        raise ModelError(
+            f"{handle.name} is an expert's, and ranks have different experts: change it by safe_set_full_fp32_param on "
+            "the ranks that have it, not by modifier_rank",
+            name=handle.name,
+        )
     if isinstance(handle, ShardedParam):
         world = handle.context.ranks.world
     elif isinstance(handle, Slice):

@@ -38,7 +38,7 @@ def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     A frozen one is given as fp32 where that holds every value of its dtype, else ModelError is raised.
     """
     sharded = sharded_param_of(param)
-    return None if sharded is None else sharded.read("weights").view(sharded.shape)
+    return None if sharded is None else _full(param, sharded, "weights")
 
 
 def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
@@ -50,13 +50,13 @@ def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> 
     sharded = sharded_param_of(param)
     if sharded is None or not sharded.trainable:
         return None
-    return sharded.read(_key(sharded, optim_state_key)).view(sharded.shape)
+    return _full(param, sharded, _key(sharded, optim_state_key))
 
 
 def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
     """The gradient, in the parameter's shape; None where no rank's backward gave one since the last step."""
     sharded = sharded_param_of(param)
-    return None if sharded is None or not sharded.has_gradient(True) else sharded.read("grad").view(sharded.shape)
+    return None if sharded is None or not sharded.has_gradient(True) else _full(param, sharded, "grad")
 
 
 def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
@@ -65,19 +65,19 @@ def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     Raises ModelError for a parameter of no engine, for a frozen one that is not fp32, bf16 or fp16, or when `value` has
     another number of elements.
     """
-    _set_full(_settable(param), "weights", value)
+    _set_full(param, _settable(param), "weights", value)
 
 
 def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
     """Makes rank 0's `value` the state tensor `optim_state_key`. Raises ModelError, also for a frozen one, and
     ConfigError for a key that the parameter's optimizer does not have."""
     sharded = _trainable(param)
-    _set_full(sharded, _key(sharded, optim_state_key), value)
+    _set_full(param, sharded, _key(sharded, optim_state_key), value)
 
 
 def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     """Makes rank 0's `value` the gradient. Raises as `safe_set_full_fp32_param`, and for frozen parameters."""
-    _set_full(_trainable(param), "grad", value)
+    _set_full(param, _trainable(param), "grad", value)
 
 
 def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
@@ -115,6 +115,10 @@ def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, opt
 def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     """Replaces this rank's part of the gradient. Every rank calls it."""
     _set_local(_trainable(param), "grad", value)
+
+
+def _full(param: torch.Tensor, sharded: ShardedParam, part: str) -> torch.Tensor:
+    return sharded.context.whole.of(param, sharded.read(part).view(sharded.shape))
 
 
 def _key(sharded: ShardedParam, name: str) -> str:
@@ -160,23 +164,27 @@ def _trainable(param: torch.Tensor) -> ShardedParam:
     return sharded
 
 
-def _set_full(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
-    _check(sharded, value, sharded.shape.numel())
-    full = to_host(value, copy=True)
-    if sharded.context.ranks.world > 1:
-        sharded.context.broadcast(full, 0, sharded.name)
+def _set_full(param: torch.Tensor, sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
+    context = sharded.context
+    shape = context.whole.shape(param, sharded.shape)
+    _check(sharded, value, shape)
+    full = context.whole.part(param, to_host(value, copy=True).view(shape)).view(-1)
+    if context.ranks.world > 1:
+        context.broadcast(full, 0, sharded.name)
     sharded.write(part, full)
 
 
 def _set_local(sharded: ShardedParam, part: str, value: torch.Tensor) -> None:
-    _check(sharded, value, sharded.own()[1])
+    count = sharded.own()[1]
+    _check(sharded, value, sharded.shape if count == sharded.shape.numel() else torch.Size([count]), "this rank's part")
     sharded.write_own(part, to_host(value))
 
 
-def _check(sharded: ShardedParam, value: torch.Tensor, numel: int) -> None:
+def _check(sharded: ShardedParam, value: torch.Tensor, shape: torch.Size, part: str | None = None) -> None:
+    numel = shape.numel()
     if value.numel() != numel:
         raise ModelError(
             f"a value for {sharded.name} has {value.numel()} elements {tuple(value.shape)}: expected {numel}"
-            + (f" {tuple(sharded.shape)}" if numel == sharded.shape.numel() else ", this rank's part"),
+            + (f" {tuple(shape)}" if part is None or numel == sharded.shape.numel() else f", {part}"),
             name=sharded.name,
         )

@@ -25,10 +25,12 @@ from torch import nn
 
 from zeroxide.device.placement import HOST, in_host
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.absent import AbsentValues
 from zeroxide.params.callers import called_by
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
+from zeroxide.zero.access.experts import add_experts, experts_of
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
 from zeroxide.zero.names import plain_name
@@ -60,13 +62,15 @@ class StateDicts:
         self.patience = patience
         # By parameter, what the last dict that asked for it was given: tied parameters are one tensor in a dict.
         self.given: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.given_whole: dict[int, weakref.ref[torch.Tensor]] = {}
+        """The same of what was put together from the parts of several ranks."""
         self.changes = context.changes
         self.names_alone = False
         """Whether dicts over several ranks have names and shapes alone, so that one rank can ask by itself."""
         self.methods = [
             Method.put(each, SAVE, self._save, each, getattr(each, SAVE))
             for each in module.modules()
-            if each._parameters and not context.params_always_full
+            if each._parameters and (not context.params_always_full or self._cut(each) or experts_of(each))
         ]
 
     def close(self) -> None:
@@ -75,7 +79,39 @@ class StateDicts:
             method.take_off()
         self.methods.clear()
 
+    def _cut(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        """The module's own parameters of which these ranks have a part."""
+        if self.context.whole.group is None:
+            return {}
+        found = {name: param for name, param in module._parameters.items() if param is not None}
+        return {name: param for name, param in found.items() if shard_of(param) is not None}
+
     def _save(self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        experts = [] if _bare else experts_of(module)
+        if experts:
+            self._save_experts(save, destination, prefix, experts)
+            return
+        self._save_own(module, save, destination, prefix, keep_vars)
+        if _bare or keep_vars:
+            return
+        for name, param in self._cut(module).items():
+            value, sharded = destination.get(prefix + name), sharded_param_of(param)
+            if sharded is None or not isinstance(value, torch.Tensor) or isinstance(value, AbsentValues):
+                continue
+            shape = self.context.whole.shape(param, sharded.shape)
+            if self.names_alone or called_by("peft", _NAMING):
+                destination[prefix + name] = AbsentValues.of(sharded.name, shape, sharded.dtype)
+                continue
+            known = self.given_whole.get(sharded.ident, _gone)()
+            if known is None or all(known is not other for other in destination.values()):
+                with self._patient(sharded):
+                    known = self.context.whole.of(param, in_host(value.detach()))
+                self.given_whole[sharded.ident] = weakref.ref(known)
+            destination[prefix + name] = known
+
+    def _save_own(
+        self, module: nn.Module, save: Any, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
         sharded_params = {
             name: sharded
             for name, param in module._parameters.items()
@@ -99,6 +135,20 @@ class StateDicts:
                     if isinstance(value := destination.get(prefix + name), torch.Tensor):
                         self.given[sharded.ident] = weakref.ref(value)
 
+    def _save_experts(
+        self, save: Any, destination: dict[str, Any], prefix: str, experts: list[tuple[str, ShardedParam]]
+    ) -> None:
+        """The module's part with the experts of all ranks, which all ask together."""
+        own: dict[str, Any] = {}
+        save(own, prefix, True)
+        found: dict[str, torch.Tensor] = {}
+        with self._patient(experts[0][1]):
+            for name, sharded in experts:
+                own.pop(prefix + name, None)
+                add_experts(found, sharded, prefix + name)
+        destination.update(found)
+        destination.update({n: v.detach() if isinstance(v, torch.Tensor) else v for n, v in own.items()})
+
     def _save_names(
         self, save: Any, destination: dict[str, Any], prefix: str, sharded_params: dict[str, ShardedParam]
     ) -> None:
@@ -106,7 +156,8 @@ class StateDicts:
         own: dict[str, Any] = {}
         save(own, prefix, True)
         for name, sharded in sharded_params.items():
-            own[prefix + name] = AbsentValues.of(sharded.name, sharded.shape, sharded.dtype)
+            shape = self.context.whole.shape(sharded.param, sharded.shape)
+            own[prefix + name] = AbsentValues.of(sharded.name, shape, sharded.dtype)
         for name, value in own.items():
             destination[name] = value.detach() if isinstance(value, torch.Tensor) else value
 
@@ -131,13 +182,14 @@ class StateDicts:
 
     @contextmanager
     def _patient(self, first: ShardedParam) -> Iterator[None]:
-        ranks = self.context.ranks
-        if ranks.world == 1:
+        ranks, cut = self.context.ranks, self.context.whole.group is not None
+        if ranks.world == 1 and not cut:
             yield
             return
         line = (
-            f"rank {ranks.rank} has waited {self.patience:.0f} s for the other ranks to ask for the state of "
-            f"{first.name}: at stage 3 every rank must call state_dict, and what builds on it, such as save_pretrained"
+            f"rank {ranks.number(ranks.rank)} has waited {self.patience:.0f} s for the other ranks to ask for the "
+            f"state of {first.name}: at stage 3, and where matrices are cut, every rank must call state_dict, and what "
+            "builds on it, such as save_pretrained"
         )
         timer = threading.Timer(self.patience, logger.warning, [line])
         timer.daemon = True
@@ -178,16 +230,23 @@ def full_state_dict(
 
     Every rank calls it. Tied parameters are one tensor under several names.
     """
+    leads = context.ranks.rank == 0 and context.whole.leads
     kept: dict[str, torch.Tensor] = {}
     seen: dict[int, torch.Tensor] = {}
     for name, value in _parameters_and_buffers(module).items():
         sharded = sharded_param_of(value) if isinstance(value, torch.Tensor) else None
         if sharded is not None and not include_frozen and not sharded.trainable:
             continue
+        if sharded is not None and sharded.unit.experts:
+            every: dict[str, torch.Tensor] = {}
+            add_experts(every, sharded, name)
+            if context.ranks.rank == 0:
+                kept.update({plain_name(each): value for each, value in every.items()})
+            continue
         if sharded is not None and id(value) not in seen:
-            whole = sharded.read_live().view(sharded.shape)
-            seen[id(value)] = whole if context.ranks.rank == 0 else torch.empty(0, device=HOST)
-        if context.ranks.rank == 0:
+            whole = context.whole.of(value, sharded.read_live().view(sharded.shape))
+            seen[id(value)] = whole if leads else torch.empty(0, device=HOST)
+        if leads:
             found = seen.get(id(value), value)
             kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
     return kept
@@ -235,14 +294,24 @@ def load_full_state_dict(
     Weights are taken as exact as they are given; optimizer state stays as it is. Raises ModelError on all ranks, before
     anything has changed, when names (`strict`) or shapes do not fit.
     """
+    for unit in context.units:
+        if unit.experts:
+            raise ModelError(
+                f"load_module_state_dict: {unit.name} has experts that are spread over ranks, which is not built: load "
+                "a checkpoint, or load the state dict before zeroxide.initialize",
+                name=unit.names[0],
+            )
     targets = {
         plain_name(name): value
         for name, value in _parameters_and_buffers(module).items()
         if isinstance(value, torch.Tensor)
     }
     given = {plain_name(name): value for name, value in given.items()}
-    found_problems = list(_problems(targets, given, strict, {plain_name(name) for name in may_miss}))
-    problems, names = context.ranks.gather_objects([found_problems, [n for n in targets if n in given]])[0]
+    found_problems = list(_problems(context, targets, given, strict, {plain_name(name) for name in may_miss}))
+    said = [found_problems, [n for n in targets if n in given]]
+    if context.whole.group is not None:
+        said = context.whole.group.gather_objects(said, "whether a state dict fits")[0]
+    problems, names = context.ranks.gather_objects(said)[0]
     if problems:
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
         raise ModelError(f"load_module_state_dict: {problems[0]}{more}")
@@ -253,15 +322,16 @@ def load_full_state_dict(
             continue
         done.add(id(target))
         sharded = sharded_param_of(target)
-        shape = target.shape if sharded is None else sharded.shape
+        shape = target.shape if sharded is None else context.whole.shape(target, sharded.shape)
         dtype = _taken(target)
-        if context.ranks.rank == 0:
+        if context.ranks.rank == 0 and context.whole.leads:
             found = in_host(given[name].detach())
             values = copy_of(found) if found.dtype == dtype else _rounded(found, dtype).contiguous()
         else:
             values = tensor_of(
                 torch.empty(shape.numel() * dtype.itemsize, dtype=torch.uint8, device=HOST), dtype, shape
             )
+        values = context.whole.part(target, values.contiguous())
         if context.ranks.world > 1:
             context.broadcast(values, 0, name)
         if sharded is None:
@@ -291,7 +361,11 @@ def _fits(target: torch.Tensor, values: torch.Tensor) -> bool:
 
 
 def _problems(
-    targets: Mapping[str, torch.Tensor], given: Mapping[str, Any], strict: bool, may_miss: Collection[str]
+    context: ParameterContext,
+    targets: Mapping[str, torch.Tensor],
+    given: Mapping[str, Any],
+    strict: bool,
+    may_miss: Collection[str],
 ) -> Iterator[str]:
     if strict:
         yield from (f"{name} is missing" for name in targets if name not in given and name not in may_miss)
@@ -299,7 +373,7 @@ def _problems(
     for name, target in targets.items():
         if name in given:
             sharded = sharded_param_of(target)
-            shape = target.shape if sharded is None else sharded.shape
+            shape = target.shape if sharded is None else context.whole.shape(target, sharded.shape)
             got = given[name]
             if not isinstance(got, torch.Tensor) or got.shape != shape:
                 what = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__

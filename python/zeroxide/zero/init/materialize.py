@@ -7,7 +7,7 @@ before the next comes: then not even a unit exists in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
@@ -79,9 +79,11 @@ def fill_units(
     source: WeightSource | None,
     new: dict[int, nn.Parameter],
     ranks: Ranks,
+    places: Sequence[Sequence[int]] = (),
 ) -> None:
     """Moves or makes the weights of every unit: rank 0's. Real parameters lose their memory as they go.
 
+    places: of units of experts, the ranks with each place's; what is made of a place is that of its first rank.
     Raises ModelError when the model is on the meta device and there is no source.
     """
     if new and source is None:
@@ -92,7 +94,7 @@ def fill_units(
     for index, plan in enumerate(plans):
         core.fill_begin(index, "weights")
         if new and source is not None:
-            _make(index, plan, core, source, new, seen, ranks)
+            _make(index, plan, core, source, new, seen, ranks, places if plan.experts else ())
         else:
             for position, entry in enumerate(plan.params):
                 kept = slice_of(entry.param)
@@ -100,7 +102,8 @@ def fill_units(
                     kept.gather(entry.param)
                     values = _values(entry)
                 else:
-                    values = ranks.broadcast_tensor(_values(entry))
+                    # Of experts every rank has been given rank 0's, before it let go of the others'.
+                    values = _values(entry) if entry.expert else ranks.broadcast_tensor(_values(entry))
                 _fill(core, index, position, entry, values)
                 if kept is not None:
                     # The slice has them still.
@@ -156,11 +159,12 @@ def _make(
     new: dict[int, nn.Parameter],
     seen: set[int],
     ranks: Ranks,
+    places: Sequence[Sequence[int]],
 ) -> None:
     tensors: dict[str, torch.Tensor] = {}
     modules: dict[str, nn.Module] = {}
     if isinstance(source, PieceSource):
-        _make_in_pieces(index, plan, core, source, ranks)
+        _make_in_pieces(index, plan, core, source, ranks, places)
         return
     for entry in plan.params:
         param = new[id(entry.param)]
@@ -177,11 +181,28 @@ def _make(
     for position, entry in enumerate(plan.params):
         param = new[id(entry.param)]
         values = param.data.contiguous() if entry.trainable else bytes_of(converted(param.data, entry.dtype))
-        _fill(core, index, position, entry, ranks.broadcast_tensor(values))
+        _fill(core, index, position, entry, _alike(values, ranks, places))
         param.data = torch.empty(0, dtype=entry.dtype, device=HOST)
 
 
-def _make_in_pieces(index: int, plan: UnitPlan, core: _core.Offload, source: PieceSource, ranks: Ranks) -> None:
+def _alike(values: torch.Tensor, ranks: Ranks, places: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Rank 0's values, or those of the first rank that has the same experts."""
+    if not places:
+        return ranks.broadcast_tensor(values)
+    for ranks_there in places:
+        mine = ranks.rank in ranks_there
+        ranks.broadcast_tensor(values if mine else torch.empty_like(values), ranks_there[0])
+    return values
+
+
+def _make_in_pieces(
+    index: int,
+    plan: UnitPlan,
+    core: _core.Offload,
+    source: PieceSource,
+    ranks: Ranks,
+    places: Sequence[Sequence[int]],
+) -> None:
     for position, entry in enumerate(plan.params):
         if not entry.trainable:
             kind = entry.param.dtype
@@ -189,7 +210,7 @@ def _make_in_pieces(index: int, plan: UnitPlan, core: _core.Offload, source: Pie
             tensor = tensor_of(raw, kind, entry.shape)
             source.fill({entry.name: tensor}, {})
             values = bytes_of(converted(tensor, entry.dtype))
-            _fill(core, index, position, entry, ranks.broadcast_tensor(values))
+            _fill(core, index, position, entry, _alike(values, ranks, places))
             continue
         end = 0
         for start, piece in source.pieces(entry.name, entry.shape):
@@ -199,7 +220,7 @@ def _make_in_pieces(index: int, plan: UnitPlan, core: _core.Offload, source: Pie
                     name=entry.name,
                 )
             end += piece.numel()
-            core.fill_param(index, position, start, spec(ranks.broadcast_tensor(piece)))
+            core.fill_param(index, position, start, spec(_alike(piece, ranks, places)))
         if end != entry.numel:
             raise ModelError(f"pieces of {entry.name}: expected {entry.numel} elements, got {end}", name=entry.name)
 

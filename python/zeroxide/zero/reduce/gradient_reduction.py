@@ -210,6 +210,10 @@ class CollectiveGradients(_BetweenRanks):
     def _begin_reduce(self, unit: Unit) -> None:
         self._end_reduce()
         self.core.send(unit.index)
+        if unit.groups.world == 1:
+            # Experts that no other rank has.
+            self.core.receive_from(unit.index)
+            return
         outgoing = memory_at(*self.core.outgoing(unit.index), self.dtype)
         incoming = memory_at(*self.core.incoming(unit.index), self.dtype)
         groups = unit.groups

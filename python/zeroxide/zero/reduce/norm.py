@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence, Set
 
 import torch
 
 from zeroxide import _core
-from zeroxide.device.placement import of_buffer
+from zeroxide.device.placement import HOST, of_buffer, spec
 from zeroxide.distributed import Job, Ranks, UnitGroups, Watch
 from zeroxide.errors import RanksError
 
-__all__ = ["Totals", "agree_on_norm"]
+__all__ = ["Apart", "Totals", "agree_on_norm"]
 
 Totals = tuple[float, bool, int]
 """Sum of squares of all gradients, whether one is not finite, parameters that have one."""
+
+Apart = Sequence[tuple[slice, tuple[int, ...]]]
+"""Which trainable parameters, by their numbers, only some ranks train; and those ranks."""
 
 _HEAD = struct.Struct("<d?d")
 _COUNT = struct.Struct("<q")
@@ -27,7 +30,8 @@ def agree_on_norm(
     groups: UnitGroups,
     watch: Watch,
     clipping: float = 0.0,
-    counted_elsewhere: float = 0.0,
+    repeated: Set[tuple[int, int]] = frozenset(),
+    apart: Apart = (),
 ) -> Totals:
     """The norm over all ranks; afterwards a parameter has been accumulated where it has on any rank.
 
@@ -37,13 +41,13 @@ def agree_on_norm(
 
     clipping: the largest norm that this rank's script asks for; 0 for none. Raises RanksError on every rank where
     another rank's script asks for another, since each would update its shard by another factor.
-    counted_elsewhere: squares of gradients of this part of the model that another part has as well, and counts.
+    repeated: (unit, position) of parameters whose gradients other ranks have alike, which count them.
     """
-    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping), job.parts
+    totals, parts = _of_one_part(core, job.ranks, groups, watch, clipping, repeated, apart), job.parts
     if parts.world == 1:
         return totals
     core.finish()
-    payload = bytearray(_HEAD.pack(totals[0] - counted_elsewhere, totals[1], clipping) + _COUNT.pack(totals[2]))
+    payload = bytearray(_HEAD.pack(totals[0], totals[1], clipping) + _COUNT.pack(totals[2]))
     with watch.waiting("the gradient norm of all parts of the model"):
         rows = parts.gather_rows(of_buffer(payload, torch.uint8))
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
@@ -52,8 +56,19 @@ def agree_on_norm(
     return _sum(head[0] for head in every), any(head[1] for head in every), sum(counts)
 
 
-def _of_one_part(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: Watch, clipping: float) -> Totals:
+def _of_one_part(
+    core: _core.Offload,
+    ranks: Ranks,
+    groups: UnitGroups,
+    watch: Watch,
+    clipping: float,
+    repeated: Set[tuple[int, int]],
+    apart: Apart,
+) -> Totals:
     total, nonfinite, accumulated = core.grad_norm()
+    if repeated and not nonfinite:
+        # Rounding may leave less than nothing.
+        total = max(0.0, total - _squares(core, repeated))
     if ranks.world == 1:
         return total, nonfinite, accumulated
     # What another rank waits for must not wait for this exchange.
@@ -64,9 +79,29 @@ def _of_one_part(core: _core.Offload, ranks: Ranks, groups: UnitGroups, watch: W
     every = [_HEAD.unpack(bytes(row[: _HEAD.size].tolist())) for row in rows]
     _check_clipping(every, ranks)
     heads = [every[rank] for rank in groups.owners()]
-    everywhere = rows[:, _HEAD.size :].amax(0)
+    everywhere = _everywhere(rows[:, _HEAD.size :], apart)
     core.set_accumulated(bytes(everywhere.tolist()))
     return _sum(head[0] for head in heads), any(head[1] for head in heads), int(everywhere.sum())
+
+
+def _everywhere(rows: torch.Tensor, apart: Apart) -> torch.Tensor:
+    """Whether a parameter has been accumulated on any rank that trains it."""
+    found = rows.amax(0)
+    for which, ranks in apart:
+        found[which] = rows[list(ranks), which].amax(0)
+    return found
+
+
+def _squares(core: _core.Offload, params: Set[tuple[int, int]]) -> float:
+    """The sum of squares of the gradients of some parameters that this rank answers for."""
+    found = 0.0
+    for unit in sorted({unit for unit, _ in params}):
+        for position, start, count in core.pieces(unit):
+            if (unit, position) in params and count:
+                grad = torch.empty(count, dtype=torch.float32, device=HOST)
+                core.read_param(unit, position, "grad", start, spec(grad))
+                found += float(grad.double().square_().sum())
+    return found
 
 
 def _check_clipping(every: list[tuple[float, bool, float]], ranks: Ranks) -> None:

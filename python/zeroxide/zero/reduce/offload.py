@@ -18,12 +18,22 @@ import torch
 from zeroxide import _core
 from zeroxide.device.placement import memory_at, plain, spec
 from zeroxide.device.transfers import BLOCK_BYTES, Download, Transfers
+from zeroxide.plan.home import Home
+from zeroxide.plan.plan import Plan
 from zeroxide.zero.on_device.state import StateOnDevice
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.sent import SentGradients
 from zeroxide.zero.unit import Unit
 
-__all__ = ["GradientOffload", "OffloadedReduction"]
+__all__ = ["GradientOffload", "OffloadedReduction", "kept_where_they_arrive"]
+
+
+def kept_where_they_arrive(plan: Plan, units: Iterable[Unit]) -> list[Unit]:
+    """The units whose gradients are: with several ranks they are summed first, and with state on disk their memory is
+    given back after the update."""
+    if plan.world > 1 or plan.state is not Home.HOST:
+        return []
+    return [unit for unit in units if unit.num_trainable and unit.index not in plan.units_on_device]
 
 
 class GradientOffload:

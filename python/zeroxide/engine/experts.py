@@ -1,0 +1,33 @@
+"""Experts over ranks, as an engine's construction has them."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from torch import nn
+
+from zeroxide.config import Config
+from zeroxide.distributed import ProcessMesh, Ranks, Watch
+from zeroxide.engine.request import Request
+from zeroxide.moe.spread import SpreadExperts, spread_experts
+from zeroxide.zero.leaf import set_z3_leaf_module
+
+__all__ = ["take_experts"]
+
+
+def take_experts(
+    asked: Request, module: nn.Module, config: Config, ranks: Ranks, watch: Watch, made: ExitStack
+) -> SpreadExperts:
+    """Leaves this rank its own experts of those that are spread over `ranks`, which all call it. See `spread_experts`.
+
+    made: what it registers the end of process groups on.
+    """
+    mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
+    found = spread_experts(module, config, ranks, mesh, watch.waiting)
+    if found.ranks is not ranks:
+        made.callback(found.ranks.close)
+    found.take_from(asked.optimizer)
+    for each in found.modules:
+        # All of them are used together, and named alike on every rank.
+        set_z3_leaf_module(each, True)
+    return found
