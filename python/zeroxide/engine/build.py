@@ -30,7 +30,7 @@ from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.experts import take_experts
-from zeroxide.engine.heap import keep_freed_memory
+from zeroxide.engine.heap import prepare_heap
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
@@ -405,9 +405,7 @@ class Build:
 
     def show_weights(self) -> None:
         """Lets parameters that always show their values show their values."""
-        keep_freed_memory(self.plan, self.config)
-        if self.config.zeroxide.trim_libraries:
-            _core.drop_clean_text()
+        prepare_heap(self.plan, self.config)
         self.gatherer.show_all()
         limit = self.config.zeroxide.host_memory
         if limit is not None and self.peak.at_start > limit:
