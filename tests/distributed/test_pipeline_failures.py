@@ -99,6 +99,9 @@ def told(act):
 
 told(lambda: engine.train_batch(pairs(3 - ranks.rank)))
 told(lambda: engine.train_batch(pairs(3)) if ranks.rank else engine.eval_batch(pairs(3)))
+def others(samples):
+    return iter([(torch.ones(1, 4), torch.full((1, 4), float(each))) for each in samples])
+told(lambda: engine.train_batch(others([1, 2, 3] if ranks.rank else [1, 3, 2])))
 engine.set_train_batch_size(2 + ranks.rank)
 told(lambda: engine.train_batch(pairs(3)))
 engine.set_train_batch_size(2)
@@ -112,6 +115,8 @@ ranks.close()
         assert result.out.splitlines() == [
             "StopIteration train_batch: the data of rank 1 ended before step 2: 2 of 3 micro-batches were left over",
             "RanksError rank 1 called train_batch and rank 0 eval_batch: the ranks of a pipeline call the same",
+            "RanksError train_batch: rank 1 has other samples than rank 0 in step 2, and both have stages of one "
+            "pipeline: give them the same data in the same order",
             "RanksError train_batch: rank 1 runs 3 micro-batches and rank 0 2: call engine.set_train_batch_size alike "
             "on every rank",
             "loss True 2",

@@ -62,10 +62,14 @@ class PipelineEngine(Engine):
             self.set_dataiterator(data_iter)
         count = accumulation.steps
         batches = pipe.batches.take("train_batch", count, self.global_steps)
+        shared = self.parts.sequences
+        before = 0 if shared is None else shared.exchanged
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
             # By the last stage, for all.
             self.parts.scaler.note_scaled()
+            if shared is not None:
+                shared.check_stages(before)
             pipe.tied.sum_gradients()
             self.parts.counters.micro_steps += count - 1
             boundary, accumulation.boundary = accumulation.boundary, True
@@ -205,7 +209,14 @@ class _Pipe:
         self.is_last = stages.total_stages - 1 in stages.own_stages
         self.link = StageLink(self.ranks, parts.watch, stages.total_stages, parts.device)
         self.runner = Runner(stages.schedule, self.ranks, stages.total_stages, self.link, self)
-        self.batches = Batches(parts.job.world, parts.watch, parts.device, needed=stages.needs_batches())
+        self.batches = Batches(
+            parts.job.world,
+            parts.watch,
+            parts.device,
+            needed=stages.needs_batches(),
+            shared=stages.shared_of,
+            pipelines=parts.job.mesh.partition("pp"),
+        )
         self.batches.repeat(parts.dataloader)
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()
