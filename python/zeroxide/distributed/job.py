@@ -33,8 +33,9 @@ class Job:
     """Those that have the other stages of a pipeline for the same samples, along `pp`."""
 
     def groups(self) -> tuple[Ranks, ...]:
-        """The groups that have collectives of their own."""
-        return tuple({id(each): each for each in (self.ranks, self.parts, self.tensor, self.stages)}.values())
+        """The groups that have collectives of their own: those of more ranks than one."""
+        every = (self.ranks, self.parts, self.tensor, self.stages)
+        return tuple({id(each): each for each in every if each.world > 1}.values())
 
     def close(self) -> None:
         """Destroys the process groups that `split_job` made."""
