@@ -111,10 +111,10 @@ def run(case: dict[str, Any], order: str, folder: str) -> dict[str, Any]:
     try:
         losses, norms, sent = [], [], []
         for _ in range(2):
-            before = engine.exchanged_bytes()
+            before = engine.parts.weights.sent_bytes
             losses.append(float(engine.train_batch(feed)))
             engine.finish_step()
-            sent.append(engine.exchanged_bytes() - before)
+            sent.append(engine.parts.weights.sent_bytes - before)
             norms.append(float(engine.get_global_grad_norm()))
         state = state_of(engine)
     finally:

@@ -54,9 +54,9 @@ def test_two_ranks(tmp_path):
             assert result["different"] == [], case
             assert result["switched"] > 0, case
             one, other = (each[1] for each in result["sent"])
-            # Weights of blocks travel once a pass, and not once a micro-batch; gradients as often as ever.
+            # Weights travel once a pass, and not once a micro-batch: in one of three or four.
             moves = case.get("stage", 3) == 3 and (case.get("transport") == "collective" or case.get("param") == "nvme")
-            assert (other < one) if moves else (other == one), case
+            assert (0 < 2 * other < one) if moves else (other == one), case
 
 
 @pytest.mark.timeout(300)

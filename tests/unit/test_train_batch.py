@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import ctypes
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import zeroxide
+from zeroxide.config import load
+from zeroxide.distributed import Ranks
 from zeroxide.errors import ConfigError, DataError, ModelError
+from zeroxide.parallel.pipe import PipelineModule
+from zeroxide.plan.checks import check_order
 
 ORDERS = ["batches", "layers"]
 MODE = Mode("nvme", "nvme")
@@ -91,6 +97,26 @@ def test_an_error_in_one_micro_batch_ends_all_and_the_engine_goes_on(order, wher
         assert same(weights_of(engine), found[0])
         for name, parts in state_of(engine).items():
             assert all(torch.equal(a, b) for a, b in zip(parts, found[1][name], strict=True)), name
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_step_that_is_refused_leaves_nothing_of_its_micro_batches(order, tmp_path):
+    """A weight that somebody replaces before the step: it is put back, and the next call begins anew."""
+    feed = batches("gpt", 6)
+    found = []
+    for refused in (True, False):
+        torch.manual_seed(0)
+        with started(Gpt(), config=config_for(tmp_path, order, mode=Mode())) as engine:
+            if refused:
+                check = engine.parts.guard.before_step
+                engine.parts.guard.before_step = lambda: (_ for _ in ()).throw(ModelError("refused"))
+                with pytest.raises(ModelError, match="refused"):
+                    engine.train_batch(iter(feed[:3]))
+                engine.parts.guard.before_step = check
+                assert engine.micro_steps == 0
+            engine.train_batch(iter(feed[3:]))
+            found.append(weights_of(engine))
+    assert same(*found)
 
 
 def test_an_interrupt_ends_all_micro_batches(tmp_path):
@@ -276,8 +302,11 @@ def test_settings_of_the_callers_thread_hold_in_others(tmp_path):
             return super().hidden(input_ids)
 
     threads = torch.get_num_threads()
+    openmp = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "libgomp" in line]
+    # The calling thread's own number, as threadpoolctl sets it; without that library, that of all.
+    set_threads = ctypes.CDLL(openmp[0]).omp_set_num_threads if openmp else torch.set_num_threads
     with started(Looks(), config=config_for(tmp_path, "layers", mode=Mode())) as engine:
-        torch.set_num_threads(threads + 1)
+        set_threads(threads + 1)
         flushes = torch.set_flush_denormal(True)
         try:
             with torch.device("meta"), Counts():
@@ -304,6 +333,26 @@ def test_what_cannot_go_layer_by_layer_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r'accumulation_order "layers": flops_profiler') as caught:
         zeroxide.initialize(model=build("gpt"), config=config)
     assert caught.value.path == "zeroxide.accumulation_order"
+
+
+@pytest.mark.parametrize("axis", ["pp", "tp", "sp", "ep"])
+def test_ranks_with_other_parts_are_refused(axis):
+    mesh = {"mesh": {axis: 2}} | ({"mesh": {"ep": 2, "dp_shard": 2}} if axis == "ep" else {})
+    config = {"zero_optimization": {"stage": 3}, "zeroxide": {"accumulation_order": "layers", **mesh}}
+    with pytest.raises(ConfigError, match=r'"layers": ranks have parts.*use "batches"'):
+        check_order(load(config, world_size=2), Ranks(), torch.device("cpu"))
+    alone = {"zeroxide": {"accumulation_order": "layers"}}
+    check_order(load(alone, world_size=2), Ranks(), torch.device("cpu"))
+    with pytest.raises(ConfigError, match="computes on cuda"):
+        check_order(load(alone, world_size=2), Ranks(), torch.device("cuda"))
+
+
+@pytest.mark.parametrize("key", [{"accumulation_order": "layers"}, {"micro_batch_seeds": True}], ids=str)
+def test_pipelines_have_orders_of_their_own(key):
+    layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    model = PipelineModule(layers, num_stages=1, loss_fn=nn.functional.mse_loss)
+    with pytest.raises(ConfigError, match=f"zeroxide.{next(iter(key))}: in a pipeline"):
+        zeroxide.initialize(model=model, lr=1e-3, config={"zeroxide": key})
 
 
 def test_weights_are_read_once_a_pass(tmp_path):

@@ -30,7 +30,7 @@ from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.experts import take_experts
-from zeroxide.engine.heap import keep_freed_memory
+from zeroxide.engine.heap import prepare_heap
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
@@ -201,7 +201,7 @@ class Build:
 
     def spread_experts(self) -> None:
         """Leaves this rank its own experts of those that are spread over ranks."""
-        self.experts = take_experts(self.asked, self.module, self.config, self.ranks, self.watch, self.made)
+        self.experts = take_experts(self.asked, self.module, self.config, self.job, self.watch, self.made)
 
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
@@ -405,9 +405,7 @@ class Build:
 
     def show_weights(self) -> None:
         """Lets parameters that always show their values show their values."""
-        keep_freed_memory(self.plan, self.config)
-        if self.config.zeroxide.trim_libraries:
-            _core.drop_clean_text()
+        prepare_heap(self.plan, self.config)
         self.gatherer.show_all()
         limit = self.config.zeroxide.host_memory
         if limit is not None and self.peak.at_start > limit:

@@ -167,7 +167,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         """
         self._check_trained("train_batch")
         losses = self._window.accumulate(data_iter, loss_fn)
-        self._end_micro_batch({})
+        self._window.end(self._end_micro_batch)
         return self._window.mean(losses)
 
     def _end_micro_batch(self, lr_kwargs: dict[str, Any]) -> None:

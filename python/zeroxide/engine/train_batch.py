@@ -96,6 +96,18 @@ class WindowTrainer:
         finally:
             self._open = False
 
+    def end(self, make_step: Callable[[dict[str, Any]], None]) -> None:
+        """Makes the step. One that is refused before it is counted leaves nothing of its micro-batches."""
+        parts = self._parts
+        try:
+            make_step({})
+        except BaseException:
+            left = parts.accumulation.inside_window()
+            if left and parts.core.alive:
+                parts.counters.micro_steps -= left
+                parts.core().clear_gradients()
+            raise
+
     def _check_between(self) -> None:
         accumulation, problem = self._parts.accumulation, None
         if accumulation.boundary is not None:

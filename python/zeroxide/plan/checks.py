@@ -81,8 +81,8 @@ def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
     problem = None
     if not is_host(device):
         problem = f"the model computes on {device}, where backward of all micro-batches has one thread: not built yet"
-    elif config.mesh is not None and config.mesh.cuts_the_model:
-        problem = "ranks have parts of the model: not built yet"
+    elif config.mesh is not None and max(config.mesh.pp, config.mesh.tp, config.mesh.sp, config.mesh.ep) > 1:
+        problem = "ranks have parts of the model, of sequences or of experts: not built yet"
     elif ranks.world > 1 and config.zero.quantized_gradients:
         problem = "gradients travel as integers: not built yet"
     elif config.flops_profiler.enabled:

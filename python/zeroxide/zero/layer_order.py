@@ -250,8 +250,6 @@ class LayerOrder:
         self._reduce()
         if not self.by_layer:
             self._close(number)
-        elif self.hooks.gatherer.alone:
-            self.order.end(number)
 
     def leave(self, number: int, *, failed: bool) -> None:
         """A micro-batch has ended; it was its turn. After a failure no other begins or goes on."""
