@@ -50,8 +50,8 @@ def split_job(world: Ranks, mesh: ProcessMesh) -> Job:
     try:
         made.append(split(world, mesh.partition("dp_replicate", "dp_shard", "sp")))
         made.append(split(world, mesh.partition("pp", "tp")))
-        # Activations travel from where they are.
-        on_device = world.backend is not None and "cuda" in world.backend
+        # Activations travel from where they are: a group for tensors in host memory is not enough beside a device.
+        on_device = world.backend is not None and "nccl" in world.backend
         alike = mesh.sizes["pp"] == 1 and not on_device
         backend = world.backend if on_device and world.backend else "gloo"
         made.append(made[1] if alike else split(world, mesh.partition("tp"), backend))
