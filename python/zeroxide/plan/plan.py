@@ -212,9 +212,8 @@ def make_plan(
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
     the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
     own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
-    `asked` is what that device is to have.
-    Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
-    payload, or `config.zeroxide.device_memory` what the device is to have.
+    `asked` is what that device is to have. Raises ModelError for a model that cannot be trained, BudgetError when
+    `config.zeroxide.host_memory` cannot hold the payload, or `config.zeroxide.device_memory` what that is to have.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
@@ -226,8 +225,7 @@ def make_plan(
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
         refuse_max_norm(module)
-    check_experts(config, device)
-    transport = _transport(config, ranks)
+    transport = _transport(config, ranks, device)
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
     mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
@@ -279,8 +277,9 @@ def make_plan(
     )
 
 
-def _transport(config: Config, ranks: Ranks) -> str:
+def _transport(config: Config, ranks: Ranks, device: torch.device) -> str:
     """What carries gradients: shared memory is laid out for units that all ranks train."""
+    check_experts(config, device)
     collective = config.zeroxide.transport == "collective" or (config.mesh is not None and config.mesh.ep > 1)
     return "shared" if ranks.shares_memory and not collective else "collective"
 
