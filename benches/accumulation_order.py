@@ -5,8 +5,8 @@
 GPT-2 124 M in bf16, clipping at 1.0, eight micro-batches of 1 x 128 a step, weights on disk. Steps are timed with
 optimizer state on disk as well; both processes stay alive and make a step each in turn, and two steps of each warm up.
 What is read for weights alone is what is read in all when the state is in host memory. "processor" is what all threads
-worked, in seconds, which other programs on the machine change least. Losses are compared: they must be the same in every
-step.
+worked, in seconds, which other programs on the machine change least. Losses are compared: they must be the same in
+every step.
 """
 
 from __future__ import annotations
