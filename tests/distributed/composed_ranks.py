@@ -19,6 +19,7 @@ import zeroxide
 from zeroxide import safe_get_local_fp32_param, safe_get_local_optimizer_state
 from zeroxide.config import Mesh
 from zeroxide.distributed import ProcessMesh
+from zeroxide.parallel.pipe.module import PipelineModule
 from zeroxide.parallel.sequence import (
     UlyssesSPAttentionHF,
     average_over_tokens,
@@ -48,6 +49,12 @@ def config_of(case: dict[str, Any], folder: Path, replicas: int) -> dict[str, An
     }
 
 
+def loss_of_part(output: Any, labels: torch.Tensor) -> torch.Tensor:
+    """Over the tokens of all ranks that share them."""
+    own = torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), labels.flatten())
+    return average_over_tokens(own, (labels != IGNORED).sum())
+
+
 class Loop:
     """How a script trains in one composition."""
 
@@ -61,20 +68,29 @@ class Loop:
         self.pipeline = size["pp"] > 1
         self.model = build(case["model"])
         self.mpu = None
-        if self.sp > 1 and not self.pipeline:
-            axes = Mesh(dp_shard=self.replicas, sp=size["sp"], tp=size["tp"])
+        model: Any = self.model
+        if self.sp > 1 and self.pipeline:
+            model = PipelineModule.from_model(self.model, size["pp"], loss_fn=loss_of_part)
+        if self.sp > 1:
+            axes = Mesh(pp=size["pp"], dp_shard=self.replicas, sp=size["sp"], tp=size["tp"])
             mesh = ProcessMesh(dist.get_rank(), dist.get_world_size(), axes)
             initialize_sequence_parallel(self.sp, mesh=mesh)
             self.mpu = UlyssesSPAttentionHF.register_with_transformers(self.model, "sdpa", self.sp, SAMPLES)
         config = config_of(case, folder, self.replicas)
         given = {} if self.mpu is None else {"mpu": self.mpu}
-        self.engine = zeroxide.initialize(model=self.model, config=config, **given)[0]
+        self.engine = zeroxide.initialize(model=model, config=config, **given)[0]
 
     def step(self, number: int) -> float:
         """The mean loss of one optimizer step over all samples."""
         mine = [batch(self.case["model"], number, at) for at in range(self.case["numbers"])][
             self.replica :: self.replicas
         ]
+        if self.pipeline and self.sp > 1:
+            mine = [shard_batch(each, self.shared, self.sp, pad_token_id=0) for each in mine]
+            # What a stage takes out of a batch for the loss.
+            mine = [
+                {"labels" if name == "shift_labels" else name: part for name, part in each.items()} for each in mine
+            ]
         if self.pipeline:
             return float(self.engine.train_batch(iter(mine)))
         found = []

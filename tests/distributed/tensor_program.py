@@ -29,6 +29,7 @@ def initialize(case: dict[str, Any], folder: Path) -> Engine:
     config = {
         "optimizer": {"type": "AdamW", "params": ADAM},
         "gradient_clipping": CLIP,
+        "bf16": {"enabled": case.get("bf16", False)},
         "zero_optimization": zero,
         "tensor_parallel": {"autotp_size": case["tp"], **case.get("tensor_parallel", {})},
         "zeroxide": {
@@ -54,7 +55,8 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 def digest(tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256()
     for name, each in tensors.items():
-        total.update(name.encode() + each.contiguous().numpy().tobytes())
+        raw = each.contiguous().view(-1).view(torch.uint8)
+        total.update(name.encode() + raw.numpy().tobytes())
     return total.hexdigest()[:16]
 
 

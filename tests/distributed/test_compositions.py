@@ -30,6 +30,8 @@ PAIRS: list[Case] = [
     {**BASE, "name": "pp x tp", "model": "llama", "pp": 2, "tp": 2},
     {**BASE, "name": "pp x tp tied", "model": "gpt2", "pp": 2, "tp": 2},
     {**BASE, "name": "sp x tp", "model": "llama", "sp": 2, "tp": 2, "stage": 3},
+    {**BASE, "name": "pp x sp", "model": "llama", "pp": 2, "sp": 2, "stage": 3},
+    {**BASE, "name": "pp x sp tied", "model": "gpt2", "pp": 2, "sp": 2},
     {**BASE, "name": "pp x dp", "model": "gpt2", "pp": 2, "stage": 3},
     {**BASE, "name": "sp x dp", "model": "gpt2", "sp": 2, "stage": 3},
 ]

@@ -105,4 +105,5 @@ def main() -> None:
     accelerator.end_training()
 
 
-main()
+if __name__ == "__main__":
+    main()

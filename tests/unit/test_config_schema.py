@@ -239,7 +239,7 @@ def described(rule: dict, prefix: tuple[str, ...]):
 def test_marks_and_defaults_are_in_the_schema():
     properties = SCHEMA["properties"]
     assert "Without effect" in properties["prescale_gradients"]["description"]
-    assert "not built yet" in properties["tensor_parallel"]["description"]
+    assert "not built yet" in properties["autotuning"]["description"]
     assert properties["amp"]["deprecated"] is True
     assert '"torch_autocast"' in properties["amp"]["description"]
     assert properties["gradient_clipping"]["default"] == 1.0

@@ -201,7 +201,7 @@ class Build:
 
     def spread_experts(self) -> None:
         """Leaves this rank its own experts of those that are spread over ranks."""
-        self.experts = take_experts(self.asked, self.module, self.config, self.ranks, self.watch, self.made)
+        self.experts = take_experts(self.asked, self.module, self.config, self.job, self.watch, self.made)
 
     def open_observers(self) -> None:
         """Opens what training's numbers are written to."""
@@ -210,8 +210,7 @@ class Build:
 
     def cut_matrices(self) -> None:
         """Leaves this rank its part of every matrix, where tensor-parallel ranks share them."""
-        self.tensor = cut_matrices(self.module, self.config, self.job, self.watch)
-        self.made.callback(self.tensor.restore)
+        self.tensor = cut_matrices(self.module, self.config, self.job, self.watch, self.made)
 
     def group_parameters(self) -> None:
         """Finds what is trained with which hyperparameters."""

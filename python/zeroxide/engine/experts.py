@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from torch import nn
 
 from zeroxide.config import Config
-from zeroxide.distributed import ProcessMesh, Ranks, Watch
+from zeroxide.distributed import Job, ProcessMesh, Watch
 from zeroxide.engine.request import Request
 from zeroxide.moe.spread import SpreadExperts, spread_experts
 from zeroxide.zero.leaf import set_z3_leaf_module
@@ -16,14 +16,15 @@ __all__ = ["take_experts"]
 
 
 def take_experts(
-    asked: Request, module: nn.Module, config: Config, ranks: Ranks, watch: Watch, made: ExitStack
+    asked: Request, module: nn.Module, config: Config, job: Job, watch: Watch, made: ExitStack
 ) -> SpreadExperts:
-    """Leaves this rank its own experts of those that are spread over `ranks`, which all call it. See `spread_experts`.
+    """Leaves this rank its own experts of those that are spread over ranks of `job`, which all call it.
 
-    made: what it registers the end of process groups on.
+    See `spread_experts`. made: what it registers the end of process groups on.
     """
+    ranks = job.ranks
     mesh = ProcessMesh(ranks.rank, ranks.world, None if config.mesh is None else config.mesh.data_axes())
-    found = spread_experts(module, config, ranks, mesh, watch.waiting)
+    found = spread_experts(module, config, ranks, mesh, watch.waiting, job.tensor)
     if found.ranks is not ranks:
         made.callback(found.ranks.close)
     found.take_from(asked.optimizer)

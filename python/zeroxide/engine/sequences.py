@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from zeroxide.distributed import Job
+from zeroxide.distributed import Job, Ranks
 from zeroxide.errors import ConfigError, ModelError, RanksError
 from zeroxide.parallel.sequence.exchange import EXCHANGES
 from zeroxide.parallel.sequence.parallel_state import SequenceParallelState, initialize_sequence_parallel
@@ -89,14 +89,16 @@ def share_sequences(job: Job, mpu: Any) -> SharedSequences | None:
                 f"rank {job.world.rank} shares sequences with ranks {theirs} by the mpu, and with {mine} by the mesh: "
                 "expected neighbours, in order"
             )
-    return SharedSequences(initialize_sequence_parallel(size, mesh=job.mesh))
+    return SharedSequences(initialize_sequence_parallel(size, mesh=job.mesh), job.parts)
 
 
 class SharedSequences:
     """Notices a model that trains on parts of sequences as if they were whole."""
 
-    def __init__(self, state: SequenceParallelState) -> None:
+    def __init__(self, state: SequenceParallelState, parts: Ranks) -> None:
         self.state = state
+        self._parts = parts
+        """Those that have the other parts of the model: some may have no attention."""
         self._sure = False
 
     def check(self, module: nn.Module, before: int) -> None:
@@ -104,13 +106,23 @@ class SharedSequences:
         if self._sure or not (module.training and torch.is_grad_enabled()):
             return
         if EXCHANGES.count == before and not self.state.asked:
-            size = self.state.get_sequence_parallel_world_size()
-            raise ModelError(
-                f"{size} ranks share the sequences of a batch, and forward has exchanged nothing among them: register "
-                "the model with UlyssesSPAttentionHF.register_with_transformers, or use DistributedAttention or "
-                "ring_attention in it (zeroxide.parallel.sequence)"
-            )
+            self._refuse()
         self._sure = True
+
+    def check_stages(self, before: int) -> None:
+        """As `check`, after the stages of a pipeline have trained on a batch. Called by all ranks."""
+        if not self._sure:
+            if not any(self._parts.gather_objects(EXCHANGES.count > before or self.state.asked)):
+                self._refuse()
+            self._sure = True
+
+    def _refuse(self) -> NoReturn:
+        size = self.state.get_sequence_parallel_world_size()
+        raise ModelError(
+            f"{size} ranks share the sequences of a batch, and forward has exchanged nothing among them: register "
+            "the model with UlyssesSPAttentionHF.register_with_transformers, or use DistributedAttention or "
+            "ring_attention in it (zeroxide.parallel.sequence)"
+        )
 
     @property
     def exchanged(self) -> int:

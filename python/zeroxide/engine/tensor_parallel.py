@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from zeroxide.errors import RanksError
 from zeroxide.parallel.tensor import Sharding, TensorGroup, TensorShard, find_rules, shard_model, shard_of
 from zeroxide.parallel.tensor.region import drops
 from zeroxide.parallel.tensor.shard import keep_logits_apart
-from zeroxide.precision.bits import bytes_of
+from zeroxide.precision.bits import bytes_of, tensor_of
 from zeroxide.zero.buffers import share_buffers
 from zeroxide.zero.hook_handle import Hook
 from zeroxide.zero.init.materialize import PieceSource, WeightSource
@@ -57,40 +58,48 @@ class Uncut:
         """Makes random numbers the same where ranks must draw the same."""
 
 
-def cut_matrices(module: nn.Module, config: Config, job: Job, watch: Watch) -> Uncut:
-    """Cuts `module` in place over the tensor-parallel ranks of `job`, if there are any. Every rank calls it.
+def cut_matrices(module: nn.Module, config: Config, job: Job, watch: Watch, made: ExitStack) -> Uncut:
+    """Cuts `module` in place over the tensor-parallel ranks of `job`, if there are any; `made` gives its parameters
+    back what they were. Every rank calls it.
 
-    Raises RanksError where these ranks have different models, and ModelError for one that cannot be cut so; `restore`
-    undoes what a later failure leaves.
+    Raises RanksError where these ranks have different models, and ModelError for one that cannot be cut so.
     """
     check_dtype(module, config)
     if job.tensor.world == 1:
         return Uncut()
     agree(job.tensor, model_facts(module))
-    return TensorParallel(module, config, job, watch)
+    found = TensorParallel(job, watch)
+    made.callback(found.restore)
+    found.cut(module, config)
+    return found
 
 
 class TensorParallel(Uncut):
     """A model that is cut."""
 
-    def __init__(self, module: nn.Module, config: Config, job: Job, watch: Watch) -> None:
+    def __init__(self, job: Job, watch: Watch) -> None:
         self.job = job
         self.group: TensorGroup = TensorGroup(job.tensor)
         self.group.waiting = watch.waiting
+        self._sharding = Sharding(self.group)
+        self._shards: dict[str, TensorShard] = {}
+        """How what is cut is cut, by all its names."""
+
+    def cut(self, module: nn.Module, config: Config) -> None:
+        """Cuts the model; see `cut_matrices`."""
         rules = find_rules(
             module,
             config.tensor_parallel.layer_specs,
             config.tensor_parallel.preset_model,
             defaults=config.tensor_parallel.use_default_specs,
         )
-        self._sharding: Sharding = shard_model(module, rules, self.group)
+        shard_model(module, rules, self._sharding)
         if config.tensor_parallel.vocab_parallel_lm_head:
             keep_logits_apart(module, self.group)
-        self._shards = {
-            name: shard
-            for name, param in module.named_parameters(remove_duplicate=False)
-            if (shard := shard_of(param)) is not None
-        }
+        for name, param in module.named_parameters(remove_duplicate=False):
+            shard = shard_of(param)
+            if shard is not None:
+                self._shards[name] = shard
 
     @property
     def beside(self) -> int:  # type: ignore[override]
@@ -108,8 +117,8 @@ class TensorParallel(Uncut):
         first = self.job.ranks.rank == 0
         for param in {id(each): each for each in module.parameters()}.values():
             shard = shard_of(param)
-            if not has_values(param):
-                full.pop(id(param), None)
+            if not has_values(param) or (shard is not None and id(param) not in full):
+                # It was on the meta device: `weights` makes it.
                 continue
             with torch._C.DisableTorchFunctionSubclass():
                 values = param.data if shard is None else full.pop(id(param))[1]
@@ -124,17 +133,16 @@ class TensorParallel(Uncut):
         return None if weights is None else kind(weights, self._shards, self.group)
 
     def _first_of(self, values: torch.Tensor) -> torch.Tensor:
-        given = in_host(values).contiguous()
-        found = given if self.group.position == 0 else torch.empty_like(given)
-        return self.group.broadcast(found, "sharing the first weights").to(values.device)
+        given = bytes_of(in_host(values))
+        raw = self.group.broadcast(given if self.group.position == 0 else given.clone(), "sharing the first weights")
+        return tensor_of(raw, values.dtype, values.shape).to(values.device)
 
     def attach(self, module: nn.Module, units: list[Unit]) -> None:
         """See `Uncut`."""
         share_buffers(module, self.group.ranks)
-        summed = {id(each) for each in self._sharding.summed}
         for unit in units:
-            for param in unit.params:
-                if id(param) in summed and param.requires_grad:
+            for name, param in zip(unit.names, unit.params, strict=True):
+                if name in self._sharding.summed and param.requires_grad:
                     param.register_hook(Hook(self._sum_gradient))  # type: ignore[no-untyped-call]
         module.register_forward_pre_hook(Hook(self._check_inputs), prepend=True, with_kwargs=True)
         self.align_random()

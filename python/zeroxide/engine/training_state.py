@@ -50,6 +50,11 @@ class TrainingState:
         return axes is not None and (axes.cuts_the_model or axes.ep > 1)
 
     @property
+    def experts_elsewhere(self) -> bool:
+        """Whether ranks that compute the same tokens have the same experts, and save them."""
+        return self._parts.job.tensor.rank != 0
+
+    @property
     def core(self) -> _core.Offload:
         """What has the values. Raises RuntimeError after `destroy`."""
         return self._parts.core()

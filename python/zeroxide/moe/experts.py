@@ -7,13 +7,18 @@ import copy
 import torch
 from torch import nn
 
-__all__ = ["Experts", "mark_expert"]
+__all__ = ["Experts", "is_spread", "mark_expert"]
 
 
 def mark_expert(param: nn.Parameter, group_name: str) -> None:
     """Says, in DeepSpeed's words, that the parameter is an expert's: it is reduced over ranks with the same expert."""
     param.allreduce = False  # type: ignore[attr-defined]
     param.group_name = group_name  # type: ignore[attr-defined]
+
+
+def is_spread(param: torch.Tensor) -> bool:
+    """Whether the parameter is an expert's, and other ranks have other experts."""
+    return not getattr(param, "allreduce", True) and getattr(param, "group_name", "ep_size_1") != "ep_size_1"
 
 
 class Experts(nn.Module):

@@ -122,11 +122,12 @@ def with_experts(config: Config, module: nn.Module, world: int, *, in_parts: boo
 
 
 def spread_experts(
-    module: nn.Module, config: Config, ranks: Ranks, mesh: ProcessMesh, waiting: Waiting
+    module: nn.Module, config: Config, ranks: Ranks, mesh: ProcessMesh, waiting: Waiting, tensor: Ranks
 ) -> SpreadExperts:
     """Leaves every rank its own experts, with rank 0's values. Called by all ranks.
 
-    ranks, mesh: those that have this part of the model, and the mesh of them alone. A model whose construction fails
+    ranks, mesh: those that have this part of the model, and the mesh of them alone. tensor: those that compute the same
+    tokens, and have the same experts. A model whose construction fails
     afterwards lacks the others' experts. Raises ModelError for experts that `zero.Init` has cut or that do not divide,
     ConfigError for what `expert_parallel` does not find, and RanksError when a rank is lost.
     """
@@ -147,7 +148,7 @@ def spread_experts(
     for name, layer in layers:
         every = list(layer.deepspeed_moe.experts.parameters())
         for param in every:
-            _share(param, ranks)
+            _share(param, ranks, tensor)
         layer.spread(ExpertExchange(together, position, name, waiting))
         kept = {id(param) for param in layer.deepspeed_moe.experts.parameters()}
         for param in every:
@@ -157,7 +158,7 @@ def spread_experts(
         params |= kept
     for name, each in fused:
         for weight in each.parameters():
-            _share(weight, ranks)
+            _share(weight, ranks, tensor)
             _cut(weight, position, mesh.ep)
             params.add(id(weight))
             mark_expert(weight, f"ep_size_{mesh.ep}")
@@ -210,13 +211,15 @@ def _cut(param: nn.Parameter, position: int, ep: int) -> None:
     mark_part(param, ModelPart(region=Region(full, 0, ((position * number, number),))))
 
 
-def _share(param: nn.Parameter, ranks: Ranks) -> None:
-    """Gives every rank rank 0's values of a parameter that they all still have."""
+def _share(param: nn.Parameter, ranks: Ranks, tensor: Ranks) -> None:
+    """Gives every rank the first rank's values of a parameter that they all still have."""
     if not has_values(param):
         return
     with torch.no_grad():
-        values = param.detach()
-        if in_host_memory(values) and values.is_contiguous():
-            ranks.broadcast_tensor(values)
-        else:
-            param.copy_(ranks.broadcast_tensor(plain(in_host(values))))
+        here = in_host_memory(param) and param.is_contiguous()
+        values = param.detach() if here else plain(in_host(param.detach()))
+        if ranks.rank == 0:
+            tensor.broadcast_tensor(values)
+        ranks.broadcast_tensor(values)
+        if not here:
+            param.copy_(values)

@@ -72,6 +72,9 @@ class Description:
         says = self.records if self._leads or self.in_parts else []
         self.updates = [training.core.updates(held.unit, held.position) for held in says]
         self._mark = f"rank{rank:05}-" if world > 1 else ""
+        # Tensor ranks have the same experts, where these are spread.
+        elsewhere = self.records if training.experts_elsewhere else []
+        self._repeated = {held.name for held in elsewhere if training.units[held.unit].experts}
         self._make_files(frozenset())
 
     def has(self) -> list[str]:
@@ -115,7 +118,9 @@ class Description:
         weights = {
             held.name: Tensor(held.name, held.dtype, held.shape)
             for held in self.records
-            if (held.trainable or include_frozen) and held.elements not in self.others
+            if (held.trainable or include_frozen)
+            and held.elements not in self.others
+            and held.name not in self._repeated
         }
         families = [(WEIGHTS, weights)]
         for state in self._states:

@@ -62,8 +62,12 @@ class PipelineEngine(Engine):
             self.set_dataiterator(data_iter)
         count = accumulation.steps
         batches = pipe.batches.take("train_batch", count, self.global_steps)
+        shared = self.parts.sequences
+        before = 0 if shared is None else shared.exchanged
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
+            if shared is not None:
+                shared.check_stages(before)
             pipe.tied.sum_gradients()
             self.parts.counters.micro_steps += count - 1
             boundary, accumulation.boundary = accumulation.boundary, True

@@ -37,8 +37,6 @@ __all__ = ["UlyssesSPAttentionHF"]
 
 logger = logging.getLogger("zeroxide")
 
-CORES = ("sdpa", "flash_attention_2", "flash_attention_3")
-"""Attention implementations of transformers that compute what is between the exchanges."""
 _LOCAL = ("cu_seq_lens_q", "cu_seq_lens_k", "position_bias", "s_aux", "head_mask", "softcap")
 """What may be given to attention besides, and says something of tokens or heads as this rank had them before."""
 
@@ -111,14 +109,6 @@ class UlyssesSPAttentionHF:
         if sequence_parallel_size == 1:
             return None
         seq_length = max_length if seq_length is None else seq_length
-        if core_attn_implementation not in CORES:
-            raise ConfigError(
-                f"core_attn_implementation {core_attn_implementation!r} over ranks that share sequences: expected one "
-                f"of {', '.join(CORES)}",
-                path="core_attn_implementation",
-                expected=" | ".join(CORES),
-                got=repr(core_attn_implementation),
-            )
         config = config_of(model_name_or_path)
         check_model(config, model_name_or_path, core_attn_implementation)
         if not seq_length_is_variable and (seq_length is None or seq_length % sequence_parallel_size):

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Registration", "add", "check_model", "config_of", "heads_of", "replace"]
 
+CORES = ("sdpa", "flash_attention_2", "flash_attention_3")
+"""Attention implementations of transformers that compute what is between the exchanges."""
 _NOT_SHARED = frozenset({"chunked_attention", "linear_attention", "mamba", "recurrent", "conv", "hybrid"})
 """Kinds of layers in which tokens meet otherwise than in attention by causality, documents and a window."""
 _numbers = itertools.count()
@@ -86,6 +88,13 @@ def heads_of(config: Any) -> tuple[int, int]:
 
 def check_model(config: Any, given: nn.Module | str, core: str) -> None:
     """Raises ModelError and ConfigError for a model whose sequences ranks cannot share by its attention `core`."""
+    if core not in CORES:
+        raise ConfigError(
+            f"core_attn_implementation {core!r} over ranks that share sequences: expected one of {', '.join(CORES)}",
+            path="core_attn_implementation",
+            expected=" | ".join(CORES),
+            got=repr(core),
+        )
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     found = sorted(
         {each for each in getattr(text, "layer_types", None) or () if any(part in each for part in _NOT_SHARED)}

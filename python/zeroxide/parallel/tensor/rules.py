@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from zeroxide.errors import ModelError
+from zeroxide.moe.experts import is_spread
 from zeroxide.parallel.tensor.presets import PRESETS
-from zeroxide.parallel.tensor.spec import LayerRule, TPLayerSpec, rule_of
+from zeroxide.parallel.tensor.spec import OWN_PLAN, LayerRule, TPLayerSpec, rule_of
 
 __all__ = ["find_rules"]
 
@@ -67,8 +68,11 @@ def _own_plan(module: nn.Module) -> Mapping[str, str]:
 
 
 def _by_plan(module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, LayerRule]]:
-    modules = {name for name, _ in module.named_modules(remove_duplicate=False)}
-    params = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    # Experts that are spread over ranks stay as they are on each tensor rank.
+    spread = {name for name, param in module.named_parameters(remove_duplicate=False) if is_spread(param)}
+    owners = {name.rpartition(".")[0] for name in spread}
+    modules = {name for name, _ in module.named_modules(remove_duplicate=False)} - owners
+    params = {name for name, _ in module.named_parameters(remove_duplicate=False)} - spread
     for key, style in plan.items():
         matches = re.compile(re.escape(key).replace(r"\*", r"\d+")).fullmatch
         rule = _STYLES.get(style)
@@ -93,7 +97,7 @@ def _by_plan(module: nn.Module, plan: Mapping[str, str]) -> Iterator[tuple[str, 
                     gather_output=rule.gather_output,
                     split_input=rule.split_input,
                     grad_allreduce=rule.grad_allreduce,
-                    origin=f'tp_plan "{style}"',
+                    origin=f'{OWN_PLAN} "{style}"',
                 ),
             )
 

@@ -29,7 +29,7 @@ from zeroxide.parallel.tensor.layers import (
     make_parallel,
 )
 from zeroxide.parallel.tensor.region import Region
-from zeroxide.parallel.tensor.spec import LayerRule
+from zeroxide.parallel.tensor.spec import OWN_PLAN, LayerRule
 
 __all__ = ["Sharding", "keep_logits_apart", "shard_model"]
 
@@ -76,8 +76,8 @@ class Sharding:
     group: TensorGroup
     full: dict[int, tuple[nn.Parameter, torch.Tensor]] = field(default_factory=dict)
     """What each parameter that was cut has been, by its id; until `spread`."""
-    summed: list[nn.Parameter] = field(default_factory=list)
-    """Parameters that are the same on all ranks, and of whose gradients each rank has a part."""
+    summed: set[str] = field(default_factory=set)
+    """Names of parameters that are the same on all ranks, and of whose gradients each rank has a part."""
 
     def restore(self) -> None:
         """Gives the parameters all their values back, where they have not moved on. Modules are not its concern."""
@@ -87,16 +87,13 @@ class Sharding:
         self.full.clear()
 
 
-def shard_model(
-    module: nn.Module, rules: Mapping[str, LayerRule], group: TensorGroup, *, own_plan: bool = False
-) -> Sharding:
-    """Cuts `module` by its rules, over `group`.
+def shard_model(module: nn.Module, rules: Mapping[str, LayerRule], made: Sharding) -> None:
+    """Cuts `module` by its rules, over the group of `made`, which keeps what it was.
 
-    own_plan: whether the model was written to be cut, and derives sizes from what it is given.
-
-    Raises ModelError, on every rank alike and before anything has changed, for a layer that cannot be cut, heads that
-    do not go round, and weights shared with a layer that is not cut.
+    Raises ModelError, on every rank alike, for a layer that cannot be cut, heads that do not go round, and weights
+    shared with a layer that is not cut. `made.restore` then gives the parameters back what they were.
     """
+    group = made.group
     layers = [found for name, rule in rules.items() if (found := _layer(module, name, rule)) is not None]
     owners = _owners(module, layers)
     cuts: dict[str, Ranges] = {}
@@ -104,15 +101,14 @@ def shard_model(
         cuts |= _cut(module.get_submodule(owner), owner, members, group)
     shards = _shards(layers, cuts, group)
     _check_shared(module, layers, shards)
-    made = Sharding(group)
-    made.summed += _summed(module, rules)
+    made.summed |= _summed(module, rules)
     regions = {owner: Region(group, module.get_submodule(owner)) for owner, each in owners.items() if _is_region(each)}
     for layer in layers:
         _make(layer, cuts[layer.name], made, regions.get(layer.name.rpartition(".")[0]), shards)
-    for owner, members in owners.items() if not own_plan else ():
-        if owner in regions:
-            _localise(module.get_submodule(owner), members, cuts)
-    return made
+    for owner in regions:
+        # A model that brings its plan was written to be cut, and derives sizes from what it is given.
+        if not any(each.rule.origin.startswith(OWN_PLAN) for each in owners[owner]):
+            _localise(module.get_submodule(owner), owners[owner], cuts)
 
 
 def _layer(module: nn.Module, name: str, rule: LayerRule) -> _Layer | None:
@@ -229,14 +225,13 @@ def _check_shared(module: nn.Module, layers: list[_Layer], shards: Mapping[int, 
                 )
 
 
-def _summed(module: nn.Module, rules: Mapping[str, LayerRule]) -> list[nn.Parameter]:
-    found = {
-        id(param): param
+def _summed(module: nn.Module, rules: Mapping[str, LayerRule]) -> set[str]:
+    return {
+        f"{name}.{inner}"
         for name, rule in rules.items()
         if rule.grad_allreduce
-        for param in module.get_submodule(name).parameters()
+        for inner, _ in module.get_submodule(name).named_parameters()
     }
-    return list(found.values())
 
 
 def _make(layer: _Layer, cut: Ranges, made: Sharding, region: Region | None, shards: Mapping[int, TensorShard]) -> None:

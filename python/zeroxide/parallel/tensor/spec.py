@@ -7,7 +7,10 @@ from typing import Literal, cast
 
 from zeroxide.config import TPLayerSpec
 
-__all__ = ["LayerRule", "TPLayerSpec", "rule_of"]
+__all__ = ["OWN_PLAN", "LayerRule", "TPLayerSpec", "rule_of"]
+
+OWN_PLAN = "tp_plan"
+"""What the origin of a rule begins with that the model brings itself."""
 
 Kind = Literal["column", "row", "skip"]
 
