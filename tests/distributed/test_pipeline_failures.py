@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from launching import Job, run_ranks
 
 from zeroxide.distributed import EXIT_CODE
@@ -97,6 +99,9 @@ def told(act):
 
 told(lambda: engine.train_batch(pairs(3 - ranks.rank)))
 told(lambda: engine.train_batch(pairs(3)) if ranks.rank else engine.eval_batch(pairs(3)))
+def others(samples):
+    return iter([(torch.ones(1, 4), torch.full((1, 4), float(each))) for each in samples])
+told(lambda: engine.train_batch(others([1, 2, 3] if ranks.rank else [1, 3, 2])))
 engine.set_train_batch_size(2 + ranks.rank)
 told(lambda: engine.train_batch(pairs(3)))
 engine.set_train_batch_size(2)
@@ -110,6 +115,8 @@ ranks.close()
         assert result.out.splitlines() == [
             "StopIteration train_batch: the data of rank 1 ended before step 2: 2 of 3 micro-batches were left over",
             "RanksError rank 1 called train_batch and rank 0 eval_batch: the ranks of a pipeline call the same",
+            "RanksError train_batch: rank 1 has other samples than rank 0 in step 2, and both have stages of one "
+            "pipeline: give them the same data in the same order",
             "RanksError train_batch: rank 1 runs 3 micro-batches and rank 0 2: call engine.set_train_batch_size alike "
             "on every rank",
             "loss True 2",
@@ -135,3 +142,39 @@ ranks.close()
     for result in run_ranks(2, source, timeout=60):
         assert result.out.startswith("RanksError"), result.out + result.err
         assert "stages" in result.out
+
+
+def test_a_step_that_overflows_is_left_out_on_every_stage() -> None:
+    """Catches: a stage that takes its loss for one that was not scaled, and one that updates while another does not:
+    over the same batch the loss then changes."""
+    source = """
+from torch import nn
+import zeroxide
+from zeroxide.parallel.pipe import LayerSpec, PipelineModule
+
+torch.manual_seed(0)
+module = PipelineModule([LayerSpec(nn.Linear, 4, 4) for _ in range(2)], num_stages=2, loss_fn=nn.functional.mse_loss)
+engine, _, _, _ = zeroxide.initialize(model=module, lr=1e-2, config={
+    "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 2, "optimizer": {"type": "AdamW"},
+    "fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1},
+})
+losses, skipped = [], []
+for _ in range(14):
+    losses.append(engine.train_batch(iter([(torch.ones(1, 4).half(), torch.ones(1, 4).half())] * 2)).item())
+    skipped.append(engine.skipped_steps)
+say(json.dumps([losses, skipped, engine.optimizer.cur_scale]))
+engine.destroy()
+ranks.close()
+"""
+    results = run_ranks(2, "import json\n" + source, timeout=60)
+    for result in results:
+        assert result.code == 0, result.err
+        losses, skipped, scale = json.loads(result.out)
+        left_out = skipped[-1]
+        assert 1 <= left_out < 12
+        assert skipped == [min(at, left_out) for at in range(1, 15)]
+        assert scale == 2.0 ** (24 - left_out)
+        # The loss of the first update's own step is of the weights before it.
+        assert len(set(losses[: left_out + 1])) == 1
+        assert losses[left_out + 1] < losses[left_out]
+    assert results[0].out == results[1].out

@@ -32,6 +32,10 @@ EXPLAINED = {
     r"\.comm\.\w+ op: default \['RedOpType'\], not \[0\]": "0 is the number of SUM, which is torch's",
     r"\.comm\.ReduceOp: members None": "torch's own, with the same members",
     r"\.Init \w+: not there": "DeepSpeed's own between its parts",
+    r"\.moe\.\w+\.(Experts|MOELayer|TopKGate) \w+: (not taken|must be given|at another place)": "MoE makes them",
+    r"\.PipelineEngine [*\w]+: (not taken|must be given)": "engines are made by initialize",
+    r"\.(SequenceTiledCompute|Tiled\w+) \*(kw)?args: not taken": "functions are called by apply",
+    r"\.UlyssesSPAttentionHF \w+: (not taken|must be given|default None|at another place)": "registering makes it",
 }
 """Differences that are meant -> why."""
 

@@ -15,7 +15,15 @@ from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
-__all__ = ["check_experts", "check_gradients", "check_model", "check_order", "check_transport", "refuse_max_norm"]
+__all__ = [
+    "check_experts",
+    "check_gradients",
+    "check_model",
+    "check_order",
+    "check_together",
+    "check_transport",
+    "refuse_max_norm",
+]
 
 
 def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config, device: torch.device = HOST) -> None:
@@ -94,6 +102,13 @@ def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
             expected='"batches"',
             got='"layers"',
         )
+
+
+def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Refuses what the config asks for that does not go with the ranks, the device or what else it asks for."""
+    check_transport(config, ranks)
+    check_order(config, ranks, device)
+    check_experts(config, device)
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:

@@ -14,7 +14,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
-from zeroxide.plan.checks import check_experts, check_gradients, check_order, check_transport, refuse_max_norm
+from zeroxide.plan.checks import check_gradients, check_together, refuse_max_norm
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
@@ -212,21 +212,18 @@ def make_plan(
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
     the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
     own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
-    `asked` is what that device is to have.
-    Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
-    payload, or `config.zeroxide.device_memory` what the device is to have.
+    `asked` is what that device is to have. Raises ModelError for a model that cannot be trained, BudgetError when
+    `config.zeroxide.host_memory` cannot hold the payload, or `config.zeroxide.device_memory` what that is to have.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
     units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
     blocks = _blocks_down(config, ranks, units)
     resident += pinned_bytes(device, blocks)
-    check_transport(config, ranks)
-    check_order(config, ranks, device)
+    check_together(config, ranks, device)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
         refuse_max_norm(module)
-    check_experts(config, device)
     transport = _transport(config, ranks)
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)

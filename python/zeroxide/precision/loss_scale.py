@@ -44,6 +44,10 @@ class LossScaler:
         self._used = True
         return loss.float() * self.scale
 
+    def note_scaled(self) -> None:
+        """The loss is another rank's, which has scaled it."""
+        self._used = True
+
     def check_used(self) -> None:
         """Raises RuntimeError when gradients are about to be divided by a scale that no loss was multiplied by."""
         if self.settings is not None and self.scale != 1.0 and not self._used:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
-from zeroxide.device.placement import HOST
+from zeroxide.device.placement import HOST, in_host, plain
 from zeroxide.distributed import Ranks, Watch
 from zeroxide.errors import DataError, RanksError
 
 __all__ = ["CALLS", "Batches"]
 
 CALLS = ("train_batch", "eval_batch")
+NO_DIGEST = -1
+"""Of a rank that takes no batches."""
+MOST_DIGESTED = 1 << 20
+"""Bytes of a tensor that its digest is of: two batches that are alike in so many are one."""
 
 
 class Batches:
@@ -21,13 +26,25 @@ class Batches:
 
     needed: whether this rank's stages take any. All ranks take the same number in each call, before anything runs: so
     data that ends, ends training on all of them.
+    shared: what of a batch the ranks of one pipeline must have alike. pipelines: the ranks of each.
     """
 
-    def __init__(self, world: Ranks, watch: Watch, device: torch.device, *, needed: bool) -> None:
+    def __init__(
+        self,
+        world: Ranks,
+        watch: Watch,
+        device: torch.device,
+        *,
+        needed: bool,
+        shared: Callable[[Any], Any],
+        pipelines: Sequence[Sequence[int]],
+    ) -> None:
         self._world = world
         self._watch = watch
         self._device = device
         self._needed = needed
+        self._shared = shared
+        self._pipelines = pipelines
         self.iterator: Iterator[Any] | None = None
         self.batch_fn: Callable[[Any], Any] | None = None
 
@@ -50,11 +67,18 @@ class Batches:
             except StopIteration:
                 break
         have = count if not self._needed else -1 if missing else len(taken)
-        self._agree(call, count, have, step)
-        return [self._ready(each) for each in taken] if self._needed else [None] * count
+        try:
+            ready = [self._ready(each) for each in taken]
+            digest = _digest([self._shared(each) for each in ready]) if self._needed and have == count else NO_DIGEST
+        except Exception as error:
+            # The others wait for this rank's count.
+            self._watch.failed(f"{type(error).__name__}: {error}")
+            raise
+        self._agree(call, count, have, step, digest)
+        return ready if self._needed else [None] * count
 
-    def _agree(self, call: str, count: int, have: int, step: int) -> None:
-        rows = [[CALLS.index(call), count, have]]
+    def _agree(self, call: str, count: int, have: int, step: int, digest: int) -> None:
+        rows = [[CALLS.index(call), count, have, digest]]
         if not self._world.alone:
             with self._watch.waiting("the batches of a step"):
                 rows = self._world.gather_rows(torch.tensor(rows[0], device=HOST), "counting batches").tolist()
@@ -82,6 +106,15 @@ class Batches:
         if left < count:
             over = f"{left} of {count} micro-batches were left over" if left else "no micro-batch was left"
             raise StopIteration(f"{call}: the data of rank {short} ended before step {step + 1}: {over}")
+        for pipeline in self._pipelines:
+            found = {rank: rows[rank][3] for rank in pipeline if rows[rank][3] != NO_DIGEST}
+            odd = [rank for rank, each in found.items() if each != found[min(found)]]
+            if odd:
+                raise RanksError(
+                    f"{call}: rank {odd[0]} has other samples than rank {min(found)} in step {step + 1}, and both have "
+                    "stages of one pipeline: give them the same data in the same order",
+                    ranks=(odd[0],),
+                )
 
     def _ready(self, batch: Any) -> Any:
         return _moved(batch if self.batch_fn is None else self.batch_fn(batch), self._device)
@@ -101,6 +134,27 @@ def _passes(loader: Iterable[Any]) -> Iterator[Any]:
         if not some:
             return
         epoch += 1
+
+
+def _digest(value: Any) -> int:
+    """A number that tells values apart: tensors by shape, dtype and bytes, containers by what is in them."""
+    digest = 0
+    left = [value]
+    while left:
+        each = left.pop()
+        if isinstance(each, torch.Tensor):
+            held = plain(in_host(each.detach())).contiguous().view(-1)
+            held = held[: MOST_DIGESTED // max(1, held.itemsize)]
+            digest = zlib.crc32(f"{tuple(each.shape)} {each.dtype}".encode(), digest)
+            if held.numel():
+                digest = zlib.crc32(held.view(torch.uint8).numpy().tobytes(), digest)
+        elif isinstance(each, dict):
+            left.extend(item for key in sorted(each, key=str) for item in (str(key), each[key]))
+        elif isinstance(each, (tuple, list)):
+            left.extend(each)
+        elif each is None or isinstance(each, (bool, int, float, str)):
+            digest = zlib.crc32(repr(each).encode(), digest)
+    return digest
 
 
 def _moved(value: Any, device: torch.device) -> Any:

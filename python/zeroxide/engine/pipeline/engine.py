@@ -66,6 +66,8 @@ class PipelineEngine(Engine):
         before = 0 if shared is None else shared.exchanged
         with pipe.telling():
             losses = pipe.run(batches, pipe.schedule(count).orders[pipe.rank])
+            # By the last stage, for all.
+            self.parts.scaler.note_scaled()
             if shared is not None:
                 shared.check_stages(before)
             pipe.tied.sum_gradients()
@@ -207,7 +209,14 @@ class _Pipe:
         self.is_last = stages.total_stages - 1 in stages.own_stages
         self.link = StageLink(self.ranks, parts.watch, stages.total_stages, parts.device)
         self.runner = Runner(stages.schedule, self.ranks, stages.total_stages, self.link, self)
-        self.batches = Batches(parts.job.world, parts.watch, parts.device, needed=stages.needs_batches())
+        self.batches = Batches(
+            parts.job.world,
+            parts.watch,
+            parts.device,
+            needed=stages.needs_batches(),
+            shared=stages.shared_of,
+            pipelines=parts.job.mesh.partition("pp"),
+        )
         self.batches.repeat(parts.dataloader)
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()

@@ -292,6 +292,10 @@ class PipelineModule(PipelineStages, nn.Module):
         """See `PipelineStages`."""
         return outputs if self.loss_fn is None else self.loss_fn(outputs, self._halves(batch)[1])
 
+    def shared_of(self, batch: Any) -> Any:
+        """See `PipelineStages`. What the first layer takes may be drawn anew by each rank; labels say which sample."""
+        return None if self.loss_fn is None else self._halves(batch)[1]
+
     def needs_batches(self) -> bool:
         """See `PipelineStages`."""
         last = self.total_stages - 1 in self.own_stages

@@ -52,6 +52,10 @@ class PipelineStages:
         """Whether this rank takes batches of its own from the data."""
         raise NotImplementedError
 
+    def shared_of(self, batch: Any) -> Any:
+        """What of a batch must be the same on all ranks of the pipeline that take batches."""
+        return batch
+
     def bounds(self) -> list[int]:
         """Where the model is cut: the first layer or block of every stage, and how many there are."""
         raise NotImplementedError
