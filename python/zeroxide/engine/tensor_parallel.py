@@ -82,6 +82,8 @@ class TensorParallel(Uncut):
         self.group: TensorGroup = TensorGroup(job.tensor)
         self.group.waiting = watch.waiting
         self._sharding = Sharding(self.group)
+        self._generators: list[Any] = [torch]
+        """What draws random numbers where the model computes, and has `get_rng_state` and `set_rng_state`."""
         self._shards: dict[str, TensorShard] = {}
         """How what is cut is cut, by all its names."""
 
@@ -144,6 +146,8 @@ class TensorParallel(Uncut):
             for name, param in zip(unit.names, unit.params, strict=True):
                 if name in self._sharding.summed and param.requires_grad:
                     param.register_hook(Hook(self._sum_gradient))  # type: ignore[no-untyped-call]
+        if units and not is_host(units[0].device):
+            self._generators.append(torch.get_device_module(units[0].device))
         module.register_forward_pre_hook(Hook(self._check_inputs), prepend=True, with_kwargs=True)
         self.align_random()
 
@@ -164,8 +168,8 @@ class TensorParallel(Uncut):
 
     def align_random(self) -> None:
         """See `Uncut`: outside of what is cut, all ranks of a group drop the same."""
-        state = self.group.broadcast(torch.get_rng_state(), "aligning random numbers")
-        torch.set_rng_state(state)
+        for each in self._generators:
+            each.set_rng_state(self.group.broadcast(each.get_rng_state(), "aligning random numbers"))
 
     def _check_inputs(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Raises RanksError on every rank of the group where they were given different samples, or would draw different
@@ -174,8 +178,9 @@ class TensorParallel(Uncut):
         for tensor in tensors_in((args, kwargs)):
             if is_host(tensor.device):
                 found = zlib.crc32(bytes_of(tensor).numpy().data, found)
-        draws = module.training and drops(module)
-        drawn = zlib.crc32(torch.get_rng_state().numpy().data) if draws else 0
+        drawn = 0
+        for each in self._generators if module.training and drops(module) else ():
+            drawn = zlib.crc32(each.get_rng_state().numpy().data, drawn)
         mine = torch.tensor([found, drawn], dtype=torch.int64, device=HOST)
         rows = self.group.gather_rows(mine, "comparing the samples of tensor ranks")
         for column, what, remedy in (
