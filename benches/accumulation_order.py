@@ -4,8 +4,9 @@
 
 GPT-2 124 M in bf16, clipping at 1.0, eight micro-batches of 1 x 128 a step, weights on disk. Steps are timed with
 optimizer state on disk as well; both processes stay alive and make a step each in turn, and two steps of each warm up.
-What is read for weights alone is what is read in all when the state is in host memory. Losses are compared: they must
-be the same in every step.
+What is read for weights alone is what is read in all when the state is in host memory. "processor" is what all threads
+worked, in seconds, which other programs on the machine change least. Losses are compared: they must be the same in
+every step.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def figures(steps: list[dict[str, Any]]) -> dict[str, Any]:
     """Medians over the measured steps of one order."""
     measured = steps[WARM_UP:]
     result: dict[str, Any] = {
-        name: bench.summary(step[name] for step in measured) for name in ("seconds", "forward", "backward", "step")
+        name: bench.summary(step[name] for step in measured)
+        for name in ("seconds", "processor", "forward", "backward", "step")
     }
     for name in ("read_bytes", "write_bytes"):
         result[f"{name}_per_parameter"] = round(statistics.median(step[name] for step in measured), 2)

@@ -51,12 +51,13 @@ def main() -> None:
     feed = (gpt2.batch(spec["model"], spec["rows"], spec["columns"], number) for number in itertools.count())
 
     def step() -> dict[str, object]:
-        before, begun, seconds = engine.io(), time.perf_counter(), engine.times()
+        before, begun, seconds, worked = engine.io(), time.perf_counter(), engine.times(), time.process_time()
         loss = engine.train_batch(feed)
-        took = time.perf_counter() - begun
+        took, worked = time.perf_counter() - begun, time.process_time() - worked
         after, then = engine.io(), engine.times()
         moved = {name: (after[name] - before[name]) / parameters for name in ("read_bytes", "write_bytes")}
         phases = {name: then[name] - seconds[name] for name in then}
+        phases["processor"] = worked
         return {"seconds": took, "loss": float(loss), **moved, **phases, "peak": process.memory()["peak"]}
 
     serve({"parameters": parameters}, step)

@@ -44,6 +44,9 @@ class Case:
     steps: int = 20
     accumulation: int = 2
     checkpointing: bool = False
+    reentrant: bool = False
+    first_part: int | None = None
+    """Tokens of the first of two ranks; None for equal parts, filled up where they do not divide."""
     clip: float = 0.5
     config: dict[str, Any] = field(default_factory=dict)
     oracle: bool = True
@@ -91,6 +94,16 @@ def batch(case: Case, number: int) -> dict[str, torch.Tensor]:
     return found
 
 
+def part_of(case: Case, whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """This rank's."""
+    place = dist.get_rank() % case.sp
+    if case.first_part is None:
+        return shard_batch(whole, place, case.sp, pad_token_id=0)
+    one = shard_batch(whole, 0, 1)
+    cut = slice(None, case.first_part) if place == 0 else slice(case.first_part, None)
+    return {name: value[:, cut].contiguous() for name, value in one.items()}
+
+
 def config_of(case: Case, folder: Path) -> dict[str, Any]:
     def home(device: str) -> dict[str, Any]:
         return {"device": device, **({"nvme_path": str(folder)} if device == "nvme" else {})}
@@ -136,7 +149,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
     model = build(case)
     before = model.config._attn_implementation
     if case.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": case.reentrant})
     mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", case.sp, 2, disable_in_eval=True)
     config = config_of(case, folder)
     engine, *_ = zeroxide.initialize(model=model, mpu=mpu, config=config)
@@ -151,7 +164,7 @@ def train(case: Case, folder: Path) -> dict[str, Any]:
             found = []
             for micro in range(case.accumulation):
                 number = (step * case.accumulation + micro) * groups + group
-                part = shard_batch(batch(case, number), dist.get_rank() % case.sp, case.sp, pad_token_id=0)
+                part = part_of(case, batch(case, number))
                 targets = part.pop("shift_labels")
                 logits = engine(**part, use_cache=False).logits
                 own = model.loss_function(

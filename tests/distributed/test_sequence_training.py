@@ -35,10 +35,12 @@ MODES: list[Case] = [
     {"stage": 3, "param": "cpu", "optimizer": "cpu"},
     {"stage": 3, "param": "nvme", "optimizer": "nvme"},
     {"stage": 3, "checkpointing": True},
+    {"stage": 3, "checkpointing": True, "reentrant": True, "param": "nvme", "optimizer": "nvme"},
     {"stage": 3, "config": {"zeroxide": {"threads": 1, "transport": "collective"}}},
 ]
 """Of one family, with the same bits."""
 SHORT = {"steps": 4, "oracle": False}
+UNEVEN: Case = {"steps": 4, "kind": "packed", "tokens": 25, "first_part": 7}
 RESUMED: list[Case] = [
     {"steps": 8, "oracle": False},
     {"steps": 4, "oracle": False, "save": "shared"},
@@ -57,7 +59,7 @@ def named(each: Case) -> Case:
 
 def cases(world: int) -> list[Case]:
     if world == 2:
-        return [named(each) for each in [*({**mode, **SHORT} for mode in MODES), *FAMILIES, *RESUMED]]
+        return [named(each) for each in [*({**mode, **SHORT} for mode in MODES), *FAMILIES, UNEVEN, *RESUMED]]
     groups = {"zeroxide": {"threads": 1, "mesh": {"dp_replicate": 2, "sp": 2}}}
     two = [{**mode, **SHORT} for mode in [*MODES_OF_FOUR, {"stage": 3, "config": groups}]]
     return [named(each) for each in [*two, FAMILIES[0], *({**each, "sp": 4} for each in FAMILIES)]]
@@ -140,6 +142,8 @@ def test_bytes_are_those_of_the_formula(found):
         queries, keys = (6, 2) if case.get("family", "llama") == "llama" else (4, 4)
         share, kind, micro_batches = case.get("sp", 2), case.get("kind", "plain"), 2 * case.get("steps", 20)
         tokens = [-(-case.get("tokens", 24) // share)] * share
+        if "first_part" in case:
+            tokens = [case["first_part"], case["tokens"] - case["first_part"]]
         query, key = heads(queries, keys, share)
         for number, said in enumerate(ranks):
             rank = number % share
@@ -156,7 +160,7 @@ def test_bytes_are_those_of_the_formula(found):
                 expected[text] = expected.get(text, 0) + micro_batches * 2 * times
             assert said["sent"]["all_to_all of sequences"] == expected, case["name"]
             assert said["sent"]["all_gather of lengths"] == {str(4 * 8 * len(others)): micro_batches}
-            positions = 2 * tokens[0] * len(others) * (1 if kind == "padded" else 8)
+            positions = 2 * max(tokens) * len(others) * (1 if kind == "padded" else 8)
             assert said["sent"]["all_gather of positions"] == {str(positions): micro_batches}
 
 

@@ -101,7 +101,7 @@ def test_an_error_in_one_micro_batch_ends_all_and_the_engine_goes_on(order, wher
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_step_that_is_refused_leaves_nothing_of_its_micro_batches(order, tmp_path):
-    """A weight that somebody replaces before the step: it is put back, and the next call begins anew."""
+    """By a check before anything is counted: the next call begins anew."""
     feed = batches("gpt", 6)
     found = []
     for refused in (True, False):

@@ -33,8 +33,9 @@ class Job:
     """Those that have the other stages of a pipeline for the same samples, along `pp`."""
 
     def groups(self) -> tuple[Ranks, ...]:
-        """The groups that have collectives of their own."""
-        return tuple({id(each): each for each in (self.ranks, self.parts, self.tensor, self.stages)}.values())
+        """The groups that have collectives of their own: those of more ranks than one."""
+        every = (self.ranks, self.parts, self.tensor, self.stages)
+        return tuple({id(each): each for each in every if each.world > 1}.values())
 
     def close(self) -> None:
         """Destroys the process groups that `split_job` made."""
@@ -49,8 +50,8 @@ def split_job(world: Ranks, mesh: ProcessMesh) -> Job:
     try:
         made.append(split(world, mesh.partition("dp_replicate", "dp_shard", "sp")))
         made.append(split(world, mesh.partition("pp", "tp")))
-        # Activations travel from where they are.
-        on_device = world.backend is not None and "cuda" in world.backend
+        # Activations travel from where they are: a group for tensors in host memory is not enough beside a device.
+        on_device = world.backend is not None and "nccl" in world.backend
         alike = mesh.sizes["pp"] == 1 and not on_device
         backend = world.backend if on_device and world.backend else "gloo"
         made.append(made[1] if alike else split(world, mesh.partition("tp"), backend))

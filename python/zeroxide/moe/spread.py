@@ -110,6 +110,9 @@ def with_experts(config: Config, module: nn.Module, world: int, *, in_parts: boo
     axes = config.mesh or Mesh(dp_shard=world)
     if size == axes.ep:
         return config
+    if config.zero.stage == 0:
+        # Every rank keeps all that it trains, however they are grouped.
+        axes = dataclasses.replace(axes, dp_replicate=1, dp_shard=axes.dp_replicate * axes.dp_shard)
     if axes.dp_shard * axes.sp % size:
         raise ConfigError(
             f"ep_size = {size} of the model's MoE layers does not divide dp_shard * sp = {axes.dp_shard * axes.sp}, "

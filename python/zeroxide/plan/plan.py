@@ -212,9 +212,8 @@ def make_plan(
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
     the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
     own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
-    `asked` is what that device is to have.
-    Raises ModelError for a model that cannot be trained, BudgetError when `config.zeroxide.host_memory` cannot hold the
-    payload, or `config.zeroxide.device_memory` what the device is to have.
+    `asked` is what that device is to have. Raises ModelError for a model that cannot be trained, BudgetError when
+    `config.zeroxide.host_memory` cannot hold the payload, or `config.zeroxide.device_memory` what that is to have.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()

@@ -115,7 +115,8 @@ def resolve(section: MeshSection | None, zero: ZeroSection | None, stage: int, g
         return None
     if axes is None:
         ranks = batch_ranks(section, given)
-        axes = Mesh(dp_shard=ranks) if stage > 0 else Mesh(dp_replicate=ranks)
+        # Experts are spread within a shard group, also where every rank keeps all that it trains.
+        axes = Mesh(dp_shard=ranks) if stage > 0 or others["ep"] > 1 else Mesh(dp_replicate=ranks)
     axes = dataclasses.replace(axes, **others)
     if axes.dp_shard * axes.sp % axes.ep:
         raise ConfigError(

@@ -186,10 +186,11 @@ class StateDicts:
         if ranks.world == 1 and not cut:
             yield
             return
+        where = "where matrices are cut" if cut else "at stage 3"
         line = (
             f"rank {ranks.number(ranks.rank)} has waited {self.patience:.0f} s for the other ranks to ask for the "
-            f"state of {first.name}: at stage 3, and where matrices are cut, every rank must call state_dict, and what "
-            "builds on it, such as save_pretrained"
+            f"state of {first.name}: {where} every rank must call state_dict, and what builds on it, such as "
+            "save_pretrained"
         )
         timer = threading.Timer(self.patience, logger.warning, [line])
         timer.daemon = True
