@@ -59,7 +59,7 @@ def find_row(model: nn.Module, example: Any) -> Row:
     args, kwargs = call_of(model, example_for(model, example))
     with seen:
         try:
-            form(*args, **kwargs)
+            seen.check_output(form(*args, **kwargs))
         except ModelError:
             raise
         except Exception as error:
@@ -211,7 +211,7 @@ class _Rehearsal:
                     )
 
     def _after_block(self, at: int) -> Any:
-        def after(block: nn.Module, args: Any, output: Any) -> None:
+        def after(block: nn.Module, args: Any, output: Any) -> Any:
             self._inside = False
             self._next += 1
             gives = len(output) if isinstance(output, tuple) else None
@@ -220,9 +220,30 @@ class _Rehearsal:
                 raise self._refusal(
                     f"a block, number {at}, that gives neither a tensor nor a tuple that begins with one"
                 )
-            self._gives, self._hidden = gives, hidden
+            # What comes after knows the block by this tensor alone.
+            self._gives, self._hidden = gives, hidden.detach().requires_grad_(hidden.is_floating_point())
+            return self._hidden if gives is None else (self._hidden, *output[1:])
 
         return after
+
+    def check_output(self, output: Any) -> None:
+        """Raises ModelError where what the model gives depends on parameters of earlier blocks, or of what runs before
+        them, otherwise than through the last block, as an auxiliary loss of experts does."""
+        last = f"{self.name}.{self.count - 1}"
+        names: dict[int, str] = {}
+        allowed: set[int] = set()
+        for path, owner in self._form.named_modules():
+            in_blocks = path.startswith(f"{self.name}.")
+            here = path == last or path.startswith(f"{last}.") if in_blocks else self._runs.get(path, set()) != {BEFORE}
+            for key, param in owner._parameters.items():
+                if param is not None:
+                    names.setdefault(id(param), f"{path}.{key}" if path else key)
+                    allowed.update([id(param)] if here else ())
+        wrong = [names[each] for each in _parameters_behind(_tensors(output)) if each in names and each not in allowed]
+        if wrong:
+            raise self._refusal(
+                f"results that depend on {min(wrong)} otherwise than through its last block, where another stage has it"
+            )
 
     def _before_owner(self, path: str) -> Any:
         def before(owner: nn.Module, args: Any) -> None:
@@ -233,6 +254,23 @@ class _Rehearsal:
                 raise self._refusal(f"{path}, with parameters, in several places: before its blocks, in or after them")
 
         return before
+
+
+def _parameters_behind(tensors: Iterator[torch.Tensor]) -> set[int]:
+    """The ids of leaves from which tensors were computed."""
+    found: set[int] = set()
+    seen: set[Any] = set()
+    left = [each.grad_fn for each in tensors if each.grad_fn is not None]
+    while left:
+        node = left.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.add(id(variable))
+        left.extend(each for each, _ in node.next_functions if each is not None)
+    return found
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
