@@ -298,6 +298,8 @@ class ShardedParam:
     def _together(self, part: str, dtype: torch.dtype) -> torch.Tensor:
         full = torch.empty(self.shape.numel(), dtype=dtype, device=HOST)
         groups = self.unit.groups
+        # Experts have other names on other ranks.
+        name = self.unit.name if self.unit.experts else self.name
         for position, start, count in self.pieces():
             piece = full[start : start + count]
             if position == groups.shard.position:
@@ -308,7 +310,7 @@ class ShardedParam:
             for everyone in groups.places or (groups.everyone,):
                 mine = everyone == groups.everyone
                 # Every replica has the same: the first one's is sent.
-                self.context.broadcast(piece if mine else torch.empty_like(piece), everyone[position], self.unit.name)
+                self.context.broadcast(piece if mine else torch.empty_like(piece), everyone[position], name)
         return full
 
     def _fetch(self, part: str, start: int, out: torch.Tensor) -> torch.Tensor:
