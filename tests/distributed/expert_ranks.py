@@ -18,6 +18,7 @@ import torch.distributed as dist
 from expert_models import batches, build, loss_of
 
 import zeroxide
+from zeroxide.errors import ModelError
 
 
 def config_of(case: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -52,6 +53,23 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
     return total.hexdigest()
 
 
+def refused(engine: Any) -> list[str]:
+    """What an engine says of calls that experts over ranks do not go with."""
+    lines = []
+    expert = next(param for name, param in engine.module.named_parameters() if "experts" in name)
+    for call in (
+        lambda: zeroxide.zero.GatheredParameters([expert], modifier_rank=0).__enter__(),
+        lambda: engine.load_module_state_dict({}),
+    ):
+        try:
+            call()
+        except ModelError as error:
+            lines.append(str(error))
+    with zeroxide.zero.GatheredParameters([expert]):
+        assert expert.numel() > 0
+    return lines
+
+
 def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     (folder / "nvme").mkdir(exist_ok=True)
@@ -83,6 +101,7 @@ def run(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         found["model"] = digest({name: value.float() for name, value in full.items()})
         found["names"] = sorted(full)
         torch.save({name: value.float() for name, value in full.items()}, folder / f"{case['name']}.pt")
+    found["refused"] = refused(engine) if case.get("refused") else []
     if case.get("save"):
         engine.save_checkpoint(folder / case["save"])
         engine.save_16bit_model(folder / f"{case['save']}.model")

@@ -56,7 +56,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     cases = [
         {"name": "stage 3", "ep": 2, "save": "three"},
-        {"name": "stage 2", "ep": 2, "stage": 2},
+        {"name": "stage 2", "ep": 2, "stage": 2, "refused": True},
         {"name": "stage 1", "ep": 2, "stage": 1},
         {"name": "stage 0", "ep": 2, "stage": 0},
         {"name": "nvme", "ep": 2, "nvme": True},
@@ -98,6 +98,24 @@ def test_stages_and_homes_have_the_same_bits(two):
     for name in ("bf16, stage 1", "bf16, nvme"):
         assert found[name][0]["model"] == found["bf16"][0]["model"], name
         assert found[name][0]["norms"] == found["bf16"][0]["norms"], name
+
+
+def test_what_would_take_one_ranks_experts_for_all_is_refused(two):
+    """Catches: rank 0's expert written over those of the others."""
+    _, found = two
+    for one in found["stage 2"]:
+        gathered, loaded = one["refused"]
+        assert "is an expert's, and ranks have different experts" in gathered
+        assert "has experts that are spread over ranks, which is not built" in loaded
+        assert "\n" not in gathered + loaded
+
+
+def test_experts_that_do_not_divide_are_refused_on_every_rank(tmp_path):
+    (tmp_path / "cases.json").write_text(json.dumps([{"family": "mixtral", "name": "three", "ep": 3, "stage": 3}]))
+    results = run_ranks(3, HERE / "expert_ranks.py", [str(tmp_path / "cases.json")], env={"PYTHONPATH": paths()})
+    for result in results:
+        assert result.code == 1
+        assert "has 4 experts, which 3 ranks cannot share alike" in result.err
 
 
 def test_the_state_dict_is_that_of_the_whole_model_on_every_rank(two):
