@@ -62,7 +62,12 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
     replicas = world // case["pp"]
     config = config_of(case, folder, replicas)
-    engine, _, _, _ = zeroxide.initialize(model=model_of(case, config), config=config)
+    model, more = model_of(case, config), {}
+    if case.get("optimizer_of_all"):
+        # As a script makes it, before anything is cut.
+        del config["optimizer"]
+        more["optimizer"] = torch.optim.AdamW(model.parameters(), lr=case["lr"], weight_decay=0.01)
+    engine, _, _, _ = zeroxide.initialize(model=model, config=config, **more)
     mine = [number for number in range(case["numbers"]) if number % replicas == rank % replicas]
     losses, norms = [], []
     for step in range(case["steps"]):

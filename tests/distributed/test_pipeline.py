@@ -70,7 +70,7 @@ TWO: list[Case] = [
     {**BASE, "name": "free layers recomputed", "kind": "free layers", "schedule": "gpipe", "interval": 2, "stage": 0},
     {**BASE, "name": "gpt2", "kind": "gpt2"},
     {**BASE, "name": "gpt2 interleaved", "kind": "gpt2", "schedule": "interleaved_1f1b", "stages_per_rank": 2},
-    {**BASE, "name": "llama", "kind": "llama", "by_mesh": True, "stage": 3},
+    {**BASE, "name": "llama", "kind": "llama", "by_mesh": True, "stage": 3, "optimizer_of_all": True},
     {**BASE, "name": "gpt2 halves", "kind": "gpt2", "schedule": "interleaved_zero_bubble", "stages_per_rank": 2},
     {**BASE, "name": "llama v", "kind": "llama", "schedule": "dualpipe_v", "stages_per_rank": 2, "stage": 3},
     {**BASE, "name": "llama looped", "kind": "llama", "schedule": "looped_bfs", "stages_per_rank": 2, "stage": 2},

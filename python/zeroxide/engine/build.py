@@ -218,7 +218,8 @@ class Build:
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
         given = self.experts.without_dropped(asked.model_parameters)
-        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given)
+        elsewhere: frozenset[int] = frozenset() if self.stages is None else self.stages.elsewhere()
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given, elsewhere)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)

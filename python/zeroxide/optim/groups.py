@@ -96,12 +96,15 @@ def refuse_options(group: Mapping[str, Any]) -> None:
         raise ConfigError(f"optimizer option {option}=False is not supported", path=f"optimizer.{option}")
 
 
-def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: Any) -> list[dict[str, Any]]:
+def groups_for(
+    module: nn.Module, config: Config, optimizer: Any, parameters: Any, elsewhere: frozenset[int] = frozenset()
+) -> list[dict[str, Any]]:
     """The parameter groups of one training run, each with every hyperparameter.
 
     `optimizer` is None, one of torch's (see `taken_over`), or a callable that makes one from parameters; `parameters`
     is None, an iterable of parameters or of (name, parameter), or of group dicts, which may name their own "optimizer"
-    and "state_format". Raises ConfigError or ModelError.
+    and "state_format". elsewhere: ids of parameters that another rank's part of the model has,
+    which are left out. Raises ConfigError or ModelError.
     """
     listed = _listed(module.parameters() if parameters is None else parameters, "model_parameters")
     if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
@@ -122,7 +125,7 @@ def groups_for(module: nn.Module, config: Config, optimizer: Any, parameters: An
     known = {id(param) for param in module.parameters()}
     for group in groups:
         # Frozen parameters take no part; a caller may freeze some and still pass all.
-        kept = [param.requires_grad for param in group["params"]]
+        kept = [param.requires_grad and id(param) not in elsewhere for param in group["params"]]
         for key in ("params", "param_names"):
             if key in group:
                 group[key] = [each for each, keep in zip(group[key], kept, strict=True) if keep]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -140,6 +141,11 @@ class CutModel(PipelineStages):
         """See `PipelineStages`."""
         return self._ties
 
+    def elsewhere(self) -> frozenset[int]:
+        """See `PipelineStages`."""
+        alive = (each() for each in self._dropped)
+        return frozenset(id(param) for param in alive if param is not None)
+
     # Running ---------------------------------------------------------------------------------------------------------
 
     def arguments(self, stage: int, received: Any, batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -254,6 +260,9 @@ class CutModel(PipelineStages):
                     name=first[key],
                 )
         self._needed = ranks
+        self._dropped = [
+            weakref.ref(param) for param in self._model.parameters() if self.stage_id not in ranks[id(param)]
+        ]
         return {first[key]: tuple(sorted(found)) for key, found in ranks.items() if len(found) > 1}
 
     def _cut(self) -> None:

@@ -73,6 +73,10 @@ class PipelineStages:
         """By name, the parameters that several ranks of the pipeline have, and those ranks; the same on every rank."""
         return {}
 
+    def elsewhere(self) -> frozenset[int]:
+        """The ids of parameters that the model had before it was cut, are alive, and belong to other stages."""
+        return frozenset()
+
     def commit(self) -> None:
         """The engine is made: nothing of other stages is needed again."""
 
