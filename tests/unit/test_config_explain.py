@@ -54,6 +54,14 @@ def test_a_config_that_is_written_out_in_full_is_the_same(key, value, beside, na
     assert again.no_effect == []
 
 
+@pytest.mark.parametrize("axis", ["pp", "tp", "sp", "ep"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_axes_that_are_written_out_are_the_same(axis, stage):
+    """Catches: sizes that follow from the others at a stage that refuses them when they are said."""
+    found = load({"zero_optimization": {"stage": stage}, "zeroxide": {"mesh": {axis: 2}}}, world_size=4)
+    assert load(whole(found.written()), world_size=4).mesh == found.mesh
+
+
 def _ranks(name: str) -> int:
     return 4 if name.split(".")[0] in ("mesh", "pipeline", "tensor_parallel") else 1
 

@@ -173,7 +173,7 @@ def _data_axes(section: MeshSection | None, zero: ZeroSection | None, stage: int
             expected=f"a product of {world_size}",
             got=str(product),
         )
-    _check_stage(axes, stage, other_axes(section)["sp"])
+    _check_stage(axes, stage, other_axes(section))
     return axes if replicate > 1 and stage > 0 else None
 
 
@@ -202,13 +202,13 @@ def _alternatives(values: list[str]) -> str:
     return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
 
 
-def _check_stage(axes: Mesh, stage: int, sequence: int) -> None:
-    if stage == 0 and axes.dp_shard > 1:
+def _check_stage(axes: Mesh, stage: int, others: dict[str, int]) -> None:
+    if stage == 0 and axes.dp_shard > 1 and others["ep"] == 1:
         raise ConfigError(
             f"{_MESH}: dp_shard = {axes.dp_shard} needs zero_optimization.stage 1 to 3, got 0, which shards nothing",
             path=f"{_MESH}.dp_shard",
         )
-    if stage > 0 and axes.dp_shard * sequence == 1 and axes.dp_replicate > 1:
+    if stage > 0 and axes.dp_shard * others["sp"] == 1 and axes.dp_replicate > 1:
         raise ConfigError(
             f"{_MESH}: dp_shard = 1 keeps everything on each of {axes.dp_replicate} ranks: that is "
             f"zero_optimization.stage 0, got stage {stage}",
