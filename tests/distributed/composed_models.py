@@ -6,14 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
 
 __all__ = ["IGNORED", "SAMPLES", "batch", "build", "train_plain"]
 
@@ -25,24 +17,27 @@ def build(kind: str, *, plain_experts: bool = False) -> nn.Module:
 
     plain_experts: whether experts are computed one after the other, which alone takes fp64.
     """
+    # Here, since transformers imports accelerate, which looks for deepspeed once and for all.
+    import transformers
+
     torch.manual_seed(1)
     if kind == "gpt2":
-        config: Any = GPT2Config(
+        config: Any = transformers.GPT2Config(
             vocab_size=VOCABULARY, n_positions=32, n_embd=32, n_layer=4, n_head=4, attn_pdrop=0, resid_pdrop=0,
             embd_pdrop=0, attn_implementation="sdpa",
         )  # fmt: skip
-        return GPT2LMHeadModel(config).train()
+        return transformers.GPT2LMHeadModel(config).train()
     shape = {
         "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32,
         "attn_implementation": "sdpa",
     }  # fmt: skip
     if kind == "mixtral":
-        config = MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
+        config = transformers.MixtralConfig(**shape, num_local_experts=4, num_experts_per_tok=2)
         if plain_experts:
             config._experts_implementation = "eager"
-        return MixtralForCausalLM(config).train()
-    return LlamaForCausalLM(LlamaConfig(**shape)).train()
+        return transformers.MixtralForCausalLM(config).train()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape)).train()
 
 
 def batch(kind: str, step: int, number: int) -> dict[str, torch.Tensor]:

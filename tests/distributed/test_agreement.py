@@ -13,6 +13,7 @@ from torch import nn
 from zeroxide.config import CommsLogging, Config, FlopsProfile, Offload, Optimizer, load
 from zeroxide.config.facts import config_facts, reason_to_differ
 from zeroxide.config.sections.mesh import Mesh
+from zeroxide.config.sections.pipeline import Pipeline
 from zeroxide.config.sections.zero import Zero
 from zeroxide.distributed import Ranks, agree, model_facts, name_ranks, sampler_facts, version_facts
 from zeroxide.errors import RanksError
@@ -160,7 +161,7 @@ WATCHES = {"report", "monitor", "flops_profiler", "comms_logger"}
 def test_every_field_of_the_config_must_agree_or_says_why_not():
     """Changing a field changes a fact, unless the field is one of those that ranks may differ in."""
     warm_up = load({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 10}}}).scheduler
-    plain = Config(optimizer=Optimizer(), scheduler=warm_up, mesh=Mesh(dp_replicate=2, dp_shard=2))
+    plain = Config(optimizer=Optimizer(), scheduler=warm_up, mesh=Mesh(dp_replicate=2, dp_shard=2), pipeline=Pipeline())
     without = set()
     for section in dataclasses.fields(plain):
         inside = getattr(plain, section.name)

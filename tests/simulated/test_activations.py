@@ -217,7 +217,7 @@ def test_graphs_that_are_kept_or_wait(sim):
 
 def test_a_full_budget_leaves_tensors_on_the_device(caplog, monkeypatch):
     """One line says so, and what fits goes down. Catches: a budget that activations do not count against."""
-    monkeypatch.setattr("zeroxide.engine.build.room_in_budget", lambda limit, expected, taken: 3 * GRAIN - taken)
+    monkeypatch.setattr("zeroxide.engine.activations.room_in_budget", lambda limit, expected, taken: 3 * GRAIN - taken)
     engine = started("other", "transient")
     fresh = started("other", "transient", keep=False)
     assert [step(engine, seed) for seed in range(2)] == [step(fresh, seed) for seed in range(2)]

@@ -35,10 +35,18 @@ class Sometimes(nn.Module):
         return self.last(hidden if self.skips else self.middle(hidden).tanh())
 
 
+class Wide(Sometimes):
+    """With a last layer whose update takes longer than what a step does after it has begun."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(8, 1 << 18)
+
+
 class Run:
     """One engine, and what is seen of it."""
 
-    def __init__(self, mode: str, place: str, folder, precision: dict) -> None:
+    def __init__(self, mode: str, place: str, folder, precision: dict, model: type[nn.Module] = Sometimes) -> None:
         self.mode, self.place, self.folder = mode, place, folder
         torch.manual_seed(0)
         zero = {"stage": 3, **MODES[mode]}
@@ -55,7 +63,7 @@ class Run:
             "zeroxide": {"device": "cpu" if place == "cpu" else "sim", "threads": 1},
             **precision,
         }
-        self.engine = zeroxide.initialize(model=Sometimes(), config=config)[0]
+        self.engine = zeroxide.initialize(model=model(), config=config)[0]
         self.params = dict(self.engine.module.named_parameters())
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[self.engine.resolved_config.precision.dtype]
         self.number = 0
@@ -251,7 +259,7 @@ def under_way(run: Run) -> bool:
 def test_a_step_is_under_way_when_it_returns(tmp_path):
     """Without which the tests above say nothing, and an end comes in the middle of it. The core's thread may be quicker
     than a look at the window, but not at every one of 50 steps. Catches: a step that ends before it returns."""
-    run = Run("resident", "deferred", tmp_path, PRECISIONS["bf16"])
+    run = Run("resident", "deferred", tmp_path, PRECISIONS["bf16"], Wide)
     run.train()
     assert any(under_way(run) for _ in range(50))
     run.train()

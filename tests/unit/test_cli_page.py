@@ -7,7 +7,7 @@ import json
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from page_reading import read, rows
 
@@ -319,6 +319,7 @@ def test_times_under_way_are_counted_once(one, other):
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(2, 10))
+@example(1.0, 400400401.0, 2)
 def test_axes_have_round_numbers_inside(low, width, count):
     found = ticks(low, low + width, count)
     assert 1 <= len(found) <= 2 * count + 2 or width < 1e-12 * abs(low)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -417,3 +419,10 @@ def test_halves_of_a_loss_begin_with_one():
     assert halves.inputs() == [torch.tensor([2.0])]
     halves.weights()
     assert weight.grad == torch.tensor([3.0])
+
+
+def test_nobody_pays_for_a_backward_that_is_not_split():
+    """torch.distributed.pipelining imports torch's compiler and sympy, 80 MB. Catches: an import of it at the top."""
+    said = "import sys, zeroxide; zeroxide.initialize; print('sympy' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, timeout=60, check=True)
+    assert ended.stdout.strip() == "False"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import ctypes
 import random
+import signal
 import threading
 from pathlib import Path
 
@@ -119,6 +120,15 @@ def test_a_step_that_is_refused_leaves_nothing_of_its_micro_batches(order, tmp_p
     assert same(*found)
 
 
+@pytest.fixture
+def interruptible():
+    """A shell's job in the background begins with the signal ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_all_micro_batches(tmp_path):
     """What Ctrl-C raises in the main thread, while it waits for the others."""
 

@@ -33,10 +33,15 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     if not (math.isfinite(rough) and rough > 0):
         return [low]
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
-    return [each * step for each in range(first, last + 1)]
+    steps = [factor * power for factor in (1, 2, 5, 10)]
+    at = next(number for number, step in enumerate(steps) if step >= rough * 0.999)
+    # Between two multiples of a step there may be none of it: a smaller one has some.
+    for step in (*reversed(steps[: at + 1]), 0.5 * power, 0.2 * power):
+        first = math.ceil(low / step - 1e-9)
+        last = math.floor(high / step + 1e-9)
+        if first <= last:
+            return [each * step for each in range(first, last + 1)]
+    return [low]
 
 
 def byte_ticks(high: float, count: int) -> list[float]:

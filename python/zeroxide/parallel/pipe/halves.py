@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.distributed.pipelining._backward import stage_backward_input
 
 __all__ = ["Halves"]
 
@@ -41,6 +40,9 @@ class Halves:
         """Gradients of the leaves. What the second half needs is kept."""
         if not self._leaves:
             return []
+        # Here, since it imports torch's compiler and sympy: 80 MB for whoever never splits a backward.
+        from torch.distributed.pipelining._backward import stage_backward_input
+
         nodes: list[Any] = [GradientEdge(node, 0) for node in self._parameters]
         found, self._groups = stage_backward_input(
             self._outputs,
