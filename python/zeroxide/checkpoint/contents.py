@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide.parallel.tensor import shard_of
-from zeroxide.params.part import Region, part_of
+from zeroxide.params.part import Region, region_of
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def value_dtype(held: ParamRecord, part: str) -> torch.dtype:
 
 
 def param_records(training: TrainingState) -> list[ParamRecord]:
-    """Every parameter once, in the order of the core, by its names in the undivided model."""
+    """Every parameter once, in the order of the core."""
     core = training.core
     names: dict[int, list[str]] = {}
     for name, param in training.module.named_parameters(remove_duplicate=False):
@@ -95,7 +95,7 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             unit=unit.index,
             position=position,
             offset=core.param_offset(unit.index, position),
-            names=part_of(param).names or tuple(names[id(param)]),
+            names=tuple(names[id(param)]),
             shape=tuple(unit.shapes[position]),
             numel=unit.shapes[position].numel(),
             trainable=unit.trainable[position],
@@ -112,7 +112,7 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
 
 def _region(param: nn.Parameter) -> Region | None:
     shard = shard_of(param)
-    return part_of(param).region if shard is None else shard.region
+    return region_of(param) if shard is None else shard.region
 
 
 def state_names(held: Iterable[ParamRecord]) -> list[str]:

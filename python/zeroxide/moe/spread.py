@@ -23,7 +23,7 @@ from zeroxide.moe.experts import mark_expert
 from zeroxide.moe.hugging_face import WEIGHTS, find_fused_experts, replace_forward
 from zeroxide.moe.layer import MoE
 from zeroxide.params.handle import handle_of
-from zeroxide.params.part import ModelPart, Region, mark_part
+from zeroxide.params.part import Region, mark_part
 
 __all__ = ["SpreadExperts", "expert_parallel_size", "spread_experts", "with_experts"]
 
@@ -211,7 +211,7 @@ def _cut(param: nn.Parameter, position: int, ep: int) -> None:
     number = full[0] // ep
     with torch.no_grad():
         param.data = param.data[position * number : (position + 1) * number].clone()
-    mark_part(param, ModelPart(region=Region(full, 0, ((position * number, number),))))
+    mark_part(param, Region(full, 0, ((position * number, number),)))
 
 
 def _share(param: nn.Parameter, ranks: Ranks, tensor: Ranks) -> None:

@@ -1,4 +1,4 @@
-"""What a parameter is of the undivided model, where ranks have parts of one: of tensors, or of the layers."""
+"""What a parameter is of the undivided model, where ranks have parts of its tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from math import prod
 
 from torch import nn
 
-__all__ = ["ModelPart", "Region", "mark_part", "part_of"]
+__all__ = ["Region", "mark_part", "region_of"]
 
-_ATTRIBUTE = "model_part"
+_ATTRIBUTE = "_region"
 
 
 @dataclass(frozen=True)
@@ -76,24 +76,12 @@ class Region:
             start += take
 
 
-@dataclass(frozen=True)
-class ModelPart:
-    """What a rank's parameter is of the undivided model's.
-
-    names: what the undivided model calls it, where its own module calls it otherwise.
-    region: which elements of it this rank has; None for all of them.
-    """
-
-    names: tuple[str, ...] | None = None
-    region: Region | None = None
+def mark_part(param: nn.Parameter, region: Region) -> None:
+    """Says which elements of the undivided model's parameter this one is. Copies of a model keep it."""
+    setattr(param, _ATTRIBUTE, region)
 
 
-def mark_part(param: nn.Parameter, part: ModelPart) -> None:
-    """Says what a parameter is a part of. Copies of a model keep it."""
-    setattr(param, _ATTRIBUTE, part)
-
-
-def part_of(param: nn.Parameter) -> ModelPart:
-    """What a parameter is a part of; by default all of itself under its own name."""
+def region_of(param: nn.Parameter) -> Region | None:
+    """Which elements of the undivided model's parameter this is, as `mark_part` was told; None for all of them."""
     found = getattr(param, _ATTRIBUTE, None)
-    return found if isinstance(found, ModelPart) else ModelPart()
+    return found if isinstance(found, Region) else None

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from zeroxide.distributed import COMMS, first_line
 from zeroxide.errors import ModelError, RanksError
 
-__all__ = ["EXCHANGES", "Exchange", "Heads", "gather_numbers", "to_heads", "to_sequence"]
+__all__ = ["EXCHANGES", "Exchange", "Heads", "gather_numbers", "gather_parts", "to_heads", "to_sequence"]
 
 
 @dataclass
@@ -124,13 +124,6 @@ class Exchange:
         """(first, end) of each rank's tokens in the whole sequence."""
         ends = [sum(self.lengths[:rank]) for rank in range(self.world + 1)]
         return tuple(pairwise(ends))
-
-    def bytes_to_heads(self, blocks: Blocks, rest: int) -> tuple[int, int]:
-        """(sent, received) bytes of this rank on the way there; `rest` bytes for each head and token."""
-        mine = blocks[self.rank][1] - blocks[self.rank][0]
-        others = [rank for rank in range(self.world) if rank != self.rank]
-        sent = sum(blocks[rank][1] - blocks[rank][0] for rank in others) * self.lengths[self.rank] * rest
-        return sent, sum(self.lengths[rank] for rank in others) * mine * rest
 
 
 def to_heads(
@@ -245,15 +238,20 @@ def _all_to_all(exchange: Exchange, sends: list[torch.Tensor], counts: list[int]
 def gather_numbers(group: Any, numbers: Sequence[int], device: torch.device | str) -> list[list[int]]:
     """What each rank of the group gave: as many whole numbers each."""
     mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    return [each.tolist() for each in gather_parts(group, mine, "lengths")]
+
+
+def gather_parts(group: Any, mine: torch.Tensor, what: str) -> list[torch.Tensor]:
+    """The tensor of each rank of the group, all of one shape and dtype; `what` they are, for messages."""
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     size = mine.nbytes * (len(every) - 1)
-    logged = COMMS.begin("all_gather", size, len(every), what="of lengths") if COMMS.enabled else None
+    logged = COMMS.begin("all_gather", size, len(every), what=f"of {what}") if COMMS.enabled else None
     try:
         dist.all_gather(every, mine, group=group)
     except RuntimeError as error:
         raise RanksError(
-            f"gathering the lengths of {len(every)} parts of a sequence failed: {first_line(error)}; another rank has "
+            f"gathering the {what} of {len(every)} parts of a sequence failed: {first_line(error)}; another rank has "
             "probably ended: look at what each of them printed last"
         ) from error
     COMMS.end(logged)
-    return [each.tolist() for each in every]
+    return every

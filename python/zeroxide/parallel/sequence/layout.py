@@ -12,11 +12,9 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
-from zeroxide.distributed import COMMS, first_line
-from zeroxide.errors import ModelError, RanksError
-from zeroxide.parallel.sequence.exchange import gather_numbers
+from zeroxide.errors import ModelError
+from zeroxide.parallel.sequence.exchange import gather_numbers, gather_parts
 
 __all__ = ["SequenceLayout", "gather_layout"]
 
@@ -105,15 +103,5 @@ def _gathered(group: Any, mine: torch.Tensor, lengths: tuple[int, ...]) -> torch
     most = max(lengths)
     padded = torch.zeros((mine.shape[0], most), dtype=mine.dtype, device=mine.device)
     padded[:, : mine.shape[1]] = mine
-    every = [torch.empty_like(padded) for _ in lengths]
-    size = padded.nbytes * (len(lengths) - 1)
-    logged = COMMS.begin("all_gather", size, len(lengths), what="of positions") if COMMS.enabled else None
-    try:
-        dist.all_gather(every, padded, group=group)
-    except RuntimeError as error:
-        raise RanksError(
-            f"gathering the positions of {len(lengths)} parts of a sequence failed: {first_line(error)}; another rank "
-            "has probably ended: look at what each of them printed last"
-        ) from error
-    COMMS.end(logged)
+    every = gather_parts(group, padded, "positions")
     return torch.cat([part[:, :count] for part, count in zip(every, lengths, strict=True)], 1)

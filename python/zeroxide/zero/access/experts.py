@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from zeroxide.params.part import part_of
+from zeroxide.params.part import region_of
 from zeroxide.zero.param import ShardedParam, sharded_param_of
 
 __all__ = ["add_experts", "experts_of"]
@@ -20,7 +20,7 @@ def experts_of(module: nn.Module) -> list[tuple[str, ShardedParam]]:
 def add_experts(kept: dict[str, torch.Tensor], sharded: ShardedParam, name: str) -> None:
     """Adds what all ranks have in the place of a parameter, which is `name` in a dict: several parameters, or the parts
     of one. Every rank calls it."""
-    region, found = part_of(sharded.param).region, _everywhere(sharded)
+    region, found = region_of(sharded.param), _everywhere(sharded)
     if region is not None:
         # Experts are the first dimension, and their places in a row.
         kept[name] = torch.cat([values for _, values in found]).view(region.shape)
