@@ -47,17 +47,33 @@ class End(nn.Module):
 BLOCKS = 4
 
 
-def project(embedding: nn.Embedding, hidden: torch.Tensor) -> torch.Tensor:
-    return functional.linear(hidden, embedding.weight)
+class Embedding(nn.Module):
+    """Words and positions, as Megatron's: heads use the words alone, by a property that `tied_weight_attr` names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, WIDTH)
+        self.positions = nn.Embedding(32, WIDTH)
+
+    @property
+    def words_weight(self) -> torch.Tensor:
+        return self.words.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.words(ids) + self.positions(torch.arange(ids.shape[1]))
+
+
+def project(embedding: Embedding, hidden: torch.Tensor) -> torch.Tensor:
+    return functional.linear(hidden, embedding.words.weight)
 
 
 def layers(tied: bool = True) -> list[Any]:
     last = (
-        TiedLayerSpec("embedding", nn.Embedding, VOCABULARY, WIDTH, forward_fn=project)
+        TiedLayerSpec("embedding", Embedding, forward_fn=project, tied_weight_attr="words_weight")
         if tied
         else LayerSpec(nn.Linear, WIDTH, VOCABULARY, bias=False)
     )
-    first = TiedLayerSpec("embedding", nn.Embedding, VOCABULARY, WIDTH)
+    first = TiedLayerSpec("embedding", Embedding, tied_weight_attr="words_weight")
     return [first, begin, *(LayerSpec(Block) for _ in range(BLOCKS)), LayerSpec(End), last]
 
 

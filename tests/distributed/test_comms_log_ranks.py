@@ -136,3 +136,76 @@ def test_without_the_key_nothing_is_logged_and_the_numbers_are_the_same(transpor
         losses = [line for line in off.out.splitlines() if line.startswith("loss")]
         assert losses == [line for line in on.out.splitlines() if line.startswith("loss")]
         assert len(losses) == STEPS
+
+
+SCRIPT = """
+import json
+import zeroxide.integrations.deepspeed
+from deepspeed import comm
+from zeroxide.distributed import COMMS, log_summary
+
+ones = lambda *shape: torch.full(shape, 1.0 + comm.get_rank())
+COMMS.ranks = ranks
+comm.configure(enabled=sys.argv[1] == "on")
+values = ones(6)
+comm.all_reduce(values)
+assert values.tolist() == [3.0] * 6
+handle = comm.all_reduce(values, async_op=True)
+handle.wait()
+assert handle.is_completed() and values.tolist() == [6.0] * 6
+rows = [torch.empty(3) for _ in range(2)]
+comm.all_gather(rows, ones(3))
+assert torch.stack(rows).tolist() == [[1.0] * 3, [2.0] * 3]
+joined = torch.empty(6)
+comm.all_gather_into_tensor(joined, ones(3))
+assert joined.tolist() == [1.0] * 3 + [2.0] * 3
+part = torch.empty(3)
+comm.reduce_scatter_tensor(part, ones(6))
+assert part.tolist() == [3.0] * 3
+# The first rank sends the other three rows of two, and gets one.
+sent, got = ([1, 3], [1, 1]) if comm.get_rank() == 0 else ([1, 1], [3, 1])
+rows = torch.empty(sum(got), 2)
+comm.all_to_all_single(rows, ones(sum(sent), 2), output_split_sizes=got, input_split_sizes=sent)
+even = torch.empty(4)
+comm.all_to_all_single(even, ones(4))
+assert even.tolist() == [1.0, 1.0, 2.0, 2.0]
+comm.broadcast(values, 0)
+(comm.send if comm.get_rank() == 0 else comm.recv)(values, 1 - comm.get_rank())
+work = (comm.isend if comm.get_rank() == 0 else comm.irecv)(values, 1 - comm.get_rank())
+work.wait()
+comm.reduce(values, dst=0)
+comm.gather(ones(3), [torch.empty(3), torch.empty(3)] if comm.get_rank() == 0 else None, dst=0)
+comm.scatter(torch.empty(3), [ones(3), ones(3)] if comm.get_rank() == 0 else None, src=0)
+comm.barrier()
+comm.configure(enabled=False)
+comm.barrier()
+say("FOUND " + json.dumps(log_summary(return_dict=True)["summary"]))
+"""
+
+
+def collectives_of_a_script(switch):
+    results = run_ranks(WORLD, SCRIPT, [switch])
+    assert [result.code for result in results] == [0] * WORLD, results[0].err
+    lines = [line for result in results for line in result.out.splitlines() if line.startswith("FOUND ")]
+    return [sums(json.loads(line.removeprefix("FOUND "))) for line in lines]
+
+
+def test_collectives_of_scripts_are_logged():
+    """Catches: a collective that is not logged, or logged though the log is off; bytes of a rank's own part counted
+    with those of others; what is under way logged before somebody has waited for it, or twice."""
+    first, second = collectives_of_a_script("on")
+    # Of two ranks: half of six numbers of four bytes come as parts and half as sums, twice.
+    alike = {
+        "all_reduce": (2, 2 * 24),
+        "all_gather": (2, 2 * 12),
+        "reduce_scatter": (1, 12),
+        "broadcast": (1, 24),
+        "reduce": (1, 24),
+        "gather": (1, 12),
+        "scatter": (1, 12),
+        "barrier": (1, 0),
+    }
+    expected = [{"all_to_all": (2, 8 + 8), "send": (2, 48)}, {"all_to_all": (2, 24 + 8), "recv": (2, 48)}]
+    for found, own in zip((first, second), expected, strict=True):
+        assert found == {f"{op} of scripts": each for op, each in (alike | own).items()}
+    assert collectives_of_a_script("off") == [{}, {}]

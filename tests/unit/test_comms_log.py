@@ -83,8 +83,8 @@ def test_ops_that_are_named_alone_and_units_where_asked_for(log):
 
 def test_what_has_no_effect_is_said():
     assert logger_of(prof_ops=["broadcast"]).no_effect == [("comms_logger.prof_ops", "comms_logger.prof_all is true")]
-    found = logger_of(prof_all=False, prof_ops=["broadcast", "all_reduce"]).no_effect
-    assert found == [("comms_logger.prof_ops", "zeroxide makes no all_reduce of its own")]
+    found = logger_of(prof_all=False, prof_ops=["broadcast", "all_reduce", "all_reduced"]).no_effect
+    assert found == [("comms_logger.prof_ops", "nothing that is logged is called all_reduced")]
 
 
 def test_each_is_logged_where_asked_for(log, caplog):

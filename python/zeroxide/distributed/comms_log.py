@@ -3,7 +3,8 @@
 `COMMS` is the process's own, as it is DeepSpeed's: an engine whose config has `comms_logger` switches it on, and it
 stays on. Whatever exchanges something asks `COMMS.enabled` first, so that it costs one branch while it is off.
 
-A message's size is the bytes that come to this rank from others; of a broadcast, those of the tensor. Latency is from
+A message's size is the bytes that come to this rank from others; of what goes from or to one rank (`ONE_WAY`), those of
+the tensor. Latency is from
 its beginning until this rank finds it complete: what ran beside it meanwhile is in it, so that the bandwidths of what
 overlaps with compute are lower bounds. Bandwidths are those of NCCL's tests (doc/PERFORMANCE.md of nccl-tests): with n
 ranks, an all-gather, all-to-all or reduce-scatter of S bytes in all has the algorithm bandwidth S / t and the bus
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["COMMS", "Began", "CommsLog", "Record", "bandwidths"]
 
 logger = logging.getLogger("zeroxide")
+
+ONE_WAY = frozenset({"broadcast", "gather", "recv", "reduce", "scatter", "send"})
+"""Ops in which one rank has what is sent, or gets it: their size is the tensor's, and both bandwidths are one."""
 
 LATEST = 1000
 """Latencies of each kind and size that are kept one by one, for what ranks have waited for one another."""
@@ -65,7 +69,7 @@ def bandwidths(op: str, size: int, ranks: int, milliseconds: float) -> tuple[flo
     if milliseconds <= 0:
         return 0.0, 0.0
     bus = size * 8 / 1e6 / milliseconds
-    if op == "broadcast" or ranks < 2:
+    if op in ONE_WAY or ranks < 2:
         return bus, bus
     # An all-reduce brings everything twice: as parts to be summed, and as sums.
     return bus * ranks / (ranks - 1) / (2 if op == "all_reduce" else 1), bus

@@ -14,13 +14,22 @@ __all__ = ["OPS", "CommsLoggerSection", "CommsLogging", "resolve"]
 OPS = {
     "all_gather": "all_gather",
     "all_gather_into_tensor": "all_gather",
+    "all_reduce": "all_reduce",
     "all_to_all": "all_to_all",
     "all_to_all_single": "all_to_all",
+    "barrier": "barrier",
     "broadcast": "broadcast",
+    "gather": "gather",
+    "irecv": "recv",
+    "isend": "send",
+    "recv": "recv",
+    "reduce": "reduce",
     "reduce_scatter": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
+    "scatter": "scatter",
+    "send": "send",
 }
-"""What the collectives that zeroxide makes are called here, by that name and DeepSpeed's."""
+"""What collectives are called in the log, those of zeroxide and those of `deepspeed.comm`, by that name and DeepSpeed's."""
 
 _ONE_LOGS = may_differ("one rank may log and the others not")
 
@@ -35,7 +44,7 @@ class CommsLoggerSection(Section):
     prof_all: Flag = True
     """Whether all kinds are, and not those in `prof_ops` alone."""
     prof_ops: list[Text] | None = None
-    """Kinds that are, where not all are: all_gather, all_to_all, reduce_scatter, broadcast."""
+    """Kinds that are, where not all are: all_gather, all_reduce, all_to_all, reduce_scatter, broadcast, send, and more."""
     debug: Flag = False
     """Whether each unit of the model has lines of its own."""
 
@@ -71,6 +80,6 @@ def resolve(section: CommsLoggerSection | None, given: Given) -> CommsLogging:
         given.no_effect.append(("comms_logger.prof_ops", "comms_logger.prof_all is true"))
         ops = ()
     elif unknown := [name for name in ops if name not in OPS]:
-        reason = f"zeroxide makes no {' and no '.join(unknown)} of its own"
+        reason = f"nothing that is logged is called {' or '.join(unknown)}"
         given.no_effect.append(("comms_logger.prof_ops", reason))
     return CommsLogging(True, section.verbose, section.prof_all, ops, section.debug)

@@ -119,23 +119,12 @@ _DISTRIBUTED = {
     name: f"torch.distributed:{name}"
     for name in (
         "ReduceOp",
-        "all_gather",
         "all_gather_object",
-        "all_reduce",
-        "barrier",
-        "broadcast",
         "broadcast_object_list",
         "destroy_process_group",
-        "gather",
-        "irecv",
         "is_available",
         "is_initialized",
-        "isend",
         "new_group",
-        "recv",
-        "reduce",
-        "scatter",
-        "send",
     )
 }
 _PROFILER = {
@@ -148,13 +137,24 @@ _PROFILER = {
 _RANKS = {
     name: f"{_HERE}.comm:{name}"
     for name in (
+        "all_gather",
         "all_gather_into_tensor",
+        "all_reduce",
         "all_to_all_single",
+        "barrier",
+        "broadcast",
+        "gather",
         "get_global_rank",
         "get_local_rank",
         "get_rank",
         "get_world_size",
+        "irecv",
+        "isend",
+        "recv",
+        "reduce",
         "reduce_scatter_tensor",
+        "scatter",
+        "send",
     )
 }
 _RANKS |= {name: f"zeroxide.distributed.comms_summary:{name}" for name in ("configure", "log_summary")}

@@ -40,8 +40,10 @@ class TiedLayerSpec(LayerSpec):
 
     forward_fn: called as `forward_fn(module, inputs)` in place of the module, as for a projection that is the transpose
         of an embedding.
-    tied_weight_attr: names of the parameters that are one, dotted where they are deeper ("linear.weight"). Where the
-        layers are on several stages, each has a copy, all copies get the sum of their gradients, and they stay equal.
+    tied_weight_attr: names of parameters that several layers use, dotted where they are deeper ("linear.weight"), or of
+        properties that are one. Where the layers are on several stages, each stage has a copy of all of the module's
+        parameters, all copies get the sum of their gradients, and they stay equal. (DeepSpeed keeps equal those alone
+        that are named, and the others drift apart.)
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -193,11 +194,7 @@ class PipelineModule(PipelineStages, nn.Module):
 
     def ties(self) -> dict[str, tuple[int, ...]]:
         """See `PipelineStages`."""
-        found = {}
-        for spec in self._layer_specs:
-            if isinstance(spec, TiedLayerSpec) and len(ranks := self.tied[spec.key]) > 1:
-                found.update({f"{TIED}.{spec.key}.{name}": ranks for name in spec.tied_weight_attr})
-        return found
+        return self._ties
 
     # Building --------------------------------------------------------------------------------------------------------
 
@@ -219,11 +216,29 @@ class PipelineModule(PipelineStages, nn.Module):
                 self._build_layer(at, tied)
         if tied:
             self.add_module(TIED, tied)
-        for spec in self._layer_specs:
-            if isinstance(spec, TiedLayerSpec) and spec.key in tied:
-                _check_tied(spec, tied[spec.key], self.tied[spec.key])
+        self._ties = self._tied_parameters(tied)
         # What other stages have is let go of.
         self._layer_specs = [spec if isinstance(spec, LayerSpec) else None for spec in self._layer_specs]
+
+    def _tied_parameters(self, own: nn.ModuleDict) -> dict[str, tuple[int, ...]]:
+        """By name, the ranks that have each parameter of a key whose layers are on several.
+
+        A key is one module of the model. So all of its parameters are one, also those that its `tied_weight_attr` does
+        not name, as positions beside a table of words: a stage that does not use them adds no gradient.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        for spec in self._layer_specs:
+            if not isinstance(spec, TiedLayerSpec):
+                continue
+            if spec.key in own:
+                module = own[spec.key]
+                _check_tied(spec, module)
+            else:
+                with torch.device("meta"):
+                    module = spec.build()
+            if len(ranks := self.tied[spec.key]) > 1:
+                found.update({f"{TIED}.{spec.key}.{name}": ranks for name, _ in module.named_parameters()})
+        return found
 
     def _build_layer(self, at: int, tied: nn.ModuleDict) -> None:
         spec = self._layer_specs[at]
@@ -361,22 +376,21 @@ def _check_layers(layers: Sequence[Any]) -> None:
                 )
 
 
-def _check_tied(spec: TiedLayerSpec, module: nn.Module, ranks: Sequence[int]) -> None:
-    names = dict(module.named_parameters())
+def _check_tied(spec: TiedLayerSpec, module: nn.Module) -> None:
+    """Raises ModelError where `tied_weight_attr` names, or leads to, no parameter of the module."""
+    params = {id(param) for param in module.parameters()}
     for name in spec.tied_weight_attr:
-        if name not in names:
+        try:
+            named = operator.attrgetter(name)(module)
+        except AttributeError:
+            named = None
+        if id(named) not in params:
+            names = ", ".join(each for each, _ in module.named_parameters())
             raise ModelError(
                 f"TiedLayerSpec {spec.key!r}: tied_weight_attr names {name!r}, and {spec.typename.__name__} has "
-                f"{', '.join(names) or 'no parameter'}",
+                f"{names or 'no parameter'}",
                 name=name,
             )
-    left = [name for name in names if name not in spec.tied_weight_attr]
-    if left and len(ranks) > 1:
-        raise ModelError(
-            f"TiedLayerSpec {spec.key!r} is on stages {', '.join(map(str, ranks))}, and its {left[0]} is not tied: "
-            "name it in tied_weight_attr, so that all copies stay one",
-            name=left[0],
-        )
 
 
 def _name_of(layer: Any) -> str:
