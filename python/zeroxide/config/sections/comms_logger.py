@@ -29,7 +29,7 @@ OPS = {
     "scatter": "scatter",
     "send": "send",
 }
-"""What collectives are called in the log, those of zeroxide and those of `deepspeed.comm`, by that name and DeepSpeed's."""
+"""What collectives of zeroxide and of `deepspeed.comm` are called in the log, by that name and DeepSpeed's."""
 
 _ONE_LOGS = may_differ("one rank may log and the others not")
 
@@ -44,7 +44,7 @@ class CommsLoggerSection(Section):
     prof_all: Flag = True
     """Whether all kinds are, and not those in `prof_ops` alone."""
     prof_ops: list[Text] | None = None
-    """Kinds that are, where not all are: all_gather, all_reduce, all_to_all, reduce_scatter, broadcast, send, and more."""
+    """Kinds that are, where not all are: all_gather, all_reduce, all_to_all, reduce_scatter, broadcast, send, ..."""
     debug: Flag = False
     """Whether each unit of the model has lines of its own."""
 

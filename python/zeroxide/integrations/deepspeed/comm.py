@@ -95,14 +95,15 @@ def all_to_all_single(
     return dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group, async_op)
 
 
-# The log ---------------------------------------------------------------------------------------------------------------
+# The log -------------------------------------------------------------------------------------------------------------
 
 
 class _LoggedWork:
     """A `Work` whose collective is complete, to the log, once somebody has waited for it."""
 
     def __init__(self, work: Any, began: Began) -> None:
-        self._work, self._began = work, began
+        self._work = work
+        self._began: Began | None = began
 
     def wait(self, *arguments: Any, **keywords: Any) -> Any:
         """As the `Work`'s own."""
@@ -163,7 +164,7 @@ def _exchanged(arguments: dict[str, Any], ranks: int) -> int:
         return int(output.nbytes) * (ranks - 1) // ranks
     rank = max(0, get_rank(arguments.get("group")))
     row = int(output[0].nbytes) if output.shape[0] else 0
-    return row * (sum(sizes) - sizes[rank])
+    return row * (int(sum(sizes)) - int(sizes[rank]))
 
 
 all_gather = _logged("all_gather", dist.all_gather, _of_all_others)
