@@ -67,7 +67,7 @@ def run(entry: Entry, options: argparse.Namespace) -> list[dict[str, Any]]:
         "zero": zero,
     }
     ours = entry.engine == "zeroxide"
-    side = bench.zeroxide_side() if ours else bench.peers_side()
+    side = bench.zeroxide_among_peers() if ours else bench.peers_side()
     environment = bench.ALLOCATORS[options.allocator] | ({"ZEROXIDE_AS_DEEPSPEED": "1"} if ours else {})
     try:
         return bench.run_ranks(

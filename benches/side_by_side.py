@@ -57,6 +57,19 @@ def zeroxide_side() -> Side:
     return Side(Path(sys.executable))
 
 
+def zeroxide_among_peers() -> Side:
+    """The peers' interpreter with zeroxide beside its packages: whatever a library imports, both sides have it."""
+    import zeroxide
+
+    package = Path(zeroxide.__file__).parent
+    beside = PEERS / "beside"
+    beside.mkdir(parents=True, exist_ok=True)
+    link = beside / package.name
+    link.unlink(missing_ok=True)
+    link.symlink_to(package)
+    return Side(peers_side().python, {"PYTHONPATH": str(beside)})
+
+
 def peers_side() -> Side:
     """The peers' own interpreter and compiled operators; leaves with one line when they are not there."""
     python = PEERS / "venv" / "bin" / "python"

@@ -76,7 +76,7 @@ def run(entry: Entry, model: str, options: argparse.Namespace) -> dict[str, Any]
     }
     if entry.engine == "zeroxide" and entry.offload == "nvme":
         spec["host_memory"] = options.host_memory
-    side = bench.zeroxide_side() if entry.engine == "zeroxide" else bench.peers_side()
+    side = bench.zeroxide_among_peers() if entry.engine == "zeroxide" else bench.peers_side()
     try:
         return bench.run_worker(
             side,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import sys
 import time
 from typing import Any
@@ -82,6 +83,9 @@ def trainer(spec: dict[str, Any], model: Any, arguments: Any) -> tuple[list[floa
 def main() -> None:
     spec = json.loads(sys.argv[1])
     started = time.perf_counter()
+    if os.environ.get("ZEROXIDE_AS_DEEPSPEED"):
+        # An installed wheel sees the variable itself; here zeroxide may be no more than a folder on the path.
+        import zeroxide.integrations.deepspeed  # noqa: F401
 
     import deepspeed_step
     import process

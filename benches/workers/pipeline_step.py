@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 import time
 from typing import Any
@@ -73,6 +74,9 @@ def causal_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def main() -> None:
     spec = json.loads(sys.argv[1])
     torch.set_num_threads(spec["threads"])
+    if os.environ.get("ZEROXIDE_AS_DEEPSPEED"):
+        # An installed wheel sees the variable itself; here zeroxide may be no more than a folder on the path.
+        import zeroxide.integrations.deepspeed  # noqa: F401
     import deepspeed
     import gpt2
     from deepspeed.pipe import PipelineModule

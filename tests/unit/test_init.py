@@ -307,3 +307,59 @@ def test_a_model_on_disk_is_never_whole_in_memory(tmp_path):
     assert construction < 80
     # One as slice, as parameter and in the core; the ring has 48 MiB. The model has 256.
     assert takeover < 160
+
+
+FILE = """
+import sys, threading, time, torch
+from safetensors import safe_open
+from torch import nn
+from zeroxide import zero
+torch.set_num_threads(1)
+def resident():
+    fields = dict(line.split(":", 1) for line in open("/proc/self/status") if line.startswith(("RssAnon", "RssFile")))
+    return [int(fields[name].split()[0]) >> 10 for name in ("RssAnon", "RssFile")]
+peaks = [0, 0]
+def watch():
+    global peaks
+    while True:
+        peaks = [max(pair) for pair in zip(peaks, resident())]
+        time.sleep(0.001)
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Embedding(32 * 1024, 1024)  # 128 MiB in fp32
+        self.h = nn.ModuleList(nn.Linear(2048, 2048, bias=False) for _ in range(8))  # as many
+config = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": sys.argv[1]}}}
+zero.Init(module=nn.Linear(2048, 2048, bias=False), config_dict_or_path=config)
+before = resident()
+with zero.Init(config_dict_or_path=config):
+    model = Model()
+with safe_open(sys.argv[2], framework="pt") as opened:
+    given = {name: opened.get_tensor(name) for name in opened.keys()}
+    threading.Thread(target=watch, daemon=True).start()
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            with zero.GatheredParameters([param], modifier_rank=0):
+                param.copy_(given[name])
+    print(*(peak - was for peak, was in zip(peaks, before)))
+    for name, param in model.named_parameters():
+        with zero.GatheredParameters([param]):
+            assert torch.equal(param, given[name]), name
+"""
+
+
+def test_a_file_that_parameters_are_filled_from_does_not_stay_resident(tmp_path):
+    """Catches: pages of the mapped file left in the process, or slices of it (256 MiB each); rows that are left out."""
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    values = {f"h.{at}.weight": torch.randn(2048, 2048) for at in range(8)}
+    save_file(values | {"wide.weight": torch.randn(32 * 1024, 1024)}, tmp_path / "model.safetensors")
+    env = {**os.environ, "PYTHONPATH": str(Path(zeroxide.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", FILE, str(tmp_path), str(tmp_path / "model.safetensors")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    own, of_files = map(int, done.stdout.split())
+    # The largest parameter and what importing takes; 16 MiB of the file, 4 of a slice, and libraries that come back.
+    assert own < 128 + 40
+    assert of_files < 16 + 4 + 40

@@ -13,6 +13,7 @@ from zeroxide.device.placement import address
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import ParamHandle, handle_of
 from zeroxide.zero.init.context import cut_all
+from zeroxide.zero.init.from_files import FromFiles
 from zeroxide.zero.init.slices import Slice
 from zeroxide.zero.param import ShardedParam
 
@@ -45,6 +46,7 @@ class GatheredParameters:
         enabled: bool = True,
     ) -> None:
         self.opened: list[tuple[nn.Parameter, ParamHandle]] = []
+        self.filled: FromFiles | None = None
         self.modifier_rank = modifier_rank
         self.listed = _listed(params) if enabled else []
 
@@ -61,6 +63,10 @@ class GatheredParameters:
             except BaseException:
                 self._close_all(None)
                 raise
+        slices = [(param, each) for param, each in self.opened if isinstance(each, Slice)]
+        if slices and self.modifier_rank == slices[0][1].ranks.rank:
+            self.filled = FromFiles(param for param, _ in slices)
+            self.filled.__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def _open(self, param: nn.Parameter, handle: ParamHandle) -> None:
@@ -81,6 +87,9 @@ class GatheredParameters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.filled is not None:
+            self.filled.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.filled = None
         with torch._C.DisableTorchFunction():
             changed = self._close_all(None if kind is not None else self.modifier_rank)
         if changed and kind is None:

@@ -329,13 +329,14 @@ class Init:
             # The group belongs to the process, as DeepSpeed's does: the model outlives this context.
             _join()
         ranks = start()
-        return Construction(ranks, self.dtype, self._file(ranks))
+        resolved = None if self.chosen is None else load(self.chosen, world_size=ranks.world)
+        if resolved is None or resolved.zeroxide.trim_libraries:
+            # Pages that importing has touched would add to the peak of what is built and loaded.
+            _core.drop_clean_text()
+        return Construction(ranks, self.dtype, self._file(resolved))
 
-    def _file(self, ranks: Ranks) -> SliceFile | None:
-        path = None
-        if self.chosen is not None:
-            resolved: Config = load(self.chosen, world_size=ranks.world)
-            path = resolved.zero.offload_param.path
+    def _file(self, resolved: Config | None) -> SliceFile | None:
+        path = None if resolved is None else resolved.zero.offload_param.path
         if self.remote_device in ("none", "cpu") or (self.remote_device is None and path is None):
             return None
         if path is None:

@@ -8,19 +8,19 @@ before the next comes: then not even a unit exists in fp32.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.device.placement import HOST, has_values, in_host, in_host_memory, nothing_like, plain, spec
+from zeroxide.device.placement import HOST, has_values, in_host, nothing_like, plain, spec
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
 from zeroxide.plan.plan import ParameterPlan, UnitPlan
-from zeroxide.precision.bits import bytes_of, converted, tensor_of, why_not_bytes
+from zeroxide.precision.bits import bytes_of, converted, tensor_of
 from zeroxide.zero.buffers import share_buffers
+from zeroxide.zero.init.from_files import drop_mapped
 from zeroxide.zero.init.slices import slice_of
 
 __all__ = ["PieceSource", "WeightSource", "fill_units", "replace_meta_parameters"]
@@ -129,10 +129,7 @@ def fill_units(
 def _let_go(param: nn.Parameter) -> None:
     """Empties a parameter whose values are the core's. Where they were mapped from a file, as those of safetensors are
     until the last tensor of the file is gone, the pages leave the process now."""
-    if in_host_memory(param) and param.is_contiguous() and why_not_bytes(param) is None:
-        # Locked memory, and a system that does not tell of pages, keep theirs: nothing but memory is lost by that.
-        with suppress(OSError):
-            _core.drop_pages_of_files(spec(bytes_of(param.detach())))
+    drop_mapped(param)
     param.data = nothing_like(param)
 
 

@@ -20,13 +20,15 @@ from zeroxide.distributed import Ranks, all_gather_single
 from zeroxide.errors import ModelError, StorageError
 from zeroxide.params.empty import conceal, reveal
 from zeroxide.params.handle import handle_of, manage, new_id
-from zeroxide.precision.bits import bytes_of, copy_of, fingerprint
+from zeroxide.precision.bits import bytes_of, fingerprint
 
 __all__ = ["Slice", "SliceFile", "slice_of"]
 
 CHUNK = 64 << 20
 """Bytes of the file that are mapped at once."""
 PAGE = 4096
+PIECE = 4 << 20
+"""Bytes of a slice in the file that are copied at once."""
 TRIES = 8
 """How often a directory that vanishes is made again."""
 
@@ -128,8 +130,7 @@ class Slice:
         self.ranks.broadcast_tensor(flat, source)
         local = self.local()
         start = self.ranks.rank * self.each
-        bytes_of(local).copy_(bytes_of(flat[start : start + local.numel()]))
-        self._drop_pages()
+        self._copy(bytes_of(local), bytes_of(flat[start : start + local.numel()]))
         if self.holds:
             reveal(param, flat.view(self.shape))
         else:
@@ -147,13 +148,12 @@ class Slice:
 
     def gather(self, param: nn.Parameter) -> None:
         """Gives the parameter all its values."""
+        flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype, device=HOST)
         if self.ranks.alone:
-            flat = copy_of(self.values)
-        else:
-            flat = torch.empty(self.each * self.ranks.world, dtype=self.dtype, device=HOST)
-            if self.each:
-                all_gather_single(bytes_of(flat), bytes_of(self.values), group=self.ranks.group)
-        self._drop_pages()
+            self._copy(bytes_of(flat), bytes_of(self.values))
+        elif self.each:
+            all_gather_single(bytes_of(flat), bytes_of(self.values), group=self.ranks.group)
+            self._drop_pages(0, self.values.nbytes)
         reveal(param, flat[: self.shape.numel()].view(self.shape))
         self.full = True
 
@@ -198,11 +198,22 @@ class Slice:
         elif not self.holds:
             self.empty(param)
 
-    def _drop_pages(self) -> None:
+    def _copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Copies bytes to or from the slice. Where it is in a file, a piece at a time, so that no more than a piece of
+        it is resident."""
+        if self.mapped is None:
+            target.copy_(source)
+            return
+        for start in range(0, target.numel(), PIECE):
+            piece = slice(start, start + PIECE)
+            target[piece].copy_(source[piece])
+            self._drop_pages(start, min(PIECE, target.numel() - start))
+
+    def _drop_pages(self, start: int, nbytes: int) -> None:
         if self.mapped is not None:
             # The file has them; the mapping need not.
-            mapping, start = self.mapped
-            mapping.madvise(mmap.MADV_DONTNEED, start, -(-self.values.nbytes // PAGE) * PAGE)
+            mapping, begin = self.mapped
+            mapping.madvise(mmap.MADV_DONTNEED, begin + start, -(-nbytes // PAGE) * PAGE)
 
 
 def slice_of(param: torch.Tensor) -> Slice | None:
