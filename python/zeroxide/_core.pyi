@@ -225,6 +225,7 @@ class Settings:
         queue_depth: int,
         directories: list[Any],
         job: str,
+        shares: list[int] = ...,
         mesh: MeshPosition | None = None,
         comm_dtype: str | None = None,
         quantisation: Quantisation | None = None,

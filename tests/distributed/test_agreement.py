@@ -143,6 +143,7 @@ MAY_DIFFER = {
         "zeroxide.host_memory",
         "zeroxide.staging_bytes",
         "zeroxide.tile_bytes",
+        "zeroxide.disks",
         "zeroxide.io_engine",
     ),
     *("zeroxide.device", "zeroxide.threads", "zeroxide.trim_libraries", "zeroxide.rank_timeout", "aio.queue_depth"),

@@ -205,6 +205,7 @@ EFFECTS = [
     ("zeroxide.tile_bytes", "256KiB", {}, "zeroxide.tile_bytes", 256 << 10),
     ("zeroxide.staging_bytes", "32MiB", {}, "zeroxide.staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "zeroxide.prefetch", 0),
+    ("zeroxide.disks", ["/a", "b/c"], {}, "zeroxide.disks", (Path("/a"), Path("b/c"))),
     ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
     ("zeroxide.accumulation_order", "layers", {}, "zeroxide.accumulation_order", "layers"),
     ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),

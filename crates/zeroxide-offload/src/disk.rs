@@ -52,6 +52,7 @@ impl Disk {
         let queue = open_queue_with(settings.engine.clone(), settings.queue_depth, &options)?;
         let store = Arc::new(BlockStore::create(StoreOptions {
             directories: settings.directories.clone(),
+            shares: settings.shares.clone(),
             job: settings.job.clone(),
             blocks,
             queue: Arc::clone(&queue),

@@ -113,6 +113,8 @@ pub struct Settings {
     pub queue_depth: usize,
     /// Directories that share the disk traffic; empty when nothing is at home on disk.
     pub directories: Vec<PathBuf>,
+    /// How fast each directory's disk is beside the others, by which it gets its part; empty where they are alike.
+    pub shares: Vec<u64>,
     /// Name of this run's folder inside them.
     pub job: String,
     /// Makes what is on disk survive the process, and what is in host memory with it, at every commit: (name, value) of

@@ -51,6 +51,7 @@ fn open() -> Offload {
         engine: EngineKind::Simulated(SimOptions::default()),
         queue_depth: 1,
         directories: Vec::new(),
+        shares: Vec::new(),
         job: "arrivals".into(),
         durable: None,
     };

@@ -61,6 +61,7 @@ fn open(directory: &std::path::Path) -> Offload {
         engine: EngineKind::Simulated(slow),
         queue_depth: 4,
         directories: vec![directory.to_path_buf()],
+        shares: Vec::new(),
         job: "frames".into(),
         durable: None,
     };

@@ -71,6 +71,7 @@ impl Job {
             engine: EngineKind::Simulated(SimOptions::default()),
             queue_depth: 8,
             directories: vec![directory.path().to_path_buf()],
+            shares: Vec::new(),
             job: format!("rank {rank}"),
             durable: None,
         };

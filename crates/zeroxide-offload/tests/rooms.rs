@@ -57,6 +57,7 @@ fn open(gradients: bool) -> Offload {
         engine: EngineKind::Simulated(SimOptions::default()),
         queue_depth: 1,
         directories: Vec::new(),
+        shares: Vec::new(),
         job: "rooms".into(),
         durable: None,
     };

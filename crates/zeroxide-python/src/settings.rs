@@ -166,7 +166,8 @@ impl PyQuantisation {
     }
 }
 
-/// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `mesh` is None for one rank; `durable` is
+/// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `shares` are the parts that `directories` have
+/// of all bytes, one above 0 for each, or none for equal ones; `mesh` is None for one rank; `durable` is
 /// (name, value) of what a run must have in common with the one that it continues, None for a run that leaves nothing.
 #[pyclass(frozen, module = "zeroxide._core", name = "Settings")]
 pub(crate) struct PySettings {
@@ -177,7 +178,7 @@ pub(crate) struct PySettings {
 impl PySettings {
     #[new]
     #[pyo3(signature = (*, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes, engine,
-                        queue_depth, directories, job, mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0,
+                        queue_depth, directories, job, shares = Vec::new(), mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0,
                         defers_steps = false, durable = None))]
     #[expect(
         clippy::too_many_arguments,
@@ -196,6 +197,7 @@ impl PySettings {
         queue_depth: usize,
         directories: Vec<PathBuf>,
         job: String,
+        shares: Vec<u64>,
         mesh: Option<PyRef<'_, PyMeshPosition>>,
         comm_dtype: Option<&str>,
         quantisation: Option<PyRef<'_, PyQuantisation>>,
@@ -222,6 +224,7 @@ impl PySettings {
                 engine: (*engine).into(),
                 queue_depth,
                 directories,
+                shares,
                 job,
                 durable,
             },

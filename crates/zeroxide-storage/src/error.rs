@@ -64,6 +64,16 @@ pub enum StorageError {
         /// The directory as given the second time.
         path: PathBuf,
     },
+    /// Shares that are not one positive number for each directory.
+    #[error(
+        "{given} shares for {directories} directories; give each directory one above 0, or none"
+    )]
+    Shares {
+        /// How many shares there are.
+        given: usize,
+        /// How many directories there are.
+        directories: usize,
+    },
     /// A job name that cannot be one directory name.
     #[error("job name {job:?} cannot be a directory name: {reason}")]
     JobName {

@@ -12,8 +12,8 @@ use harness::committing::{check, check_all, expected, open, open_with, options, 
 use harness::stores::{MOMENT, PAGE, WEIGHT};
 use harness::{arena, kill, lease, with_mount};
 use zeroxide_storage::{
-    BlockStore, Durable, EngineKind, Fault, FaultRule, OpKind, SimOptions, StorageError, Trigger,
-    open_queue,
+    BlockStore, Durable, EngineKind, Fault, FaultRule, OpKind, SimOptions, StorageError,
+    StoreOptions, Trigger, open_queue,
 };
 
 /// Writes every tile as of `version`, and commits.
@@ -66,6 +66,34 @@ fn the_last_commit_is_found_again_and_what_came_after_is_not() {
         check_all(&store, 3);
         assert_eq!(commit(&store, 4), 4);
         check_all(&store, 4);
+    }
+}
+
+/// Catches: shares that are measured anew deciding where tiles lie that were put by others.
+#[test]
+fn a_store_that_is_opened_again_keeps_its_shares() {
+    let roots = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+    let paths: Vec<&Path> = roots.iter().map(tempfile::TempDir::path).collect();
+    let with = |shares: &[u64]| {
+        BlockStore::create(StoreOptions {
+            shares: shares.to_vec(),
+            ..options(&paths)
+        })
+        .unwrap()
+    };
+    let parts =
+        |store: &BlockStore| -> Vec<u64> { store.files().iter().map(|it| it.bytes()).collect() };
+    let store = with(&[3, 1]);
+    let made = parts(&store);
+    assert!(made[0] > made[1], "{made:?}");
+    commit(&store, 1);
+    drop(store);
+    for shares in [&[1, 3][..], &[]] {
+        let store = with(shares);
+        assert_eq!(parts(&store), made);
+        store.adopt(1).unwrap();
+        store.roll_back().unwrap();
+        check_all(&store, 1);
     }
 }
 

@@ -254,6 +254,7 @@ fn written_store(faults: Vec<FaultRule>) -> (tempfile::TempDir, BlockStore, Vec<
     let directory = tempfile::tempdir().unwrap();
     let store = BlockStore::create(StoreOptions {
         directories: vec![directory.path().to_path_buf()],
+        shares: Vec::new(),
         job: "job".into(),
         blocks: vec![BlockSpec {
             id: BLOCK,

@@ -240,6 +240,14 @@ fn unusable_paths_and_names_are_told_apart_and_leave_nothing() {
         matches!(error, StorageError::DuplicateDirectory { .. }),
         "{error}"
     );
+    for shares in [vec![1], vec![1, 0], vec![1, 2, 3]] {
+        let second = root.path().join("second");
+        let error = refused(StoreOptions {
+            shares,
+            ..options(&[root.path(), &second], true)
+        });
+        assert!(matches!(error, StorageError::Shares { .. }), "{error}");
+    }
     let error = refused(options(&[], true));
     assert!(matches!(error, StorageError::Layout { .. }), "{error}");
     // The first directory is fine, the second is not: the first is cleaned up.

@@ -13,6 +13,7 @@ from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import is_host
 from zeroxide.device.transfers import Transfers
 from zeroxide.engine.peak import room_in_budget
+from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.saved_activations import SavedActivations
 
@@ -24,6 +25,8 @@ def idle_keys(plan: Plan, config: Config, device: torch.device) -> list[tuple[st
     found = list(plan.quantisation.no_effect)
     if is_host(device) and config.activation_checkpointing.cpu_checkpointing:
         found.append(("activation_checkpointing.cpu_checkpointing", "the model computes in host memory"))
+    if config.zeroxide.disks and Home.DISK not in (plan.weights, plan.state):
+        found.append(("zeroxide.disks", "nothing of this model is at home on disk"))
     return found
 
 

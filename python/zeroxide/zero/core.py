@@ -9,9 +9,9 @@ from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import DTYPE_NAMES, is_host
 from zeroxide.distributed import Ranks, UnitGroups
-from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.plan.state import rounding_stream
+from zeroxide.zero.disks import directories_of, measured_shares
 from zeroxide.zero.durable import durable_facts, durable_job, is_durable, open_durable
 from zeroxide.zero.on_device.core import with_device
 
@@ -40,11 +40,7 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
         )
         for index, (unit, home) in enumerate(zip(plan.units, plan.numbers.states, strict=True))
     ]
-    directories = [
-        offload.path
-        for offload, home in ((config.zero.offload_param, plan.weights), (config.zero.offload_optimizer, plan.state))
-        if home is Home.DISK and offload.path is not None
-    ]
+    directories = directories_of(plan, config)
     payload_limit = None if plan.limit is None else plan.limit - plan.resident_before
     settings = _core.Settings(
         limit=payload_limit,
@@ -56,7 +52,8 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
         gathered_bytes=plan.numbers.gathered_bytes,
         engine=_core.IoEngine(config.zeroxide.io_engine),
         queue_depth=config.aio.queue_depth,
-        directories=list(dict.fromkeys(directories)),
+        directories=directories,
+        shares=measured_shares(directories),
         job=durable_job(config, ranks.rank) if durable else f"zeroxide-{os.getpid()}-{secrets.token_hex(4)}",
         mesh=_position(plan, plan.groups),
         comm_dtype=DTYPE_NAMES[plan.comm],

@@ -121,6 +121,7 @@ impl Case {
             engine: self.engine.clone(),
             queue_depth: 8,
             directories: vec![self.directory.path().to_path_buf()],
+            shares: Vec::new(),
             job: "test".into(),
             durable: self
                 .durable

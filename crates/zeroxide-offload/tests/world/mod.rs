@@ -116,6 +116,7 @@ impl Case {
             engine: self.engine_of(rank),
             queue_depth: 8,
             directories: vec![directory.path().to_path_buf()],
+            shares: Vec::new(),
             job: format!("rank {rank}"),
             durable: None,
         };

@@ -28,6 +28,9 @@ pub(super) struct Header {
     pub(super) directory: usize,
     /// How many directories the store has.
     pub(super) directories: usize,
+    /// The parts that they have of all bytes; empty where these are equal.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(super) shares: Vec<u64>,
     /// (name, value) of what a run that continues from the store must have in common with the one that made it.
     pub(super) facts: Vec<(String, String)>,
     /// The blocks, in the order in which they were laid out.
@@ -93,7 +96,13 @@ impl Header {
     /// Checksum of everything that a manifest relies on.
     pub(super) fn identity(&self) -> u64 {
         let words: Vec<String> = self.blocks.iter().map(Entry::describe).collect();
-        checksum(format!("{} directories, {}", self.directories, words.join(", ")).as_bytes())
+        let shares = if self.shares.is_empty() {
+            String::new()
+        } else {
+            format!(" by {:?}", self.shares)
+        };
+        let directories = self.directories;
+        checksum(format!("{directories} directories{shares}, {}", words.join(", ")).as_bytes())
     }
 
     /// The first thing in which this header, which was found, is not what is `wanted`.
@@ -143,6 +152,7 @@ mod tests {
         Header {
             directory: 1,
             directories: 2,
+            shares: vec![3, 1],
             facts: vec![("world".into(), "2".into())],
             blocks: vec![Entry {
                 unit: 4,

@@ -49,6 +49,9 @@ use versions::{Version, Versions};
 pub struct StoreOptions {
     /// The directories over which tiles are striped; a missing one is made if its parent exists.
     pub directories: Vec<PathBuf>,
+    /// How fast each directory's disk is beside the others, by which they get their parts: a positive number each. Empty
+    /// for disks that are alike. A durable store that is opened again keeps those it was made with.
+    pub shares: Vec<u64>,
     /// Name of the scratch directory in each of them; unique among the runs that share a directory.
     pub job: String,
     /// The blocks to hold.
@@ -101,13 +104,14 @@ impl BlockStore {
     /// # Errors
     ///
     /// Each names the path or block at fault: [`StorageError::JobName`], [`StorageError::Layout`],
-    /// [`StorageError::DuplicateDirectory`], [`StorageError::NotADirectory`],
+    /// [`StorageError::DuplicateDirectory`], [`StorageError::Shares`], [`StorageError::NotADirectory`],
     /// [`StorageError::MissingParent`], [`StorageError::ReadOnly`], [`StorageError::Foreign`],
     /// [`StorageError::InUse`], [`StorageError::NoSpace`], [`StorageError::File`]; of a durable store also
     /// [`StorageError::OtherRun`], [`StorageError::DataGone`], [`StorageError::Header`].
     pub fn create(options: StoreOptions) -> Result<Self, StorageError> {
         let StoreOptions {
             directories,
+            shares,
             job,
             blocks,
             queue,
@@ -115,7 +119,19 @@ impl BlockStore {
             durable,
         } = options;
         check_job(&job)?;
-        let placement = Placement::new(&blocks, directories.len())?;
+        let shares = match directories.first() {
+            // What is there lies where it was put, whatever a disk is worth today.
+            Some(root) if durable.is_some() && commit::is_committed(&root.join(&job))? => {
+                let made = Header::read(&root.join(&job))?;
+                if made.directories == directories.len() {
+                    made.shares
+                } else {
+                    Vec::new()
+                }
+            }
+            _ => shares,
+        };
+        let placement = Placement::new(&blocks, &shares_of(&shares, directories.len())?)?;
         let kept = durable.is_some() || !ephemeral;
         let mut store = Self {
             queue,
@@ -125,6 +141,7 @@ impl BlockStore {
             header: Header {
                 directory: 0,
                 directories: directories.len(),
+                shares,
                 facts: durable
                     .as_ref()
                     .map_or_else(Vec::new, |it| it.facts.clone()),
@@ -454,6 +471,20 @@ impl fmt::Debug for BlockStore {
             .field("bytes", &self.bytes())
             .finish_non_exhaustive()
     }
+}
+
+/// A share of each of `directories` directories.
+fn shares_of(given: &[u64], directories: usize) -> Result<Vec<u64>, StorageError> {
+    if given.is_empty() {
+        return Ok(vec![1; directories]);
+    }
+    if given.len() == directories && !given.contains(&0) {
+        return Ok(given.to_vec());
+    }
+    Err(StorageError::Shares {
+        given: given.len(),
+        directories,
+    })
 }
 
 fn check_job(job: &str) -> Result<(), StorageError> {

@@ -30,7 +30,8 @@ pub(super) struct Home {
 }
 
 /// The homes of all tiles. Tiles are dealt out one after another, each to the directory that holds the
-/// fewest bytes so far, so neighbours lie on different disks and all disks hold about the same.
+/// fewest bytes of its share so far, so neighbours lie on different disks, and all disks are done at about the same
+/// time with what is spread over them.
 #[derive(Debug)]
 pub(super) struct Placement {
     /// The tiles of each block, as a range of `homes`.
@@ -41,11 +42,12 @@ pub(super) struct Placement {
 }
 
 impl Placement {
-    /// Lays blocks out over `directories` directories.
-    pub(super) fn new(blocks: &[BlockSpec], directories: usize) -> Result<Self, StorageError> {
+    /// Lays blocks out over as many directories as there are `shares`, each of which gets bytes in proportion to its
+    /// own, a positive number.
+    pub(super) fn new(blocks: &[BlockSpec], shares: &[u64]) -> Result<Self, StorageError> {
         let mut tiles = HashMap::with_capacity(blocks.len());
         let mut homes = Vec::new();
-        let mut bytes = vec![0_u64; directories];
+        let mut bytes = vec![0_u64; shares.len()];
         for spec in blocks {
             let first = homes.len();
             check(spec)?;
@@ -55,7 +57,12 @@ impl Placement {
                 let (directory, used) = bytes
                     .iter_mut()
                     .enumerate()
-                    .min_by_key(|(_, used)| **used)
+                    .min_by(|(one, used), (other, taken)| {
+                        // used / share against taken / share, without a division.
+                        let product =
+                            |bytes: u64, share: u64| u128::from(bytes) * u128::from(share);
+                        product(**used, shares[*other]).cmp(&product(**taken, shares[*one]))
+                    })
                     .ok_or_else(|| refuse(spec, "there is no directory to put it in"))?;
                 let home = Home {
                     directory,
@@ -163,14 +170,15 @@ mod tests {
         #[test]
         fn tiles_cover_each_block_and_never_overlap(
             sizes in prop::collection::vec((1_u64..40, 1_u64..9), 1..12),
-            directories in 1_usize..5,
+            shares in prop::collection::vec(1_u64..2000, 1..5),
         ) {
+            let directories = shares.len();
             let blocks: Vec<_> = sizes
                 .iter()
                 .zip(0_u32..)
                 .map(|((pages, tile), unit)| spec(unit, *pages, *tile))
                 .collect();
-            let placement = Placement::new(&blocks, directories).expect("valid blocks");
+            let placement = Placement::new(&blocks, &shares).expect("valid blocks");
             let mut taken: Vec<Vec<Range<u64>>> = vec![Vec::new(); directories];
             for block in &blocks {
                 let tiles = placement.tiles(block.id).expect("listed");
@@ -196,15 +204,20 @@ mod tests {
                 }
                 prop_assert_eq!(end, *bytes);
             }
-            let most = placement.bytes().iter().max().copied().unwrap_or(0);
-            let least = placement.bytes().iter().min().copied().unwrap_or(0);
-            prop_assert!(most - least <= largest_tile, "directories are unevenly filled");
+            // The last tile of a directory came when no other was less full: without it, it is not the fullest.
+            let full = |bytes: u64, share: u64| bytes as f64 / share as f64;
+            for (bytes, share) in placement.bytes().iter().zip(&shares) {
+                let before = full(bytes.saturating_sub(largest_tile), *share);
+                for (others, of) in placement.bytes().iter().zip(&shares) {
+                    prop_assert!(before <= full(*others, *of) + 1e-6, "directories are unevenly filled");
+                }
+            }
         }
     }
 
     #[test]
     fn neighbouring_tiles_lie_in_different_directories() {
-        let placement = Placement::new(&[spec(0, 8, 1)], 2).expect("valid");
+        let placement = Placement::new(&[spec(0, 8, 1)], &[7, 7]).expect("valid");
         let homes: Vec<_> = (0..8)
             .map(|tile| {
                 placement
@@ -215,6 +228,13 @@ mod tests {
             })
             .collect();
         assert_eq!(homes, [0, 1, 0, 1, 0, 1, 0, 1]);
+    }
+
+    #[test]
+    fn a_disk_that_is_three_times_as_fast_gets_three_times_as_much() {
+        let placement = Placement::new(&[spec(0, 400, 1)], &[1500, 500]).expect("valid");
+        let page = PAGE as u64;
+        assert_eq!(placement.bytes(), [300 * page, 100 * page]);
     }
 
     #[test]
@@ -242,12 +262,13 @@ mod tests {
             (huge, "larger"),
             (many, "u32"),
         ] {
-            let error = Placement::new(&[bad], 1)
+            let error = Placement::new(&[bad], &[1])
                 .expect_err("must be refused")
                 .to_string();
             assert!(error.contains("unit 3") && error.contains(word), "{error}");
         }
-        let twice = Placement::new(&[spec(1, 1, 1), spec(1, 1, 1)], 1).expect_err("listed twice");
+        let twice =
+            Placement::new(&[spec(1, 1, 1), spec(1, 1, 1)], &[1]).expect_err("listed twice");
         assert!(twice.to_string().contains("twice"), "{twice}");
     }
 }

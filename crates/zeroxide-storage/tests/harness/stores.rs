@@ -47,6 +47,7 @@ pub(crate) fn blocks() -> Vec<BlockSpec> {
 pub(crate) fn options(directories: &[&Path], ephemeral: bool) -> StoreOptions {
     StoreOptions {
         directories: directories.iter().map(|path| path.to_path_buf()).collect(),
+        shares: Vec::new(),
         job: "job".into(),
         blocks: blocks(),
         queue: queue(),

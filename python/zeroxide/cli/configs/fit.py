@@ -24,6 +24,7 @@ from zeroxide.precision.policy import check_batch_norms, torch_dtype
 __all__ = ["fit", "shapes"]
 
 _OPTIMIZER = "zero_optimization.offload_optimizer.nvme_path"
+_DISKS = "zeroxide.disks"
 _PARAM = "zero_optimization.offload_param.nvme_path"
 
 
@@ -117,8 +118,8 @@ def _memory(plan: Plan, local: int, facts: list[str], notes: list[str]) -> None:
 def _disk(plan: Plan, config: Config, ranks: Ranks, facts: list[str], notes: list[str]) -> Iterator[tuple[str, str]]:
     """What the state takes on disk, against what is free there.
 
-    The store deals its tiles out over its directories, whatever is in them: each has its part of all bytes, and one
-    disk the parts of all directories on it.
+    The store deals its tiles out over its directories, whatever is in them: each has its part of all bytes, equal ones
+    where disks are equally fast, and one disk the parts of all directories on it.
     """
     homes: dict[Path, str] = {}
     for key, home, path in (
@@ -127,6 +128,8 @@ def _disk(plan: Plan, config: Config, ranks: Ranks, facts: list[str], notes: lis
     ):
         if home is Home.DISK and path is not None:
             homes.setdefault(path, key)
+    for path in config.zeroxide.disks if homes else ():
+        homes.setdefault(path, _DISKS)
     need = plan.disk_bytes * ranks.local_world
     if need == 0:
         return

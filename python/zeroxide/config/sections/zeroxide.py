@@ -13,6 +13,7 @@ from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.fields import (
     ByteSize,
     Count,
+    Directory,
     File,
     Flag,
     MemorySize,
@@ -55,6 +56,8 @@ class ZeroxideSection(Section):
     """Size of one disk request and of one optimizer task."""
     staging_bytes: MemorySize | None = None
     """Size of the ring through which all disk traffic goes."""
+    disks: list[Directory] = []
+    """Directories on further disks: what is on disk is dealt out over them and `nvme_path`, by the measured speed of each."""
     state_in_memory: ByteSize | None = None
     """How much optimizer state stays in host memory where its home is a disk, in whole units; without it, none."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
@@ -109,6 +112,8 @@ class Zeroxide(Resolved):
     """Size of the ring through which all disk traffic goes."""
     tile_bytes: int | None = field(default=None, metadata=may_differ("the size of a disk request changes no number"))
     """Size of one disk request and of one optimizer task."""
+    disks: tuple[Path, ...] = field(default=(), metadata=may_differ("hosts may have different disks"))
+    """Directories over which what is on disk is dealt out, beside `nvme_path`."""
     state_in_memory: int | None = None
     """Most bytes of optimizer state that stay in host memory where its home is a disk; `None` is none."""
     prefetch: int = 1
@@ -145,7 +150,8 @@ class Zeroxide(Resolved):
 
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""
-        return {f"{self.key}.{name}": value for name, value in dataclasses.asdict(self).items()}
+        values = dataclasses.asdict(self) | {"disks": [*map(str, self.disks)]}
+        return {f"{self.key}.{name}": value for name, value in values.items()}
 
 
 def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
@@ -158,6 +164,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         unit_bytes=section.unit_bytes,
         staging_bytes=_staging(section, host_memory),
         tile_bytes=section.tile_bytes,
+        disks=tuple(section.disks),
         state_in_memory=section.state_in_memory,
         prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
         accumulation_order=section.accumulation_order,
