@@ -56,8 +56,8 @@ class ZeroxideSection(Section):
     """Size of one disk request and of one optimizer task."""
     staging_bytes: MemorySize | None = None
     """Size of the ring through which all disk traffic goes."""
-    disks: list[Directory] = []
-    """Directories on further disks: what is on disk is dealt out over them and `nvme_path`, by the measured speed of each."""
+    disks: list[Directory] | None = None
+    """Directories on further disks: what is on disk is dealt out over them and `nvme_path`, by measured speed."""
     state_in_memory: ByteSize | None = None
     """How much optimizer state stays in host memory where its home is a disk, in whole units; without it, none."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
@@ -164,7 +164,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         unit_bytes=section.unit_bytes,
         staging_bytes=_staging(section, host_memory),
         tile_bytes=section.tile_bytes,
-        disks=tuple(section.disks),
+        disks=tuple(section.disks or ()),
         state_in_memory=section.state_in_memory,
         prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
         accumulation_order=section.accumulation_order,
