@@ -28,8 +28,8 @@ def directories_of(plan: Plan, config: Config) -> list[Path]:
 
 
 def measured_shares(directories: Sequence[Path]) -> list[int]:
-    """MB a second of each directory's disk when as much is read as written, as a step does; empty where there is nothing
-    to divide.
+    """MB a second of each directory's disk when as much is read as written, as a step does; empty where nothing is
+    to be divided.
 
     Raises StorageError for a directory that is not there and cannot be made, or cannot be written to.
     """
