@@ -46,6 +46,7 @@ from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
+from zeroxide.moe.routed import route_experts
 from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.parallel.pipe.stages import PipelineStages
@@ -365,6 +366,8 @@ class Build:
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
+        if config.zeroxide.unrouted_experts != "update":
+            self.hooks.handles += route_experts(self.module, self.ranks, self.watch.waiting)
         self.made.callback(self.hooks.close)
 
     def keep_parameters(self) -> None:
