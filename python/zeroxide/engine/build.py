@@ -311,6 +311,9 @@ class Build:
             for param in group["params"]:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
+        for unit in self.units if self.config.zeroxide.unrouted_experts == "lazy" else ():
+            if unit.routed:
+                core.set_lazy(unit.index)
         self.scaler, self.counters = LossScaler(self.config.precision.loss_scale), Counters()
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)

@@ -110,7 +110,7 @@ def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     check_transport(config, ranks)
     check_order(config, ranks, device)
     check_experts(config, device)
-    check_routed(config, device)
+    check_routed(config, ranks, device)
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:
@@ -145,7 +145,7 @@ def check_experts(config: Config, device: torch.device) -> None:
             )
 
 
-def check_routed(config: Config, device: torch.device) -> None:
+def check_routed(config: Config, ranks: Ranks, device: torch.device) -> None:
     """Refuses what does not go with experts that run only where tokens go to them."""
     asked = config.zeroxide.unrouted_experts
     if asked == "update":
@@ -161,6 +161,7 @@ def check_routed(config: Config, device: torch.device) -> None:
         (quantised, "weights or gradients travel as integers"),
         (layers, 'zeroxide.accumulation_order is "layers", where all micro-batches come to the same units'),
         (lazy and zero.stage < 3, f"stage {zero.stage} shows weights at all times, also those that are behind"),
+        (lazy and ranks.world > 1, "several ranks would have to make up for steps together"),
         (lazy and config.zeroxide.durable_every > 0, "commits of a durable run do not know of steps to be made up for"),
     ):
         if wrong:
