@@ -91,12 +91,14 @@ def train_plainly(
             loss = model(ids)
             (loss / len(each)).backward()
             losses.append(loss.item())
-        used.append({
-            (layer, number)
-            for layer, route in enumerate(routes)
-            for seen in route.seen[before[layer] :]
-            for number in seen
-        })
+        used.append(
+            {
+                (layer, number)
+                for layer, route in enumerate(routes)
+                for seen in route.seen[before[layer] :]
+                for number in seen
+            }
+        )
         for param in model.parameters():
             if param.grad is None and not leave_out:
                 param.grad = torch.zeros_like(param)

@@ -185,7 +185,9 @@ def _routed(module: nn.Module, config: Config) -> dict[int, str]:
     below = {id(each) for leaf in module.modules() if is_leaf(leaf) for each in leaf.modules()}
     for name, expert in experts_apart(module):
         if id(expert) in below or id(expert) in found:
-            why = "is below a leaf module, which is gathered whole" if id(expert) in below else f"is {found[id(expert)]}"
+            why = (
+                "is below a leaf module, which is gathered whole" if id(expert) in below else f"is {found[id(expert)]}"
+            )
             raise ModelError(f'zeroxide.unrouted_experts: {name} {why}: undo that, or use "update"', name=name)
         found[id(expert)] = name
     return found
