@@ -207,6 +207,7 @@ EFFECTS = [
     ("zeroxide.prefetch", 0, {}, "zeroxide.prefetch", 0),
     ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
     ("zeroxide.accumulation_order", "layers", {}, "zeroxide.accumulation_order", "layers"),
+    ("zeroxide.unrouted_experts", "lazy", {}, "zeroxide.unrouted_experts", "lazy"),
     ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),

@@ -126,8 +126,8 @@ def test_lazy_experts_are_plain_adamw_with_gradients_of_zeros(tmp_path):
 
 @pytest.mark.parametrize("mode", ["skip", "lazy"])
 def test_only_experts_with_tokens_are_read_and_written(tmp_path, mode):
-    """Of each step, the units that the disk has read or written are those that plain PyTorch had tokens for, and what is
-    no expert. Catches: a unit that is brought because the last pass used it, a state that is read for a gradient of
+    """Of each step, the units that the disk has read or written are those that plain PyTorch had tokens for, and what
+    is no expert. Catches: a unit that is brought because the last pass used it, a state that is read for a gradient of
     zero, and a missed step that is made up for before anybody needs it."""
     steps = singly(6)
     _, _, used = train_plainly(steps, leave_out=True)
@@ -262,6 +262,7 @@ def test_a_checkpoint_has_every_step(tmp_path):
             assert_same_bits(everything(engine), expected)
 
 
+@pytest.mark.slow
 def test_steps_are_remembered_up_to_a_number(tmp_path):
     """More than 256 steps without a use. Catches: a memory that grows without bound, and a step that falls out of it
     without having been made up for."""

@@ -29,7 +29,7 @@ from zeroxide.engine.activations import idle_keys, keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
-from zeroxide.engine.experts import take_experts
+from zeroxide.engine.experts import leave_out_unrouted, take_experts
 from zeroxide.engine.heap import prepare_heap
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
@@ -46,7 +46,6 @@ from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
 from zeroxide.engine.update import Updater
 from zeroxide.kernels import Launcher
-from zeroxide.moe.routed import route_experts
 from zeroxide.moe.spread import SpreadExperts, with_experts
 from zeroxide.optim.groups import check_all_grouped, check_groups, groups_for, state_facts, state_plans
 from zeroxide.parallel.pipe.stages import PipelineStages
@@ -311,9 +310,6 @@ class Build:
             for param in group["params"]:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
-        for unit in self.units if self.config.zeroxide.unrouted_experts == "lazy" else ():
-            if unit.routed:
-                core.set_lazy(unit.index)
         self.scaler, self.counters = LossScaler(self.config.precision.loss_scale), Counters()
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
@@ -369,8 +365,7 @@ class Build:
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
-        if config.zeroxide.unrouted_experts != "update":
-            self.hooks.handles += route_experts(self.module, self.ranks, self.watch.waiting)
+        self.hooks.handles += leave_out_unrouted(self.module, config, self.core(), self.units, self.ranks, self.watch)
         self.made.callback(self.hooks.close)
 
     def keep_parameters(self) -> None:

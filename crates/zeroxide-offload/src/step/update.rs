@@ -79,7 +79,8 @@ struct ThreadChunk<'a> {
     len: usize,
     slices: Vec<Slice<'a>>,
     grad: &'a [u8],
-    without_gradient: bool,
+    /// The gradient is zero, and `grad` empty.
+    zero: bool,
     /// Checksums of the pieces of gradients that came from disk.
     grad_checks: Option<Vec<u64>>,
 }
@@ -97,8 +98,7 @@ pub(crate) fn update_tile(
     let weight_range = unit.weight_tiles.range(update.tile);
     let tensors = &unit.tensors;
     let weight_element = tensors.compute().size();
-    let base = unit.base;
-    let on_disk = unit.weights.on_disk();
+    let (base, on_disk) = (unit.base, unit.weights.on_disk());
     let pristine = unit.state.is_pristine();
     let (lent_weight, lent_grad);
     let mut shard;
@@ -123,14 +123,14 @@ pub(crate) fn update_tile(
             if let Some(bytes) = shard.as_deref_mut() {
                 sources.push(Source::new(LIVE, bytes, false, on_disk));
             }
-            let grad: &[u8] = if update.without_gradient {
-                &[]
-            } else if let Some(read) = gradient {
-                read
-            } else {
-                let kept = unit.grad.bytes();
-                let kept = kept.expect("what is not on disk is in memory until its step");
-                &kept[byte_range(&range, update.grad.size())]
+            let grad: &[u8] = match gradient {
+                _ if update.without_gradient => &[],
+                Some(read) => read,
+                None => {
+                    let kept = unit.grad.bytes();
+                    let kept = kept.expect("what is not on disk is in memory until its step");
+                    &kept[byte_range(&range, update.grad.size())]
+                }
             };
             (grad, update.grad)
         }
@@ -156,7 +156,7 @@ pub(crate) fn update_tile(
     );
     for part in &mut parts {
         part.grad_checks = gradient.map(|_| Vec::new());
-        part.without_gradient = update.without_gradient;
+        part.zero = update.without_gradient;
     }
     let parts = run_all(update.pool, parts, |part| {
         part.run(tensors, segments, grad_dtype);
@@ -294,7 +294,7 @@ fn divide<'a>(
                 index * share * grad_element,
                 (index + 1) * share * grad_element,
             ),
-            without_gradient: false,
+            zero: false,
             grad_checks: None,
         })
         .collect();
@@ -380,7 +380,7 @@ impl ThreadChunk<'_> {
         local: Range<usize>,
         grad_dtype: Dtype,
     ) {
-        let grad = if self.without_gradient {
+        let grad = if self.zero {
             Grad::F32(&ZEROS[..local.len()])
         } else {
             let bytes = &self.grad[local.start * grad_dtype.size()..local.end * grad_dtype.size()];
