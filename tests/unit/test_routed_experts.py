@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+import pickle
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,6 +113,21 @@ def test_lazy_experts_have_the_bits_of_every_step(tmp_path, home, kind):
             found.append((losses, everything(engine)))
     assert found[1][0] == found[0][0]
     assert_same_bits(found[1][1], found[0][1])
+
+
+@pytest.mark.parametrize("rule", ["Lion", "SGD", "Adagrad"])
+def test_lazy_experts_have_the_bits_of_every_step_of_any_rule(tmp_path, rule):
+    """Catches: a rule whose step with a gradient of zeros is not taken, or is taken with what another rule keeps."""
+    found = []
+    for mode, home in (("update", "cpu"), ("lazy", "nvme")):
+        config = config_for(tmp_path, mode, home)
+        config["optimizer"] = {"type": rule, "params": {"lr": 1e-2, "weight_decay": 0.1}}
+        if rule == "SGD":
+            config["optimizer"]["params"]["momentum"] = 0.9
+        with started(config) as engine:
+            train(engine, singly(STEPS))
+            found.append(everything(engine))
+    assert_same_bits(found[1], found[0])
 
 
 def test_lazy_experts_are_plain_adamw_with_gradients_of_zeros(tmp_path):
@@ -243,7 +260,8 @@ def test_what_scripts_ask_of_an_expert_is_caught_up(tmp_path):
         assert_same_bits(found[1][number], found[0][number])
 
 
-def test_a_checkpoint_has_every_step(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_checkpoint_has_every_step(tmp_path, background):
     """Saved lazy and in the middle, it goes on in either mode with the bits of a run that was never saved. Catches:
     values or counts of updates that are saved before they are caught up, and steps of the run before that a load
     leaves to be made up for."""
@@ -251,9 +269,10 @@ def test_a_checkpoint_has_every_step(tmp_path):
     with started(config_for(tmp_path / "a", "update", "cpu")) as engine:
         train(engine, steps)
         expected = everything(engine)
-    with started(config_for(tmp_path / "b", "lazy")) as engine:
+    with started(config_for(tmp_path / "b", "lazy", checkpoint_background=background)) as engine:
         train(engine, steps[:3])
         engine.save_checkpoint(str(tmp_path / "saved"))
+        train(engine, singly(2))
     for mode in ("update", "lazy"):
         with started(config_for(tmp_path / "c", mode)) as engine:
             train(engine, singly(2))
@@ -343,3 +362,27 @@ def test_all_experts_run_when_an_engine_has_ended(tmp_path):
     with started(config_for(tmp_path, "skip"), model):
         assert model.layers[0].moe.deepspeed_moe.experts.routing is not None
     assert model.layers[0].moe.deepspeed_moe.experts.routing is None
+
+
+def test_a_copy_of_a_layer_runs_all_its_experts(tmp_path):
+    """Catches: a copy or a file that takes the ranks of an engine along."""
+    with started(config_for(tmp_path, "skip", "state")) as engine:
+        experts = engine.module.layers[0].moe.deepspeed_moe.experts
+        assert experts.routing is not None
+        assert copy.copy(experts.routing) is None
+        assert pickle.loads(pickle.dumps(experts.routing)) is None
+
+
+def test_a_durable_run_goes_on_with_experts_left_out(tmp_path):
+    """Catches: a commit that lacks experts which its steps have not written."""
+    steps = singly(6)
+    with started(config_for(tmp_path / "a", "skip")) as engine:
+        train(engine, steps)
+        expected = everything(engine)
+    config = config_for(tmp_path / "b", "skip", durable_every=2)
+    with started(config) as engine:
+        train(engine, steps[:4])
+    with started(config) as engine:
+        assert engine.resume() == 4
+        train(engine, steps[4:])
+        assert_same_bits(everything(engine), expected)

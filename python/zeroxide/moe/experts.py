@@ -38,13 +38,12 @@ class Experts(nn.Module):
     names.
     """
 
-    routing: RunsExperts | None
+    routing: RunsExperts | None = None
     """What says which experts run; None for all."""
 
     def __init__(self, expert: nn.Module, num_experts: int, group_name: str) -> None:
         super().__init__()
         self.deepspeed_experts = nn.ModuleDict({str(number): copy.deepcopy(expert) for number in range(num_experts)})
-        self.routing = None
         for param in self.parameters():
             mark_expert(param, group_name)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -45,8 +44,9 @@ class Routing:
         """Every expert runs again."""
         self._experts.routing = None
 
-    def __deepcopy__(self, _: Any) -> None:
-        """A copy of the layer is nobody's, and runs all its experts."""
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """A copy of the layer, in memory or in a file, is nobody's: all its experts run."""
+        return type(None), ()
 
 
 def experts_apart(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
