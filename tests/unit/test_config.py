@@ -208,6 +208,7 @@ EFFECTS = [
     ("zeroxide.disks", ["/a", "b/c"], {}, "zeroxide.disks", (Path("/a"), Path("b/c"))),
     ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
     ("zeroxide.accumulation_order", "layers", {}, "zeroxide.accumulation_order", "layers"),
+    ("zeroxide.unrouted_experts", "lazy", {}, "zeroxide.unrouted_experts", "lazy"),
     ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),

@@ -162,6 +162,7 @@ WRONG = [
     *(("zeroxide.transport", value) for value in ("tcp", 1)),
     *(("zeroxide.format", value) for value in ("fp16", 1, None.__class__, "")),
     *(("zeroxide.io_engine", value) for value in ("libaio", 1)),
+    *(("zeroxide.unrouted_experts", value) for value in ("drop", "", 1, True)),
     *(("zeroxide.accumulation_order", value) for value in ("layer", "", 1, True)),
     *(("zero_optimization.offload_param.device", value) for value in ("disk", 1, True)),
     *(("zero_optimization.offload_param.nvme_path", value) for value in ("", "  ", 1, "a\0b")),

@@ -112,6 +112,7 @@ fn make_units(
             outgoing: None,
             incoming: None,
             fresh: true,
+            lazy: false,
             params: Unit::param_states(&spec.params, &specs[index].streams),
         });
     }

@@ -32,6 +32,8 @@ pub(crate) struct ParamState {
     pub(crate) group: usize,
     /// Updates made so far; the exponent of the bias correction.
     pub(crate) updates: u64,
+    /// Of the last steps, those that it has yet to make up for, each with a gradient of zero.
+    pub(crate) missed: u64,
     pub(crate) gradient: Gradient,
     /// A gradient is arriving in parts: the next element expected, and what accumulation does with each part.
     pub(crate) arriving: Option<(u64, Accumulate)>,
@@ -82,6 +84,8 @@ pub(crate) struct Unit {
     pub(crate) incoming: Option<Lease>,
     /// Nothing has been reduced into `grad` since the last step.
     pub(crate) fresh: bool,
+    /// Steps without a gradient are made up for when the unit is next used.
+    pub(crate) lazy: bool,
     pub(crate) params: Vec<ParamState>,
 }
 
@@ -178,6 +182,7 @@ impl Unit {
                 stream: streams.get(index).copied().unwrap_or_default(),
                 group: 0,
                 updates: 0,
+                missed: 0,
                 gradient: Gradient::Missing,
                 arriving: None,
                 norm: AccumulateStats::default(),

@@ -58,6 +58,11 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.set_group(unit, param, group)))
     }
 
+    /// Steps leave parameters of the unit alone that have no gradient, and its next use makes up for it.
+    fn set_lazy(&self, py: Python<'_>, unit: usize) -> PyResult<()> {
+        map(py, py.detach(|| self.inner.set_lazy(unit)))
+    }
+
     /// Starts to fill "weights" (all their bits) or a state tensor of the unit's rule; what is not filled becomes zero.
     fn fill_begin(&self, py: Python<'_>, unit: usize, part: &str) -> PyResult<()> {
         let name = state_name(part);

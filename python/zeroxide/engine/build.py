@@ -29,7 +29,7 @@ from zeroxide.engine.activations import idle_keys, keep_activations
 from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
-from zeroxide.engine.experts import take_experts
+from zeroxide.engine.experts import leave_out_unrouted, take_experts
 from zeroxide.engine.heap import prepare_heap
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
@@ -365,6 +365,7 @@ class Build:
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
+        self.hooks.handles += leave_out_unrouted(self.module, config, self.core(), self.units, self.ranks, self.watch)
         self.made.callback(self.hooks.close)
 
     def keep_parameters(self) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -21,12 +23,23 @@ def is_spread(param: torch.Tensor) -> bool:
     return not getattr(param, "allreduce", True) and getattr(param, "group_name", "ep_size_1") != "ep_size_1"
 
 
+class RunsExperts(Protocol):
+    """Which experts of a layer run."""
+
+    def used(self, counts: Sequence[int]) -> list[bool]:
+        """Whether each expert runs, of which there are `counts` tokens; one that has some does."""
+
+
 class Experts(nn.Module):
     """Copies of one module, which begin alike.
 
     Every expert runs in every forward, also one without tokens: so ranks whose tokens go elsewhere gather the same
-    weights in the same order, and every expert has a gradient.
+    weights in the same order, and every expert has a gradient. Where `routing` says otherwise, it is those that it
+    names.
     """
+
+    routing: RunsExperts | None = None
+    """What says which experts run; None for all."""
 
     def __init__(self, expert: nn.Module, num_experts: int, group_name: str) -> None:
         super().__init__()
@@ -44,7 +57,10 @@ class Experts(nn.Module):
         """rows: those of each expert after those of the one before, (sum of `counts`, width). What experts make of
         them, in the same order; of an expert that gives a tuple, its first."""
         made = []
-        for expert, part in zip(self.deepspeed_experts.values(), torch.split(rows, counts), strict=True):
-            found = expert(part)
-            made.append(found[0] if isinstance(found, tuple) else found)
-        return torch.cat(made)
+        used = [True] * len(counts) if self.routing is None else self.routing.used(counts)
+        parts = torch.split(rows, counts)
+        for expert, part, runs in zip(self.deepspeed_experts.values(), parts, used, strict=True):
+            if runs:
+                found = expert(part)
+                made.append(found[0] if isinstance(found, tuple) else found)
+        return torch.cat(made) if made else rows

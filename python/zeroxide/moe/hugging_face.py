@@ -20,7 +20,7 @@ from zeroxide.moe.dispatch import combine, dispatch, expert_counts
 from zeroxide.moe.exchange import ExpertExchange
 from zeroxide.moe.fused import gated_experts
 
-__all__ = ["WEIGHTS", "find_fused_experts", "replace_forward"]
+__all__ = ["WEIGHTS", "find_fused_experts", "fused_experts_in", "replace_forward"]
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 """The parameters of fused experts, (experts, 2 * features, width) and (experts, width, features)."""
@@ -39,7 +39,7 @@ def find_fused_experts(module: nn.Module, config: Config) -> list[tuple[str, nn.
         family = str(getattr(getattr(module, "config", None), "model_type", "none"))
         if family != preset and not family.startswith(f"{preset}_"):
             raise _wrong("preset_model", f"{family!r}, the model's model_type", preset)
-    found = [(name, each) for name, each in _candidates(module) if _is_meant(name, config)]
+    found = [(name, each) for name, each in fused_experts_in(module) if _is_meant(name, config)]
     if not found:
         raise _wrong(
             "enabled",
@@ -58,7 +58,8 @@ def find_fused_experts(module: nn.Module, config: Config) -> list[tuple[str, nn.
     return found
 
 
-def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def fused_experts_in(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module of `module` whose experts are two parameters of three dimensions, with its name."""
     for name, each in module.named_modules():
         weights = [each._parameters.get(weight) for weight in WEIGHTS]
         if all(weight is not None and weight.dim() == 3 for weight in weights):

@@ -20,6 +20,7 @@ __all__ = [
     "check_gradients",
     "check_model",
     "check_order",
+    "check_routed",
     "check_together",
     "check_transport",
     "refuse_max_norm",
@@ -109,6 +110,7 @@ def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     check_transport(config, ranks)
     check_order(config, ranks, device)
     check_experts(config, device)
+    check_routed(config, ranks, device)
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:
@@ -140,6 +142,34 @@ def check_experts(config: Config, device: torch.device) -> None:
                 path=path,
                 expected=instead,
                 got=got,
+            )
+
+
+def check_routed(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Refuses what does not go with experts that run only where tokens go to them."""
+    asked = config.zeroxide.unrouted_experts
+    if asked == "update":
+        return
+    mesh, zero = config.mesh, config.zero
+    axes = mesh is not None and max(mesh.pp, mesh.tp, mesh.sp, mesh.ep) > 1
+    quantised = zero.quantized_weights or zero.quantized_gradients
+    layers = config.zeroxide.accumulation_order == "layers"
+    lazy = asked == "lazy"
+    for wrong, why in (
+        (not is_host(device), f"the model computes on {device}"),
+        (axes, "ranks have parts of the model, of sequences or of experts"),
+        (quantised, "weights or gradients travel as integers"),
+        (layers, 'zeroxide.accumulation_order is "layers", where all micro-batches come to the same units'),
+        (lazy and zero.stage < 3, f"stage {zero.stage} shows weights at all times, also those that are behind"),
+        (lazy and ranks.world > 1, "several ranks would have to make up for steps together"),
+        (lazy and config.zeroxide.durable_every > 0, "commits of a durable run do not know of steps to be made up for"),
+    ):
+        if wrong:
+            raise ConfigError(
+                f'zeroxide.unrouted_experts: "{asked}" does not go with this: {why}; use "update"',
+                path="zeroxide.unrouted_experts",
+                expected='"update"',
+                got=f'"{asked}"',
             )
 
 

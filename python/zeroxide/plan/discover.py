@@ -18,6 +18,8 @@ from torch import nn
 from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.device.placement import HOST
+from zeroxide.errors import ModelError
+from zeroxide.moe.routed import experts_apart
 from zeroxide.params.empty import full_class
 from zeroxide.params.handle import ManagedParameter, shape_of
 from zeroxide.plan.checks import check_model
@@ -53,6 +55,8 @@ class UnitPlan:
     """How its trainable parameters are updated, and what state that takes."""
     experts: bool = False
     """Whether its parameters are those of experts that only some of the ranks have."""
+    routed: bool = False
+    """Whether it is one expert's, which is used only where a token goes to it."""
 
     @property
     def numel(self) -> int:
@@ -92,7 +96,8 @@ def find_units(
     ]
     check_model(module, entries, config, device)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
-    units = _gathered_together(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize)
+    routed = _routed(module, config)
+    units = _gathered_together(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize, routed)
     if world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
         units = [part for unit in units for part in _by_experts(unit)]
@@ -169,14 +174,48 @@ def _has_parameters(module: nn.Module | None) -> bool:
     return module is not None and next(module.parameters(), None) is not None
 
 
+def _routed(module: nn.Module, config: Config) -> dict[int, str]:
+    """The experts that are used only where a token goes to them, by their ids, with their names.
+
+    Raises ModelError for one that a leaf module is gathered with, or that the model has twice.
+    """
+    found: dict[int, str] = {}
+    if config.zeroxide.unrouted_experts == "update":
+        return found
+    below = {id(each) for leaf in module.modules() if is_leaf(leaf) for each in leaf.modules()}
+    for name, expert in experts_apart(module):
+        if id(expert) in below or id(expert) in found:
+            why = (
+                "is below a leaf module, which is gathered whole" if id(expert) in below else f"is {found[id(expert)]}"
+            )
+            raise ModelError(f'zeroxide.unrouted_experts: {name} {why}: undo that, or use "update"', name=name)
+        found[id(expert)] = name
+    return found
+
+
+def _with_experts(
+    module: nn.Module, blocks: list[tuple[str, nn.Module]], routed: dict[int, str]
+) -> list[tuple[str, nn.Module]]:
+    """The blocks and the experts in the order of the model: an expert comes after the block that it is in."""
+    if not routed:
+        return blocks
+    order = {id(each): number for number, each in enumerate(module.modules())}
+    every = {id(each): (name, each) for name, each in blocks}
+    for each in module.modules():
+        if id(each) in routed:
+            every[id(each)] = routed[id(each)], each
+    return sorted(every.values(), key=lambda each: order[id(each[1])])
+
+
 def _gathered_together(
-    module: nn.Module, entries: list[ParameterPlan], max_elements: int, frame: int
+    module: nn.Module, entries: list[ParameterPlan], max_elements: int, frame: int, routed: dict[int, str]
 ) -> list[UnitPlan]:
     """The parameters in units by where the model uses them. `max_elements`: of one unit; `frame`: what memory for
-    gathered units is given out in. Both in elements of the compute dtype."""
-    blocks = list(_blocks(module))
+    gathered units is given out in. Both in elements of the compute dtype. `routed`: the experts that are units of their
+    own, by their ids, with their names."""
+    blocks = _with_experts(module, list(_blocks(module)), routed)
     home: dict[int, int] = {}
-    for index, (_, block) in enumerate(blocks):
+    for index, (_, block) in sorted(enumerate(blocks), key=lambda each: id(each[1][1]) not in routed):
         for child in block.modules():
             home.setdefault(id(child), index)
     members: list[list[ParameterPlan]] = [[] for _ in blocks]
@@ -190,7 +229,8 @@ def _gathered_together(
             left.append(entry)
     units: list[UnitPlan] = []
     for (name, block), params in zip(blocks, members, strict=True):
-        units += _block_units(name, block, params, max_elements)
+        made = _block_units(name, block, params, max_elements)
+        units += [replace(unit, routed=True) for unit in made] if id(block) in routed else made
     if len(units) > MANY:
         units = _joined(units, min(max_elements, frame))
     return [*_root_units(module, left, max_elements), *units]
@@ -205,13 +245,17 @@ def _joined(units: list[UnitPlan], most: int) -> list[UnitPlan]:
             last is not None
             and last.words + unit.words <= most
             and _list_of(last) == _list_of(unit)
-            and not any(each.held_through_backward or any(map(is_leaf, each.modules)) for each in (last, unit))
+            and not any(_stays_alone(each) for each in (last, unit))
         ):
             first = last.name.partition(" to ")[0]
             joined[-1] = UnitPlan(f"{first} to {unit.name}", [*last.modules, *unit.modules], last.params + unit.params)
         else:
             joined.append(unit)
     return joined
+
+
+def _stays_alone(unit: UnitPlan) -> bool:
+    return unit.held_through_backward or unit.routed or any(map(is_leaf, unit.modules))
 
 
 def _list_of(unit: UnitPlan) -> str:

@@ -51,6 +51,8 @@ class Unit:
         self.opaque = [entry.opaque for entry in plan.params]
         self.experts = plan.experts
         """Whether its parameters are those of experts that only some of the ranks have."""
+        self.routed = plan.routed
+        """Whether it is one expert's, which is used only where a token goes to it."""
         self.states = plan.state.initial
         """The state tensors that the optimizer keeps of each trainable parameter, with what they start from."""
         self.has_frozen = not all(self.trainable)

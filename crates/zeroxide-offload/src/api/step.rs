@@ -12,9 +12,16 @@ impl Offload {
     pub fn set_group(&self, unit: usize, param: usize, group: usize) -> Result<()> {
         self.with("set_group", |core| {
             core.check_param("set_group", unit, param)?;
+            core.catch_up(unit)?;
             core.units[unit].params[param].group = group;
             Ok(())
         })
+    }
+
+    /// From here on a [`step`](Self::step) leaves parameters of the unit alone that have no gradient. The unit's next
+    /// use makes up for it: what a step with a gradient of zero would have done, with the same bits. Of one rank's.
+    pub fn set_lazy(&self, unit: usize) -> Result<()> {
+        self.with("set_lazy", |core| core.set_lazy(unit))
     }
 
     /// Lends weight and gradient of the only parameter of a unit until the next step ends.

@@ -40,6 +40,7 @@ impl Core {
             return misuse("write_param", "a unit is being filled");
         }
         self.state.cache.clear();
+        self.catch_up(unit)?;
         self.finish_step()?;
         self.wait_reads()?;
         let this = &self.units[unit];
@@ -237,6 +238,7 @@ impl Core {
         self.check_usable()?;
         self.check_param("write_grad", unit, param)?;
         self.check_here("write_grad", unit)?;
+        self.catch_up(unit)?;
         self.finish_unit(unit)?;
         let local = self.kept_range("write_grad", unit, param, start, values.len())?;
         let (dtype, element, mesh) = (self.gradients.dtype, self.gradients.dtype.size(), self.mesh);

@@ -49,6 +49,7 @@ impl Core {
             return misuse("fill_begin", "another fill has not been committed");
         }
         self.state.cache.clear();
+        self.catch_up(unit)?;
         self.finish_step()?;
         self.wait_reads()?;
         let alone = self.units[unit].mesh.has_all();

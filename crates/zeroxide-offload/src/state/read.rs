@@ -40,6 +40,7 @@ impl Core {
         if out.is_empty() {
             return Ok(());
         }
+        self.catch_up(unit)?;
         self.finish_step()?;
         self.wait_reads()?;
         let this = &self.units[unit];
@@ -202,12 +203,14 @@ impl Core {
     /// Updates made so far to one parameter.
     pub(crate) fn updates(&self, unit: usize, param: usize) -> Result<u64> {
         self.check_param("updates", unit, param)?;
-        Ok(self.units[unit].params[param].updates)
+        let state = &self.units[unit].params[param];
+        Ok(state.updates + state.missed)
     }
 
     /// Sets the number of updates made so far, when a checkpoint is loaded.
     pub(crate) fn set_updates(&mut self, unit: usize, param: usize, updates: u64) -> Result<()> {
         self.check_param("set_updates", unit, param)?;
+        self.catch_up(unit)?;
         self.units[unit].params[param].updates = updates;
         Ok(())
     }

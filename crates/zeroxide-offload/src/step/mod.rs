@@ -2,6 +2,7 @@
 
 pub(crate) mod driver;
 mod lent;
+mod missed;
 pub(crate) mod plan;
 pub(crate) mod stream;
 mod update;
@@ -13,6 +14,7 @@ use zeroxide_storage::Notify;
 
 use crate::error::{OffloadError, Result};
 use crate::io_report::{Stopwatch, Tally};
+use crate::step::missed::MissedSteps;
 use crate::step::stream::ActiveStep;
 
 /// Optimizer steps: the one under way, and what those before it have left.
@@ -26,6 +28,8 @@ pub(crate) struct Step {
     pub(crate) active: Option<ActiveStep>,
     /// Steps begun.
     pub(crate) count: u64,
+    /// Those that lazy units have yet to make up for.
+    pub(crate) missed: MissedSteps,
     /// The step that failed half way.
     pub(crate) poisoned: Option<Poison>,
     /// Tiles updated.

@@ -38,6 +38,7 @@ impl Core {
         }
         self.finish_step()?;
         self.check_exchanged()?;
+        self.catch_up_before_step()?;
         self.finish_spills()?;
         self.state.cache.clear();
         self.wait_reads()?;
@@ -49,29 +50,18 @@ impl Core {
                 continue;
             }
             let plan = segments(unit, groups, grad_scale)?;
-            // Moments that are not on disk yet must all be written, also where there is no gradient.
-            let all = unit.state.is_pristine() && !plan.is_empty();
-            let count = unit.state_tiles.count();
-            let tiles: Vec<u32> = (0..count)
-                .filter(|tile| all || overlaps(&plan, &unit.flat(&unit.state_tiles.range(*tile))))
-                .collect();
+            let tiles = tiles_of(unit, &plan);
             step.work.extend(tiles.iter().map(|tile| (index, *tile)));
-            let takes_every_tile = tiles.len() as u64 == u64::from(unit.weight_tiles.count());
             match (tiles.is_empty(), plan.is_empty()) {
                 (true, true) => untouched.push(index),
                 // This rank's shard may hold none of the parameters that are updated: padding, or others of the unit.
                 (true, false) => others.push(index),
                 _ => {}
             }
-            step.units.push(Progress {
-                plan,
-                tiles: tiles.len(),
-                writes: 0,
-                takes_every_tile,
-                ahead: false,
-            });
+            step.units.push(Progress::new(unit, plan, tiles.len()));
         }
         self.step.count += 1;
+        self.note_missed(groups);
         for param in self
             .units
             .iter_mut()
@@ -261,7 +251,16 @@ pub(crate) fn constant_runs(unit: &Unit, groups: &[Optimizer]) -> Result<Vec<Con
     Ok(found)
 }
 
-fn check_group(unit: &Unit, group: usize, groups: &[Optimizer]) -> Result<()> {
+/// The tiles of the unit that a step takes which does this.
+pub(crate) fn tiles_of(unit: &Unit, plan: &[Segment]) -> Vec<u32> {
+    // Moments that are not on disk yet must all be written, also where there is no gradient.
+    let all = unit.state.is_pristine() && !plan.is_empty();
+    (0..unit.state_tiles.count())
+        .filter(|tile| all || overlaps(plan, &unit.flat(&unit.state_tiles.range(*tile))))
+        .collect()
+}
+
+pub(crate) fn check_group(unit: &Unit, group: usize, groups: &[Optimizer]) -> Result<()> {
     match groups.get(group) {
         None => misuse(
             "step",

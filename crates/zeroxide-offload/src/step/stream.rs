@@ -13,10 +13,10 @@ use crate::core::{Core, byte_range, to_usize};
 use crate::error::{Result, misuse};
 use crate::gradients::kept::GRADIENT;
 use crate::homes::fill_initial;
-use crate::step::plan::Segment;
+use crate::step::plan::{Segment, tiles_of};
 use crate::step::update::{Update, update_tile};
 use crate::tile_io::{TileBuffer, tile_bytes};
-use crate::unit::StateBlocks;
+use crate::unit::{StateBlocks, Unit};
 use crate::weights::gather::block;
 use crate::weights::residence::{Residence, UnitWeights};
 
@@ -61,6 +61,22 @@ pub(crate) struct Progress {
     pub(crate) takes_every_tile: bool,
     /// The unit has been updated and not been used since.
     pub(crate) ahead: bool,
+    /// What is done makes up for steps that the unit has missed: its gradient is zero, and what it has of one stays.
+    pub(crate) without_gradient: bool,
+}
+
+impl Progress {
+    /// All that `plan` does with `tiles` tiles of the unit.
+    pub(crate) fn new(unit: &Unit, plan: Vec<Segment>, tiles: usize) -> Self {
+        Self {
+            plan,
+            tiles,
+            writes: 0,
+            takes_every_tile: tiles as u64 == u64::from(unit.weight_tiles.count()),
+            ahead: false,
+            without_gradient: false,
+        }
+    }
 }
 
 /// Why no further tile's reads were started.
@@ -109,6 +125,26 @@ impl ActiveStep {
             replies: (Reply::notifying(sender, Arc::clone(notify)), receiver),
         }
     }
+
+    /// A step in which none of `units` units takes part.
+    pub(crate) fn of_nothing(notify: &Arc<Notify>, units: usize) -> Self {
+        let mut step = Self::new(notify);
+        step.units.resize_with(units, Progress::default);
+        step
+    }
+
+    /// What `plan` does with the unit, of which the step has nothing left to do, comes next, with a gradient of zero.
+    pub(crate) fn add_first(&mut self, index: usize, unit: &Unit, plan: Vec<Segment>) {
+        let tiles = tiles_of(unit, &plan);
+        for tile in tiles.iter().rev() {
+            self.work.push_front((index, *tile));
+        }
+        self.units[index] = Progress {
+            without_gradient: true,
+            ..Progress::new(unit, plan, tiles.len())
+        };
+    }
+
     /// Whether tiles of the unit still wait for their update.
     pub(crate) fn is_updating(&self, unit: usize) -> bool {
         self.units[unit].tiles > 0
@@ -189,14 +225,16 @@ impl Core {
         if let Some(error) = job.failed.take() {
             return Err(error.into());
         }
+        let unit = job.unit;
+        let without_gradient = step.units[unit].without_gradient;
         let update = Update {
             pool: &self.pool,
             disk: self.disk.as_ref(),
             grad: self.gradients.dtype,
-            unit: job.unit,
+            without_gradient,
+            unit,
             tile: job.tile,
         };
-        let unit = job.unit;
         let gradient = job.take(self.units[unit].gradient_number());
         let step = self.step.active.as_ref().expect("looked at just now");
         let plan = &step.units[unit].plan;
@@ -238,8 +276,11 @@ impl Core {
     fn unit_updated(&mut self, unit: usize) -> Result<()> {
         if let StateBlocks::Disk { pristine } = &mut self.units[unit].state {
             *pristine = false;
-            // Used up, and not needed before backward accumulates the next ones: room for the activations in between.
-            self.release_gradients(unit)?;
+            if !self.active().units[unit].without_gradient {
+                // Used up, and not needed before backward accumulates the next ones: room for the activations in
+                // between.
+                self.release_gradients(unit)?;
+            }
         }
         let used = self.weights.tick();
         let alone = self.units[unit].mesh.has_all();
@@ -294,7 +335,7 @@ impl Core {
                 to_read.push((index, tensor.key, lease));
             }
         }
-        if this.grad.is_spilled() {
+        if this.grad.is_spilled() && !self.active().units[unit].without_gradient {
             let bytes = byte_range(&this.state_tiles.range(tile), self.gradients.dtype.size());
             match self.disk().ring.lease(bytes.len(), PAGE) {
                 Ok(lease) => to_read.push((this.gradient_number(), GRADIENT, lease)),

@@ -21,11 +21,16 @@ use crate::weights::residence::UnitWeights;
 /// Also the alignment of the parts that threads take. A whole number of checksum pieces of every tensor that is not narrow.
 const PIECE: usize = CHECKSUM_PIECE / 2;
 
+/// The gradient of a piece of a step that a unit has missed.
+static ZEROS: [f32; PIECE] = [0.0; PIECE];
+
 /// What the update of a tile needs beside the unit.
 pub(crate) struct Update<'a> {
     pub(crate) pool: &'a Pool,
     pub(crate) disk: Option<&'a Disk>,
     pub(crate) grad: Dtype,
+    /// The gradient is zero, and nowhere.
+    pub(crate) without_gradient: bool,
     pub(crate) unit: usize,
     pub(crate) tile: u32,
 }
@@ -74,6 +79,8 @@ struct ThreadChunk<'a> {
     len: usize,
     slices: Vec<Slice<'a>>,
     grad: &'a [u8],
+    /// The gradient is zero, and `grad` empty.
+    zero: bool,
     /// Checksums of the pieces of gradients that came from disk.
     grad_checks: Option<Vec<u64>>,
 }
@@ -91,8 +98,7 @@ pub(crate) fn update_tile(
     let weight_range = unit.weight_tiles.range(update.tile);
     let tensors = &unit.tensors;
     let weight_element = tensors.compute().size();
-    let base = unit.base;
-    let on_disk = unit.weights.on_disk();
+    let (base, on_disk) = (unit.base, unit.weights.on_disk());
     let pristine = unit.state.is_pristine();
     let (lent_weight, lent_grad);
     let mut shard;
@@ -117,12 +123,14 @@ pub(crate) fn update_tile(
             if let Some(bytes) = shard.as_deref_mut() {
                 sources.push(Source::new(LIVE, bytes, false, on_disk));
             }
-            let grad = if let Some(read) = gradient {
-                read
-            } else {
-                let kept = unit.grad.bytes();
-                let kept = kept.expect("what is not on disk is in memory until its step");
-                &kept[byte_range(&range, update.grad.size())]
+            let grad: &[u8] = match gradient {
+                _ if update.without_gradient => &[],
+                Some(read) => read,
+                None => {
+                    let kept = unit.grad.bytes();
+                    let kept = kept.expect("what is not on disk is in memory until its step");
+                    &kept[byte_range(&range, update.grad.size())]
+                }
             };
             (grad, update.grad)
         }
@@ -148,6 +156,7 @@ pub(crate) fn update_tile(
     );
     for part in &mut parts {
         part.grad_checks = gradient.map(|_| Vec::new());
+        part.zero = update.without_gradient;
     }
     let parts = run_all(update.pool, parts, |part| {
         part.run(tensors, segments, grad_dtype);
@@ -285,6 +294,7 @@ fn divide<'a>(
                 index * share * grad_element,
                 (index + 1) * share * grad_element,
             ),
+            zero: false,
             grad_checks: None,
         })
         .collect();
@@ -370,11 +380,15 @@ impl ThreadChunk<'_> {
         local: Range<usize>,
         grad_dtype: Dtype,
     ) {
-        let bytes = &self.grad[local.start * grad_dtype.size()..local.end * grad_dtype.size()];
-        let grad = match grad_dtype {
-            Dtype::F32 => Grad::F32(bytemuck::cast_slice(bytes)),
-            Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
-            Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
+        let grad = if self.zero {
+            Grad::F32(&ZEROS[..local.len()])
+        } else {
+            let bytes = &self.grad[local.start * grad_dtype.size()..local.end * grad_dtype.size()];
+            match grad_dtype {
+                Dtype::F32 => Grad::F32(bytemuck::cast_slice(bytes)),
+                Dtype::Bf16 => Grad::Bf16(bytemuck::cast_slice(bytes)),
+                Dtype::F16 => Grad::F16(bytemuck::cast_slice(bytes)),
+            }
         };
         // Every part and every parameter starts at a block, and so does what they have in common.
         let elements = local.start as u64..local.end as u64;

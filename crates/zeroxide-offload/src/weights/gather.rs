@@ -25,6 +25,7 @@ impl Core {
     pub(crate) fn gather(&mut self, unit: usize, covered: bool) -> Result<bool> {
         self.check_usable()?;
         self.check_here("gather", unit)?;
+        self.catch_up(unit)?;
         self.finish_unit(unit)?;
         self.poll_arrivals();
         if matches!(self.residence(unit), Some(Residence::Away)) {
@@ -153,6 +154,7 @@ impl Core {
     pub(crate) fn prefetch(&mut self, unit: usize) -> Result<bool> {
         self.check_usable()?;
         self.check_unit("prefetch", unit)?;
+        self.catch_up(unit)?;
         if self.is_stepping(unit) {
             // The step brings it under its window itself.
             return Ok(true);

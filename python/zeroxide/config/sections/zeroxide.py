@@ -64,6 +64,9 @@ class ZeroxideSection(Section):
     """How many units are read ahead of the one in use."""
     accumulation_order: Annotated[Literal["batches", "layers"], choice("batches", "layers")] = "batches"
     """How `train_batch` accumulates: one micro-batch after the other, or all of them layer by layer."""
+    unrouted_experts: Annotated[Literal["update", "skip", "lazy"], choice("update", "skip", "lazy")] = "update"
+    """What a step does with experts of `moe.MoE` that no token went to: "update" runs, reads and updates them, "skip"
+    leaves them out, and "lazy" leaves them out and makes up for it when they are next used, with the same bits."""
     micro_batch_seeds: Flag = False
     """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
@@ -120,6 +123,8 @@ class Zeroxide(Resolved):
     """How many units are read ahead of the one in use."""
     accumulation_order: Literal["batches", "layers"] = "batches"
     """How `train_batch` accumulates: one micro-batch after the other, or all of them layer by layer."""
+    unrouted_experts: Literal["update", "skip", "lazy"] = "update"
+    """What a step does with experts that no token went to."""
     micro_batch_seeds: bool = False
     """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     io_engine: Literal["auto", "io_uring", "threads"] = field(
@@ -168,6 +173,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         state_in_memory=section.state_in_memory,
         prefetch=Zeroxide.prefetch if section.prefetch is None else section.prefetch,
         accumulation_order=section.accumulation_order,
+        unrouted_experts=section.unrouted_experts,
         micro_batch_seeds=section.micro_batch_seeds,
         io_engine=section.io_engine,
         threads=section.threads,

@@ -119,7 +119,8 @@ class Gatherer:
         beside: units that are needed at the same time.
         """
         order = self.orders[self.training]
-        if not order.seen or order.seen[-1] != unit.index:
+        # Which experts are used is another each time: none is brought because the last pass used it.
+        if not unit.routed and (not order.seen or order.seen[-1] != unit.index):
             order.note(unit.index)
         wanted = self._wanted(order, unit) if self.early else ()
         if self.ahead:
@@ -176,7 +177,8 @@ class Gatherer:
 
         Nothing but memory changes hands: parameters show what they showed, whether their weights are there or not.
         """
-        self.orders[self.training].note(unit.index)
+        if not unit.routed:
+            self.orders[self.training].note(unit.index)
         if unit.index in self.ahead:
             self.ahead.remove(unit.index)
         while self.ahead and not self.core.has_room(unit.index):
