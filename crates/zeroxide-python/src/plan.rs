@@ -188,7 +188,8 @@ impl PyPlan {
         self.inner.state.name()
     }
 
-    /// Home of all gradients of units whose optimizer state is on disk, and of all others "host": "host" or "disk".
+    /// Home of all gradients of units whose optimizer state is on disk, and of all others "host": "host" or "disk". Or
+    /// "consumed", of all units: backward updates each as soon as its gradients are complete.
     #[getter]
     fn gradients(&self) -> &'static str {
         self.inner.gradients.name()

@@ -222,6 +222,7 @@ impl Core {
         self.weights.check_strays()?;
         self.check_param(call, unit, param)?;
         self.check_here(call, unit)?;
+        self.check_not_begun(call, unit)?;
         self.finish_unit(unit)?;
         self.retire_step()?;
         let away = self.mesh.world() > 1;

@@ -1,6 +1,7 @@
 //! One optimizer step: its constants, the stream of tiles, and the update of one tile.
 
 pub(crate) mod driver;
+pub(crate) mod early;
 mod lent;
 pub(crate) mod plan;
 pub(crate) mod stream;
@@ -13,6 +14,7 @@ use zeroxide_storage::Notify;
 
 use crate::error::{OffloadError, Result};
 use crate::io_report::{Stopwatch, Tally};
+use crate::step::early::EarlyUpdates;
 use crate::step::stream::ActiveStep;
 
 /// Optimizer steps: the one under way, and what those before it have left.
@@ -24,6 +26,8 @@ pub(crate) struct Step {
     pub(crate) notify: Arc<Notify>,
     /// The step under way.
     pub(crate) active: Option<ActiveStep>,
+    /// The step to come, whose updates may begin before it.
+    pub(crate) early: Option<EarlyUpdates>,
     /// Steps begun.
     pub(crate) count: u64,
     /// The step that failed half way.

@@ -97,11 +97,11 @@ pub(crate) struct ActiveStep {
 }
 
 impl ActiveStep {
-    /// A step of no units yet, whose completions are told to `notify`.
-    pub(crate) fn new(notify: &Arc<Notify>) -> Self {
+    /// A step of `units` in which nothing is to be done yet, whose completions are told to `notify`.
+    pub(crate) fn new(notify: &Arc<Notify>, units: usize) -> Self {
         let (sender, receiver) = channel();
         Self {
-            units: Vec::new(),
+            units: (0..units).map(|_| Progress::default()).collect(),
             work: VecDeque::new(),
             jobs: VecDeque::new(),
             base: 0,
@@ -240,6 +240,8 @@ impl Core {
             *pristine = false;
             // Used up, and not needed before backward accumulates the next ones: room for the activations in between.
             self.release_gradients(unit)?;
+        } else {
+            self.release_unused(unit)?;
         }
         let used = self.weights.tick();
         let alone = self.units[unit].mesh.has_all();
@@ -252,7 +254,8 @@ impl Core {
                 used,
             };
         }
-        self.active_mut().units[unit].ahead = true;
+        // What backward updates, the next forward uses in the other order.
+        self.active_mut().units[unit].ahead = self.step.early.is_none();
         self.weights_renewed(unit);
         Ok(())
     }
