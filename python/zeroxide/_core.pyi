@@ -136,10 +136,11 @@ class StateHome:
 
 @final
 class GradientHome:
-    """Where the gradients of a unit wait for the step, if its optimizer state is on disk."""
+    """Where the gradients of a unit wait for the step: "disk" if its optimizer state is there, "consumed" if they do not."""
 
     HOST: ClassVar[GradientHome]
     DISK: ClassVar[GradientHome]
+    CONSUMED: ClassVar[GradientHome]
     def __new__(cls, word: str, /) -> GradientHome: ...
     def __eq__(self, value: object, /) -> bool: ...
     def __ne__(self, value: object, /) -> bool: ...
@@ -274,6 +275,16 @@ class Window:
     def address(self) -> int: ...
     @property
     def nbytes(self) -> int: ...
+
+@final
+class EarlyUpdates:
+    """Updates of single units inside of backward, each as soon as the unit's gradients are complete; `Offload.step`
+    updates the others and ends the step."""
+
+    def __new__(cls, offload: Offload, /) -> EarlyUpdates: ...
+    def begin(self, groups: list[Rule], grad_scale: float) -> None: ...
+    def update(self, unit: int) -> None: ...
+    def fail(self, cause: str) -> bool: ...
 
 @final
 class Offload:

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def gradients(self) -> Home:
-        """Where gradients wait for the step, but those of `units_on_device`."""
+        """Where gradients wait for the step, but those of `units_on_device`; CONSUMED where they do not."""
         return Home(self.numbers.gradients)
 
     @cached_property
@@ -244,7 +244,7 @@ def make_plan(
         weights_on_disk=config.zero.offload_param.kind == "nvme",
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
-        gradients=None if config.zeroxide.gradients == "auto" else _core.GradientHome(config.zeroxide.gradients),
+        gradients=_gradient_home(config),
         pinned=config.zeroxide.state_in_memory or 0,
         quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
@@ -274,6 +274,16 @@ def make_plan(
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
     )
+
+
+def _gradient_home(config: Config) -> _core.GradientHome | None:
+    """Where gradients are to wait for the step; None leaves it to the plan. They need not, where each backward is a
+    step's only one and updates."""
+    own = config.zeroxide
+    if own.gradients != "auto":
+        return _core.GradientHome(own.gradients)
+    consumes = own.update_in_backward and config.batch.gradient_accumulation_steps == 1
+    return _core.GradientHome.CONSUMED if consumes else None
 
 
 def _transport(config: Config, ranks: Ranks) -> str:
