@@ -208,6 +208,7 @@ EFFECTS = [
     ("zeroxide.state_in_memory", "1GiB", {}, "zeroxide.state_in_memory", 1 << 30),
     ("zeroxide.accumulation_order", "layers", {}, "zeroxide.accumulation_order", "layers"),
     ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),
+    ("zeroxide.update_in_backward", True, {}, "zeroxide.update_in_backward", True),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),

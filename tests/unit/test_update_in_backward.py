@@ -329,7 +329,7 @@ class ReadsLate(nn.Module):
 def test_a_weight_that_backward_reads_after_its_update_is_refused(tmp_path: Path, weights: str) -> None:
     engine = engine_with(tmp_path, early=True, weights=weights, model=ReadsLate, own={"gradients": "host"})
     loss = engine(torch.ones(2, WIDTH, dtype=torch.bfloat16)).sum()
-    with pytest.raises((RuntimeError, ModelError), match="modified by an inplace operation|used after backward began"):
+    with pytest.raises((RuntimeError, ModelError), match=r"modified by an inplace operation|used after backward began"):
         engine.backward(loss)
     engine.destroy()
 

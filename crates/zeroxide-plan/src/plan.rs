@@ -119,6 +119,8 @@ pub struct Passed {
     pub resident: u64,
     /// What the allocator's heaps have grown by since forward ended.
     pub heap_growth: u64,
+    /// Backward has updated: what an update writes was resident beside all else.
+    pub updated: bool,
 }
 
 impl Plan {
@@ -200,7 +202,8 @@ impl Plan {
         }
     }
 
-    /// Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated yet.
+    /// Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated yet,
+    /// or all is.
     ///
     /// By then weights, gradients, frames and activations have been resident together as in every later step. What comes
     /// on top is payload that only an update writes: the staging ring, and state in host memory beyond the master weights,
@@ -214,18 +217,24 @@ impl Plan {
             peak,
             resident,
             heap_growth,
+            updated,
         } = passed;
         let reached = if peak > made {
             peak + heap_growth
         } else {
             resident
         };
-        let state = if loaded {
+        let state = if loaded || updated {
             0
         } else {
             self.placement.untouched_state_bytes()
         };
-        let steady = reached + self.buckets.staging + state;
+        let staging = if updated && peak > made {
+            0
+        } else {
+            self.buckets.staging
+        };
+        let steady = reached + staging + state;
         peak.max(steady + steady / FRAGMENTS)
     }
 

@@ -4,7 +4,6 @@ out."""
 from __future__ import annotations
 
 import math
-
 from typing import TYPE_CHECKING
 
 import torch

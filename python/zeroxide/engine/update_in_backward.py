@@ -8,6 +8,7 @@ until the step ends the model is of neither step: what would use or show it is r
 from __future__ import annotations
 
 import sys
+
 import torch
 
 from zeroxide import _core
@@ -95,9 +96,9 @@ class BackwardUpdates:
         for unit in self._units:
             if unit.index in self._hooks.uses.repeated and not unit.held_through_backward:
                 raise ModelError(
-                    f"{unit.name} was used twice since the last backward, so that its gradients may be complete only when "
-                    "this one ends, and zeroxide.update_in_backward leaves them no room until then: run a forward that "
-                    'no backward is for under torch.no_grad(), or set zeroxide.gradients to "host" or "disk"',
+                    f"{unit.name} was used twice since the last backward, so that its gradients may be complete only "
+                    "when this one ends, and zeroxide.update_in_backward leaves them no room until then: run a forward "
+                    'that no backward is for under torch.no_grad(), or set zeroxide.gradients to "host" or "disk"',
                     name=unit.name,
                 )
 

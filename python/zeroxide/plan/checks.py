@@ -114,8 +114,8 @@ def check_update_in_backward(config: Config, ranks: Ranks, device: torch.device)
     if config.gradients.clipping is not None:
         default = ", the default," if config.gradients.clipping_is_default else ""
         problem = (
-            f"gradient_clipping {config.gradients.clipping:g}{default} needs the norm of all gradients before the first "
-            "update: set gradient_clipping to 0"
+            f"gradient_clipping {config.gradients.clipping:g}{default} needs the norm of all gradients before the "
+            "first update: set gradient_clipping to 0"
         )
     elif config.precision.loss_scale is not None:
         problem = "fp16 leaves a step out if any gradient overflows, after all are known: use bf16"

@@ -59,6 +59,8 @@ class Plan:
     """Blocks of page-locked memory for copies down from the device."""
     durable: bool = False
     """Whether state survives the process."""
+    updates_in_backward: bool = False
+    """Whether the update of a unit begins inside of backward."""
 
     @property
     def weights(self) -> Home:
@@ -174,7 +176,8 @@ class Plan:
         memory, is added, and 2.5 % for fragments of the allocator.
         """
         grown = backward["heap"] - forward["heap"]
-        return self.numbers.expected_process(made["peak"], backward["peak"], backward["rss"], max(0, grown), loaded)
+        passed = backward["peak"], backward["rss"], max(0, grown)
+        return self.numbers.expected_process(made["peak"], *passed, loaded, self.updates_in_backward)
 
     def expected_traffic(self) -> tuple[int, int]:
         """Bytes read from and written to disk in a step of one micro-batch, once all state has been written once."""
@@ -273,6 +276,7 @@ def make_plan(
         device_limit=config.zeroxide.device_memory,
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
+        updates_in_backward=config.zeroxide.update_in_backward,
     )
 
 

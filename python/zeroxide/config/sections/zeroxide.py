@@ -66,7 +66,7 @@ class ZeroxideSection(Section):
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     update_in_backward: Flag = False
-    """Whether backward updates each unit as soon as its gradients are complete, which then need no memory until a step."""
+    """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
     trim_libraries: Flag = True
     """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[
@@ -131,7 +131,7 @@ class Zeroxide(Resolved):
     )
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     update_in_backward: bool = False
-    """Whether backward updates each unit as soon as its gradients are complete, which then need no memory until a step."""
+    """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
     trim_libraries: bool = field(default=True, metadata=may_differ("it concerns one process's memory"))
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
