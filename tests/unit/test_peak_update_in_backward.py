@@ -73,7 +73,7 @@ def test_the_process_takes_the_less_that_the_plan_says(home, tmp_path):
     saved = usual[0] - early[0]
     assert usual[1] - early[1] == saved
     assert usual[3] - early[3] >= 0.75 * saved
-    # What is told after the first backward; with moments in host memory, which it has written, 2.5 % more for fragments.
+    # What is told after the first backward: it has written moments in host memory, and 2.5 % more is for fragments.
     # Beside disks the engine took more when it was made, and that is told.
     assert early[3] <= early[2]
     assert home == "nvme" or early[2] <= 1.05 * early[3]

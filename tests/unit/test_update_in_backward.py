@@ -23,18 +23,20 @@ BLOCKS = 4
 class Stack(nn.Module):
     """An embedding and a head that are one weight, and blocks between them, one of which has a frozen bias."""
 
-    def __init__(self, *, repeats: bool = False, recomputes: bool = False) -> None:
+    def __init__(self, *, repeats: bool = False, recomputes: bool | None = None) -> None:
         super().__init__()
         self.table = nn.Embedding(256, WIDTH)
         self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, 200), nn.Linear(200, WIDTH)) for _ in range(BLOCKS))
         self.blocks[1][0].bias.requires_grad_(False)
-        self.repeats, self.recomputes = repeats, recomputes
+        self.repeats = repeats
+        self.recomputes = recomputes
+        """Whether recomputation is reentrant; None for none."""
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         hidden = self.table(tokens)
         for block in (*self.blocks, self.blocks[0]) if self.repeats else self.blocks:
-            if self.recomputes:
-                hidden = hidden + checkpoint(block, hidden, use_reentrant=False).tanh()
+            if self.recomputes is not None:
+                hidden = hidden + checkpoint(block, hidden, use_reentrant=self.recomputes).tanh()
             else:
                 hidden = hidden + block(hidden).tanh()
         return hidden @ self.table.weight.t()
@@ -165,8 +167,44 @@ def test_micro_batches_add_up_before_the_last_updates(tmp_path: Path, home: str)
     both(tmp_path, gradient_accumulation_steps=3, own={"gradients": home}, model=lambda: Stack(repeats=True))
 
 
-def test_recomputation_inside_of_backward_comes_before_the_update(tmp_path: Path) -> None:
-    both(tmp_path, model=lambda: Stack(recomputes=True))
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_inside_of_backward_comes_before_the_update(tmp_path: Path, reentrant: bool) -> None:
+    both(tmp_path, model=lambda: Stack(recomputes=reentrant))
+
+
+def test_a_durable_run_goes_on_from_its_last_step(tmp_path: Path) -> None:
+    """The one that ends inside of a step has half of it on disk, in the places of the commit to come."""
+    own = {"durable_every": 1}
+    (tmp_path / "usual").mkdir()
+    usual = engine_with(tmp_path / "usual", early=False)
+    expected = trained(usual)
+    usual.destroy()
+    first = engine_with(tmp_path, early=True, own=own)
+    batch, losses = batches(), []
+
+    def step(engine: Engine, number: int) -> None:
+        engine.optimizer.param_groups[0]["lr"] = 1e-2 / (number + 1)
+        loss = loss_of(engine, batch())
+        losses.append(loss.item())
+        engine.backward(loss)
+
+    for number in range(2):
+        step(first, number)
+        first.step()
+    tokens = batch()
+    first.optimizer.param_groups[0]["lr"] = 1e-2 / 3
+    first.backward(loss_of(first, tokens))
+    first.finish_step()
+    first.destroy()
+    second = engine_with(tmp_path, early=True, own=own)
+    assert second.resume() == 2
+    second.optimizer.param_groups[0]["lr"] = 1e-2 / 3
+    loss = loss_of(second, tokens)
+    second.backward(loss)
+    second.step()
+    assert [*losses, loss.item()] == expected["losses"]
+    assert_same(second.module_state_dict(), expected["weights"])
+    second.destroy()
 
 
 @pytest.mark.parametrize("state", ["cpu", "nvme"])
