@@ -249,8 +249,9 @@ def test_units_are_updated_while_backward_goes_on(tmp_path: Path) -> None:
     engine.destroy()
 
 
-def test_what_sees_a_step_half_made_is_refused(tmp_path: Path) -> None:
-    engine = engine_with(tmp_path, early=True)
+@pytest.mark.parametrize("weights", ["nvme", "cpu"])
+def test_what_sees_a_step_half_made_is_refused(tmp_path: Path, weights: str) -> None:
+    engine = engine_with(tmp_path, early=True, weights=weights)
     batch = batches()
     tokens = batch()
     loss = loss_of(engine, tokens)
@@ -263,6 +264,7 @@ def test_what_sees_a_step_half_made_is_refused(tmp_path: Path) -> None:
         engine.module_state_dict,
         lambda: engine.save_checkpoint(tmp_path / "saved", leave_out_gradients=True),
         lambda: loss_of(engine, tokens),
+        lambda: engine.module.blocks[2](torch.ones(1, WIDTH, dtype=torch.bfloat16)),
         lambda: engine.backward(loss),
     ):
         with pytest.raises(ModelError, match=r"update_in_backward.*engine\.step\(\)"):

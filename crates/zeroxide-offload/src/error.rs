@@ -92,8 +92,8 @@ pub enum OffloadError {
     },
     /// A unit is used whose update has begun inside of the backward that uses it.
     #[error(
-        "{call}: {unit} is used after backward began to update it, when its gradients were complete: set \
-         zeroxide.update_in_backward to false"
+        "{call}: {unit} is used after backward began to update it (zeroxide.update_in_backward), when its gradients were \
+         complete: call engine.step() first, or set it to false where backward itself comes to the unit again"
     )]
     UpdatedEarly {
         /// The call refused.

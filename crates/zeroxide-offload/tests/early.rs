@@ -315,7 +315,7 @@ fn a_gradient_that_is_not_finite_updates_nothing() {
 #[test]
 fn a_backward_that_fails_after_an_update_leaves_a_mixed_state_that_says_so() {
     let offload = case().open();
-    backward(&offload, 0, &[0], |gradient| gradient).expect("no fault");
+    backward(&offload, 0, &[0, 1], |gradient| gradient).expect("no fault");
     assert!(offload.fail_early("a hook raised").expect("open"));
     let error = try_master(&offload).expect_err("the state is mixed");
     assert!(error.to_string().contains("a hook raised"), "{error}");

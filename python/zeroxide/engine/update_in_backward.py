@@ -43,6 +43,7 @@ class BackwardUpdates:
         self._core = parts.core
         self._units = parts.units
         self._hooks = parts.hooks
+        self._weights = parts.weights
         self._updater = parts.updater
         self._guard = parts.guard
         self._accumulation = parts.accumulation
@@ -166,3 +167,5 @@ class BackwardUpdates:
         torch._C._increment_version([param for param, own in zip(unit.params, unit.trainable, strict=True) if own])
         unit.note_versions()
         self._early.update(unit.index)
+        # Whoever uses it before the step asks the core, which refuses.
+        self._weights.drain()
