@@ -142,6 +142,7 @@ SIZES = [f"zeroxide.{name}" for name in ("host_memory", "unit_bytes", "tile_byte
 FLAGS = ["wall_clock_breakdown", "dataloader_drop_last", "bf16.enabled", "optimizer.params.bias_correction"]
 FLAGS += ["bf16.check_grad_overflow", "fp16.enabled", "fp16.auto_cast", "fp16.consecutive_hysteresis"]
 FLAGS += ["managed_gradient_accumulation", "torch_autocast.enabled", "zeroxide.micro_batch_seeds"]
+FLAGS += ["zeroxide.update_in_backward"]
 NAN, INF = math.nan, math.inf
 WRONG = [
     *((key, value) for key in COUNTS for value in (0, -1, 1.5, "8", True, [8], 1 << 40, NAN, INF)),

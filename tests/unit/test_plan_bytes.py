@@ -63,11 +63,12 @@ class Wide(nn.Module):
         return x.square().mean()
 
 
-@pytest.mark.parametrize("prefetch", [0, 1, 3])
-def test_a_step_reads_and_writes_what_was_expected(prefetch, tmp_path):
+@pytest.mark.parametrize(("prefetch", "early"), [(0, False), (1, False), (3, False), (1, True)])
+def test_a_step_reads_and_writes_what_was_expected(prefetch, early, tmp_path):
     """Weights of 2 MiB a block, of which some stay in memory from pass to pass.
 
-    Catches: weights counted as read for the update and again for the forward that follows it.
+    Catches: weights counted as read for the update and again for the forward that follows it; weights read again for an
+    update inside of backward, which has just used them.
     """
     torch.manual_seed(0)
     offload = {"device": "nvme", "nvme_path": str(tmp_path)}
@@ -75,7 +76,13 @@ def test_a_step_reads_and_writes_what_was_expected(prefetch, tmp_path):
         "bf16": {"enabled": True},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
         "zero_optimization": {"stage": 3, "offload_param": offload, "offload_optimizer": offload},
-        "zeroxide": {"tile_bytes": 1 << 20, "staging_bytes": 24 << 20, "prefetch": prefetch},
+        "gradient_clipping": 0,
+        "zeroxide": {
+            "tile_bytes": 1 << 20,
+            "staging_bytes": 24 << 20,
+            "prefetch": prefetch,
+            "update_in_backward": early,
+        },
     }
     with started(Wide(), config=config) as engine:
         x = torch.randn(8, 1024, dtype=torch.bfloat16)

@@ -91,7 +91,7 @@ fn make_units(
         let grad = match spec.weights {
             WeightHome::Borrowed => KeptGradients::None,
             _ if trainable == 0 || placed.is_away() => KeptGradients::None,
-            _ if placed.spills() => KeptGradients::Missing,
+            _ if placed.in_rooms() => KeptGradients::Missing,
             _ => KeptGradients::Host(grads.lease(trainable)?),
         };
         units.push(Unit {

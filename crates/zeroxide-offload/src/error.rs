@@ -79,6 +79,43 @@ pub enum OffloadError {
         /// What happened.
         line: String,
     },
+    /// A gradient that an update inside of backward must not use.
+    #[error(
+        "a gradient of {unit} is not finite, and zeroxide.update_in_backward has no step to leave out: {updated} units \
+         are updated already; lower the learning rate, or set it to false, where such a step is skipped"
+    )]
+    NotFinite {
+        /// The unit.
+        unit: String,
+        /// Units whose update has begun.
+        updated: usize,
+    },
+    /// A unit is used whose update has begun inside of the backward that uses it.
+    #[error(
+        "{call}: {unit} is used after backward began to update it (zeroxide.update_in_backward), when its gradients were \
+         complete: call engine.step() first, or set it to false where backward itself comes to the unit again"
+    )]
+    UpdatedEarly {
+        /// The call refused.
+        call: &'static str,
+        /// The unit.
+        unit: String,
+    },
+    /// A step is half made: its updates began inside of backward.
+    #[error(
+        "{call}: backward has begun to update the weights (zeroxide.update_in_backward), and the step that ends it has \
+         not been made: call engine.step() first"
+    )]
+    InsideStep {
+        /// The call refused.
+        call: &'static str,
+    },
+    /// Hyperparameters have changed between the updates of one step.
+    #[error(
+        "a hyperparameter has changed since backward began to update with it (zeroxide.update_in_backward): set it back, \
+         and change it after engine.step() and before the next backward"
+    )]
+    OtherConstants,
     /// A call that the present state does not allow: a mistake in the caller's code.
     #[error("{call}: {what}")]
     Misuse {

@@ -191,7 +191,12 @@ impl Facts for OffloadError {
             Self::NoFrames { .. } => Concern::Budget,
             Self::Poisoned { .. } => Concern::Storage,
             Self::PoisonedAway { .. } => Concern::Device,
-            Self::Stray { .. } | Self::Strayed { .. } => Concern::Model,
+            Self::Stray { .. }
+            | Self::Strayed { .. }
+            | Self::NotFinite { .. }
+            | Self::UpdatedEarly { .. }
+            | Self::InsideStep { .. }
+            | Self::OtherConstants => Concern::Model,
             Self::Misuse { .. } => Concern::Core,
         }
     }
@@ -203,6 +208,10 @@ impl Facts for OffloadError {
             PoisonedAway { step: number, cause: text }
             Stray { unit: model, cause: text }
             Strayed { line: text }
+            NotFinite { unit: model, updated: number }
+            UpdatedEarly { call: text, unit: model }
+            InsideStep { call: text }
+            OtherConstants {}
             Misuse { call: text, what: text })
     }
 }

@@ -60,6 +60,8 @@ pub enum GradientHome {
     Host,
     /// On disk, in the dtype in which they are kept; in memory while they are accumulated.
     Disk,
+    /// Nowhere: backward updates a unit as soon as its gradients are complete, and until then they are in host memory.
+    Consumed,
 }
 
 impl GradientHome {
@@ -68,6 +70,7 @@ impl GradientHome {
         match self {
             Self::Host => "host",
             Self::Disk => "disk",
+            Self::Consumed => "consumed",
         }
     }
 }

@@ -77,8 +77,13 @@ impl Placement {
 
     /// Has the gradients of every unit wait on disk whose optimizer state is there.
     pub(crate) fn spill_gradients(&mut self) {
+        self.move_gradients(GradientHome::Disk);
+    }
+
+    /// Gives the gradients of every unit that home, where they can have it.
+    pub(crate) fn move_gradients(&mut self, home: GradientHome) {
         for unit in &mut self.units {
-            unit.shape.gradients = GradientHome::Disk;
+            unit.shape.gradients = home;
         }
     }
 
@@ -98,16 +103,16 @@ impl Placement {
 
     /// Bytes of the gradients that wait for the step in host memory.
     pub fn waiting_bytes(&self) -> u64 {
-        let waiting = self.units.iter().filter(|unit| !unit.spills());
+        let waiting = self.units.iter().filter(|unit| !unit.in_rooms());
         waiting
             .map(|unit| unit.gradient_bytes(self.dtypes.grad))
             .sum()
     }
 
-    /// Room in host memory for gradients at home on disk.
+    /// Room in host memory for gradients that do not stay there: at home on disk, or used up inside of backward.
     pub fn gradient_rooms(&self) -> GradientRooms {
-        let spilling = self.units.iter().filter(|unit| unit.spills());
-        GradientRooms::new(spilling, self.dtypes.grad)
+        let units = self.units.iter().filter(|unit| unit.in_rooms());
+        GradientRooms::new(units, self.dtypes.grad)
     }
 
     /// (start, bytes) of each unit's codes in the memory for all of them; no bytes where its weights travel as they are.

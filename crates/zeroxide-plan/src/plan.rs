@@ -46,7 +46,7 @@ pub struct PlanRequest {
     /// Optimizer state is to be on disk.
     pub state_on_disk: bool,
     /// Where gradients are to wait for the step; `None` leaves it to the plan. With optimizer state in host memory they
-    /// wait there.
+    /// wait there, unless backward uses them up.
     pub gradients: Option<GradientHome>,
     /// Most bytes of it that stay in host memory all the same, in whole units.
     pub pinned: u64,
@@ -79,7 +79,7 @@ pub struct Plan {
     pub weights: WeightHome,
     /// Home of all optimizer state, but of units that are at home on the device, and of those that are pinned.
     pub state: StateHome,
-    /// Home of all gradients of units whose optimizer state is on disk.
+    /// Home of all gradients of units whose optimizer state is on disk; of all units, where backward uses them up.
     pub gradients: GradientHome,
     /// Elements in a tile that touches the disk.
     pub tile_elements: u64,
@@ -119,6 +119,8 @@ pub struct Passed {
     pub resident: u64,
     /// What the allocator's heaps have grown by since forward ended.
     pub heap_growth: u64,
+    /// Backward has updated: what an update writes was resident beside all else.
+    pub updated: bool,
 }
 
 impl Plan {
@@ -162,21 +164,20 @@ impl Plan {
         let wanted = request.gradients.unwrap_or_else(|| {
             gradient_home(&placement, request.staging_bytes, gathered_bytes, budget)
         });
-        if wanted == GradientHome::Disk {
-            placement.spill_gradients();
-        }
-        let spills = placement.units.iter().any(PlacedUnit::spills);
+        placement.move_gradients(wanted);
+        let any = |holds: fn(&PlacedUnit) -> bool| placement.units.iter().any(holds);
+        let gradients = match () {
+            () if any(PlacedUnit::spills) => GradientHome::Disk,
+            () if any(PlacedUnit::consumes) => GradientHome::Consumed,
+            () => GradientHome::Host,
+        };
         let staging_bytes = ring_bytes(&placement, request.staging_bytes)?;
         let made = Self {
             turns,
             stage: request.stage,
             weights,
             state,
-            gradients: if spills {
-                GradientHome::Disk
-            } else {
-                GradientHome::Host
-            },
+            gradients,
             tile_elements,
             staging_bytes,
             gathered_bytes,
@@ -201,7 +202,8 @@ impl Plan {
         }
     }
 
-    /// Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated yet.
+    /// Most resident bytes of the process in all steps, told when a first backward has ended and nothing is updated yet,
+    /// or all is.
     ///
     /// By then weights, gradients, frames and activations have been resident together as in every later step. What comes
     /// on top is payload that only an update writes: the staging ring, and state in host memory beyond the master weights,
@@ -215,18 +217,24 @@ impl Plan {
             peak,
             resident,
             heap_growth,
+            updated,
         } = passed;
         let reached = if peak > made {
             peak + heap_growth
         } else {
             resident
         };
-        let state = if loaded {
+        let state = if loaded || updated {
             0
         } else {
             self.placement.untouched_state_bytes()
         };
-        let steady = reached + self.buckets.staging + state;
+        let staging = if updated && peak > made {
+            0
+        } else {
+            self.buckets.staging
+        };
+        let steady = reached + staging + state;
         peak.max(steady + steady / FRAGMENTS)
     }
 

@@ -1,11 +1,11 @@
-//! Room in host memory for gradients that wait on disk for the step.
+//! Room in host memory for gradients that wait on disk for the step, or that backward uses up unit by unit.
 
 use zeroxide_layout::{Dtype, PAGE};
 
 use crate::unit::PlacedUnit;
 
 /// Units whose gradients are in memory at once, beside those that have room of their own: one being accumulated, one being
-/// written.
+/// written or updated.
 pub const SPILL_SLOTS: u64 = 2;
 
 /// Room for gradients while they are accumulated. Units whose gradients come all through backward have room of their own;

@@ -77,7 +77,7 @@ pub struct UnitShape {
     pub weights: WeightHome,
     /// Home of the optimizer state.
     pub state: StateHome,
-    /// Home of its gradients, where its optimizer state is on disk; elsewhere they are in host memory.
+    /// Home of its gradients. Where its optimizer state is not on disk, they are not there either, but in host memory.
     pub gradients: GradientHome,
     /// Bytes of its optimizer state.
     pub state_bytes: StateBytes,
@@ -171,6 +171,19 @@ impl PlacedUnit {
         self.shape.gradients == GradientHome::Disk
             && self.shape.weights != WeightHome::Borrowed
             && self.state_on_disk()
+    }
+
+    /// Whether its gradients are in memory only until its update, which begins inside of backward.
+    pub fn consumes(&self) -> bool {
+        self.shape.gradients == GradientHome::Consumed
+            && self.shape.weights != WeightHome::Borrowed
+            && !self.is_away()
+            && self.local.kept > 0
+    }
+
+    /// Whether its gradients take turns in room that units share, or have such room while they come.
+    pub fn in_rooms(&self) -> bool {
+        self.spills() || self.consumes()
     }
 
     /// Whether all of the unit is at home on the device that computes.

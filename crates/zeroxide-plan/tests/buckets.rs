@@ -387,6 +387,7 @@ fn the_process_takes_what_a_backward_took_and_what_only_an_update_writes() {
         peak: mib(peak),
         resident: mib(resident),
         heap_growth: mib(heap_growth),
+        updated: false,
     };
     let expected =
         |plan: &Plan, made, passed, loaded| plan.expected_process(mib(made), passed, loaded);

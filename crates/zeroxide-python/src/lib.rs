@@ -7,6 +7,7 @@ mod codec;
 mod commits;
 mod cuda;
 mod dlpack;
+mod early_updates;
 mod errors;
 mod file_queue;
 mod gradient_hook;
@@ -43,6 +44,8 @@ mod _core {
         CudaContext, CudaKernel, CudaProbe, KeptCubin, Nvrtc, PinnedMemory, kernel_headers,
         kernel_source, probe_cuda, probe_storage, read_cubin,
     };
+    #[pymodule_export]
+    use crate::early_updates::EarlyUpdates;
     #[pymodule_export]
     use crate::file_queue::FileQueue;
     #[pymodule_export]

@@ -188,7 +188,8 @@ impl PyPlan {
         self.inner.state.name()
     }
 
-    /// Home of all gradients of units whose optimizer state is on disk, and of all others "host": "host" or "disk".
+    /// Home of all gradients of units whose optimizer state is on disk, and of all others "host": "host" or "disk". Or
+    /// "consumed", of all units: backward updates each as soon as its gradients are complete.
     #[getter]
     fn gradients(&self) -> &'static str {
         self.inner.gradients.name()
@@ -256,7 +257,8 @@ impl PyPlan {
     }
 
     /// Most resident bytes of the process in all steps, told after a first backward: `made` is the peak when training
-    /// began, `peak` and `resident` are those of the process now, `heap_growth` is what heaps grew by since forward ended.
+    /// began, `peak` and `resident` are those of the process now, `heap_growth` is what heaps grew by since forward ended; `updated`
+    /// says that backward has updated.
     fn expected_process(
         &self,
         made: u64,
@@ -264,11 +266,13 @@ impl PyPlan {
         resident: u64,
         heap_growth: u64,
         loaded: bool,
+        updated: bool,
     ) -> u64 {
         let passed = Passed {
             peak,
             resident,
             heap_growth,
+            updated,
         };
         self.inner.expected_process(made, passed, loaded)
     }

@@ -55,8 +55,10 @@ enums! {
     PyStateHome as "StateHome": StateHome, "home of the optimizer state" {
         Host = "host", Disk = "disk", Device = "device"
     }
-    /// Where the gradients of a unit wait for the step, if its optimizer state is on disk.
-    PyGradientHome as "GradientHome": GradientHome, "home of gradients" { Host = "host", Disk = "disk" }
+    /// Where the gradients of a unit wait for the step: "disk" if its optimizer state is there, "consumed" if they do not.
+    PyGradientHome as "GradientHome": GradientHome, "home of gradients" {
+        Host = "host", Disk = "disk", Consumed = "consumed"
+    }
     /// How gradients reach the ranks that keep them.
     PyTransport as "Transport": Transport, "transport" { Shared = "shared", Collective = "collective" }
     /// What moves bytes between memory and disk.

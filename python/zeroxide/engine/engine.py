@@ -22,6 +22,7 @@ from zeroxide.engine.report import print_progress
 from zeroxide.engine.trace import EVENTS, Trace, record
 from zeroxide.engine.train_batch import LossFn, WindowTrainer
 from zeroxide.engine.training_state import TrainingState
+from zeroxide.engine.update_in_backward import connect_updates
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import cast_inputs, forward_context
 from zeroxide.zero.access.parameter_offload import ParameterOffload, external_parameters
@@ -57,6 +58,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         self.world_size = parts.job.world.world
         self.training_dataloader = parts.dataloader
         self.training_state = TrainingState(parts)
+        connect_updates(parts)
         self._window = WindowTrainer(parts, self, self.backward, self.step)
         self._saver: Saver | None = None
         self._durable: DurableRun | None = None
@@ -181,6 +183,8 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
     def _step(self, lr_kwargs: dict[str, Any]) -> None:
         parts, counters = self.parts, self.parts.counters
         boundary = parts.accumulation.is_boundary()
+        if parts.updater.early is not None:
+            parts.updater.early.before_step(boundary)
         if boundary:
             # Before anything is counted: the same call works when the change has been made where it counts.
             parts.guard.before_step()

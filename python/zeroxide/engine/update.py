@@ -4,9 +4,11 @@ out."""
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 
+from zeroxide import _core
 from zeroxide.config import Config
 from zeroxide.distributed import Job, UnitGroups, Watch
 from zeroxide.engine.accumulation import Counters
@@ -19,6 +21,9 @@ from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.norm import Apart, agree_on_norm
+
+if TYPE_CHECKING:
+    from zeroxide.engine.update_in_backward import BackwardUpdates
 
 __all__ = ["Updater"]
 
@@ -51,6 +56,8 @@ class Updater:
         self._job = job
         self.repeated: frozenset[tuple[int, int]] = frozenset()
         """(unit, position) of parameters whose gradients another part of the model counts in the norm."""
+        self.early: BackwardUpdates | None = None
+        """What backward has updated before the step; None where it does not."""
         self.apart: Apart = ()
         """Which parameters only some of the ranks train."""
         self._groups = groups
@@ -71,6 +78,13 @@ class Updater:
         self._optimizer, self._weights, self._hooks, self._context = optimizer, weights, hooks, context
         self._residuals = residuals
 
+    def begin_early(self, early: _core.EarlyUpdates) -> None:
+        """Lets units be updated from here on with the hyperparameters as they are now. Raises ConfigError for wrong
+        ones."""
+        self._optimizer.check()
+        self._context.before_change()
+        early.begin(self._optimizer.core_groups(), 1.0 / self._scaler.scale)
+
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
         sum_squares, nonfinite, _ = agree_on_norm(
@@ -82,6 +96,8 @@ class Updater:
         """One step over what has been accumulated on any rank. Every rank calls it, and all update or leave it out
         together."""
         core, optimizer, config = self._core(), self._optimizer, self._config
+        if self.early is not None:
+            self.early.before_step(True)
         start = self._timers.now()
         sum_squares, nonfinite, accumulated = agree_on_norm(
             core, self._job, self._groups, self._watch, self.clipping or 0.0, self.repeated, self.apart
@@ -112,6 +128,11 @@ class Updater:
             # An autocast that the caller opened around several steps would go on with casts of the old weights.
             torch.clear_autocast_cache()
             self.applied = True
+        elif self.early is not None and self.early.open:
+            # Not a gradient came: it ends what has begun, and nothing changes.
+            core.step(optimizer.core_groups(), 1.0 / loss_scale)
+        if self.early is not None:
+            self.early.after_step()
         if self._residuals is not None:
             self._residuals.after_step(self._counters.global_steps + 1, left_out=optimizer.overflow)
         if accumulated:

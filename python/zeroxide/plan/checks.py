@@ -23,6 +23,7 @@ __all__ = [
     "check_routed",
     "check_together",
     "check_transport",
+    "check_update_in_backward",
     "refuse_max_norm",
 ]
 
@@ -105,10 +106,47 @@ def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
         )
 
 
+def check_update_in_backward(config: Config, ranks: Ranks, device: torch.device) -> None:
+    """Refuses updates inside of backward where a step must know all gradients first, or others have a part in them."""
+    if not config.zeroxide.update_in_backward:
+        return
+    mesh = config.mesh
+    problem = None
+    if config.gradients.clipping is not None:
+        default = ", the default," if config.gradients.clipping_is_default else ""
+        problem = (
+            f"gradient_clipping {config.gradients.clipping:g}{default} needs the norm of all gradients before the "
+            "first update: set gradient_clipping to 0"
+        )
+    elif config.precision.loss_scale is not None:
+        problem = "fp16 leaves a step out if any gradient overflows, after all are known: use bf16"
+    elif not config.batch.managed_gradient_accumulation:
+        problem = (
+            "managed_gradient_accumulation false leaves open during backward whether a step follows: leave it true, or "
+            "say so with set_gradient_accumulation_boundary"
+        )
+    elif config.zeroxide.accumulation_order != "batches":
+        problem = 'accumulation_order "layers" is not built for it yet: use "batches"'
+    elif config.zeroxide.unrouted_experts == "lazy":
+        problem = 'unrouted_experts "lazy" makes up for missed steps between backward and step: use "skip" or "update"'
+    elif ranks.world > 1 or (mesh is not None and max(mesh.pp, mesh.tp, mesh.sp, mesh.ep) > 1):
+        problem = "several ranks must agree on a step first, and it is built for one rank"
+    elif not is_host(device):
+        problem = f"the model computes on {device}, and it is built for models that compute in host memory"
+    if problem is not None:
+        raise ConfigError(
+            f"zeroxide.update_in_backward: {problem}; or set update_in_backward to false",
+            path="zeroxide.update_in_backward",
+            expected="false",
+            got="true",
+        )
+
+
 def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     """Refuses what the config asks for that does not go with the ranks, the device or what else it asks for."""
     check_transport(config, ranks)
     check_order(config, ranks, device)
+    check_update_in_backward(config, ranks, device)
     check_experts(config, device)
     check_routed(config, ranks, device)
 

@@ -16,3 +16,5 @@ class Home(Enum):
     """This rank's shard in host memory; the whole only while in use."""
     DISK = "disk"
     """A file; in memory only while in use."""
+    CONSUMED = "consumed"
+    """Nowhere: gradients that backward has used up before the next ones come."""

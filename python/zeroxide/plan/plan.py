@@ -59,6 +59,8 @@ class Plan:
     """Blocks of page-locked memory for copies down from the device."""
     durable: bool = False
     """Whether state survives the process."""
+    updates_in_backward: bool = False
+    """Whether the update of a unit begins inside of backward."""
 
     @property
     def weights(self) -> Home:
@@ -72,7 +74,7 @@ class Plan:
 
     @property
     def gradients(self) -> Home:
-        """Where gradients wait for the step, but those of `units_on_device`."""
+        """Where gradients wait for the step, but those of `units_on_device`; CONSUMED where they do not."""
         return Home(self.numbers.gradients)
 
     @cached_property
@@ -174,7 +176,8 @@ class Plan:
         memory, is added, and 2.5 % for fragments of the allocator.
         """
         grown = backward["heap"] - forward["heap"]
-        return self.numbers.expected_process(made["peak"], backward["peak"], backward["rss"], max(0, grown), loaded)
+        passed = backward["peak"], backward["rss"], max(0, grown)
+        return self.numbers.expected_process(made["peak"], *passed, loaded, self.updates_in_backward)
 
     def expected_traffic(self) -> tuple[int, int]:
         """Bytes read from and written to disk in a step of one micro-batch, once all state has been written once."""
@@ -244,7 +247,7 @@ def make_plan(
         weights_on_disk=config.zero.offload_param.kind == "nvme",
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
-        gradients=None if config.zeroxide.gradients == "auto" else _core.GradientHome(config.zeroxide.gradients),
+        gradients=_gradient_home(config),
         pinned=config.zeroxide.state_in_memory or 0,
         quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
@@ -273,7 +276,18 @@ def make_plan(
         device_limit=config.zeroxide.device_memory,
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
+        updates_in_backward=config.zeroxide.update_in_backward,
     )
+
+
+def _gradient_home(config: Config) -> _core.GradientHome | None:
+    """Where gradients are to wait for the step; None leaves it to the plan. They need not, where each backward is a
+    step's only one and updates."""
+    own = config.zeroxide
+    if own.gradients != "auto":
+        return _core.GradientHome(own.gradients)
+    consumes = own.update_in_backward and config.batch.gradient_accumulation_steps == 1
+    return _core.GradientHome.CONSUMED if consumes else None
 
 
 def _transport(config: Config, ranks: Ranks) -> str:

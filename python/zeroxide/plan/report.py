@@ -44,6 +44,8 @@ def describe(plan: Plan) -> list[str]:
         place = f"{part}, the rest in {place}" if rest else f"device memory, all of it on {plan.device}"
     if plan.gradients is Home.DISK:
         beside = "on disk until the step"
+    elif plan.gradients is Home.CONSUMED:
+        beside = "in host memory until backward updates their unit"
     lines = [
         f"{total / 1e6:.1f} M parameters ({share:.0f} % trainable) in {len(plan.units)} units; "
         f"{_dtype(plan.compute)} weights at home {home}",

@@ -93,6 +93,10 @@ class Hooks:
         """Which runs the passes. Weights come and go for it alone."""
         self.before_training: Callable[[], None] | None = None
         """Called before every forward with gradients."""
+        self.before_forward: Callable[[], None] | None = None
+        """Called before every forward of the whole model outside of backward."""
+        self.before_backward: Callable[[], None] | None = None
+        """Called before the outermost backward begins."""
         self.on_backward: tuple[Callable[[], None], Callable[[], None]] | None = None
         """Called when the outermost backward begins, and when it has ended with all that it exchanges."""
         self.synchronize = True
@@ -141,6 +145,8 @@ class Hooks:
         if self.current.state is PassState.BACKWARD:
             # It failed and was not started by the engine.
             self.fail_backward()
+        if self.before_forward is not None:
+            self.before_forward()
         if self.current.state is PassState.IDLE:
             self.current.become(PassState.FORWARD)
         self.current.depth += 1
@@ -302,6 +308,8 @@ class Hooks:
             return
         if self.closed:
             raise ModelError("backward after the engine was destroyed: its weights and gradients have gone with it")
+        if self.before_backward is not None:
+            self.before_backward()
         if self.on_backward is not None:
             self.on_backward[0]()
         self.current.become(PassState.BACKWARD)

@@ -173,6 +173,7 @@ impl Offload {
     /// Forgets all gradients that have been accumulated.
     pub fn clear_gradients(&self) -> Result<()> {
         self.with("clear_gradients", |core| {
+            core.check_between_steps("clear_gradients")?;
             core.clear_gradients();
             core.drop_gradients();
             Ok(())

@@ -37,6 +37,23 @@ impl Offload {
         self.with("step", |core| core.step(groups, grad_scale))
     }
 
+    /// From here until [`step`](Self::step), which takes the same constants, units may be updated inside of backward as
+    /// soon as their gradients are complete. Finishes the step before it.
+    pub fn begin_early(&self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
+        self.with("begin_early", |core| core.begin_early(groups, grad_scale))
+    }
+
+    /// Begins the update of a unit whose gradients are complete. Until the step it may not be used.
+    pub fn update_early(&self, unit: usize) -> Result<()> {
+        self.with("update_early", |core| core.update_early(unit))
+    }
+
+    /// A backward failed with `cause` that may have updated. Returns whether it had: then every later call says that the
+    /// state is mixed.
+    pub fn fail_early(&self, cause: &str) -> Result<bool> {
+        self.with("fail_early", |core| Ok(core.fail_early(cause)))
+    }
+
     /// Ends all work with the state: a step failed with `cause` where the caller updates units that are away, before
     /// [`step`](Self::step) was called for it or, if it has `begun`, after. Every later call says so.
     pub fn fail_step(&self, cause: &str, begun: bool) -> Result<()> {

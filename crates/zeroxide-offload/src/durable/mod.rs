@@ -65,6 +65,7 @@ impl Core {
     pub(crate) fn prepare_commit(&mut self, note: &str) -> Result<u64> {
         self.check_durable("prepare_commit")?;
         self.check_usable()?;
+        self.check_between_steps("prepare_commit")?;
         if self.state.fill.is_some() {
             return misuse("prepare_commit", "a fill has not been committed");
         }
@@ -90,6 +91,7 @@ impl Core {
     pub(crate) fn roll_back(&mut self) -> Result<()> {
         self.check_durable("roll_back")?;
         self.check_usable()?;
+        self.check_between_steps("roll_back")?;
         if self.state.fill.is_some() {
             return misuse("roll_back", "a fill has not been committed");
         }

@@ -222,6 +222,7 @@ impl Core {
         self.weights.check_strays()?;
         self.check_param(call, unit, param)?;
         self.check_here(call, unit)?;
+        self.check_not_begun(call, unit)?;
         self.catch_up(unit)?;
         self.finish_unit(unit)?;
         self.retire_step()?;

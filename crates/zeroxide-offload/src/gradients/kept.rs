@@ -12,9 +12,10 @@ pub(crate) enum KeptGradients {
     None,
     /// At home in host memory.
     Host(Lease),
-    /// At home on disk. Since the last step none has arrived: neither the disk nor memory has any.
+    /// At home on disk, or nowhere but in their update. Since the last one none has arrived: neither the disk nor memory
+    /// has any.
     Missing,
-    /// At home on disk, and in memory: being accumulated, or waiting for the step. What is on disk is older.
+    /// The same, and in memory: being accumulated, or waiting for the update. What is on disk is older.
     Here(Lease),
     /// At home on disk, and there or on the way there.
     Spilled,

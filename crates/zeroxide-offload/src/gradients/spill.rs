@@ -10,7 +10,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 
 use zeroxide_layout::PAGE;
 use zeroxide_memory::{Arena, Bucket, Budget, Lease};
-use zeroxide_plan::Placement;
+use zeroxide_plan::{PlacedUnit, Placement};
 use zeroxide_storage::Completion;
 
 use crate::core::{Core, byte_range, to_usize};
@@ -28,6 +28,8 @@ pub(crate) struct Spill {
     shared: Option<Arena>,
     /// Whether each unit has room of its own.
     own_room: Vec<bool>,
+    /// Whether each unit's gradients are only there until its update, which begins inside of backward.
+    consumed: Vec<bool>,
     /// Units in the shared room, the one that came first at the front.
     present: Vec<usize>,
     /// Writes under way, of each unit.
@@ -38,11 +40,12 @@ pub(crate) struct Spill {
 impl Spill {
     pub(crate) fn new(budget: &Budget, placement: &Placement) -> Result<Self> {
         let rooms = placement.gradient_rooms();
-        let own_room = |unit: &zeroxide_plan::PlacedUnit| unit.shape.held_through_backward;
+        let own_room = |unit: &PlacedUnit| unit.shape.held_through_backward;
         Ok(Self {
             reserved: arena(budget, Bucket::Gradients, rooms.reserved)?,
             shared: arena(budget, Bucket::Gradients, rooms.shared)?,
             own_room: placement.units.iter().map(own_room).collect(),
+            consumed: placement.units.iter().map(PlacedUnit::consumes).collect(),
             present: Vec::new(),
             writes: vec![0; placement.units.len()],
             replies: channel(),
@@ -81,8 +84,11 @@ impl Core {
 
     fn bring(&mut self, unit: usize, spilled: bool) -> Result<()> {
         if !self.gradients.spill.own_room[unit] {
+            // Those that wait for their update alone leave when it is done.
             for other in self.gradients.spill.present.clone() {
-                self.spill(other)?;
+                if !self.gradients.spill.consumed[other] {
+                    self.spill(other)?;
+                }
             }
         }
         let mut room = self.take_room(unit)?;
@@ -105,6 +111,16 @@ impl Core {
         while outcome.is_ok() && self.gradients.spill.in_flight() {
             outcome = self.receive_spill();
         }
+        if outcome.is_err() {
+            self.clear_gradients();
+            self.drop_gradients();
+        }
+        outcome
+    }
+
+    /// The same for one unit, before its update.
+    pub(crate) fn await_spilled(&mut self, unit: usize) -> Result<()> {
+        let outcome = self.await_spills(unit);
         if outcome.is_err() {
             self.clear_gradients();
             self.drop_gradients();
@@ -192,7 +208,7 @@ impl Core {
             if self.gradients.spill.in_flight() {
                 self.receive_spill()?;
             } else if let Some(first) = self.gradients.spill.present.first().copied() {
-                self.spill(first)?;
+                self.give_way(first)?;
             } else {
                 return misuse(
                     "accumulate",
@@ -203,6 +219,16 @@ impl Core {
                 );
             }
         }
+    }
+
+    /// Makes the unit's room another's: its gradients leave for the disk, or for the update that they wait for. Its turn
+    /// in backward is over, and a gradient that comes after all is refused.
+    fn give_way(&mut self, unit: usize) -> Result<()> {
+        if !self.gradients.spill.consumed[unit] {
+            return self.spill(unit);
+        }
+        self.update_early(unit)?;
+        self.finish_unit(unit)
     }
 
     fn read_back(&self, unit: usize, room: &mut Lease) -> Result<()> {

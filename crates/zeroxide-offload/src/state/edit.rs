@@ -33,6 +33,7 @@ impl Core {
         values: &[f32],
     ) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("write_param")?;
         self.check_param("write_param", unit, param)?;
         self.check_here("write_param", unit)?;
         let key = self.units[unit].state_key("write_param", name)?;
@@ -197,6 +198,7 @@ impl Core {
         out: &mut [f32],
     ) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("read_grad")?;
         self.check_param("read_grad", unit, param)?;
         self.check_here("read_grad", unit)?;
         self.finish_unit(unit)?;
@@ -236,6 +238,7 @@ impl Core {
         values: &[f32],
     ) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("write_grad")?;
         self.check_param("write_grad", unit, param)?;
         self.check_here("write_grad", unit)?;
         self.catch_up(unit)?;

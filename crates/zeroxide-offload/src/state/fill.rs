@@ -43,6 +43,7 @@ impl Core {
     /// Everything not filled before the commit is zero.
     pub(crate) fn fill_begin(&mut self, unit: usize, name: &str) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("fill_begin")?;
         self.check_here("fill_begin", unit)?;
         let key = self.units[unit].state_key("fill_begin", name)?;
         if self.state.fill.is_some() {

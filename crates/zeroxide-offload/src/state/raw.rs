@@ -61,6 +61,7 @@ impl Core {
         out: &mut [u8],
     ) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("read_bytes")?;
         let wanted = self.byte_span("read_bytes", unit, param, start, out.len())?;
         if out.is_empty() {
             return Ok(());
@@ -100,6 +101,7 @@ impl Core {
         bytes: &[u8],
     ) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("write_bytes")?;
         let given = self.byte_span("write_bytes", unit, param, start, bytes.len())?;
         if self.filling().is_some() {
             return misuse("write_bytes", "a unit is being filled");

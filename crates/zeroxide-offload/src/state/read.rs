@@ -34,6 +34,7 @@ impl Core {
         out: &mut [f32],
     ) -> Result<()> {
         self.check_usable()?;
+        self.check_between_steps("read_param")?;
         self.check_param("read_param", unit, param)?;
         self.check_here("read_param", unit)?;
         let key = self.units[unit].state_key("read_param", name)?;

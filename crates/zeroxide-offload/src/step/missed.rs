@@ -84,7 +84,7 @@ impl Core {
         let step = self
             .step
             .active
-            .get_or_insert_with(|| ActiveStep::of_nothing(notify, self.units.len()));
+            .get_or_insert_with(|| ActiveStep::new(notify, self.units.len()));
         step.add_first(unit, &self.units[unit], plan);
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! One optimizer step: its constants, the stream of tiles, and the update of one tile.
 
 pub(crate) mod driver;
+pub(crate) mod early;
 mod lent;
 mod missed;
 pub(crate) mod plan;
@@ -14,6 +15,7 @@ use zeroxide_storage::Notify;
 
 use crate::error::{OffloadError, Result};
 use crate::io_report::{Stopwatch, Tally};
+use crate::step::early::EarlyUpdates;
 use crate::step::missed::MissedSteps;
 use crate::step::stream::ActiveStep;
 
@@ -26,6 +28,8 @@ pub(crate) struct Step {
     pub(crate) notify: Arc<Notify>,
     /// The step under way.
     pub(crate) active: Option<ActiveStep>,
+    /// The step to come, whose updates may begin before it.
+    pub(crate) early: Option<EarlyUpdates>,
     /// Steps begun.
     pub(crate) count: u64,
     /// Those that lazy units have yet to make up for.

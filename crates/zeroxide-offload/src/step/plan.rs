@@ -15,7 +15,14 @@ use crate::core::Core;
 use crate::error::{Result, misuse};
 use crate::step::Poison;
 use crate::step::stream::{ActiveStep, Progress};
-use crate::unit::{ParamState, StateBlocks, Unit};
+use crate::unit::{ParamState, Unit};
+
+/// What a step has to do for one unit.
+pub(crate) struct PlannedUnit {
+    unit: usize,
+    progress: Progress,
+    tiles: Vec<u32>,
+}
 
 /// Elements that share every constant of the update.
 #[derive(Clone, Debug)]
@@ -36,31 +43,27 @@ impl Core {
         if self.state.fill.is_some() {
             return misuse("step", "a fill has not been committed");
         }
-        self.finish_step()?;
+        self.check_constants(groups, grad_scale)?;
+        let begun = self.step.count_begun() > 0;
+        if !begun {
+            self.finish_step()?;
+        }
         self.check_exchanged()?;
-        self.catch_up_before_step()?;
+        if !begun {
+            self.catch_up_before_step()?;
+        }
         self.finish_spills()?;
         self.state.cache.clear();
         self.wait_reads()?;
-        let mut step = ActiveStep::new(&self.step.notify);
-        let (mut untouched, mut others) = (Vec::new(), Vec::new());
-        for (index, unit) in self.units.iter().enumerate() {
-            if matches!(unit.state, StateBlocks::Away) {
-                step.units.push(Progress::default());
-                continue;
-            }
-            let plan = segments(unit, groups, grad_scale)?;
-            let tiles = tiles_of(unit, &plan);
-            step.work.extend(tiles.iter().map(|tile| (index, *tile)));
-            match (tiles.is_empty(), plan.is_empty()) {
-                (true, true) => untouched.push(index),
-                // This rank's shard may hold none of the parameters that are updated: padding, or others of the unit.
-                (true, false) => others.push(index),
-                _ => {}
-            }
-            step.units.push(Progress::new(unit, plan, tiles.len()));
+        let here = (0..self.units.len())
+            .filter(|unit| !self.is_away(*unit) && !self.step.has_begun(*unit));
+        let planned = here
+            .map(|unit| self.plan_unit(unit, groups, grad_scale))
+            .collect::<Result<Vec<_>>>()?;
+        self.step.early = None;
+        if !begun {
+            self.step.count += 1;
         }
-        self.step.count += 1;
         self.note_missed(groups);
         for param in self
             .units
@@ -71,20 +74,58 @@ impl Core {
             param.updates += 1;
         }
         self.clear_gradients();
-        for unit in untouched {
-            self.weights_kept(unit);
-            self.release_unused(unit)?;
-        }
-        for unit in others {
-            self.release_unused(unit)?;
-            self.weights_renewed(unit);
-        }
-        self.step.active = Some(step);
+        self.take_up(planned)?;
         if self.disk.is_none() && !self.step.deferred {
             return self.finish_step();
         }
         let started = self.start_all_reads().map(drop);
         self.record_outcome(started)
+    }
+
+    /// What the step has to do for one unit.
+    pub(crate) fn plan_unit(
+        &self,
+        index: usize,
+        groups: &[Optimizer],
+        grad_scale: f64,
+    ) -> Result<PlannedUnit> {
+        let unit = &self.units[index];
+        let plan = segments(unit, groups, grad_scale)?;
+        let tiles = tiles_of(unit, &plan);
+        Ok(PlannedUnit {
+            unit: index,
+            progress: Progress::new(unit, plan, tiles.len()),
+            tiles,
+        })
+    }
+
+    /// Adds units to the step under way, or to a new one, after those that it has.
+    pub(crate) fn take_up(&mut self, planned: Vec<PlannedUnit>) -> Result<()> {
+        for each in &planned {
+            match (each.tiles.is_empty(), each.progress.plan.is_empty()) {
+                (true, true) => {
+                    self.weights_kept(each.unit);
+                    self.release_unused(each.unit)?;
+                }
+                // This rank's shard may hold none of the parameters that are updated: padding, or others of the unit.
+                (true, false) => {
+                    self.release_unused(each.unit)?;
+                    self.weights_renewed(each.unit);
+                }
+                _ => {}
+            }
+        }
+        let (count, notify) = (self.units.len(), &self.step.notify);
+        let step = self
+            .step
+            .active
+            .get_or_insert_with(|| ActiveStep::new(notify, count));
+        for each in planned {
+            let tiles = each.tiles.into_iter().map(|tile| (each.unit, tile));
+            step.work.extend(tiles);
+            step.units[each.unit] = each.progress;
+        }
+        Ok(())
     }
 
     /// With several ranks, what a step uses has been summed over them: otherwise it would use what an earlier step
@@ -117,12 +158,13 @@ impl Core {
     /// its
     /// memory back: backward, which needs the most of it, does not use the ring.
     pub(crate) fn retire_step(&mut self) -> Result<()> {
-        if !self
+        let updated = self
             .step
             .active
             .as_ref()
-            .is_some_and(ActiveStep::is_updated)
-        {
+            .is_some_and(ActiveStep::is_updated);
+        // More units are to come where backward updates.
+        if !updated || self.step.early.is_some() {
             return Ok(());
         }
         let noted = self.note_completions();

@@ -113,24 +113,17 @@ pub(crate) struct ActiveStep {
 }
 
 impl ActiveStep {
-    /// A step of no units yet, whose completions are told to `notify`.
-    pub(crate) fn new(notify: &Arc<Notify>) -> Self {
+    /// A step of `units` in which nothing is to be done yet, whose completions are told to `notify`.
+    pub(crate) fn new(notify: &Arc<Notify>, units: usize) -> Self {
         let (sender, receiver) = channel();
         Self {
-            units: Vec::new(),
+            units: (0..units).map(|_| Progress::default()).collect(),
             work: VecDeque::new(),
             jobs: VecDeque::new(),
             base: 0,
             writes: 0,
             replies: (Reply::notifying(sender, Arc::clone(notify)), receiver),
         }
-    }
-
-    /// A step in which none of `units` units takes part.
-    pub(crate) fn of_nothing(notify: &Arc<Notify>, units: usize) -> Self {
-        let mut step = Self::new(notify);
-        step.units.resize_with(units, Progress::default);
-        step
     }
 
     /// What `plan` does with the unit, of which the step has nothing left to do, comes next, with a gradient of zero.
@@ -281,6 +274,8 @@ impl Core {
                 // between.
                 self.release_gradients(unit)?;
             }
+        } else if !self.active().units[unit].without_gradient {
+            self.release_unused(unit)?;
         }
         let used = self.weights.tick();
         let alone = self.units[unit].mesh.has_all();
@@ -293,7 +288,8 @@ impl Core {
                 used,
             };
         }
-        self.active_mut().units[unit].ahead = true;
+        // What backward updates, the next forward uses in the other order.
+        self.active_mut().units[unit].ahead = self.step.early.is_none();
         self.weights_renewed(unit);
         Ok(())
     }

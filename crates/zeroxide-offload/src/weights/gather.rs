@@ -25,6 +25,7 @@ impl Core {
     pub(crate) fn gather(&mut self, unit: usize, covered: bool) -> Result<bool> {
         self.check_usable()?;
         self.check_here("gather", unit)?;
+        self.check_not_begun("gather", unit)?;
         self.catch_up(unit)?;
         self.finish_unit(unit)?;
         self.poll_arrivals();
@@ -399,7 +400,7 @@ impl Core {
     }
 
     /// Waits until the unit's reads are done and verified; afterwards it is here and not pinned.
-    fn await_arrival(&mut self, unit: usize) -> Result<()> {
+    pub(crate) fn await_arrival(&mut self, unit: usize) -> Result<()> {
         while matches!(self.residence(unit), Some(Residence::Arriving { pending, .. }) if *pending > 0)
         {
             let disk = self.disk();

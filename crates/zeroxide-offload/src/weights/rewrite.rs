@@ -12,6 +12,7 @@ impl Core {
     pub(crate) fn rewrite_weights(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_here("rewrite_weights", unit)?;
+        self.check_not_begun("rewrite_weights", unit)?;
         self.finish_unit(unit)?;
         if !self.units[unit].weights.on_disk() {
             return Ok(());

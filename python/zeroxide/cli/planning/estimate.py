@@ -164,11 +164,11 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
     reads = 0.0
     if disk is not None and plan.state is Home.DISK:
         moved = (min(read, state + _weight_bytes(plan)) + written) * request.ranks
-        # The step goes on under the forward that follows: its waits for the disk are hidden there, and on a device its
-        # arithmetic, too, which elsewhere shares the processor with forward.
+        # The step goes on under the forward that follows, or began under backward: its waits for the disk are hidden
+        # there, and on a device its arithmetic, too, which elsewhere shares the processor with the pass.
         total = max(compute, moved / disk.update)
         beside = 0.0 if request.device is not None else compute
-        update = max(beside, total - forward)
+        update = max(beside, total - (backward if plan.updates_in_backward else forward))
         waiting = max(0.0, update - compute)
         reads = max(0, read - state - _weight_bytes(plan)) * request.ranks / disk.read
     else:

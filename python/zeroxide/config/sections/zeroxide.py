@@ -71,6 +71,8 @@ class ZeroxideSection(Section):
     """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
+    update_in_backward: Flag = False
+    """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
     trim_libraries: Flag = True
     """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[
@@ -138,6 +140,8 @@ class Zeroxide(Resolved):
         default="auto", metadata=may_differ("hosts may have different amounts of memory; it changes no number")
     )
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
+    update_in_backward: bool = False
+    """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
     trim_libraries: bool = field(default=True, metadata=may_differ("it concerns one process's memory"))
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
@@ -178,6 +182,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         io_engine=section.io_engine,
         threads=section.threads,
         gradients=section.gradients,
+        update_in_backward=section.update_in_backward,
         trim_libraries=section.trim_libraries,
         transport=section.transport,
         durable_every=section.durable_every,
