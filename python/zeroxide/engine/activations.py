@@ -1,7 +1,8 @@
-"""What keeps activations in host memory while a model computes on a device."""
+"""What keeps activations elsewhere than where the model computes: in host memory, or on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -12,11 +13,18 @@ from zeroxide.config import Config
 from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import is_host
 from zeroxide.device.transfers import Transfers
+from zeroxide.engine.accumulation import Counters
 from zeroxide.engine.peak import room_in_budget
 from zeroxide.plan.plan import Plan
+from zeroxide.zero.activation_file import ActivationFile
+from zeroxide.zero.activations_on_disk import ActivationsOnDisk, Budget
 from zeroxide.zero.saved_activations import SavedActivations
+from zeroxide.zero.stowed_view import ActivationStore
 
 __all__ = ["idle_keys", "keep_activations"]
+
+ENGINES = {"auto": "auto", "io_uring": "uring", "threads": "threads"}
+"""What the queue of files calls `zeroxide.io_engine`."""
 
 
 def idle_keys(plan: Plan, config: Config, device: torch.device) -> list[tuple[str, str]]:
@@ -28,9 +36,17 @@ def idle_keys(plan: Plan, config: Config, device: torch.device) -> list[tuple[st
 
 
 def keep_activations(
-    transfers: Transfers, module: nn.Module, config: Config, plan: Plan, made: ExitStack
-) -> SavedActivations | None:
-    """What keeps them where the config asks for it, undone by `made`; None where they stay on the device."""
+    transfers: Transfers | None,
+    module: nn.Module,
+    config: Config,
+    plan: Plan,
+    made: ExitStack,
+    counters: Counters,
+) -> ActivationStore | None:
+    """What keeps them where the config asks for it, undone by `made`; None where they stay where they are. Raises
+    StorageError where a directory cannot be used."""
+    if transfers is None:
+        return _on_disk(module, config, plan, made, counters)
     if not config.activation_checkpointing.cpu_checkpointing:
         return None
     own = config.zeroxide
@@ -42,3 +58,29 @@ def keep_activations(
     # The device lets go of the memory first.
     made.callback(found.close)
     return found
+
+
+def _on_disk(
+    module: nn.Module, config: Config, plan: Plan, made: ExitStack, counters: Counters
+) -> ActivationStore | None:
+    asked, own = config.activations, config.zeroxide
+    if asked.path is None:
+        return None
+    file = ActivationFile(asked.path, asked.buffers, asked.disk, ENGINES[own.io_engine], config.aio.queue_depth)
+    made.callback(file.close)
+    budget = Budget(_room_after_a_step(plan, counters)) if asked.home == "auto" else None
+    found = ActivationsOnDisk(file, module.buffers, budget)
+    made.callback(found.close)
+    return found
+
+
+def _room_after_a_step(plan: Plan, counters: Counters) -> Callable[[], int | None]:
+    """Says how many bytes the budget has for activations in memory, when a step has been made: None before."""
+    expected = plan.resident_before + plan.expected_peaks()["total"]
+    begun: list[int] = []
+
+    def room() -> int | None:
+        begun.append(counters.global_steps)
+        return room_in_budget(plan.limit, expected, 0) if begun[-1] > begun[0] else None
+
+    return room

@@ -109,6 +109,19 @@ def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     check_transport(config, ranks)
     check_order(config, ranks, device)
     check_experts(config, device)
+    check_activations(config, device)
+
+
+def check_activations(config: Config, device: torch.device) -> None:
+    """Refuses activations on disk where they are in memory that no file is written from."""
+    if config.activations.path is not None and not is_host(device):
+        raise ConfigError(
+            f'zeroxide.activations = "{config.activations.home}": the model computes on {device}, whose activations go '
+            "to the disk by no way yet; use activation_checkpointing.cpu_checkpointing, which keeps them in host memory",
+            path="zeroxide.activations",
+            expected='"memory"',
+            got=f'"{config.activations.home}"',
+        )
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:

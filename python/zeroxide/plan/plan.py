@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.config import Config
+from zeroxide.config import Activations, Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
@@ -59,6 +59,8 @@ class Plan:
     """Blocks of page-locked memory for copies down from the device."""
     durable: bool = False
     """Whether state survives the process."""
+    activations: Activations = field(default_factory=Activations)
+    """Where activations wait for backward in host memory."""
 
     @property
     def weights(self) -> Home:
@@ -211,7 +213,8 @@ def make_plan(
 
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
     the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
-    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
+    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked, and
+    the buffers of activations on their way to disk.
     `asked` is what that device is to have. Raises ModelError for a model that cannot be trained, BudgetError when
     `config.zeroxide.host_memory` cannot hold the payload, or `config.zeroxide.device_memory` what that is to have.
     """
@@ -219,7 +222,7 @@ def make_plan(
     ranks = ranks or Ranks()
     units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
     blocks = _blocks_down(config, ranks, units)
-    resident += pinned_bytes(device, blocks)
+    resident += pinned_bytes(device, blocks) + config.activations.memory
     check_together(config, ranks, device)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
@@ -273,6 +276,7 @@ def make_plan(
         device_limit=config.zeroxide.device_memory,
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
+        activations=config.activations,
     )
 
 

@@ -13,6 +13,7 @@ from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.fields import (
     ByteSize,
     Count,
+    Directory,
     File,
     Flag,
     MemorySize,
@@ -32,7 +33,7 @@ __all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
 
 class ZeroxideSection(Section):
     """`zeroxide`. `format` and `rounding_seed` are resolved with precision, what begins with `checkpoint_` with
-    `checkpoint`.
+    `checkpoint`, what begins with `activation` with `activations`.
     """
 
     device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
@@ -65,6 +66,14 @@ class ZeroxideSection(Section):
     """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
+    activations: Annotated[Literal["memory", "disk", "auto"], choice("memory", "disk", "auto")] = "memory"
+    """Where activations wait for backward: "auto" leaves in memory what host_memory has room for."""
+    activation_path: Directory | None = None
+    """Directory of the file for activations on disk; without it that of the optimizer state or the weights."""
+    activation_disk: MemorySize | None = None
+    """Bytes of disk reserved for activations at the start; without it as much as a pass needs."""
+    activation_buffers: ByteSize | None = None
+    """Memory that activations pass through on their way to the disk and back; without it 64 MiB."""
     trim_libraries: Flag = True
     """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[
