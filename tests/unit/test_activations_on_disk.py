@@ -287,7 +287,7 @@ home, folder, limit = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 torch.manual_seed(0)
 model = nn.Sequential(*(nn.Sequential(nn.Linear(256, 256), nn.Tanh()) for _ in range(24)))
-own = {} if home == "memory" else {"activation_path": folder, "activation_buffers": 4 << 20}
+own = {} if home == "memory" else {"activation_path": folder, "activation_buffers": 8 << 20}
 if limit:
     own["host_memory"] = limit
 config = {
@@ -296,21 +296,21 @@ config = {
     "zeroxide": {"threads": 1, "activations": home, **own},
     "gradient_clipping": 0.0,
 }
-x = torch.randn(4096, 256)
+x = torch.randn(8192, 256)
 engine = zeroxide.initialize(model=model, config=config)[0]
 engine.parts.peak.start_over()
 before = _core.resident()["rss"]
-for step in range(4):
+for step in range(3):
     loss = engine(x).square().mean()
     engine.backward(loss)
     engine.step()
 store = engine.parts.activations
 room = 0 if store is None or store.budget is None else store.budget.room
-peak = engine.memory()["process"]["peak"]
+peak = engine.parts.peak.since_start_over()
 written = 0 if store is None else store.file.written
-print(engine.parts.peak.since_start_over() - before, loss.item().hex(), peak, written, room)
+print(peak - before, loss.item().hex(), peak, written, room)
 """
-ACTIVATION = 4096 * 256 * 4
+ACTIVATION = 8192 * 256 * 4
 """Bytes of one of the 24 that the model saves: what each layer gives, which is what the next one takes."""
 
 
@@ -318,30 +318,32 @@ def ran(home: str, folder: Path, limit: int = 0) -> tuple[int, str, int, int, in
     """What the steps have added to the resident memory, the last loss, the process's peak, bytes written, and the room
     for activations that a budget left."""
     command = [sys.executable, "-c", PROGRAM, home, str(folder), str(limit)]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.split()
     return int(said[0]), said[1], int(said[2]), int(said[3]), int(said[4])
 
 
 def test_memory_is_that_of_the_buffers(tmp_path):
-    """24 activations of 4 MiB are at their most in memory together, and 4 MiB of buffers and at most 5 of them (what a
-    layer takes, gives and computes in backward) on disk. Catches: a tensor that something keeps."""
+    """24 activations of 8 MiB are in memory together at the end of forward, and on disk 8 MiB of buffers and what a
+    layer takes, gives and computes in backward, which is there in both. Catches: a tensor that something keeps."""
     plain, kept = ran("memory", tmp_path), ran("disk", tmp_path)
     assert kept[1] == plain[1]
     assert plain[0] > 24 * ACTIVATION
-    assert kept[0] < 4 * MIB + 6 * ACTIVATION
-    assert kept[3] >= 4 * 22 * ACTIVATION
+    assert kept[0] < plain[0] - 20 * ACTIVATION
+    assert kept[3] >= 3 * 22 * ACTIVATION
 
 
 def test_a_budget_leaves_in_memory_what_it_has_room_for(tmp_path):
     """Catches: a budget that is exceeded, one that sends everything to the disk, and other bits."""
     plain, kept = ran("memory", tmp_path), ran("disk", tmp_path)
-    limit = (kept[2] + plain[2]) // 2
+    limit = (kept[2] + 2 * plain[2]) // 3
     found = ran("auto", tmp_path, limit)
     assert found[1] == plain[1]
     assert found[2] <= limit
     # Less than what all steps of the other wrote by what has room, in each step but the first.
     assert found[4] >= 6 * ACTIVATION
-    assert kept[3] - found[3] >= 3 * (found[4] - 2 * ACTIVATION)
+    assert kept[3] - found[3] >= 2 * (found[4] - 2 * ACTIVATION)
 
 
 # Disks that fail ------------------------------------------------------------------------------------------------------
@@ -480,6 +482,7 @@ def test_a_file_that_is_full_leaves_the_rest_in_memory(tmp_path, caplog):
     """Catches: a limit that is exceeded, or that ends training."""
     found = []
     for home, own in (("memory", {}), ("disk", {"activation_disk": "1MiB", "activation_buffers": "1MiB"})):
+        torch.manual_seed(0)
         model = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Tanh()) for _ in range(12)))
         engine = started(tmp_path, model, home=home, **own)
         x = torch.randn(BATCH, 512, generator=torch.Generator().manual_seed(0))
@@ -505,10 +508,10 @@ def test_a_file_that_is_full_leaves_the_rest_in_memory(tmp_path, caplog):
     ("own", "said"),
     [
         ({"activations": "disk"}, "activation_path: required"),
-        ({"activation_path": "/a"}, 'activation_path: needs zeroxide.activations "disk" or "auto"'),
-        ({"activation_disk": "1GiB"}, "activation_disk: needs"),
+        ({"activations": "memory", "activation_path": "/a"}, 'activation_path: needs zeroxide.activations "disk" or "a'),
+        ({"activation_disk": "1GiB"}, 'activation_disk: needs zeroxide.activations "disk", or zeroxide.activation_path'),
         ({"activation_buffers": "1MiB"}, "activation_buffers: needs"),
-        ({"activations": "auto", "activation_path": "/a"}, '"auto" needs zeroxide.host_memory'),
+        ({"activation_path": "/a"}, 'activation_path: with zeroxide.activations "auto" it needs zeroxide.host_memory'),
         ({"activations": "disk", "activation_path": "/a", "activation_buffers": 4096}, "at least 65536 bytes, got 4096"),
         ({"activations": "disk", "activation_path": "/a", "activation_disk": "1MiB"}, "at least activation_buffers"),
     ],

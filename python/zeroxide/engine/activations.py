@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 
@@ -14,7 +13,7 @@ from zeroxide.device.host_pool import HostPool
 from zeroxide.device.placement import is_host
 from zeroxide.device.transfers import Transfers
 from zeroxide.engine.accumulation import Counters
-from zeroxide.engine.peak import room_in_budget
+from zeroxide.engine.peak import Peak, room_in_budget
 from zeroxide.plan.plan import Plan
 from zeroxide.zero.activation_file import ActivationFile
 from zeroxide.zero.activations_on_disk import ActivationsOnDisk, Budget
@@ -46,7 +45,7 @@ def keep_activations(
     """What keeps them where the config asks for it, undone by `made`; None where they stay where they are. Raises
     StorageError where a directory cannot be used."""
     if transfers is None:
-        return _on_disk(module, config, plan, made, counters)
+        return _on_disk(module, config, made, counters)
     if not config.activation_checkpointing.cpu_checkpointing:
         return None
     own = config.zeroxide
@@ -60,27 +59,30 @@ def keep_activations(
     return found
 
 
-def _on_disk(
-    module: nn.Module, config: Config, plan: Plan, made: ExitStack, counters: Counters
-) -> ActivationStore | None:
+def _on_disk(module: nn.Module, config: Config, made: ExitStack, counters: Counters) -> ActivationStore | None:
     asked, own = config.activations, config.zeroxide
     if asked.path is None:
         return None
     file = ActivationFile(asked.path, asked.buffers, asked.disk, ENGINES[own.io_engine], config.aio.queue_depth)
     made.callback(file.close)
-    budget = Budget(_room_after_a_step(plan, counters)) if asked.home == "auto" else None
+    budget = Budget(_RoomAfterAStep(own.host_memory, counters)) if asked.home == "auto" else None
     found = ActivationsOnDisk(file, module.buffers, budget)
     made.callback(found.close)
     return found
 
 
-def _room_after_a_step(plan: Plan, counters: Counters) -> Callable[[], int | None]:
-    """Says how many bytes the budget has for activations in memory, when a step has been made: None before."""
-    expected = plan.resident_before + plan.expected_peaks()["total"]
-    begun: list[int] = []
+class _RoomAfterAStep:
+    """Says how many bytes a budget has for activations in memory: None before a step in which none were there."""
 
-    def room() -> int | None:
-        begun.append(counters.global_steps)
-        return room_in_budget(plan.limit, expected, 0) if begun[-1] > begun[0] else None
+    def __init__(self, limit: int | None, counters: Counters) -> None:
+        self._limit = limit
+        self._counters = counters
+        self._peak: Peak | None = None
+        self._steps = 0
 
-    return room
+    def __call__(self) -> int | None:
+        if self._peak is None:
+            self._peak, self._steps = Peak(), self._counters.global_steps
+        if self._counters.global_steps == self._steps:
+            return None
+        return room_in_budget(self._limit, self._peak.most(), 0)

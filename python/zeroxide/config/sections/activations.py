@@ -31,7 +31,8 @@ class Activations(Resolved):
     key: ClassVar[str] = "zeroxide"
 
     home: Literal["memory", "disk", "auto"] = field(default="memory", metadata=may_differ(_NO_NUMBER))
-    """"memory": where they were computed. "auto": there as far as `host_memory` has room, the rest on disk."""
+    """"memory": where they were computed. "auto": there as far as `host_memory` has room, the rest on disk; "memory"
+    where no directory is named for that."""
     path: Path | None = field(default=None, metadata=may_differ(_NO_NUMBER))
     """The directory of the file that they are in; set exactly where `home` is not "memory"."""
     disk: int | None = field(default=None, metadata=may_differ(_NO_NUMBER))
@@ -64,10 +65,11 @@ def resolve(own: ZeroxideSection, on_device: bool | None, state: Zero, given: Gi
         "activation_disk": own.activation_disk,
         "activation_buffers": own.activation_buffers,
     }
-    if own.activations == "memory":
+    if own.activations == "memory" or (own.activations == "auto" and own.activation_path is None):
         for name, value in keys.items():
             if value is not None:
-                raise _wrong(name, f'needs zeroxide.activations "disk" or "auto", got "{own.activations}"')
+                needs = '"disk" or "auto"' if own.activations == "memory" else '"disk", or zeroxide.activation_path'
+                raise _wrong(name, f'needs zeroxide.activations {needs}, got "{own.activations}"')
         return Activations()
     if on_device:
         raise _wrong(
@@ -79,7 +81,11 @@ def resolve(own: ZeroxideSection, on_device: bool | None, state: Zero, given: Gi
     if path is None:
         raise _wrong("activation_path", f'required when zeroxide.activations is "{own.activations}", a directory')
     if own.activations == "auto" and own.host_memory is None and given.shortcuts.host_memory is None:
-        raise _wrong("activations", '"auto" needs zeroxide.host_memory, the budget that says what has to leave memory')
+        raise _wrong(
+            "activation_path",
+            'with zeroxide.activations "auto" it needs zeroxide.host_memory, the budget that says what has to leave '
+            'memory; give that, or zeroxide.activations "disk", with which all leave it',
+        )
     buffers = BUFFERS if own.activation_buffers is None else own.activation_buffers
     if buffers < MIN_BUFFERS:
         raise _wrong("activation_buffers", f"expected at least {MIN_BUFFERS} bytes, got {buffers}")

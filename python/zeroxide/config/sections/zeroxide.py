@@ -66,10 +66,10 @@ class ZeroxideSection(Section):
     """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
-    activations: Annotated[Literal["memory", "disk", "auto"], choice("memory", "disk", "auto")] = "memory"
-    """Where activations wait for backward: "auto" leaves in memory what host_memory has room for."""
+    activations: Annotated[Literal["auto", "memory", "disk"], choice("auto", "memory", "disk")] = "auto"
+    """Where activations wait for backward: "auto" sends to activation_path, if given, what host_memory lacks room for."""
     activation_path: Directory | None = None
-    """Directory of the file for activations on disk; without it that of the optimizer state or the weights."""
+    """Directory of the file for activations on disk; with "disk" and without it that of the optimizer state."""
     activation_disk: MemorySize | None = None
     """Bytes of disk reserved for activations at the start; without it as much as a pass needs."""
     activation_buffers: ByteSize | None = None
