@@ -60,12 +60,18 @@ def keep_activations(
 
 
 def _on_disk(module: nn.Module, config: Config, made: ExitStack, counters: Counters) -> ActivationStore | None:
-    asked, own = config.activations, config.zeroxide
-    if asked.path is None:
+    if config.activations.path is None:
         return None
-    file = ActivationFile(asked.path, asked.buffers, asked.disk, ENGINES[own.io_engine], config.aio.queue_depth)
+    file = ActivationFile(
+        config.activations.path,
+        config.activations.buffers,
+        config.activations.disk,
+        ENGINES[config.zeroxide.io_engine],
+        config.aio.queue_depth,
+    )
     made.callback(file.close)
-    budget = Budget(_RoomAfterAStep(own.host_memory, counters)) if asked.home == "auto" else None
+    room = _RoomAfterAStep(config.zeroxide.host_memory, counters)
+    budget = Budget(room) if config.activations.home == "auto" else None
     found = ActivationsOnDisk(file, module.buffers, budget)
     made.callback(found.close)
     return found

@@ -214,9 +214,8 @@ def make_plan(
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
     the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
     own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked, and
-    the buffers of activations on their way to disk.
-    `asked` is what that device is to have. Raises ModelError for a model that cannot be trained, BudgetError when
-    `config.zeroxide.host_memory` cannot hold the payload, or `config.zeroxide.device_memory` what that is to have.
+    buffers of activations. `asked` is what that device is to have. Raises ModelError for a model that cannot train,
+    BudgetError when `config.zeroxide.host_memory` or `config.zeroxide.device_memory` cannot hold what is to be there.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()

@@ -95,7 +95,8 @@ class ActivationFile:
             memory = fresh_pages(BUFFERS * self.size)
             block = min(self.size, BLOCK)
             self._buffers = [
-                _Buffer(each, _core.FileQueue(engine, depth, 2, block)) for each in memory.split(self.size)
+                _Buffer(memory[at : at + self.size], _core.FileQueue(engine, depth, 2, block))
+                for at in range(0, BUFFERS * self.size, self.size)
             ]
         except BaseException:
             os.close(self._descriptor)
@@ -260,10 +261,13 @@ class ActivationFile:
             buffer.segment, segment.failed = None, self._named(error, "read" if moving == "read" else "written")
             raise segment.failed from error
         if moving == "read" and _core.checksum(spec(buffer.memory)) != segment.checksum:
-            buffer.segment, segment.failed = None, StorageError(
-                f"activations in {self.directory}: {self.size} bytes at {segment.place * self.size} of the file have "
-                "another checksum than when they were written: the disk or its driver has changed them",
-                path=self.directory,
+            buffer.segment, segment.failed = (
+                None,
+                StorageError(
+                    f"activations in {self.directory}: {self.size} bytes at {segment.place * self.size} of the file "
+                    "have another checksum than when they were written: the disk or its driver has changed them",
+                    path=self.directory,
+                ),
             )
             raise segment.failed
 

@@ -267,8 +267,8 @@ def _range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:
     reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
     if 2 * reach * tensor.itemsize >= nbytes:
         return 0, nbytes
-    first = tensor.storage_offset() * tensor.itemsize
-    return first, first + reach * tensor.itemsize
+    first = int(tensor.storage_offset()) * tensor.itemsize
+    return first, first + int(reach) * tensor.itemsize
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:

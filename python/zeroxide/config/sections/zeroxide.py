@@ -67,7 +67,7 @@ class ZeroxideSection(Section):
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     activations: Annotated[Literal["auto", "memory", "disk"], choice("auto", "memory", "disk")] = "auto"
-    """Where activations wait for backward: "auto" sends to activation_path, if given, what host_memory lacks room for."""
+    """Where activations wait for backward: "auto" sends to activation_path, if given, what host_memory cannot hold."""
     activation_path: Directory | None = None
     """Directory of the file for activations on disk; with "disk" and without it that of the optimizer state."""
     activation_disk: MemorySize | None = None
