@@ -159,13 +159,17 @@ def test_micro_batches_that_are_under_way_together(tmp_path):
 
 def test_layer_by_layer(tmp_path):
     """A thread for each micro-batch. Catches: hooks that only the first of them has."""
+    engine = started(tmp_path)
+    engine.backward(engine(data(0)))
+    alone = engine.parts.activations.file.most
+    engine.destroy()
     found = []
     for home in ("memory", "disk"):
         engine = started(tmp_path, home=home, micro_batches=3, accumulation_order="layers", micro_batch_seeds=True)
         torch.manual_seed(1)
         losses = [float(engine.train_batch(iter([data(0), data(1), data(2)]))) for _ in range(2)]
         if home == "disk":
-            assert engine.parts.activations.file.written > 0
+            assert engine.parts.activations.file.most > 2 * alone
         weights = dict(engine.module_state_dict())
         engine.destroy()
         found.append((losses, weights))
@@ -228,6 +232,19 @@ def test_a_slice_of_a_large_tensor_is_copied_alone(tmp_path):
     engine.destroy()
 
 
+def test_what_is_saved_again_after_a_change_is_what_it_is_then(tmp_path):
+    """Catches: a storage that is known, and has other values by now."""
+    engine = started(tmp_path)
+    store, values = engine.parts.activations, torch.randn(BATCH, WIDTH)
+    before, first = values.clone(), store.keep(values)
+    values.add_(1.0)
+    second = store.keep(values)
+    assert torch.equal(store.bring(first), before)
+    assert torch.equal(store.bring(second), values)
+    del first, second
+    engine.destroy()
+
+
 def test_what_was_changed_in_place_is_refused_as_torch_does(tmp_path):
     """Catches: values of another moment than autograd asks for."""
 
@@ -253,9 +270,11 @@ def test_a_graph_that_is_kept_has_its_backward_twice(tmp_path):
         torch.manual_seed(3)
         loss = engine(data(0))
         loss.backward(retain_graph=True)
+        other = engine(data(1))
+        other.backward()
         loss.backward()
         found.append([zeroxide.safe_get_full_grad(each) for each in engine.module.parameters()])
-        del loss
+        del loss, other
         engine.destroy()
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
