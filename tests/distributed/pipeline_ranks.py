@@ -20,6 +20,7 @@ from pipeline_models import SAMPLES, batch, causal, layers, loss_fn
 import zeroxide
 from zeroxide import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from zeroxide.parallel.pipe import PipelineModule
+from zeroxide.zero import activations_on_disk
 
 
 def config_of(case: dict[str, Any], folder: Path, replicas: int) -> dict[str, Any]:
@@ -63,6 +64,8 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     replicas = world // case["pp"]
     config = config_of(case, folder, replicas)
     model, more = model_of(case, config), {}
+    # Tensors of these models are small.
+    activations_on_disk.MIN_BYTES = 256
     if case.get("optimizer_of_all"):
         # As a script makes it, before anything is cut.
         del config["optimizer"]
@@ -96,6 +99,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         "ends": [engine.is_first_stage(), engine.is_last_stage()],
         "units": [unit.name for unit in engine.parts.units],
         "sent": engine.pipeline_bytes_sent(),
+        "stored": 0 if engine.parts.activations is None else engine.parts.activations.file.written,
     }
     engine.destroy()
     gc.collect()

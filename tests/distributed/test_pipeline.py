@@ -123,6 +123,18 @@ FOUR: list[Case] = [
 ]
 
 
+def test_activations_that_wait_on_disk_have_the_same_bits(tmp_path: Path) -> None:
+    """Catches: what another micro-batch's backward gives away, a gradient of the boundary that is lost with the memory
+    of what came, and what both halves of a backward read."""
+    own = {"activations": "disk", "activation_path": str(tmp_path / "activations"), "activation_buffers": "64KiB"}
+    for schedule in ({}, {"schedule": "interleaved_zero_bubble", "stages_per_rank": 2}):
+        case = {**BASE, "steps": 4, "name": "memory", "kind": "gpt2", **schedule}
+        cases = [case, {**case, "name": "disk", "config": {"zeroxide": own}}]
+        found = run(2, cases, tmp_path)
+        check_same_bits(cases, found)
+        assert [[each["stored"] > 0 for each in ranks] for ranks in found] == [[False, True]] * 2
+
+
 def test_four_ranks_as_stages_and_as_replicas_of_stages(tmp_path: Path) -> None:
     """Catches: middle stages that begin or end the model, gradients that are averaged over stages, and replicas whose
     ties meet the wrong rank."""

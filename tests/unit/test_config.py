@@ -30,6 +30,7 @@ from zeroxide.errors import ConfigError
 # --- every key with an effect changes the resolved config ------------------------------------------------------------
 
 STAGE3 = {"zero_optimization": {"stage": 3}}
+ACTIVATIONS = {"zeroxide": {"activations": "disk", "activation_path": "/slow"}}
 INT4 = {"zero_optimization": {"stage": 3, "zero_quantized_gradients": True}}
 
 # key, value, what it needs beside it, field of Config, value of that field
@@ -118,6 +119,16 @@ EFFECTS = [
     ("gradient_allreduce_op", "sum", {}, "gradients.reduce_sum", True),
     ("activation_checkpointing.cpu_checkpointing", True, {}, "activation_checkpointing.cpu_checkpointing", True),
     ("zeroxide.gradients", "disk", {}, "zeroxide.gradients", "disk"),
+    (
+        "zeroxide.activations",
+        "disk",
+        {"zeroxide": {"activation_path": "/a", "host_memory": 1 << 30}},
+        "activations.home",
+        "disk",
+    ),
+    ("zeroxide.activation_path", "/fast", ACTIVATIONS, "activations.path", Path("/fast")),
+    ("zeroxide.activation_disk", "1GiB", ACTIVATIONS, "activations.disk", 1 << 30),
+    ("zeroxide.activation_buffers", "8MiB", ACTIVATIONS, "activations.buffers", 8 << 20),
     ("zeroxide.transport", "collective", {}, "zeroxide.transport", "collective"),
     ("optimizer.type", "AdamW", {"optimizer": {}}, "optimizer", Optimizer()),
     ("optimizer.params.lr", 0.25, ADAM, "optimizer", Optimizer(lr=0.25)),

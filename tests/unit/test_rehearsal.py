@@ -12,6 +12,8 @@ from zeroxide.cli.training.loss import causal_lm_loss
 from zeroxide.cli.training.models import choose_model
 from zeroxide.profiling.rehearsal import LARGE, PART, Operation, TensorForm, rehearse
 from zeroxide.profiling.replay import replay
+from zeroxide.zero.activation_file import ActivationFile
+from zeroxide.zero.activations_on_disk import ActivationsOnDisk
 from zeroxide.zero.reduce import large_weights
 
 transformers = pytest.importorskip("transformers")
@@ -67,6 +69,40 @@ def test_bytes_are_those_of_a_real_pass(name, checkpointing):
     # Operations have memory of their own inside: the log-sum-exp of fp32 logits as much as its input.
     inside = BATCH * SEQUENCE * choose_model(name).vocabulary_size * 4
     assert peak - 1.1 * inside <= found.peak <= 1.02 * peak
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
+def test_what_leaves_memory_is_what_the_disk_gets(name, checkpointing, tmp_path):
+    """The oracle is the store itself, over tensors that have values. Catches: weights that leave, what leaves twice,
+    memory that is counted while it is on disk."""
+    shape = BATCH, SEQUENCE
+    found, plain = (
+        rehearse_training(choose_model(name), torch.bfloat16, *shape, checkpointing=checkpointing, stowed=stowed)
+        for stowed in (True, False)
+    )
+    file = ActivationFile(tmp_path, 1 << 20, None, "threads", 4)
+    store = ActivationsOnDisk(file, tuple, None)
+    model, saved = real_model(name, checkpointing=checkpointing), []
+    weights = {each.untyped_storage().data_ptr() for each in (*model.parameters(), *model.buffers())}
+
+    def pack(tensor):
+        kept = None if tensor.untyped_storage().data_ptr() in weights else store.keep(tensor.detach())
+        saved.append(kept)
+        return tensor
+
+    tokens = torch.zeros(shape, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+    stored = sum({id(each.stowed): each.stowed.nbytes for each in saved if each is not None}.values())
+    assert found.stowed == pytest.approx(stored, rel=0.02)
+    assert plain.stowed == 0
+    assert found.peak <= plain.peak
+    assert found.kept <= plain.kept - 0.9 * found.stowed or checkpointing
+    assert found.forward.flops == plain.forward.flops
+    assert found.backward.flops == plain.backward.flops
+    del loss
+    file.close()
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing():

@@ -22,6 +22,7 @@ from zeroxide.config.state_formats import EXACT, FORMATS
 if TYPE_CHECKING:
     from zeroxide.config.resolved import Config
     from zeroxide.config.rules import RULES, SGD, Adagrad, Lion, Optimizer, Rule
+    from zeroxide.config.sections.activations import Activations
     from zeroxide.config.sections.comms_logger import CommsLogging
     from zeroxide.config.sections.expert_parallel import ExpertParallel
     from zeroxide.config.sections.flops_profiler import FlopsProfile
@@ -37,6 +38,7 @@ __all__ = [
     "FORMATS",
     "RULES",
     "SGD",
+    "Activations",
     "Adagrad",
     "CommsLogging",
     "Config",
@@ -64,6 +66,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Activations": "sections.activations",
     "Adagrad": "rules",
     "CommsLogging": "sections.comms_logger",
     "Config": "resolved",

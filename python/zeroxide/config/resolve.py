@@ -15,6 +15,7 @@ from zeroxide.config.given import Given
 from zeroxide.config.resolved import Config
 from zeroxide.config.sections import (
     activation_checkpointing,
+    activations,
     aio,
     batch,
     checkpoint,
@@ -161,6 +162,15 @@ class _Sections:
             ),
             aio=aio.resolve(document.aio),
             activation_checkpointing=activation_checkpointing.resolve(document.activation_checkpointing),
+            activations=self._one(
+                activations.Activations,
+                ("zeroxide", "zero_optimization", "activation_checkpointing"),
+                activations.resolve,
+                own,
+                document.activation_checkpointing and document.activation_checkpointing.cpu_checkpointing,
+                sharding,
+                given,
+            ),
             zeroxide=self._one(zeroxide.Zeroxide, ("zeroxide",), zeroxide.resolve, own, given),
             checkpoint=self._one(
                 checkpoint.Checkpoint, ("checkpoint", "zeroxide"), checkpoint.resolve, document.checkpoint, own

@@ -9,6 +9,7 @@ from typing import Any
 from zeroxide.config.facts import Resolved, may_differ
 from zeroxide.config.rules import Rule
 from zeroxide.config.sections.activation_checkpointing import ActivationCheckpointing
+from zeroxide.config.sections.activations import Activations
 from zeroxide.config.sections.aio import Aio
 from zeroxide.config.sections.batch import Batch
 from zeroxide.config.sections.checkpoint import Checkpoint
@@ -49,6 +50,7 @@ class Config:
     tensor_parallel: TensorParallel = field(default_factory=TensorParallel)
     aio: Aio = field(default_factory=Aio)
     activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
+    activations: Activations = field(default_factory=Activations)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     zeroxide: Zeroxide = field(default_factory=Zeroxide)
     report: Report = field(default_factory=Report)

@@ -164,7 +164,7 @@ class Accessors:
         }
         activations = self.parts.activations
         if activations is not None:
-            usage["activations"] = {"current": activations.pool.nbytes, "peak": activations.pool.nbytes}
+            usage["activations"] = {"current": activations.nbytes, "peak": activations.nbytes}
         usage["process"] = {**_core.resident(), "peak": self.parts.peak.most(), "exact": self.parts.peak.exact}
         usage["process"]["heap"] = _core.heap_bytes()
         usage["limit"] = self.parts.config.zeroxide.host_memory

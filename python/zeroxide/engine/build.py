@@ -79,7 +79,7 @@ from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload, OffloadedReduction, kept_where_they_arrive
 from zeroxide.zero.reduce.quantised import QuantisedGradients
 from zeroxide.zero.reduce.timed import TimedReduction
-from zeroxide.zero.saved_activations import SavedActivations
+from zeroxide.zero.stowed_view import ActivationStore
 from zeroxide.zero.undo import Undo
 from zeroxide.zero.unit import Unit
 from zeroxide.zero.untraced import leave_untraced
@@ -122,7 +122,7 @@ class Build:
     launcher: Launcher | None
     """What updates state that is at home on the device; None where none is."""
     grad_offload: GradientOffload | None
-    activations: SavedActivations | None
+    activations: ActivationStore | None
     weights: WeightGather
     reduction: GradientReduction
     residuals: Residuals | None
@@ -289,10 +289,11 @@ class Build:
         self.weights = make_weight_gather(core, plan, units, messages)
         self.reduction = make_reduction(core, plan, units, messages, torch_dtype(self.config.precision.reduce_dtype))
         connect(core, plan, self.ranks)
-        self.transfers = self.grad_offload = self.activations = None
-        if not is_host(self.device):
-            self.transfers = Transfers(self.health, self.plan.blocks_down)
-            self.activations = keep_activations(self.transfers, self.module, self.config, self.plan, self.made)
+        self.grad_offload = None
+        self.transfers = None if is_host(self.device) else Transfers(self.health, plan.blocks_down)
+        self.counters = Counters()
+        self.activations = keep_activations(self.transfers, self.module, self.config, plan, self.made, self.counters)
+        if self.transfers is not None:
             self.made.callback(self.transfers.close)
             both = device_part(core)
             on_device = None if both is None else both.state
@@ -310,7 +311,7 @@ class Build:
             for param in group["params"]:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
-        self.scaler, self.counters = LossScaler(self.config.precision.loss_scale), Counters()
+        self.scaler = LossScaler(self.config.precision.loss_scale)
         breakdown = self.config.report.wall_clock_breakdown
         self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
         self.updater = Updater(

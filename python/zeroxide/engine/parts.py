@@ -37,7 +37,7 @@ from zeroxide.zero.live_core import LiveCore
 from zeroxide.zero.param import ParameterContext
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
-from zeroxide.zero.saved_activations import SavedActivations
+from zeroxide.zero.stowed_view import ActivationStore
 from zeroxide.zero.unit import Unit
 
 __all__ = ["Parts"]
@@ -66,8 +66,8 @@ class Parts:
     """Whether it still does."""
     transfers: Transfers | None
     """What copies to and from it; None where that is the host."""
-    activations: SavedActivations | None
-    """What keeps activations in host memory; None where they stay where they are."""
+    activations: ActivationStore | None
+    """What keeps activations in host memory or on disk; None where they stay where they are."""
     core: LiveCore
     committed_note: str | None
     """What the last commit of the run before has noted; None where there is none."""

@@ -111,7 +111,7 @@ def _end(path: Path, parts: Parts, trace: Trace) -> None:
 def _memory(parts: Parts, phase: _Phase) -> dict[str, Any]:
     buckets = {name: current for name, (current, _) in parts.core().usage().items() if name != "total"}
     if parts.activations is not None:
-        buckets["activations"] = parts.activations.pool.nbytes
+        buckets["activations"] = parts.activations.nbytes
     return {
         "after": phase.name,
         "step": phase.step,

@@ -149,6 +149,19 @@ def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     check_update_in_backward(config, ranks, device)
     check_experts(config, device)
     check_routed(config, ranks, device)
+    check_activations(config, device)
+
+
+def check_activations(config: Config, device: torch.device) -> None:
+    """Refuses activations on disk where they are in memory that no file is written from."""
+    if config.activations.path is not None and not is_host(device):
+        raise ConfigError(
+            f'zeroxide.activations = "{config.activations.home}": the model computes on {device}, whose activations do '
+            "not go to the disk yet; use activation_checkpointing.cpu_checkpointing, which keeps them in host memory",
+            path="zeroxide.activations",
+            expected='"memory"',
+            got=f'"{config.activations.home}"',
+        )
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:

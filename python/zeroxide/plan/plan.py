@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.config import Config
+from zeroxide.config import Activations, Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
@@ -61,6 +61,8 @@ class Plan:
     """Whether state survives the process."""
     updates_in_backward: bool = False
     """Whether the update of a unit begins inside of backward."""
+    activations: Activations = field(default_factory=Activations)
+    """Where activations wait for backward in host memory."""
 
     @property
     def weights(self) -> Home:
@@ -214,15 +216,15 @@ def make_plan(
 
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
     the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
-    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked.
-    `asked` is what that device is to have. Raises ModelError for a model that cannot be trained, BudgetError when
-    `config.zeroxide.host_memory` cannot hold the payload, or `config.zeroxide.device_memory` what that is to have.
+    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked, and
+    buffers of activations. `asked` is what that device is to have. Raises ModelError for a model that cannot train,
+    BudgetError when `config.zeroxide.host_memory` or `config.zeroxide.device_memory` cannot hold what is to be there.
     """
     compute = torch_dtype(config.precision.dtype)
     ranks = ranks or Ranks()
     units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
     blocks = _blocks_down(config, ranks, units)
-    resident += pinned_bytes(device, blocks)
+    resident += pinned_bytes(device, blocks) + config.activations.memory
     check_together(config, ranks, device)
     # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
     if ranks.world > 1 or config.zero.stage == 3:
@@ -277,6 +279,7 @@ def make_plan(
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
         updates_in_backward=config.zeroxide.update_in_backward,
+        activations=config.activations,
     )
 
 

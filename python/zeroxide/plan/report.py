@@ -59,7 +59,7 @@ def describe(plan: Plan) -> list[str]:
         lines += _as_integers(plan)
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
-    lines += _on_device(plan)
+    lines += _activations(plan) + _on_device(plan)
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
     if filling:
         lines.append(f"while the engine is made, staging has {filling / MIB:.0f} MiB more for initial values")
@@ -85,6 +85,16 @@ def _on_device(plan: Plan) -> list[str]:
     each = ", ".join(f"{name} {size / MIB:.0f}" for name, size in buckets.items() if size)
     limit = "" if plan.device_limit is None else f" of {plan.device_limit / MIB:.0f}"
     return [f"on {plan.device} {sum(buckets.values()) / MIB:.0f}{limit} MiB ({each}), beside activations"]
+
+
+def _activations(plan: Plan) -> list[str]:
+    """Where activations wait, in one line, or none where they stay where they are."""
+    asked = plan.activations
+    if asked.path is None:
+        return []
+    part = "activations" if asked.home == "disk" else "activations that host_memory has no room for"
+    size = "as much as a pass needs" if asked.disk is None else f"{asked.disk / MIB:.0f} MiB reserved"
+    return [f"{part} on disk in {asked.path}, {size}, through {asked.buffers / MIB:.0f} MiB of buffers"]
 
 
 def _as_integers(plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from zeroxide.profiling.outline import Outline, become_outline
+from zeroxide.profiling.stowing import Stowing
 
 __all__ = ["LARGE", "PART", "Operation", "Pass", "Rehearsal", "TensorForm", "rehearse"]
 
@@ -87,6 +88,8 @@ class Rehearsal:
     """Bytes of activations at the end of forward: what backward needs."""
     peak: int
     """Most bytes beside weights and kept gradients at any time."""
+    stowed: int = 0
+    """Bytes that leave memory between forward and backward, where activations do."""
 
 
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -109,7 +112,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         part = False
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
-                part |= self._note(tensor)
+                part |= self.note(tensor)
         # Of a large weight the engine adds up rows, or a part at a time: only the product is as much work as here.
         if not (part and func not in flop_registry and func.overloadpacket not in flop_registry):
             self.into.operations[_operation(func, args, kwargs, result)] += 1
@@ -120,7 +123,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in tensors:
             self._storages[_storage(tensor)._cdata] = _storage(tensor)
 
-    def _note(self, tensor: torch.Tensor) -> bool:
+    def note(self, tensor: torch.Tensor) -> bool:
         """Counts the memory of a result, once. Returns whether it is the gradient of a large weight."""
         storage = _storage(tensor)
         key = storage._cdata
@@ -166,22 +169,25 @@ def _form(tensor: torch.Tensor) -> TensorForm:
     return TensorForm(tuple(tensor.shape), tuple(tensor.stride()), tensor.dtype)
 
 
-def rehearse(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Rehearsal:
+def rehearse(module: nn.Module, loss: Callable[[], torch.Tensor], stowed_from: int | None = None) -> Rehearsal:
     """Rehearses `loss`, a forward of `module` to a scalar, and its backward.
 
-    module: on the meta device; it is made of outlines afterwards, and of no other use. Raises what its code does.
+    module: on the meta device; it is made of outlines afterwards, and of no other use. stowed_from: bytes from which
+    activations are elsewhere between forward and backward; None leaves them. Raises what its code does.
     """
     become_outline(module)
     params = list(module.parameters())
     shapes = [tuple(param.shape) for param in params if param.requires_grad and param.numel() >= LARGE]
     recorder = _Recorder({each for shape in shapes for each in (shape, shape[::-1])})
     recorder.leave_out(_storage_owners(module))
+    stowing = Stowing(_storage_owners(module), stowed_from or 0, recorder.note)
     with recorder, _freeing_gradients(params):
-        result = loss()
+        with nullcontext() if stowed_from is None else stowing.hooks():
+            result = loss()
         forward, kept = recorder.into, recorder.live
         recorder.into, recorder.in_backward = Pass(), True
         result.backward()  # type: ignore[no-untyped-call]
-    return Rehearsal(forward, recorder.into, kept, recorder.peak)
+    return Rehearsal(forward, recorder.into, kept, recorder.peak, stowing.nbytes)
 
 
 def _storage_owners(module: nn.Module) -> Iterator[torch.Tensor]:

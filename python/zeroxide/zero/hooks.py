@@ -39,8 +39,8 @@ from zeroxide.zero.passes import PassState, UnitState, UsesState, in_backward
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload
 from zeroxide.zero.reduce.reducer import Reducer
-from zeroxide.zero.saved_activations import SavedActivations
 from zeroxide.zero.saved_tensors import SavedTensors
+from zeroxide.zero.stowed_view import ActivationStore
 from zeroxide.zero.unit import Unit
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Hooks:
         units: list[Unit],
         grad_dtype: torch.dtype,
         grad_offload: GradientOffload | None = None,
-        activations: SavedActivations | None = None,
+        activations: ActivationStore | None = None,
     ) -> None:
         self.gatherer = gatherer
         self.units = units
@@ -72,6 +72,9 @@ class Hooks:
         self.saved: SavedTensors | None = None
         if grad_offload is not None and (self.moves or activations is not None):
             self.saved = SavedTensors(units, self.use if self.moves else None, activations)
+        elif activations is not None:
+            # A read of a weight in host memory is served, whoever saved it.
+            self.saved = SavedTensors((), None, activations)
         self.marked = {
             unit.index
             for unit in units

@@ -23,8 +23,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from zeroxide.device.host_pool import HostPool, Lent
 from zeroxide.device.transfers import Transfers
 from zeroxide.errors import ModelError
+from zeroxide.zero.stowed_view import StowedView, count_of_changes
 
-__all__ = ["MIN_BYTES", "SavedActivations", "StowedView"]
+__all__ = ["MIN_BYTES", "SavedActivations"]
 
 logger = logging.getLogger("zeroxide")
 
@@ -83,7 +84,7 @@ class _Stowed:
         self.storage = _weak(storage)
         """Lets no other storage have its address."""
         self.nbytes = storage.nbytes()
-        self.versioned, self.version = _count_of_changes(tensor), tensor._version
+        self.versioned, self.version = count_of_changes(tensor), tensor._version
         self.copies = copies
         self.stream = stream
         """The stream whose memory is in `source`, then in `target`."""
@@ -96,22 +97,6 @@ class _Stowed:
 
     def __del__(self) -> None:
         self.ended.append((self.copies, self.stream))
-
-
-class StowedView:
-    """A tensor that autograd has saved, over a storage that is kept."""
-
-    __slots__ = ("dtype", "offset", "shape", "stowed", "stride", "version", "versioned")
-
-    def __init__(self, tensor: torch.Tensor, stowed: _Stowed) -> None:
-        self.stowed = stowed
-        self.shape, self.stride, self.offset = tensor.shape, tensor.stride(), tensor.storage_offset()
-        self.dtype = tensor.dtype
-        self.versioned, self.version = _count_of_changes(tensor), tensor._version
-        stowed.views += 1
-
-    def __del__(self) -> None:
-        self.stowed.views -= 1
 
 
 class SavedActivations:
@@ -227,6 +212,7 @@ class SavedActivations:
         """The tensor as it was saved. Raises ModelError after `close`, RuntimeError where it was changed in place
         since."""
         stowed = view.stowed
+        assert isinstance(stowed, _Stowed), "it has been kept here"
         with self._lock:
             if self._closed:
                 raise ModelError("backward after the engine was destroyed: its activations have gone with it")
@@ -292,6 +278,15 @@ class SavedActivations:
 
     # Ends -----------------------------------------------------------------------------------------------------------
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory that are taken."""
+        return self.pool.nbytes
+
+    def end_backward(self) -> None:
+        """A backward has ended, and its graph may be gone."""
+        self.collect()
+
     def collect(self) -> None:
         """Takes back what nobody keeps any more."""
         with self._lock:
@@ -313,13 +308,6 @@ class SavedActivations:
             self._closed = True
             self._ended.clear()
             self.pool.close()
-
-
-def _count_of_changes(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that has the other's version from now on, and nothing of its memory."""
-    found = tensor.detach()
-    found.data = tensor.new_empty(0)
-    return found
 
 
 def _weak(storage: torch.UntypedStorage) -> StorageWeakRef:

@@ -17,6 +17,7 @@ from zeroxide.device.placement import HOST
 from zeroxide.errors import ModelError
 from zeroxide.profiling.rehearsal import Operation, Pass, Rehearsal, rehearse
 from zeroxide.profiling.replay import replay
+from zeroxide.zero.activations_on_disk import MIN_BYTES
 
 __all__ = ["PassSeconds", "meta_model", "missing", "pass_seconds", "rehearse_training", "time_operations"]
 
@@ -44,11 +45,18 @@ def meta_model(choice: ModelChoice, dtype: torch.dtype) -> Any:
 
 
 def rehearse_training(
-    choice: ModelChoice, dtype: torch.dtype, batch: int, sequence: int, *, checkpointing: bool
+    choice: ModelChoice,
+    dtype: torch.dtype,
+    batch: int,
+    sequence: int,
+    *,
+    checkpointing: bool,
+    stowed: bool = False,
 ) -> Rehearsal:
     """A micro-batch as `zeroxide train` computes it, of int64 tokens of shape (batch, sequence).
 
-    Raises ModelError where the model has no activation checkpointing, or does what shapes alone cannot answer.
+    stowed: activations wait for backward on disk. Raises ModelError where the model has no activation checkpointing, or
+    does what shapes alone cannot answer.
     """
     model = meta_model(choice, dtype)
     model.loss_function = causal_lm_loss
@@ -67,7 +75,7 @@ def rehearse_training(
 
     with quiet():
         try:
-            return rehearse(model, loss)
+            return rehearse(model, loss, MIN_BYTES if stowed else None)
         # The model's own code runs, and may ask anything of its tensors.
         except Exception as error:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)

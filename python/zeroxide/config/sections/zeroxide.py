@@ -33,7 +33,7 @@ __all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
 
 class ZeroxideSection(Section):
     """`zeroxide`. `format` and `rounding_seed` are resolved with precision, what begins with `checkpoint_` with
-    `checkpoint`.
+    `checkpoint`, what begins with `activation` with `activations`.
     """
 
     device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
@@ -73,6 +73,14 @@ class ZeroxideSection(Section):
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
     update_in_backward: Flag = False
     """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
+    activations: Annotated[Literal["auto", "memory", "disk"], choice("auto", "memory", "disk")] = "auto"
+    """Where activations wait for backward: "auto" sends to activation_path, if given, what host_memory cannot hold."""
+    activation_path: Directory | None = None
+    """Directory of the file for activations on disk; with "disk" and without it that of the optimizer state."""
+    activation_disk: MemorySize | None = None
+    """Bytes of disk reserved for activations at the start; without it as much as a pass needs."""
+    activation_buffers: ByteSize | None = None
+    """Memory that activations pass through on their way to the disk and back; without it 64 MiB."""
     trim_libraries: Flag = True
     """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[

@@ -221,6 +221,7 @@ class _Pipe:
         self.tied = TiedWeights(parts.module, stages.ties(), self.ranks, self.link)
         self.tied.make_equal()
         parts.updater.repeated |= self.tied.counted_elsewhere(parts.units)
+        self.lends_inputs = parts.activations is not None
         self.under_way: str | None = None
         self.compute_loss = True
         self.outputs: list[Any] = []

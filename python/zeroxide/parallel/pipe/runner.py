@@ -13,7 +13,7 @@ from zeroxide.distributed import Ranks
 from zeroxide.errors import RanksError
 from zeroxide.parallel.pipe.halves import Halves
 from zeroxide.parallel.pipe.link import ACTIVATIONS, GRADIENTS, StageLink
-from zeroxide.parallel.pipe.nesting import flatten
+from zeroxide.parallel.pipe.nesting import flatten, rebuild
 from zeroxide.parallel.pipe.schedule import Action, Kind, rank_of_stage
 
 __all__ = ["Compute", "Runner"]
@@ -21,6 +21,9 @@ __all__ = ["Compute", "Runner"]
 
 class Compute(Protocol):
     """What computes the stages of a rank."""
+
+    lends_inputs: bool
+    """Whether what came from the stage before is to be in memory only as far as the stage's graph keeps it there."""
 
     def forward(self, stage: int, micro_batch: int, received: Any) -> Any:
         """Runs a stage over what came from the stage before, None for the first. Returns what it gives: the next
@@ -93,6 +96,8 @@ class Runner:
     def _forward(self, stage: int, micro_batch: int) -> None:
         received = self._receive(ACTIVATIONS, stage - 1, micro_batch) if stage else None
         leaves = [each for each in flatten(received, "what came")[1] if each.requires_grad]
+        if leaves and torch.is_grad_enabled() and self._compute.lends_inputs:
+            received = _lent(received)
         given = self._compute.forward(stage, micro_batch, received)
         last = stage == self._stages - 1
         outputs: list[torch.Tensor | GradientEdge] = []
@@ -165,9 +170,20 @@ class Runner:
             self._beside[kind, stage, micro_batch] = value if kind == GRADIENTS else _detached(value)
 
 
+def _lent(value: Any) -> Any:
+    """The value with views in place of the leaves among its tensors that require a gradient.
+
+    The leaves wait for their gradients, and keep their shapes without the memory: that ends with the last view.
+    """
+    structure, tensors = flatten(value, "what came")
+    views = [each.view_as(each) if each.requires_grad else each for each in tensors]
+    for each in tensors:
+        if each.requires_grad:
+            each.data = each.new_empty(()).expand(each.shape)
+    return rebuild(structure, views)
+
+
 def _detached(value: Any) -> Any:
     """The value with leaves in place of its tensors, which require a gradient where those do."""
-    from zeroxide.parallel.pipe.nesting import rebuild
-
     structure, tensors = flatten(value, "what a stage gives")
     return rebuild(structure, [each.detach().requires_grad_(each.requires_grad) for each in tensors])
