@@ -360,8 +360,9 @@ class Build:
             # Locked memory is resident: what has moved out of the model is not any more.
             self.grad_offload.go_straight(kept_where_they_arrive(plan, self.units), plan.grad)
         arriving = plan.grad if plan.world == 1 else torch_dtype(config.precision.reduce_dtype)
-        timed = self.timers.breakdown
-        reduction = TimedReduction(self.reduction, self.timers.add_reduction) if timed else self.reduction
+        reduction = (
+            TimedReduction(self.reduction, self.timers.add_reduction) if self.timers.breakdown else self.reduction
+        )
         self.hooks = Hooks(
             self.module, self.gatherer, reduction, self.units, arriving, self.grad_offload, self.activations
         )
