@@ -34,17 +34,18 @@ def test_every_hyperparameter_has_the_bits_of_the_cpu_kernels(libraries, rule):
     for given in OPTIONS[rule]:
         hyperparameters = {**_core.RULES[rule].hyperparameters, **given}
         generator = torch.Generator().manual_seed(5)
-        for format, dtype in (("fp32", torch.float32), ("split", torch.bfloat16)):
+        formats = (("fp32", torch.float32), *((each, torch.bfloat16) for each in ("split", "split-bf16", "compact")))
+        for format, dtype in formats:
             names = state_tensors(Step(rule, hyperparameters), format, dtype)
-            state = [torch.zeros(301, dtype=kind) for _, kind in names]
+            state = [torch.zeros(each.numel(301), dtype=each.dtype) for each in names]
             state[0] = torch.randn(301, generator=generator).to(dtype)
             for number, scale in ((1, 1.0), (2, 1 / 3), (1000, 2.0**-16)):
                 step = Step(rule, hyperparameters, number, scale)
                 grad = torch.randn(301, generator=generator)
                 expected = reference(step, format, state, grad)
                 update(Emulator(libraries), step, format, state, grad)
-                for name, got, wanted in zip(names, state, expected, strict=True):
-                    assert same_bits(got, wanted), (rule, given, format, number, name)
+                for each, got, wanted in zip(names, state, expected, strict=True):
+                    assert same_bits(got, wanted), (rule, given, format, number, each.name)
 
 
 def test_steps_are_those_of_torch(libraries):
