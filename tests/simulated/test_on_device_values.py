@@ -105,7 +105,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize(("act", "stage"), [(read_and_set, 3), (edit, 3), (edit, 1), (edit_in_place, 2)])
-@pytest.mark.parametrize("precision", ["split", "master-bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["split", "master-bf16", "fp32", "split-bf16", "compact"])
 def test_values_are_read_and_changed_as_in_host_memory(act, stage, precision):
     """Catches: a change that the master weight does not take over, a gradient that is set and not measured anew, parts
     that are read from the core instead of the device."""

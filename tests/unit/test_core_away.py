@@ -71,10 +71,10 @@ def test_its_books_are_kept_with_those_of_the_others(core):
     core.note_norm(1, 1, 11.0, False)
     assert core.grad_norm() == (411.0, False, 2)
     assert bytes(core.accumulated()) == bytes([1, 0, 0, 1])
-    assert core.away_runs(1, [ADAM]) == [(128, 64, 0, 0)]
+    assert core.away_runs(1, [ADAM]) == [(128, 64, 0, 0, 0)]
     core.note_gradient(1, 0)
     # The padding between two parameters of equal constants joins their run.
-    assert core.away_runs(1, [ADAM]) == [(0, 192, 0, 0)]
+    assert core.away_runs(1, [ADAM]) == [(0, 192, 0, 0, 0)]
     core.step([ADAM], 1.0)
     assert [core.updates(1, at) for at in (0, 1)] == [1, 1]
     assert core.grad_norm() == (0.0, False, 0)

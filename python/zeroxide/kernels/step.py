@@ -46,8 +46,8 @@ class StateTensor(NamedTuple):
 
 
 def stored_as(name: str, dtype: str, nbytes: int) -> StateTensor:
-    """A state tensor by what `_core.state_tensors` says of it. Blocks of codes, for which torch has no dtype, are 16-bit
-    words: a unit, and two codes in each of the others."""
+    """A state tensor by what `_core.state_tensors` says of it. Blocks of codes, for which torch has no dtype, are words
+    of 16 bits: a unit, and two codes in each of the others."""
     found = torch.int16 if dtype.endswith("blocks of 8 bits") else getattr(torch, dtype)
     return StateTensor(name, found, nbytes // found.itemsize)
 

@@ -125,9 +125,7 @@ def update(
     launcher.launch(kernel, blocks_for(numel, THREADS * EACH), args + step.constants + padding[step.rule])
 
 
-def _by_core(
-    step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor, stream: int
-) -> None:
+def _by_core(step: Step, format: str, tensors: Sequence[torch.Tensor], grad: torch.Tensor, stream: int) -> None:
     """The same without a kernel, and with its bits: by the CPU, on copies in host memory."""
     at_once, numel = max(AT_ONCE // BLOCK, 1) * BLOCK, grad.numel()
     expected = state_tensors(step, format, tensors[0].dtype)

@@ -23,7 +23,7 @@ DTYPES = {name: dtype for dtype, name in FLOATS.items()}
 STEPS = {
     "adamw": Step("adam", {**_core.RULES["adam"].hyperparameters, "weight_decay": 0.1}, 7, 0.25),
     "adam": Step("adam", {**_core.RULES["adam"].hyperparameters, "weight_decay": 0.1, "decoupled": False}, 3, 0.5),
-    "lion": Step("lion", {**_core.RULES["lion"].hyperparameters, "lr": 1e-3, "weight_decay": 0.1}, 2, 0.25),
+    "lion": Step("lion", {**_core.RULES["lion"].hyperparameters, "lr": 1e-3, "weight_decay": 0.1}, 2 + (5 << 32), 0.25),
     "adagrad": Step("adagrad", {**_core.RULES["adagrad"].hyperparameters, "lr_decay": 0.1, "weight_decay": 0.1}, 5),
     "sgd": Step(
         "sgd",
@@ -80,9 +80,7 @@ def _case(rule: str, format: str, live: str, grad: str) -> KernelCase:
         make=make,
         run=run,
         reference=lambda inputs: reference(step, format, inputs["state"], inputs["grad"][0], STREAM),
-        moved=lambda n: (
-            2 * sum(each.numel(n) * each.dtype.itemsize for each in expected) + n * DTYPES[grad].itemsize
-        ),
+        moved=lambda n: 2 * sum(each.numel(n) * each.dtype.itemsize for each in expected) + n * DTYPES[grad].itemsize,
     )
 
 
