@@ -13,9 +13,9 @@ import torch
 from zeroxide import _core
 from zeroxide.device.placement import HOST, spec
 from zeroxide.kernels.arguments import FLOATS
-from zeroxide.kernels.step import Step
+from zeroxide.kernels.step import StateTensor, Step
 
-__all__ = ["reference"]
+__all__ = ["reference", "stored"]
 
 
 def reference(
@@ -43,3 +43,11 @@ def reference(
         first,
     )
     return [after.view(given.shape).to(grad.device) for after, given in zip(state, tensors, strict=True)]
+
+
+def stored(step: Step, format: str, tensor: StateTensor, values: torch.Tensor) -> torch.Tensor:
+    """fp32 values of a rule's own tensor as a format for bf16 weights keeps them, rounded to the nearest."""
+    out = torch.zeros(tensor.numel(values.numel()), dtype=tensor.dtype, device=HOST)
+    given = spec(values.to(HOST)), spec(out.view(torch.uint8))
+    _core.encode_moment(step.core_rule(), format, "bf16", tensor.name, *given)
+    return out.to(values.device)

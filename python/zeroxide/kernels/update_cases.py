@@ -8,12 +8,11 @@ import torch
 
 from zeroxide import _core
 from zeroxide.config import EXACT
-from zeroxide.device.placement import spec
 from zeroxide.kernels.arguments import FLOATS
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
-from zeroxide.kernels.core_update import reference
+from zeroxide.kernels.core_update import reference, stored
 from zeroxide.kernels.launch import Launcher
-from zeroxide.kernels.step import CODECS, StateTensor, Step, state_tensors
+from zeroxide.kernels.step import CODECS, Step, state_tensors
 from zeroxide.kernels.update import update
 
 __all__ = ["CASES"]
@@ -38,16 +37,6 @@ STREAM = 0x9ABC_DEF0_1234_5678
 """Random bits of the parameters, of both halves of the key."""
 
 
-def _stored(step: Step, format: str, tensor: StateTensor, values: torch.Tensor) -> torch.Tensor:
-    """fp32 values of a rule's own tensor as the format keeps them."""
-    host = values.cpu()
-    out = torch.zeros(tensor.numel(host.numel()), dtype=tensor.dtype, device=host.device)
-    if host.numel():
-        given = spec(host), spec(out.view(torch.uint8))
-        _core.encode_moment(step.core_rule(), format, "bf16", tensor.name, *given)
-    return out.to(values.device)
-
-
 def _case(rule: str, format: str, live: str, grad: str) -> KernelCase:
     step, dtype = STEPS[rule], DTYPES[live]
     expected = state_tensors(step, format, dtype)
@@ -65,7 +54,7 @@ def _case(rule: str, format: str, live: str, grad: str) -> KernelCase:
             else:
                 moment = 0.01 * numbers(n, seed, torch.float32, device)
                 moment = moment.square() if each.name in ("exp_avg_sq", "sum") else moment
-                tensors.append(moment if format in EXACT else _stored(step, format, each, moment))
+                tensors.append(moment if format in EXACT else stored(step, format, each, moment))
         if len(expected) > 2:
             # Somebody has changed every 41st live weight.
             tensors[0][::41] *= 2
