@@ -328,8 +328,6 @@ class Build:
         self.optimizer = EngineOptimizer(self.groups, core, apply, self.scaler, check) if self.groups else None
         self.lr_scheduler = schedule_for(self.config, self.asked.lr_scheduler, self.optimizer)
 
-    # Weights move ---------------------------------------------------------------------------------------------------
-
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
         places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
