@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from zeroxide.moe import Experts, MoE
+from zeroxide.moe import MoE
 
 WORDS, WIDTH, EXPERTS, LAYERS = 32, 16, 8, 2
 LR, DECAY = 1e-2, 0.1
@@ -60,48 +59,36 @@ def batches(number: int, seed: int = 11) -> list[torch.Tensor]:
     return [torch.randint(0, WORDS, (1, 1), generator=generator) for _ in range(number)]
 
 
-class _WithTokens:
-    """Runs the experts that have tokens, and notes which those are."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, ...]] = []
-
-    def used(self, counts: Sequence[int]) -> list[bool]:
-        self.seen.append(tuple(number for number, count in enumerate(counts) if count))
-        return [count > 0 for count in counts]
-
-
 def train_plainly(
     steps: list[list[torch.Tensor]], *, leave_out: bool, clip: float | None = None
 ) -> tuple[Routed, list[float], list[set[tuple[int, int]]]]:
     """The model in float64 after a step of AdamW over each list of micro-batches, the losses, and which (layer, expert)
-    had tokens in each step. With `leave_out` a parameter that nothing reached has no gradient, else one of zeros."""
+    had tokens in each step. With `leave_out` an expert without tokens has no gradient, else one of zeros."""
     model = build().double()
-    routes = []
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.routing = _WithTokens()
-            routes.append(module.routing)
+    experts = {
+        (layer, number): expert
+        for layer, block in enumerate(model.layers)
+        for number, expert in enumerate(block.moe.deepspeed_moe.experts.deepspeed_experts.values())
+    }
+    having: set[tuple[int, int]] = set()
+    for place, expert in experts.items():
+        expert.register_forward_pre_hook(lambda _, rows, place=place: having.add(place) if len(rows[0]) else None)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=DECAY, eps=EPS, foreach=False)
     losses, used = [], []
     for each in steps:
         optimizer.zero_grad(set_to_none=True)
-        before = [len(route.seen) for route in routes]
+        having.clear()
         for ids in each:
             loss = model(ids)
             (loss / len(each)).backward()
             losses.append(loss.item())
-        used.append(
-            {
-                (layer, number)
-                for layer, route in enumerate(routes)
-                for seen in route.seen[before[layer] :]
-                for number in seen
-            }
-        )
-        for param in model.parameters():
-            if param.grad is None and not leave_out:
-                param.grad = torch.zeros_like(param)
+        used.append(set(having))
+        for place, expert in experts.items():
+            for param in expert.parameters():
+                assert param.grad is not None
+                if place not in having:
+                    assert not param.grad.any()
+                    param.grad = None if leave_out else param.grad
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()

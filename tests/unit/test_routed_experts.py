@@ -16,6 +16,7 @@ from torch import nn
 
 import zeroxide
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.moe import MoE
 
 # 8 steps of fp32 AdamW beside float64. An element's update is at most about lr = 1e-2 and depends on m / sqrt(v), of
 # relative error at most some 1e-5 after sums over 24 products; where a gradient nearly cancels, by more: 1e-4 of lr a
@@ -386,3 +387,10 @@ def test_a_durable_run_goes_on_with_experts_left_out(tmp_path):
         assert engine.resume() == 4
         train(engine, steps[4:])
         assert_same_bits(everything(engine), expected)
+
+
+def test_very_many_small_experts_stay_units_of_their_own(tmp_path):
+    """Catches: experts that share a unit because there are many, and are all brought for one of them."""
+    model = nn.Sequential(*(MoE(4, nn.Linear(4, 4), 70, k=2) for _ in range(2)))
+    with started(config_for(tmp_path, "skip", "cpu"), model) as engine:
+        assert sum(".deepspeed_experts." in unit.name for unit in engine.plan().units) == 140
