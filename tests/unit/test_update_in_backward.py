@@ -248,7 +248,12 @@ def test_units_are_updated_while_backward_goes_on(tmp_path: Path) -> None:
         tiles = engine.parts.plan.tile_elements
         # Two blocks have room: when backward comes to the table, those of which the others took it are updated.
         assert updated.pop() - before >= 2 * (2 * 200 * WIDTH // tiles)
+        # All begins before the step, which only ends it.
+        engine.finish_step()
+        all_of_them = count()
         engine.step()
+        engine.finish_step()
+        assert count() == all_of_them > before
     engine.destroy()
 
 

@@ -244,6 +244,10 @@ fn errors_between_ranks_and_tiers() {
         OffloadError::PoisonedAway { step: 1, cause: "a kernel".into() },
         OffloadError::Stray { unit: "a".into(), cause: "why".into() },
         OffloadError::Strayed { line: "so".into() },
+        OffloadError::NotFinite { unit: "a".into(), updated: 2 },
+        OffloadError::UpdatedEarly { call: "gather", unit: "a".into() },
+        OffloadError::InsideStep { call: "clear_gradients" },
+        OffloadError::OtherConstants,
         OffloadError::Misuse { call: "step", what: "too early".into() },
     ];
     check(&samples, include_str!("../src/error.rs"));
