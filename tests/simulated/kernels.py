@@ -19,13 +19,13 @@ import torch
 
 from simulated.build import CACHE
 from zeroxide.errors import DeviceError
-from zeroxide.kernels import Kernel, accumulate, norm, update
+from zeroxide.kernels import Kernel, accumulate, cross_entropy, norm, permute, update
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 
 from emulated import CUDA, FLAGS, Builds, Emulator, processor_flags
 
-SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate")
+SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate", "cross_entropy", "permute")
 Touch = tuple[int, int, bool]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 LIVE = {"fp32": 4, "master_bf16": 2, "master_f16": 2, "split": 2}
@@ -95,9 +95,41 @@ def _of_norm(kernel: Kernel, given: bytes) -> list[Touch]:
     ]
 
 
+def _of_cross_entropy(kernel: Kernel, given: bytes) -> list[Touch]:
+    backward = "gradient" in kernel.entry
+    args: Any = (cross_entropy._Backward if backward else cross_entropy._Forward).from_buffer_copy(given)
+    logits, rows = SIZES[kernel.entry.rsplit("_", 1)[1]] * args.rows * args.width, 4 * args.rows
+    places = [
+        (args.logits, logits, False),
+        (args.targets, 8 * args.rows, False),
+        (args.largest, rows, not backward),
+        (args.sum, rows, not backward),
+    ]
+    if backward:
+        places += [(args.gradients, logits, True), (args.scale, rows, False)]
+    else:
+        places += [(args.target_logit, rows, True)]
+    return [(at, at + size, writes) for at, size, writes in places]
+
+
+def _of_permute(kernel: Kernel, given: bytes) -> list[Touch]:
+    gathers = "gather" in kernel.entry
+    args: Any = (permute._Gather if gathers else permute._Combine).from_buffer_copy(given)
+    width = SIZES[kernel.entry.rsplit("_", 1)[1]] * args.width
+    index, scales, each = (
+        (args.sources, args.scales, args.count) if gathers else (args.positions, args.weights, args.count * args.ways)
+    )
+    numbers = [number for (number,) in struct.iter_unpack("<q", torch.sim.peek(index, 8 * each)) if number >= 0]
+    rows = [(args.rows + number * width, args.rows + (number + 1) * width, False) for number in sorted({*numbers})]
+    weighed = [(scales, scales + 4 * each, False)] if scales else []
+    return [(index, index + 8 * each, False), *weighed, *rows, (args.out, args.out + args.count * width, True)]
+
+
 TOUCHED: dict[str, Callable[[Kernel, bytes], list[Touch]]] = {
     "accumulate": _of_accumulate,
+    "cross_entropy": _of_cross_entropy,
     "norm": _of_norm,
+    "permute": _of_permute,
     **dict.fromkeys(("adam", "lion", "adagrad", "sgd"), _of_update),
 }
 
