@@ -33,8 +33,8 @@ class Registry:
 
 
 def launched() -> list[str]:
-    """The kernels that have been played on the first device for whoever has asked `launcher_of`, by name."""
-    played = launcher_of(torch.device("sim", 0))._launcher
+    """The kernels that have been played on the current device for whoever has asked `launcher_of`, by name."""
+    played = launcher_of(torch.device("sim", torch.accelerator.current_device_index()))._launcher
     assert isinstance(played, PlayedKernels)
     return played.launched
 

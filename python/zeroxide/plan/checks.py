@@ -108,7 +108,7 @@ def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     """Refuses what the config asks for that does not go with the ranks, the device or what else it asks for."""
     check_transport(config, ranks)
     check_order(config, ranks, device)
-    check_experts(config, device)
+    check_experts(config)
 
 
 def check_transport(config: Config, ranks: Ranks) -> None:
@@ -123,7 +123,7 @@ def check_transport(config: Config, ranks: Ranks) -> None:
         )
 
 
-def check_experts(config: Config, device: torch.device) -> None:
+def check_experts(config: Config) -> None:
     """Refuses what does not go with experts that are spread over ranks."""
     if config.mesh is None or config.mesh.ep == 1:
         return
@@ -132,7 +132,6 @@ def check_experts(config: Config, device: torch.device) -> None:
         ("zeroxide.transport", config.zeroxide.transport == "shared_memory", '"shared_memory"', '"auto"'),
         ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
         ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
-        ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
     ):
         if wrong:
             raise ConfigError(
