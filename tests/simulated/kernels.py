@@ -19,13 +19,13 @@ import torch
 
 from simulated.build import CACHE
 from zeroxide.errors import DeviceError
-from zeroxide.kernels import Kernel, accumulate, cross_entropy, norm, permute, update
+from zeroxide.kernels import Kernel, accumulate, cross_entropy, norm, permute, quantise, update
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 
 from emulated import CUDA, FLAGS, Builds, Emulator, processor_flags
 
-SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate", "cross_entropy", "permute")
+SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate", "cross_entropy", "permute", "quantise")
 Touch = tuple[int, int, bool]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 LIVE = {"fp32": 4, "master_bf16": 2, "master_f16": 2, "split": 2}
@@ -37,7 +37,7 @@ GRADS = (4, 2, 2)
 @functools.cache
 def built() -> dict[str, Path]:
     """The sources as shared objects, built once for each state of them; one process builds, others wait."""
-    known = hashlib.sha256(repr((FLAGS, processor_flags())).encode())
+    known = hashlib.sha256(repr((FLAGS, processor_flags(), SOURCES)).encode())
     for path in sorted(each for each in CUDA.rglob("*") if each.is_file()):
         known.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     folder = CACHE / f"kernels-{known.hexdigest()[:16]}"
@@ -112,6 +112,18 @@ def _of_cross_entropy(kernel: Kernel, given: bytes) -> list[Touch]:
     return [(at, at + size, writes) for at, size, writes in places]
 
 
+def _of_quantise(kernel: Kernel, given: bytes) -> list[Touch]:
+    back = "dequantise" in kernel.entry
+    args: Any = (quantise._Dequantise if back else quantise._Quantise).from_buffer_copy(given)
+    bits = 8 if "int8" in kernel.entry else 4
+    size = SIZES[kernel.entry.rsplit("_", 1)[1]]
+    return [
+        (args.codes, args.codes + -(-args.elements * bits // 8), not back),
+        (args.scales, args.scales + 2 * -(-args.elements // quantise.BLOCK), not back),
+        (args.values, args.values + args.elements * size, back),
+    ]
+
+
 def _of_permute(kernel: Kernel, given: bytes) -> list[Touch]:
     gathers = "gather" in kernel.entry
     args: Any = (permute._Gather if gathers else permute._Combine).from_buffer_copy(given)
@@ -130,6 +142,7 @@ TOUCHED: dict[str, Callable[[Kernel, bytes], list[Touch]]] = {
     "cross_entropy": _of_cross_entropy,
     "norm": _of_norm,
     "permute": _of_permute,
+    "quantise": _of_quantise,
     **dict.fromkeys(("adam", "lion", "adagrad", "sgd"), _of_update),
 }
 
