@@ -31,7 +31,8 @@ zero |= {"zero_hpz_partition_size": group} if group else {}
 
 def train(where: str) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 32))
+    # Each of four ranks has a part of a unit's values, and not of its padding alone.
+    model = nn.Sequential(nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 80), nn.Tanh(), nn.Linear(80, 80))
     config = {
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "bf16": {"enabled": True},
@@ -43,7 +44,8 @@ def train(where: str) -> list[torch.Tensor]:
         # Somebody has views of a unit, which stays on the device with them and is gathered all the same.
         model[2].register_forward_hook(lambda module, args, output: kept.append(module.weight.detach()))
     engine = zeroxide.initialize(model=model, config=config)[0]
-    found, x = [], torch.linspace(-1, 1 + rank, 128).view(4, 32).to(engine.device, torch.bfloat16)
+    assert all(unit.layout_numel * 3 // 4 < 81 * 80 for unit in engine.parts.units)
+    found, x = [], torch.linspace(-1, 1 + rank, 320).view(4, 80).to(engine.device, torch.bfloat16)
     for step in range(4):
         loss = engine(x).float().square().mean()
         if step == 1:
@@ -63,7 +65,14 @@ def train(where: str) -> list[torch.Tensor]:
         if step == 2:
             kept.clear()
             found += [value.cpu() for value in engine.module_state_dict().values()]
-    norm = engine.get_global_grad_norm()
+    norm, weights = engine.get_global_grad_norm(), engine.parts.weights
+    for unit in engine.parts.units if where == "sim" else ():
+        # The device has taken messages, and the host wants elements of the same.
+        weights.gather(unit)
+        weights.host.gather(unit)
+        assert torch.equal(unit.flat.view(torch.uint8), unit.memory.flat.cpu())
+        weights.host.release(unit)
+        weights.release(unit)
     engine.destroy()
     return [*found, torch.tensor(float(norm))]
 
