@@ -17,7 +17,7 @@ from zeroxide.errors import DeviceError, TensorError
 from zeroxide.kernels import compile as compiling
 from zeroxide.kernels import fallback, launchers, shipped, update
 from zeroxide.kernels.accumulate import accumulate
-from zeroxide.kernels.cross_entropy import FP32_TOLERANCE, RowSums, add_chunk, gradient_to
+from zeroxide.kernels.cross_entropy import FP32_TOLERANCE, RowSums, add_chunk, gradient_to, launcher_for
 from zeroxide.kernels.launch import CudaLauncher
 from zeroxide.kernels.norm import PIECE, scaled_norm, sums_of_squares
 from zeroxide.kernels.permute import combine_rows, gather_rows
@@ -265,3 +265,43 @@ def test_one_source_that_cannot_be_made(gpu, monkeypatch, libraries):
         warnings.simplefilter("error")
         case.run(launcher, case.make(64, HOST))
     assert launcher.runs(next(each for each in zeroxide.kernels.KERNELS if each.source == "norm"))
+
+
+def test_who_has_a_way_of_his_own_gets_kernels_only_where_they_run(monkeypatch):
+    """Catches: kernels launched on what has no memory of theirs, or while operators are traced; a launcher that
+    computes by torch; a device asked again each time."""
+    asked = []
+
+    class Loaded:
+        def load(self, kernel):
+            if "f16" in kernel.entry and "bf16" not in kernel.entry:
+                raise DeviceError("no such kernel here")
+
+    def make(device):
+        asked.append(device)
+        return Loaded()
+
+    launchers.launcher_of.cache_clear()
+    values, sums = torch.ones(4, 4), torch.nn.Parameter(torch.ones(2, 2))
+    assert launcher_for(values) is None
+    monkeypatch.setitem(launchers.LAUNCHERS, "cpu", make)
+    try:
+        assert launcher_for(values) is launcher_for(sums) is not None
+        assert launcher_for(values.double()) is None
+        assert launcher_for(values.to("meta")) is None
+        assert launcher_for(values.as_subclass(type("Own", (torch.Tensor,), {}))) is None
+        with pytest.warns(RuntimeWarning, match="no such kernel here"):
+            assert launcher_for(values.half()) is None
+        assert asked == [HOST]
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert launcher_for(values) is None
+    finally:
+        launchers.launcher_of.cache_clear()
+
+
+def test_values_by_torch_go_where_they_are_to_be(by_torch):
+    """Catches: values in memory of their own."""
+    made, room = quantise(by_torch, torch.linspace(-3, 3, 300), 8), torch.zeros(300)
+    assert dequantise(by_torch, made, torch.float32, out=room) is room
+    assert torch.equal(room, dequantise(by_torch, made, torch.float32))
+    assert room.any()

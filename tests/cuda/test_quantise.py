@@ -116,6 +116,21 @@ def test_the_largest_numbers_and_what_is_none(libraries):
     assert same_bits(back[BLOCK:], torch.full((BLOCK,), 1 + 2.0**-7, dtype=torch.bfloat16))
 
 
+def test_values_go_where_they_are_to_be(libraries):
+    """Catches: values in memory of their own, and such memory that does not fit."""
+    made = quantise(Emulator(libraries), torch.linspace(-3, 3, 2 * BLOCK), 8)
+    room = torch.zeros(4 * BLOCK)
+    given = dequantise(Emulator(libraries), made, torch.float32, out=room[BLOCK : 3 * BLOCK])
+    assert torch.equal(room[BLOCK : 3 * BLOCK], dequantise(Emulator(libraries), made, torch.float32))
+    assert given.data_ptr() == room[BLOCK:].data_ptr()
+    assert not room[:BLOCK].any()
+    assert not room[3 * BLOCK :].any()
+    with pytest.raises(TensorError, match="dequantise: out is of 1024 elements: expected a tensor of 512 elements"):
+        dequantise(Emulator(libraries), made, torch.float32, out=room)
+    with pytest.raises(TensorError, match="dequantise: out is float32: expected bfloat16"):
+        dequantise(Emulator(libraries), made, torch.bfloat16, out=room[: 2 * BLOCK])
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="quantise: 3 bits: expected 8 or 4"):
         quantise(None, torch.ones(4), 3)

@@ -1,7 +1,8 @@
 """Every rank trains on a simulated device of its own and in host memory, on its own batches: the bits are the same.
 
 Arguments: stage, home of parameters, home of state, transport ("quantised" is collective, with gradients that carry
-what rounding has left; "viewed" is collective, with a rank that keeps views of a weight), dtype.
+what rounding has left; "expanded" is that with kernels; "viewed" is collective, with a rank that keeps views of a
+weight), dtype.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ zero |= {"offload_optimizer": home(state)} if state != "none" else {}
 viewed = transport == "viewed"
 if viewed:
     transport = "collective"
-if transport == "quantised":
+kernels = transport == "expanded"
+if transport in ("quantised", "expanded"):
     transport = "collective"
     zero |= {"zero_quantized_weights": True, "zero_quantized_gradients": True}
     zero |= {"zeropp_loco_param": {"err_beta": 0.8, "reset_T": 1024}}
@@ -67,12 +69,17 @@ def train(where: str) -> tuple[list[float], dict[str, torch.Tensor], int]:
     norm = float(engine.get_global_grad_norm())
     weights = {name: value.cpu() for name, value in engine.module_state_dict().items()}
     sent = engine.parts.weights.sent_bytes + engine.parts.reduction.sent.total
+    if kernels and where == "sim":
+        assert {*engines.launched()} == {f"zx_dequantise_int8_{dtype.replace('fp', 'f')}"}
+        # A byte an element and two for each 256, in forward and backward of 6 batches; what is tied comes more often.
+        full = sum(unit.layout_numel for unit in engine.parts.units)
+        assert 12 * full <= engine.device_traffic()["up"] <= 13 * full
     engine.destroy()
     return [*losses, norm], weights, sent
 
 
 torch.sim.set_delay(0, 300, seed=rank)
-with engines.followed():
+with engines.followed(kernels=kernels):
     there, here = train("sim"), train("cpu")
 assert there[0] == here[0], (there[0], here[0])
 assert there[1].keys() == here[1].keys()

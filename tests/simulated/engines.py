@@ -10,7 +10,7 @@ import torch
 from simulated.kernels import PlayedKernels
 from zeroxide.device import transfers
 from zeroxide.device.placement import address
-from zeroxide.kernels.launchers import LAUNCHERS
+from zeroxide.kernels.launchers import LAUNCHERS, launcher_of
 from zeroxide.plan import discover
 from zeroxide.zero.gather.weight_gather import _LocalWeights
 from zeroxide.zero.param import ParameterContext
@@ -30,6 +30,13 @@ class Registry:
 
     def unregister(self, address: int) -> None:
         torch.sim.unregister_host(address)
+
+
+def launched() -> list[str]:
+    """The kernels that have been played on the current device for whoever has asked `launcher_of`, by name."""
+    played = launcher_of(torch.device("sim", torch.accelerator.current_device_index()))._launcher
+    assert isinstance(played, PlayedKernels)
+    return played.launched
 
 
 @contextmanager
@@ -77,3 +84,4 @@ def followed(unit_bytes: int = 8, *, kernels: bool = False) -> Iterator[None]:
         discover.DEFAULT_UNIT_BYTES, _LocalWeights._gather = size, ask
         del transfers.REGISTRIES["sim"]
         LAUNCHERS.pop("sim", None)
+        launcher_of.cache_clear()

@@ -19,14 +19,14 @@ import torch
 
 from simulated.build import CACHE
 from zeroxide.errors import DeviceError
-from zeroxide.kernels import Kernel, accumulate, norm, update
+from zeroxide.kernels import Kernel, accumulate, cross_entropy, norm, permute, quantise, update
 from zeroxide.kernels.step import ROUNDING
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 
 from emulated import CUDA, FLAGS, Builds, Emulator, processor_flags
 
-SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate")
+SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate", "cross_entropy", "permute", "quantise")
 Touch = tuple[int, int, bool]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
 LIVE = {"fp32": 4, "master_bf16": 2, "master_f16": 2, "split": 2, "split_bf16": 2, "compact": 2}
@@ -38,7 +38,7 @@ GRADS = (4, 2, 2)
 @functools.cache
 def built() -> dict[str, Path]:
     """The sources as shared objects, built once for each state of them; one process builds, others wait."""
-    known = hashlib.sha256(repr((FLAGS, processor_flags())).encode())
+    known = hashlib.sha256(repr((FLAGS, processor_flags(), SOURCES)).encode())
     for path in sorted(each for each in CUDA.rglob("*") if each.is_file()):
         known.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     folder = CACHE / f"kernels-{known.hexdigest()[:16]}"
@@ -100,9 +100,54 @@ def _of_norm(kernel: Kernel, given: bytes) -> list[Touch]:
     ]
 
 
+def _of_cross_entropy(kernel: Kernel, given: bytes) -> list[Touch]:
+    backward = "gradient" in kernel.entry
+    args: Any = (cross_entropy._Backward if backward else cross_entropy._Forward).from_buffer_copy(given)
+    logits, rows = SIZES[kernel.entry.rsplit("_", 1)[1]] * args.rows * args.width, 4 * args.rows
+    places = [
+        (args.logits, logits, False),
+        (args.targets, 8 * args.rows, False),
+        (args.largest, rows, not backward),
+        (args.sum, rows, not backward),
+    ]
+    if backward:
+        places += [(args.gradients, logits, True), (args.scale, rows, False)]
+    else:
+        places += [(args.target_logit, rows, True)]
+    return [(at, at + size, writes) for at, size, writes in places]
+
+
+def _of_quantise(kernel: Kernel, given: bytes) -> list[Touch]:
+    back = "dequantise" in kernel.entry
+    args: Any = (quantise._Dequantise if back else quantise._Quantise).from_buffer_copy(given)
+    bits = 8 if "int8" in kernel.entry else 4
+    size = SIZES[kernel.entry.rsplit("_", 1)[1]]
+    return [
+        (args.codes, args.codes + -(-args.elements * bits // 8), not back),
+        (args.scales, args.scales + 2 * -(-args.elements // quantise.BLOCK), not back),
+        (args.values, args.values + args.elements * size, back),
+    ]
+
+
+def _of_permute(kernel: Kernel, given: bytes) -> list[Touch]:
+    gathers = "gather" in kernel.entry
+    args: Any = (permute._Gather if gathers else permute._Combine).from_buffer_copy(given)
+    width = SIZES[kernel.entry.rsplit("_", 1)[1]] * args.width
+    index, scales, each = (
+        (args.sources, args.scales, args.count) if gathers else (args.positions, args.weights, args.count * args.ways)
+    )
+    numbers = [number for (number,) in struct.iter_unpack("<q", torch.sim.peek(index, 8 * each)) if number >= 0]
+    rows = [(args.rows + number * width, args.rows + (number + 1) * width, False) for number in sorted({*numbers})]
+    weighed = [(scales, scales + 4 * each, False)] if scales else []
+    return [(index, index + 8 * each, False), *weighed, *rows, (args.out, args.out + args.count * width, True)]
+
+
 TOUCHED: dict[str, Callable[[Kernel, bytes], list[Touch]]] = {
     "accumulate": _of_accumulate,
+    "cross_entropy": _of_cross_entropy,
     "norm": _of_norm,
+    "permute": _of_permute,
+    "quantise": _of_quantise,
     **dict.fromkeys(("adam", "lion", "adagrad", "sgd"), _of_update),
 }
 

@@ -28,6 +28,7 @@ MODES = {
     "resident": {"stage": 2, **CPU},
     "transient": {"stage": 3, **CPU},
     "transient-home": {"stage": 3, "offload_param": {"device": "cpu"}, **CPU},
+    "expanded": {"stage": 3, "offload_param": {"device": "cpu"}, **CPU, "zero_quantized_weights": True},
 }
 mode, transport = sys.argv[1:]
 rank = int(os.environ["RANK"])
@@ -68,6 +69,7 @@ def steps(forgotten: list[int]) -> tuple[list, bool]:
     evaluate(engine, x)
     engine.parts.context.before_change()
     engine.destroy()
+    assert mode != "expanded" or engines.launched()
     raced = bool(sim.races())
     sim.reset()
     return waits, raced
@@ -80,7 +82,7 @@ def of_rank_0(value: object) -> object:
 
 
 sim.set_delay(0, 50, seed=4 + rank)
-with engines.followed():
+with engines.followed(kernels=mode == "expanded"):
     waits, raced = steps([])
     assert not raced
     texts = of_rank_0([(each.text, each.needed) for each in waits])

@@ -131,7 +131,7 @@ def test_without_any_one_wait_a_race_is_found(mode, tmp_path, sim, monkeypatch):
     assert missed == []
 
 
-RANKS = [("resident", "auto"), ("transient", "collective"), ("transient-home", "auto")]
+RANKS = [("resident", "auto"), ("transient", "collective"), ("transient-home", "auto"), ("expanded", "collective")]
 
 
 @pytest.mark.parametrize("case", RANKS, ids="-".join)

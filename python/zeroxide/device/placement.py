@@ -173,9 +173,9 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
-def autocast_dtype() -> torch.dtype | None:
-    """What autocast computes in in host memory; None outside of it."""
-    return torch.get_autocast_dtype(HOST.type) if torch.is_autocast_enabled(HOST.type) else None
+def autocast_dtype(device: torch.device = HOST) -> torch.dtype | None:
+    """What autocast computes in on such a device; None outside of it."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def autocast_here() -> Callable[[], AbstractContextManager[Any]]:

@@ -303,6 +303,28 @@ class Transfers:
             self._last = event
         return event
 
+    def send_up_parts(
+        self,
+        parts: Sequence[torch.Tensor],
+        take: Callable[[int, torch.Tensor], None],
+        name: str,
+        after: torch.Event | None,
+    ) -> torch.Event:
+        """As `send_up`, for flat bytes that the device makes something else of: the copy of each of `parts`, which may
+        change at once, is given to `take` with its number, on the stream up, and is gone after that."""
+        with self.health.doing("weights went up"):
+            if after is not None:
+                self._up.wait_event(after)
+            for number, part in enumerate(parts):
+                with self._up, room_for(part.nbytes, name, self.device):
+                    there = torch.empty(part.numel(), dtype=torch.uint8, device=self.device)
+                for start in range(0, part.numel(), BLOCK_BYTES):
+                    self._send_block(part[start : start + BLOCK_BYTES], there[start : start + BLOCK_BYTES])
+                with self._up:
+                    take(number, there)
+                self.bytes_up += part.numel()
+            return self._up.record_event()
+
     def _send_block(self, source: torch.Tensor, target: torch.Tensor) -> None:
         block = self._next_rising()
         memory = block.memory[: source.numel()]

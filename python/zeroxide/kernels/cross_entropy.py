@@ -18,8 +18,9 @@ from zeroxide.kernels.arguments import FLOATS, blocks_for, check
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
+from zeroxide.kernels.launchers import kernels_for
 
-__all__ = ["CASES", "KERNELS", "RowSums", "add_chunk", "gradient_reference", "gradient_to", "reference"]
+__all__ = ["CASES", "KERNELS", "RowSums", "add_chunk", "gradient_reference", "gradient_to", "launcher_for", "reference"]
 
 THREADS = 256
 
@@ -55,6 +56,12 @@ class _Backward(Structure):
         ("width", c_int64),
         ("first", c_int64),
     )
+
+
+def launcher_for(logits: torch.Tensor) -> Launcher | None:
+    """What `add_chunk` and `gradient_to` take for such logits; None where `launchers.kernels_for` says so."""
+    dtype = logits.dtype
+    return kernels_for(logits, FORWARD[dtype], BACKWARD[dtype]) if dtype in FLOATS else None
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 
 from zeroxide.errors import DeviceError
-from zeroxide.kernels.fallback import KernelsOrTorch
-from zeroxide.kernels.launch import CudaLauncher, Launcher, Loader
+from zeroxide.kernels.fallback import KernelsOrTorch, by_torch
+from zeroxide.kernels.launch import CudaLauncher, Kernel, Launcher, Loader
 from zeroxide.kernels.norm import TOTAL
 
-__all__ = ["LAUNCHERS", "launcher", "make_launcher"]
+__all__ = ["LAUNCHERS", "kernels_for", "launcher", "launcher_of", "make_launcher"]
 
 LAUNCHERS: dict[str, Callable[[torch.device], Loader]] = {"cuda": CudaLauncher}
 """What makes a launcher for a device, by its kind."""
@@ -39,3 +40,26 @@ def launcher(device: torch.device) -> Launcher:
         return KernelsOrTorch(device, make_launcher(device))
     except DeviceError as error:
         return KernelsOrTorch(device, None, str(error))
+
+
+@cache
+def launcher_of(device: torch.device) -> Launcher:
+    """`launcher(device)`, the same one for everybody who asks."""
+    return launcher(device)
+
+
+def kernels_for(tensor: torch.Tensor, *kernels: Kernel) -> Launcher | None:
+    """What starts `kernels` on the tensor's memory, for those who have a way of their own without them: None where they
+    are to take it.
+
+    That is in host memory and on devices of a kind that has no kernels; where they cannot be made, which a
+    RuntimeWarning names once; while torch.compile traces, which sees operators alone; and for tensors of a class of
+    their own, which may have no memory.
+    """
+    device = tensor.device
+    if device.type not in LAUNCHERS or torch.compiler.is_compiling():
+        return None
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        return None
+    made = launcher_of(device)
+    return None if by_torch(made, *kernels) else made

@@ -17,6 +17,7 @@ from zeroxide.kernels.arguments import FLOATS, blocks_for, check
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
+from zeroxide.kernels.launchers import kernels_for
 
 __all__ = [
     "CASES",
@@ -26,6 +27,7 @@ __all__ = [
     "expert_order",
     "gather_reference",
     "gather_rows",
+    "launcher_for",
 ]
 
 THREADS = 256
@@ -33,6 +35,12 @@ THREADS = 256
 GATHER = {dtype: Kernel("permute", f"zx_gather_rows_{name}", THREADS) for dtype, name in FLOATS.items()}
 COMBINE = {dtype: Kernel("permute", f"zx_combine_rows_{name}", THREADS) for dtype, name in FLOATS.items()}
 KERNELS = (*GATHER.values(), *COMBINE.values())
+
+
+def launcher_for(rows: torch.Tensor) -> Launcher | None:
+    """What `gather_rows` and `combine_rows` take for such rows; None where `launchers.kernels_for` says so."""
+    dtype = rows.dtype
+    return kernels_for(rows, GATHER[dtype], COMBINE[dtype]) if dtype in FLOATS else None
 
 
 class _Gather(Structure):

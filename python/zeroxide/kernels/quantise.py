@@ -14,9 +14,20 @@ from zeroxide.kernels.arguments import FLOATS, blocks_for, check, short
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
 from zeroxide.kernels.fallback import by_torch
 from zeroxide.kernels.launch import Kernel, Launcher
+from zeroxide.kernels.launchers import kernels_for
 from zeroxide.kernels.philox import random_words
 
-__all__ = ["BLOCK", "CASES", "KERNELS", "Quantised", "dequantise", "quantise", "reference", "reference_values"]
+__all__ = [
+    "BLOCK",
+    "CASES",
+    "KERNELS",
+    "Quantised",
+    "dequantise",
+    "expander_for",
+    "quantise",
+    "reference",
+    "reference_values",
+]
 
 THREADS = 256
 EACH = 8
@@ -104,8 +115,16 @@ def _room(values: torch.Tensor, bits: int) -> Quantised:
     return Quantised(bits, codes, scales, elements)
 
 
-def dequantise(launcher: Launcher, quantised: Quantised, dtype: torch.dtype) -> torch.Tensor:
-    """The values that the integers stand for, flat, as fp32, bf16 or fp16. Raises TensorError."""
+def expander_for(values: torch.Tensor, bits: int, dtype: torch.dtype) -> Launcher | None:
+    """What `dequantise` takes for values where a tensor is; None where `launchers.kernels_for` says so."""
+    return kernels_for(values, DEQUANTISE[bits, dtype]) if dtype in FLOATS else None
+
+
+def dequantise(
+    launcher: Launcher, quantised: Quantised, dtype: torch.dtype, *, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The values that the integers stand for, flat, as fp32, bf16 or fp16, in `out` where that is given. Raises
+    TensorError."""
     if dtype not in FLOATS:
         expected = " or ".join(short(each) for each in FLOATS)
         raise TensorError(
@@ -117,10 +136,13 @@ def dequantise(launcher: Launcher, quantised: Quantised, dtype: torch.dtype) -> 
     bits, elements, codes = quantised.bits, quantised.elements, quantised.codes
     check("dequantise", "codes", codes, [CODES[bits]], numel=-(-elements * bits // 8))
     check("dequantise", "scales", quantised.scales, [torch.bfloat16], like=codes, numel=-(-elements // BLOCK))
+    if out is not None:
+        check("dequantise", "out", out, [dtype], like=codes, numel=elements)
     kernel = DEQUANTISE[bits, dtype]
     if by_torch(launcher, kernel):
-        return reference_values(quantised, dtype)
-    values = torch.empty(elements, dtype=dtype, device=codes.device)
+        found = reference_values(quantised, dtype)
+        return found if out is None else out.copy_(found.view_as(out))
+    values = torch.empty(elements, dtype=dtype, device=codes.device) if out is None else out
     if elements:
         args = _Dequantise(address(codes), address(quantised.scales), address(values), elements)
         launcher.launch(kernel, blocks_for(elements, THREADS * EACH), bytes(args))

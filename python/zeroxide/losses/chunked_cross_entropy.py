@@ -3,6 +3,9 @@
 torch's own casts bf16 logits to fp32 for the logarithm, and keeps the log softmax for backward: twice four bytes a
 logit. Here rows are gone through in blocks: forward keeps log of the sum of the exponentials of each row, backward
 computes each block's softmax again.
+
+On a device with kernels (`zeroxide.kernels.cross_entropy`) nothing of the logits is ever fp32: one launch reads them
+and leaves two numbers a row, one reads them again and writes their gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +15,10 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from zeroxide.device.placement import current
 from zeroxide.errors import TensorError
+from zeroxide.kernels import Launcher
+from zeroxide.kernels.cross_entropy import RowSums, add_chunk, gradient_to, launcher_for
 
 __all__ = ["chunked_cross_entropy"]
 
@@ -32,7 +38,8 @@ def chunked_cross_entropy(
 
     logits: (..., vocabulary), fp32, bf16 or fp16; target: (...), int64, `ignore_index` where no loss counts. reduction:
     "mean" over the targets that count, "sum", or "none" for one loss a target. block_rows: rows that are fp32 at a
-    time, as many as 64 MiB hold if None. backend: "auto" or "torch", which are one.
+    time, as many as 64 MiB hold if None; with kernels no row is. backend: "auto" takes kernels where the logits are on
+    a device that has them, and "torch" never.
 
     Raises TensorError where shapes or dtypes do not go together, and ValueError for another reduction or backend.
     """
@@ -68,7 +75,12 @@ def chunked_cross_entropy(
             expected=f"0 to {rows.shape[1] - 1}",
             got=f"{int(targets[counts].min())} to {int(targets[counts].max())}",
         )
-    losses: torch.Tensor = _RowLosses.apply(rows, targets, ignore_index, block_rows)
+    kernels = launcher_for(rows) if backend == "auto" else None
+    losses: torch.Tensor
+    if kernels is None:
+        losses = _RowLosses.apply(rows, targets, ignore_index, block_rows)
+    else:
+        losses = _LaunchedRowLosses.apply(rows, targets, ignore_index, kernels)
     if reduction == "none":
         return losses.view(target.shape)
     return losses.sum() if reduction == "sum" else losses.sum() / counts.sum()
@@ -99,4 +111,29 @@ class _RowLosses(torch.autograd.Function):
             at = targets[here].clamp(min=0).unsqueeze(1)
             wide.scatter_add_(1, at, torch.full_like(at, -1, dtype=wide.dtype)).mul_(scale[here])
             found[here] = wide
+        return found, None, None, None
+
+
+class _LaunchedRowLosses(torch.autograd.Function):
+    """`_RowLosses` by kernels, for all rows at once."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, targets: torch.Tensor, ignore: int, launcher: Launcher) -> torch.Tensor:
+        rows, targets = rows.contiguous(), targets.contiguous()
+        with current(rows.device):
+            sums = RowSums.empty(rows.shape[0], rows.device)
+            add_chunk(launcher, sums, rows, 0, targets)
+        ctx.save_for_backward(rows, targets, sums.largest, sums.sum)
+        ctx.ignore, ctx.launcher = ignore, launcher
+        return sums.losses(targets, ignore)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        rows, targets, largest, total = ctx.saved_tensors
+        scale = torch.where(targets == ctx.ignore, 0.0, gradient).contiguous()
+        found = torch.empty_like(rows)
+        with current(rows.device):
+            # The target's logit has no part in gradients.
+            gradient_to(ctx.launcher, found, rows, 0, targets, RowSums(largest, total, largest), scale)
         return found, None, None, None

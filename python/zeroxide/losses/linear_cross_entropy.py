@@ -8,7 +8,8 @@ and what they add to the gradient of the input.
 
 The logits of a chunk are those of the whole projection, rounded to its dtype; exponentials and sums are fp32. The
 gradient of the weight is rounded as the whole projection's is. That of the input is a sum over chunks in fp32, each
-rounded to the dtype of the projection before.
+rounded to the dtype of the projection before. On a device with kernels (`zeroxide.kernels.cross_entropy`) a chunk's
+logits are read in the dtype that they have, and their gradients take their place: nothing of a chunk is fp32.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
-from zeroxide.device.placement import autocast_dtype
+from zeroxide.device.placement import autocast_dtype, current
 from zeroxide.errors import TensorError
+from zeroxide.kernels import Launcher
+from zeroxide.kernels.cross_entropy import RowSums, add_chunk, gradient_to, launcher_for
 
 __all__ = ["COLUMNS", "WeightInParts", "linear_cross_entropy", "token_losses"]
 
@@ -126,7 +129,7 @@ def token_losses(
     in_parts: WeightInParts | None,
 ) -> torch.Tensor:
     """The loss of each of `rows`, (rows, features), fp32; 0 where the target is `ignore`."""
-    dtype = autocast_dtype() or rows.dtype
+    dtype = autocast_dtype(rows.device) or rows.dtype
     # Autograd casts their gradients back.
     rows, bias = rows.to(dtype), None if bias is None else bias.to(dtype)
     found: torch.Tensor = _TokenLosses.apply(rows, weight, bias, targets, ignore, columns, in_parts)
@@ -147,28 +150,22 @@ class _TokenLosses(torch.autograd.Function):
         columns: int,
         in_parts: WeightInParts | None,
     ) -> torch.Tensor:
-        largest = torch.full((rows.shape[0],), -torch.inf, device=rows.device)
-        total, picked = torch.zeros_like(largest), torch.zeros_like(largest)
+        sums = _sums_for(rows, targets)
         with torch._C.DisableTorchFunctionSubclass():
             for start, end in _chunks(weight.shape[0], columns):
-                wide = _logits(rows, weight, bias, start, end).float()
-                larger = torch.maximum(largest, wide.amax(1))
-                here = (targets >= start) & (targets < end)
-                column = (targets - start).clamp(0, end - start - 1).unsqueeze(1)
-                picked = torch.where(here, wide.gather(1, column).squeeze(1), picked)
-                total = total * (largest - larger).exp() + wide.sub_(larger.unsqueeze(1)).exp_().sum(1)
-                largest = larger
-        log_sum = largest + total.log()
-        ctx.save_for_backward(rows, weight, bias, targets, log_sum)
+                sums.add(_logits(rows, weight, bias, start, end), start)
+        ctx.save_for_backward(rows, weight, bias, targets, *sums.kept())
         ctx.ignore, ctx.columns, ctx.in_parts = ignore, columns, in_parts
-        return torch.where(targets == ignore, 0.0, log_sum - picked)
+        ctx.launcher = sums.launcher
+        return sums.losses(ignore)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        rows, weight, bias, targets, log_sum = ctx.saved_tensors
+        rows, weight, bias, targets, *kept = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        scale = torch.where(targets == ctx.ignore, 0.0, gradient).unsqueeze(1)
+        scale = torch.where(targets == ctx.ignore, 0.0, gradient)
+        sums = _Sums(targets, *kept) if ctx.launcher is None else _LaunchedSums(ctx.launcher, targets, *kept)
         lean = wants_weight and ctx.in_parts is not None and ctx.in_parts.is_lean(ctx.next_functions[1][0])
         with torch._C.DisableTorchFunctionSubclass():
             rows_gradient = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device) if wants_rows else None
@@ -177,12 +174,7 @@ class _TokenLosses(torch.autograd.Function):
             # The last part may end the use of the weight, whose shape is gone then.
             features, chunks = weight.shape[1], list(_chunks(weight.shape[0], ctx.columns))
             for start, end in chunks:
-                wide = _logits(rows, weight, bias, start, end).float()
-                wide.sub_(log_sum.unsqueeze(1)).exp_()
-                here = ((targets >= start) & (targets < end)).float().unsqueeze(1)
-                column = (targets - start).clamp(0, end - start - 1).unsqueeze(1)
-                wide.scatter_add_(1, column, -here).mul_(scale)
-                part = wide.to(rows.dtype)
+                part = sums.gradients(_logits(rows, weight, bias, start, end), start, scale)
                 if rows_gradient is not None:
                     rows_gradient += part.mm(weight[start:end].to(rows.dtype))
                 if bias_gradient is not None:
@@ -193,6 +185,92 @@ class _TokenLosses(torch.autograd.Function):
                     weight_gradient[start:end] = part.t().mm(rows)
         found = None if rows_gradient is None else rows_gradient.to(rows.dtype)
         return found, weight_gradient, bias_gradient, None, None, None, None
+
+
+class _Sums:
+    """What is known of each row after some chunks of its logits, by torch: the largest of them, the sum of exponentials
+    relative to it, and the target's."""
+
+    launcher: Launcher | None = None
+
+    def __init__(self, targets: torch.Tensor, log_sum: torch.Tensor | None = None) -> None:
+        """log_sum: that of all chunks, where gradients alone are asked for."""
+        self.targets = targets
+        self.largest = torch.full(targets.shape, -torch.inf, device=targets.device)
+        self.total, self.picked = torch.zeros_like(self.largest), torch.zeros_like(self.largest)
+        self.log_sum = log_sum
+
+    def add(self, logits: torch.Tensor, start: int) -> None:
+        """Takes the logits of the columns from `start` on."""
+        wide = logits.float()
+        larger = torch.maximum(self.largest, wide.amax(1))
+        here, column = self._targets_in(start, logits.shape[1])
+        self.picked = torch.where(here, wide.gather(1, column).squeeze(1), self.picked)
+        before = self.total * (self.largest - larger).exp()
+        self.total = before + wide.sub_(larger.unsqueeze(1)).exp_().sum(1)
+        self.largest = larger
+
+    def kept(self) -> tuple[torch.Tensor, ...]:
+        """What gradients need, after all chunks."""
+        self.log_sum = self.largest + self.total.log()
+        return (self.log_sum,)
+
+    def losses(self, ignore: int) -> torch.Tensor:
+        """The loss of each row, fp32, after `kept`."""
+        assert self.log_sum is not None
+        return torch.where(self.targets == ignore, 0.0, self.log_sum - self.picked)
+
+    def gradients(self, logits: torch.Tensor, start: int, scale: torch.Tensor) -> torch.Tensor:
+        """Those of a chunk of logits, which may lose their values, in their dtype; `scale` is what a row counts."""
+        assert self.log_sum is not None
+        wide = logits.float().sub_(self.log_sum.unsqueeze(1)).exp_()
+        here, column = self._targets_in(start, logits.shape[1])
+        wide.scatter_add_(1, column, -here.float().unsqueeze(1)).mul_(scale.unsqueeze(1))
+        return wide.to(logits.dtype)
+
+    def _targets_in(self, start: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        here = (self.targets >= start) & (self.targets < start + width)
+        return here, (self.targets - start).clamp(0, width - 1).unsqueeze(1)
+
+
+class _LaunchedSums:
+    """`_Sums` by kernels."""
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        targets: torch.Tensor,
+        largest: torch.Tensor | None = None,
+        total: torch.Tensor | None = None,
+    ) -> None:
+        self.launcher = launcher
+        self.targets = targets
+        if largest is None or total is None:
+            self.sums = RowSums.empty(targets.shape[0], targets.device)
+        else:
+            # The target's logit has no part in gradients.
+            self.sums = RowSums(largest, total, largest)
+
+    def add(self, logits: torch.Tensor, start: int) -> None:
+        with current(logits.device):
+            add_chunk(self.launcher, self.sums, logits, start, self.targets)
+
+    def kept(self) -> tuple[torch.Tensor, ...]:
+        return self.sums.largest, self.sums.sum
+
+    def losses(self, ignore: int) -> torch.Tensor:
+        return self.sums.losses(self.targets, ignore)
+
+    def gradients(self, logits: torch.Tensor, start: int, scale: torch.Tensor) -> torch.Tensor:
+        with current(logits.device):
+            gradient_to(self.launcher, logits, logits, start, self.targets, self.sums, scale)
+        return logits
+
+
+def _sums_for(rows: torch.Tensor, targets: torch.Tensor) -> _Sums | _LaunchedSums:
+    """By kernels where logits of the dtype of `rows` have some on its device."""
+    launcher = launcher_for(rows)
+    return _Sums(targets) if launcher is None else _LaunchedSums(launcher, targets)
 
 
 def _logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: int, end: int) -> torch.Tensor:

@@ -5,16 +5,13 @@ The gradient of one way is the other way, so backward takes no scatter with addi
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from zeroxide.device.placement import in_host_memory
-from zeroxide.kernels import Launcher
-from zeroxide.kernels.launchers import launcher
-from zeroxide.kernels.permute import combine_reference, combine_rows, gather_reference, gather_rows
+from zeroxide.device.placement import current
+from zeroxide.kernels.permute import combine_reference, combine_rows, gather_reference, gather_rows, launcher_for
 
 __all__ = ["combine", "dispatch", "expert_counts"]
 
@@ -38,21 +35,20 @@ def expert_counts(experts: torch.Tensor, number: int) -> list[int]:
     return torch.bincount(experts.reshape(-1) + 1, minlength=number + 1)[1:].tolist()
 
 
-@cache
-def _launcher(device: torch.device) -> Launcher:
-    return launcher(device)
-
-
 def _gather(rows: torch.Tensor, sources: torch.Tensor, scales: torch.Tensor | None = None) -> torch.Tensor:
-    if in_host_memory(rows):
+    launcher = launcher_for(rows)
+    if launcher is None:
         return gather_reference(rows, sources, scales)
-    return gather_rows(_launcher(rows.device), rows.contiguous(), sources, scales)
+    with current(rows.device):
+        return gather_rows(launcher, rows.contiguous(), sources, scales)
 
 
 def _combine(rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
-    if in_host_memory(rows):
+    launcher = launcher_for(rows)
+    if launcher is None:
         return combine_reference(rows, positions, weights)
-    return combine_rows(_launcher(rows.device), rows.contiguous(), positions, weights)
+    with current(rows.device):
+        return combine_rows(launcher, rows.contiguous(), positions, weights)
 
 
 class _Dispatch(torch.autograd.Function):

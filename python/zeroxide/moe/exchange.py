@@ -1,4 +1,8 @@
-"""Tokens to the ranks that have their experts, and back: an all-to-all that gradients pass the other way."""
+"""Tokens to the ranks that have their experts, and back: an all-to-all that gradients pass the other way.
+
+Ranks exchange host memory. What a device has computed comes down first, and what arrives goes up: the host waits for
+both, as it waits for the other ranks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from zeroxide.device.placement import HOST
+from zeroxide.device.placement import HOST, in_host
 from zeroxide.distributed import COMMS, Ranks
 from zeroxide.moe.dispatch import dispatch
 
@@ -49,7 +53,7 @@ class ExpertExchange:
         arrived, expert, way_back = self.bring(rows, counts)
         order = expert.argsort(stable=True)
         back = torch.empty_like(order)
-        back[order] = torch.arange(order.numel(), device=HOST)
+        back[order] = torch.arange(order.numel(), device=order.device)
         number = len(counts) // self.size
         made = experts(dispatch(arrived, order, back[:, None]), torch.bincount(expert, minlength=number).tolist())
         return way_back(dispatch(made, back, order[:, None]))
@@ -71,7 +75,7 @@ class ExpertExchange:
             found: torch.Tensor = _AllToAll.apply(made, given, to, self)
             return found
 
-        return arrived, expert, way_back
+        return arrived, expert.to(rows.device), way_back
 
     def __deepcopy__(self, _: Any) -> ExpertExchange:
         """Copies of a layer reach the same ranks."""
@@ -80,7 +84,8 @@ class ExpertExchange:
     def exchange(
         self, arriving: torch.Tensor, leaving: torch.Tensor, given: list[int], to: list[int], what: str
     ) -> None:
-        """`to[r]` rows of `leaving` go to the rank at position r, and `given[r]` rows of `arriving` come from it."""
+        """`to[r]` rows of `leaving` go to the rank at position r, and `given[r]` rows of `arriving` come from it. Both
+        are in host memory."""
         import torch.distributed as dist
 
         self._number += 1
@@ -111,13 +116,18 @@ class _AllToAll(torch.autograd.Function):
         ctx: Any, rows: torch.Tensor, to: list[int], given: list[int], exchange: ExpertExchange
     ) -> torch.Tensor:
         ctx.to, ctx.given, ctx.exchange = to, given, exchange
-        arriving = rows.new_empty(sum(given), rows.shape[1])
-        exchange.exchange(arriving, rows.contiguous(), given, to, "of tokens")
-        return arriving
+        return _exchanged(rows, to, given, exchange, "of tokens")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        arriving = gradient.new_empty(sum(ctx.to), gradient.shape[1])
-        ctx.exchange.exchange(arriving, gradient.contiguous(), ctx.to, ctx.given, "of gradients")
-        return arriving, None, None, None
+        return _exchanged(gradient, ctx.given, ctx.to, ctx.exchange, "of gradients"), None, None, None
+
+
+def _exchanged(
+    rows: torch.Tensor, to: list[int], given: list[int], exchange: ExpertExchange, what: str
+) -> torch.Tensor:
+    """What arrives for `rows`, where they are: `to[r]` of them leave for rank r, and `given[r]` come from it."""
+    arriving = torch.empty(sum(given), rows.shape[1], dtype=rows.dtype, device=HOST)
+    exchange.exchange(arriving, in_host(rows.contiguous()), given, to, what)
+    return arriving.to(rows.device)

@@ -39,7 +39,7 @@ def gated_experts(
     in fp32 in the order of the experts. apply_gate: what makes (rows, features) of both products side by side, (rows,
     2 * features), where that is something else.
     """
-    dtype = autocast_dtype() or tokens.dtype
+    dtype = autocast_dtype(tokens.device) or tokens.dtype
     order, counts = _by_expert(experts, gate_up.shape[0])
     made: torch.Tensor = _GatedExperts.apply(
         tokens.to(dtype), weights.float(), gate_up, down, order, counts, activation, apply_gate

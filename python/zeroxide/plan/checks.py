@@ -147,7 +147,7 @@ def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     check_transport(config, ranks)
     check_order(config, ranks, device)
     check_update_in_backward(config, ranks, device)
-    check_experts(config, device)
+    check_experts(config)
     check_routed(config, ranks, device)
     check_activations(config, device)
 
@@ -176,7 +176,7 @@ def check_transport(config: Config, ranks: Ranks) -> None:
         )
 
 
-def check_experts(config: Config, device: torch.device) -> None:
+def check_experts(config: Config) -> None:
     """Refuses what does not go with experts that are spread over ranks."""
     if config.mesh is None or config.mesh.ep == 1:
         return
@@ -185,7 +185,6 @@ def check_experts(config: Config, device: torch.device) -> None:
         ("zeroxide.transport", config.zeroxide.transport == "shared_memory", '"shared_memory"', '"auto"'),
         ("zeroxide.durable_every", config.zeroxide.durable_every > 0, str(config.zeroxide.durable_every), "0"),
         ("zero_optimization.zero_quantized_weights", quantised, "true", "false"),
-        ("zeroxide.device", not is_host(device), f'"{device}"', '"cpu"'),
     ):
         if wrong:
             raise ConfigError(

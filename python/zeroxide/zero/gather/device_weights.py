@@ -5,7 +5,8 @@ its own, ahead of use where the order of the last pass tells what comes next. Th
 the host for nothing. Two lives:
 
 - `TransientWeights`: the device has a unit's memory from its gather to its release, and a new use copies it again.
-  Where somebody keeps views of it, it stays until they are gone.
+  Where somebody keeps views of it, it stays until they are gone. Weights that travel as integers go up as such where
+  the device has kernels that make weights of them.
 - `ResidentWeights`: the device has all weights at all times, and every update is followed by one copy up.
 
 Memory is taken and given back on the stream up, so that a copy may get what was released before: it waits until the
@@ -20,9 +21,12 @@ from contextlib import contextmanager
 import torch
 
 from zeroxide.device.transfers import Transfers
+from zeroxide.kernels import Launcher
+from zeroxide.kernels.quantise import BLOCK, Quantised, dequantise, expander_for
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
 from zeroxide.precision.bits import bytes_of
+from zeroxide.zero.gather.quantised import BITS, QuantisedWeights
 from zeroxide.zero.gather.weight_gather import GatheredWeights, SingleRankWeights, WeightGather
 from zeroxide.zero.passes import UnitState
 from zeroxide.zero.unit import Unit
@@ -70,14 +74,19 @@ class DeviceWeights:
         finally:
             self.host.release(unit)
 
-    def _send_up(self, unit: Unit) -> None:
-        """The unit is under its window; what is not copied in place may leave it at once."""
+    def _send_up(self, unit: Unit, coded: Sequence[torch.Tensor] | None = None) -> None:
+        """The unit is under its window; what is not copied in place may leave it at once. coded: what is there as
+        messages."""
         memory, after = memory_of(unit), None
         if memory.is_empty:
             self.transfers.allocate(memory.storage, memory.nbytes, unit.name)
         else:
             after = self._last_use(unit)
-        self._arriving[unit.index] = self.transfers.send_up(memory.window, memory.flat, after), set()
+        if coded is None:
+            event = self.transfers.send_up(memory.window, memory.flat, after)
+        else:
+            event = self.transfers.send_up_parts(coded, _Expansion(unit), unit.name, after)
+        self._arriving[unit.index] = event, set()
 
     def _last_use(self, unit: Unit) -> torch.Event | None:
         """Up to which event what the device has of the unit may be in use."""
@@ -102,6 +111,32 @@ def memory_of(unit: Unit) -> DeviceMemory:
     """The unit's memory on the device that it was made for."""
     assert isinstance(unit.memory, DeviceMemory), "made for this device by `Unit`"
     return unit.memory
+
+
+def _expander(unit: Unit) -> Launcher | None:
+    return expander_for(memory_of(unit).flat, BITS, unit.flat.dtype)
+
+
+class _Expansion:
+    """Writes the weights of a unit on the device, a rank's part at a time, from messages that have come up.
+
+    A message is block after block a bf16 scale and the codes of `BLOCK` elements.
+    """
+
+    def __init__(self, unit: Unit) -> None:
+        self._values = memory_of(unit).flat.view(unit.flat.dtype)
+        launcher = _expander(unit)
+        assert launcher is not None, "whoever asked for messages has looked"
+        self._launcher = launcher
+
+    def __call__(self, number: int, message: torch.Tensor) -> None:
+        """message: of part `number`, on the device."""
+        rows = message.view(-1, torch.bfloat16.itemsize + BLOCK * BITS // 8)
+        scales = rows[:, : torch.bfloat16.itemsize].contiguous().view(torch.bfloat16)
+        codes = rows[:, torch.bfloat16.itemsize :].contiguous().view(torch.int8)
+        size = codes.numel()
+        part = self._values[number * size : (number + 1) * size]
+        dequantise(self._launcher, Quantised(BITS, codes.view(-1), scales.view(-1), size), part.dtype, out=part)
 
 
 class TransientWeights(DeviceWeights):
@@ -147,10 +182,10 @@ class TransientWeights(DeviceWeights):
         self._coming.pop(unit.index, None)
         if unit.index not in self._fresh or self._follows:
             # What this rank still has, others may not: they all gather.
-            self.host.gather(unit)
+            coded = self._gather_on_host(unit)
             try:
                 if unit.index not in self._fresh:
-                    self._send_up(unit)
+                    self._send_up(unit, coded)
             finally:
                 self.host.release(unit)
         if self._viewed.pop(unit.index, None) is not None:
@@ -158,6 +193,13 @@ class TransientWeights(DeviceWeights):
             self._join(unit)
         self._fresh.discard(unit.index)
         self._held[unit.index] = unit
+
+    def _gather_on_host(self, unit: Unit) -> list[torch.Tensor] | None:
+        """Has the host gather the unit; its messages, where the device makes weights of them."""
+        if isinstance(self.host, QuantisedWeights) and _expander(unit) is not None:
+            return self.host.gather_coded(unit)
+        self.host.gather(unit)
+        return None
 
     def release(self, unit: Unit) -> None:
         """Gives the unit's memory back, once the device has done what it was given. Idempotent."""

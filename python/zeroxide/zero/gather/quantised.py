@@ -6,7 +6,9 @@ all weights, a share on each of its ranks: the secondary partition, from which b
 evaluation gather within the group (the second hop). What is computed with is what the codes stand for, the rank's own
 part included, so that all ranks compute with the same weights. The exact weights stay where they are at home.
 
-A message is received at the end of the place under the window where its elements belong, and brought back in place.
+A message is received at the end of the place under the window where its elements belong, and brought back in place. On
+a device with kernels that is left to the device: messages go up as they are, half the bytes, and the window keeps them
+until somebody wants elements there.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ class _Weights(Protocol):
 
     messages: Messages
     exchanged: set[int]
+    packed: dict[int, _Gathering]
 
 
 class _Gathering:
@@ -51,6 +54,8 @@ class _Gathering:
         self.across: Work | None = None
         self.within: Work | None = None
         self.arrived = False
+        self.stays_packed = False
+        """Whether what has arrived is left as it came."""
 
     def start(self, across: Work | None, within: Work) -> tuple[int, int]:
         """Begins the first hop, or the second where there is none. Returns the bytes that leave the rank's group, and
@@ -104,20 +109,36 @@ class _Gathering:
         self._start_within()
 
     def received(self) -> None:
-        """Waits until everything has arrived, and brings it back. Raises RanksError when a rank is lost."""
+        """Waits until everything has arrived, and brings it back, unless it stays as it came. Raises RanksError when a
+        rank is lost."""
         if self.arrived:
             return
         assert self.within is not None
         if self.across is not None and not self._within_begun():
             self._end_across(self.across)
         self.within.received()
+        self.arrived = True
+        if self.stays_packed:
+            self.weights.packed[self.unit.index] = self
+        else:
+            self.expand()
+
+    def coded(self) -> list[torch.Tensor]:
+        """What has arrived, and this rank's own: the message of each rank's part, in the order of the parts."""
+        message = self.codes.shape[1]
+        return [
+            self.codes[self.column.index(at)] if at in self.column else part[-message:]
+            for at, part in enumerate(self.parts.unbind())
+        ]
+
+    def expand(self) -> None:
+        """Makes elements of what has arrived, in place."""
         for at, part in enumerate(self.parts.unbind()):
             if at in self.column:
                 codes = self.codes[self.column.index(at)]
                 _core.dequantise_message(spec(codes), BITS, spec(part), self.dtype)
             else:
                 _core.expand_message(spec(part), self.dtype, BITS)
-        self.arrived = True
 
     def sent(self) -> None:
         """Waits until everything has left. Raises RanksError when a rank is lost."""
@@ -134,6 +155,8 @@ class QuantisedWeights(CollectiveWeights):
         super().__init__(core, messages, stays=False, refreshed=(), params_always_full=False)
         self.exchanged: set[int] = set()
         """Units of whose present weights this rank has the codes that it keeps for its group."""
+        self.packed: dict[int, _Gathering] = {}
+        """Units whose parts are under their windows as messages: elements to the core, which does not look at them."""
         room = memory_at(*core.room("codes"), torch.uint8)
         places = zip(units, plan.numbers.codes, strict=True)
         self._codes = {unit.index: room[start : start + size] for unit, (start, size) in places if size}
@@ -141,10 +164,33 @@ class QuantisedWeights(CollectiveWeights):
     def gather(self, unit: Unit) -> None:
         """As in the base class. What was sent for ahead goes on meanwhile."""
         with self._busy:
-            for gathering in self._flights.values():
-                if isinstance(gathering, _Gathering):
-                    gathering.advance()
+            self._advance()
             super().gather(unit)
+            packed = self.packed.pop(unit.index, None)
+            if packed is not None:
+                packed.expand()
+
+    def gather_coded(self, unit: Unit) -> list[torch.Tensor] | None:
+        """As `gather`, for somebody who takes messages: that of each rank's part, in the order of the parts. None where
+        the unit's elements are under its window. The messages stay until its release."""
+        with self._busy:
+            self._advance()
+            index = unit.index
+            if index in self._flights or not self.core.gather(index, self._has_readers(unit)):
+                if index not in self._flights:
+                    self._start(unit)
+                flight = self._flights[index]
+                # What is received beside its window moves when it is complete.
+                if isinstance(flight, _Gathering) and index in self._coming and index not in self._unseen:
+                    flight.stays_packed = True
+                self._receive(index)
+            packed = self.packed.get(index)
+            return None if packed is None else packed.coded()
+
+    def _advance(self) -> None:
+        for gathering in self._flights.values():
+            if isinstance(gathering, _Gathering):
+                gathering.advance()
 
     def drain(self) -> None:
         """Weights are about to change: codes of the old ones are of no use from here on."""
@@ -152,6 +198,7 @@ class QuantisedWeights(CollectiveWeights):
         self.exchanged.clear()
 
     def _start(self, unit: Unit) -> None:
+        self.packed.pop(unit.index, None)
         codes = self._codes.get(unit.index)
         if codes is None:
             super()._start(unit)
