@@ -1,10 +1,11 @@
 // Adagrad with the bits of crates/zeroxide-optim/src/rules/adagrad.rs.
-#include "zx/update.cuh"
+#include "zx/rounding.cuh"
 
 namespace zx {
 
 struct Adagrad {
     using First = float;
+    static constexpr bool FIRST_IS_SIGNED = false;
     using Second = Nothing;
     float grad_scale;
     float weight_decay;
@@ -23,3 +24,4 @@ struct Adagrad {
 }  // namespace zx
 
 ZX_UPDATE(zx_adagrad, zx::Adagrad)
+ZX_ROUNDING(zx_adagrad, zx::Adagrad)

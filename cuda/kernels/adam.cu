@@ -1,6 +1,6 @@
 // Adam and AdamW with the bits of crates/zeroxide-optim/src/rules/adam.rs, whose note on compensation says why each
 // value that matters is an unevaluated sum `head + tail`.
-#include "zx/update.cuh"
+#include "zx/rounding.cuh"
 
 namespace zx {
 
@@ -48,6 +48,7 @@ __device__ inline float half_reciprocal(float x) { return of_bits(0x7e7311c7u - 
 template <bool COUPLED>
 struct Adam {
     using First = float;
+    static constexpr bool FIRST_IS_SIGNED = true;
     using Second = float;
     AdamConstants c;
 
@@ -107,4 +108,6 @@ struct Adam {
 }  // namespace zx
 
 ZX_UPDATE(zx_adam, zx::Adam<true>)
+ZX_ROUNDING(zx_adam, zx::Adam<true>)
 ZX_UPDATE(zx_adamw, zx::Adam<false>)
+ZX_ROUNDING(zx_adamw, zx::Adam<false>)

@@ -1,10 +1,11 @@
 // Lion with the bits of crates/zeroxide-optim/src/rules/lion.rs.
-#include "zx/update.cuh"
+#include "zx/rounding.cuh"
 
 namespace zx {
 
 struct Lion {
     using First = float;
+    static constexpr bool FIRST_IS_SIGNED = true;
     using Second = Nothing;
     float direction_keep;
     float direction_new;
@@ -30,3 +31,4 @@ struct Lion {
 }  // namespace zx
 
 ZX_UPDATE(zx_lion, zx::Lion)
+ZX_ROUNDING(zx_lion, zx::Lion)

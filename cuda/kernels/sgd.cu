@@ -1,10 +1,11 @@
 // SGD with momentum with the bits of crates/zeroxide-optim/src/rules/sgd.rs.
-#include "zx/update.cuh"
+#include "zx/rounding.cuh"
 
 namespace zx {
 
 struct Sgd {
     using First = float;
+    static constexpr bool FIRST_IS_SIGNED = true;
     using Second = Nothing;
     float grad_scale;
     float weight_decay;
@@ -26,3 +27,4 @@ struct Sgd {
 }  // namespace zx
 
 ZX_UPDATE(zx_sgd, zx::Sgd)
+ZX_ROUNDING(zx_sgd, zx::Sgd)

@@ -47,10 +47,12 @@ __all__ = [
     "__version__",
     "add_message",
     "checksum",
+    "decode_moment",
     "decode_weights",
     "dequantise_message",
     "drop_clean_text",
     "drop_pages_of_files",
+    "encode_moment",
     "encode_weights",
     "expand_message",
     "formats",
@@ -70,6 +72,7 @@ __all__ = [
     "round_bf16",
     "shrink_gradients",
     "state_tensors",
+    "update_state",
 ]
 
 __version__: str
@@ -329,7 +332,7 @@ class Offload:
     def note_norm(self, unit: int, param: int, sum_squares: float, nonfinite: bool) -> None: ...
     def fail_step(self, cause: str, begun: bool) -> None: ...
     def check_usable(self) -> None: ...
-    def away_runs(self, unit: int, groups: list[Rule]) -> list[tuple[int, int, int, int]]: ...
+    def away_runs(self, unit: int, groups: list[Rule]) -> list[tuple[int, int, int, int, int]]: ...
     def grad_norm(self) -> tuple[float, bool, int]: ...
     def clear_gradients(self) -> None: ...
     def lend(self, unit: int, weight: TensorSpec, grad: TensorSpec) -> None: ...
@@ -598,6 +601,25 @@ def decode_weights(
     format: str, compute: str, out: TensorSpec, live: TensorSpec, exact: TensorSpec | None = None
 ) -> None:
     """The values that these have, as an update would take them."""
+
+def encode_moment(optimizer: Rule, format: str, compute: str, name: str, values: TensorSpec, bytes: TensorSpec) -> None:
+    """Stores fp32 values of a rule's own tensor, from the start of a block on, rounded to the nearest."""
+
+def decode_moment(optimizer: Rule, format: str, compute: str, name: str, bytes: TensorSpec, out: TensorSpec) -> None:
+    """The values that those bytes stand for."""
+
+def update_state(
+    optimizer: Rule,
+    number: int,
+    grad_scale: float,
+    format: str,
+    compute: str,
+    tensors: list[TensorSpec],
+    grad: TensorSpec,
+    stream: int = 0,
+    first: int = 0,
+) -> None:
+    """Step `number`, from 1 on, of a rule over the bytes of state tensors in host memory, in place."""
 
 def round_bf16(values: TensorSpec, out: TensorSpec) -> None:
     """Rounds fp32 values to bf16 as the exact formats do, half up."""

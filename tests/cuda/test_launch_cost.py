@@ -48,7 +48,7 @@ def works():
     home, gradient = torch.zeros(64), torch.zeros(64, dtype=torch.bfloat16)
     many, targets = torch.zeros(TENSORS, 8), torch.zeros(TENSORS, 8, dtype=torch.bfloat16)
     step = Step("adam", _core.RULES["adam"].hyperparameters, 3)
-    state = [torch.zeros(64, dtype=dtype) for _, dtype in state_tensors(step, "split", torch.bfloat16)]
+    state = [torch.zeros(64, dtype=each.dtype) for each in state_tensors(step, "split", torch.bfloat16)]
     return {
         "accumulate": (lambda: accumulate(launcher, home, gradient, add=True), 18),
         "update": (lambda: update(launcher, step, "split", state, gradient), 30),

@@ -46,6 +46,7 @@ NORM, UPDATE, PACK, INDEX = "kernels/norm.cu", "include/zx/update.cuh", "include
 CODEC, CONVERT, QUANTISE = "include/zx/codec.cuh", "include/zx/convert.cuh", "kernels/quantise.cu"
 ADAM, CAST, ACCUMULATE, PHILOX = "kernels/adam.cu", "kernels/cast.cu", "kernels/accumulate.cu", "include/zx/philox.cuh"
 
+ROUNDING, MOMENTS = "include/zx/rounding.cuh", "include/zx/moments.cuh"
 PERMUTE, ENTROPY = "kernels/permute.cu", "kernels/cross_entropy.cu"
 FIRST_BARRIER = "        __syncthreads();\n        if (threadIdx.x == 0) {"
 SECOND_BARRIER = "were read.\n        __syncthreads();\n"
@@ -59,7 +60,13 @@ RUNS = {
     "quantise_int8_f32_at_random": "quantise",
     "store_bf16_bf16": "accumulate",
     "unpack_bf16_f32": "cast",
+    "update_adagrad_compact_bf16": "adagrad",
+    "update_adamw_compact_bf16": "adam",
     "update_adamw_fp32_f32": "adam",
+    "update_adamw_split_bf16_bf16": "adam",
+    "update_lion_compact_bf16": "lion",
+    "update_lion_split_bf16_bf16": "lion",
+    "update_sgd_compact_bf16": "sgd",
     "update_sgd_master_bf16_bf16": "sgd",
     "update_lion_fp32_f32": "lion",
 }
@@ -151,6 +158,52 @@ MUTATIONS = [
     Mutation(
         "random", QUANTISE, "static_cast<u64>(at + four) / 4", "static_cast<u64>(at) / 4", "quantise_int4_f32_at_random"
     ),
+    Mutation("random", ROUNDING, "2 * row + own;", "2 * row;", "update_lion_split_bf16_bf16"),
+    Mutation(
+        "random", ROUNDING, "static_cast<u32>(updates >> 32) << 16 | counter", "counter", "update_lion_compact_bf16"
+    ),
+    Mutation("random", ROUNDING, "static_cast<u32>(stream >> 32)", "0", "update_adamw_split_bf16_bf16"),
+    Mutation("random", ROUNDING, "drawn.at[2 + at], 4);", "drawn.at[2 + at], 2);", "update_adamw_compact_bf16"),
+    Mutation("random", ROUNDING, "row & 1 ? got : drawn.at[at];", "got;", "update_lion_split_bf16_bf16"),
+    Mutation("random", ROUNDING, "at / STATE_BLOCK, place", "at / 32, place", "update_sgd_compact_bf16"),
+    Mutation("mask", ROUNDING, "ALL_LANES, row & 1", "0xfu << (threadIdx.x & 28), row & 1", "update_lion_compact_bf16"),
+    Mutation(
+        "early exit",
+        ROUNDING,
+        "at - threadIdx.x % WARP * EACH < args.elements",
+        "at < args.elements",
+        "update_lion_split_bf16_bf16",
+    ),
+    Mutation("bound", ROUNDING, "aligned && left >= EACH", "aligned", "update_lion_split_bf16_bf16"),
+    Mutation("alignment", ROUNDING, "exact_tensor.aligned() && ", "", "update_lion_compact_bf16"),
+    Mutation(
+        "alignment",
+        ROUNDING,
+        "                         second_tensor.aligned() && is",
+        "                         is",
+        "update_adamw_split_bf16_bf16",
+    ),
+    Mutation("random", MOMENTS, "SECOND ? words[each] >> 16 : ", "", "update_adamw_split_bf16_bf16"),
+    Mutation("random", MOMENTS, "SECOND ? words[each] * 0x9e3779b1u : ", "", "update_adamw_compact_bf16"),
+    Mutation(
+        "bound",
+        MOMENTS,
+        "const i64 count = place.in_block() ? EACH / 2 : 0;",
+        "const i64 count = EACH / 2;",
+        "update_sgd_compact_bf16",
+    ),
+    Mutation("mask", MOMENTS, "u32 step = TEAM / 2;", "u32 step = TEAM / 4;", "update_lion_compact_bf16"),
+    Mutation("mask", MOMENTS, "u32 step = TEAM / 2;", "u32 step = TEAM;", "update_sgd_compact_bf16"),
+    Mutation("mask", MOMENTS, "__shfl_xor_sync(ALL_LANES,", "__shfl_xor_sync(0x7fffffffu,", "update_lion_compact_bf16"),
+    Mutation("sign", MOMENTS, "value < 0.0f ? -found : found", "found", "update_lion_compact_bf16"),
+    Mutation(
+        "sign", "kernels/adagrad.cu", "FIRST_IS_SIGNED = false", "FIRST_IS_SIGNED = true", "update_adagrad_compact_bf16"
+    ),
+    Mutation("rounding", MOMENTS, "!SIGNED && magnitude > 0.0f ? 1.0f", "false ? 1.0f", "update_adamw_compact_bf16"),
+    Mutation("rounding", MOMENTS, "root - 0.5f + ALIGN", "root + ALIGN", "update_lion_compact_bf16"),
+    Mutation("rounding", MOMENTS, "word >> 9", "(word & 0x7fffffu)", "update_adamw_compact_bf16"),
+    Mutation("rounding", CODEC, "word & 0xffu, 0xffu", "word >> 8 & 0xffu, 0xffu", "update_sgd_compact_bf16"),
+    Mutation("NaN", MOMENTS, "unit == BF16_NAN ? static_cast<u8>(0) : code", "code", "update_lion_compact_bf16"),
 ]
 
 
@@ -208,4 +261,4 @@ def test_every_mutation_is_caught(builds, libraries):
         print(f"{name}: {report}")
     assert [name for name, report in reports.items() if report is None] == []
     assert not [report for report in reports.values() if "Traceback" in report]
-    assert len(reports) == len(MUTATIONS) >= 37
+    assert len(reports) == len(MUTATIONS) >= 67

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from emulated import Emulator, same_bits
+from emulated import CUDA, Emulator, same_bits
 
 from zeroxide import _core
 from zeroxide.errors import InvalidValueError, TensorError
@@ -34,17 +36,18 @@ def test_every_hyperparameter_has_the_bits_of_the_cpu_kernels(libraries, rule):
     for given in OPTIONS[rule]:
         hyperparameters = {**_core.RULES[rule].hyperparameters, **given}
         generator = torch.Generator().manual_seed(5)
-        for format, dtype in (("fp32", torch.float32), ("split", torch.bfloat16)):
+        formats = (("fp32", torch.float32), *((each, torch.bfloat16) for each in ("split", "split-bf16", "compact")))
+        for format, dtype in formats:
             names = state_tensors(Step(rule, hyperparameters), format, dtype)
-            state = [torch.zeros(301, dtype=kind) for _, kind in names]
+            state = [torch.zeros(each.numel(301), dtype=each.dtype) for each in names]
             state[0] = torch.randn(301, generator=generator).to(dtype)
             for number, scale in ((1, 1.0), (2, 1 / 3), (1000, 2.0**-16)):
                 step = Step(rule, hyperparameters, number, scale)
                 grad = torch.randn(301, generator=generator)
                 expected = reference(step, format, state, grad)
                 update(Emulator(libraries), step, format, state, grad)
-                for name, got, wanted in zip(names, state, expected, strict=True):
-                    assert same_bits(got, wanted), (rule, given, format, number, name)
+                for each, got, wanted in zip(names, state, expected, strict=True):
+                    assert same_bits(got, wanted), (rule, given, format, number, each.name)
 
 
 def test_steps_are_those_of_torch(libraries):
@@ -62,6 +65,58 @@ def test_steps_are_those_of_torch(libraries):
     assert ((state[0] - theirs.detach()).abs() <= bound).all()
 
 
+LARGEST = torch.finfo(torch.float32).max
+ENDS = (LARGEST, 3.39e38, 1.0, 1.1754944e-38, 1e-40, 1e-45, 0.0, -0.0, float("inf"), float("nan"))
+
+
+def differing_at_the_ends(libraries) -> list[tuple]:
+    """First steps whose moments are given magnitudes: which of them have other bits than the CPU's."""
+    found = []
+    for rule, source in (("sgd", {"momentum": 0.9}), ("adagrad", {})):
+        hyperparameters = {**_core.RULES[rule].hyperparameters, **source, "weight_decay": 0.0}
+        step = Step(rule, hyperparameters)
+        for format, end, stream in itertools.product(("split-bf16", "compact"), ENDS, (1, 2**63 + 5)):
+            # A block with that value as its largest, and one that has nothing else.
+            grad = torch.cat([torch.linspace(-1, 1, 64) * end, torch.full((64,), end), torch.randn(9)])
+            if rule == "adagrad":
+                # The sum is the square.
+                grad = grad.abs().double().sqrt().float()
+            state = [torch.zeros(each.numel(137), dtype=each.dtype)
+                     for each in state_tensors(step, format, torch.bfloat16)]  # fmt: skip
+            expected = reference(step, format, state, grad, stream)
+            update(Emulator(libraries, seed=3), step, format, state, grad, stream)
+            if not all(map(same_bits, state, expected)):
+                found.append((rule, format, end, stream))
+    return found
+
+
+def test_moments_at_the_ends_of_their_range(builds, libraries):
+    """Of the largest and the smallest numbers, of none, and of what is none. Mistakes that show there alone are made
+    here: a unit that is not normal, one whose largest code is infinite, and bf16 that is rounded to infinity."""
+    assert differing_at_the_ends(libraries) == []
+    for path, old, new in (
+        ("include/zx/moments.cuh", "above > LEAST_UNIT ? above : LEAST_UNIT", "above"),
+        ("include/zx/moments.cuh", "unit - (finite ? 0u : 1u)", "unit"),
+        ("include/zx/codec.cuh", "(sum & INFINITY_BITS) == INFINITY_BITS ? bits_of(value) : sum", "sum"),
+    ):
+        text = (CUDA / path).read_text()
+        assert old in text
+        changed = {name: builds.build(name, {path: text.replace(old, new)}) for name in ("sgd", "adagrad")}
+        assert differing_at_the_ends(changed) != [], new
+
+
+def test_random_bits_are_of_the_parameter_and_the_update(libraries):
+    """Catches: a stream or a number of updates that is not handed on, so that all parameters and steps round alike."""
+    found = []
+    for stream, number in ((1, 5), (1, 6), (1 << 40 | 1, 5), (2, 5)):
+        step = Step("lion", _core.RULES["lion"].hyperparameters, number)
+        state = [torch.zeros(each.numel(256), dtype=each.dtype)
+                 for each in state_tensors(step, "split-bf16", torch.bfloat16)]  # fmt: skip
+        update(Emulator(libraries), step, "split-bf16", state, torch.linspace(0.1, 1, 256), stream)
+        found.append(state[2])
+    assert all(not torch.equal(one, other) for one, other in itertools.combinations(found, 2))
+
+
 def test_refusals():
     """One line each that names the tensor; nothing is launched."""
     step = Step("adam", _core.RULES["adam"].hyperparameters)
@@ -76,6 +131,14 @@ def test_refusals():
     assert refused([ones, ones], ones) == ("tensors", "weight, exp_avg, exp_avg_sq", "2")
     assert refused([half, half, ones, ones], ones) == ("master", "float32", "bfloat16")
     assert refused([half, ones, ones, ones], ones, "split") == ("residual", "int16", "float32")
+    blocks = torch.zeros(33, dtype=torch.int16)
+    bytes_left = torch.zeros(4, dtype=torch.int8)
+    assert refused([half, bytes_left, blocks, blocks[:-1]], ones, "compact") == (
+        "exp_avg_sq",
+        "a tensor of 33 elements",
+        "of 32 elements",
+    )
+    assert refused([half, blocks[:4], half, ones], ones, "split-bf16") == ("exp_avg_sq", "bfloat16", "float32")
     assert refused([ones, ones, torch.ones(5)], ones) == ("exp_avg_sq", "a tensor of 4 elements", "of 5 elements")
     assert refused([ones, ones, ones], ones.double())[0] == "the gradient"
     assert refused([ones, ones, ones], ones.to("meta")) == ("the gradient", "a tensor on cpu", "on meta")

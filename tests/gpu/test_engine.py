@@ -86,9 +86,12 @@ def test_gradients_are_plain_torchs(family, home, device, tmp_path, monkeypatch)
         engine.destroy()
 
 
-def trained(home: str, dtype: str, device: torch.device, folder: Path, steps: int = 6) -> tuple[list[float], dict]:
-    config = config_of(home, folder, device, dtype)
+def trained(
+    home: str, dtype: str, device: torch.device, folder: Path, steps: int = 6, **own
+) -> tuple[list[float], dict]:
+    config = config_of(home, folder, device, dtype, **own)
     engine, *_ = zeroxide.initialize(model=build("gpt").train(), config=config)
+    assert bool(engine.plan().units_on_device) == (home == "resident")
     losses = []
     for batch in batches("gpt", steps):
         loss = loss_of(engine(**moved(batch, device)))
@@ -107,6 +110,15 @@ def test_the_home_of_the_state_changes_no_bit(dtype, device, tmp_path):
         found = trained(home, dtype, device, tmp_path)
         assert found[0] == losses, home
         assert all(torch.equal(value, weights[name]) for name, value in found[1].items()), home
+
+
+@pytest.mark.parametrize("format", ["split-bf16", "compact"])
+def test_formats_that_round_have_the_cpus_bits(format, device, tmp_path):
+    """Kernels round by the random bits that the CPU rounds by."""
+    losses, weights = trained("resident", "bf16", device, tmp_path, format=format)
+    found = trained("resident-disk", "bf16", device, tmp_path, format=format)
+    assert found[0] == losses
+    assert all(torch.equal(value, weights[name]) for name, value in found[1].items())
 
 
 def test_a_side_stream_changes_no_bit(device, tmp_path):

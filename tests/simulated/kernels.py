@@ -20,6 +20,7 @@ import torch
 from simulated.build import CACHE
 from zeroxide.errors import DeviceError
 from zeroxide.kernels import Kernel, accumulate, norm, update
+from zeroxide.kernels.step import ROUNDING
 
 sys.path.append(str(Path(__file__).parents[1] / "cuda"))
 
@@ -28,8 +29,8 @@ from emulated import CUDA, FLAGS, Builds, Emulator, processor_flags
 SOURCES = ("adam", "lion", "adagrad", "sgd", "norm", "accumulate")
 Touch = tuple[int, int, bool]
 SIZES = {"f32": 4, "bf16": 2, "f16": 2}
-LIVE = {"fp32": 4, "master_bf16": 2, "master_f16": 2, "split": 2}
-EXACT = {"fp32": 0, "master_bf16": 4, "master_f16": 4, "split": 2}
+LIVE = {"fp32": 4, "master_bf16": 2, "master_f16": 2, "split": 2, "split_bf16": 2, "compact": 2}
+EXACT = {"fp32": 0, "master_bf16": 4, "master_f16": 4, "split": 2, "split_bf16": 2, "compact": 1}
 GRADS = (4, 2, 2)
 """Bytes of an element, in the order of `zx::Dtype`."""
 
@@ -62,16 +63,20 @@ def _of_accumulate(kernel: Kernel, given: bytes) -> list[Touch]:
 
 
 def _of_update(kernel: Kernel, given: bytes) -> list[Touch]:
-    args: Any = update._ARGUMENTS[kernel.source].from_buffer_copy(given)
     codec = kernel.entry.split("_", 2)[2]
+    kinds = update._ROUNDING_ARGUMENTS if codec in ROUNDING else update._ARGUMENTS
+    args: Any = kinds[kernel.source].from_buffer_copy(given)
+    elements = args.elements
+    blocks = -(-elements // 64) * 66
+    moment = {"compact": blocks, "split_bf16": 2 * elements}.get(codec, 4 * elements)
     places = (
-        (args.live, LIVE[codec], True),
-        (args.exact, EXACT[codec], True),
-        (args.first, 4, True),
-        (args.second, 4, True),
-        (args.grad, GRADS[args.grad_dtype], False),
+        (args.live, elements * LIVE[codec], True),
+        (args.exact, elements * EXACT[codec], True),
+        (args.first, moment, True),
+        (args.second, moment, True),
+        (args.grad, elements * GRADS[args.grad_dtype], False),
     )
-    return [(at, at + args.elements * size, writes) for at, size, writes in places if at]
+    return [(at, at + size, writes) for at, size, writes in places if at]
 
 
 def _of_norm(kernel: Kernel, given: bytes) -> list[Touch]:

@@ -25,6 +25,8 @@ PRECISIONS = {
     "fp32": {},
     "master-bf16": {"bf16": {"enabled": True}, "zeroxide": {"format": "fp32"}},
     "split": {"bf16": {"enabled": True}, "zeroxide": {"format": "split"}},
+    "split-bf16": {"bf16": {"enabled": True}, "zeroxide": {"format": "split-bf16"}},
+    "compact": {"bf16": {"enabled": True}, "zeroxide": {"format": "compact"}},
     "master-f16": {"fp16": {"enabled": True, "initial_scale_power": 24, "hysteresis": 1}},
 }
 PLACES = {

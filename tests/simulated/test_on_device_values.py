@@ -7,8 +7,10 @@ import torch
 
 import zeroxide
 from simulated import engines
-from simulated.test_on_device import Tied, batch, differing, engine_of, outcome, train
+from simulated.test_on_device import PLACES, Tied, batch, differing, engine_of, outcome, train
+from zeroxide.device.placement import spec
 from zeroxide.engine import build
+from zeroxide.errors import CoreError
 
 ON_DEVICE = ["none", "half", "all"]
 
@@ -105,7 +107,7 @@ def same(one, other) -> bool:
 
 
 @pytest.mark.parametrize(("act", "stage"), [(read_and_set, 3), (edit, 3), (edit, 1), (edit_in_place, 2)])
-@pytest.mark.parametrize("precision", ["split", "master-bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["split", "master-bf16", "fp32", "split-bf16", "compact"])
 def test_values_are_read_and_changed_as_in_host_memory(act, stage, precision):
     """Catches: a change that the master weight does not take over, a gradient that is set and not measured anew, parts
     that are read from the core instead of the device."""
@@ -120,17 +122,26 @@ def test_values_are_read_and_changed_as_in_host_memory(act, stage, precision):
 
 @pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(
-    ("saved_by", "resumed_by"), [("none", "host"), ("host", "none"), ("half", "all"), ("none", "cpu")]
+    ("saved_by", "resumed_by", "precision"),
+    [
+        ("none", "host", "split"),
+        ("host", "none", "split"),
+        ("half", "all", "split"),
+        ("none", "cpu", "split"),
+        ("none", "cpu", "compact"),
+        ("host", "half", "compact"),
+        ("half", "all", "split-bf16"),
+    ],
 )
-def test_a_checkpoint_goes_on_wherever_state_is(saved_by, resumed_by, background, tmp_path):
+def test_a_checkpoint_goes_on_wherever_state_is(saved_by, resumed_by, precision, background, tmp_path):
     """Catches: state that is saved while it is updated, fills that go to the wrong side, update counts left behind."""
     more = {"zeroxide": {"checkpoint_background": background}}
-    with engine_of(saved_by, **more) as engine:
+    with engine_of(saved_by, precision, **more) as engine:
         train(engine, 0, 2)
         engine.save_checkpoint(tmp_path)
         expected = train(engine, 2, 2), outcome(engine)
         engine.wait_for_checkpoint()
-    with engine_of(resumed_by, **more) as engine:
+    with engine_of(resumed_by, precision, **more) as engine:
         train(engine, 7, 1)
         engine.load_checkpoint(tmp_path)
         got = train(engine, 2, 2), outcome(engine)
@@ -205,9 +216,10 @@ def test_an_infinite_gradient_is_told_as_in_host_memory():
     assert found["none"][1]["live mixed.weight"].isnan().all()
 
 
-def test_what_it_takes_is_what_was_planned(sim):
+@pytest.mark.parametrize("precision", ["split", "split-bf16", "compact"])
+def test_what_it_takes_is_what_was_planned(precision, sim):
     for place in ("none", "half", "host"):
-        with engine_of(place) as engine:
+        with engine_of(place, precision) as engine:
             train(engine, 0, 1)
             told = engine.device_memory()
             assert told.pop("limit") is None
@@ -220,3 +232,40 @@ def test_what_it_takes_is_what_was_planned(sim):
             assert (in_host["gradients"]["peak"] == 0) == (place == "none")
     with engine_of("cpu") as engine:
         assert engine.device_memory() == {}
+
+
+def test_parts_of_blocks_are_read_and_written_as_in_host_memory():
+    """Through the core's own calls. Catches: elements that are counted from the wrong block, a block that is written in
+    part and takes another unit for its rest, codes beyond a parameter's end that do not stand for zero."""
+    found = {}
+    for place in ("host", "none"):
+        model = torch.nn.Linear(10, 13)
+        config = {"optimizer": {"type": "AdamW"}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+        config["zero_optimization"] |= PLACES[place].get("offload_optimizer", {}) and {
+            "offload_optimizer": PLACES[place]["offload_optimizer"]
+        }
+        config["zeroxide"] = {"device": "sim", "threads": 1, "format": "compact"}
+        engine = zeroxide.initialize(model=model, config=config)[0]
+        assert bool(engine.plan().units_on_device) == (place == "none")
+        core, results = engine.parts.core(), []
+        (unit,) = (at for at, each in enumerate(engine.plan().units) if any(p.name == "weight" for p in each.params))
+        at = next(at for at, each in enumerate(engine.plan().units[unit].params) if each.name == "weight")
+
+        def read(start: int, count: int, core=core, unit=unit, at=at) -> torch.Tensor:
+            out = torch.full((count,), 7.0)
+            core.read_param(unit, at, "exp_avg", start, spec(out))
+            return out
+
+        for start, count in ((0, 64), (64, 66), (128, 2), (0, 130)):
+            core.write_param(unit, at, "exp_avg", start, spec(torch.linspace(-3, 2, count) * (1 + start)))
+            results += [read(0, 130), read(63, 2), read(70, 9), read(129, 1)]
+        for start, count in ((1, 63), (0, 63), (64, 65), (5, 1)):
+            with pytest.raises(CoreError) as caught:
+                core.write_param(unit, at, "exp_avg", start, spec(torch.ones(count)))
+            results.append(str(caught.value).split(": ", 1)[1])
+        core.write_param(unit, at, "exp_avg", 3, spec(torch.ones(0)))
+        results.append(read(0, 130))
+        engine.destroy()
+        found[place] = results
+    for number, (one, other) in enumerate(zip(found["none"], found["host"], strict=True)):
+        assert same(one, other), number

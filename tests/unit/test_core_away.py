@@ -13,8 +13,11 @@ from zeroxide.kernels import norm
 ADAM = _core.RULES["adam"](**_core.RULES["adam"].hyperparameters)
 
 
-@pytest.fixture
-def core():
+STREAMS = [11, 2**64 - 1, 0]
+
+
+def made_in(format: str) -> _core.Offload:
+    """A core with a unit here and one on a device, of parameters with random bits of their own."""
     units = [
         _core.UnitSpec(
             name=name,
@@ -22,7 +25,8 @@ def core():
             weights=_core.WeightHome.HOST,
             state=state,
             optimizer=ADAM,
-            format="split",
+            format=format,
+            streams=STREAMS,
         )
         for name, state in (("here", _core.StateHome.HOST), ("away", _core.StateHome.DEVICE))
     ]
@@ -30,7 +34,12 @@ def core():
         limit=None, threads=1, compute="bf16", grad="bf16", tile_elements=_core.DEFAULT_TILE_ELEMENTS, staging_bytes=0,
         gathered_bytes=0, engine=_core.IoEngine.AUTO, queue_depth=4, directories=[], job="away",
     )  # fmt: skip
-    made = _core.Offload(settings, units)
+    return _core.Offload(settings, units)
+
+
+@pytest.fixture
+def core():
+    made = made_in("split")
     yield made
     made.close()
 
@@ -71,10 +80,10 @@ def test_its_books_are_kept_with_those_of_the_others(core):
     core.note_norm(1, 1, 11.0, False)
     assert core.grad_norm() == (411.0, False, 2)
     assert bytes(core.accumulated()) == bytes([1, 0, 0, 1])
-    assert core.away_runs(1, [ADAM]) == [(128, 64, 0, 0)]
+    assert core.away_runs(1, [ADAM]) == [(128, 64, 0, 0, STREAMS[1])]
     core.note_gradient(1, 0)
     # The padding between two parameters of equal constants joins their run.
-    assert core.away_runs(1, [ADAM]) == [(0, 192, 0, 0)]
+    assert core.away_runs(1, [ADAM]) == [(0, 192, 0, 0, STREAMS[0])]
     core.step([ADAM], 1.0)
     assert [core.updates(1, at) for at in (0, 1)] == [1, 1]
     assert core.grad_norm() == (0.0, False, 0)
@@ -104,4 +113,14 @@ def test_a_gradient_that_comes_in_parts_has_the_norm_of_one_that_comes_whole():
     assert core.grad_norm()[0] == expected
     first, second = (norm.reference([each]).sum_squares.item() for each in grad.split(part))
     assert first + second != expected, "the order makes no difference here"
+    core.close()
+
+
+@pytest.mark.parametrize("format", ["split-bf16", "compact"])
+def test_a_format_that_rounds_updates_each_parameter_by_its_own_random_bits(format):
+    """Catches: parameters that share a run, and with it the bits of the first of them."""
+    core = made_in(format)
+    core.note_gradient(1, 0)
+    core.note_gradient(1, 1)
+    assert core.away_runs(1, [ADAM]) == [(0, 100, 0, 0, STREAMS[0]), (128, 64, 0, 0, STREAMS[1])]
     core.close()

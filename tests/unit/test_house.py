@@ -243,6 +243,7 @@ HOLDERS = {
     "zeroxide-python/src/offload.rs": "passes tensors to the core and windows to Python",
     "zeroxide-python/src/process.rs": "has pages of a tensor in host memory leave the process",
     "zeroxide-python/src/spec.rs": "is a tensor's memory",
+    "zeroxide-python/src/state.rs": "updates state in tensors of host memory, a device's reference",
     "zeroxide-python/src/window.rs": "is a window as a Python buffer",
     "zeroxide-storage/src/file.rs": "aligns staging memory: no compute memory",
     "zeroxide-storage/src/queue/operation.rs": "checks the alignment of what is read into and written from",

@@ -7,11 +7,8 @@ import torch
 from checkpointing import assert_same, make, state, train  # noqa: F401
 
 import zeroxide
-from zeroxide.config import load
 from zeroxide.errors import ConfigError
 from zeroxide.optim import Adagrad, AdamW
-from zeroxide.plan.on_device import place_state
-from zeroxide.plan.state import StatePlan
 
 ROUNDING = ("split-bf16", "compact")
 
@@ -152,19 +149,3 @@ def test_what_cannot_be_kept_is_refused(make):  # noqa: F811
         "format 'bf16': expected one of split, fp32, split-bf16, compact",
         lambda: AdamW([torch.nn.Parameter(torch.zeros(3))], lr=0.1, format="bf16"),
     )
-
-
-def test_a_device_that_is_to_update_such_state_is_refused():
-    offload = {"device": "cpu", "ratio": 0.5}
-    config = load(
-        {
-            "bf16": {"enabled": True},
-            "zero_optimization": {"stage": 1, "offload_optimizer": offload},
-            "optimizer": {"type": "Adam"},
-        }
-    )
-    model = torch.nn.Linear(3, 3)
-    states = [StatePlan.default(format, torch.bfloat16) for format in ("split", "compact")]
-    line = r"ratio = 0.5: optimizer state in the format compact is updated by the CPU; use 1"
-    with pytest.raises(ConfigError, match=line):
-        place_state(config, model, torch.device("cuda"), 1, states)

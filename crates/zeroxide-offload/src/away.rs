@@ -24,6 +24,8 @@ pub struct AwayRun {
     pub group: usize,
     /// Updates made before this one.
     pub updates: u64,
+    /// The random bits of the parameter, for a format that rounds, where each is a run of its own.
+    pub stream: u64,
 }
 
 impl Core {
@@ -104,11 +106,12 @@ impl Core {
         let found = constant_runs(&self.units[unit], groups)?;
         Ok(found
             .into_iter()
-            .map(|(group, updates, range, _)| AwayRun {
+            .map(|(group, updates, range, stream)| AwayRun {
                 start: range.start,
                 count: range.end - range.start,
                 group,
                 updates,
+                stream,
             })
             .collect())
     }

@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use zeroxide_layout::STATE_BLOCK;
+
 use crate::buckets::Mib;
 use crate::error::{PlanError, Result};
 use crate::home::StateHome;
@@ -88,7 +90,7 @@ pub(crate) fn place(
     };
     for unit in &mut placement.units {
         let count = trained_elements(unit);
-        let (state, gradients) = (unit.state_bytes(), unit.gradient_bytes(dtypes.grad));
+        let (state, gradients) = (state_bytes(unit), unit.gradient_bytes(dtypes.grad));
         let fits = room.is_none_or(|room| buckets.total() + state + gradients <= room);
         if count == 0 || count > elements || !fits {
             continue;
@@ -104,6 +106,11 @@ pub(crate) fn place(
         }
         _ => Ok(buckets),
     }
+}
+
+/// Bytes of a unit's optimizer state on the device: whole blocks, and no pages.
+fn state_bytes(unit: &PlacedUnit) -> u64 {
+    unit.local.kept / STATE_BLOCK as u64 * unit.shape.state_bytes.total()
 }
 
 /// Elements of the parameters that are trained, without padding.

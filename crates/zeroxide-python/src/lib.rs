@@ -19,6 +19,7 @@ mod recorder;
 mod report;
 mod settings;
 mod spec;
+mod state;
 mod window;
 mod words;
 
@@ -68,6 +69,8 @@ mod _core {
     };
     #[pymodule_export]
     use crate::spec::{TensorSpec, checksum};
+    #[pymodule_export]
+    use crate::state::{read_moment, update_state, write_moment};
     #[pymodule_export]
     use crate::window::PyWindow;
 

@@ -17,6 +17,9 @@ use crate::spec::TensorSpec;
 use crate::window::PyWindow;
 use crate::words::{GRADIENT, state_name, unknown};
 
+/// First element, elements, group, updates made before, random bits.
+type RunRow = (u64, u64, usize, u64, u64);
+
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]
 pub(crate) struct PyOffload {
@@ -412,17 +415,17 @@ impl PyOffload {
         map(py, py.detach(|| self.inner.note_norm(unit, param, norm)))
     }
 
-    /// What the next step updates of a unit on the device: (first element, elements, group, updates made before).
+    /// What the next step updates of a unit on the device.
     #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
     fn away_runs(
         &self,
         py: Python<'_>,
         unit: usize,
         groups: Vec<PyRef<'_, Rule>>,
-    ) -> PyResult<Vec<(u64, u64, usize, u64)>> {
+    ) -> PyResult<Vec<RunRow>> {
         let groups: Vec<Optimizer> = groups.iter().map(|rule| rule.optimizer()).collect();
         let found = map(py, py.detach(|| self.inner.away_runs(unit, &groups)))?;
-        let row = |run: AwayRun| (run.start, run.count, run.group, run.updates);
+        let row = |run: AwayRun| (run.start, run.count, run.group, run.updates, run.stream);
         Ok(found.into_iter().map(row).collect())
     }
 

@@ -60,6 +60,27 @@ struct Split {
         live = half_up_of_canonical(master);
         low = static_cast<u16>(bits_of(master) & 0xffffu);
     }
+    /// Within an update that rounds: nothing is lost here.
+    __device__ static void encode_drawn(float weight, u32, u16 &live, u16 &low) { encode(weight, live, low); }
+};
+
+/// The upper bits of `value` and zeros in those of `mask`: rounded up in magnitude where `noise`, not above `mask`,
+/// carries over. A finite value stays finite; infinities and the canonical NaN stay what they are.
+__device__ inline float round_magnitude(float value, u32 noise, u32 mask) {
+    const u32 sum = bits_of(value) + noise;
+    return of_bits(((sum & INFINITY_BITS) == INFINITY_BITS ? bits_of(value) : sum) & ~mask);
+}
+
+/// A bf16 weight and the third byte of its master, which is rounded at random by the lowest byte of a word.
+struct Compact {
+    using Live = u16;
+    using Exact = u8;
+    __device__ static float decode(u16 live, u8 low) { return join(live, static_cast<u16>(low << 8)); }
+    __device__ static void encode_drawn(float weight, u32 word, u16 &live, u8 &low) {
+        const float master = round_magnitude(canonical(weight), word & 0xffu, 0xffu);
+        live = half_up_of_canonical(master);
+        low = static_cast<u8>(bits_of(master) >> 8);
+    }
 };
 
 }  // namespace zx

@@ -235,7 +235,7 @@ class Build:
         make_current(self.device)
         check_direct_storage(config, self.device)
         states = state_plans(self.groups, config)
-        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world, states.values())
+        asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world)
         self.plan = make_plan(
             self.module,
             config,

@@ -5,18 +5,51 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from zeroxide import _core
+from zeroxide.config import EXACT
 from zeroxide.kernels.arguments import FLOATS
 from zeroxide.kernels.constants import CONSTANTS, coupled
 
-__all__ = ["CODECS", "Step", "state_tensors"]
+__all__ = ["BLOCK", "CODECS", "ROUNDING", "StateTensor", "Step", "state_tensors", "stored_as"]
 
 CODECS = {("fp32", "f32"): "fp32", ("fp32", "bf16"): "master_bf16", ("fp32", "f16"): "master_f16",
-          ("split", "bf16"): "split"}  # fmt: skip
+          ("split", "bf16"): "split", ("split-bf16", "bf16"): "split_bf16", ("compact", "bf16"): "compact"}  # fmt: skip
 """What entry points call a state format for weights of a dtype."""
+
+ROUNDING = frozenset(codec for (format, _), codec in CODECS.items() if format not in EXACT)
+"""Those whose kernels round at random, and so take random bits."""
+
+BLOCK = 64
+"""Elements of a block, which a format that rounds updates together."""
+
+
+class StateTensor(NamedTuple):
+    """A state tensor as it is stored. per_block: elements of `dtype` that hold 64 elements of the parameter."""
+
+    name: str
+    dtype: torch.dtype
+    per_block: int
+
+    def numel(self, elements: int) -> int:
+        """Elements of `dtype` for so many of the parameter, from the start of a block on; the last block counts whole
+        where it is one."""
+        return elements if self.per_block == BLOCK else -(-elements // BLOCK) * self.per_block
+
+    def place(self, where: slice) -> slice:
+        """Where elements of the parameter's unit are, which begin at a block where there are blocks."""
+        first = self.numel(where.start)
+        return slice(first, first + self.numel(where.stop - where.start))
+
+
+def stored_as(name: str, dtype: str, nbytes: int) -> StateTensor:
+    """A state tensor by what `_core.state_tensors` says of it. Blocks of codes, for which torch has no dtype, are words
+    of 16 bits: a unit, and two codes in each of the others."""
+    found = torch.int16 if dtype.endswith("blocks of 8 bits") else getattr(torch, dtype)
+    return StateTensor(name, found, nbytes // found.itemsize)
 
 
 @dataclass(frozen=True)
@@ -52,7 +85,7 @@ class Step:
         return "adamw" if self.rule == "adam" and not coupled(self.hyperparameters) else self.rule
 
     @functools.cached_property
-    def listed(self) -> dict[tuple[str, torch.dtype], list[tuple[str, torch.dtype]]]:
+    def listed(self) -> dict[tuple[str, torch.dtype], list[StateTensor]]:
         """State tensors by format and dtype of the live weight, as far as they were asked for."""
         return {}
 
@@ -61,10 +94,10 @@ class Step:
         return _core.RULES[self.rule](**self.hyperparameters)
 
 
-def state_tensors(step: Step, format: str, live: torch.dtype) -> list[tuple[str, torch.dtype]]:
-    """Name and dtype of each state tensor, the live weight first."""
+def state_tensors(step: Step, format: str, live: torch.dtype) -> list[StateTensor]:
+    """The state tensors, the live weight first."""
     listed = step.listed.get((format, live))
     if listed is None:
         found = _core.state_tensors(step.core_rule(), format, FLOATS[live])
-        listed = step.listed[format, live] = [(name, getattr(torch, dtype)) for name, dtype, _, _ in found]
+        listed = step.listed[format, live] = [stored_as(name, dtype, nbytes) for name, dtype, nbytes, _ in found]
     return listed

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 
 from zeroxide import _core
+from zeroxide.config import EXACT
 from zeroxide.kernels.arguments import FLOATS
 from zeroxide.kernels.case import Inputs, KernelCase, numbers
-from zeroxide.kernels.core_update import reference
+from zeroxide.kernels.core_update import reference, stored
 from zeroxide.kernels.launch import Launcher
 from zeroxide.kernels.step import CODECS, Step, state_tensors
 from zeroxide.kernels.update import update
@@ -21,7 +22,7 @@ DTYPES = {name: dtype for dtype, name in FLOATS.items()}
 STEPS = {
     "adamw": Step("adam", {**_core.RULES["adam"].hyperparameters, "weight_decay": 0.1}, 7, 0.25),
     "adam": Step("adam", {**_core.RULES["adam"].hyperparameters, "weight_decay": 0.1, "decoupled": False}, 3, 0.5),
-    "lion": Step("lion", {**_core.RULES["lion"].hyperparameters, "lr": 1e-3, "weight_decay": 0.1}, 2, 0.25),
+    "lion": Step("lion", {**_core.RULES["lion"].hyperparameters, "lr": 1e-3, "weight_decay": 0.1}, 2 + (5 << 32), 0.25),
     "adagrad": Step("adagrad", {**_core.RULES["adagrad"].hyperparameters, "lr_decay": 0.1, "weight_decay": 0.1}, 5),
     "sgd": Step(
         "sgd",
@@ -32,6 +33,10 @@ STEPS = {
 }  # fmt: skip
 
 
+STREAM = 0x9ABC_DEF0_1234_5678
+"""Random bits of the parameters, of both halves of the key."""
+
+
 def _case(rule: str, format: str, live: str, grad: str) -> KernelCase:
     step, dtype = STEPS[rule], DTYPES[live]
     expected = state_tensors(step, format, dtype)
@@ -39,30 +44,32 @@ def _case(rule: str, format: str, live: str, grad: str) -> KernelCase:
     def make(n: int, device: torch.device) -> Inputs:
         weight = 0.05 * numbers(n, 1, torch.float32, device)
         tensors = [weight.to(dtype)]
-        for seed, (name, _) in enumerate(expected[1:], 2):
-            if name == "residual":
+        for seed, each in enumerate(expected[1:], 2):
+            if each.name == "residual":
                 # What half-up rounding takes away: the weights here were rounded to even, which differs on ties only.
-                tensors.append(weight.view(torch.int16)[::2].contiguous())
-            elif name == "master":
+                step_of_bytes = 4 // each.dtype.itemsize
+                tensors.append(weight.view(each.dtype)[step_of_bytes // 4 :: step_of_bytes].contiguous())
+            elif each.name == "master":
                 tensors.append(weight)
             else:
                 moment = 0.01 * numbers(n, seed, torch.float32, device)
-                tensors.append(moment.square() if name in ("exp_avg_sq", "sum") else moment)
+                moment = moment.square() if each.name in ("exp_avg_sq", "sum") else moment
+                tensors.append(moment if format in EXACT else stored(step, format, each, moment))
         if len(expected) > 2:
             # Somebody has changed every 41st live weight.
             tensors[0][::41] *= 2
         return {"state": tensors, "grad": [numbers(n, 9, DTYPES[grad], device)]}
 
     def run(launcher: Launcher, inputs: Inputs) -> Sequence[torch.Tensor]:
-        update(launcher, step, format, inputs["state"], inputs["grad"][0])
+        update(launcher, step, format, inputs["state"], inputs["grad"][0], STREAM)
         return inputs["state"]
 
     return KernelCase(
         name=f"update_{rule}_{CODECS[format, live]}_{grad}",
         make=make,
         run=run,
-        reference=lambda inputs: reference(step, format, inputs["state"], inputs["grad"][0]),
-        moved=lambda n: n * (2 * sum(each.itemsize for _, each in expected) + DTYPES[grad].itemsize),
+        reference=lambda inputs: reference(step, format, inputs["state"], inputs["grad"][0], STREAM),
+        moved=lambda n: 2 * sum(each.numel(n) * each.dtype.itemsize for each in expected) + n * DTYPES[grad].itemsize,
     )
 
 
@@ -74,6 +81,8 @@ CASES = tuple(
         ("fp32", "bf16", ("bf16",)),
         ("fp32", "f16", ("f16",)),
         ("split", "bf16", ("f32", "bf16", "f16") if rule == "adamw" else ("bf16",)),
+        ("split-bf16", "bf16", ("f32", "bf16", "f16") if rule == "adamw" else ("bf16",)),
+        ("compact", "bf16", ("f32", "bf16", "f16") if rule == "adamw" else ("bf16",)),
     )
     for grad in grads
 )

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 
 import torch
 from torch import nn
 
 from zeroxide import _core
-from zeroxide.config import EXACT, Config
+from zeroxide.config import Config
 from zeroxide.device.placement import device_room, is_host
 from zeroxide.errors import ConfigError, DeviceError
 from zeroxide.kernels import Launcher
 from zeroxide.kernels.launchers import make_launcher
-from zeroxide.plan.state import StatePlan
 
 __all__ = ["LEFT_TO_ACTIVATIONS", "place_state"]
 
@@ -27,18 +25,17 @@ _RATIO = "zero_optimization.offload_optimizer.ratio"
 
 
 def place_state(
-    config: Config, module: nn.Module, device: torch.device, world: int, states: Iterable[StatePlan] = ()
+    config: Config, module: nn.Module, device: torch.device, world: int
 ) -> tuple[_core.DeviceRequest | None, Launcher | None]:
     """What is asked of `device`, on which `module` is to compute with `world` ranks, and what launches the kernels that
-    update state there. `states` are those of its parameters. No request where that is the host, no launcher where
-    all state stays in host memory.
+    update state there. No request where that is the host, no launcher where all state stays in host memory.
 
     Where nothing asks for state on the device by name and kernels cannot run, it stays in host memory, with one line.
     Raises ConfigError for a ratio of state on a device that cannot be, DeviceError where kernels cannot run.
     """
     limit = config.zeroxide.device_memory
     share = 1.0 - config.zero.cpu_share
-    problem = _why_not(config, module, device, world, {each.format for each in states})
+    problem = _why_not(config, module, device, world)
     if share and problem is not None:
         raise ConfigError(
             f"{_RATIO} = {config.zero.cpu_share:g}: {problem}; use 1",
@@ -67,7 +64,7 @@ def place_state(
     return _core.DeviceRequest(weights_stay=stay, limit=limit, room=room), launcher
 
 
-def _why_not(config: Config, module: nn.Module, device: torch.device, world: int, formats: set[str]) -> str | None:
+def _why_not(config: Config, module: nn.Module, device: torch.device, world: int) -> str | None:
     """Why no state can be at home on the device; None where it can."""
     if is_host(device):
         return "the model computes in host memory, and the CPU updates all of it"
@@ -75,8 +72,6 @@ def _why_not(config: Config, module: nn.Module, device: torch.device, world: int
         return f"with several ranks, {world} here, the CPU updates all of the state"
     if config.zero.offload_param.enabled:
         return "parameters that leave the device (offload_param) are updated by the CPU"
-    for format in sorted(formats.difference(EXACT)):
-        return f"optimizer state in the format {format} is updated by the CPU"
     for name, each in module.named_modules():
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.sparse:
             return f"gradients of {name or 'the model'} are sparse, and only the CPU adds up rows"

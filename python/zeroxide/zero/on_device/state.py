@@ -121,14 +121,14 @@ class StateOnDevice:
         steps: dict[tuple[int, int], Step] = {}
         try:
             for unit, of_unit in runs.items():
-                for start, count, group, updates in of_unit:
+                for start, count, group, updates, stream in of_unit:
                     step = steps.get((group, updates))
                     if step is None:
                         rule = groups[group]
                         assert rule.rule is not None, "groups hold rules, not their base"
                         step = steps[group, updates] = Step(rule.rule, rule.values, updates + 1, grad_scale)
                     begun = True
-                    self._update(self.units[unit], slice(start, start + count), step)
+                    self._update(self.units[unit], slice(start, start + count), step, stream)
             self.changed([unit for unit, of_unit in runs.items() if of_unit])
             self._core.step(groups, grad_scale)
         except BaseException as error:
@@ -137,10 +137,9 @@ class StateOnDevice:
             raise
         self._unmeasured.clear()
 
-    def _update(self, state: UnitOnDevice, where: slice, step: Step) -> None:
-        tensors = [state.live[where], *(tensor[where] for tensor in state.tensors.values())]
+    def _update(self, state: UnitOnDevice, where: slice, step: Step, stream: int) -> None:
         with current(self.health.device), self.health.doing(f"{state.name} was updated"):
-            update(self._launcher, step, state.format, tensors, state.grad[where])
+            update(self._launcher, step, state.format, state.parts(where), state.grad[where], stream)
 
     # Bytes ----------------------------------------------------------------------------------------------------------
 
