@@ -41,7 +41,7 @@ pub use placement::BlockSpec;
 
 use commit::Commits;
 use header::Header;
-use placement::{Home, Placement};
+use placement::{Home, Placement, shares_of};
 use scratch::Scratch;
 use versions::{Version, Versions};
 
@@ -471,20 +471,6 @@ impl fmt::Debug for BlockStore {
             .field("bytes", &self.bytes())
             .finish_non_exhaustive()
     }
-}
-
-/// A share of each of `directories` directories.
-fn shares_of(given: &[u64], directories: usize) -> Result<Vec<u64>, StorageError> {
-    if given.is_empty() {
-        return Ok(vec![1; directories]);
-    }
-    if given.len() == directories && !given.contains(&0) {
-        return Ok(given.to_vec());
-    }
-    Err(StorageError::Shares {
-        given: given.len(),
-        directories,
-    })
 }
 
 fn check_job(job: &str) -> Result<(), StorageError> {

@@ -122,6 +122,20 @@ impl Placement {
     }
 }
 
+/// A share of each of `directories` directories.
+pub(super) fn shares_of(given: &[u64], directories: usize) -> Result<Vec<u64>, StorageError> {
+    if given.is_empty() {
+        return Ok(vec![1; directories]);
+    }
+    if given.len() == directories && !given.contains(&0) {
+        return Ok(given.to_vec());
+    }
+    Err(StorageError::Shares {
+        given: given.len(),
+        directories,
+    })
+}
+
 fn check(spec: &BlockSpec) -> Result<(), StorageError> {
     let page = PAGE as u64;
     for (what, bytes) in [("size", spec.bytes), ("tile size", spec.tile_bytes)] {
