@@ -103,12 +103,18 @@ fn units() -> impl Strategy<Value = Vec<(bool, Vec<(u64, bool)>)>> {
     prop::collection::vec(unit, 1..6)
 }
 
+const HOMES: [GradientHome; 3] = [
+    GradientHome::Host,
+    GradientHome::Disk,
+    GradientHome::Consumed,
+];
+
 prop_compose! {
     fn job()(
         world in 1..5_u32, stage in 0..4_u8, collective: bool, dtypes in (dtype(), dtype(), dtype()),
         on_disk in any::<(bool, bool)>(), units in units(), prefetch in 0..3_usize,
         kinds in prop::collection::vec((0..Optimizer::every().len(), any::<bool>()), 6),
-        tile in 0..5_u64, odd_ring: bool, spills: bool,
+        tile in 0..5_u64, odd_ring: bool, waiting in 0..3_usize,
     ) -> Job {
         let (compute, grad, comm) = dtypes;
         let rules: Vec<(Optimizer, Format)> = kinds
@@ -150,7 +156,7 @@ mesh: None,
             quantisation: Quantisation::default(),
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
-            gradients: Some(if spills { GradientHome::Disk } else { GradientHome::Host }),
+            gradients: Some(HOMES[waiting]),
             pinned: 0,
             units: units.collect(),
             tile_bytes: (tile > 0).then_some(tile * 8192),

@@ -74,7 +74,8 @@ fn by_hand(request: &PlanRequest, ring: u64) -> Buckets {
         }
     }
     let mut waiting = kept * grad;
-    if request.state_on_disk && request.gradients == Some(GradientHome::Disk) {
+    let spills = request.state_on_disk && request.gradients == Some(GradientHome::Disk);
+    if spills || request.gradients == Some(GradientHome::Consumed) {
         let room = |held: bool| {
             units
                 .iter()
@@ -165,11 +166,17 @@ fn units() -> impl Strategy<Value = Vec<(bool, Vec<(u64, bool)>)>> {
     prop::collection::vec(unit, 1..8)
 }
 
+const HOMES: [GradientHome; 3] = [
+    GradientHome::Host,
+    GradientHome::Disk,
+    GradientHome::Consumed,
+];
+
 prop_compose! {
     fn request()(
         (shards, replicas) in prop_oneof![Just((1, 1)), (1..5_u32, 1..4_u32)], stage in 0..4_u8, collective: bool,
         dtypes in (dtype(), dtype(), dtype()), on_disk in any::<(bool, bool)>(), split: bool,
-        units in units(), prefetch in 0..4_usize, spills: bool,
+        units in units(), prefetch in 0..4_usize, waiting in 0..3_usize,
     ) -> PlanRequest {
         let mesh = Mesh { rank: 0, shards, replicas };
         let (compute, grad, comm) = dtypes;
@@ -195,7 +202,7 @@ mesh: None,
             quantisation: Quantisation::default(),
             weights_on_disk: on_disk.0,
             state_on_disk: on_disk.1,
-            gradients: Some(if spills { GradientHome::Disk } else { GradientHome::Host }),
+            gradients: Some(HOMES[waiting]),
             pinned: 0,
             units: units.collect(),
             tile_bytes: None, staging_bytes: None, limit: None, resident: 0, device: None,
