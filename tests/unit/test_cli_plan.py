@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,6 +142,30 @@ def test_more_host_memory_is_never_slower(machine):
             assert best.phases.total <= 1.05 * before.phases.total
         before = best
     assert before.option.offload == "cpu"
+
+
+def test_activations_on_disk_fit_where_nothing_else_does(machine, capsys):
+    """Catches: bytes that are counted in memory though they leave it, or that the disk does not have."""
+    choice, batch, tokens = choose_model("tiny"), 8192, 128
+    found = Measurements.load(cache_file(), machine_key(threads_of({})))
+    bench = Workbench(choice, ["split"], found.machine, found.disks[str(machine)], 1, lambda _: None)
+    config, _ = base_config({})
+    request = Request("tiny", batch, tokens, disk=machine, config=config)
+    free = bench(request, timed=False)
+    assert not any(each.option.stowed for each in free), "without a budget nothing has to leave"
+    least = min(free, key=lambda each: each.process)
+    tight = bench(replace(request, host_memory=least.process - (64 << 20)), timed=False)
+    best = recommended(tight)
+    assert best is not None
+    assert best.option.stowed
+    same = next(each for each in tight if each.option == replace(best.option, stowed=False))
+    assert not same.fits
+    # The inputs of blocks are the least that there is of activations, in bf16.
+    inputs = batch * tokens * choice.config.n_embd * 2
+    assert best.disk_bytes - same.disk_bytes >= choice.config.n_layer * inputs
+    assert best.written - same.written == best.read - same.read == best.disk_bytes - same.disk_bytes
+    assert best.process <= least.process - (64 << 20)
+    assert str(best.option).endswith(", activations on disk")
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, tmp_path, capsys):

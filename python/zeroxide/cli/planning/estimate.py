@@ -13,6 +13,7 @@ from typing import Any
 from zeroxide.cli.planning.measured import Disk, Machine
 from zeroxide.cli.planning.passes import PassSeconds
 from zeroxide.cli.planning.request import Option, Request
+from zeroxide.config.sections.activations import BUFFERS
 from zeroxide.config.state_formats import EXACT
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan
@@ -33,6 +34,8 @@ class Work:
     """On one process that has all of the host's processors."""
     flops: tuple[int, int]
     """Of forward and backward."""
+    stowed: int = 0
+    """Bytes that are on disk between forward and backward."""
 
 
 @dataclass(frozen=True)
@@ -104,16 +107,17 @@ def estimate(
     """Works one option out. `plan` is that of its homes and format, `free` what the disk has in bytes."""
     buckets = plan.buckets
     on_host = request.device is None
-    activations = work.activations
+    activations = work.activations + (BUFFERS if option.stowed else 0)
     beside = machine.process_bytes + (activations if on_host else 0) + plan.resident_before
     steady = beside + sum(buckets.values())
     made = machine.process_bytes + plan.resident_before + plan.expected_peaks()["total"]
     process = max(steady + steady // FRAGMENTS, made, machine.start_bytes)
     device = 0 if plan.numbers.device_buckets is None else sum(plan.numbers.device_buckets.values()) + activations
-    read, written = plan.expected_traffic()
+    passing = work.stowed * int(request.config.get("gradient_accumulation_steps", 1))
+    read, written = (each + passing for each in plan.expected_traffic())
     need = {
         "host": (process, request.host_memory),
-        "disk": (plan.disk_bytes * request.ranks, _least(request.disk_bytes, free)),
+        "disk": ((plan.disk_bytes + work.stowed) * request.ranks, _least(request.disk_bytes, free)),
         "device": (device, None if request.device is None else request.device.memory),
     }
     over = {name: bytes for name, (bytes, limit) in need.items() if limit is not None and bytes > limit}
@@ -173,7 +177,11 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
         reads = max(0, read - state - _weight_bytes(plan)) * request.ranks / disk.read
     else:
         update = compute
-    late = (max(0.0, copies[0] - forward), max(0.0, max(copies[1], reads) - backward))
+    writes = 0.0
+    if disk is not None and work.stowed:
+        writes = work.stowed * request.ranks / disk.write
+        reads += work.stowed * request.ranks / disk.read
+    late = (max(0.0, max(copies[0], writes) - forward), max(0.0, max(copies[1], reads) - backward))
     return Phases(
         forward=micro * (forward + late[0]),
         backward=micro * (backward + late[1]),

@@ -60,7 +60,10 @@ class Option:
     """Activations are computed again in backward."""
     in_memory: int = 0
     """Most bytes of the state that stay in host memory where its home is a disk (`zeroxide.state_in_memory`)."""
+    stowed: bool = False
+    """Activations wait for backward on disk (`zeroxide.activations`)."""
 
     def __str__(self) -> str:
         kept = f", {self.in_memory >> 20} MiB kept" if self.in_memory else ""
-        return f"{self.offload}, {self.format}{', checkpointing' if self.checkpointing else ''}{kept}"
+        again = ", checkpointing" if self.checkpointing else ""
+        return f"{self.offload}, {self.format}{again}{kept}{', activations on disk' if self.stowed else ''}"

@@ -48,12 +48,14 @@ def how_to_run(request: Request, best: Estimate) -> str:
     """The command, or for what the command has no words for the arguments of `initialize`."""
     option = best.option
     again = " --activation-checkpointing" if option.checkpointing else ""
+    away = f" --activation-path {request.disk}" if option.stowed else ""
     if option.offload == "mixed" or option.in_memory:
         also = ", and activation checkpointing" if option.checkpointing else ""
         homes = f'offload="nvme:{request.disk}"'
         if option.offload == "mixed":
             homes = f'offload_param="cpu", offload_optimizer="nvme:{request.disk}"'
         kept = f', "state_in_memory": {option.in_memory}' if option.in_memory else ""
+        kept += f', "activations": "disk", "activation_path": "{request.disk}"' if option.stowed else ""
         own = f'{{"format": "{option.format}"{kept}}}'
         return f'zeroxide.initialize(..., {homes}, config={{"zeroxide": {own}, ...}}){also}'
     home = f"nvme:{request.disk}" if option.offload == "nvme" else option.offload
@@ -63,7 +65,7 @@ def how_to_run(request: Request, best: Estimate) -> str:
     )
     return (
         f"{start} --model {request.model} --offload {home} --format {option.format} "
-        f"--batch-size {request.batch} --seq-len {request.sequence}{limit}{again}"
+        f"--batch-size {request.batch} --seq-len {request.sequence}{limit}{again}{away}"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from zeroxide import _core
 from zeroxide.cli.planning.estimate import FRAGMENTS, Estimate, Work, estimate
 from zeroxide.cli.planning.measured import Disk, Machine, Planned
-from zeroxide.cli.planning.passes import meta_model, pass_seconds, rehearse_training
+from zeroxide.cli.planning.passes import PassSeconds, meta_model, pass_seconds, rehearse_training
 from zeroxide.cli.planning.request import Option, Request
 from zeroxide.cli.planning.search import options
 from zeroxide.cli.training.models import ModelChoice
@@ -109,7 +109,7 @@ class Workbench:
     """Told of rehearsals before their operations' times are asked for."""
 
     def __post_init__(self) -> None:
-        self._rehearsals: dict[tuple[int, int, bool], Rehearsal] = {}
+        self._rehearsals: dict[tuple[int, int, bool, bool], Rehearsal] = {}
         self._plans: dict[tuple[str, str], Plan] = {}
 
     def __call__(self, request: Request, *, timed: bool = True) -> list[Estimate]:
@@ -137,6 +137,8 @@ class Workbench:
                 return estimate(request, option, plan, work, self.machine, self.disk, free)
 
             found.append(worked_out(option))
+            stowed = self._with_activations_on_disk(request, found[-1], seconds, dtype, free)
+            found += [stowed] if stowed is not None else []
             kept = _kept_in_memory(request, found[-1])
             while kept > 0:
                 each = worked_out(replace(option, in_memory=kept))
@@ -146,6 +148,19 @@ class Workbench:
                 # Gradients of units whose state stays do not leave memory either.
                 kept = (kept - _short(request, each)) >> 20 << 20
         return found
+
+    def _with_activations_on_disk(
+        self, request: Request, each: Estimate, seconds: PassSeconds, dtype: torch.dtype, free: int | None
+    ) -> Estimate | None:
+        """An option that lacks host memory alone, with its activations on disk; None where that does not help."""
+        if set(each.over) != {"host"} or request.disk is None or request.device is not None:
+            return None
+        option = replace(each.option, stowed=True)
+        found = self.rehearsal(request, dtype, checkpointing=option.checkpointing, stowed=True)
+        work = Work(found.peak, seconds, (found.forward.flops, found.backward.flops), found.stowed)
+        plan = self.plan(request, option, dtype, found.peak)
+        other = estimate(request, option, plan, work, self.machine, self.disk, free)
+        return other if other.fits else None
 
     def planned(self, request: Request, estimates: list[Estimate]) -> dict[str, Planned]:
         """What runs are to be compared with, by `Planned.key`; nothing of a device that need not be here."""
@@ -174,12 +189,14 @@ class Workbench:
             )
         return found
 
-    def rehearsal(self, request: Request, dtype: torch.dtype, *, checkpointing: bool) -> Rehearsal:
+    def rehearsal(
+        self, request: Request, dtype: torch.dtype, *, checkpointing: bool, stowed: bool = False
+    ) -> Rehearsal:
         """A micro-batch of the request's size, rehearsed once."""
-        key = (request.batch, request.sequence, checkpointing)
+        key = (request.batch, request.sequence, checkpointing, stowed)
         if key not in self._rehearsals:
             self._rehearsals[key] = rehearse_training(
-                self.choice, dtype, request.batch, request.sequence, checkpointing=checkpointing
+                self.choice, dtype, request.batch, request.sequence, checkpointing=checkpointing, stowed=stowed
             )
         return self._rehearsals[key]
 

@@ -25,6 +25,7 @@ def planned_for(options: TrainOptions, record: Record, *, ranks_here: int) -> Pl
         return None
     kind, _, directory = options.offload.partition(":")
     again = ", checkpointing" if options.activation_checkpointing else ""
+    away = ", activations on disk" if options.activation_path is not None else ""
     key = Planned.key(
         record.model_digest,
         dtype=options.dtype,
@@ -33,7 +34,7 @@ def planned_for(options: TrainOptions, record: Record, *, ranks_here: int) -> Pl
         accumulate=options.accumulate,
         ranks=record.ranks,
         home=str(Path(directory).expanduser().resolve()) if kind == "nvme" else "",
-        option=f"{'cpu' if kind == 'none' else kind}, {options.format}{again}",
+        option=f"{'cpu' if kind == 'none' else kind}, {options.format}{again}{away}",
     )
     threads = min(options.threads * ranks_here, len(os.sched_getaffinity(0)))
     return Measurements.load(path, machine_key(threads)).plans.get(key)

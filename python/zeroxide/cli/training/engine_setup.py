@@ -115,6 +115,15 @@ def _engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
             "format": options.format,
             "io_engine": options.io_engine,
             "threads": options.threads,
+            **_activations(options),
             **({"durable_every": options.durable_every, "durable_name": durable_name} if options.durable_every else {}),
         },
     }
+
+
+def _activations(options: TrainOptions) -> dict[str, Any]:
+    """Where activations wait for backward."""
+    if options.activation_path is None:
+        return {}
+    home = "disk" if options.host_memory is None else "auto"
+    return {"activations": home, "activation_path": options.activation_path}

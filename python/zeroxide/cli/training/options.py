@@ -80,6 +80,8 @@ class TrainOptions:
     """Optimizer state format, `split`, `fp32`, `split-bf16` or `compact`; None: `split` with bf16, else `fp32`."""
     activation_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them."""
+    activation_path: str | None = None
+    """Directory for activations that wait for backward; with `host_memory`, for those that it has no room for."""
     loss_chunk: int = 0
     """Columns of the vocabulary whose logits are there at a time; 0: all."""
     io_engine: str = "auto"
