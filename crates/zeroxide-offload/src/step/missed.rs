@@ -13,7 +13,7 @@ use crate::core::{Core, to_usize};
 use crate::error::{Result, misuse};
 use crate::step::plan::{Segment, check_group};
 use crate::step::stream::ActiveStep;
-use crate::unit::Unit;
+use crate::unit::{ParamState, Unit};
 
 /// Steps remembered at most: a unit that has missed as many is made up for in the next step, used or not.
 pub(crate) const MOST_MISSED: u64 = 256;
@@ -93,7 +93,7 @@ impl Core {
     pub(crate) fn catch_up_before_step(&mut self) -> Result<()> {
         for unit in 0..self.units.len() {
             let this = &self.units[unit];
-            let takes_part = this.params.iter().any(|param| param.has_gradient());
+            let takes_part = this.params.iter().any(ParamState::has_gradient);
             if this.missed() >= if takes_part { 1 } else { MOST_MISSED } {
                 self.catch_up(unit)?;
             }
