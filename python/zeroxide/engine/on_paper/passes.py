@@ -78,7 +78,7 @@ def rehearse_part(
 
 def _batch(part: PaperPart, batch: int, tokens: int) -> dict[str, Any]:
     ids = torch.zeros((batch, tokens), dtype=torch.int64, device=HOST)
-    more = {} if part.axes.sp == 1 else {"position_ids": torch.arange(tokens, device=HOST)[None]}
+    more = {} if part.axes.sp == 1 else {"position_ids": torch.arange(tokens, device=HOST).expand(batch, -1)}
     return {"input_ids": ids, "labels": ids, "use_cache": False, **more}
 
 

@@ -113,7 +113,7 @@ def plan_job(
             order = schedule.orders[rank]
             kept = {stage: each.kept for stage, each in passes.items()}
             in_flight, activations = most_kept(order, kept, {stage: each.peak for stage, each in passes.items()})
-            sent = step_traffic(part, order, passes, received, count, sequence // axes.sp)
+            sent = step_traffic(part, order, passes, received, count, batch, sequence // axes.sp)
         ranks.append(RankPlan(rank, part.own_stages, own, buckets, in_flight, activations, tuple(sent)))
     bubble = simulate(schedule).bubble if axes.pp > 1 else 0.0
     return JobPlan(

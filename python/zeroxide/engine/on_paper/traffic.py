@@ -49,12 +49,13 @@ def step_traffic(
     passes: Mapping[int, StagePass],
     received: Given | None,
     micro_batches: int,
+    batch: int,
     tokens: int,
 ) -> list[Sent]:
     """What the rank with `part` sends in a step of `micro_batches`, in which it follows `order`.
 
-    passes: what a micro-batch takes in each of its stages. received: what its stages are given. tokens: of each
-    sequence, that it has.
+    passes: what a micro-batch takes in each of its stages. received: what its stages are given. batch, tokens: sequences
+    of a micro-batch, and the tokens of each that it has.
 
     Raises ConfigError for what is not counted: weights in shards under a schedule that computes backward in halves.
     """
@@ -64,7 +65,7 @@ def step_traffic(
         *_stages(part, passes, received, micro_batches),
         *_tied(part),
         *_computing(part, passes, micro_batches),
-        *_together(part, order, micro_batches, tokens),
+        *_together(part, order, micro_batches, batch * tokens),
     ):
         entry = found.setdefault((kind, op), [0, 0])
         entry[0] += count
@@ -143,7 +144,7 @@ def _computing(part: PaperPart, passes: Mapping[int, StagePass], micro_batches: 
             yield kind, op, micro_batches * counted.count, micro_batches * counted.sent
 
 
-def _together(part: PaperPart, order: tuple[Action, ...], micro_batches: int, tokens: int) -> Iterator[_Row]:
+def _together(part: PaperPart, order: tuple[Action, ...], micro_batches: int, positions: int) -> Iterator[_Row]:
     plan, axes, stages = part.plan, part.axes, part.stages
     ranks = plan.groups.world
     trainable = sum(entry.trainable for unit in plan.units for entry in unit.params)
@@ -156,9 +157,9 @@ def _together(part: PaperPart, order: tuple[Action, ...], micro_batches: int, to
         # Whether all have the same samples.
         yield "small", "all_gather", forwards, forwards * (axes.tp - 1) * 2 * _WORD
     if axes.sp > 1:
-        # How long each part is, where in the sequence its tokens are, and how many of them the loss is of.
+        # How long each part is, where in their sequences its tokens are, and how many of them the loss is of.
         told = micro_batches * (axes.sp - 1)
-        yield "small", "all_gather", 2 * micro_batches, told * (4 + tokens) * _WORD
+        yield "small", "all_gather", 2 * micro_batches, told * (4 + positions) * _WORD
         if part.is_last:
             yield "small", "all_gather", micro_batches, told * 2 * _WORD
     if stages is None:
