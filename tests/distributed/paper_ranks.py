@@ -23,6 +23,7 @@ from zeroxide.config import load
 from zeroxide.engine.on_paper.plan import plan_job
 from zeroxide.engine.on_paper.stand_ins import balance
 from zeroxide.moe.spread import with_experts
+from zeroxide.plan.schedule import collectives
 
 sent: dict[str, int] = {}
 counting = False
@@ -113,13 +114,19 @@ def on_paper(case: dict[str, Any], folder: Path, replicas: int) -> Any:
         with torch.device("meta"):
             return build(case["model"])
 
+    def prepare(model: Any) -> None:
+        if case.get("again"):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+
     world = dist.get_world_size()
     config = with_experts(load(config_for(case, folder, replicas), world_size=world), make(), world)
-    return plan_job(make, config, world, TOKENS)
+    return plan_job(make, config, world, TOKENS, prepare)
 
 
 def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     loop = composed_ranks.Loop(case, folder)
+    if case.get("again"):
+        loop.model.gradient_checkpointing_enable({"use_reentrant": False})
     try:
         for module in loop.model.modules():
             if case.get("ep", 1) > 1 and "gate_up_proj" in module._parameters:
@@ -140,7 +147,15 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
             planned[each.op] = planned.get(each.op, 0) + each.nbytes
         kinds = {kind: plan.sent_bytes(kind) for kind in {each.kind for each in plan.sent}}
         buckets = loop.engine.plan().buckets
-        return {"sent": found, "planned": planned, "kinds": kinds, "buckets": [buckets, plan.buckets]}
+        found = {"sent": found, "planned": planned, "kinds": kinds, "buckets": [buckets, plan.buckets]}
+        if loop.pipeline:
+            engine = loop.engine
+            moved = sum(each.sent for each in collectives(engine.plan(), engine.pipeline_passes()))
+            found["own"] = [
+                [moved, engine.plan().in_flight],
+                [kinds.get("weights", 0) + kinds.get("gradients", 0), plan.in_flight],
+            ]
+        return found
     finally:
         dist.barrier()
         loop.close()

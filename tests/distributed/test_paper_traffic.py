@@ -25,6 +25,13 @@ PAIRS: list[Case] = [
     {**BASE, "name": "sp x dp", "model": "gpt2", "sp": 2, "stage": 3},
     {**BASE, "name": "pp 4", "model": "llama", "pp": 4},
 ]
+LOOPED = {"pipeline": {"schedule": "interleaved_1f1b", "stages_per_rank": 2}}
+MORE: list[Case] = [
+    {**BASE, "name": "chunks in shards", "model": "llama", "pp": 2, "stage": 3, "config": LOOPED},
+    {**BASE, "name": "hybrid", "model": "llama", "stage": 3, "own": {"mesh": {"dp_replicate": 2, "dp_shard": 2}}},
+    {**BASE, "name": "pp x tp, again", "model": "llama", "pp": 2, "tp": 2, "again": True},
+    {**BASE, "name": "pp x sp, again", "model": "llama", "pp": 2, "sp": 2, "stage": 2, "again": True},
+]
 EXPERTS: list[Case] = [
     {**MOE, "name": "ep x dp", "ep": 2, "stage": 3},
     {**MOE, "name": "ep 4", "ep": 4, "stage": 2},
@@ -37,13 +44,7 @@ TWO: list[Case] = [
     {**BASE, "name": "pp", "model": "gpt2", "pp": 2},
     {**MOE, "name": "ep", "ep": 2},
     {**BASE, "name": "gpipe", "model": "llama", "pp": 2, "config": {"pipeline": {"schedule": "gpipe"}}},
-    {
-        **BASE,
-        "name": "interleaved",
-        "model": "llama",
-        "pp": 2,
-        "config": {"pipeline": {"schedule": "interleaved_1f1b", "stages_per_rank": 2}},
-    },
+    {**BASE, "name": "interleaved", "model": "llama", "pp": 2, "config": LOOPED},
     {
         **BASE,
         "name": "halves",
@@ -64,11 +65,19 @@ def check(world: int, cases: list[Case], folder: Path) -> None:
             what = f"{case['name']}, rank {rank}: {each['kinds']}"
             assert each["sent"] == each["planned"], what
             assert each["buckets"][0] == each["buckets"][1], what
+            if "own" in each:
+                assert each["own"][0] == each["own"][1], what
 
 
 def test_pairs_of_axes_send_what_is_planned(tmp_path: Path) -> None:
     """Catches: a message that no formula has, or is counted once where every micro-batch sends it."""
     check(4, PAIRS, tmp_path)
+
+
+def test_groups_chunks_and_recomputation_send_what_is_planned(tmp_path: Path) -> None:
+    """Catches: units of one stage gathered for another, sums that replicas exchange, what backward computes again and
+    sends again."""
+    check(4, MORE, tmp_path)
 
 
 def test_experts_send_what_is_planned(tmp_path: Path) -> None:

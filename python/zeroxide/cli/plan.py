@@ -54,7 +54,9 @@ RankCount = Annotated[
 MeshAxes = Annotated[str | None, _size("Axes, as pp=4,tp=8,dp_replicate=2; what is left is dp_shard.", _AXES)]
 MicroBatches = Annotated[
     int | None,
-    typer.Option(min=1, help="Micro-batches of a step. Default: the config's.", show_default=False, rich_help_panel=_AXES),
+    typer.Option(
+        min=1, help="Micro-batches of a step. Default: the config's.", show_default=False, rich_help_panel=_AXES
+    ),
 ]
 Stage = Annotated[
     int | None,

@@ -60,6 +60,8 @@ class Plan:
     """Blocks of page-locked memory for copies down from the device."""
     durable: bool = False
     """Whether state survives the process."""
+    in_flight: int = 1
+    """Most micro-batches whose backward is outstanding at once: in a pipeline, as many as its schedule has."""
 
     @property
     def weights(self) -> Home:

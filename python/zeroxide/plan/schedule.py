@@ -12,7 +12,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from zeroxide.plan.plan import Plan
 
-__all__ = ["ONE_MICRO_BATCH", "Collective", "Passes", "collectives", "micro_batches", "sent_across_groups", "sent_bytes"]
+__all__ = [
+    "ONE_MICRO_BATCH",
+    "Collective",
+    "Passes",
+    "collectives",
+    "micro_batches",
+    "sent_across_groups",
+    "sent_bytes",
+]
 
 Passes = Sequence[tuple[bool, Sequence[int]]]
 """What a rank does in a step, in order: (whether it goes back, the numbers of the units that it uses; none for all).

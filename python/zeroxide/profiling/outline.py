@@ -65,7 +65,8 @@ def _form(tensor: torch.Tensor) -> torch.Tensor:
 def become_outline(module: nn.Module) -> None:
     """Makes every parameter and buffer of `module`, whose parameters are on the meta device, an outline.
 
-    Tied parameters stay tied, and what is one stays what it is. Buffers of integers and truth values on the meta device become zeros.
+    Tied parameters stay tied, and what is one stays what it is. Buffers of integers and truth values on the meta device
+    become zeros.
     """
     made: dict[int, nn.Parameter] = {}
     for each in module.modules():

@@ -149,9 +149,10 @@ def _sizes(mesh: str | None) -> dict[str, int]:
 
 def as_lines(model: str, found: JobPlan) -> Iterator[str]:
     """Two tables: what the ranks have, and what they send."""
-    axes = " x ".join(
-        f"{name} {size}" for name in _AXES if name != "ep" and (size := getattr(found.axes, name)) > 1
-    ) or "alone"
+    axes = (
+        " x ".join(f"{name} {size}" for name in _AXES if name != "ep" and (size := getattr(found.axes, name)) > 1)
+        or "alone"
+    )
     experts = f", experts over {found.axes.ep}" if found.axes.ep > 1 else ""
     yield (
         f"{model}, {found.parameters / 1e9:.1f} B parameters, on {found.world:,} ranks: {axes}{experts}; "
@@ -186,10 +187,7 @@ def _gib(count: int) -> str:
 
 def found_as_json(model: str, found: JobPlan) -> dict[str, Any]:
     """All of it as JSON has it, in bytes."""
-    ranks = [
-        {**asdict(each), "held": each.held, "sent_bytes": each.sent_bytes()}
-        for each in found.ranks
-    ]
+    ranks = [{**asdict(each), "held": each.held, "sent_bytes": each.sent_bytes()} for each in found.ranks]
     return {
         "model": model,
         "world": found.world,

@@ -1,4 +1,4 @@
-"""A job of any size on paper: for each rank of a pipeline what it has, what it sends in a step, and how long it waits."""
+"""A job of any size on paper: for each rank of a pipeline what it has and sends in a step, and how long it waits."""
 
 from __future__ import annotations
 
@@ -116,9 +116,7 @@ def plan_job(
             sent = step_traffic(part, order, passes, received, count, batch, sequence // axes.sp)
         ranks.append(RankPlan(rank, part.own_stages, own, buckets, in_flight, activations, tuple(sent)))
     bubble = simulate(schedule).bubble if axes.pp > 1 else 0.0
-    return JobPlan(
-        world, axes, schedule.name, count, batch, sequence, parameters, max(0.0, bubble), tuple(ranks)
-    )
+    return JobPlan(world, axes, schedule.name, count, batch, sequence, parameters, max(0.0, bubble), tuple(ranks))
 
 
 def _check(config: Config, axes: Mesh, sequence: int) -> None:

@@ -54,8 +54,8 @@ def step_traffic(
 ) -> list[Sent]:
     """What the rank with `part` sends in a step of `micro_batches`, in which it follows `order`.
 
-    passes: what a micro-batch takes in each of its stages. received: what its stages are given. batch, tokens: sequences
-    of a micro-batch, and the tokens of each that it has.
+    passes: what a micro-batch takes in each of its stages. received: what its stages are given. batch, tokens:
+    sequences of a micro-batch, and the tokens of each that it has.
 
     Raises ConfigError for what is not counted: weights in shards under a schedule that computes backward in halves.
     """
@@ -81,8 +81,8 @@ def _state(part: PaperPart, order: tuple[Action, ...]) -> Iterator[_Row]:
     name = "1f1b" if part.stages is None else part.stages.schedule
     if SCHEDULES[name].split and part.config.zero.stage == 3:
         raise ConfigError(
-            f"pipeline.schedule: what {name} gathers of weights in shards is not counted, as its backward is in halves: "
-            "plan it with zero_optimization.stage 1 or 2, or another schedule",
+            f"pipeline.schedule: what {name} gathers of weights in shards is not counted, as its backward is in "
+            "halves: plan it with zero_optimization.stage 1 or 2, or another schedule",
             path="pipeline.schedule",
         )
     for each in collectives(part.plan, passes_of(order, part.units_of)):

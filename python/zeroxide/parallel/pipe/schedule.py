@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from zeroxide.errors import ConfigError
@@ -291,9 +291,14 @@ def passes_of(order: Sequence[Action], units_of: Callable[[int], Sequence[int]])
     ]
 
 
-def most_kept(order: Sequence[Action], kept: Mapping[int, int], peak: Mapping[int, int]) -> tuple[int, int]:
-    """(micro-batches, bytes): the most whose backward is outstanding at once in a rank's order, and the most bytes of
-    activations at any time.
+_NOTHING: Mapping[int, int] = MappingProxyType({})
+
+
+def most_kept(
+    order: Sequence[Action], kept: Mapping[int, int] = _NOTHING, peak: Mapping[int, int] = _NOTHING
+) -> tuple[int, int]:
+    """(micro-batches, bytes): the most whose backward is outstanding at once in a rank's order, each counted in every
+    stage of the rank, and the most bytes of activations at any time.
 
     kept, peak: of each of its stages, the bytes of a micro-batch from its forward to its backward, and the most while
     one of the two runs, these among them.
@@ -302,9 +307,9 @@ def most_kept(order: Sequence[Action], kept: Mapping[int, int], peak: Mapping[in
     count = most = 0
     for action in order:
         key = action.stage, action.micro_batch
-        outstanding[key] = kept[action.stage]
+        outstanding[key] = kept.get(action.stage, 0)
         count = max(count, len(outstanding))
-        most = max(most, sum(outstanding.values()) - kept[action.stage] + peak[action.stage])
+        most = max(most, sum(outstanding.values()) - outstanding[key] + peak.get(action.stage, 0))
         if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
             del outstanding[key]
     return count, most

@@ -95,7 +95,5 @@ def units_of(stages: PipelineStages, plan: Plan, stage: int) -> list[int]:
     if len(stages.own_stages) == 1:
         return []
     return [
-        index
-        for index, unit in enumerate(plan.units)
-        if any(stages.uses(stage, entry.name) for entry in unit.params)
+        index for index, unit in enumerate(plan.units) if any(stages.uses(stage, entry.name) for entry in unit.params)
     ]
