@@ -25,7 +25,7 @@ pub use collective::{Collective, CollectiveKind, Phase};
 /// Steps after which the order is known, and what is in memory is what every step leaves.
 const STEPS_UNTIL_STEADY: usize = 2;
 
-/// A forward or a backward of one micro-batch. Each backward reduces what it has made.
+/// A forward or a backward of one micro-batch. Each backward reduces all units, also those that it does not use.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pass {
     /// Whether it goes back.
@@ -237,6 +237,14 @@ impl<'a> Rank<'a> {
         for index in self.held.clone().into_iter().rev() {
             if self.is_trainable(index) {
                 self.reduce(index);
+            }
+        }
+        // Ranks reduce what others may have a gradient of.
+        for turn in plan.turns.iter().rev().filter(|turn| !pass.uses(turn)) {
+            for index in turn {
+                if self.is_trainable(*index) {
+                    self.reduce(*index);
+                }
             }
         }
         while !self.later.is_empty() {

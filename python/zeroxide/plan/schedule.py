@@ -24,7 +24,7 @@ __all__ = [
 
 Passes = Sequence[tuple[bool, Sequence[int]]]
 """What a rank does in a step, in order: (whether it goes back, the numbers of the units that it uses; none for all).
-Every backward reduces the gradients that it makes."""
+Every backward reduces the gradients of all units."""
 
 ONE_MICRO_BATCH: Passes = ((False, ()), (True, ()))
 """Forward and backward through all units."""
