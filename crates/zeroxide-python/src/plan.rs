@@ -5,8 +5,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_layout::{Dtype, ParamShape, StateLayout};
 use zeroxide_plan::{
-    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Pass, Passed, Plan,
-    PlanRequest, Schedule, StateBytes, UnitRequest,
+    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Pass, Passed, Plan, PlanRequest,
+    Schedule, StateBytes, UnitRequest,
 };
 
 use crate::errors::plan_to_python;

@@ -200,8 +200,7 @@ def spread_on_paper(
 
 
 def _check_divides(name: str, experts: nn.Module, ep: int) -> None:
-    _check_shared_alike(name, experts, ep)
-    param = experts._parameters[WEIGHTS[0]]
+    param = _check_shared_alike(name, experts, ep)
     if not has_values(param):
         raise ModelError(
             f"{name} is on the meta device, and fused experts are cut from real weights: build the model in host "
@@ -210,7 +209,8 @@ def _check_divides(name: str, experts: nn.Module, ep: int) -> None:
         )
 
 
-def _check_shared_alike(name: str, experts: nn.Module, ep: int) -> None:
+def _check_shared_alike(name: str, experts: nn.Module, ep: int) -> nn.Parameter:
+    """Its first weight."""
     param = experts._parameters[WEIGHTS[0]]
     assert param is not None, "it was found by it"
     if param.shape[0] % ep:
@@ -219,6 +219,7 @@ def _check_shared_alike(name: str, experts: nn.Module, ep: int) -> None:
             "expert_parallel.autoep_size a divisor of them",
             name=name,
         )
+    return param
 
 
 def _check_uncut(name: str, param: nn.Parameter) -> None:
