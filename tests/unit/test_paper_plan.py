@@ -127,8 +127,8 @@ def test_the_table_says_the_same(model, capsys):
     out = capsys.readouterr().out
     assert "on 32 ranks: pp 2 x dp_replicate 2 x dp_shard 4 x tp 2" in out
     assert "schedule 1f1b: 11.1 % bubble" in out
-    assert "held by a rank, GiB" in out
-    assert "sent by a rank in a step, GiB" in out
+    assert "held by a rank\n" in out
+    assert "sent by a rank in a step\n" in out
 
 
 REFUSED = [

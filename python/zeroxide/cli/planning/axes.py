@@ -155,34 +155,43 @@ def as_lines(model: str, found: JobPlan) -> Iterator[str]:
     )
     experts = f", experts over {found.axes.ep}" if found.axes.ep > 1 else ""
     yield (
-        f"{model}, {found.parameters / 1e9:.1f} B parameters, on {found.world:,} ranks: {axes}{experts}; "
+        f"{model}, {found.parameters / 1e9:.3g} B parameters, on {found.world:,} ranks: {axes}{experts}; "
         f"a step: {found.micro_batches} micro-batches of {found.batch} x {found.sequence} tokens, "
-        f"{found.tokens / 1e6:.3g} M in all"
+        f"{found.tokens:,} in all"
     )
     if found.axes.pp > 1:
         yield f"schedule {found.schedule}: {100 * found.bubble:.1f} % bubble"
-    yield "held by a rank, GiB"
-    yield (
-        f"  {'pipeline rank':<14s}{'params/B':>9s}{'weights':>9s}{'gradients':>10s}{'optimizer':>10s}{'other':>8s}"
-        f"{'in flight':>10s}{'activ.':>8s}{'together':>10s}"
-    )
+    yield "held by a rank"
+    yield _row("pipeline rank", "params", *_STATE, "other", "in flight", "activ.", "together")
     for each in found.ranks:
         state = [each.buckets.get(name, 0) for name in _STATE]
-        other = sum(each.buckets.values()) - sum(state)
-        yield (
-            f"  {each.rank:<14d}{each.parameters / 1e9:9.2f}{_gib(state[0]):>9s}{_gib(state[1]):>10s}"
-            f"{_gib(state[2]):>10s}{_gib(other):>8s}{each.in_flight:10d}{_gib(each.activations):>8s}{_gib(each.held):>10s}"
+        sizes = [*state, sum(each.buckets.values()) - sum(state)]
+        yield _row(
+            str(each.rank),
+            f"{each.parameters / 1e9:.3g} B",
+            *map(_short, sizes),
+            str(each.in_flight),
+            *map(_short, (each.activations, each.held)),
         )
     kinds = [kind for kind in KINDS if any(each.sent_bytes(kind) for each in found.ranks)]
-    yield "sent by a rank in a step, GiB"
-    yield f"  {'pipeline rank':<14s}" + "".join(f"{kind:>11s}" for kind in (*kinds, "together"))
+    yield "sent by a rank in a step"
+    yield _row("pipeline rank", *kinds, "together")
     for each in found.ranks:
-        sizes = [*(each.sent_bytes(kind) for kind in kinds), each.sent_bytes()]
-        yield f"  {each.rank:<14d}" + "".join(f"{_gib(size):>11s}" for size in sizes)
+        yield _row(str(each.rank), *(_short(each.sent_bytes(kind)) for kind in kinds), _short(each.sent_bytes()))
 
 
-def _gib(count: int) -> str:
-    return f"{count / (1 << 30):.3g}" if count else "-"
+def _row(first: str, *cells: str) -> str:
+    return f"  {first:<14s}" + "".join(f"{each:>11s}" for each in cells)
+
+
+def _short(count: int) -> str:
+    """In three digits and a unit."""
+    value, unit = float(count), "B"
+    for each in ("K", "M", "G", "T"):
+        if value < 999.5:
+            break
+        value, unit = value / 1024, f"{each}iB"
+    return f"{value:.3g} {unit}" if count else "-"
 
 
 def found_as_json(model: str, found: JobPlan) -> dict[str, Any]:
