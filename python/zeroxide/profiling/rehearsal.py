@@ -170,7 +170,8 @@ def _form(tensor: torch.Tensor) -> TensorForm:
 
 
 def rehearse(module: nn.Module, loss: Callable[[], torch.Tensor], stowed_from: int | None = None) -> Rehearsal:
-    """Rehearses `loss`, a forward of `module` to a scalar, and its backward.
+    """Rehearses `loss`, a forward of `module` to a scalar, and its backward; or to another tensor, whose gradient comes
+    from somewhere else and counts.
 
     module: on the meta device; it is made of outlines afterwards, and of no other use. stowed_from: bytes from which
     activations are elsewhere between forward and backward; None leaves them. Raises what its code does.
@@ -186,7 +187,7 @@ def rehearse(module: nn.Module, loss: Callable[[], torch.Tensor], stowed_from: i
             result = loss()
         forward, kept = recorder.into, recorder.live
         recorder.into, recorder.in_backward = Pass(), True
-        result.backward()  # type: ignore[no-untyped-call]
+        result.backward(None if result.numel() == 1 else torch.ones_like(result))  # type: ignore[no-untyped-call]
     return Rehearsal(forward, recorder.into, kept, recorder.peak, stowing.nbytes)
 
 
