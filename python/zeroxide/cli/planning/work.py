@@ -155,6 +155,9 @@ class Workbench:
         """An option that lacks host memory alone, with its activations on disk; None where that does not help."""
         if set(each.over) != {"host"} or request.disk is None or request.device is not None:
             return None
+        if each.process - each.activations - each.activations // FRAGMENTS > (request.host_memory or 0):
+            # It would not fit without any activation.
+            return None
         option = replace(each.option, stowed=True)
         found = self.rehearsal(request, dtype, checkpointing=option.checkpointing, stowed=True)
         work = Work(found.peak, seconds, (found.forward.flops, found.backward.flops), found.stowed)
