@@ -15,10 +15,7 @@ use crate::report;
 use crate::settings::{PySettings, PyUnitSpec};
 use crate::spec::TensorSpec;
 use crate::window::PyWindow;
-use crate::words::{GRADIENT, state_name, unknown};
-
-/// First element, elements, group, updates made before, random bits.
-type RunRow = (u64, u64, usize, u64, u64);
+use crate::words::{GRADIENT, RunRow, state_name, unknown};
 
 /// Units of parameters, their tiers, and the optimizer over them.
 #[pyclass(frozen, module = "zeroxide._core", name = "Offload")]

@@ -7,6 +7,9 @@ use zeroxide_offload::Transport;
 
 use crate::errors::to_python;
 
+/// Of what an update takes of a unit on a device: first element, elements, group, updates made before, random bits.
+pub(crate) type RunRow = (u64, u64, usize, u64, u64);
+
 pub(crate) fn parse_dtype(name: &str) -> PyResult<Dtype> {
     Dtype::parse(name).map_err(|error| wrong(&error))
 }

@@ -223,8 +223,7 @@ def make_plan(
     buffers of activations. `asked` is what that device is to have. Raises ModelError for a model that cannot train,
     BudgetError when `config.zeroxide.host_memory` or `config.zeroxide.device_memory` cannot hold what is to be there.
     """
-    compute = torch_dtype(config.precision.dtype)
-    ranks = ranks or Ranks()
+    compute, ranks = torch_dtype(config.precision.dtype), ranks or Ranks()
     units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
     blocks = _blocks_down(config, ranks, units)
     resident += pinned_bytes(device, blocks) + config.activations.memory
