@@ -33,7 +33,7 @@ pub use placement::{
 };
 pub use plan::{FRAGMENTS, GRADIENTS_IN_MEMORY, Passed, Plan, PlanRequest, UnitRequest};
 pub use quantisation::{BLOCK, Quantisation, gradient_message, weight_message};
-pub use schedule::{Collective, CollectiveKind, Phase, Schedule};
+pub use schedule::{Collective, CollectiveKind, Pass, Phase, Schedule};
 pub use spill::{GradientRooms, SPILL_SLOTS};
 pub use transit::{SLOTS, Transit};
 pub use unit::{LocalShard, PlacedUnit, StateBytes, UnitShape};

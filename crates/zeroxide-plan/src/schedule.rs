@@ -5,6 +5,7 @@
 //! the one used longest ago goes first. The part of the hooks is played here: forward gathers the units in order, backward
 //! in reverse, and each trainable unit is reduced once.
 
+mod collective;
 mod frames;
 mod order;
 
@@ -19,79 +20,36 @@ use crate::unit::PlacedUnit;
 use frames::Frames;
 use order::GatherOrder;
 
+pub use collective::{Collective, CollectiveKind, Phase};
+
 /// Steps after which the order is known, and what is in memory is what every step leaves.
 const STEPS_UNTIL_STEADY: usize = 2;
 
-/// The part of a step in which a collective begins.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// Forward.
-    Forward,
-    /// Backward.
-    Backward,
-    /// The optimizer step.
-    Step,
+/// A forward or a backward of one micro-batch. Each backward reduces all units, also those that it does not use.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    /// Whether it goes back.
+    pub backward: bool,
+    /// The units that it uses, in any order; none stands for all.
+    pub units: Vec<usize>,
 }
 
-impl Phase {
-    /// The name used in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Forward => "forward",
-            Self::Backward => "backward",
-            Self::Step => "step",
-        }
+impl Pass {
+    fn uses(&self, turn: &[usize]) -> bool {
+        self.units.is_empty() || turn.iter().any(|index| self.units.contains(index))
     }
 }
 
-/// What is exchanged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum CollectiveKind {
-    /// Every rank gets the whole weights of a unit.
-    AllGather,
-    /// Groups of ranks get the codes of one another's weights of a unit.
-    AllGatherAcross,
-    /// Every rank gets all ranks' gradients of a unit.
-    AllGatherGradients,
-    /// Every rank gets all ranks' gradients of what it sums of a unit.
-    AllToAll,
-    /// Every rank gets, from those with its place in other groups, what their groups have summed of what it sums.
-    AllToAllAcross,
-    /// Every rank gets from the other replicas of its shard what they have summed.
-    AllGatherSums,
+/// Forward and backward of one micro-batch through all units.
+fn one_micro_batch() -> [Pass; 2] {
+    [false, true].map(|backward| Pass {
+        backward,
+        units: Vec::new(),
+    })
 }
 
-impl CollectiveKind {
-    /// The name used in reports.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::AllGather => "all-gather",
-            Self::AllGatherAcross => "all-gather across groups",
-            Self::AllGatherGradients => "all-gather of gradients",
-            Self::AllToAll => "all-to-all",
-            Self::AllToAllAcross => "all-to-all across groups",
-            Self::AllGatherSums => "all-gather of sums",
-        }
-    }
-}
-
-/// One collective of one rank.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Collective {
-    /// When it begins.
-    pub phase: Phase,
-    /// What it does.
-    pub kind: CollectiveKind,
-    /// Index of the unit.
-    pub unit: usize,
-    /// Bytes that leave the rank for others.
-    pub sent: u64,
-    /// Those of them that leave its group: its shard group, or where integers travel in two hops the ranks near it.
-    pub across: u64,
-}
-
-/// What a step of one micro-batch exchanges, when every module of the model runs once in forward. Activation
-/// checkpointing changes nothing here.
+/// What a step exchanges, when every module of the model runs once in a forward. Activation checkpointing changes nothing
+/// here.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Schedule {
     /// The collectives, in the order in which a rank begins them. Between ranks of one host that share memory there are none
@@ -109,21 +67,26 @@ pub struct Schedule {
 }
 
 impl Schedule {
-    /// Plays the third step of training.
+    /// Plays the third step of training, of one micro-batch.
     pub fn new(plan: &Plan) -> Self {
+        Self::of(plan, &one_micro_batch())
+    }
+
+    /// Plays the third step of training, in which the rank goes through `passes` in their order.
+    pub fn of(plan: &Plan, passes: &[Pass]) -> Self {
         let mut rank = Rank::new(plan);
         // What the steps before leave in memory, and their order, are part of the answer.
-        for _ in 0..STEPS_UNTIL_STEADY {
-            rank.step();
+        for _ in 0..=STEPS_UNTIL_STEADY {
+            rank.step(passes);
         }
-        rank.step();
+        let backwards = passes.iter().filter(|pass| pass.backward).count() as u64;
         let placement = &plan.placement;
         let alone = placement.mesh.world() == 1;
         let outgoing = |unit: &PlacedUnit| match placement.transport {
             Transport::Shared if !alone => unit.outgoing_bytes(placement.dtypes.comm),
             _ => 0,
         };
-        let shared_bytes = placement.units.iter().map(outgoing).sum::<u64>();
+        let shared_bytes = backwards * placement.units.iter().map(outgoing).sum::<u64>();
         let (state_read, written_bytes) = placement.update_traffic();
         let mesh = placement.mesh;
         // Each other rank reads what it keeps.
@@ -203,15 +166,18 @@ impl<'a> Rank<'a> {
         }
     }
 
-    fn step(&mut self) {
+    fn step(&mut self, passes: &[Pass]) {
         self.begun.clear();
         self.coded.fill(false);
         self.frames.start_step();
         let moves = self.plan.weights != WeightHome::Host;
-        if moves {
-            self.forward();
+        for pass in passes {
+            if pass.backward {
+                self.backward(pass, moves);
+            } else if moves {
+                self.forward(pass);
+            }
         }
-        self.backward(moves);
         self.frames.end_step();
         let placement = &self.plan.placement;
         let collective = placement.transport == Transport::Collective;
@@ -225,14 +191,14 @@ impl<'a> Rank<'a> {
         }
     }
 
-    fn forward(&mut self) {
+    fn forward(&mut self, pass: &Pass) {
         self.phase = Phase::Forward;
         self.drop_ahead(|_| true);
         self.order.start();
         for index in self.held.clone() {
             self.gather(index);
         }
-        for turn in &self.plan.turns {
+        for turn in self.plan.turns.iter().filter(|turn| pass.uses(turn)) {
             for index in turn {
                 self.gather(*index);
             }
@@ -242,14 +208,14 @@ impl<'a> Rank<'a> {
         }
     }
 
-    fn backward(&mut self, moves: bool) {
+    fn backward(&mut self, pass: &Pass, moves: bool) {
         self.phase = Phase::Backward;
         for index in if moves { self.held.clone() } else { Vec::new() } {
             self.gather(index);
         }
         let plan = self.plan;
         let mut last: &[usize] = &[];
-        for turn in plan.turns.iter().rev() {
+        for turn in plan.turns.iter().rev().filter(|turn| pass.uses(turn)) {
             if moves {
                 for index in last {
                     self.release(*index);
@@ -271,6 +237,14 @@ impl<'a> Rank<'a> {
         for index in self.held.clone().into_iter().rev() {
             if self.is_trainable(index) {
                 self.reduce(index);
+            }
+        }
+        // Ranks reduce what others may have a gradient of.
+        for turn in plan.turns.iter().rev().filter(|turn| !pass.uses(turn)) {
+            for index in turn {
+                if self.is_trainable(*index) {
+                    self.reduce(*index);
+                }
             }
         }
         while !self.later.is_empty() {

@@ -4,8 +4,8 @@
 use proptest::prelude::*;
 use zeroxide_layout::{Dtype, ParamShape};
 use zeroxide_plan::{
-    Collective, CollectiveKind, Dtypes, Mesh, Phase, Plan, PlanRequest, Quantisation, Schedule,
-    StateBytes, Transport, UnitRequest,
+    Collective, CollectiveKind, Dtypes, Mesh, Pass, Phase, Plan, PlanRequest, Quantisation,
+    Schedule, StateBytes, Transport, UnitRequest,
 };
 
 /// One root unit held through backward and `blocks` others of `numel` elements, one turn each.
@@ -294,4 +294,59 @@ fn groups_keep_weights_to_themselves_and_exchange_gradients_and_sums() {
 fn one_rank_exchanges_nothing() {
     let plan = plan(1, 3, Transport::Collective, &[5000], 1);
     assert_eq!(Schedule::new(&plan), Schedule::default());
+}
+
+fn pass(backward: bool, units: &[usize]) -> Pass {
+    Pass {
+        backward,
+        units: units.to_vec(),
+    }
+}
+
+#[test]
+fn a_pass_gathers_its_own_units_and_every_backward_reduces_all() {
+    let plan = plan(4, 3, Transport::Collective, &[500, 500, 500, 500], 0);
+    let (first, second) = ([1, 2], [3, 4]);
+    let passes = [
+        pass(false, &first),
+        pass(false, &second),
+        pass(true, &second),
+        pass(true, &first),
+    ];
+    let found = Schedule::of(&plan, &passes).collectives;
+    // Every unit is brought once: between the two passes that use it, it stays.
+    let mut gathered = units_of(&found, CollectiveKind::AllGather, Phase::Forward);
+    gathered.extend(units_of(&found, CollectiveKind::AllGather, Phase::Backward));
+    gathered.sort_unstable();
+    gathered.dedup();
+    assert_eq!(gathered, [0, 1, 2, 3, 4]);
+    let reduced = units_of(&found, CollectiveKind::AllToAll, Phase::Backward);
+    assert_eq!(reduced.len(), 2 * 5);
+    let forward = units_of(&found, CollectiveKind::AllGather, Phase::Forward);
+    assert_eq!(forward, [0, 1, 2, 3, 4]);
+    // Only the first stage: nothing of the other is brought.
+    let alone = Schedule::of(&plan, &[pass(false, &first), pass(true, &first)]).collectives;
+    assert!(
+        alone
+            .iter()
+            .all(|each| each.kind != CollectiveKind::AllGather || each.unit < 3)
+    );
+}
+
+#[test]
+fn micro_batches_add_up() {
+    for stage in 0..3 {
+        let plan = plan(3, stage, Transport::Collective, &[700, 900], 1);
+        let one = Schedule::new(&plan);
+        let three = [false, true, false, true, false, true].map(|backward| pass(backward, &[]));
+        let found = Schedule::of(&plan, &three);
+        let at = |schedule: &Schedule, phase| {
+            let rows = schedule.collectives.iter();
+            rows.filter(|each| each.phase == phase)
+                .map(|each| each.sent)
+                .sum::<u64>()
+        };
+        assert_eq!(at(&found, Phase::Backward), 3 * at(&one, Phase::Backward));
+        assert_eq!(at(&found, Phase::Step), at(&one, Phase::Step));
+    }
 }

@@ -5,7 +5,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use zeroxide_layout::{Dtype, ParamShape, StateLayout};
 use zeroxide_plan::{
-    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Passed, Plan, PlanRequest,
+    Buckets, Collective, DeviceRequest, DeviceShare, Dtypes, Mesh, Pass, Passed, Plan, PlanRequest,
     Schedule, StateBytes, UnitRequest,
 };
 
@@ -273,9 +273,11 @@ impl PyPlan {
         self.inner.expected_process(made, passed, loaded)
     }
 
-    /// (read, written) bytes on disk in a step of one micro-batch, when every module of the model runs once in forward.
-    fn disk_traffic(&self) -> (u64, u64) {
-        let found = Schedule::new(&self.inner);
+    /// (read, written) bytes on disk in a step, when every module of the model runs once in a forward. `passes`: see
+    /// `schedule`.
+    #[pyo3(signature = (passes=Vec::new()))]
+    fn disk_traffic(&self, passes: Vec<PassTuple>) -> (u64, u64) {
+        let found = self.schedule(passes);
         (found.read_bytes, found.written_bytes)
     }
 
@@ -300,25 +302,48 @@ impl PyPlan {
         self.inner.placement.residuals()
     }
 
-    /// The collectives of a step of one micro-batch: (phase, kind, unit, bytes that leave the rank, of them those that
-    /// leave its shard group), in the order in which a rank begins them.
-    fn collectives(&self) -> Vec<(&'static str, &'static str, usize, u64, u64)> {
+    /// The collectives of a step: (phase, kind, unit, bytes that leave the rank, of them those that leave its shard group),
+    /// in the order in which a rank begins them. `passes`: see `schedule`.
+    #[pyo3(signature = (passes=Vec::new()))]
+    fn collectives(
+        &self,
+        passes: Vec<PassTuple>,
+    ) -> Vec<(&'static str, &'static str, usize, u64, u64)> {
         let row = |each: Collective| {
             let (phase, kind) = (each.phase.name(), each.kind.name());
             (phase, kind, each.unit, each.sent, each.across)
         };
-        let found = Schedule::new(&self.inner).collectives;
+        let found = self.schedule(passes).collectives;
         found.into_iter().map(row).collect()
     }
 
     /// Bytes that leave this rank in such a step, whatever carries them.
-    fn sent_bytes(&self) -> u64 {
-        Schedule::new(&self.inner).sent_bytes()
+    #[pyo3(signature = (passes=Vec::new()))]
+    fn sent_bytes(&self, passes: Vec<PassTuple>) -> u64 {
+        self.schedule(passes).sent_bytes()
     }
 
     /// Of these the bytes that leave its shard group.
-    fn across_bytes(&self) -> u64 {
-        Schedule::new(&self.inner).across_bytes()
+    #[pyo3(signature = (passes=Vec::new()))]
+    fn across_bytes(&self, passes: Vec<PassTuple>) -> u64 {
+        self.schedule(passes).across_bytes()
+    }
+}
+
+/// (whether it goes back, the units that it uses, none for all)
+type PassTuple = (bool, Vec<usize>);
+
+impl PyPlan {
+    /// A step in which the rank goes through `passes`; without any, forward and backward of one micro-batch.
+    fn schedule(&self, passes: Vec<PassTuple>) -> Schedule {
+        if passes.is_empty() {
+            return Schedule::new(&self.inner);
+        }
+        let passes: Vec<_> = passes
+            .into_iter()
+            .map(|(backward, units)| Pass { backward, units })
+            .collect();
+        Schedule::of(&self.inner, &passes)
     }
 }
 

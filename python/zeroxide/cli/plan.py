@@ -18,13 +18,15 @@ from zeroxide.config.sizes import parse_bytes
 from zeroxide.errors import BudgetError, ConfigError, ModelError, StorageError
 
 if TYPE_CHECKING:
+    from zeroxide.cli.planning.axes import AskedAxes
     from zeroxide.cli.planning.measured import Planned
     from zeroxide.cli.planning.request import OnPaper, Request
     from zeroxide.cli.planning.work import Workbench
 
 __all__ = ["plan"]
 
-_BUDGETS, _DEVICE, _SIZE = "Budgets", "A device on paper", "Size"
+_BUDGETS, _DEVICE, _SIZE, _AXES = "Budgets", "A device on paper", "Size", "Ranks on paper"
+_ON_ONE_HOST = 1024
 
 
 def _size(text: str, panel: str | None = _BUDGETS) -> Any:
@@ -46,7 +48,24 @@ DeviceRate = Annotated[
 LinkRate = Annotated[
     float, typer.Option(min=1e-3, help="GB/s between it and host memory, each way.", rich_help_panel=_DEVICE)
 ]
-RankCount = Annotated[int, typer.Option(min=1, max=1024, help="Processes on this host.", rich_help_panel=_SIZE)]
+RankCount = Annotated[
+    int, typer.Option(min=1, max=1 << 20, help="Processes: on this host, or on paper.", rich_help_panel=_SIZE)
+]
+MeshAxes = Annotated[str | None, _size("Axes, as pp=4,tp=8,dp_replicate=2; what is left is dp_shard.", _AXES)]
+MicroBatches = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Micro-batches of a step. Default: the config's.", show_default=False, rich_help_panel=_AXES
+    ),
+]
+Stage = Annotated[
+    int | None,
+    typer.Option(min=0, max=3, help="ZeRO stage. Default: the config's.", show_default=False, rich_help_panel=_AXES),
+]
+ScheduleName = Annotated[str | None, _size("Schedule of a pipeline, as 1f1b or interleaved_1f1b:2.", _AXES)]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Activations are computed again in backward.", rich_help_panel=_AXES)
+]
 Batch = Annotated[
     int | None,
     typer.Option(
@@ -75,6 +94,11 @@ def plan(
     batch: Batch = None,
     sequence: Sequence = 128,
     config: ConfigFile = None,
+    mesh: MeshAxes = None,
+    micro_batches: MicroBatches = None,
+    stage: Stage = None,
+    schedule: ScheduleName = None,
+    checkpointing: Checkpointing = False,
     renew: Renew = False,
     as_json: Json = False,
 ) -> int:
@@ -82,10 +106,22 @@ def plan(
 
     \b
     zeroxide plan gpt2-xl --host-memory 4GiB --disk /mnt/fast
-    Exits with 2 where none fits, and says what is nearest.
+    zeroxide plan llama-70b --ranks 1024 --mesh pp=4,tp=8 --micro-batches 32 --sequence 4096
+    Exits with 2 where none fits, and says what is nearest. With --mesh, or a config with axes, it shows what each of
+    any number of ranks would have and send.
     """
+    from zeroxide.cli.planning.axes import AskedAxes, has_axes
     from zeroxide.config.source import read
 
+    asked = AskedAxes(mesh, micro_batches, stage, schedule, checkpointing, batch)
+    given = dict(read(config).data)
+    if has_axes(asked, given):
+        measured = {
+            "--host-memory": host_memory, "--disk": disk, "--disk-bytes": disk_bytes, "--drive-tbw": drive_tbw,
+            "--device-memory": device_memory,
+        }  # fmt: skip
+        return _on_paper(model, asked, given, ranks, sequence, measured, as_json=as_json)
+    _check_one_host(asked, ranks)
     device = _device(device_memory, device_rate, link_rate)
     sizes = {
         "host_memory": _bytes("--host-memory", host_memory),
@@ -96,7 +132,6 @@ def plan(
     if folder is None and (disk_bytes is not None or drive_tbw is not None):
         word = "--disk-bytes" if disk_bytes is not None else "--drive-tbw"
         raise ConfigError(f"{word} is for --disk: without a directory nothing is written", path=word)
-    given = dict(read(config).data)
     from zeroxide.cli.planning.measure import Measuring
     from zeroxide.cli.planning.request import Request
     from zeroxide.cli.planning.work import Workbench, base_config, formats_of, threads_of
@@ -114,6 +149,44 @@ def plan(
     speed = None if folder is None else measuring.disk(folder, formats[-1])
     bench = Workbench(choice, formats, machine, speed, threads, functools.partial(measuring.operations, machine))
     return _answer(request, bench, measuring.taken, measuring.keep_plans, as_json=as_json)
+
+
+def _on_paper(
+    model: str,
+    asked: AskedAxes,
+    given: dict[str, Any],
+    ranks: int,
+    sequence: int,
+    measured: Mapping[str, str | None],
+    *,
+    as_json: bool,
+) -> int:
+    """A job of any number of ranks."""
+    from zeroxide.cli.planning.axes import as_lines, found_as_json, plan_axes
+
+    for word, value in measured.items():
+        if value is not None:
+            raise ConfigError(f"{word} is for ranks on this host: leave it out where axes are on paper", path=word)
+    found = plan_axes(_choice(model, sequence), asked, given, ranks, sequence)
+    if as_json:
+        print(json.dumps(found_as_json(model, found), indent=1))
+    else:
+        print(*as_lines(model, found), sep="\n")
+    return 0
+
+
+def _check_one_host(asked: AskedAxes, ranks: int) -> None:
+    """Raises ConfigError for what only ranks on paper have."""
+    for word, value in asked.words().items():
+        if value:
+            raise ConfigError(f"{word} is for ranks on paper: give --mesh, such as dp_shard={ranks}", path=word)
+    if ranks > _ON_ONE_HOST:
+        raise ConfigError(
+            f"--ranks {ranks} on this host: at most {_ON_ONE_HOST}; on paper give --mesh, such as dp_shard={ranks}",
+            path="--ranks",
+            expected=f"at most {_ON_ONE_HOST}",
+            got=str(ranks),
+        )
 
 
 def _answer(

@@ -142,7 +142,7 @@ def gather_reference(rows: torch.Tensor, sources: torch.Tensor, scales: torch.Te
 
 def combine_reference(rows: torch.Tensor, positions: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """What torch makes of the same."""
-    sums = torch.zeros(positions.shape[0], rows.shape[1], device=rows.device)
+    sums = rows.new_zeros(positions.shape[0], rows.shape[1], dtype=torch.float32)
     for way in range(positions.shape[1]):
         at = positions[:, way]
         if rows.shape[0]:

@@ -81,11 +81,13 @@ class _Combine(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         rows, weights, sources, positions = ctx.saved_tensors
         flat = positions.reshape(-1)
-        kept = flat >= 0
-        scales = torch.empty(rows.shape[0], dtype=torch.float32, device=rows.device)
-        scales[flat[kept]] = weights.reshape(-1)[kept]
+        # By their numbers, since a choice among values asks for them, and a rehearsal has none.
+        kept = (flat >= 0).nonzero().squeeze(1)
+        places = flat.index_select(0, kept)
+        scales = weights.new_empty(rows.shape[0])
+        scales.index_copy_(0, places, weights.reshape(-1).index_select(0, kept))
         wide = _gather(gradient, sources)
         dots = (wide.float() * rows.float()).sum(1)
         of_weights = torch.zeros_like(weights).view(-1)
-        of_weights[kept] = dots[flat[kept]]
+        of_weights.index_copy_(0, kept, dots.index_select(0, places))
         return _gather(gradient, sources, scales), of_weights.view_as(weights), None, None

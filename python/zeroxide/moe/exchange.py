@@ -81,18 +81,22 @@ class ExpertExchange:
         self, arriving: torch.Tensor, leaving: torch.Tensor, given: list[int], to: list[int], what: str
     ) -> None:
         """`to[r]` rows of `leaving` go to the rank at position r, and `given[r]` rows of `arriving` come from it."""
-        import torch.distributed as dist
-
         self._number += 1
         width = leaving.nbytes // leaving.shape[0] if leaving.shape[0] else 0
         sent = width * (leaving.shape[0] - to[self.position])
         self.sent_bytes += sent
         logged = COMMS.begin("all_to_all", sent, self.size, what=what, unit=self.name) if COMMS.enabled else None
         with self._waiting(f"all-to-all {what}", self.name, self._number):
-            # As bytes: a group has no word for most dtypes.
-            sizes = _scaled(given, arriving), _scaled(to, leaving)
-            dist.all_to_all_single(_bytes(arriving), _bytes(leaving), *sizes, group=self.ranks.group)
+            self.carry(arriving, leaving, given, to)
         COMMS.end(logged)
+
+    def carry(self, arriving: torch.Tensor, leaving: torch.Tensor, given: list[int], to: list[int]) -> None:
+        """See `exchange`, which counts what this carries."""
+        import torch.distributed as dist
+
+        # As bytes: a group has no word for most dtypes.
+        sizes = _scaled(given, arriving), _scaled(to, leaving)
+        dist.all_to_all_single(_bytes(arriving), _bytes(leaving), *sizes, group=self.ranks.group)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

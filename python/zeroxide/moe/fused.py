@@ -82,7 +82,7 @@ class _GatedExperts(torch.autograd.Function):
         ways = weights.shape[1]
         sources, scales = order // ways, weights.reshape(-1)[order]
         projected = tokens.new_empty(order.numel(), gate_up.shape[1])
-        total = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
+        total = tokens.new_zeros(tokens.shape, dtype=torch.float32)
         with torch._C.DisableTorchFunctionSubclass():
             for expert, start, end in _parts(counts):
                 rows = sources[start:end]
@@ -104,8 +104,8 @@ class _GatedExperts(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         tokens, scales, gate_up, down, order, projected = ctx.saved_tensors
         sources = order // ctx.ways
-        of_tokens = torch.zeros(tokens.shape, dtype=torch.float32, device=tokens.device)
-        of_weights = torch.zeros(tokens.shape[0] * ctx.ways, dtype=torch.float32, device=tokens.device)
+        of_tokens = tokens.new_zeros(tokens.shape, dtype=torch.float32)
+        of_weights = tokens.new_zeros(tokens.shape[0] * ctx.ways, dtype=torch.float32)
         with torch._C.DisableTorchFunctionSubclass():
             of_gate_up = torch.empty_like(gate_up) if ctx.needs_input_grad[2] else None
             of_down = torch.empty_like(down) if ctx.needs_input_grad[3] else None

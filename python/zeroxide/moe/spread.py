@@ -7,7 +7,7 @@ only the ranks with the same experts train.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from zeroxide.moe.layer import MoE
 from zeroxide.params.handle import handle_of
 from zeroxide.params.part import Region, mark_part
 
-__all__ = ["SpreadExperts", "expert_parallel_size", "spread_experts", "with_experts"]
+__all__ = ["SpreadExperts", "expert_parallel_size", "spread_experts", "spread_on_paper", "with_experts"]
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,38 @@ def _experts_in(
         yield from module.named_parameters(name)
 
 
+def spread_on_paper(
+    module: nn.Module, config: Config, ep: int, exchange: Callable[[str], ExpertExchange]
+) -> tuple[list[nn.Module], frozenset[int]]:
+    """Leaves a model of shapes alone the first of `ep` ranks' fused experts, reached by what `exchange` makes of a
+    layer's name. Returns the modules of all experts, and the ids of parameters that other ranks have others of.
+
+    Raises ModelError and ConfigError as `spread_experts`.
+    """
+    fused = find_fused_experts(module, config)
+    params: set[int] = set()
+    for name, each in fused:
+        _check_shared_alike(name, each, ep)
+        for weight in each.parameters() if ep > 1 else ():
+            _cut(weight, 0, ep)
+            params.add(id(weight))
+            mark_expert(weight, f"ep_size_{ep}")
+        replace_forward(each, exchange(name) if ep > 1 else None)
+    return [each for _, each in fused], frozenset(params)
+
+
 def _check_divides(name: str, experts: nn.Module, ep: int) -> None:
+    param = _check_shared_alike(name, experts, ep)
+    if not has_values(param):
+        raise ModelError(
+            f"{name} is on the meta device, and fused experts are cut from real weights: build the model in host "
+            "memory",
+            name=name,
+        )
+
+
+def _check_shared_alike(name: str, experts: nn.Module, ep: int) -> nn.Parameter:
+    """Its first weight."""
     param = experts._parameters[WEIGHTS[0]]
     assert param is not None, "it was found by it"
     if param.shape[0] % ep:
@@ -188,12 +219,7 @@ def _check_divides(name: str, experts: nn.Module, ep: int) -> None:
             "expert_parallel.autoep_size a divisor of them",
             name=name,
         )
-    if not has_values(param):
-        raise ModelError(
-            f"{name} is on the meta device, and fused experts are cut from real weights: build the model in host "
-            "memory",
-            name=name,
-        )
+    return param
 
 
 def _check_uncut(name: str, param: nn.Parameter) -> None:

@@ -20,6 +20,7 @@ from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.quantisation import QuantisationPlan, plan_quantisation
 from zeroxide.plan.report import describe
+from zeroxide.plan.schedule import ONE_MICRO_BATCH, Passes
 from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
 
@@ -59,6 +60,8 @@ class Plan:
     """Blocks of page-locked memory for copies down from the device."""
     durable: bool = False
     """Whether state survives the process."""
+    in_flight: int = 1
+    """Most micro-batches whose backward is outstanding at once: in a pipeline, as many as its schedule has."""
 
     @property
     def weights(self) -> Home:
@@ -176,9 +179,9 @@ class Plan:
         grown = backward["heap"] - forward["heap"]
         return self.numbers.expected_process(made["peak"], backward["peak"], backward["rss"], max(0, grown), loaded)
 
-    def expected_traffic(self) -> tuple[int, int]:
-        """Bytes read from and written to disk in a step of one micro-batch, once all state has been written once."""
-        return self.numbers.disk_traffic()
+    def expected_traffic(self, passes: Passes = ONE_MICRO_BATCH) -> tuple[int, int]:
+        """Bytes read from and written to disk in a step of `passes`, once all state has been written once."""
+        return self.numbers.disk_traffic([(backward, list(units)) for backward, units in passes])
 
     @property
     def formats(self) -> list[str]:

@@ -66,7 +66,10 @@ def describe(plan: Plan) -> list[str]:
         lines.append(
             f"budget {plan.limit / MIB:.0f} MiB: {plan.resident_before / MIB:.0f} in use before, "
             f"{rest / MIB:.0f} left for activations"
+            + (f" of {plan.in_flight} micro-batches at once" if plan.in_flight > 1 else "")
         )
+    elif plan.in_flight > 1:
+        lines.append(f"activations of up to {plan.in_flight} micro-batches at once")
     return lines
 
 

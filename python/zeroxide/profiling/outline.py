@@ -65,17 +65,20 @@ def _form(tensor: torch.Tensor) -> torch.Tensor:
 def become_outline(module: nn.Module) -> None:
     """Makes every parameter and buffer of `module`, whose parameters are on the meta device, an outline.
 
-    Tied parameters stay tied. Buffers of integers and truth values on the meta device become zeros.
+    Tied parameters stay tied, and what is one stays what it is. Buffers of integers and truth values on the meta device
+    become zeros.
     """
     made: dict[int, nn.Parameter] = {}
     for each in module.modules():
         for name, param in each._parameters.items():
             if param is not None:
-                if id(param) not in made:
+                if isinstance(param, Outline):
+                    made[id(param)] = param
+                elif id(param) not in made:
                     made[id(param)] = nn.Parameter(Outline(param.detach().to(_META)), requires_grad=param.requires_grad)
                 each._parameters[name] = made[id(param)]
         for name, buffer in each._buffers.items():
-            if buffer is None:
+            if buffer is None or isinstance(buffer, Outline):
                 continue
             if buffer.is_floating_point() or buffer.is_complex():
                 each._buffers[name] = Outline(buffer.to(_META))

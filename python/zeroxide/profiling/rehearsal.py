@@ -167,7 +167,8 @@ def _form(tensor: torch.Tensor) -> TensorForm:
 
 
 def rehearse(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Rehearsal:
-    """Rehearses `loss`, a forward of `module` to a scalar, and its backward.
+    """Rehearses `loss`, a forward of `module` to a scalar, and its backward; or to another tensor, whose gradient comes
+    from somewhere else and counts.
 
     module: on the meta device; it is made of outlines afterwards, and of no other use. Raises what its code does.
     """
@@ -180,7 +181,7 @@ def rehearse(module: nn.Module, loss: Callable[[], torch.Tensor]) -> Rehearsal:
         result = loss()
         forward, kept = recorder.into, recorder.live
         recorder.into, recorder.in_backward = Pass(), True
-        result.backward()  # type: ignore[no-untyped-call]
+        result.backward(None if result.numel() == 1 else torch.ones_like(result))  # type: ignore[no-untyped-call]
     return Rehearsal(forward, recorder.into, kept, recorder.peak)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
@@ -20,8 +21,10 @@ from zeroxide.errors import ConfigError, ModelError, PipelineError, RanksError
 from zeroxide.parallel.pipe.halves import Halves
 from zeroxide.parallel.pipe.link import StageLink
 from zeroxide.parallel.pipe.runner import Runner
-from zeroxide.parallel.pipe.schedule import Action, Kind, Schedule, make_schedule
-from zeroxide.parallel.pipe.stages import PipelineStages
+from zeroxide.parallel.pipe.schedule import Action, Kind, Schedule, make_schedule, most_kept, passes_of
+from zeroxide.parallel.pipe.stages import PipelineStages, units_of
+from zeroxide.plan.plan import Plan
+from zeroxide.plan.schedule import Passes
 from zeroxide.zero.current_pass import Uses
 
 __all__ = ["PipelineEngine"]
@@ -182,6 +185,18 @@ class PipelineEngine(Engine):
     def pipeline_schedule(self) -> Schedule:
         """The order in which the stages compute."""
         return self._pipe.schedule(self.micro_batches)
+
+    def plan(self) -> Plan:
+        """What was chosen, with as many micro-batches at once as the schedule keeps on this rank."""
+        order = self._pipe.schedule(self.micro_batches).orders[self._pipe.rank]
+        return dataclasses.replace(super().plan(), in_flight=most_kept(order)[0])
+
+    def pipeline_passes(self) -> Passes:
+        """What this rank goes through in a step: `plan().expected_traffic` counts what that moves to and from the disk,
+        and `zeroxide.plan.schedule.collectives` what it exchanges with the ranks that have the same stages."""
+        pipe = self._pipe
+        plan, order = self.parts.plan, pipe.schedule(self.micro_batches).orders[pipe.rank]
+        return passes_of(order, lambda stage: units_of(pipe.stages, plan, stage))
 
     def pipeline_bytes_sent(self) -> int:
         """Bytes of activations, their gradients and tied weights that this rank has sent to other stages."""

@@ -43,7 +43,7 @@ from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.discover import STAND_IN
 
-__all__ = ["CutModel", "cut_model"]
+__all__ = ["CutModel", "cut_for", "cut_model"]
 
 
 class _StageEnd(Exception):
@@ -68,6 +68,31 @@ def cut_model(
     rank, world = this_rank()
     if num_stages < 1 or world % num_stages:
         raise RanksError(f"num_stages = {num_stages} does not divide the {world} ranks")
+    return cut_for(
+        model,
+        num_stages,
+        rank // (world // num_stages),
+        partition_method=partition_method,
+        loss_fn=loss_fn,
+        schedule=schedule,
+        stages_per_rank=stages_per_rank,
+        example=example,
+    )
+
+
+def cut_for(
+    model: nn.Module,
+    num_stages: int,
+    stage_id: int,
+    *,
+    partition_method: str = "parameters",
+    loss_fn: Callable[..., Any] | None = None,
+    schedule: str = "1f1b",
+    stages_per_rank: int = 1,
+    example: Any = None,
+    row: Row | None = None,
+) -> CutModel:
+    """Cuts `model` in place as rank `stage_id` of a pipeline has it. row: what `find_row` has found of such a model."""
     check_schedule(schedule, stages_per_rank)
     for name, param in model.named_parameters():
         if handle_of(param) is not None:
@@ -76,7 +101,7 @@ def cut_model(
                 "on the meta device if it is large",
                 name=name,
             )
-    row = find_row(model, example)
+    row = row or find_row(model, example)
     parts = num_stages * stages_per_rank
     seconds = None
     if partition_method.lower() == "profile":
@@ -86,7 +111,7 @@ def cut_model(
     parameters[0] += _elements(model, row, BEFORE)
     parameters[-1] += _elements(model, row, AFTER)
     bounds = cut_by(partition_method, [type(block).__name__ for block in blocks], parameters, parts, seconds)
-    made = CutModel(model, row, bounds, num_stages, stages_per_rank, rank // (world // num_stages), schedule, loss_fn)
+    made = CutModel(model, row, bounds, num_stages, stages_per_rank, stage_id, schedule, loss_fn)
     made.partition_method = partition_method
     return made
 
@@ -136,6 +161,14 @@ class CutModel(PipelineStages):
     def needs_batches(self) -> bool:
         """See `PipelineStages`."""
         return True
+
+    def uses(self, stage: int, name: str) -> bool:
+        """See `PipelineStages`."""
+        if name.startswith(f"{self.row.name}."):
+            return int(name[len(self.row.name) + 1 :].partition(".")[0]) in self.blocks_of(stage)
+        runs = self.row.runs.get(name.rpartition(".")[0], frozenset())
+        ends = {BEFORE: stage == 0, AFTER: stage == self.total_stages - 1, AROUND: True}
+        return any(ends[each] for each in runs) or (not runs and stage == 0)
 
     def ties(self) -> dict[str, tuple[int, ...]]:
         """See `PipelineStages`."""

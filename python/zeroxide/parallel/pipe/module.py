@@ -139,6 +139,11 @@ class PipelineModule(PipelineStages, nn.Module):
 
     # Where layers are ------------------------------------------------------------------------------------------------
 
+    def uses(self, stage: int, name: str) -> bool:
+        """See `PipelineStages`; what is tied counts everywhere."""
+        first = name.partition(".")[0]
+        return not first.isdecimal() or int(first) in self.layers_of(stage)
+
     def layers_of(self, stage: int) -> range:
         """The numbers of a stage's layers."""
         return bounds_of(self.parts, stage)

@@ -10,10 +10,10 @@ there and one on the way back ("v", where rank 0 has the first and the last).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 from zeroxide.errors import ConfigError
@@ -25,6 +25,8 @@ __all__ = [
     "Schedule",
     "Timeline",
     "make_schedule",
+    "most_kept",
+    "passes_of",
     "rank_of_stage",
     "simulate",
     "stages_of",
@@ -275,6 +277,42 @@ def _check_complete(schedule: Schedule, ends: Mapping[Action, float], at: Sequen
                 {Kind.FORWARD, Kind.BACKWARD_INPUT, Kind.BACKWARD_WEIGHT},
             ):
                 raise ValueError(f"{schedule.name}: stage {stage} does {found} with micro-batch {micro_batch}")
+
+
+def passes_of(order: Sequence[Action], units_of: Callable[[int], Sequence[int]]) -> list[tuple[bool, Sequence[int]]]:
+    """What `zeroxide.plan.schedule.Passes` has of a rank's order, whose stages use the units of `units_of`.
+
+    Of a backward in halves the second counts, which reduces its gradients.
+    """
+    return [
+        (action.kind is not Kind.FORWARD, units_of(action.stage))
+        for action in order
+        if action.kind is not Kind.BACKWARD_INPUT
+    ]
+
+
+_NOTHING: Mapping[int, int] = MappingProxyType({})
+
+
+def most_kept(
+    order: Sequence[Action], kept: Mapping[int, int] = _NOTHING, peak: Mapping[int, int] = _NOTHING
+) -> tuple[int, int]:
+    """(micro-batches, bytes): the most whose backward is outstanding at once in a rank's order, each counted in every
+    stage of the rank, and the most bytes of activations at any time.
+
+    kept, peak: of each of its stages, the bytes of a micro-batch from its forward to its backward, and the most while
+    one of the two runs, these among them.
+    """
+    outstanding: dict[tuple[int, int], int] = {}
+    count = most = 0
+    for action in order:
+        key = action.stage, action.micro_batch
+        outstanding[key] = kept.get(action.stage, 0)
+        count = max(count, len(outstanding))
+        most = max(most, sum(outstanding.values()) - outstanding[key] + peak.get(action.stage, 0))
+        if action.kind in (Kind.BACKWARD, Kind.BACKWARD_WEIGHT):
+            del outstanding[key]
+    return count, most
 
 
 def _most_waiting(order: Sequence[Action]) -> int:

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PipelineStages"]
+from zeroxide.plan.plan import Plan
+
+__all__ = ["PipelineStages", "units_of"]
 
 
 class PipelineStages:
@@ -60,6 +62,10 @@ class PipelineStages:
         """Where the model is cut: the first layer or block of every stage, and how many there are."""
         raise NotImplementedError
 
+    def uses(self, stage: int, name: str) -> bool:
+        """Whether one of this rank's stages uses its parameter `name`."""
+        raise NotImplementedError
+
     def facts(self) -> dict[str, str | int | float | None]:
         """What all ranks of a pipeline must have alike."""
         return {
@@ -82,3 +88,12 @@ class PipelineStages:
 
     def restore(self) -> None:
         """The engine was not made: the model becomes what it was."""
+
+
+def units_of(stages: PipelineStages, plan: Plan, stage: int) -> list[int]:
+    """The numbers of the units of this rank's `plan` that one of its stages uses; none stands for all."""
+    if len(stages.own_stages) == 1:
+        return []
+    return [
+        index for index, unit in enumerate(plan.units) if any(stages.uses(stage, entry.name) for entry in unit.params)
+    ]

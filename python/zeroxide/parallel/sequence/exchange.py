@@ -119,6 +119,10 @@ class Exchange:
         """Ranks that share sequences."""
         return len(self.lengths)
 
+    def carry(self, incoming: torch.Tensor, outgoing: torch.Tensor, back: list[int], out: list[int]) -> None:
+        """`out[r]` bytes of `outgoing` go to rank r of the group, and `back[r]` of `incoming` come from it."""
+        dist.all_to_all_single(incoming, outgoing, back, out, group=self.group)
+
     @property
     def tokens(self) -> Blocks:
         """(first, end) of each rank's tokens in the whole sequence."""
@@ -212,17 +216,17 @@ def _numel(shape: tuple[int, ...]) -> int:
 
 def _all_to_all(exchange: Exchange, sends: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
     """One message to every rank and one from each, of `counts` elements."""
-    dtype, device, rank = sends[0].dtype, sends[0].device, exchange.rank
+    dtype, rank = sends[0].dtype, exchange.rank
     size = dtype.itemsize
     ours = sends[rank]
     out = [each.numel() * size * (other != rank) for other, each in enumerate(sends)]
     back = [count * size * (other != rank) for other, count in enumerate(counts)]
     # What a rank sends itself stays where it is.
     outgoing = torch.cat([each for other, each in enumerate(sends) if other != rank]).view(torch.uint8)
-    incoming = torch.empty(sum(back), dtype=torch.uint8, device=device)
+    incoming = outgoing.new_empty(sum(back))
     logged = COMMS.begin("all_to_all", incoming.numel(), exchange.world, what="of sequences") if COMMS.enabled else None
     try:
-        dist.all_to_all_single(incoming, outgoing, back, out, group=exchange.group)
+        exchange.carry(incoming, outgoing, back, out)
     except RuntimeError as error:
         raise RanksError(
             f"exchanging heads for tokens among {exchange.world} ranks failed: {first_line(error)}; another rank has "

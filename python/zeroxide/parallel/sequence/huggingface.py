@@ -54,6 +54,8 @@ class _LocalHeads:
 class UlyssesSPAttentionHF:
     """The attention function that transformers calls, around one of its own."""
 
+    exchange_type = Exchange
+
     def __init__(
         self,
         core: Callable[..., Any],
@@ -194,7 +196,7 @@ class UlyssesSPAttentionHF:
         layout = self._layout(query.shape[0], positions, attention_mask, causal)
         if self.ring:
             return _around(layout, self.state, query, key, value, causal, kwargs), None
-        exchange = Exchange(
+        exchange = self.exchange_type(
             self.state.sequence_group,
             self.state.get_sequence_parallel_rank(),
             Heads(query.shape[1], key.shape[1], len(layout.lengths)),

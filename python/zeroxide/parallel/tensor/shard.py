@@ -284,6 +284,9 @@ def keep_logits_apart(module: Any, group: TensorGroup) -> None:
     Raises ModelError for a model that computes no loss by its `loss_function`, or whose head is not cut.
     """
     head = getattr(module, "lm_head", None)
+    if head is not None and getattr(head, "weight", head) is None:
+        # Another stage of a pipeline has it, and the loss.
+        return
     if not isinstance(head, ColumnLinear) or not head.gathers:
         raise ModelError(
             f"tensor_parallel.vocab_parallel_lm_head: {type(module).__name__} has no lm_head that is cut by "
