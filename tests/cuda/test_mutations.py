@@ -227,6 +227,8 @@ def noticed(mutation: Mutation, libraries) -> str | None:
     child = os.fork()
     if child == 0:
         faulthandler.disable()
+        # Whoever runs the tests may have a handler, which a kernel that never ends would not let run.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(SECONDS)
         try:
             found = check(mutation, libraries)
