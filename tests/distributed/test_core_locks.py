@@ -124,6 +124,7 @@ calls = {
     "send": lambda: core.send(0),
     "set_accumulated": lambda: core.set_accumulated(bytes([0])),
     "set_all_shards_valid": lambda: core.set_all_shards_valid(0),
+    "set_lazy": lambda: core.set_lazy(0),
     "set_group": lambda: core.set_group(0, 0, 0),
     "set_updates": lambda: core.set_updates(0, 0, 0),
     "shard": lambda: core.shard(0),

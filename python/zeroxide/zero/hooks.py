@@ -75,14 +75,7 @@ class Hooks:
         elif activations is not None:
             # A read of a weight in host memory is served, whoever saved it.
             self.saved = SavedTensors((), None, activations)
-        self.marked = {
-            unit.index
-            for unit in units
-            if unit.num_trainable
-            and not unit.held_through_backward
-            and len(unit.modules) == 1
-            and is_leaf(unit.modules[0])
-        }
+        self.marked = {unit.index for unit in units if unit.num_trainable and _is_of_leaf(unit)}
         """Units of leaf modules."""
         self.spans = [unit for unit in units if unit.held_through_backward]
         """Units that are held from their first use to the end of backward."""
@@ -470,3 +463,7 @@ class Hooks:
         if self.strays is not None:
             self.strays.close()
         self.reducer.close()
+
+
+def _is_of_leaf(unit: Unit) -> bool:
+    return not unit.held_through_backward and len(unit.modules) == 1 and is_leaf(unit.modules[0])
