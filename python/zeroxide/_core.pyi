@@ -13,6 +13,7 @@ __all__ = [
     "CUDA_DRIVER",
     "DEFAULT_STAGING_BYTES",
     "DEFAULT_TILE_ELEMENTS",
+    "EarlyUpdates",
     "FRAME",
     "NVRTC_OPTIONS",
     "RULES",

@@ -219,11 +219,11 @@ mod tests {
                 prop_assert_eq!(end, *bytes);
             }
             // The last tile of a directory came when no other was less full: without it, it is not the fullest.
-            let full = |bytes: u64, share: u64| bytes as f64 / share as f64;
             for (bytes, share) in placement.bytes().iter().zip(&shares) {
-                let before = full(bytes.saturating_sub(largest_tile), *share);
+                let before = u128::from(bytes.saturating_sub(largest_tile));
                 for (others, of) in placement.bytes().iter().zip(&shares) {
-                    prop_assert!(before <= full(*others, *of) + 1e-6, "directories are unevenly filled");
+                    let fuller = before * u128::from(*of) > u128::from(*others) * u128::from(*share);
+                    prop_assert!(!fuller, "directories are unevenly filled");
                 }
             }
         }
