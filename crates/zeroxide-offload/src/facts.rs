@@ -311,7 +311,7 @@ impl Facts for StorageError {
             InUse { path: path, holder: holder }
             Foreign { path: path }
             DuplicateDirectory { path: path }
-            Shares { given: number, directories: number }
+            Shares { expected: number, got: number }
             JobName { job: text, reason: text }
             Layout { block: text, reason: text }
             File { action: text, path: path, source: system }

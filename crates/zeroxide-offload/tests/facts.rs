@@ -128,7 +128,7 @@ fn storage_errors() {
         StorageError::IoUringRefused { reason: "seccomp".into() },
         StorageError::Depth { depth: 0, max: 1 },
         StorageError::Engine { source: refused() },
-        StorageError::Shares { given: 1, directories: 2 },
+        StorageError::Shares { expected: 2, got: 1 },
     ];
     check(
         &samples,

@@ -65,14 +65,12 @@ pub enum StorageError {
         path: PathBuf,
     },
     /// Shares that are not one positive number for each directory.
-    #[error(
-        "{given} shares for {directories} directories; give each directory one above 0, or none"
-    )]
+    #[error("{got} shares for {expected} directories; give each directory one above 0, or none")]
     Shares {
-        /// How many shares there are.
-        given: usize,
         /// How many directories there are.
-        directories: usize,
+        expected: usize,
+        /// How many shares there are.
+        got: usize,
     },
     /// A job name that cannot be one directory name.
     #[error("job name {job:?} cannot be a directory name: {reason}")]

@@ -131,8 +131,8 @@ pub(super) fn shares_of(given: &[u64], directories: usize) -> Result<Vec<u64>, S
         return Ok(given.to_vec());
     }
     Err(StorageError::Shares {
-        given: given.len(),
-        directories,
+        expected: directories,
+        got: given.len(),
     })
 }
 

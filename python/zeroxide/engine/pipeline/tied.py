@@ -83,8 +83,8 @@ class TiedWeights:
         for tie in self._ties:
             if not tie.param.requires_grad:
                 continue
-            own = safe_get_full_grad(tie.param)
-            total = self._from_first(tie, own, _sum)
+            # Nobody else has the copy: it goes as soon as it is sent, or becomes the sum.
+            total = self._from_first(tie, safe_get_full_grad(tie.param), _sum)
             if total is None:
                 continue
             safe_set_full_grad(tie.param, total)
@@ -99,6 +99,9 @@ class TiedWeights:
         first = tie.ranks[0]
         if self._rank != first:
             self._link.send(TIED, self._stage(tie), self._rank, first, own)
+            del own
+            # The first rank hears everybody before it answers, so that this waits for nobody who waits for it.
+            self._link.drain()
             found: torch.Tensor | None = self._link.receive(TIED, self._stage(tie), first, first)
         else:
             others = [self._link.receive(TIED, self._stage(tie), rank, rank) for rank in tie.ranks[1:]]
@@ -113,8 +116,9 @@ class TiedWeights:
 
 
 def _sum(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """In the first that is there."""
     total: torch.Tensor | None = None
     for each in values:
         if each is not None:
-            total = each.clone() if total is None else total.add_(each)
+            total = each if total is None else total.add_(each)
     return total
