@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from zeroxide import _core
@@ -37,13 +38,20 @@ def measured_shares(directories: Sequence[Path]) -> list[int]:
         return []
     rates = []
     for directory in directories:
+        new = not directory.exists()
         try:
             directory.mkdir(exist_ok=True)
         except OSError as error:
             raise StorageError(
                 f"{directory}: {error.strerror}: what is on disk is to be dealt out over it", path=directory
             ) from error
-        speed = _core.measure_disk(directory, BYTES, SECONDS)
+        try:
+            speed = _core.measure_disk(directory, BYTES, SECONDS)
+        finally:
+            if new:
+                # The store makes it again, and takes away at its end what it has made.
+                with suppress(OSError):
+                    directory.rmdir()
         rates.append(max(1, round(2 / (1 / speed.read + 1 / speed.write) / 1e6)))
     parts = ", ".join(
         f"{directory} {rate} MB/s, {100 * rate / sum(rates):.0f} %"
