@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +20,17 @@ from zeroxide.zero import disks
 class Speed:
     def __init__(self, read, write):
         self.read, self.write = read, write
+
+
+def on_disks(monkeypatch, numbers):
+    """Has directories be on disks of these numbers, by their names."""
+    real = Path.stat
+
+    def moved(self, **more):
+        found = real(self, **more)
+        return os.stat_result((*found[:2], numbers[self.name], *found[3:])) if self.name in numbers else found
+
+    monkeypatch.setattr(Path, "stat", moved)
 
 
 def measured(monkeypatch, speeds):
@@ -55,6 +68,7 @@ def test_disks_get_parts_by_their_measured_speed(tmp_path, monkeypatch, caplog):
     and values that come from another place than they went to."""
     # As much read as written: 300 MB/s, where either alone would say 200 or 600, and 100 MB/s.
     measured(monkeypatch, {"a": Speed(6e8, 2e8), "b": Speed(1e8, 1e8)})
+    on_disks(monkeypatch, {"a": 1, "b": 2})
     (tmp_path / "a").mkdir()
     with caplog.at_level(logging.INFO, "zeroxide"):
         engine, losses = train(config_of(tmp_path / "a", tmp_path / "b"))
@@ -78,10 +92,25 @@ def test_one_disk_is_not_measured(tmp_path, monkeypatch):
     engine.destroy()
 
 
-def test_disks_are_measured_by_what_they_do(tmp_path):
+def test_directories_of_one_disk_get_equal_parts_unmeasured(tmp_path, monkeypatch):
+    """Two measurements of one disk differ by chance, and so would the parts."""
+    monkeypatch.setattr(_core, "measure_disk", None)
+    assert disks.measured_shares([tmp_path / "a", tmp_path / "b", tmp_path]) == [1, 1, 1]
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_directories_of_one_disk_share_what_it_does(tmp_path, monkeypatch):
+    """The disk of two is measured once, by the first of them: its 400 MB/s are 200 for each."""
+    measured(monkeypatch, {"a": Speed(4e8, 4e8), "c": Speed(1e8, 1e8)})
+    on_disks(monkeypatch, {"a": 1, "b": 1, "c": 2})
+    assert disks.measured_shares([tmp_path / name for name in "abc"]) == [200, 200, 100]
+
+
+def test_disks_are_measured_by_what_they_do(tmp_path, monkeypatch):
+    on_disks(monkeypatch, {"a": 1, "b": 2})
     shares = disks.measured_shares([tmp_path / "a", tmp_path / "b"])
     assert len(shares) == 2
-    assert min(shares) > 0
+    assert min(shares) > 1
     assert [*tmp_path.iterdir()] == []
 
 

@@ -57,7 +57,8 @@ class ZeroxideSection(Section):
     staging_bytes: MemorySize | None = None
     """Size of the ring through which all disk traffic goes."""
     disks: list[Directory] | None = None
-    """Directories on further disks: what is on disk is dealt out over them and `nvme_path`, by measured speed."""
+    """Directories on further disks: what is on disk is dealt out over them and `nvme_path`, by measured
+    speed of each disk; directories of one disk get equal parts."""
     state_in_memory: ByteSize | None = None
     """How much optimizer state stays in host memory where its home is a disk, in whole units; without it, none."""
     prefetch: Annotated[WholeNumber, Field(le=1024), expecting("an integer from 0 to 1024")] | None = None
