@@ -147,6 +147,7 @@ def figures(shape: Shape, spec: dict[str, Any], result: dict[str, Any], peak: in
         "vocabulary": shape.vocabulary,
         "tokens": spec["rows"] * spec["columns"] * spec["accumulate"],
         "clip": spec["clip"],
+        "update_in_backward": spec["update_in_backward"],
         "peak_rss_bytes": peak,
         "setup_peak_bytes": result["setup_peak"],
         "cap_bytes": cap,
@@ -177,6 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default %(default)s)")
     parser.add_argument("--clip", type=float, default=1.0, help="largest global norm; 0 for none (default %(default)s)")
+    parser.add_argument("--update-in-backward", action="store_true", help="no gradients on disk; needs --clip 0")
     parser.add_argument("--format", default=None, help="state format (default: zeroxide's)")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
     parser.add_argument("--loss-chunk", type=int, default=0, help="vocabulary columns with logits at a time; 0: all")
@@ -214,6 +216,7 @@ def main() -> None:
             "directory": str(directory),
             "host_memory": budget,
             "clip": options.clip,
+            "update_in_backward": options.update_in_backward,
             "format": options.format,
             "checkpointing": options.checkpointing,
             "loss_chunk": options.loss_chunk,

@@ -4,7 +4,7 @@ One argument: a JSON object
 
     {"hidden": 2048, "feed_forward": 5504, "layers": 6, "vocabulary": 32000, "rows": 1, "columns": 128, "steps": 3,
      "accumulate": 1, "directory": where the blocks go, "host_memory": "4GiB" or null, "clip": 1.0, "format": null,
-     "checkpointing": false, "loss_chunk": 0, "threads": 2}
+     "update_in_backward": false, "checkpointing": false, "loss_chunk": 0, "threads": 2}
 
 Weights, gradients and optimizer state are on disk. Losses are printed with all their digits, so that two settings that
 must not change a bit can be compared. Peak memory is the parent's to measure, from outside.
@@ -52,7 +52,11 @@ def engine_config(spec: dict[str, Any]) -> dict[str, Any]:
         "bf16": {"enabled": True},
         "data_types": {"param_dtype": "bf16"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-        "zeroxide": {"format": spec["format"], "threads": spec["threads"]},
+        "zeroxide": {
+            "format": spec["format"],
+            "threads": spec["threads"],
+            "update_in_backward": spec["update_in_backward"],
+        },
     }
 
 
