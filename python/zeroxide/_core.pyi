@@ -25,6 +25,7 @@ __all__ = [
     "DeviceRequest",
     "DiskSpeed",
     "EarlyUpdates",
+    "FileChecksum",
     "FileQueue",
     "GradientHome",
     "GradientHook",
@@ -575,6 +576,16 @@ class PinnedMemory:
     def nbytes(self) -> int: ...
 
 @final
+class FileChecksum:
+    """CRC-64/NVME of the bytes of uint8 tensors that came so far, one after the other."""
+
+    def __new__(cls) -> FileChecksum: ...
+    def update(self, bytes: TensorSpec) -> None: ...
+    def copy(self, bytes: TensorSpec, into: TensorSpec) -> None:
+        """Copies what comes next and takes it in. Raises ValueError for room of another size or in it."""
+
+    def hexdigest(self) -> str: ...
+
 class FileQueue:
     """Transfers between uint8 tensors and files that run while the caller goes on: block bytes at a time, at most depth
     of them in the kernel, by io_uring ("uring"), a pool of workers ("threads") or what the kernel allows ("auto")."""

@@ -88,7 +88,7 @@ def set_first(body, *keys, value):
 
 
 FORGED = [
-    (("version",), 5, "has version 5, this zeroxide reads up to 4: load it with zeroxide"),
+    (("version",), 6, "has version 6, this zeroxide reads up to 5: load it with zeroxide"),
     (("version",), 0, "is not well-formed at version"),
     (("version",), "1", "is not well-formed at version"),
     (("format",), "other", '"format" is not "zeroxide-checkpoint"'),
@@ -161,6 +161,7 @@ def forge(path, name, data):
 
     def change(body):
         file = next(file for file in body["files"] if file["name"] == name)
+        del file["crc64nvme"]
         file["bytes"], file["blake2b"] = len(data), made.hexdigest()
 
     rewrite(path, change)

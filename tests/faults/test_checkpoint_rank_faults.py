@@ -137,7 +137,7 @@ def test_a_newer_version_is_refused_by_all(pair, tmp_path):
     (path / "manifest.json").write_text(json.dumps(body))
     errors = on_all(pair, lambda engine: engine.load_checkpoint(tmp_path / "out"), errors=True)
     assert [str(error) for error in errors] == [str(errors[0])] * 2
-    assert "has version 99, this zeroxide reads up to 4" in str(errors[0])
+    assert "has version 99, this zeroxide reads up to 5" in str(errors[0])
 
 
 BACKGROUND = """

@@ -156,7 +156,7 @@ def test_the_manifest_tells_all(make, tmp_path):
     path = engine.save_checkpoint(tmp_path / "out", "mine", {"epoch": 1.5})
     assert (tmp_path / "out" / "latest").read_text() == "mine\n"
     manifest = json.loads((path / "manifest.json").read_text())
-    assert manifest["version"] == 2
+    assert manifest["version"] == 5
     assert manifest["zeroxide"] == zeroxide.__version__
     assert manifest["counters"] == {"global_steps": 3, "global_samples": 3, "micro_steps": 3, "skipped_steps": 0}
     assert manifest["client_state"] == {"epoch": 1.5}

@@ -74,7 +74,6 @@ def test_without_optimizer_state_the_scale_starts_anew(make, tmp_path):
 
 
 def test_only_a_scale_that_moves_is_written(make, tmp_path):
-    """So that the files of any other training are those that versions without it write, and read."""
     for number, engine in enumerate((make(), make(dtype="fp32"), fp16(make, scaling={"loss_scale": 8}))):
         path = engine.save_checkpoint(tmp_path / "out", tag=str(number))
         assert "loss_scale" not in json.loads((path / "manifest.json").read_text())

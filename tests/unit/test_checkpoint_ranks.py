@@ -3,6 +3,7 @@
 The ranks are threads with an engine each, which holds everything but saves and loads only its slice of each unit.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -172,19 +173,31 @@ def test_schedules_go_on_at_all_ranks(make, tmp_path):
     assert {str(engine.get_lr()) for engine in loaders} == {str(savers[0].get_lr())}
 
 
-def test_a_checkpoint_of_version_1_loads(make, tmp_path):
+def as_before(path, version):
+    """Writes a manifest as an earlier version did."""
     from zeroxide.checkpoint.format import manifest
 
+    body = json.loads((path / "manifest.json").read_text())
+    del body["digest"]
+    body["version"] = version
+    for file in body["files"]:
+        del file["crc64nvme"]
+        file["blake2b"] = hashlib.blake2b((path / file["name"]).read_bytes(), digest_size=16).hexdigest()
+    for param in body["parameters"] if version < 3 else ():
+        param.update(param.pop("state"))
+    if version == 1:
+        body["generators"] = body["generators"][0]
+    body["digest"] = manifest._digest_of(body)
+    (path / "manifest.json").write_text(json.dumps(body))
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_a_checkpoint_of_an_earlier_version_loads(make, tmp_path, version):
     saver = make()
     train(saver, 0, 2)
     expected = put_together([saver])
     path = saver.save_checkpoint(tmp_path / "out")
-    body = json.loads((path / "manifest.json").read_text())
-    del body["digest"]
-    body["version"] = 1
-    body["generators"] = body["generators"][0]
-    body["digest"] = manifest._digest_of(body)
-    (path / "manifest.json").write_text(json.dumps(body))
+    as_before(path, version)
     loaders = world(make, 2, seed=7)
     on_all(loaders, lambda engine: engine.load_checkpoint(tmp_path / "out"))
     loaded = put_together(loaders)
@@ -193,6 +206,13 @@ def test_a_checkpoint_of_version_1_loads(make, tmp_path):
     alone = make(seed=7)
     alone.load_checkpoint(tmp_path / "out")
     assert alone.global_steps == 2
+    # Its checksums count.
+    file = next(path.glob("weights-*"))
+    damaged = bytearray(file.read_bytes())
+    damaged[-1] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match=r"is damaged: its checksum should be [0-9a-f]{32} and is "):
+        alone.load_checkpoint(tmp_path / "out")
 
 
 # Refusals ----------------------------------------------------------------------------------------------------------

@@ -237,6 +237,7 @@ HOLDERS = {
     "zeroxide-python/src/commits.rs": "reads the last commit into tensors in host memory",
     "zeroxide-python/src/cuda.rs": "is registered host memory as a Python buffer",
     "zeroxide-python/src/dlpack.rs": "asks torch where a tensor in host memory is",
+    "zeroxide-python/src/file_checksum.rs": "takes in and copies tensors in host memory, whose ranges it compares",
     "zeroxide-python/src/file_queue.rs": "moves tensors in host memory from and to files",
     "zeroxide-python/src/gradient_hook.rs": "passes the gradients that autograd leaves to the core",
     "zeroxide-python/src/lib.rs": "exports the classes",

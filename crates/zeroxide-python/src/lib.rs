@@ -9,6 +9,7 @@ mod cuda;
 mod dlpack;
 mod early_updates;
 mod errors;
+mod file_checksum;
 mod file_queue;
 mod gradient_hook;
 mod offload;
@@ -47,6 +48,8 @@ mod _core {
     };
     #[pymodule_export]
     use crate::early_updates::EarlyUpdates;
+    #[pymodule_export]
+    use crate::file_checksum::FileChecksum;
     #[pymodule_export]
     use crate::file_queue::FileQueue;
     #[pymodule_export]

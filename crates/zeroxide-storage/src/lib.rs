@@ -44,6 +44,6 @@ pub use queue::{
     Trigger, open_queue, open_queue_with,
 };
 pub use store::{
-    BlockSpec, BlockStore, CHECKSUM_PIECE, Commit, Durable, Pin, StoreOptions, checksum,
-    join_checksums,
+    BlockSpec, BlockStore, CHECKSUM_PIECE, Commit, Durable, Pin, RunningChecksum, StoreOptions,
+    checksum, join_checksums,
 };

@@ -35,7 +35,7 @@ use crate::error::StorageError;
 use crate::file::DiskFile;
 use crate::queue::{OpKind, Operation, Queue, Reply};
 
-pub use checksums::{CHECKSUM_PIECE, checksum, join_checksums};
+pub use checksums::{CHECKSUM_PIECE, RunningChecksum, checksum, join_checksums};
 pub use commit::{Commit, Durable, Pin};
 pub use placement::BlockSpec;
 

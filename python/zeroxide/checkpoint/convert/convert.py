@@ -169,7 +169,7 @@ def _write_files(found: Portable, directory: Path, include_frozen: bool) -> tupl
                     for values in _range(found, family, cut):
                         writer.write(values)
                 checksum = writer.finish()
-            files.append(SavedFile(name=name, bytes=writer.bytes, blake2b=checksum))
+            files.append(SavedFile(name=name, bytes=writer.bytes, crc64nvme=checksum))
             for cut in cuts:
                 dtype = saved_name(cut.tensor.dtype)
                 pieces.setdefault((family, cut.tensor.name), []).append(

@@ -13,7 +13,7 @@ from math import prod
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from zeroxide.checkpoint.format.stream import SAVED, digest
 from zeroxide.checkpoint.load.foreign import foreign_format
@@ -39,20 +39,18 @@ __all__ = [
 
 MANIFEST = "manifest.json"
 FORMAT = "zeroxide-checkpoint"
-VERSION = 4
-"""4 has pieces of regions, where ranks had parts of a tensor. 3 has a parameter's optimizer state by name. 2 had the
-moments of Adam beside its weights, no dtypes beyond `_SECOND`, and frozen weights of no other dtype than fp32, bf16 and
-fp16. The lowest of these that says all is written. 1 held the random generators of one process; all else reads as 2."""
+VERSION = 5
+"""5 has CRC-64/NVME of its files, where those before have BLAKE2b. 4 has pieces of regions, where ranks had parts of a
+tensor. 3 has a parameter's optimizer state by name, and dtypes and opaque weights that 2 had no word for. 2 had the
+moments of Adam beside its weights. 1 held the random generators of one process; all else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
-_FLOATS = frozenset({"F32", "BF16", "F16"})
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 """The state that versions before 3 could hold, each in a key of its own."""
-_SECOND = _FLOATS | {"BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "F64", "I64", "U64"}
 
 
 def _known_dtype(name: str) -> str:
@@ -138,11 +136,22 @@ class SavedBuffer(_Section):
 
 
 class SavedFile(_Section):
-    """What a file must be: its size in bytes and its BLAKE2b of 16 bytes in hex."""
+    """What a file must be: its size in bytes and its checksum in hex, one of the two.
+
+    A checksum finds what a disk or a copy has damaged; neither keeps out somebody who changes a file and the manifest.
+    """
 
     name: FileName
     bytes: Size
-    blake2b: str
+    crc64nvme: str | None = None
+    blake2b: str | None = None
+    """BLAKE2b of 16 bytes, which versions before 5 have."""
+
+    @model_validator(mode="after")
+    def _has_one(self) -> SavedFile:
+        if (self.crc64nvme is None) == (self.blake2b is None):
+            raise ValueError(f"{self.name} has to have one checksum")
+        return self
 
 
 class Counters(_Section):
@@ -189,7 +198,7 @@ class Manifest(_Section):
     groups: list[Group]
     scheduler: SavedScheduler | None
     loss_scale: SavedLossScale | None = None
-    """Written only where there is one, so that any version reads a checkpoint that has none."""
+    """Written only where there is one."""
     generators: list[dict[str, Any]]
     """Random generators of every rank that saved; none in a checkpoint that was converted."""
     client_state: Any
@@ -198,32 +207,19 @@ class Manifest(_Section):
     files: list[SavedFile]
 
     def text(self) -> str:
-        """The manifest as it is written: in version 2 where that can say it."""
+        """The manifest as it is written: in the newest version."""
         body = self.model_dump()
         if self.loss_scale is None:
             del body["loss_scale"]
         for param in body["parameters"]:
             if not param["opaque"]:
                 del param["opaque"]
-        divided = False
         for piece in _pieces_in(body):
-            divided |= piece["region"] is not None
             if piece["region"] is None:
                 del piece["region"]
-        body["version"] = VERSION if divided else 3
-        if not divided and not self._needs_third():
-            body["version"] = 2
-            for param in body["parameters"]:
-                state = param.pop("state")
-                param.update({name: state.get(name, []) for name in _MOMENTS})
+        for file in body["files"]:
+            del file["blake2b" if file["blake2b"] is None else "crc64nvme"]
         return json.dumps({**body, "digest": _digest_of(body)}, indent=1) + "\n"
-
-    def _needs_third(self) -> bool:
-        frozen = {piece.dtype for param in self.parameters if not param.trainable for piece in param.weights}
-        buffers = {piece.dtype for buffer in self.buffers for piece in buffer.pieces}
-        states = {name for param in self.parameters for name in param.state}
-        plain = frozen <= _FLOATS and buffers <= _SECOND and states <= set(_MOMENTS)
-        return not plain or any(param.opaque for param in self.parameters)
 
     def checksum(self) -> str:
         """The digest of what this says, whichever version it was read from."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import queue
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +16,9 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+
+from zeroxide.checkpoint.format.durable_file import DurableFile, write_all
+from zeroxide.device.placement import of_buffer
 
 __all__ = [
     "DTYPES",
@@ -90,7 +91,7 @@ def stored_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def digest() -> hashlib.blake2b:
-    """A fresh checksum, as manifests hold it: BLAKE2b of 16 bytes."""
+    """A fresh checksum, as manifests hold it of themselves: BLAKE2b of 16 bytes."""
     return hashlib.blake2b(digest_size=DIGEST_BYTES)
 
 
@@ -136,12 +137,6 @@ def _file_shape(entry: Entry) -> list[int]:
     return shape
 
 
-def write_all(descriptor: int, data: memoryview) -> None:
-    """Writes every byte of `data`, however many calls that takes. Raises OSError."""
-    while data.nbytes:
-        data = data[os.write(descriptor, data) :]
-
-
 def read_into(descriptor: int, into: memoryview, start: int) -> int:
     """Fills `into` from byte `start` of a file, however many calls that takes. Raises OSError.
 
@@ -154,43 +149,6 @@ def read_into(descriptor: int, into: memoryview, start: int) -> int:
             break
         done += count
     return done
-
-
-class _Hasher:
-    """A checksum that a thread of its own makes beside the caller.
-
-    An executor would refuse its work once the program is ending, when a save in the background may still be writing.
-    """
-
-    def __init__(self) -> None:
-        self._digest = digest()
-        self._given: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="zeroxide-digest")
-        self._thread.start()
-
-    def _run(self) -> None:
-        while (data := self._given.get()) is not None:
-            self._digest.update(data)
-            del data
-            self._done.put(None)
-
-    def start(self, data: memoryview) -> None:
-        """Begins to take `data` in, which must not change before `wait` returns."""
-        self._given.put(data)
-
-    def wait(self) -> None:
-        """Waits for what was started last."""
-        self._done.get()
-
-    def hexdigest(self) -> str:
-        """Of all that was taken in."""
-        return self._digest.hexdigest()
-
-    def close(self) -> None:
-        """Ends the thread."""
-        self._given.put(None)
-        self._thread.join()
 
 
 class StreamWriter:
@@ -206,13 +164,12 @@ class StreamWriter:
         widths = [entry.dtype.itemsize for entry in entries]
         assert widths == sorted(widths, reverse=True), "wider elements come first"
         self.path = path
-        self.bytes = 0
         self._left = [(entry, entry.bytes) for entry in entries]
         self._left.reverse()
-        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._hasher = _Hasher()
+        start = header(entries, metadata)
+        self._file = DurableFile(path, len(start) + sum(entry.bytes for entry in entries))
         try:
-            self._put(memoryview(header(entries, metadata)))
+            self._file.write(of_buffer(bytearray(start), torch.uint8))
         except BaseException:
             self.close()
             raise
@@ -236,32 +193,22 @@ class StreamWriter:
             self._left.pop()
         assert self._left, "no tensor is left to write"
         entry, left = self._left[-1]
-        data = bytes_of(values)
         assert entry.dtype in (values.dtype, torch.uint8), f"{entry.key} takes {entry.dtype}"
-        assert data.nbytes <= left, f"{entry.key} has {left} bytes left"
-        self._put(data)
-        self._left[-1] = (entry, left - data.nbytes)
+        assert values.nbytes <= left, f"{entry.key} has {left} bytes left"
+        self._file.write(values.detach().view(-1).view(torch.uint8))
+        self._left[-1] = (entry, left - values.nbytes)
 
-    def _put(self, data: memoryview) -> None:
-        # The checksum is made beside the write: both let other threads run, and neither changes the data.
-        self._hasher.start(data)
-        try:
-            write_all(self._descriptor, data)
-        finally:
-            self._hasher.wait()
-        self.bytes += data.nbytes
+    @property
+    def bytes(self) -> int:
+        """Bytes that were written so far."""
+        return self._file.bytes
 
     def finish(self) -> str:
-        """Makes the file durable; returns its checksum in hex. Every tensor must be complete."""
+        """Makes the file durable; returns its checksum, CRC-64/NVME in hex. Every tensor must be complete."""
         missing = [entry.key for entry, left in self._left if left]
         assert not missing, f"{missing[-1]} is not complete"
-        os.fsync(self._descriptor)
-        return self._hasher.hexdigest()
+        return self._file.finish()
 
     def close(self) -> None:
         """Closes the file, complete or not. Idempotent."""
-        if self._descriptor < 0:
-            return
-        descriptor, self._descriptor = self._descriptor, -1
-        self._hasher.close()
-        os.close(descriptor)
+        self._file.close()

@@ -6,7 +6,6 @@ changes; after that every rank reads the ranges that it needs.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +18,10 @@ import torch
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.format.header import read_header
 from zeroxide.checkpoint.format.manifest import Piece, SavedFile, looks_pickled
-from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, digest, read_into, stored_dtype
+from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, read_into, stored_dtype
 from zeroxide.checkpoint.live_state import Staging
 from zeroxide.checkpoint.load.regions import PieceMap
+from zeroxide.checkpoint.load.verify import checksums
 from zeroxide.errors import CheckpointError
 from zeroxide.params.part import Region
 
@@ -87,11 +87,9 @@ class _File:
 
     def verify(self) -> None:
         """Reads all of it. Raises CheckpointError where the checksum is not the one of the manifest."""
-        expected = self._expected.blake2b
         with self._open() as descriptor:
             self._check_same(descriptor)
-            with open(descriptor, "rb", buffering=0, closefd=False) as file:
-                found = hashlib.file_digest(file, digest).hexdigest()
+            expected, found = checksums(descriptor, self._expected)
             if found == expected:
                 return
             if looks_pickled(os.pread(descriptor, 8, 0)):

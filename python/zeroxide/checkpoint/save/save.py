@@ -153,7 +153,7 @@ class Save:
                     del chunk
                 # Tensors without elements have their turn as well.
                 checksum = writer.finish()
-            yield SavedFile(name=name, bytes=writer.bytes, blake2b=checksum)
+            yield SavedFile(name=name, bytes=writer.bytes, crc64nvme=checksum)
 
     def commit(self, reports: Sequence[dict[str, Any]]) -> None:
         """On rank 0, makes what all ranks wrote the checkpoint. Raises CheckpointError."""
