@@ -1,5 +1,7 @@
 """Saving while training goes on: the bits of the moment of the save, bounded memory, and no failure lost."""
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -134,6 +136,44 @@ def test_with_enough_memory_no_step_waits_for_the_writer(background, tmp_path, m
     saver.wait_for_checkpoint()
     assert saver.checkpoint_stats()["memory"] == 0
     assert saver.checkpoint_stats()["saves"] == 1
+
+
+def slow_down(monkeypatch):
+    """Has a save rest for minutes after whatever it does while nobody waits for it."""
+    monkeypatch.setattr("zeroxide.checkpoint.save.pace.SHARE", 1e-9)
+    monkeypatch.setattr("zeroxide.checkpoint.save.pace.LEAST_SECONDS", 0)
+
+
+def test_a_save_rests_until_somebody_waits_for_it(background, make, tmp_path, monkeypatch):
+    """Catches: a writer that takes whole cores from training, one that rests while it is waited for, and capturing that
+    rests although the next update waits for it."""
+    slow_down(monkeypatch)
+    saver = background("none", "split")
+    train(saver, 0, 1)
+    expected = state(saver)
+    saver.save_checkpoint(tmp_path / "out")
+    train(saver, 1, 3)
+    time.sleep(0.3)
+    assert saver.checkpoint_stats()["under_way"]
+    saver.wait_for_checkpoint()
+    loader = make("none", "split", seed=7)
+    loader.load_checkpoint(tmp_path / "out")
+    assert_same(state(loader), expected)
+
+
+def test_a_save_that_nobody_concludes_does_not_keep_the_program(tmp_path):
+    """Nobody waits in the program, whose end does."""
+    program = (
+        "import sys, torch, zeroxide\n"
+        "from zeroxide.checkpoint.save import pace\n"
+        "pace.SHARE, pace.LEAST_SECONDS = 1e-4, 0\n"
+        "model = torch.nn.Sequential(*(torch.nn.Linear(64, 64) for _ in range(4)))\n"
+        "config = {'zeroxide': {'checkpoint_background': True}}\n"
+        "engine, *_ = zeroxide.initialize(model=model, lr=1e-2, config=config)\n"
+        "engine.save_checkpoint(sys.argv[1])\n"
+    )
+    subprocess.run([sys.executable, "-c", program, str(tmp_path / "out")], check=True, timeout=60)
+    assert (tmp_path / "out" / "global_step0" / "manifest.json").exists()
 
 
 def test_the_budget_of_the_process_bounds_the_snapshot(background, tmp_path, monkeypatch):

@@ -98,6 +98,19 @@ def test_a_save_reads_the_commit_while_training_goes_on(run, make, tmp_path, sta
     same(state(other), expected)
 
 
+def test_the_next_commit_ends_the_rest_of_a_save(run, tmp_path, monkeypatch):
+    """Catches: a save that takes whole cores although nobody waits, and a commit that waits for one that rests."""
+    monkeypatch.setattr("zeroxide.checkpoint.save.pace.SHARE", 1e-9)
+    monkeypatch.setattr("zeroxide.checkpoint.save.pace.LEAST_SECONDS", 0)
+    engine = run()
+    train(engine, 0, 2)
+    engine.save_checkpoint(tmp_path / "saved")
+    time.sleep(0.3)
+    assert engine.checkpoint_stats()["under_way"]
+    train(engine, 2, 4)
+    assert engine.wait_for_checkpoint() == tmp_path / "saved" / "global_step2"
+
+
 def test_a_save_between_commits_commits_first(run, tmp_path):
     engine = run(every=100)
     train(engine, 0, 3)

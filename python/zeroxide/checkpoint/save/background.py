@@ -5,7 +5,10 @@ step waits until everything is captured, and nothing else waits. Where the memor
 before the step comes; where it does not, the step waits for the writer to make room.
 
 Where a durable run has committed the state, the commit is read, which stays where it is: no step waits, and the next
-commit waits for all of it to be written.
+commit waits for all of it to be read.
+
+What no step will wait for is done slowly, so that training keeps its cores: capturing where a commit is read, and
+writing once everything is captured. Whoever does wait has it done as fast as it goes.
 
 The ranks do not meet while training goes on, since their collectives would mix with those of the training. Each leaves
 a report in the directory aside when its files are durable, and rank 0 commits when it has found them all. They meet
@@ -31,6 +34,7 @@ import torch
 from zeroxide import _core
 from zeroxide.checkpoint.format.stream import write_all
 from zeroxide.checkpoint.live_state import CHUNK_ELEMENTS, LiveState
+from zeroxide.checkpoint.save.pace import Pace
 from zeroxide.checkpoint.save.save import Save
 from zeroxide.checkpoint.save.snapshot import Slab, Slabs, SlabStaging, SnapshotEnded
 from zeroxide.checkpoint.save.values import values
@@ -71,6 +75,7 @@ class BackgroundSave:
         self._written = threading.Event()
         self._stop = threading.Event()
         self._alone = threading.Event()
+        self._hurry = threading.Event()
         self._write_error: BaseException | None = None
         self._commit_error: BaseException | None = None
         self._chunks: queue.SimpleQueue[tuple[torch.Tensor, Slab | None] | BaseException | None] = queue.SimpleQueue()
@@ -86,9 +91,11 @@ class BackgroundSave:
     def _capture(self) -> None:
         staging = SlabStaging(self.slabs)
         try:
-            live = LiveState(self._training, staging, self._source)
+            live, pace = LiveState(self._training, staging, self._source), Pace(self._hurry)
             for chunk in values(self._save.description, live):
                 self._chunks.put((chunk, staging.last()))
+                if self.reads_commit:
+                    pace.rest()
         except SnapshotEnded:
             pass  # the writer says why
         except BaseException as error:
@@ -107,6 +114,7 @@ class BackgroundSave:
 
     def _values(self) -> Iterator[torch.Tensor]:
         """What is captured, in order; each chunk is valid until the next one is taken."""
+        pace = Pace(self._hurry)
         while True:
             found = self._chunks.get()
             if found is None:
@@ -119,6 +127,14 @@ class BackgroundSave:
             yield chunk
             if slab is not None:
                 self.slabs.give_back(slab)
+            if self.reads_commit or self.captured.is_set():
+                pace.rest()
+
+    def wait_until_captured(self) -> None:
+        """Returns when the state may change."""
+        self._hurry.set()
+        self.captured.wait()
+        self._hurry.clear()
 
     def _run(self) -> None:
         start = time.perf_counter()
@@ -203,6 +219,7 @@ class BackgroundSave:
     def conclude(self, *, meet: bool) -> None:
         """Waits for the end, on all ranks if they `meet`; then all raise what one of them does."""
         team = self._save.team
+        self._hurry.set()
         try:
             if meet and team.world > 1:
                 self._written.wait()

@@ -91,7 +91,7 @@ class Saver:
 
     def _wait_until_captured(self, under_way: BackgroundSave) -> None:
         start = time.perf_counter()
-        under_way.captured.wait()
+        under_way.wait_until_captured()
         self._stats["seconds_stopped"] += time.perf_counter() - start
 
     def conclude(self) -> Path | None:
