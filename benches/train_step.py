@@ -56,6 +56,8 @@ def entries(options: argparse.Namespace) -> list[Entry]:
             found.append(Entry("zeroxide", offload, allocator))
             if offload == "nvme":
                 found.append(Entry("zeroxide", offload, allocator, "drained"))
+                if options.compact:
+                    found.append(Entry("zeroxide", offload, allocator, "compact"))
     return found
 
 
@@ -76,6 +78,16 @@ def run(entry: Entry, model: str, options: argparse.Namespace) -> dict[str, Any]
     }
     if entry.engine == "zeroxide" and entry.offload == "nvme":
         spec["host_memory"] = options.host_memory
+        if entry.settings == "compact":
+            spec["offload"] = None
+            spec["config"] = {
+                "zero_optimization": {
+                    "stage": 3,
+                    "offload_param": {"device": "cpu"},
+                    "offload_optimizer": {"device": "nvme", "nvme_path": str(directory)},
+                },
+                "zeroxide": {"format": "compact", "gradients": "host"},
+            }
     side = bench.zeroxide_among_peers() if entry.engine == "zeroxide" else bench.peers_side()
     try:
         return bench.run_worker(
@@ -160,6 +172,9 @@ def main() -> None:
         action="append",
         choices=("lean", "disk", "defaults"),
         help="DeepSpeed's settings: least memory (default), parameters really on disk, its defaults",
+    )
+    parser.add_argument(
+        "--compact", action="store_true", help="also with nvme: bf16 weights in memory, 3 bytes of state on disk"
     )
     parser.add_argument("--steps", type=int, default=6, help="steps a run; the first two are not measured")
     parser.add_argument("--batch", type=int, default=1, help="rows of the batch")

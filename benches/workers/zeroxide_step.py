@@ -2,8 +2,10 @@
 
 One argument: a JSON object
 
-    {"model": "124m", "rows": 1, "columns": 128, "steps": 6, "offload": "nvme" | "cpu" | "none",
+    {"model": "124m", "rows": 1, "columns": 128, "steps": 6, "offload": "nvme" | "cpu" | "none" | null,
      "directory": where the blocks go, "host_memory": "1GiB" or null, "threads": 2}
+
+Without "offload", "config" says where everything is at home.
 
 The model is built on the meta device and its weights are made a unit at a time, as one does who minds memory.
 With state on disk a step goes on under the next forward. "settings": "drained" waits for its end within the step, so
