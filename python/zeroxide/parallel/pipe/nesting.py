@@ -25,8 +25,8 @@ def flatten(value: Any, what: str) -> tuple[Any, list[torch.Tensor]]:
 def _walk(value: Any, what: str, tensors: list[torch.Tensor]) -> Any:
     """The structure of `value`, whose tensors go into the list.
 
-    A function of the module: one inside of `flatten` would be in a cycle with the list, which would keep activations and
-    gradients in memory until the collector comes by.
+    A function of the module: one inside of `flatten` would be in a cycle with the list, which would keep activations
+    and gradients in memory until the collector comes by.
     """
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided:
