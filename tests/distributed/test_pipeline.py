@@ -81,6 +81,7 @@ MODES: list[Case] = [
     {**BASE, "name": "mode 3", "kind": "gpt2", "stage": 2, "optimizer": "cpu"},
     {**BASE, "name": "mode 4", "kind": "gpt2", "stage": 3, "param": "cpu", "optimizer": "nvme"},
     {**BASE, "name": "mode 5", "kind": "gpt2", "stage": 3, "param": "nvme", "optimizer": "nvme"},
+    {**BASE, "name": "tied parts", "kind": "gpt2", "stage": 3, "param": "nvme", "optimizer": "nvme", "tied_part": 500},
 ]
 """In one composition; bit for bit the same."""
 
@@ -108,7 +109,8 @@ def test_two_stages_train_as_one_process(tmp_path: Path) -> None:
 
 
 def test_a_stage_has_the_same_bits_in_every_mode(tmp_path: Path) -> None:
-    """Catches: a mode whose gradients, clipping or tied weights go another way."""
+    """Catches: a mode whose gradients, clipping or tied weights go another way, and a tied gradient that is exchanged
+    in parts of which one is left out, is added to another's place, or is not sent back."""
     found = run(2, MODES, tmp_path)
     check_same_bits(MODES, found)
     check_against_plain(MODES[-1], [each[-1] for each in found])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -156,6 +158,20 @@ def test_schedules_that_cannot_be_are_refused_by_name():
 
 
 # --- what travels ----------------------------------------------------------------------------------------------------
+
+
+def test_what_is_flattened_lives_no_longer_than_its_owners():
+    """Catches: a cycle in flatten, which keeps activations and gradients until the collector comes by."""
+    tensor = torch.ones(2)
+    held = weakref.ref(tensor)
+    gc.disable()
+    try:
+        structure, tensors = flatten({"a": (tensor, [1, None])}, "it")
+        assert structure[0] == "dict"
+        del tensor, tensors
+        assert held() is None
+    finally:
+        gc.enable()
 
 
 def test_containers_come_back_as_they_were():

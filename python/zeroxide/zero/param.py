@@ -280,11 +280,13 @@ class ShardedParam:
 
     # Values ---------------------------------------------------------------------------------------------------------
 
-    def read_own(self, part: str) -> torch.Tensor:
-        """This rank's piece; nothing is exchanged. Raises ModelError for a frozen weight that fp32 cannot hold."""
-        start, count = self.own()
+    def read_own(self, part: str, start: int = 0, count: int | None = None) -> torch.Tensor:
+        """This rank's piece, or `count` elements of it from `start`; nothing is exchanged. Raises ModelError for a
+        frozen weight that fp32 cannot hold."""
+        first, most = self.own()
         self._check_fp32()
-        return self._fetch(part, start, torch.empty(count, dtype=torch.float32, device=HOST))
+        found = torch.empty(most - start if count is None else count, dtype=torch.float32, device=HOST)
+        return self._fetch(part, first + start, found)
 
     def read(self, part: str) -> torch.Tensor:
         """All elements, on every rank. Every rank calls it. Raises as `read_own`."""
@@ -350,10 +352,10 @@ class ShardedParam:
             self._write(part, 0, full)
         self.context.barrier(self.name)
 
-    def write_own(self, part: str, values: torch.Tensor) -> None:
-        """Replaces this rank's piece. Every rank calls it."""
+    def write_own(self, part: str, values: torch.Tensor, start: int = 0) -> None:
+        """Replaces this rank's piece, or a part of it from `start`. Every rank calls it."""
         self.context.barrier(self.name)
-        self._write(part, self.own()[0], values)
+        self._write(part, self.own()[0] + start, values)
         self.context.barrier(self.name)
 
     def _write(self, part: str, start: int, values: torch.Tensor) -> None:

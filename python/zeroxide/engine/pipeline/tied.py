@@ -1,8 +1,8 @@
 """Weights that several stages have: one parameter in the model, a copy on each rank that uses it.
 
 All copies begin with the values of the first, get the sum of all their gradients, and are updated alike; so they stay
-equal to the bit. The sum is taken on the first of the ranks, in their order, and sent back. In the norm of a step the
-parameter counts once.
+equal to the bit. The sum is taken on the first of the ranks, in their order, a part of the parameter at a time, and
+sent back. In the norm of a step the parameter counts once.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import nn
 
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
-from zeroxide.parallel.pipe.link import TIED, StageLink
+from zeroxide.parallel.pipe.link import TIED, TIED_PART, StageLink
 from zeroxide.zero.access.safe import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
     safe_set_full_fp32_param,
     safe_set_full_grad,
 )
+from zeroxide.zero.param import sharded_param_of
 from zeroxide.zero.unit import Unit
 
 __all__ = ["TiedWeights"]
@@ -44,6 +45,7 @@ class TiedWeights:
 
     def __init__(self, module: nn.Module, ties: dict[str, tuple[int, ...]], ranks: Ranks, link: StageLink) -> None:
         self._rank = ranks.rank
+        self._world = ranks.world
         self._link = link
         found = dict(module.named_parameters(remove_duplicate=False))
         self._ties: list[_Tie] = []
@@ -83,31 +85,43 @@ class TiedWeights:
         for tie in self._ties:
             if not tie.param.requires_grad:
                 continue
-            # Nobody else has the copy: it goes as soon as it is sent, or becomes the sum.
-            total = self._from_first(tie, safe_get_full_grad(tie.param), _sum)
-            if total is None:
+            sharded = sharded_param_of(tie.param)
+            assert sharded is not None, "it is a parameter of the engine's"
+            if sharded.context.ranks.world > 1 or sharded.context.whole.group is not None:
+                total = self._from_first(tie, safe_get_full_grad(tie.param), _sum)
+                if total is not None:
+                    safe_set_full_grad(tie.param, total)
                 continue
-            safe_set_full_grad(tie.param, total)
+            # Asked before a part of the sum is set.
+            has_own = sharded.has_gradient(False)
+            for part, start in enumerate(range(0, sharded.shape.numel(), TIED_PART)):
+                count = min(TIED_PART, sharded.shape.numel() - start)
+                # Nobody else has the part: it goes as soon as it is sent, or becomes the sum.
+                own = sharded.read_own("grad", start, count) if has_own else None
+                total = self._from_first(tie, own, _sum, part)
+                if total is not None:
+                    sharded.write_own("grad", total, start)
 
     def _from_first(
         self,
         tie: _Tie,
         own: torch.Tensor | None,
         combine: Callable[[Sequence[torch.Tensor | None]], torch.Tensor | None],
+        part: int = 0,
     ) -> torch.Tensor | None:
-        """What the first rank makes of all ranks' tensors, on all of them."""
-        first = tie.ranks[0]
+        """What the first rank makes of all ranks' tensors, on all of them. part: which of the parameter's it is."""
+        first, sender = tie.ranks[0], part * self._world
         if self._rank != first:
-            self._link.send(TIED, self._stage(tie), self._rank, first, own)
+            self._link.send(TIED, self._stage(tie), sender + self._rank, first, own)
             del own
             # The first rank hears everybody before it answers, so that this waits for nobody who waits for it.
             self._link.drain()
-            found: torch.Tensor | None = self._link.receive(TIED, self._stage(tie), first, first)
+            found: torch.Tensor | None = self._link.receive(TIED, self._stage(tie), sender + first, first)
         else:
-            others = [self._link.receive(TIED, self._stage(tie), rank, rank) for rank in tie.ranks[1:]]
+            others = [self._link.receive(TIED, self._stage(tie), sender + rank, rank) for rank in tie.ranks[1:]]
             found = combine([own, *others])
             for rank in tie.ranks[1:]:
-                self._link.send(TIED, self._stage(tie), first, rank, found)
+                self._link.send(TIED, self._stage(tie), sender + first, rank, found)
         self._link.drain()
         return found
 

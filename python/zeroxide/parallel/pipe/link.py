@@ -23,11 +23,14 @@ from zeroxide.parallel.pipe.nesting import flatten, rebuild
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ACTIVATIONS", "GRADIENTS", "TIED", "StageLink"]
+__all__ = ["ACTIVATIONS", "GRADIENTS", "TIED", "TIED_PART", "StageLink"]
 
 ACTIVATIONS = "activations"
 GRADIENTS = "gradients"
 TIED = "tied weights"
+TIED_PART = 4 << 20
+"""Elements of a tied gradient that are exchanged at a time, where an engine is one process: the room that its sum
+takes, however large the vocabulary is."""
 
 _KINDS = (ACTIVATIONS, GRADIENTS, TIED)
 _PARTS = 3
@@ -38,7 +41,8 @@ _MOST_AHEAD = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class _Address:
-    """What a message is: what of which micro-batch, on its way out of which stage."""
+    """What a message is: what of which micro-batch, on its way out of which stage. Of tied weights `stage` is the
+    number of the tie, and `micro_batch` part x ranks + rank."""
 
     kind: str
     stage: int
@@ -46,7 +50,7 @@ class _Address:
 
     def __str__(self) -> str:
         if self.kind == TIED:
-            return f"{self.kind}, number {self.stage}, of rank {self.micro_batch} of the pipeline"
+            return f"{self.kind}, number {self.stage}, message {self.micro_batch} of the pipeline"
         return f"{self.kind} of micro-batch {self.micro_batch} from stage {self.stage}"
 
 
@@ -167,4 +171,5 @@ class StageLink:
         # With a number of its own, which is no count of calls: not all ranks make the same ones.
         what = f"tied weights {address.stage} of rank" if address.kind == TIED else None
         words = what or f"{address.kind} from stage {address.stage} for micro-batch"
-        return self._watch.waiting(words, None, address.micro_batch)
+        number = address.micro_batch % self._ranks.world if what else address.micro_batch
+        return self._watch.waiting(words, None, number)

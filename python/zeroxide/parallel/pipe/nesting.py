@@ -19,25 +19,30 @@ def flatten(value: Any, what: str) -> tuple[Any, list[torch.Tensor]]:
     Raises ModelError, naming `what`, for anything else than tensors, plain values, tuples, lists and dicts by words.
     """
     tensors: list[torch.Tensor] = []
+    return _walk(value, what, tensors), tensors
 
-    def walk(each: Any) -> Any:
-        if isinstance(each, torch.Tensor):
-            if each.layout is not torch.strided:
-                raise ModelError(f"{what} is a tensor of layout {each.layout}: only dense ones travel between stages")
-            tensors.append(each)
-            return ["tensor", len(tensors) - 1]
-        if type(each) in _PLAIN:
-            return ["plain", each]
-        if type(each) in (tuple, list):
-            return [type(each).__name__, [walk(item) for item in each]]
-        if isinstance(each, dict) and all(isinstance(key, str) for key in each):
-            return ["dict", [[key, walk(item)] for key, item in each.items()]]
-        raise ModelError(
-            f"{what} has a {type(each).__name__} in it: between stages travel tensors, numbers, words and None, in "
-            "tuples, lists and dicts by words"
-        )
 
-    return walk(value), tensors
+def _walk(value: Any, what: str, tensors: list[torch.Tensor]) -> Any:
+    """The structure of `value`, whose tensors go into the list.
+
+    A function of the module: one inside of `flatten` would be in a cycle with the list, which would keep activations
+    and gradients in memory until the collector comes by.
+    """
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise ModelError(f"{what} is a tensor of layout {value.layout}: only dense ones travel between stages")
+        tensors.append(value)
+        return ["tensor", len(tensors) - 1]
+    if type(value) in _PLAIN:
+        return ["plain", value]
+    if type(value) in (tuple, list):
+        return [type(value).__name__, [_walk(item, what, tensors) for item in value]]
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return ["dict", [[key, _walk(item, what, tensors)] for key, item in value.items()]]
+    raise ModelError(
+        f"{what} has a {type(value).__name__} in it: between stages travel tensors, numbers, words and None, in "
+        "tuples, lists and dicts by words"
+    )
 
 
 def rebuild(structure: Any, tensors: list[torch.Tensor]) -> Any:

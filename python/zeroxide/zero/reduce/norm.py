@@ -20,6 +20,9 @@ Totals = tuple[float, bool, int]
 Apart = Sequence[tuple[slice, tuple[int, ...]]]
 """Which trainable parameters, by their numbers, only some ranks train; and those ranks."""
 
+PART = 1 << 20
+"""Elements of a gradient that are squared at a time: of an embedding, all at once are 12 bytes for each element."""
+
 _HEAD = struct.Struct("<d?d")
 _COUNT = struct.Struct("<q")
 
@@ -98,9 +101,11 @@ def _squares(core: _core.Offload, params: Set[tuple[int, int]]) -> float:
     for unit in sorted({unit for unit, _ in params}):
         for position, start, count in core.pieces(unit):
             if (unit, position) in params and count:
-                grad = torch.empty(count, dtype=torch.float32, device=HOST)
-                core.read_param(unit, position, "grad", start, spec(grad))
-                found += float(grad.double().square_().sum())
+                for first in range(start, start + count, PART):
+                    part = min(PART, start + count - first)
+                    grad = torch.empty(part, dtype=torch.float32, device=HOST)
+                    core.read_param(unit, position, "grad", first, spec(grad))
+                    found += float(grad.double().square_().sum())
     return found
 
 
