@@ -284,17 +284,17 @@ def test_an_error_while_filling_is_said_and_loading_again_heals(make, tmp_path, 
     engine = make(offload if offload == "none" else f"nvme:{tmp_path / 'scratch'}", seed=7)
     from zeroxide.checkpoint.load import source
 
-    read_into = source.read_into
+    read_scattered = source.read_scattered
     for fail_at in (0, 1, 5, 12):
         left = iter(range(fail_at))
 
         def failing(*args, left=left):
             if next(left, None) is None:
                 raise OSError(errno.EIO, "Input/output error")
-            return read_into(*args)
+            return read_scattered(*args)
 
         with monkeypatch.context() as patched:
-            patched.setattr(source, "read_into", failing)
+            patched.setattr(source, "read_scattered", failing)
             with pytest.raises(CheckpointError, match=r"stopped in the middle .*Input/output error.* a mixture"):
                 engine.load_checkpoint(tmp_path / "out")
         engine.load_checkpoint(tmp_path / "out")
@@ -310,7 +310,7 @@ def test_an_interrupt_while_filling_says_so(make, tmp_path, saved, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(source, "read_into", interrupted)
+        patched.setattr(source, "read_scattered", interrupted)
         with pytest.raises(KeyboardInterrupt) as caught:
             engine.load_checkpoint(tmp_path / "out")
     assert "holds a mixture" in caught.value.__notes__[0]

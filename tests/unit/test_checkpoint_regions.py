@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from itertools import pairwise
 from pathlib import Path
@@ -12,8 +13,11 @@ import torch
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.format.cutting import Cut, Tensor
 from zeroxide.checkpoint.format.manifest import Manifest, Piece, SavedFile, SavedParameter, SavedRegion
-from zeroxide.checkpoint.format.stream import StreamWriter
+from zeroxide.checkpoint.format.stream import StreamWriter, read_scattered
 from zeroxide.checkpoint.live_state import Staging
+from zeroxide.checkpoint.load import source
+from zeroxide.checkpoint.load.open_files import MOST_OPEN, OpenFiles
+from zeroxide.checkpoint.load.scatter import GAP_BYTES
 from zeroxide.checkpoint.load.source import Sources
 from zeroxide.params.part import Region
 
@@ -95,6 +99,112 @@ def test_any_region_is_read_from_any_regions(shape, dim, ranks, seed, tmp_path):
             assert [at for at, _ in chunks] == list(range(start, start + count, 5))
             found = torch.cat([torch.empty(0), *(each for _, each in chunks)])
             assert torch.equal(found, expected[start : start + count].float())
+
+
+ROWS, COLUMNS = 2100, 6
+"""More rows than one call has places (1,024)."""
+
+
+def counted(monkeypatch) -> dict[str, int]:
+    """Calls that open and read files from now on."""
+    calls = {"open": 0, "preadv": 0}
+    for name in calls:
+        act = getattr(os, name)
+
+        def counting(*args, name=name, act=act):
+            calls[name] += 1
+            return act(*args)
+
+        monkeypatch.setattr(os, name, counting)
+    return calls
+
+
+@pytest.mark.parametrize("into", ["all", "columns"])
+@pytest.mark.parametrize("cut", ["columns", "none"])
+def test_rows_that_lie_together_are_read_in_one_call(cut, into, tmp_path, monkeypatch):
+    """A call and an open file for each row would be 4,200 of both for what is cut by columns and loaded undivided, and
+    2,100 for columns of what is undivided. A call has 1,024 places, a gap takes one. Catches: a file opened for each
+    row, a call for each row, a call that ends at every gap."""
+    shape = (ROWS, COLUMNS)
+    regions = [((0, 2),), ((2, 4),)] if cut == "columns" else [((0, COLUMNS),)]
+    pieces, files = saved(tmp_path, shape, 1, regions, 0)
+    sources = Sources(tmp_path, files, pieces, Staging(), Team(None))
+    region = None if into == "all" else Region(shape, 1, ((1, 3),))
+    expected = (torch.arange(ROWS * COLUMNS) if region is None else elements(region)).float()
+    list(sources.chunks(pieces, 0, 1, shape))  # Headers are read once.
+    sources.close()
+    calls = counted(monkeypatch)
+    ((at, found),) = sources.chunks(pieces, 0, len(expected), shape, region)
+    monkeypatch.undo()
+    assert (at, torch.equal(found, expected)) == (0, True)
+    assert calls["open"] == len(files)
+    tensors = len(pieces)
+    assert calls["preadv"] <= tensors + (2 if into == "columns" else 1) * len(files) * ROWS / 1022
+    # They stay open for the next tensor.
+    calls = counted(monkeypatch)
+    list(sources.chunks(pieces, 0, len(expected), shape, region))
+    assert calls["open"] == 0
+    monkeypatch.undo()
+    sources.close()
+    assert not sources._kept_open._descriptors
+
+
+def test_a_gap_that_is_large_is_not_read(tmp_path, monkeypatch):
+    """Catches: all of a tensor read for a column of it."""
+    shape = (3, GAP_BYTES // 4 + 2)
+    pieces, files = saved(tmp_path, shape, 1, [((0, shape[1]),)], 0)
+    sources = Sources(tmp_path, files, pieces[:], Staging(), Team(None))
+    seen = []
+    act = source.read_scattered
+    monkeypatch.setattr(source, "read_scattered", lambda *args: seen.append(act(*args)) or seen[-1])
+    for width, most in ((1, 4), (2, 4 * (shape[1] * 2 + 2))):
+        region = Region(shape, 1, ((0, width),))
+        seen.clear()
+        ((_, found),) = sources.chunks(pieces, 0, 3 * width, shape, region)
+        assert torch.equal(found, elements(region).float())
+        # A gap of GAP_BYTES is read over, and one of an element more is not.
+        assert max(seen) <= most
+        assert sum(seen) == 12 if width == 1 else sum(seen) > 24
+
+
+def test_few_files_are_open_at_once(tmp_path):
+    """Catches: a descriptor for each of the ranks that saved, the one closed that was used last."""
+    paths = [tmp_path / f"{number}" for number in range(MOST_OPEN + 3)]
+    for path in paths:
+        path.write_text(path.name)
+    files, before = OpenFiles(), len(os.listdir("/proc/self/fd"))
+    for path in [*paths, *paths, paths[-1], paths[0]]:
+        assert os.pread(files.descriptor(path), 9, 0).decode() == path.name
+        assert len(os.listdir("/proc/self/fd")) <= before + MOST_OPEN
+    assert list(files._descriptors)[-2:] == [paths[-1], paths[0]]
+    files.close()
+    files.close()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_read_that_is_cut_short_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Whatever a call reads of what it was asked for. Catches: a place that is begun again, or left out."""
+    path = tmp_path / "f"
+    path.write_bytes(bytes(range(100)))
+    act = os.preadv
+    for most in (1, 7, 30):
+        with path.open("rb") as file, monkeypatch.context() as patched:
+            patched.setattr(os, "preadv", lambda fd, into, at, most=most: act(fd, short(into, most), at))
+            places = [memoryview(bytearray(size)) for size in (3, 0, 10, 1, 50)]
+            assert read_scattered(file.fileno(), places, 5) == 64
+            assert b"".join(places) == bytes(range(5, 69))
+            assert read_scattered(file.fileno(), [memoryview(bytearray(60))], 50) == 50
+
+
+def short(into, most):
+    """The first bytes of places."""
+    found = []
+    for each in into:
+        found.append(each[:most])
+        most -= found[-1].nbytes
+        if not most:
+            break
+    return found
 
 
 def manifest(pieces: list[Piece]) -> Manifest:

@@ -5,6 +5,7 @@ use zeroxide_layout::LayoutError;
 
 use crate::buckets::{Buckets, Mib};
 use crate::device::DeviceBuckets;
+use crate::mesh::Mesh;
 
 /// Result of planning.
 pub type Result<T> = std::result::Result<T, PlanError>;
@@ -15,6 +16,22 @@ pub enum PlanError {
     /// A unit has no layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
+    /// What no machine will have.
+    #[error("{what}: {got} is more than can be planned: expected at most {most}")]
+    BeyondLimit {
+        /// What was asked for too much of.
+        what: &'static str,
+        /// How much.
+        got: u64,
+        /// The limit.
+        most: u64,
+    },
+    /// A rank that is not in its groups.
+    #[error(
+        "rank {} of {} shards x {} replicas: expected groups of at least 1 rank, and a rank below their product",
+        _0.rank, _0.shards, _0.replicas
+    )]
+    NoSuchRank(Mesh),
     /// A shard of such a unit would not be one slice of each of its blocks.
     #[error(
         "unit {unit} has trainable and frozen parameters; with several ranks they are units of their own"
@@ -91,7 +108,10 @@ impl PlanError {
     /// (bytes needed, bytes allowed, the bucket to look at) of a refusal for lack of memory.
     pub fn shortage(&self) -> Option<(u64, u64, &'static str)> {
         match self {
-            Self::Layout(_) | Self::MixedUnit { .. } => None,
+            Self::Layout(_)
+            | Self::BeyondLimit { .. }
+            | Self::NoSuchRank(_)
+            | Self::MixedUnit { .. } => None,
             Self::Staging { need, limit, .. } | Self::OverBudgetFilling { need, limit, .. } => {
                 Some((*need, *limit, "staging"))
             }

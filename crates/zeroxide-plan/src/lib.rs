@@ -14,6 +14,7 @@ mod buckets;
 mod device;
 mod error;
 mod home;
+mod limits;
 mod mesh;
 mod placement;
 mod plan;

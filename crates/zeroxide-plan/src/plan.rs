@@ -6,6 +6,7 @@ use crate::buckets::Buckets;
 use crate::device::{self, DeviceBuckets, DeviceRequest};
 use crate::error::{PlanError, Result};
 use crate::home::{GradientHome, StateHome, Transport, WeightHome};
+use crate::limits;
 use crate::mesh::Mesh;
 use crate::placement::{DEFAULT_STAGING_BYTES, DEFAULT_TILE_ELEMENTS, Dtypes, Placement};
 use crate::quantisation::Quantisation;
@@ -129,6 +130,7 @@ impl Plan {
     /// # Errors
     /// Every [`PlanError`].
     pub fn new(request: PlanRequest) -> Result<Self> {
+        limits::check(&request)?;
         let (weights, state) = homes(&request);
         let tile_elements = tile_elements(&request);
         let turns = turns(&request.units);

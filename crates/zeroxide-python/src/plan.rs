@@ -124,12 +124,6 @@ impl PyPlan {
             shards,
             replicas,
         };
-        if shards == 0 || replicas == 0 || rank >= mesh.world() {
-            return Err(PyValueError::new_err(format!(
-                "rank {rank} of {shards} shards x {replicas} replicas: expected groups of at least 1 rank, and a rank \
-                 below their product"
-            )));
-        }
         let compute = parse_dtype(compute)?;
         let mut units = units
             .into_iter()

@@ -44,6 +44,8 @@ VERSION = 5
 tensor. 3 has a parameter's optimizer state by name, and dtypes and opaque weights that 2 had no word for. 2 had the
 moments of Adam beside its weights. 1 held the random generators of one process; all else reads as 2."""
 MAX_MANIFEST_BYTES = 1 << 30
+MOST_SHOWN = 300
+"""Characters of an error that come from a file."""
 
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -208,7 +210,7 @@ class Manifest(_Section):
 
     def text(self) -> str:
         """The manifest as it is written: in the newest version."""
-        body = self.model_dump()
+        body = {**self.model_dump(), "version": VERSION}
         if self.loss_scale is None:
             del body["loss_scale"]
         for param in body["parameters"]:
@@ -327,15 +329,17 @@ def read_manifest(directory: Path) -> Manifest:
         body = json.loads(raw)
         if not isinstance(body, dict) or body.get("format") != FORMAT:
             raise ValueError(f'"format" is not "{FORMAT}"')
+        if "version" not in body:
+            raise ValueError('there is no "version"')
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} is damaged or no manifest: {error}; load another checkpoint", path=directory
+            f"{path} is damaged or no manifest: {_printable(error)}; load another checkpoint", path=directory
         ) from None
     version = body.get("version")
     if isinstance(version, int) and version > VERSION:
         raise CheckpointError(
-            f"{path} has version {version}, this zeroxide reads up to {VERSION}: "
-            f"load it with zeroxide {body.get('zeroxide')} or later",
+            f"{path} has version {_printable(version)}, this zeroxide reads up to {VERSION}: "
+            f"load it with zeroxide {_printable(body.get('zeroxide'))} or later",
             path=directory,
         )
     try:
@@ -350,10 +354,18 @@ def read_manifest(directory: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise CheckpointError(f"{path} is not well-formed at {place}: {first['msg']}", path=directory) from None
+        line = _printable(f"{place}: {first['msg']}")
+        raise CheckpointError(f"{path} is not well-formed at {line}", path=directory) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}; load another checkpoint", path=directory) from None
+        raise CheckpointError(
+            f"{path} is damaged: {_printable(error)}; load another checkpoint", path=directory
+        ) from None
     return manifest
+
+
+def _printable(said: object) -> str:
+    """What is shown of what a file says: one line that any terminal takes, and no more than the beginning of it."""
+    return " ".join(str(said).split()).encode(errors="backslashreplace").decode()[:MOST_SHOWN]
 
 
 def _not_a_checkpoint(directory: Path) -> str:

@@ -24,12 +24,14 @@ __all__ = [
     "DTYPES",
     "PACKED",
     "SAVED",
+    "SCATTER_PLACES",
     "Entry",
     "StreamWriter",
     "bytes_of",
     "digest",
     "dtype_name",
     "read_into",
+    "read_scattered",
     "saved_name",
     "stored_dtype",
     "write_all",
@@ -37,6 +39,8 @@ __all__ = [
 
 HEADER_ALIGN = 8
 DIGEST_BYTES = 16
+SCATTER_PLACES = 1024
+"""Places in memory that one call fills (IOV_MAX of Linux)."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -142,12 +146,24 @@ def read_into(descriptor: int, into: memoryview, start: int) -> int:
 
     Returns the bytes that were read: fewer only where the file ends before.
     """
-    done = 0
-    while done < into.nbytes:
-        count = os.preadv(descriptor, [into[done:]], start + done)
+    return read_scattered(descriptor, [into], start)
+
+
+def read_scattered(descriptor: int, into: Sequence[memoryview], start: int) -> int:
+    """As `read_into`, for bytes that follow one another in the file and go to several places, at most SCATTER_PLACES.
+
+    Places are filled in their order, so one that is given twice has the bytes of the second time.
+    """
+    left, done = [each for each in into if each.nbytes], 0
+    while left:
+        count = os.preadv(descriptor, left, start + done)
         if not count:
             break
         done += count
+        while left and count >= left[0].nbytes:
+            count -= left.pop(0).nbytes
+        if count:
+            left[0] = left[0][count:]
     return done
 
 

@@ -90,7 +90,10 @@ def load_checkpoint(
 
     team.same(team.together(read, path), "load different checkpoints", path)
     load = _Load(training, path, manifests[0], team, strict=strict, optimizer=optimizer, scheduler=scheduler)
-    load.apply()
+    try:
+        load.apply()
+    finally:
+        load.sources.close()
     return path, load.client_state
 
 

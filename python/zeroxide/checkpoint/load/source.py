@@ -7,6 +7,7 @@ changes; after that every rank reads the ranges that it needs.
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,9 +19,11 @@ import torch
 from zeroxide.checkpoint.agree import Team
 from zeroxide.checkpoint.format.header import read_header
 from zeroxide.checkpoint.format.manifest import Piece, SavedFile, looks_pickled
-from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, read_into, stored_dtype
+from zeroxide.checkpoint.format.stream import DTYPES, SAVED, bytes_of, read_scattered, stored_dtype
 from zeroxide.checkpoint.live_state import Staging
+from zeroxide.checkpoint.load.open_files import OpenFiles
 from zeroxide.checkpoint.load.regions import PieceMap
+from zeroxide.checkpoint.load.scatter import ScatteredRead
 from zeroxide.checkpoint.load.verify import checksums
 from zeroxide.errors import CheckpointError
 from zeroxide.params.part import Region
@@ -43,9 +46,10 @@ class _Stored:
 class _File:
     """One file. It is read only while it is still the file that this was made of, before it was verified."""
 
-    def __init__(self, path: Path, expected: SavedFile) -> None:
+    def __init__(self, path: Path, expected: SavedFile, kept_open: OpenFiles) -> None:
         self.path = path
         self._expected = expected
+        self._kept_open = kept_open
         self.tensors: dict[str, _Stored] = {}
         with self._open() as descriptor:
             self._identity = _identity(descriptor)
@@ -70,20 +74,23 @@ class _File:
 
     @contextmanager
     def _open(self) -> Iterator[int]:
-        try:
+        with self._errors():
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                yield descriptor
+            finally:
+                os.close(descriptor)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError:
             raise CheckpointError(
                 f"{self.path} is missing: the checkpoint is not complete; load another one", path=self.path.parent
             ) from None
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}", path=self.path.parent) from None
-        try:
-            yield descriptor
-        except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}", path=self.path.parent) from None
-        finally:
-            os.close(descriptor)
 
     def verify(self) -> None:
         """Reads all of it. Raises CheckpointError where the checksum is not the one of the manifest."""
@@ -107,16 +114,14 @@ class _File:
         if _identity(descriptor) != self._identity:
             raise CheckpointError(f"{self.path} has changed while it was being loaded", path=self.path.parent)
 
-    def read(self, stored: _Stored, start: int, into: torch.Tensor) -> None:
-        """Elements `start ..` of a tensor into contiguous memory of its dtype."""
-        view = bytes_of(into)
-        at = stored.begin + start * into.dtype.itemsize
-        assert at + view.nbytes <= stored.end, "the range is inside the tensor"
-        with self._open() as descriptor:
+    def read(self, into: Sequence[memoryview], start: int) -> None:
+        """Bytes `start ..` of the file into places, one after the other. The file stays open."""
+        with self._errors():
+            descriptor = self._kept_open.descriptor(self.path)
             self._check_same(descriptor)
-            count = read_into(descriptor, view, at)
-            if count < view.nbytes:
-                raise CheckpointError(f"{self.path} ends at byte {at + count}", path=self.path.parent)
+            count = read_scattered(descriptor, into, start)
+            if count < sum(each.nbytes for each in into):
+                raise CheckpointError(f"{self.path} ends at byte {start + count}", path=self.path.parent)
 
 
 class Sources:
@@ -141,6 +146,9 @@ class Sources:
         self._directory = directory
         self._staging = staging
         self._files: dict[str, _File] = {}
+        self._kept_open = OpenFiles()
+        # Whoever holds this to the end of the program, or an error that does, need not close it.
+        weakref.finalize(self, self._kept_open.close)
         pieces: dict[str, list[Piece]] = {}
         for piece in needed:
             pieces.setdefault(piece.file, []).append(piece)
@@ -160,7 +168,7 @@ class Sources:
         team.together(lambda: check(verify, mine), directory)
 
     def _look(self, file: SavedFile) -> None:
-        self._files[file.name] = _File(self._directory / file.name, file)
+        self._files[file.name] = _File(self._directory / file.name, file, self._kept_open)
 
     def _check_pieces(self, pieces: Sequence[Piece]) -> None:
         for piece in pieces:
@@ -181,26 +189,39 @@ class Sources:
         """(first element, elements as stored) for elements `start .. start + count` of a tensor of `shape`, or of a
         region of it.
 
-        Each chunk is valid until the next one is taken. Reads nothing else than these elements.
+        Each chunk is valid until the next one is taken. Reads nothing else than these elements and small gaps between
+        them. Files stay open until `close`.
         """
         filled, values = 0, self._staging.values[:0]
         begin, end = start, start + count
+        reads: dict[tuple[str, str], ScatteredRead] = {}
         for at, piece, inside, left in PieceMap(pieces, shape).of_region(region, start, count):
             file = self._files[piece.file]
             if not file.tensors:
                 file.read_header()
             stored = file.tensors[piece.key]
+            read = reads.get((piece.file, piece.key))
+            if read is None:
+                read = reads[piece.file, piece.key] = ScatteredRead(file.read)
             while left:
                 if not filled:
                     begin = at
                     values = self._staging.stored(SAVED[piece.dtype], min(end - at, self._staging.elements))
-                take = min(left, values.numel() - filled)
-                file.read(stored, inside, values[filled : filled + take])
+                take, size = min(left, values.numel() - filled), values.itemsize
+                first = stored.begin + inside * size
+                assert first + take * size <= stored.end, "the range is inside the tensor"
+                read.add(first, bytes_of(values[filled : filled + take]))
                 at, inside, left, filled = at + take, inside + take, left - take, filled + take
                 if filled == values.numel():
+                    for each in reads.values():
+                        each.flush()
                     yield begin, values
                     filled = 0
         assert not filled, "the pieces of a tensor have all of its elements"
+
+    def close(self) -> None:
+        """Closes the files; they are opened again where they are read again."""
+        self._kept_open.close()
 
 
 def _share(files: Sequence[SavedFile], team: Team) -> list[SavedFile]:
