@@ -27,7 +27,7 @@ PYTHON_SOURCES := pyproject.toml $(wildcard README.md) \
 # PyO3 builds against one interpreter, whichever command compiles it, so that nothing is compiled twice for another.
 export PYO3_PYTHON := $(CURDIR)/$(BIN)/python
 
-.PHONY: train test test-rust test-py test-slow lint fmt docs bench bench-scale gpu develop clean help
+.PHONY: train test test-rust test-py test-slow sanitize lint fmt docs bench bench-scale gpu develop clean help
 
 train: $(VENV)/.wheel ## Train GPT-2 124M from scratch under a memory budget, with its state on disk
 	$(BIN)/zeroxide train $(TRAIN_ARGS)
@@ -44,6 +44,14 @@ test-py: $(VENV)/.wheel $(VENV)/.tools ## Run the Python tests against the wheel
 
 test-slow: $(VENV)/.wheel $(VENV)/.tools ## Run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+# The runtime of the sanitizer comes with the stable toolchain, and the switch does not. A test has its own handler of
+# segmentation faults, and children that must die of one.
+sanitize: $(BIN)/python ## Run the Rust tests of memory, storage, exchange and offload under the address sanitizer
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS=-Zsanitizer=address CARGO_TARGET_DIR=target/sanitize \
+	ASAN_OPTIONS=handle_segv=0 timeout 1800 $(CARGO) test --locked --no-fail-fast \
+	--target $$(rustc -vV | sed -n 's/host: //p') --lib --tests \
+	-p zeroxide-memory -p zeroxide-storage -p zeroxide-exchange -p zeroxide-offload
 
 lint: $(VENV)/.wheel $(VENV)/.tools ## Check formatting, lints, types, layers and the stub of the extension module
 	$(CARGO) fmt --all --check
