@@ -209,6 +209,23 @@ def test_the_plan_counts_both_slots_and_what_is_in_memory(run, make):
     assert with_both.plan().disk_bytes == with_both.plan().numbers.disk_bytes
 
 
+@pytest.mark.parametrize("every", [0, 1])
+def test_gradients_on_disk_have_one_place(run, make, tmp_path, every):
+    """No commit holds them. Catches: two places, or none, in the plan or on the disk."""
+    own = {"gradients": "disk"}
+    engine = run(every=every, own=own)
+    numbers = engine.plan().numbers
+    files = list(tmp_path.rglob("blocks.bin"))
+    assert sum(file.stat().st_size for file in files) == engine.plan().disk_bytes
+    # bf16 gradients of everything that is trained.
+    gradients = 2 * sum(trainable for trainable, _ in numbers.padded)
+    engine.destroy()
+    if every:
+        shutil.rmtree(files[0].parent)
+    before = run(every=every, own={"gradients": "host"}).plan().disk_bytes
+    assert engine.plan().disk_bytes - before == gradients
+
+
 def test_damage_is_named(run):
     first = run()
     train(first, 0, 1)

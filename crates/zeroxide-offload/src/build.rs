@@ -86,6 +86,7 @@ fn make_units(
                 },
                 bytes: trainable * size,
                 tile_bytes: placed.tile * size,
+                committed: false,
             });
         }
         let grad = match spec.weights {
@@ -172,6 +173,7 @@ fn block_spec(unit: u32, tensor: &StateTensor, elements: u64, tile: u64) -> Bloc
         },
         bytes: tiles * tile_bytes + tensor.disk_bytes(rest),
         tile_bytes,
+        committed: true,
     }
 }
 

@@ -154,9 +154,12 @@ impl Placement {
         self.sum(|unit| unit.disk_bytes(self.dtypes.compute, self.dtypes.grad))
     }
 
-    /// Bytes that a durable run takes on disk: two versions of all weights and state, wherever they are at home.
+    /// Bytes that a durable run takes on disk: two versions of all weights and state, wherever they are at home, and one
+    /// of gradients at home there, which no commit holds.
     pub fn durable_bytes(&self) -> u64 {
-        2 * self.sum(|unit| unit.durable_bytes(self.dtypes.compute))
+        self.sum(|unit| {
+            2 * unit.durable_bytes(self.dtypes.compute) + unit.gradients_on_disk(self.dtypes.grad)
+        })
     }
 
     /// Bytes of one tile of all components in the staging ring, the largest there is; `None` where nothing is on disk.

@@ -265,12 +265,16 @@ impl PlacedUnit {
             StateHome::Disk => self.state_tile_bytes(),
             StateHome::Host | StateHome::Device => 0,
         };
-        let gradients = if self.spills() {
+        weights + state + self.gradients_on_disk(grad)
+    }
+
+    /// Bytes of its gradients that are at home on disk.
+    pub(crate) fn gradients_on_disk(&self, grad: Dtype) -> u64 {
+        if self.spills() {
             self.gradient_bytes(grad)
         } else {
             0
-        };
-        weights + state + gradients
+        }
     }
 
     /// Bytes of all its blocks that are not on the device: what a commit of a durable run holds.

@@ -260,6 +260,7 @@ fn written_store(faults: Vec<FaultRule>) -> (tempfile::TempDir, BlockStore, Vec<
             id: BLOCK,
             bytes: 8 * PAGE as u64,
             tile_bytes: 2 * PAGE as u64,
+            committed: true,
         }],
         queue: queue(faults),
         ephemeral: true,

@@ -267,6 +267,7 @@ fn a_disk_without_room_says_how_much_is_needed_and_free() {
             id,
             bytes: 64 << 20,
             tile_bytes: 1 << 20,
+            committed: true,
         }];
         let error = refused(StoreOptions {
             blocks: huge,
@@ -289,6 +290,7 @@ fn a_disk_without_room_says_how_much_is_needed_and_free() {
         id: WEIGHT,
         bytes,
         tile_bytes,
+        committed: true,
     }];
     let error = refused(StoreOptions {
         blocks: huge,

@@ -154,8 +154,8 @@ impl BlockStore {
             .iter()
             .map(|generation| Manifest::read(&first, *generation, tiles, blocks))
             .collect::<Result<Vec<_>, _>>()?;
-        for (scratch, bytes) in self.scratch.iter().zip(self.placement.bytes()) {
-            self.files.push(scratch.reopen(*bytes * 2)?);
+        for (scratch, bytes) in self.scratch.iter().zip(self.placement.bytes(2)) {
+            self.files.push(scratch.reopen(bytes)?);
         }
         self.commits = Some(Commits::new(Phase::Found(manifests)));
         Ok(())

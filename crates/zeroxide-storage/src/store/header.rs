@@ -45,6 +45,9 @@ pub(super) struct Entry {
     component: String,
     bytes: u64,
     tile_bytes: u64,
+    /// No commit names it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    uncommitted: bool,
 }
 
 impl From<&BlockSpec> for Entry {
@@ -54,6 +57,7 @@ impl From<&BlockSpec> for Entry {
             component: spec.id.key.name().into(),
             bytes: spec.bytes,
             tile_bytes: spec.tile_bytes,
+            uncommitted: !spec.committed,
         }
     }
 }
@@ -61,8 +65,13 @@ impl From<&BlockSpec> for Entry {
 impl Entry {
     fn describe(&self) -> String {
         let (unit, what) = (self.unit, &self.component);
+        let once = if self.uncommitted {
+            ", which no commit holds"
+        } else {
+            ""
+        };
         format!(
-            "unit {unit} {what} of {} bytes in tiles of {}",
+            "unit {unit} {what} of {} bytes in tiles of {}{once}",
             self.bytes, self.tile_bytes
         )
     }
@@ -159,6 +168,7 @@ mod tests {
                 component: "exp_avg".into(),
                 bytes: 8192,
                 tile_bytes: 4096,
+                uncommitted: false,
             }],
         }
     }

@@ -135,7 +135,7 @@ impl BlockStore {
         let kept = durable.is_some() || !ephemeral;
         let mut store = Self {
             queue,
-            versions: Versions::new(placement.len()),
+            versions: Versions::new(placement.committed()),
             placement,
             files: Vec::with_capacity(directories.len()),
             header: Header {
@@ -176,10 +176,11 @@ impl BlockStore {
         Ok(store)
     }
 
-    /// Preallocates room for `slots` versions of every tile, and says in the headers what is there.
+    /// Preallocates room for `slots` versions of every tile that commits name and one of the others, and says in the
+    /// headers what is there.
     fn allocate(&mut self, slots: u64) -> Result<(), StorageError> {
-        for (scratch, bytes) in self.scratch.iter().zip(self.placement.bytes()) {
-            self.files.push(scratch.allocate(*bytes * slots)?);
+        for (scratch, bytes) in self.scratch.iter().zip(self.placement.bytes(slots)) {
+            self.files.push(scratch.allocate(bytes)?);
         }
         self.write_headers()
     }
@@ -310,11 +311,10 @@ impl BlockStore {
         })
     }
 
-    /// Where a version of a tile lies that has its first place at `home`.
+    /// Where a version of a tile lies in the file of its directory.
     fn place(&self, home: Home, version: Version) -> Home {
-        let shift = u64::from(version.slot) * self.placement.bytes()[home.directory];
         Home {
-            offset: home.offset + shift,
+            offset: self.placement.offset(home, version.slot),
             ..home
         }
     }

@@ -16,6 +16,8 @@ pub struct BlockSpec {
     pub bytes: u64,
     /// The size of its tiles in bytes, a positive multiple of 4096. The last tile may be shorter.
     pub tile_bytes: u64,
+    /// Commits name its tiles, so that a store that makes some has two places for each of them.
+    pub committed: bool,
 }
 
 /// Where one tile lies.
@@ -23,8 +25,11 @@ pub struct BlockSpec {
 pub(super) struct Home {
     /// Index of the directory.
     pub(super) directory: usize,
-    /// Offset in the directory's file, in bytes; a multiple of 4096.
+    /// Offset in bytes, a multiple of 4096: in the directory's file, or, where commits name the tile, in what the file
+    /// holds of such tiles.
     pub(super) offset: u64,
+    /// Commits name it.
+    pub(super) committed: bool,
     /// Length in bytes; a multiple of 4096.
     pub(super) length: usize,
 }
@@ -37,8 +42,10 @@ pub(super) struct Placement {
     /// The tiles of each block, as a range of `homes`.
     tiles: HashMap<BlockId, Range<usize>>,
     homes: Vec<Home>,
-    /// Bytes of each directory's file.
+    /// Bytes of each directory, one version of every tile.
     bytes: Vec<u64>,
+    /// Of these the bytes of tiles that no commit names, which a file begins with. Versions of the others follow.
+    uncommitted: Vec<u64>,
 }
 
 impl Placement {
@@ -48,6 +55,7 @@ impl Placement {
         let mut tiles = HashMap::with_capacity(blocks.len());
         let mut homes = Vec::new();
         let mut bytes = vec![0_u64; shares.len()];
+        let mut uncommitted = vec![0_u64; shares.len()];
         for spec in blocks {
             let first = homes.len();
             check(spec)?;
@@ -64,9 +72,15 @@ impl Placement {
                         product(**used, shares[*other]).cmp(&product(**taken, shares[*one]))
                     })
                     .ok_or_else(|| refuse(spec, "there is no directory to put it in"))?;
+                let before = &mut uncommitted[directory];
                 let home = Home {
                     directory,
-                    offset: *used,
+                    offset: if spec.committed {
+                        *used - *before
+                    } else {
+                        *before
+                    },
+                    committed: spec.committed,
                     length: usize::try_from(length)
                         .map_err(|_| refuse(spec, "a tile does not fit the address space"))?,
                 };
@@ -74,6 +88,9 @@ impl Placement {
                     .checked_add(length)
                     .filter(|end| i64::try_from(*end).is_ok())
                     .ok_or_else(|| refuse(spec, "the file would be larger than a file can be"))?;
+                if !spec.committed {
+                    *before += length;
+                }
                 homes.push(home);
                 start += length;
             }
@@ -85,6 +102,7 @@ impl Placement {
             tiles,
             homes,
             bytes,
+            uncommitted,
         })
     }
 
@@ -116,9 +134,24 @@ impl Placement {
         self.homes.len()
     }
 
-    /// Bytes of each directory's file.
-    pub(super) fn bytes(&self) -> &[u64] {
-        &self.bytes
+    /// Bytes of each directory's file with so many versions of what commits name.
+    pub(super) fn bytes(&self, slots: u64) -> impl Iterator<Item = u64> {
+        let each = self.bytes.iter().zip(&self.uncommitted);
+        each.map(move |(bytes, once)| once + (bytes - once) * slots)
+    }
+
+    /// Which tiles commits name.
+    pub(super) fn committed(&self) -> impl Iterator<Item = bool> {
+        self.homes.iter().map(|home| home.committed)
+    }
+
+    /// Where in its file a version of a tile lies.
+    pub(super) fn offset(&self, home: Home, slot: u8) -> u64 {
+        if !home.committed {
+            return home.offset;
+        }
+        let once = self.uncommitted[home.directory];
+        once + u64::from(slot) * (self.bytes[home.directory] - once) + home.offset
     }
 }
 
@@ -177,6 +210,7 @@ mod tests {
             },
             bytes: pages * PAGE as u64,
             tile_bytes: tile_pages * PAGE as u64,
+            committed: true,
         }
     }
 
@@ -209,19 +243,20 @@ mod tests {
                 prop_assert!(placement.find(block.id, tiles).is_err());
             }
             let largest_tile = blocks.iter().map(|block| block.tile_bytes).max().unwrap_or(0);
-            for (ranges, bytes) in taken.iter_mut().zip(placement.bytes()) {
+            for (ranges, bytes) in taken.iter_mut().zip(placement.bytes(1)) {
                 ranges.sort_by_key(|range| range.start);
                 let mut end = 0;
                 for range in ranges {
                     prop_assert_eq!(range.start, end, "a gap or an overlap");
                     end = range.end;
                 }
-                prop_assert_eq!(end, *bytes);
+                prop_assert_eq!(end, bytes);
             }
             // The last tile of a directory came when no other was less full: without it, it is not the fullest.
-            for (bytes, share) in placement.bytes().iter().zip(&shares) {
+            let all: Vec<u64> = placement.bytes(1).collect();
+            for (bytes, share) in all.iter().zip(&shares) {
                 let before = u128::from(bytes.saturating_sub(largest_tile));
-                for (others, of) in placement.bytes().iter().zip(&shares) {
+                for (others, of) in all.iter().zip(&shares) {
                     let fuller = before * u128::from(*of) > u128::from(*others) * u128::from(*share);
                     prop_assert!(!fuller, "directories are unevenly filled");
                 }
@@ -248,7 +283,43 @@ mod tests {
     fn a_disk_that_is_three_times_as_fast_gets_three_times_as_much() {
         let placement = Placement::new(&[spec(0, 400, 1)], &[1500, 500]).expect("valid");
         let page = PAGE as u64;
-        assert_eq!(placement.bytes(), [300 * page, 100 * page]);
+        assert_eq!(
+            placement.bytes(1).collect::<Vec<_>>(),
+            [300 * page, 100 * page]
+        );
+    }
+
+    /// Catches: two places for what no commit names, and places that overlap.
+    #[test]
+    fn what_no_commit_names_has_one_place_beside_two_of_all_else() {
+        let once = BlockSpec {
+            committed: false,
+            ..spec(1, 7, 2)
+        };
+        let blocks = [spec(0, 9, 2), once, spec(2, 5, 1)];
+        let placement = Placement::new(&blocks, &[1, 1]).expect("valid");
+        let mut taken: Vec<Vec<Range<u64>>> = vec![Vec::new(); 2];
+        for block in &blocks {
+            for tile in 0..placement.tiles(block.id).expect("listed") {
+                let (_, home) = placement.find(block.id, tile).expect("in range");
+                assert_eq!(home.committed, block.committed);
+                for slot in 0..=u8::from(block.committed) {
+                    let start = placement.offset(home, slot);
+                    taken[home.directory].push(start..start + home.length as u64);
+                }
+            }
+        }
+        let page = PAGE as u64;
+        assert_eq!(placement.bytes(2).sum::<u64>(), (9 + 7 + 9 + 5 + 5) * page);
+        for (mut ranges, bytes) in taken.into_iter().zip(placement.bytes(2)) {
+            ranges.sort_by_key(|range| range.start);
+            let mut end = 0;
+            for range in ranges {
+                assert_eq!(range.start, end, "a gap or an overlap");
+                end = range.end;
+            }
+            assert_eq!(end, bytes);
+        }
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub(super) struct Version {
 /// What is known of one tile. `None` where nothing was ever written.
 #[derive(Debug, Clone, Copy, Default)]
 struct Tile {
+    /// Commits name it. Where they do not, it has one place, and is forgotten when a commit is gone back to.
+    kept: bool,
     newest: Option<Version>,
     committed: Option<Version>,
 }
@@ -36,9 +38,14 @@ pub(super) struct Versions {
 }
 
 impl Versions {
-    pub(super) fn new(tiles: usize) -> Self {
+    /// kept: of each tile, whether commits name it.
+    pub(super) fn new(kept: impl Iterator<Item = bool>) -> Self {
+        let tile = |kept| Tile {
+            kept,
+            ..Tile::default()
+        };
         Self {
-            tiles: Mutex::new(vec![Tile::default(); tiles].into_boxed_slice()),
+            tiles: Mutex::new(kept.map(tile).collect()),
         }
     }
 
@@ -67,15 +74,16 @@ impl Versions {
         self.lock()[tile].newest = before;
     }
 
-    /// The newest version of every tile.
+    /// What a commit would name of every tile.
     pub(super) fn all(&self) -> Vec<Option<Version>> {
-        self.lock().iter().map(|tile| tile.newest).collect()
+        let named = |tile: &Tile| tile.newest.filter(|_| tile.kept);
+        self.lock().iter().map(named).collect()
     }
 
     /// The newest versions are those that the last commit names.
     pub(super) fn commit(&self) {
         for tile in &mut *self.lock() {
-            tile.committed = tile.newest;
+            tile.committed = tile.newest.filter(|_| tile.kept);
         }
     }
 
@@ -83,8 +91,9 @@ impl Versions {
     pub(super) fn adopt(&self, versions: &[Option<Version>]) {
         for (tile, version) in self.lock().iter_mut().zip(versions) {
             *tile = Tile {
+                kept: tile.kept,
                 newest: None,
-                committed: *version,
+                committed: version.filter(|_| tile.kept),
             };
         }
     }
@@ -109,7 +118,7 @@ mod tests {
     /// Catches: a write into the slot that the last commit names, and a slot changed twice between commits.
     #[test]
     fn a_write_never_goes_where_the_last_commit_is() {
-        let versions = Versions::new(1);
+        let versions = Versions::new([true].into_iter());
         let mut slots = Vec::new();
         for round in 0..4 {
             for crc in 0..3 {
@@ -124,9 +133,28 @@ mod tests {
         assert_eq!(slots, [0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1, 1]);
     }
 
+    /// Catches: a tile that no commit holds named by one, or written to a place that it does not have.
+    #[test]
+    fn what_no_commit_names_has_one_place() {
+        let versions = Versions::new([false, true].into_iter());
+        for crc in 0..3 {
+            versions.begin(1, crc);
+            assert_eq!(versions.begin(0, crc).0.slot, 0);
+            versions.commit();
+            assert_eq!(versions.committed(0), None);
+            assert_eq!(versions.all()[0], None);
+            assert!(versions.all()[1].is_some());
+        }
+        versions.roll_back();
+        assert_eq!(versions.newest(0), None);
+        versions.adopt(&[Some(Version { slot: 1, crc: 5 }); 2]);
+        assert_eq!(versions.committed(0), None);
+        assert_eq!(versions.begin(0, 6).0.slot, 0);
+    }
+
     #[test]
     fn rolling_back_brings_the_committed_version() {
-        let versions = Versions::new(2);
+        let versions = Versions::new([true, true].into_iter());
         versions.begin(0, 7);
         versions.commit();
         versions.begin(0, 8);

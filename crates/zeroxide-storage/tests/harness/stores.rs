@@ -34,11 +34,13 @@ pub(crate) fn blocks() -> Vec<BlockSpec> {
             id: WEIGHT,
             bytes: 9 * page,
             tile_bytes: 2 * page,
+            committed: true,
         },
         BlockSpec {
             id: MOMENT,
             bytes: 3 * page,
             tile_bytes: 16 * page,
+            committed: true,
         },
     ]
 }

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import prod
 
 import torch
 
@@ -48,17 +47,17 @@ class TensorShard:
     @property
     def length(self) -> int:
         """Indices that this rank keeps."""
-        return sum(count for _, count in self.own)
+        return self.region.length
 
     @property
     def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's part."""
-        return (*self.shape[: self.dim], self.length, *self.shape[self.dim + 1 :])
+        return self.region.part_shape()
 
     @property
     def numel(self) -> int:
         """Elements of this rank's part."""
-        return prod(self.local_shape)
+        return self.region.numel
 
     def at(self, position: int) -> TensorShard:
         """What another rank of the group keeps."""
