@@ -344,6 +344,7 @@ def test_make_has_its_commands_and_explains_them():
         "test-rust",
         "test-py",
         "test-slow",
+        "sanitize",
         "lint",
         "bench",
         "bench-scale",
