@@ -20,8 +20,9 @@ def main() -> None:
     parser = bench.arguments(__doc__ or "")
     bench.scratch_argument(parser)
     parser.set_defaults(rounds=2)
-    parser.add_argument("--model", choices=("tiny", "124m", "355m"), default="355m")
+    parser.add_argument("--model", choices=("tiny", "124m", "355m", "774m"), default="355m")
     parser.add_argument("--offload", choices=("none", "cpu", "nvme"), default="cpu")
+    parser.add_argument("--durable", action="store_true", help="with nvme: saves read a commit, and no step waits")
     parser.add_argument("--memory", help="zeroxide.checkpoint_memory, as in 512MiB (default: the engine's)")
     parser.add_argument("--saves", type=int, default=2, help="saves a run")
     options = parser.parse_args()
@@ -39,6 +40,7 @@ def main() -> None:
             "offload": options.offload,
             "memory": options.memory,
             "saves": options.saves,
+            "durable": options.durable,
             "directory": str(directory),
             "threads": options.threads,
         }
@@ -59,6 +61,7 @@ def main() -> None:
             "offload": options.offload,
             "bytes": saves[0]["bytes"],
             "writing_seconds": bench.summary(save["writing"] for save in saves),
+            "call_seconds": bench.summary((save["call"] for save in saves), 4),
             "stopped_seconds": bench.summary((save["stopped"] for save in saves), 4),
             "snapshot_bytes": max(save["memory_peak"] for save in saves),
             "plain_step_seconds": bench.summary(plain),
