@@ -30,6 +30,7 @@ USED = {
     "deepspeed.pipe": "PipelineModule LayerSpec TiedLayerSpec",
     "deepspeed.profiling.flops_profiler": "get_model_profile FlopsProfiler",
     "deepspeed.runtime.base_optimizer": "DeepSpeedOptimizer",
+    "deepspeed.runtime.config": "DeepSpeedConfig",
     "deepspeed.runtime.engine": "DeepSpeedEngine",
     "deepspeed.runtime.lr_schedules": "VALID_LR_SCHEDULES LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR",
     "deepspeed.runtime.sequence_parallel.ulysses_sp": "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP "

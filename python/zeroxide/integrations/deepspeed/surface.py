@@ -250,6 +250,7 @@ SURFACE: Mapping[str, Mapping[str, str | Unbuilt]] = {
         "DeepSpeedOptimizer": "zeroxide.engine.optimizer:EngineOptimizer",
         "ZeROOptimizer": "zeroxide.engine.optimizer:EngineOptimizer",
     },
+    "deepspeed.runtime.config": {"DeepSpeedConfig": f"{_HERE}.config:DeepSpeedConfig"},
     "deepspeed.runtime.engine": {"DeepSpeedEngine": _ENGINE},
     "deepspeed.runtime.lr_schedules": {
         **_SCHEDULES,
