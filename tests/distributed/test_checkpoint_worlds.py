@@ -24,7 +24,7 @@ def tensors(path):
     found = {}
     for param in manifest["parameters"]:
         for part in ("weights", "exp_avg", "exp_avg_sq"):
-            for piece in param[part] if part == "weights" else param["state"][part]:
+            for piece in param["weights"] if part == "weights" else param["state"].get(part, []):
                 values = files[piece["file"]][piece["key"]].flatten().tolist()
                 found.setdefault((part, param["names"][0]), []).extend(values)
     return found, manifest
