@@ -586,6 +586,7 @@ class FileChecksum:
 
     def hexdigest(self) -> str: ...
 
+@final
 class FileQueue:
     """Transfers between uint8 tensors and files that run while the caller goes on: block bytes at a time, at most depth
     of them in the kernel, by io_uring ("uring"), a pool of workers ("threads") or what the kernel allows ("auto")."""
