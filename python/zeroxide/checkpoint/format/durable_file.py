@@ -88,7 +88,11 @@ def _opened_directly(path: Path, cached: int) -> _DirectWriter | None:
         if error.errno != errno.EINVAL:
             raise
         return None
-    return _DirectWriter(descriptor, cached)
+    try:
+        return _DirectWriter(descriptor, cached)
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 class _Buffer:

@@ -94,8 +94,7 @@ class BackgroundSave:
             live, pace = LiveState(self._training, staging, self._source), Pace(self._hurry)
             for chunk in values(self._save.description, live):
                 self._chunks.put((chunk, staging.last()))
-                if self.reads_commit:
-                    pace.rest()
+                pace.rest(needed=not self.reads_commit)
         except SnapshotEnded:
             pass  # the writer says why
         except BaseException as error:
@@ -127,8 +126,7 @@ class BackgroundSave:
             yield chunk
             if slab is not None:
                 self.slabs.give_back(slab)
-            if self.reads_commit or self.captured.is_set():
-                pace.rest()
+            pace.rest(needed=not self.reads_commit and not self.captured.is_set())
 
     def wait_until_captured(self) -> None:
         """Returns when the state may change."""

@@ -13,7 +13,7 @@ import time
 __all__ = ["Pace"]
 
 SHARE = 0.2
-"""Of one core, while nobody waits for the save."""
+"""Of one core, for each thread of a save that nobody waits for."""
 LEAST_SECONDS = 0.005
 """Of work between two rests."""
 
@@ -28,10 +28,15 @@ class Pace:
         self._hurry = hurry
         self._since = time.thread_time()
 
-    def rest(self) -> None:
-        """Rests for as long as the work since the last rest demands."""
+    def rest(self, *, needed: bool = False) -> None:
+        """Rests for as long as the work since the last call demands; not where somebody waits for it.
+
+        needed: whether somebody will wait for what was done, and for what is to be done next.
+        """
         worked = time.thread_time() - self._since
-        if worked < LEAST_SECONDS or self._hurry.is_set() or not threading.main_thread().is_alive():
+        if worked < LEAST_SECONDS:
             return
-        self._hurry.wait(worked * (1 / SHARE - 1))
+        if not needed and not self._hurry.is_set() and threading.main_thread().is_alive():
+            self._hurry.wait(worked * (1 / SHARE - 1))
+        # Work that was waited for is not made up for later.
         self._since = time.thread_time()
