@@ -14,13 +14,14 @@ import statistics
 from typing import Any
 
 import side_by_side as bench
+from workers.gpt2 import SIZES
 
 
 def main() -> None:
     parser = bench.arguments(__doc__ or "")
     bench.scratch_argument(parser)
     parser.set_defaults(rounds=2)
-    parser.add_argument("--model", choices=("tiny", "124m", "355m", "774m"), default="355m")
+    parser.add_argument("--model", choices=SIZES, default="355m")
     parser.add_argument("--offload", choices=("none", "cpu", "nvme"), default="cpu")
     parser.add_argument("--durable", action="store_true", help="with nvme: saves read a commit, and no step waits")
     parser.add_argument("--memory", help="zeroxide.checkpoint_memory, as in 512MiB (default: the engine's)")

@@ -17,6 +17,7 @@ SIZES = {
     "124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
     "355m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
     "774m": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "1b": {"n_layer": 36, "n_head": 24, "n_embd": 1536},
 }
 
 INITIALIZER_RANGE = 0.02
