@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import mmap
 import os
 import threading
 import time
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from zeroxide import _core
-from zeroxide.checkpoint.format import durable_file
+from zeroxide.checkpoint.format import durable_file, mapping
 from zeroxide.checkpoint.format.durable_file import ALIGN, BUFFER_BYTES, DurableFile
 from zeroxide.device.placement import spec
 
@@ -195,3 +196,25 @@ def outcome(path, data):
     except OSError as error:
         return error.errno
     return None
+
+
+class WithoutHugePages(mmap.mmap):
+    """A mapping of a kernel that was built without them."""
+
+    def madvise(self, *args):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+
+def test_a_kernel_without_huge_pages_writes_the_same_file(tmp_path, monkeypatch):
+    data = data_of(LARGE)
+    monkeypatch.setattr(mapping.mmap, "mmap", WithoutHugePages)
+    assert write(tmp_path / "file", data) == checksum_of(data)
+    assert (tmp_path / "file").read_bytes() == data.numpy().tobytes()
+
+
+def test_buffers_start_at_a_huge_page():
+    buffer = durable_file._Buffer()
+    buffer.memory.fill_(7)
+    assert buffer.memory.numel() == BUFFER_BYTES
+    assert buffer.memory.data_ptr() % mapping.HUGE_PAGE == 0
+    assert bytes(buffer.view(BUFFER_BYTES - 3, BUFFER_BYTES)) == b"\7\7\7"

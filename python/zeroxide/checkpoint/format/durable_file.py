@@ -8,7 +8,6 @@ processor several times as long, beside training that has other use for it.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import queue
 import threading
@@ -17,7 +16,8 @@ from pathlib import Path
 import torch
 
 from zeroxide import _core
-from zeroxide.device.placement import of_buffer, spec
+from zeroxide.checkpoint.format.mapping import HUGE_PAGE, mapped
+from zeroxide.device.placement import address, of_buffer, spec
 
 __all__ = ["DurableFile", "write_all"]
 
@@ -96,12 +96,22 @@ def _opened_directly(path: Path, cached: int) -> _DirectWriter | None:
 
 
 class _Buffer:
-    """Memory that starts at a page, and how much of it is filled."""
+    """Memory that starts at a huge page, and how much of it is filled.
+
+    A direct write names every page of its memory to the disk: huge ones are few.
+    """
 
     def __init__(self) -> None:
-        self.mapping = mmap.mmap(-1, BUFFER_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.memory = of_buffer(self.mapping, torch.uint8)
+        mapping = mapped(BUFFER_BYTES + HUGE_PAGE)
+        memory = of_buffer(mapping, torch.uint8)
+        start = -address(memory) % HUGE_PAGE
+        self._mapping, self._start = mapping, start
+        self.memory = memory[start : start + BUFFER_BYTES]
         self.filled = 0
+
+    def view(self, start: int, end: int) -> memoryview:
+        """Bytes `start .. end` of the memory."""
+        return memoryview(self._mapping)[self._start + start : self._start + end]
 
 
 class _DirectWriter:
@@ -148,7 +158,7 @@ class _DirectWriter:
         left = memoryview(b"")
         if last is not None:
             pages = last.filled - last.filled % ALIGN
-            left = memoryview(last.mapping)[pages : last.filled]
+            left = last.view(pages, last.filled)
             last.filled = pages
             self._full.put(last)
         self._end()
@@ -172,7 +182,7 @@ class _DirectWriter:
         while (buffer := self._full.get()) is not None:
             if self._error is None:
                 try:
-                    with memoryview(buffer.mapping) as view, view[: buffer.filled] as data:
+                    with buffer.view(0, buffer.filled) as data:
                         self._write(data)
                 except BaseException as error:
                     self._error = error

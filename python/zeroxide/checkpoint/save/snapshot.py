@@ -6,12 +6,12 @@ written. Slabs are mapped by themselves, so that they go back to the system what
 
 from __future__ import annotations
 
-import mmap
 import threading
 from pathlib import Path
 
 import torch
 
+from zeroxide.checkpoint.format.mapping import mapped
 from zeroxide.checkpoint.live_state import Staging
 from zeroxide.device.placement import of_buffer
 
@@ -29,9 +29,7 @@ class Slab:
     """One mapping, how much of it is taken, and how many of its chunks are not written yet."""
 
     def __init__(self, size: int) -> None:
-        mapping = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        mapping.madvise(mmap.MADV_HUGEPAGE)
-        self.memory = of_buffer(mapping, torch.uint8)
+        self.memory = of_buffer(mapped(size), torch.uint8)
         self.taken = 0
         self.waiting = 0
 
