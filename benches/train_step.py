@@ -58,6 +58,8 @@ def entries(options: argparse.Namespace) -> list[Entry]:
                 found.append(Entry("zeroxide", offload, allocator, "drained"))
                 if options.compact:
                     found.append(Entry("zeroxide", offload, allocator, "compact"))
+    if options.floor:
+        found += [Entry("torch", "none", allocator, "no update") for allocator in options.allocator]
     return found
 
 
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument(
         "--compact", action="store_true", help="also with nvme: bf16 weights in memory, 3 bytes of state on disk"
     )
+    parser.add_argument("--floor", action="store_true", help="also PyTorch's forward and backward without an update")
     parser.add_argument("--steps", type=int, default=6, help="steps a run; the first two are not measured")
     parser.add_argument("--batch", type=int, default=1, help="rows of the batch")
     parser.add_argument("--sequence", type=int, default=128, help="tokens a row")
@@ -211,6 +214,15 @@ def main() -> None:
                             "train_step",
                             {"model": model, "ours": entry.name, "of": other.name, **ratios(result, theirs)},
                         )
+        for entry, result in results.items():
+            if entry.engine == "torch":
+                # What is computed, as a share of the peers' whole steps: no engine's share is smaller.
+                share = {
+                    other.name: round(result["total"]["median"] / theirs["total"]["median"], 3)
+                    for other, theirs in results.items()
+                    if other.engine == "deepspeed"
+                }
+                bench.emit("train_step", {"model": model, "floor": entry.name, "of": share})
         for line in goals(model, results):
             bench.emit("train_step", line)
     if failed:
