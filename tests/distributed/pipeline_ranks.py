@@ -19,8 +19,7 @@ from pipeline_models import SAMPLES, batch, causal, layers, loss_fn
 
 import zeroxide
 from zeroxide import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from zeroxide.engine.pipeline import tied
-from zeroxide.parallel.pipe import PipelineModule, link
+from zeroxide.parallel.pipe import PipelineModule, message
 from zeroxide.zero import activations_on_disk
 
 
@@ -67,7 +66,7 @@ def train(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     model, more = model_of(case, config), {}
     # Tensors of these models are small.
     activations_on_disk.MIN_BYTES = 256
-    tied.TIED_PART = case.get("tied_part", link.TIED_PART)
+    message.TIED_PART = case.get("tied_part", message.TIED_PART)
     if case.get("optimizer_of_all"):
         # As a script makes it, before anything is cut.
         del config["optimizer"]

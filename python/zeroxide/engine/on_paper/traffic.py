@@ -15,7 +15,7 @@ import torch
 from zeroxide.engine.on_paper.part import PaperPart
 from zeroxide.engine.on_paper.passes import Given, StagePass
 from zeroxide.errors import ConfigError
-from zeroxide.parallel.pipe.link import TIED_PART
+from zeroxide.parallel.pipe.message import tied_parts
 from zeroxide.parallel.pipe.schedule import SCHEDULES, Action, Kind, passes_of, rank_of_stage
 from zeroxide.plan.schedule import collectives
 
@@ -129,7 +129,7 @@ def _tied(part: PaperPart) -> Iterator[_Row]:
             yield "tied", "broadcast", 1, tie.full * fp32
         # The first of its ranks sums all, and tells each.
         messages = len(tie.ranks) - 1 if tie.first else 1
-        parts = -(-tie.full // TIED_PART) if ranks == tp == 1 else 1
+        parts = len(tied_parts(tie.full, alone=ranks == tp == 1))
         yield "tied", "send", messages * parts, messages * tie.full * fp32
         yield "small", "send", messages * parts, messages * parts * _WORD
 

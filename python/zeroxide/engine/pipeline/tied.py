@@ -15,7 +15,8 @@ from torch import nn
 
 from zeroxide.distributed import Ranks
 from zeroxide.errors import ModelError
-from zeroxide.parallel.pipe.link import TIED, TIED_PART, StageLink
+from zeroxide.parallel.pipe.link import StageLink
+from zeroxide.parallel.pipe.message import TiedMessage, tied_parts
 from zeroxide.zero.access.safe import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -45,7 +46,6 @@ class TiedWeights:
 
     def __init__(self, module: nn.Module, ties: dict[str, tuple[int, ...]], ranks: Ranks, link: StageLink) -> None:
         self._rank = ranks.rank
-        self._world = ranks.world
         self._link = link
         found = dict(module.named_parameters(remove_duplicate=False))
         self._ties: list[_Tie] = []
@@ -87,17 +87,19 @@ class TiedWeights:
                 continue
             sharded = sharded_param_of(tie.param)
             assert sharded is not None, "it is a parameter of the engine's"
-            if sharded.context.ranks.world > 1 or sharded.context.whole.group is not None:
+            alone = sharded.context.ranks.world == 1 and sharded.context.whole.group is None
+            if not alone:
                 total = self._from_first(tie, safe_get_full_grad(tie.param), _sum)
                 if total is not None:
                     safe_set_full_grad(tie.param, total)
                 continue
             # Asked before a part of the sum is set.
             has_own = sharded.has_gradient(False)
-            for part, start in enumerate(range(0, sharded.shape.numel(), TIED_PART)):
-                count = min(TIED_PART, sharded.shape.numel() - start)
+            elements = sharded.shape.numel()
+            parts = tied_parts(elements, alone=True)
+            for part, start in enumerate(parts):
                 # Nobody else has the part: it goes as soon as it is sent, or becomes the sum.
-                own = sharded.read_own("grad", start, count) if has_own else None
+                own = sharded.read_own("grad", start, min(parts.step, elements - start)) if has_own else None
                 total = self._from_first(tie, own, _sum, part)
                 if total is not None:
                     sharded.write_own("grad", total, start)
@@ -110,23 +112,20 @@ class TiedWeights:
         part: int = 0,
     ) -> torch.Tensor | None:
         """What the first rank makes of all ranks' tensors, on all of them. part: which of the parameter's it is."""
-        first, sender = tie.ranks[0], part * self._world
+        first = tie.ranks[0]
         if self._rank != first:
-            self._link.send(TIED, self._stage(tie), sender + self._rank, first, own)
+            self._link.send(TiedMessage(tie.number, part, self._rank), first, own)
             del own
             # The first rank hears everybody before it answers, so that this waits for nobody who waits for it.
             self._link.drain()
-            found: torch.Tensor | None = self._link.receive(TIED, self._stage(tie), sender + first, first)
+            found: torch.Tensor | None = self._link.receive(TiedMessage(tie.number, part, first), first)
         else:
-            others = [self._link.receive(TIED, self._stage(tie), sender + rank, rank) for rank in tie.ranks[1:]]
+            others = [self._link.receive(TiedMessage(tie.number, part, rank), rank) for rank in tie.ranks[1:]]
             found = combine([own, *others])
             for rank in tie.ranks[1:]:
-                self._link.send(TIED, self._stage(tie), sender + first, rank, found)
+                self._link.send(TiedMessage(tie.number, part, first), rank, found)
         self._link.drain()
         return found
-
-    def _stage(self, tie: _Tie) -> int:
-        return tie.number
 
 
 def _sum(values: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

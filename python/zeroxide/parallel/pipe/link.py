@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,40 +17,18 @@ import torch
 from zeroxide.device.placement import HOST, in_host, of_buffer, plain
 from zeroxide.distributed import COMMS, Ranks, Watch
 from zeroxide.errors import RanksError
+from zeroxide.parallel.pipe.message import Message
 from zeroxide.parallel.pipe.nesting import flatten, rebuild
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ACTIVATIONS", "GRADIENTS", "TIED", "TIED_PART", "StageLink"]
+__all__ = ["StageLink"]
 
-ACTIVATIONS = "activations"
-GRADIENTS = "gradients"
-TIED = "tied weights"
-TIED_PART = 4 << 20
-"""Elements of a tied gradient that are exchanged at a time, where an engine is one process: the room that its sum
-takes, however large the vocabulary is."""
-
-_KINDS = (ACTIVATIONS, GRADIENTS, TIED)
 _PARTS = 3
 """Of a message: how long what goes ahead is, that itself, and the values. Each has a tag of its own."""
 _MOST_AHEAD = 1 << 24
 """Bytes that structure and shapes can take."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """What a message is: what of which micro-batch, on its way out of which stage. Of tied weights `stage` is the
-    number of the tie, and `micro_batch` part x ranks + rank."""
-
-    kind: str
-    stage: int
-    micro_batch: int
-
-    def __str__(self) -> str:
-        if self.kind == TIED:
-            return f"{self.kind}, number {self.stage}, message {self.micro_batch} of the pipeline"
-        return f"{self.kind} of micro-batch {self.micro_batch} from stage {self.stage}"
 
 
 class StageLink:
@@ -66,59 +43,57 @@ class StageLink:
         self._watch = watch
         self._stages = stages
         self._device = device
-        self._sent: dict[_Address, bytes] = {}
-        self._received: dict[_Address, tuple[Any, bytes]] = {}
-        self._leaving: list[tuple[_Address, Any, torch.Tensor]] = []
+        self._sent: dict[Message, bytes] = {}
+        self._received: dict[Message, tuple[Any, bytes]] = {}
+        self._leaving: list[tuple[Message, Any, torch.Tensor]] = []
         self.bytes_sent = 0
         """Of values, since the link was made."""
 
-    def send(self, kind: str, stage: int, micro_batch: int, to: int, value: Any) -> None:
-        """Begins to send a value (see `flatten`) out of `stage` to a rank; it may be forgotten here at once.
+    def send(self, message: Message, to: int, value: Any) -> None:
+        """Begins to send a value (see `flatten`) to a rank; it may be forgotten here at once.
 
         Raises ModelError for what cannot travel, RanksError when a rank is lost.
         """
-        address = _Address(kind, stage, micro_batch)
-        structure, tensors = flatten(value, f"what stage {stage} gives")
+        structure, tensors = flatten(value, message.contents)
         shapes = [[list(each.shape), str(each.dtype).removeprefix("torch."), each.requires_grad] for each in tensors]
         ahead = json.dumps([structure, shapes]).encode()
-        known = self._sent.get(address) == ahead
-        self._sent[address] = ahead
-        first = self._tag(address)
-        self._leave(address, to, torch.tensor([0 if known else len(ahead)], device=HOST), first)
+        known = self._sent.get(message) == ahead
+        self._sent[message] = ahead
+        first = self._tag(message)
+        self._leave(message, to, torch.tensor([0 if known else len(ahead)], device=HOST), first)
         if not known:
-            self._leave(address, to, of_buffer(bytearray(ahead), torch.uint8), first + 1)
+            self._leave(message, to, of_buffer(bytearray(ahead), torch.uint8), first + 1)
         for each in tensors:
             values = plain(in_host(each.detach())).contiguous()
             if values.numel():
-                self._leave(address, to, values.view(-1).view(torch.uint8), first + 2)
+                self._leave(message, to, values.view(-1).view(torch.uint8), first + 2)
                 self.bytes_sent += values.nbytes
 
-    def receive(self, kind: str, stage: int, micro_batch: int, source: int) -> Any:
-        """Waits for a value out of `stage` of a rank. Its tensors require a gradient as they did there.
+    def receive(self, message: Message, source: int) -> Any:
+        """Waits for a value of a rank. Its tensors require a gradient as they did there.
 
         Raises RanksError when a rank is lost.
         """
-        address = _Address(kind, stage, micro_batch)
-        first = self._tag(address)
-        with self._waiting(address):
+        first = self._tag(message)
+        with self._waiting(message):
             size = self._arrive(torch.zeros(1, dtype=torch.int64, device=HOST), source, first)
         length = int(size)
         if not 0 <= length <= _MOST_AHEAD:
-            raise RanksError(f"{address} begins with {length} bytes of structure: ranks follow different schedules")
+            raise RanksError(f"{message} begins with {length} bytes of structure: ranks follow different schedules")
         if length:
-            with self._waiting(address):
+            with self._waiting(message):
                 ahead = bytes(self._arrive(torch.empty(length, dtype=torch.uint8, device=HOST), source, first + 1))
-            self._received[address] = json.loads(ahead), ahead
-        structure, shapes = self._received[address][0]
-        tensors = [self._tensor(address, source, first + 2, *shape) for shape in shapes]
+            self._received[message] = json.loads(ahead), ahead
+        structure, shapes = self._received[message][0]
+        tensors = [self._tensor(message, source, first + 2, *shape) for shape in shapes]
         return rebuild(structure, tensors)
 
     def _tensor(
-        self, address: _Address, source: int, tag: int, shape: Sequence[int], dtype: str, wants_gradient: bool
+        self, message: Message, source: int, tag: int, shape: Sequence[int], dtype: str, wants_gradient: bool
     ) -> torch.Tensor:
         found = torch.empty(shape, dtype=getattr(torch, dtype), device=HOST)
         if found.numel():
-            with self._waiting(address):
+            with self._waiting(message):
                 self._arrive(found.view(-1).view(torch.uint8), source, tag)
         found = found.to(self._device)
         return found.requires_grad_(wants_gradient) if wants_gradient else found
@@ -126,9 +101,9 @@ class StageLink:
     def drain(self) -> None:
         """Waits until everything has left. Raises RanksError when a rank is lost."""
         while self._leaving:
-            address, work, _ = self._leaving[0]
+            message, work, _ = self._leaving[0]
             if not work.is_completed():
-                with self._waiting(address):
+                with self._waiting(message):
                     work.wait()
             del self._leaving[0]
 
@@ -141,15 +116,15 @@ class StageLink:
         """Lets go of what has not left: a rank is lost, or this one failed."""
         self._leaving.clear()
 
-    def _leave(self, address: _Address, to: int, values: torch.Tensor, tag: int) -> None:
+    def _leave(self, message: Message, to: int, values: torch.Tensor, tag: int) -> None:
         import torch.distributed as dist
 
         self._leaving = [each for each in self._leaving if not each[1].is_completed()]
-        logged = COMMS.begin("send", values.nbytes, 2, what=address.kind) if COMMS.enabled else None
-        with self._waiting(address):
+        logged = COMMS.begin("send", values.nbytes, 2, what=message.kind) if COMMS.enabled else None
+        with self._waiting(message):
             work = dist.isend(values, group=self._group, group_dst=to, tag=tag)
         COMMS.end(logged)
-        self._leaving.append((address, work, values))
+        self._leaving.append((message, work, values))
 
     def _arrive(self, into: torch.Tensor, source: int, tag: int) -> torch.Tensor:
         import torch.distributed as dist
@@ -163,13 +138,10 @@ class StageLink:
     def _group(self) -> ProcessGroup | None:
         return self._ranks.group
 
-    def _tag(self, address: _Address) -> int:
-        number = (address.micro_batch * self._stages + address.stage) * len(_KINDS) + _KINDS.index(address.kind)
-        return number * _PARTS
+    def _tag(self, message: Message) -> int:
+        return message.number(self._stages) * _PARTS
 
-    def _waiting(self, address: _Address) -> AbstractContextManager[None]:
+    def _waiting(self, message: Message) -> AbstractContextManager[None]:
         # With a number of its own, which is no count of calls: not all ranks make the same ones.
-        what = f"tied weights {address.stage} of rank" if address.kind == TIED else None
-        words = what or f"{address.kind} from stage {address.stage} for micro-batch"
-        number = address.micro_batch % self._ranks.world if what else address.micro_batch
+        words, number = message.awaited
         return self._watch.waiting(words, None, number)

@@ -12,7 +12,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from zeroxide.distributed import Ranks
 from zeroxide.errors import RanksError
 from zeroxide.parallel.pipe.halves import Halves
-from zeroxide.parallel.pipe.link import ACTIVATIONS, GRADIENTS, StageLink
+from zeroxide.parallel.pipe.link import StageLink
+from zeroxide.parallel.pipe.message import ACTIVATIONS, GRADIENTS, StageMessage
 from zeroxide.parallel.pipe.nesting import flatten, rebuild
 from zeroxide.parallel.pipe.schedule import Action, Kind, rank_of_stage
 
@@ -160,12 +161,12 @@ class Runner:
         source = rank_of_stage(self._name, stage, self._ranks.world)
         if source == self._ranks.rank:
             return self._beside.pop((kind, stage, micro_batch))
-        return self._link.receive(kind, stage, micro_batch, source)
+        return self._link.receive(StageMessage(kind, stage, micro_batch), source)
 
     def _give(self, kind: str, stage: int, micro_batch: int, to: int, value: Any) -> None:
         rank = rank_of_stage(self._name, to, self._ranks.world)
         if rank != self._ranks.rank:
-            self._link.send(kind, stage, micro_batch, rank, value)
+            self._link.send(StageMessage(kind, stage, micro_batch), rank, value)
         else:
             self._beside[kind, stage, micro_batch] = value if kind == GRADIENTS else _detached(value)
 
