@@ -127,8 +127,10 @@ def look_at_plan(original, mutant):
         return
     # Sums that went round would be less than one of their parts.
     if asked["weights_on_disk"] and plan.weights == "disk":
-        largest = max((numel for unit in asked["units"] for numel, _ in unit[1]), default=0)
-        assert plan.disk_bytes >= 2 * largest // (asked["shards"] * asked["replicas"])
+        ranks = {unit: shards * replicas for unit, _, shards, replicas in asked.get("apart", [])}
+        for at, unit in enumerate(asked["units"]):
+            largest = max((numel for numel, _ in unit[1]), default=0)
+            assert plan.disk_bytes >= 2 * largest // ranks.get(at, asked["shards"] * asked["replicas"])
     assert len(plan.padded) == len(asked["units"])
     plan.disk_traffic()
     plan.collectives()
