@@ -80,7 +80,7 @@ def value_mutated(value: Any, draw: random.Random) -> Any:
         elif kind == 3 and isinstance(holder[key], int):
             holder[key] += draw.choice([-1, 1, 2, 1 << 32])
         else:
-            holder[key] = draw.choice(VALUES)
+            holder[key] = copy.deepcopy(draw.choice(VALUES))
     return found
 
 
