@@ -117,6 +117,19 @@ def test_the_bits_are_those_without(how, home, prefetch):
         assert kept[2]["activations_up"] == 3 * LAYERS * ROW
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("home", HOMES)
+def test_blocks_that_the_engine_computes_again(home, keep):
+    """Of three of the blocks what they are given goes down alone. Catches: weights that are not up for a second time,
+    random numbers of the device that are not the same."""
+    plain = outcome("plain", home, keep=keep)
+    again = outcome("plain", home, keep=keep, zeroxide={"recompute": 3})
+    assert again[0] == plain[0]
+    assert all(torch.equal(value, plain[1][name]) for name, value in again[1].items())
+    assert (again[2]["up"], again[2]["down"]) == (plain[2]["up"], plain[2]["down"])
+    assert (again[2]["activations_down"] < plain[2]["activations_down"]) is keep
+
+
 @pytest.mark.parametrize("how", ["reentrant", "other"])
 def test_saved_tensors_leave_the_device(how, sim):
     """In forward of a block there are its input and one or two before, instead of all; in backward its own and the one

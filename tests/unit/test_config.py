@@ -126,6 +126,8 @@ EFFECTS = [
         "activations.home",
         "disk",
     ),
+    ("zeroxide.recompute", "all", ACTIVATIONS, "activations.recompute", "all"),
+    ("zeroxide.recompute", 3, {}, "activations.recompute", 3),
     ("zeroxide.activation_path", "/fast", ACTIVATIONS, "activations.path", Path("/fast")),
     ("zeroxide.activation_disk", "1GiB", ACTIVATIONS, "activations.disk", 1 << 30),
     ("zeroxide.activation_buffers", "8MiB", ACTIVATIONS, "activations.buffers", 8 << 20),

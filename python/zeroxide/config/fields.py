@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 from pydantic import (
     BaseModel,
@@ -110,6 +110,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    keeps_auto: ClassVar[frozenset[str]] = frozenset()
+    """Keys in which "auto" is a value as any other."""
+
     @model_validator(mode="before")
     @classmethod
     def _drop_unset(cls, data: Any) -> Any:
@@ -119,8 +122,12 @@ class Section(BaseModel):
         return {
             key: value
             for key, value in data.items()
-            if not (key in cls.model_fields and (value is None or (isinstance(value, str) and value == "auto")))
+            if not (key in cls.model_fields and (value is None or cls._is_auto(key, value)))
         }
+
+    @classmethod
+    def _is_auto(cls, key: str, value: Any) -> bool:
+        return isinstance(value, str) and value == "auto" and key not in cls.keeps_auto
 
 
 def expecting(text: str) -> WrapValidator:

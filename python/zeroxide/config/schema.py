@@ -92,6 +92,8 @@ def _section(model: type[BaseModel], prefix: str, defaults: Mapping[str, Any], d
     properties = {
         name: _key(info, f"{prefix}{name}", docs.get(name, info.description), defaults) for name, info in fields.items()
     }
+    for name in getattr(model, "keeps_auto", ()):
+        properties[name]["anyOf"].remove(_UNSET[0])
     required = [name for name, info in fields.items() if info.is_required()]
     found: Schema = {"type": "object", "properties": properties, "additionalProperties": False}
     return found | ({"required": required} if required else {})

@@ -73,6 +73,7 @@ from zeroxide.zero.messages import Messages
 from zeroxide.zero.on_device.core import device_part
 from zeroxide.zero.on_device.state import StateOnDevice
 from zeroxide.zero.param import ParameterContext, shard_all
+from zeroxide.zero.recompute import recompute
 from zeroxide.zero.reduce.choice import make_reduction
 from zeroxide.zero.reduce.feedback import Residuals
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
@@ -249,8 +250,7 @@ class Build:
         )
         for path, reason in idle_keys(self.plan, config, self.device) if self.world.rank == 0 else ():
             logger.warning("config key %s has no effect: %s", path, reason)
-        trainable = [each for unit in self.plan.units for each in unit.params if each.trainable]
-        check_all_grouped(self.groups, trainable)
+        check_all_grouped(self.groups, [each for unit in self.plan.units for each in unit.params if each.trainable])
 
     def open_core(self) -> None:
         """Reserves all memory and disk space."""
@@ -366,6 +366,7 @@ class Build:
         )
         self.hooks.on_backward = self.timers.begin_backward, self.timers.end_backward
         self.hooks.handles += leave_out_unrouted(self.module, config, self.core(), self.units, self.ranks, self.watch)
+        self.hooks.handles += recompute(plan.recompute.modules)
         self.made.callback(self.hooks.close)
 
     def keep_parameters(self) -> None:
@@ -416,10 +417,9 @@ class Build:
 
     def engine(self) -> Engine:
         """The engine. Nothing is left that could fail."""
-        config = self.asked.config
         parts = Parts(
             module=self.module,
-            given=config if isinstance(config, dict) else dict(self.config.source),
+            given=self.asked.config if isinstance(self.asked.config, dict) else dict(self.config.source),
             config=self.config,
             job=self.job,
             sequences=self.sequences,

@@ -18,13 +18,13 @@ from zeroxide.precision.bits import FLOATS, why_not_bytes
 __all__ = [
     "check_experts",
     "check_gradients",
+    "check_max_norm",
     "check_model",
     "check_order",
     "check_routed",
     "check_together",
     "check_transport",
     "check_update_in_backward",
-    "refuse_max_norm",
 ]
 
 
@@ -73,8 +73,11 @@ def check_model(module: nn.Module, entries: list[ParameterPlan], config: Config,
     check_sharing(entries)
 
 
-def refuse_max_norm(module: nn.Module) -> None:
-    """Refuses embeddings that change their weight in forward, for weights that move or are shared."""
+def check_max_norm(module: nn.Module, config: Config, ranks: Ranks) -> None:
+    """Refuses embeddings that change their weight in forward, for weights that move or are shared: over ranks, each
+    would rescale the rows that it looked up, and only those of its own shard would last."""
+    if ranks.world == 1 and config.zero.stage < 3:
+        return
     for name, each in module.named_modules():
         if isinstance(each, nn.Embedding | nn.EmbeddingBag) and each.max_norm is not None:
             raise ModelError(

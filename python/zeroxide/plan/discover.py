@@ -27,7 +27,7 @@ from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.state import UNDECIDED, StatePlan
 from zeroxide.precision.bits import ORDINARY
 
-__all__ = ["LEAF", "STAND_IN", "UnitPlan", "find_units", "is_leaf"]
+__all__ = ["LEAF", "STAND_IN", "UnitPlan", "blocks_in_lists", "called_modules", "find_units", "is_leaf"]
 
 LEAF = "_z3_leaf"
 """The attribute of a module that is to be gathered whole, as DeepSpeed calls it."""
@@ -164,6 +164,12 @@ def _blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
             yield from _blocks(child, path)
 
 
+def blocks_in_lists(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Of these blocks, those that are items of module lists."""
+    lists = {id(item) for each in module.modules() if isinstance(each, nn.ModuleList) for item in each}
+    return ((name, block) for name, block in _blocks(module) if id(block) in lists)
+
+
 def _is_block(item: nn.Module | None) -> bool:
     """Whether an item of a module list counts: it has parameters, or has them on another rank."""
     return _has_parameters(item) or (item is not None and bool(item.__dict__.get(STAND_IN)))
@@ -267,17 +273,17 @@ def _block_units(name: str, block: nn.Module, params: list[ParameterPlan], max_e
     """One unit a block; cut by owning module where it is larger than a unit may be."""
     if not params:
         return []
-    unit = UnitPlan(name, list(_called(block)), params)
+    unit = UnitPlan(name, list(called_modules(block)), params)
     if unit.words <= max_elements or is_leaf(block):
         return [unit]
     return _by_owner(block, params)
 
 
-def _called(block: nn.Module) -> Iterator[nn.Module]:
+def called_modules(block: nn.Module) -> Iterator[nn.Module]:
     """The modules whose forward runs when the block is used: itself, or its items where it is only a container."""
     if type(block).forward is nn.Module.forward and not is_leaf(block):
         for child in block.children():
-            yield from _called(child)
+            yield from called_modules(child)
     else:
         yield block
 

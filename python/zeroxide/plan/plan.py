@@ -14,11 +14,12 @@ from zeroxide.config import Activations, Config
 from zeroxide.device.placement import DTYPE_NAMES, HOST, is_host
 from zeroxide.device.transfers import BLOCKS, blocks_down, pinned_bytes
 from zeroxide.distributed import ProcessMesh, Ranks, UnitGroups
-from zeroxide.plan.checks import check_gradients, check_together, refuse_max_norm
+from zeroxide.plan.checks import check_gradients, check_max_norm, check_together
 from zeroxide.plan.discover import UnitPlan, find_units, is_leaf
 from zeroxide.plan.home import Home
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.quantisation import QuantisationPlan, plan_quantisation
+from zeroxide.plan.recompute import Recompute, plan_recompute
 from zeroxide.plan.report import describe
 from zeroxide.plan.schedule import ONE_MICRO_BATCH, Passes
 from zeroxide.plan.state import StatePlan
@@ -64,6 +65,8 @@ class Plan:
     """Whether the update of a unit begins inside of backward."""
     activations: Activations = field(default_factory=Activations)
     """Where activations wait for backward in host memory."""
+    recompute: Recompute = field(default_factory=Recompute)
+    """Blocks whose activations are computed again in backward."""
     in_flight: int = 1
     """Most micro-batches whose backward is outstanding at once: in a pipeline, as many as its schedule has."""
 
@@ -228,9 +231,7 @@ def make_plan(
     blocks = _blocks_down(config, ranks, units)
     resident += pinned_bytes(device, blocks) + config.activations.memory
     check_together(config, ranks, device)
-    # Over ranks, each would rescale the rows that it looked up, and only those of its own shard would last.
-    if ranks.world > 1 or config.zero.stage == 3:
-        refuse_max_norm(module)
+    check_max_norm(module, config, ranks)
     transport = _transport(config, ranks)
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
     quantisation = plan_quantisation(config, ranks, units, transport, compute)
@@ -282,6 +283,7 @@ def make_plan(
         durable=config.zeroxide.durable_every > 0 and bool(states),
         updates_in_backward=config.zeroxide.update_in_backward,
         activations=config.activations,
+        recompute=plan_recompute(module, config),
     )
 
 

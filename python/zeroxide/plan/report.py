@@ -59,7 +59,7 @@ def describe(plan: Plan) -> list[str]:
         lines += _as_integers(plan)
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
-    lines += _activations(plan) + _on_device(plan)
+    lines += _recomputed(plan) + _activations(plan) + _on_device(plan)
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
     if filling:
         lines.append(f"while the engine is made, staging has {filling / MIB:.0f} MiB more for initial values")
@@ -88,6 +88,15 @@ def _on_device(plan: Plan) -> list[str]:
     each = ", ".join(f"{name} {size / MIB:.0f}" for name, size in buckets.items() if size)
     limit = "" if plan.device_limit is None else f" of {plan.device_limit / MIB:.0f}"
     return [f"on {plan.device} {sum(buckets.values()) / MIB:.0f}{limit} MiB ({each}), beside activations"]
+
+
+def _recomputed(plan: Plan) -> list[str]:
+    """Which blocks compute their activations again, in one line, or none where no block does."""
+    names = plan.recompute.names
+    if not names:
+        return []
+    which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    return [f"activations of {len(names)} of {plan.recompute.blocks} blocks computed again in backward: {which}"]
 
 
 def _activations(plan: Plan) -> list[str]:

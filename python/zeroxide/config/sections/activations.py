@@ -1,4 +1,4 @@
-"""Where activations wait for backward when the model computes in host memory: the keys of `zeroxide` that begin so."""
+"""Where activations wait for backward, and which do not: the keys of `zeroxide` that begin so, and `recompute`."""
 
 from __future__ import annotations
 
@@ -39,11 +39,14 @@ class Activations(Resolved):
     """Size of that file, reserved when the engine is made; `None` is as much as a pass needs, reserved as it grows."""
     buffers: int = field(default=BUFFERS, metadata=may_differ(_NO_NUMBER))
     """Memory that they pass through."""
+    recompute: int | Literal["all"] = 0
+    """How many of the first blocks of a model compute theirs again in backward, and keep none but their inputs."""
 
     def written(self) -> dict[str, Any]:
         """See `Resolved.written`."""
         return {
             "zeroxide.activations": self.home,
+            "zeroxide.recompute": self.recompute or "none",
             "zeroxide.activation_path": None if self.path is None else str(self.path),
             "zeroxide.activation_disk": self.disk,
             "zeroxide.activation_buffers": None if self.home == "memory" else self.buffers,
@@ -65,12 +68,13 @@ def resolve(own: ZeroxideSection, on_device: bool | None, state: Zero, given: Gi
         "activation_disk": own.activation_disk,
         "activation_buffers": own.activation_buffers,
     }
+    again: int | Literal["all"] = 0 if own.recompute == "none" else own.recompute
     if own.activations == "memory" or (own.activations == "auto" and own.activation_path is None):
         for name, value in keys.items():
             if value is not None:
                 needs = '"disk" or "auto"' if own.activations == "memory" else '"disk", or zeroxide.activation_path'
                 raise _wrong(name, f'needs zeroxide.activations {needs}, got "{own.activations}"')
-        return Activations()
+        return Activations(recompute=again)
     if on_device:
         raise _wrong(
             "activations",
@@ -93,7 +97,7 @@ def resolve(own: ZeroxideSection, on_device: bool | None, state: Zero, given: Gi
         raise _wrong(
             "activation_disk", f"expected at least activation_buffers = {buffers} bytes, got {own.activation_disk}"
         )
-    return Activations(own.activations, path, own.activation_disk, buffers)
+    return Activations(own.activations, path, own.activation_disk, buffers, again)
 
 
 def _wrong(name: str, problem: str) -> ConfigError:

@@ -31,10 +31,19 @@ from zeroxide.errors import ConfigError
 __all__ = ["Zeroxide", "ZeroxideSection", "resolve"]
 
 
+RECOMPUTE = (
+    '"none", "all" or how many of the first blocks; "auto" is for zeroxide plan and zeroxide train --recompute, which '
+    "know the size of a batch"
+)
+"""What `recompute` may be, in a sentence."""
+
+
 class ZeroxideSection(Section):
     """`zeroxide`. `format` and `rounding_seed` are resolved with precision, what begins with `checkpoint_` with
-    `checkpoint`, what begins with `activation` with `activations`.
+    `checkpoint`, `recompute` and what begins with `activation` with `activations`.
     """
+
+    keeps_auto: ClassVar[frozenset[str]] = frozenset({"recompute"})
 
     device: Annotated[str, Field(pattern=r"^[a-z]+(:[0-9]+)?$"), expecting('"cpu", "cuda" or "cuda:N"')] | None = None
     """Where the model computes; without it, where its weights are, else a GPU if there is one."""
@@ -82,6 +91,8 @@ class ZeroxideSection(Section):
     """Bytes of disk reserved for activations at the start; without it as much as a pass needs."""
     activation_buffers: ByteSize | None = None
     """Memory that activations pass through on their way to the disk and back; without it 64 MiB."""
+    recompute: Annotated[Literal["none", "all"] | WholeNumber, expecting(RECOMPUTE)] = "none"
+    """Blocks of the model whose activations are computed again in backward: the first ones of its module lists."""
     trim_libraries: Flag = True
     """Whether pages of shared libraries that were touched only while importing leave the resident set."""
     transport: Annotated[
