@@ -6,17 +6,22 @@ device are asked for under the names and in the shapes of the model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 
 from zeroxide.config import Config
 from zeroxide.device.placement import HOST
-from zeroxide.errors import ConfigError
+from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import torch_dtype
 from zeroxide.rows import BLOCKS, CutMatrix, RowRange, cut_rows
+from zeroxide.zero.hook_handle import Method
 from zeroxide.zero.init.materialize import PieceSource, WeightSource
 from zeroxide.zero.names import own_name, plain_name
 from zeroxide.zero.undo import Undo
@@ -27,8 +32,9 @@ __all__ = ["CutVocabulary", "cut_by_config", "cut_vocabulary"]
 class CutVocabulary:
     """What was cut of a model by rows, if anything."""
 
-    def __init__(self, found: Sequence[CutMatrix]) -> None:
+    def __init__(self, found: Sequence[CutMatrix], methods: Sequence[Method]) -> None:
         self.found = found
+        self.methods = methods
 
     def replaced(self) -> Mapping[int, Sequence[nn.Parameter]]:
         """By the ids of parameters that were cut, those that stand in their place."""
@@ -42,6 +48,8 @@ class CutVocabulary:
 
     def rejoin(self) -> None:
         """Puts the matrices back into the model with the values that their blocks show, once no engine has them."""
+        for method in self.methods:
+            method.take_off()
         for each in self.found:
             blocks = each.params()
             with torch.no_grad():
@@ -86,7 +94,44 @@ def cut_vocabulary(module: nn.Module, config: Config, world: int, undo: Undo) ->
             )
         each.blocks.every = world > 1 or waits
         undo.cut(each.param, each.params())
-    return CutVocabulary(found)
+    return CutVocabulary(found, list(_methods(module, found)))
+
+
+def _methods(module: nn.Module, found: Sequence[CutMatrix]) -> Iterator[Method]:
+    """Puts methods in the place of those that would look at a matrix itself."""
+    for owner in {id(owner): owner for each in found for owner in each.owners}.values():
+        yield Method.put(owner, "forward", _uncompiled, ref(owner), owner.__dict__.get("forward"))
+    for each in module.modules() if found else ():
+        if callable(getattr(type(each), "tie_weights", None)):
+            yield Method.put(each, "tie_weights", _check_ties, ref(each))
+
+
+def _uncompiled(owner: ref[nn.Module], own: Any, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a module whose weight is cut: torch.compile ends a graph before it, and begins one after it."""
+    module = owner()
+    assert module is not None, "it is called through the module"
+    act = partial(type(module).forward, module) if own is None else own
+    if "torch._dynamo" in sys.modules:
+        act = torch.compiler.disable(act)  # type: ignore[no-untyped-call]
+    return act(*args, **kwargs)
+
+
+def _check_ties(owner: ref[Any], *_: Any, **__: Any) -> None:
+    """`tie_weights` of transformers' models: matrices that are cut stay as they are shared.
+
+    Raises ModelError where the model's config wants them shared in another way.
+    """
+    model: Any = owner()
+    assert model is not None, "it is called through the model"
+    ends = [each() for each in (model.get_input_embeddings, model.get_output_embeddings)]
+    weights = [getattr(each, "weight", None) for each in ends]
+    tied = weights[0] is not None and weights[0] is weights[1]
+    wanted = getattr(model.config, "tie_word_embeddings", tied)
+    if None not in weights and bool(wanted) != tied:
+        raise ModelError(
+            f"tie_weights: tie_word_embeddings is {wanted} now, and {weights[0]!r} is cut by rows (zeroxide.row_bytes) "
+            f"as {'one weight' if tied else 'two weights'} of the model: set it before zeroxide.initialize"
+        )
 
 
 class _InRows:
@@ -97,7 +142,8 @@ class _InRows:
         self.weights = weights
         self.found = {each.blocks.name: each for each in found}
         self.full: dict[str, torch.Tensor] = {}
-        """By its name, a matrix that has been made."""
+        """By its name, a matrix that has been made, and of which blocks are still to be."""
+        self.made: set[str] = set()
 
     def rows(self, name: str) -> tuple[str, RowRange] | None:
         """The name of the matrix that a parameter is a block of, and which rows; None for another parameter."""
@@ -109,37 +155,46 @@ class _InRows:
         return plain, found.blocks[number].rows  # type: ignore[return-value]
 
     def fill(self, tensors: dict[str, torch.Tensor], modules: dict[str, nn.Module]) -> None:
-        """See `WeightSource`."""
+        """See `WeightSource`. A matrix is made with the first that is asked for of it and of what its modules have."""
         own = dict(tensors)
         blocks: list[tuple[torch.Tensor, str, RowRange]] = []
         for name in tensors:
             if (found := self.rows(name)) is not None:
                 blocks.append((own.pop(name), *found))
         left = {name: each for name, each in modules.items() if BLOCKS not in name.split(".")}
-        if own or left or not tensors:
-            self.weights.fill(own, left)
+        wanted = {name for _, name, _ in blocks}
+        wanted |= {name for name, each in self.found.items() if any(owner in left.values() for owner in each.owners)}
+        new = [self.found[name] for name in self.found if name in wanted and name not in self.made]
+        with ExitStack() as shown:
+            for each in new:
+                name = each.blocks.name
+                self.full[name] = own[name] = shown.enter_context(_in_one_piece(each, with_modules=bool(modules)))
+                if modules:
+                    left.setdefault(name.rpartition(".")[0], each.owners[0])
+            if own or left or not tensors:
+                self.weights.fill(own, left)
+        self.made |= {each.blocks.name for each in new}
         for tensor, name, rows in blocks:
-            if name not in self.full:
-                self.full[name] = self._make(name, rows, tensor.dtype, with_modules=bool(modules))
             tensor.copy_(self.full[name][rows.first : rows.end])
             if rows.end == rows.shape[0]:
                 del self.full[name]
 
-    def _make(self, name: str, rows: RowRange, dtype: torch.dtype, *, with_modules: bool) -> torch.Tensor:
-        """All of a matrix; its modules have it as their weight meanwhile."""
-        full = nn.Parameter(torch.zeros(rows.shape, dtype=dtype, device=HOST), requires_grad=False)
-        owners = self.found[name].owners if with_modules else ()
-        before = [(owner, owner.__dict__.pop("weight"), owner._parameters) for owner in owners]
-        try:
-            for owner in owners:
-                owner._parameters = {**owner._parameters, "weight": full}
-            place = name.rpartition(".")[0]
-            self.weights.fill({name: full.data}, {place: owners[0]} if owners else {})
-        finally:
-            for owner, weight, parameters in before:
-                owner._parameters = parameters
-                owner.__dict__["weight"] = weight
-        return full.data
+
+@contextmanager
+def _in_one_piece(each: CutMatrix, *, with_modules: bool) -> Iterator[torch.Tensor]:
+    """Memory for all of a matrix, zero at first; its modules have it as their weight meanwhile."""
+    dtype = torch.float32 if each.param.requires_grad else each.param.dtype
+    full = nn.Parameter(torch.zeros(each.blocks.shape, dtype=dtype, device=HOST), requires_grad=False)
+    owners = each.owners if with_modules else ()
+    before = [(owner, owner.__dict__.pop("weight"), owner._parameters) for owner in owners]
+    try:
+        for owner in owners:
+            owner._parameters = {"weight": full, **owner._parameters}
+        yield full.data
+    finally:
+        for owner, weight, parameters in before:
+            owner._parameters = parameters
+            owner.__dict__["weight"] = weight
 
 
 class _PiecesInRows(_InRows):

@@ -49,6 +49,11 @@ class CutWeight(torch.Tensor):
         found.blocks = blocks
         return found
 
+    @property
+    def _handle(self) -> NoReturn:
+        """Whoever asks for the values of a parameter of an engine asks its handle. Raises ModelError."""
+        raise _refusal(self, "access to a parameter")
+
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
