@@ -215,6 +215,7 @@ EFFECTS = [
     ("zeroxide.io_engine", "threads", {}, "zeroxide.io_engine", "threads"),
     ("zeroxide.threads", 3, {}, "zeroxide.threads", 3),
     ("zeroxide.unit_bytes", "64MiB", {}, "zeroxide.unit_bytes", 64 << 20),
+    ("zeroxide.row_bytes", "64MiB", {}, "zeroxide.row_bytes", 64 << 20),
     ("zeroxide.tile_bytes", "256KiB", {}, "zeroxide.tile_bytes", 256 << 10),
     ("zeroxide.staging_bytes", "32MiB", {}, "zeroxide.staging_bytes", 32 << 20),
     ("zeroxide.prefetch", 0, {}, "zeroxide.prefetch", 0),

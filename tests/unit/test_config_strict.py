@@ -138,7 +138,7 @@ def test_a_mistake_gets_one_line(config, line):
 
 COUNTS = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
 RATES = ["gradient_clipping", "optimizer.params.lr", "optimizer.params.eps", "optimizer.params.weight_decay"]
-SIZES = [f"zeroxide.{name}" for name in ("host_memory", "unit_bytes", "tile_bytes", "staging_bytes")]
+SIZES = [f"zeroxide.{name}" for name in ("host_memory", "unit_bytes", "row_bytes", "tile_bytes", "staging_bytes")]
 FLAGS = ["wall_clock_breakdown", "dataloader_drop_last", "bf16.enabled", "optimizer.params.bias_correction"]
 FLAGS += ["bf16.check_grad_overflow", "fp16.enabled", "fp16.auto_cast", "fp16.consecutive_hysteresis"]
 FLAGS += ["managed_gradient_accumulation", "torch_autocast.enabled", "zeroxide.micro_batch_seeds"]

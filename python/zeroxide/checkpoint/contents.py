@@ -11,6 +11,7 @@ from torch import nn
 
 from zeroxide.parallel.tensor import shard_of
 from zeroxide.params.part import Region, region_of
+from zeroxide.rows import RowRange, rows_of
 from zeroxide.zero.names import plain_name
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class ParamRecord:
     """The state tensors that its optimizer keeps, with what they start from; none if it is frozen."""
     region: Region | None = None
     """Which elements of the undivided model's parameter this is; None for all of them."""
+    rows: RowRange | None = None
+    """Which rows of a parameter of the model this is, where that is cut by rows; None for all of them."""
 
     @property
     def name(self) -> str:
@@ -62,7 +65,19 @@ class ParamRecord:
     @property
     def full_shape(self) -> tuple[int, ...]:
         """The shape of the undivided model's parameter."""
+        if self.rows is not None:
+            return self.rows.shape
         return self.shape if self.region is None else self.region.shape
+
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """The shape of the parameter whose elements files have by number: the model's, of these ranks' part of it."""
+        return self.shape if self.rows is None else self.rows.shape
+
+    @property
+    def first(self) -> int:
+        """The number there of its first element."""
+        return 0 if self.rows is None else self.rows.start
 
     @property
     def elements(self) -> str:
@@ -104,6 +119,7 @@ def param_records(training: TrainingState) -> list[ParamRecord]:
             group=groups.get(id(param)),
             states=unit.states if unit.trainable[position] else {},
             region=_region(param),
+            rows=rows_of(param),
         )
         for unit in training.units
         for position, param in enumerate(unit.params)

@@ -41,6 +41,7 @@ from zeroxide.engine.pipeline.engine import PipelineEngine
 from zeroxide.engine.pipeline.prepare import stages_for
 from zeroxide.engine.request import Request
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.rows import CutVocabulary, cut_vocabulary
 from zeroxide.engine.sequences import SharedSequences, share_sequences
 from zeroxide.engine.tensor_parallel import Uncut, cut_matrices
 from zeroxide.engine.timers import Timers
@@ -108,6 +109,7 @@ class Build:
     watch: Watch
     experts: SpreadExperts
     tensor: Uncut
+    vocabulary: CutVocabulary
     observers: Observers
     groups: list[dict[str, Any]]
     device: torch.device
@@ -210,17 +212,18 @@ class Build:
         self.made.callback(self.observers.close)
 
     def cut_matrices(self) -> None:
-        """Leaves this rank its part of every matrix, where tensor-parallel ranks share them."""
+        """Leaves this rank its part of every matrix, where tensor-parallel ranks share them; cuts others by rows."""
         self.tensor = cut_matrices(self.module, self.config, self.job, self.watch, self.made)
+        self.vocabulary = cut_vocabulary(self.module, self.config, self.ranks.world, self.undo)
 
     def group_parameters(self) -> None:
         """Finds what is trained with which hyperparameters."""
         asked, config = self.asked, self.config
         trained = any(param.requires_grad for param in self.module.parameters())
         only_looks = asked.optimizer is None and config.optimizer is None and not trained
-        given = self.experts.without_dropped(asked.model_parameters)
+        given, parts = self.experts.without_dropped(asked.model_parameters), self.vocabulary.replaced()
         elsewhere: frozenset[int] = frozenset() if self.stages is None else self.stages.elsewhere()
-        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given, elsewhere)
+        self.groups = [] if only_looks else groups_for(self.module, config, asked.optimizer, given, elsewhere, parts)
         if self.groups and config.gradients.clipping_is_default and self.world.rank == 0:
             logger.warning("gradient_clipping is %g, the default; 0 is none", config.gradients.clipping)
         check_groups(self.groups)
@@ -274,8 +277,7 @@ class Build:
             Unit(index, unit, core, self.plan.compute, self.plan.groups_of(index), self.device)
             for index, unit in enumerate(self.plan.units)
         ]
-        both = device_part(core)
-        if both is not None:
+        if (both := device_part(core)) is not None:
             assert self.launcher is not None, "no unit is at home on the device without one"
             both.state = StateOnDevice(both.host, self.plan, self.units, self.launcher, self.health)
         for unit in self.units:
@@ -295,8 +297,7 @@ class Build:
         self.activations = keep_activations(self.transfers, self.module, self.config, plan, self.made, self.counters)
         if self.transfers is not None:
             self.made.callback(self.transfers.close)
-            both = device_part(core)
-            on_device = None if both is None else both.state
+            on_device = None if (both := device_part(core)) is None else both.state
             self.grad_offload = GradientOffload(core, self.transfers, on_device)
             self.weights = make_device_weights(self.weights, self.transfers, plan, units, core.check_usable)
             if on_device is not None and isinstance(self.weights, ResidentWeights):
@@ -312,14 +313,13 @@ class Build:
                 unit, at = place[id(param)]
                 core.set_group(unit.index, at, number)
         self.scaler = LossScaler(self.config.precision.loss_scale)
-        breakdown = self.config.report.wall_clock_breakdown
-        self.timers = Timers(self.device, breakdown=breakdown, prints=self.world.rank == 0)
+        breaks_down, leads = self.config.report.wall_clock_breakdown, self.world.rank == 0
+        self.timers = Timers(self.device, breakdown=breaks_down, prints=leads)
         self.updater = Updater(
             self.config, self.core, self.job, self.plan.groups, self.watch, self.scaler, self.counters, self.timers
         )
         self.updater.repeated, self.updater.apart = self.tensor.repeated(self.units), self.plan.trained_apart()
-        self.residuals = None
-        feedback = self.config.zero.feedback
+        self.residuals, feedback = None, self.config.zero.feedback
         between = self.reduction.host if isinstance(self.reduction, OffloadedReduction) else self.reduction
         if feedback is not None and isinstance(between, QuantisedGradients):
             self.residuals = Residuals(core, self.units, self.plan.numbers.residuals, feedback, self.scaler)
@@ -331,7 +331,7 @@ class Build:
     def move_weights(self) -> None:
         """Moves rank 0's weights into the core. Parameters end empty, and buffers in the dtype of the config."""
         places = () if self.plan.expert_groups is None else self.plan.expert_groups.places
-        source = self.tensor.spread(self.module, self.asked.weights)
+        source = self.vocabulary.source(self.tensor.spread(self.module, self.asked.weights))
         fill_units(self.module, self.plan.units, self.core(), source, self.new, self.ranks, places)
         for unit in self.units:
             for param, empty in zip(unit.params, unit.empties, strict=True):
@@ -410,8 +410,7 @@ class Build:
         """Lets parameters that always show their values show their values."""
         prepare_heap(self.plan, self.config)
         self.gatherer.show_all()
-        limit = self.config.zeroxide.host_memory
-        if limit is not None and self.peak.at_start > limit:
+        if (limit := self.config.zeroxide.host_memory) is not None and self.peak.at_start > limit:
             # What the caller held when it began, the model's weights among it, has moved out.
             self.peak.start_over()
 
@@ -425,6 +424,7 @@ class Build:
             sequences=self.sequences,
             ranks=self.ranks,
             tensor=self.tensor,
+            vocabulary=self.vocabulary,
             watch=self.watch,
             plan=self.plan,
             device=self.device,

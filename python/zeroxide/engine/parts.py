@@ -19,6 +19,7 @@ from zeroxide.engine.data import Loaders
 from zeroxide.engine.evaluation import thaw
 from zeroxide.engine.observers import Observers
 from zeroxide.engine.peak import Peak
+from zeroxide.engine.rows import CutVocabulary
 from zeroxide.engine.sequences import SharedSequences
 from zeroxide.engine.tensor_parallel import Uncut
 from zeroxide.engine.timers import Timers
@@ -58,6 +59,8 @@ class Parts:
     """Those of the job that have this rank's part of the model."""
     tensor: Uncut
     """How its matrices are cut over others."""
+    vocabulary: CutVocabulary
+    """Its matrices that are cut by rows."""
     watch: Watch
     plan: Plan
     device: torch.device
@@ -129,4 +132,6 @@ class Parts:
         for handle in self.loading:
             handle.remove()
         readers += part_from(self.module, self.units, params_always_full=self.plan.params_always_full)
+        if self.plan.params_always_full:
+            self.vocabulary.rejoin()
         thaw(self.module, self.set_aside)

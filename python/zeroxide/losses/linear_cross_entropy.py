@@ -14,7 +14,7 @@ logits are read in the dtype that they have, and their gradients take their plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -27,7 +27,18 @@ from zeroxide.errors import TensorError
 from zeroxide.kernels import Launcher
 from zeroxide.kernels.cross_entropy import RowSums, add_chunk, gradient_to, launcher_for
 
-__all__ = ["COLUMNS", "WeightInParts", "linear_cross_entropy", "token_losses"]
+__all__ = [
+    "COLUMNS",
+    "WeightInParts",
+    "check_arguments",
+    "chunk_logits",
+    "chunks",
+    "linear_cross_entropy",
+    "reduced",
+    "sums_again",
+    "sums_for",
+    "token_losses",
+]
 
 COLUMNS = 4096
 """Columns of a chunk where nobody says another number."""
@@ -79,31 +90,39 @@ def linear_cross_entropy(
         return found
     rows = input.reshape(-1, input.shape[-1])
     targets = target.reshape(-1).to(rows.device)
-    _check(rows, linear_weight, targets, linear_bias, reduction, columns)
+    check_arguments(rows, linear_weight.shape, targets, linear_bias, reduction, columns)
     losses = token_losses(rows, linear_weight, targets, linear_bias, ignore_index, columns, in_parts)
+    return reduced(losses, target, targets, reduction, ignore_index)
+
+
+def reduced(
+    losses: torch.Tensor, target: torch.Tensor, targets: torch.Tensor, reduction: str, ignore_index: int
+) -> torch.Tensor:
+    """The losses of `targets`, which are `target` in one dimension, as `reduction` asks."""
     if reduction == "none":
         return losses.view(target.shape)
     total = losses.sum()
     return total if reduction == "sum" else total / (targets != ignore_index).sum()
 
 
-def _check(
+def check_arguments(
     rows: torch.Tensor,
-    weight: torch.Tensor,
+    shape: torch.Size,
     targets: torch.Tensor,
     bias: torch.Tensor | None,
     reduction: str,
     columns: int,
 ) -> None:
+    """Raises what `linear_cross_entropy` does, whose weight has `shape`."""
     call = "linear_cross_entropy"
     if reduction not in ("mean", "sum", "none") or columns < 1:
         raise ValueError(
             f'{call}: expected reduction "mean", "sum" or "none" and columns from 1 on, got {reduction!r}, {columns}'
         )
     wanted = {
-        "linear_weight": (tuple(weight.shape), (weight.shape[0], rows.shape[1])),
+        "linear_weight": (tuple(shape), (shape[0], rows.shape[1])),
         "target": (tuple(targets.shape), (rows.shape[0],)),
-        "linear_bias": (None if bias is None else tuple(bias.shape), None if bias is None else (weight.shape[0],)),
+        "linear_bias": (None if bias is None else tuple(bias.shape), None if bias is None else (shape[0],)),
     }
     for name, (got, expected) in wanted.items():
         if got != expected:
@@ -150,10 +169,10 @@ class _TokenLosses(torch.autograd.Function):
         columns: int,
         in_parts: WeightInParts | None,
     ) -> torch.Tensor:
-        sums = _sums_for(rows, targets)
+        sums = sums_for(rows, targets)
         with torch._C.DisableTorchFunctionSubclass():
-            for start, end in _chunks(weight.shape[0], columns):
-                sums.add(_logits(rows, weight, bias, start, end), start)
+            for start, end in chunks(weight.shape[0], columns):
+                sums.add(chunk_logits(rows, weight, bias, start, end), start)
         ctx.save_for_backward(rows, weight, bias, targets, *sums.kept())
         ctx.ignore, ctx.columns, ctx.in_parts = ignore, columns, in_parts
         ctx.launcher = sums.launcher
@@ -165,16 +184,16 @@ class _TokenLosses(torch.autograd.Function):
         rows, weight, bias, targets, *kept = ctx.saved_tensors
         wants_rows, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         scale = torch.where(targets == ctx.ignore, 0.0, gradient)
-        sums = _Sums(targets, *kept) if ctx.launcher is None else _LaunchedSums(ctx.launcher, targets, *kept)
+        sums = sums_again(ctx.launcher, targets, kept)
         lean = wants_weight and ctx.in_parts is not None and ctx.in_parts.is_lean(ctx.next_functions[1][0])
         with torch._C.DisableTorchFunctionSubclass():
             rows_gradient = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device) if wants_rows else None
             weight_gradient = torch.empty_like(weight) if wants_weight and not lean else None
             bias_gradient = torch.empty_like(bias) if bias is not None and wants_bias else None
             # The last part may end the use of the weight, whose shape is gone then.
-            features, chunks = weight.shape[1], list(_chunks(weight.shape[0], ctx.columns))
-            for start, end in chunks:
-                part = sums.gradients(_logits(rows, weight, bias, start, end), start, scale)
+            features, ranges = weight.shape[1], list(chunks(weight.shape[0], ctx.columns))
+            for start, end in ranges:
+                part = sums.gradients(chunk_logits(rows, weight, bias, start, end), start, scale)
                 if rows_gradient is not None:
                     rows_gradient += part.mm(weight[start:end].to(rows.dtype))
                 if bias_gradient is not None:
@@ -267,18 +286,26 @@ class _LaunchedSums:
         return logits
 
 
-def _sums_for(rows: torch.Tensor, targets: torch.Tensor) -> _Sums | _LaunchedSums:
+def sums_for(rows: torch.Tensor, targets: torch.Tensor) -> _Sums | _LaunchedSums:
     """By kernels where logits of the dtype of `rows` have some on its device."""
     launcher = launcher_for(rows)
     return _Sums(targets) if launcher is None else _LaunchedSums(launcher, targets)
 
 
-def _logits(rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: int, end: int) -> torch.Tensor:
+def sums_again(launcher: Launcher | None, targets: torch.Tensor, kept: Sequence[torch.Tensor]) -> _Sums | _LaunchedSums:
+    """For gradients, of what was `kept` of all chunks."""
+    return _Sums(targets, *kept) if launcher is None else _LaunchedSums(launcher, targets, *kept)
+
+
+def chunk_logits(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, start: int, end: int
+) -> torch.Tensor:
+    """Those of the columns `start .. end`."""
     part = None if bias is None else bias[start:end]
     return torch.nn.functional.linear(rows, weight[start:end].to(rows.dtype), part)
 
 
-def _chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
+def chunks(rows: int, most: int) -> Iterator[tuple[int, int]]:
     """(first, end) of chunks of nearly one size: a product of a single row is another function's, with sums in another
     order."""
     parts = -(-rows // most)

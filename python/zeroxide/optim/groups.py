@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -97,14 +97,20 @@ def refuse_options(group: Mapping[str, Any]) -> None:
 
 
 def groups_for(
-    module: nn.Module, config: Config, optimizer: Any, parameters: Any, elsewhere: frozenset[int] = frozenset()
+    module: nn.Module,
+    config: Config,
+    optimizer: Any,
+    parameters: Any,
+    elsewhere: frozenset[int] = frozenset(),
+    replaced: Mapping[int, Sequence[nn.Parameter]] | None = None,
 ) -> list[dict[str, Any]]:
     """The parameter groups of one training run, each with every hyperparameter.
 
     `optimizer` is None, one of torch's (see `taken_over`), or a callable that makes one from parameters; `parameters`
     is None, an iterable of parameters or of (name, parameter), or of group dicts, which may name their own "optimizer"
     and "state_format". elsewhere: ids of parameters that another rank's part of the model has,
-    which are left out. Raises ConfigError or ModelError.
+    which are left out. replaced: by the ids of parameters that were cut, those that stand in their place.
+    Raises ConfigError or ModelError.
     """
     listed = _listed(module.parameters() if parameters is None else parameters, "model_parameters")
     if callable(optimizer) and not isinstance(optimizer, torch.optim.Optimizer):
@@ -124,6 +130,7 @@ def groups_for(
             groups = [{**defaults, **_named(listed, "model_parameters")}]
     known = {id(param) for param in module.parameters()}
     for group in groups:
+        _put_parts(group, replaced or {})
         # Frozen parameters take no part; a caller may freeze some and still pass all.
         kept = [param.requires_grad and id(param) not in elsewhere for param in group["params"]]
         for key in ("params", "param_names"):
@@ -137,6 +144,17 @@ def groups_for(
     groups = [group for group in groups if group["params"]]
     core_groups(groups)
     return groups
+
+
+def _put_parts(group: dict[str, Any], replaced: Mapping[int, Sequence[nn.Parameter]]) -> None:
+    """Puts the parts of parameters that were cut in their place, each with the name of all where there are names."""
+    if all(id(param) not in replaced for param in group["params"]):
+        return
+    parts = [replaced.get(id(param), (param,)) for param in group["params"]]
+    if "param_names" in group:
+        names = zip(group["param_names"], parts, strict=True)
+        group["param_names"] = [name for name, of in names for _ in of]
+    group["params"] = [each for of in parts for each in of]
 
 
 def state_plans(groups: Iterable[Mapping[str, Any]], config: Config) -> dict[int, StatePlan]:

@@ -26,6 +26,7 @@ from zeroxide.plan.checks import check_model
 from zeroxide.plan.parameters import EXTERNAL, ParameterPlan
 from zeroxide.plan.state import UNDECIDED, StatePlan
 from zeroxide.precision.bits import ORDINARY
+from zeroxide.rows import RowBlock
 
 __all__ = ["LEAF", "STAND_IN", "UnitPlan", "blocks_in_lists", "called_modules", "find_units", "is_leaf"]
 
@@ -96,8 +97,9 @@ def find_units(
     ]
     check_model(module, entries, config, device)
     unit_bytes = config.zeroxide.unit_bytes or DEFAULT_UNIT_BYTES
-    routed = _routed(module, config)
-    units = _gathered_together(module, entries, unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize, routed)
+    routed, rows = _routed(module, config), _row_blocks(module)
+    largest, frame = unit_bytes // compute.itemsize, _core.FRAME // compute.itemsize
+    units = _gathered_together(module, entries, largest, frame, routed, rows)
     if world > 1:
         units = [part for unit in units for part in _by_trainable(unit)]
         units = [part for unit in units for part in _by_experts(unit)]
@@ -199,10 +201,29 @@ def _routed(module: nn.Module, config: Config) -> dict[int, str]:
     return found
 
 
-def _with_experts(
+def _row_blocks(module: nn.Module) -> dict[int, str]:
+    """The blocks of rows of matrices that are cut, by their ids, with their names.
+
+    Raises ModelError for one that a leaf module is gathered with.
+    """
+    found = {id(each): name for name, each in module.named_modules() if isinstance(each, RowBlock)}
+    for leaf in filter(is_leaf, module.modules()) if found else ():
+        for below in leaf.modules():
+            if id(below) in found:
+                name = found[id(below)]
+                raise ModelError(
+                    f"zeroxide.row_bytes: {name} is below a leaf module, which is gathered whole: undo that, or leave "
+                    "the key out",
+                    name=name,
+                )
+    return found
+
+
+def _with_parts(
     module: nn.Module, blocks: list[tuple[str, nn.Module]], routed: dict[int, str]
 ) -> list[tuple[str, nn.Module]]:
-    """The blocks and the experts in the order of the model: an expert comes after the block that it is in."""
+    """The blocks and `routed`, the parts of some that are apart, in the order of the model: a part comes after the
+    block that it is in."""
     if not routed:
         return blocks
     order = {id(each): number for number, each in enumerate(module.modules())}
@@ -214,14 +235,20 @@ def _with_experts(
 
 
 def _gathered_together(
-    module: nn.Module, entries: list[ParameterPlan], max_elements: int, frame: int, routed: dict[int, str]
+    module: nn.Module,
+    entries: list[ParameterPlan],
+    max_elements: int,
+    frame: int,
+    routed: dict[int, str],
+    rows: dict[int, str],
 ) -> list[UnitPlan]:
     """The parameters in units by where the model uses them. `max_elements`: of one unit; `frame`: what memory for
     gathered units is given out in. Both in elements of the compute dtype. `routed`: the experts that are units of their
-    own, by their ids, with their names."""
-    blocks = _with_experts(module, list(_blocks(module)), routed)
+    own, by their ids, with their names; `rows`: the same of blocks of rows."""
+    apart = routed | rows
+    blocks = _with_parts(module, list(_blocks(module)), apart)
     home: dict[int, int] = {}
-    for index, (_, block) in sorted(enumerate(blocks), key=lambda each: id(each[1][1]) not in routed):
+    for index, (_, block) in sorted(enumerate(blocks), key=lambda each: id(each[1][1]) not in apart):
         for child in block.modules():
             home.setdefault(id(child), index)
     members: list[list[ParameterPlan]] = [[] for _ in blocks]

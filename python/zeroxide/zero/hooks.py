@@ -39,6 +39,7 @@ from zeroxide.zero.passes import PassState, UnitState, UsesState, in_backward
 from zeroxide.zero.reduce.gradient_reduction import GradientReduction
 from zeroxide.zero.reduce.offload import GradientOffload
 from zeroxide.zero.reduce.reducer import Reducer
+from zeroxide.zero.reduce.unused_rows import UnusedRows
 from zeroxide.zero.saved_tensors import SavedTensors
 from zeroxide.zero.stowed_view import ActivationStore
 from zeroxide.zero.unit import Unit
@@ -125,6 +126,8 @@ class Hooks:
             grad_dtype,
             grad_offload,
         )
+        self.unused_rows = UnusedRows(units) if gatherer.alone else None
+        """Over several ranks every block of rows is used in every pass."""
         self.strays = StrayReaders(gatherer.core, self) if self.serves and not gatherer.stays else None
 
     def _add(self, handle: Any) -> None:
@@ -402,6 +405,8 @@ class Hooks:
             if self.serves:
                 self.gatherer.core.watch_readers()
             self.reducer.drain()
+            if self.unused_rows is not None:
+                self.unused_rows.end_backward(self.gatherer.core)
             if self.synchronize and self.layers is None:
                 try:
                     self.reduction.end_backward()

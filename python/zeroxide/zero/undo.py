@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,6 +42,7 @@ class Undo:
         groups = optimizer.param_groups if isinstance(optimizer, torch.optim.Optimizer) else []
         self._groups = [(group, dict(group)) for group in groups]
         self._core: _core.Offload | None = None
+        self._parts: dict[int, Sequence[nn.Parameter]] = {}
         self._places: dict[int, _ParamLocation] = {}
 
     def moves(self, core: _core.Offload, plan: Plan) -> None:
@@ -52,6 +54,10 @@ class Undo:
             for position, entry in enumerate(unit.params)
         }
 
+    def cut(self, param: nn.Parameter, parts: Sequence[nn.Parameter]) -> None:
+        """Says that rows of the parameter, in order, are `parts` from here on, and it has no values itself."""
+        self._parts[id(param)] = parts
+
     def restore(self) -> None:
         """Makes them what they were, and closes the core."""
         try:
@@ -61,7 +67,7 @@ class Undo:
                 group.clear()
                 group.update(before)
             with torch._C.DisableTorchFunctionSubclass():
-                lost = [each for each in self._params if not each.restore(self._places.get(id(each.param)))]
+                lost = [each for each in self._params if not self._restore(each)]
         finally:
             if self._core is not None:
                 self._core.close()
@@ -70,6 +76,13 @@ class Undo:
             for module in self._modules:
                 if any(id(param) in gone for param in module.module._parameters.values()):
                     module.refuse()
+
+    def _restore(self, each: _Param) -> bool:
+        """Whether the parameter has its values again."""
+        parts = self._parts.get(id(each.param))
+        if parts is None or not each.address:
+            return each.restore(self._places.get(id(each.param)))
+        return each.restore_from([(part, self._places.get(id(part))) for part in parts])
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +138,17 @@ class _Param:
         self.address = _address(param)
         self.handle = handle_of(param)
 
+    def restore_from(self, parts: Sequence[tuple[nn.Parameter, _ParamLocation | None]]) -> bool:
+        """The same of one that was cut: rows that have not moved are still where all of it was."""
+        rows = [part.data if part.numel() else _moved(part, place, self.dtype) for part, place in parts]
+        found = [each for each in rows if each is not None]
+        first = found[0] if found else None
+        if first is not None and len(found) == len(parts):
+            kept = all(part.numel() for part, _ in parts) and address(first) == self.address
+            self.param.data = first.as_strided(self.shape, first.stride()) if kept else torch.cat(found).to(self.device)
+            self.address = _address(self.param)
+        return self.restore(None)
+
     def restore(self, place: _ParamLocation | None) -> bool:
         """Whether it has its values again."""
         param = self.param
@@ -178,6 +202,10 @@ def _read(place: _ParamLocation | None, shape: torch.Size, dtype: torch.dtype) -
     except Exception:  # whatever stopped the construction may have stopped the disk, too
         return None
     return values
+
+
+def _moved(part: nn.Parameter, place: _ParamLocation | None, dtype: torch.dtype) -> torch.Tensor | None:
+    return None if place is None else _read(place, place.entry.shape, dtype)
 
 
 def _address(param: torch.Tensor) -> int:

@@ -83,6 +83,8 @@ class _Export:
             if held.trainable or include_frozen
         ]
         tensors += [Tensor(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self.buffers.items()]
+        # Blocks of rows of one parameter are one tensor.
+        tensors = list(dict.fromkeys(tensors))
         check_exportable(tensors)
         self._tensors = tensors
         self._elements = {held.name: held.elements for held in records}
@@ -160,6 +162,6 @@ class _Export:
 def _places(held: ParamRecord, start: int, count: int) -> Iterator[tuple[int, int, int]]:
     """(element, its place in the whole tensor, how many in a row) of elements that these ranks have."""
     if held.region is None:
-        yield start, start, count
+        yield start, held.first + start, count
     else:
         yield from held.region.runs(start, count)

@@ -342,9 +342,10 @@ class _Load:
             for start in range(0, run.count, self.staging.elements):
                 yield run.start + start, initial[: run.count - start]
         else:
-            region = run.held.region
-            for start, stored in self.sources.chunks(pieces, run.start, run.count, run.held.full_shape, region):
-                dtype = value_dtype(run.held, part)
+            held, first = run.held, run.held.first
+            chunks = self.sources.chunks(pieces, first + run.start, run.count, held.full_shape, held.region)
+            for at, stored in chunks:
+                dtype, start = value_dtype(held, part), at - first
                 if stored.dtype == dtype:
                     yield start, stored
                 elif dtype == torch.float32:

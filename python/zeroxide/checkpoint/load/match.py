@@ -87,13 +87,16 @@ def match_parameters(
             found.dtypes.append(f"{one.name} ({_dtype(stored)} there, {_dtype(one.dtype)} here)")
         if len(candidates) > 1:
             found.ties.append(f"{one.name} ({len(candidates)} parameters there, one here)")
-        if saved.name in users:
+        if users.get(saved.name, one.name) != one.name:
             found.ties.append(f"{one.name} (one parameter with {users[saved.name]} there, two here)")
         users[saved.name] = one.name
     known = {name for one in held for name in one.names} | elsewhere
     found.unexpected = [
         saved.name for saved in manifest.parameters if known.isdisjoint(plain_name(name) for name in saved.names)
     ]
+    # Blocks of rows of one parameter say the same.
+    found.missing, found.shapes = list(dict.fromkeys(found.missing)), list(dict.fromkeys(found.shapes))
+    found.dtypes = list(dict.fromkeys(found.dtypes))
     _refuse("parameters", found, strict, path)
     return result
 

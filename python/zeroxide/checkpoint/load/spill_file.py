@@ -27,7 +27,7 @@ class SpillFile:
     def __init__(self, nbytes: int, directory: Path | None, live: LiveState, staging: Staging) -> None:
         self._live = live
         self._staging = staging
-        self._places: dict[tuple[str, str, int], int] = {}
+        self._places: dict[tuple[int, int, str, int], int] = {}
         self._file = tempfile.TemporaryFile(dir=directory) if nbytes else None  # noqa: SIM115
         if self._file is not None:
             os.posix_fallocate(self._file.fileno(), 0, nbytes)
@@ -55,14 +55,14 @@ class SpillFile:
         """Copies the present values of one part of a run."""
         assert self._file is not None, "room was asked for"
         descriptor = self._file.fileno()
-        self._places[run.held.name, part, run.start] = os.lseek(descriptor, 0, os.SEEK_CUR)
+        self._places[run.held.unit, run.held.position, part, run.start] = os.lseek(descriptor, 0, os.SEEK_CUR)
         for values in self._live.chunks(run.held, part, run.start, run.count, value_dtype(run.held, part)):
             write_all(descriptor, bytes_of(values))
 
     def chunks(self, run: ElementRange, part: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, values) of what was kept. Each chunk is valid until the next one is taken."""
         assert self._file is not None, "something was kept"
-        at = self._places[run.held.name, part, run.start]
+        at = self._places[run.held.unit, run.held.position, part, run.start]
         dtype, start = value_dtype(run.held, part), 0
         while start < run.count:
             values = self._staging.stored(dtype, min(self._staging.elements, run.count - start))

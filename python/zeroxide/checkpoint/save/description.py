@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from zeroxide import _core
 from zeroxide.checkpoint.contents import (
     WEIGHTS,
     ElementRange,
+    ParamRecord,
     own_pieces,
     param_records,
     persistent_buffers,
@@ -62,7 +64,9 @@ class Description:
         self.records = param_records(training)
         own = own_pieces(training, self.records)
         self._own, self._include_frozen = own, include_frozen
-        self.by_name = {held.name: held for held in self.records}
+        self._by_name: dict[str, list[ParamRecord]] = {}
+        for held in sorted(self.records, key=lambda each: each.first):
+            self._by_name.setdefault(held.name, []).append(held)
         self._states = state_names(self.records)
         self.buffers = self._checked_buffers(training, frozen_in_time)
         self.generators = generators.read()
@@ -76,6 +80,13 @@ class Description:
         elsewhere = self.records if training.experts_elsewhere else []
         self._repeated = {held.name for held in elsewhere if training.units[held.unit].experts}
         self._make_files(frozenset())
+
+    def held(self, cut: Cut) -> tuple[ParamRecord, int]:
+        """The parameter whose elements a cut has, and which of them is the cut's first."""
+        found = self._by_name[cut.tensor.name]
+        # Blocks of rows follow one another, and no cut has elements of two.
+        held = found[bisect.bisect_right(found, cut.start, key=lambda each: each.first) - 1]
+        return held, cut.start - held.first
 
     def has(self) -> list[str]:
         """The elements of parameters and the buffers that this rank has a share of, where there are parts."""
@@ -116,7 +127,7 @@ class Description:
     def _families(self, own: Sequence[ElementRange], include_frozen: bool) -> Iterator[tuple[str, list[Cut]]]:
         # A frozen weight has no more bits than its live form; a trainable one has those of its fp32 master.
         weights = {
-            held.name: Tensor(held.name, held.dtype, held.shape)
+            held.name: Tensor(held.name, held.dtype, held.file_shape)
             for held in self.records
             if (held.trainable or include_frozen)
             and held.elements not in self.others
@@ -125,11 +136,15 @@ class Description:
         families = [(WEIGHTS, weights)]
         for state in self._states:
             having = [held for held in self.records if state in held.states and held.name in weights]
-            families.append((state, {held.name: Tensor(held.name, torch.float32, held.shape) for held in having}))
+            families.append((state, {held.name: Tensor(held.name, torch.float32, held.file_shape) for held in having}))
         for family, tensors in families:
             yield (
                 family,
-                [Cut(tensors[run.held.name], run.start, run.count) for run in own if run.held.name in tensors],
+                [
+                    Cut(tensors[run.held.name], run.held.first + run.start, run.count)
+                    for run in own
+                    if run.held.name in tensors
+                ],
             )
         if self._leads or (self.in_parts and self._leads_part):
             mine = {name: each for name, each in self.buffers.items() if name not in self.others}

@@ -110,7 +110,7 @@ def _merged(said: Sequence[Sequence[dict[str, Any]]]) -> dict[str, dict[str, Any
 
 
 def _piece(file: str, cut: Cut, description: Description) -> Piece:
-    held: ParamRecord | None = None if file.startswith(f"{BUFFERS}-") else description.by_name[cut.tensor.name]
+    held: ParamRecord | None = None if file.startswith(f"{BUFFERS}-") else description.held(cut)[0]
     region = None if held is None or held.region is None else _saved(held.region)
     return Piece(
         file=file,

@@ -20,8 +20,8 @@ def values(description: Description, live: LiveState) -> Iterator[torch.Tensor]:
         family = name.partition("-")[0]
         for cut in cuts:
             if family != BUFFERS:
-                held = description.by_name[cut.tensor.name]
-                yield from live.chunks(held, family, cut.start, cut.count, cut.tensor.dtype)
+                held, start = description.held(cut)
+                yield from live.chunks(held, family, start, cut.count, cut.tensor.dtype)
             else:
                 flat = in_host(bytes_of(description.buffers[cut.tensor.name])).view(cut.tensor.dtype)
                 yield flat[cut.start : cut.start + cut.count]

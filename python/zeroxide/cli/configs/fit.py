@@ -16,6 +16,7 @@ from zeroxide.cli.quiet import quiet
 from zeroxide.config import Config, format_bytes
 from zeroxide.distributed import Ranks
 from zeroxide.engine.resident import resident_without
+from zeroxide.engine.rows import cut_by_config
 from zeroxide.errors import ModelError
 from zeroxide.plan.home import Home
 from zeroxide.plan.plan import Plan, make_plan
@@ -90,6 +91,7 @@ def fit(
     """
     module = shapes(model, torch_dtype(config.precision.dtype))
     check_batch_norms(module, config)
+    cut_by_config(module, config)
     one_host = ranks_per_host >= world
     ranks = Ranks(
         world=world, local_world=min(world, ranks_per_host), backend="fake", same_host=one_host, shares_memory=one_host

@@ -23,6 +23,7 @@ from zeroxide.cli.training.models import ModelChoice
 from zeroxide.config import Config, load
 from zeroxide.device.placement import HOST, ON_PAPER
 from zeroxide.distributed import Ranks
+from zeroxide.engine.rows import cut_by_config
 from zeroxide.errors import ConfigError, StorageError
 from zeroxide.optim.groups import groups_for, state_plans
 from zeroxide.plan.plan import Plan, make_plan
@@ -254,6 +255,7 @@ def _plan(
         same_host=True,
         shares_memory=request.ranks > 1 and request.device is None,
     )
+    cut_by_config(module, config)
     groups = groups_for(module, config, None, None)
     states = state_plans(groups, config)
     return make_plan(

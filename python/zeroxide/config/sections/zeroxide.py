@@ -61,6 +61,9 @@ class ZeroxideSection(Section):
     """Optimizer threads; without it one for each CPU that the process may use."""
     unit_bytes: MemorySize | None = None
     """Largest flat buffer of weights that is gathered in one piece."""
+    row_bytes: ByteSize | None = None
+    """Largest block of rows of a vocabulary's matrix: embeddings and output projections that take more are cut by rows
+    and gathered a block at a time; without it they stay in one piece."""
     tile_bytes: ByteSize | None = None
     """Size of one disk request and of one optimizer task."""
     staging_bytes: MemorySize | None = None
@@ -131,6 +134,8 @@ class Zeroxide(Resolved):
     it to activations."""
     unit_bytes: int | None = None
     """Largest flat buffer of weights that is gathered in one piece."""
+    row_bytes: int | None = None
+    """Largest block of rows of an embedding or output projection, at the compute dtype; `None` cuts none."""
     staging_bytes: int | None = field(
         default=None, metadata=may_differ("the size of disk requests in flight changes no number")
     )
@@ -191,6 +196,7 @@ def resolve(section: ZeroxideSection, given: Given) -> Zeroxide:
         host_memory=host_memory,
         device_memory=section.device_memory,
         unit_bytes=section.unit_bytes,
+        row_bytes=section.row_bytes,
         staging_bytes=_staging(section, host_memory),
         tile_bytes=section.tile_bytes,
         disks=tuple(section.disks or ()),

@@ -136,6 +136,10 @@ def _check(config: Config, axes: Mesh, sequence: int) -> None:
             path="zero_optimization.zero_quantized_weights",
         )
     own = config.zeroxide
+    if own.row_bytes is not None:
+        raise ConfigError(
+            "zeroxide.row_bytes over several axes is not counted: leave it out", path="zeroxide.row_bytes"
+        )
     if own.accumulation_order != "batches":
         raise ConfigError(
             'zeroxide.accumulation_order: "layers" over several axes is not built: leave it out',

@@ -17,6 +17,7 @@ from zeroxide.checkpoint.convert.convert import read_weights
 from zeroxide.checkpoint.format.manifest import read_manifest
 from zeroxide.engine.engine import Engine
 from zeroxide.errors import CheckpointError
+from zeroxide.rows import rows_of
 from zeroxide.zero.access.safe import safe_get_full_fp32_param
 from zeroxide.zero.names import plain_name
 
@@ -95,7 +96,19 @@ def exact_state_dict(engine: Engine) -> dict[str, torch.Tensor]:
         if param.requires_grad:
             if id(param) not in exact:
                 values = safe_get_full_fp32_param(param)
-                exact[id(param)] = values if found else None
+                exact[id(param)] = _in_its_matrix(param, values, found, name) if found else None
             if found:
                 found[plain_name(name)] = exact[id(param)]  # type: ignore[assignment]
     return found
+
+
+def _in_its_matrix(
+    param: torch.Tensor, values: torch.Tensor | None, found: dict[str, torch.Tensor], name: str
+) -> torch.Tensor | None:
+    """The values of a parameter; of a block of rows, the matrix in which they are, which the first block makes."""
+    rows = rows_of(param)
+    if rows is None or values is None:
+        return values
+    full = torch.empty(rows.shape, dtype=values.dtype) if rows.first == 0 else found[plain_name(name)]
+    full[rows.first : rows.end] = values
+    return full

@@ -133,7 +133,12 @@ def _listed(params: Any) -> list[nn.Parameter]:
     elif isinstance(params, torch.Tensor):
         params = [params]
     # Once each: a second close would write what the first one has.
-    return list({id(param): param for param in params if isinstance(param, nn.Parameter)}.values())
+    return list({id(param): param for param in params if _is_parameter(param)}.values())
+
+
+def _is_parameter(given: Any) -> bool:
+    """Raises ModelError for a matrix that is cut by rows."""
+    return isinstance(given, nn.Parameter) or (isinstance(given, torch.Tensor) and handle_of(given) is not None)
 
 
 def _check_rank(handle: ParamHandle, rank: int | None) -> None:

@@ -30,10 +30,11 @@ from zeroxide.params.absent import AbsentValues
 from zeroxide.params.callers import called_by
 from zeroxide.params.handle import handle_of
 from zeroxide.precision.bits import FLOATS, converted, converts, copy_of, holds_exactly, tensor_of, why_not_bytes
+from zeroxide.rows import RowRange, blocks_of, in_blocks, rows_of
 from zeroxide.zero.access.experts import add_experts, experts_of
 from zeroxide.zero.buffers import set_buffer
 from zeroxide.zero.hook_handle import Hook, Method
-from zeroxide.zero.names import plain_name
+from zeroxide.zero.names import own_name, plain_name
 from zeroxide.zero.param import ParameterContext, ShardedParam, sharded_param_of
 
 __all__ = [
@@ -219,7 +220,8 @@ def _parameters_and_buffers(module: nn.Module) -> dict[str, Any]:
     global _bare
     _bare = True
     try:
-        return module.state_dict(keep_vars=True)
+        with in_blocks():
+            return module.state_dict(keep_vars=True)
     finally:
         _bare = False
 
@@ -244,6 +246,9 @@ def full_state_dict(
             if context.ranks.rank == 0:
                 kept.update({plain_name(each): value for each, value in every.items()})
             continue
+        if sharded is not None and (rows := rows_of(value)) is not None:
+            _add_rows(kept, seen, plain_name(name), rows, sharded, leads=leads)
+            continue
         if sharded is not None and id(value) not in seen:
             whole = context.whole.of(value, sharded.read_live().view(sharded.shape))
             seen[id(value)] = whole if leads else torch.empty(0, device=HOST)
@@ -251,6 +256,29 @@ def full_state_dict(
             found = seen.get(id(value), value)
             kept[plain_name(name)] = _copied(found) if found is value and isinstance(value, torch.Tensor) else found
     return kept
+
+
+def _add_rows(
+    kept: dict[str, torch.Tensor],
+    seen: dict[int, torch.Tensor],
+    name: str,
+    rows: RowRange,
+    sharded: ShardedParam,
+    *,
+    leads: bool,
+) -> None:
+    """Puts a block of rows where it belongs in the matrix `name`, which its first block makes."""
+    if id(sharded.param) in seen:
+        # Another module has it, too.
+        kept.update({name: seen[id(sharded.param)]} if leads else {})
+        return
+    values = sharded.read_live().view(sharded.shape)
+    full = kept.get(name) if leads else values
+    if full is None:
+        full = kept[name] = torch.empty(rows.shape, dtype=values.dtype, device=HOST)
+    seen[id(sharded.param)] = full
+    if leads:
+        full[rows.first : rows.end] = values
 
 
 def _copied(buffer: torch.Tensor) -> torch.Tensor:
@@ -303,12 +331,14 @@ def load_full_state_dict(
                 name=unit.names[0],
             )
     targets = {
-        plain_name(name): value
+        own_name(name): value
         for name, value in _parameters_and_buffers(module).items()
         if isinstance(value, torch.Tensor)
     }
-    given = {plain_name(name): value for name, value in given.items()}
-    found_problems = list(_problems(context, targets, given, strict, {plain_name(name) for name in may_miss}))
+    given = _with_rows({plain_name(name): value for name, value in given.items()}, targets)
+    found_problems = list(
+        dict.fromkeys(_problems(context, targets, given, strict, {plain_name(name) for name in may_miss}))
+    )
     said = [found_problems, [n for n in targets if n in given]]
     if context.whole.group is not None:
         said = context.whole.group.gather_objects(said, "whether a state dict fits")[0]
@@ -341,6 +371,22 @@ def load_full_state_dict(
             sharded.write("weights", values.view(-1))
 
 
+def _with_rows(given: dict[str, Any], targets: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What is given, in place of each matrix that is cut its blocks of rows under their own names."""
+    found, cut = dict(given), set()
+    for name, target in targets.items():
+        rows, plain = rows_of(target), plain_name(name)
+        if rows is None or plain not in given:
+            continue
+        cut.add(plain)
+        values = given[plain]
+        fits = isinstance(values, torch.Tensor) and tuple(values.shape) == rows.shape
+        found[name] = values[rows.first : rows.end] if fits else values
+    for plain in cut:
+        del found[plain]
+    return found
+
+
 def _taken(target: torch.Tensor) -> torch.dtype:
     """The dtype in which a parameter or buffer takes new values: fp32 for exact weights, else its own."""
     sharded = sharded_param_of(target)
@@ -369,16 +415,21 @@ def _problems(
     may_miss: Collection[str],
 ) -> Iterator[str]:
     if strict:
-        yield from (f"{name} is missing" for name in targets if name not in given and name not in may_miss)
+        yield from (
+            f"{plain_name(name)} is missing"
+            for name in targets
+            if name not in given and plain_name(name) not in may_miss
+        )
         yield from (f"the model has no {name}" for name in given if name not in targets)
     for name, target in targets.items():
         if name in given:
             sharded = sharded_param_of(target)
             shape = target.shape if sharded is None else context.whole.shape(target, sharded.shape)
-            got = given[name]
+            got, rows = given[name], rows_of(target)
             if not isinstance(got, torch.Tensor) or got.shape != shape:
                 what = tuple(got.shape) if isinstance(got, torch.Tensor) else type(got).__name__
-                yield f"{name}: expected shape {tuple(shape)}, got {what}"
+                expected = tuple(shape) if rows is None else rows.shape
+                yield f"{plain_name(name)}: expected shape {expected}, got {what}"
             elif (problem := why_not_bytes(got) or why_not_bytes(target)) is not None:
                 yield f"{name} {problem}"
             elif not _fits(target, got):
@@ -390,18 +441,21 @@ def refuse_loading(module: nn.Module) -> list[Any]:
     return [
         each.register_load_state_dict_pre_hook(Hook(_refuse))  # type: ignore[no-untyped-call]
         for each in module.modules()
-        if each._parameters
+        if each._parameters or blocks_of(each) is not None
     ]
 
 
 def _refuse(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:
-    for name, param in module._parameters.items():
+    blocks = blocks_of(module)
+    own = [*module._parameters.items(), *([] if blocks is None else [("weight", blocks.first)])]
+    for name, param in own:
         if param is None or prefix + name not in state_dict:
             continue
         handle = handle_of(param)
         if isinstance(handle, ShardedParam) and not handle.holds:
             raise ModelError(
-                f"load_state_dict: {handle.name} has its values in an engine: call engine.load_module_state_dict, "
-                "or load inside zeroxide.zero.GatheredParameters(params, modifier_rank=0)",
+                f"load_state_dict: {plain_name(handle.name)} has its values in an engine: call "
+                "engine.load_module_state_dict, or load inside zeroxide.zero.GatheredParameters(params, "
+                "modifier_rank=0)",
                 name=handle.name,
             )
