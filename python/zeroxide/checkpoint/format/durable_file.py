@@ -19,12 +19,14 @@ from zeroxide import _core
 from zeroxide.checkpoint.format.mapping import HUGE_PAGE, mapped
 from zeroxide.device.placement import address, of_buffer, spec
 
-__all__ = ["DurableFile", "write_all"]
+__all__ = ["WRITE_MEMORY", "DurableFile", "write_all"]
 
 ALIGN = 4096
 """What offset, length and address must be multiples of to be written directly."""
 BUFFER_BYTES = 4 << 20
 BUFFERS = 2
+WRITE_MEMORY = BUFFERS * BUFFER_BYTES
+"""Bytes that writing one file takes."""
 
 
 class DurableFile:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zeroxide import _core
+from zeroxide.checkpoint.format.durable_file import WRITE_MEMORY
 from zeroxide.checkpoint.save.background import BackgroundSave
 from zeroxide.checkpoint.save.save import Save, save_checkpoint
 from zeroxide.checkpoint.save.snapshot import available_memory
@@ -77,7 +78,8 @@ class Saver:
         room = self._training.staging_memory
         if room is None:
             room = available_memory() // 2 // self._training.ranks.local_world
-        return min(room, save.description.bytes)
+        # What is on its way to the disk has left the snapshot, and takes memory still.
+        return min(max(0, room - WRITE_MEMORY), save.description.bytes)
 
     def before_update(self) -> None:
         """Waits until the state of parameters may change. What fails is kept for `conclude`."""
