@@ -85,11 +85,16 @@ def test_what_transformers_does_to_embeddings_works_or_is_refused(tmp_path: Path
         engine.step()
 
 
+class Scaled(nn.Embedding):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input) * 2
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.wte = nn.Embedding(VOCABULARY, WIDTH)
+        self.wte = Scaled(VOCABULARY, WIDTH)
         self.mid = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
