@@ -437,3 +437,28 @@ def test_who_touches_the_weight_is_told(config: dict[str, Any]) -> None:
         module.wte.weight = nn.Parameter(torch.zeros(VOCABULARY, WIDTH))
         with pytest.raises(ModelError, match=r"wte\.weight has appeared in the model"):
             train(engine)
+
+
+class Nested(nn.Module):
+    """An embedding in every layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"rows": nn.Embedding(VOCABULARY, WIDTH), "mix": nn.Linear(WIDTH, WIDTH)}) for _ in range(2)
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return sum(torch.tanh(each["mix"](each["rows"](ids))).square().sum() for each in self.layers)
+
+
+def test_blocks_of_rows_inside_of_a_layer_are_units_of_their_own(config: dict[str, Any]) -> None:
+    """Catches: blocks that are gathered with the layer that they are in, and so all together."""
+    with started(Nested(), config=cut(config)) as engine:
+        units = [unit.names for unit in engine.parts.units]
+        engine.backward(engine(batch(0)[0]))
+        engine.step()
+    assert len(units) == 10
+    assert [names for names in units if len(names) > 1] == [
+        [f"layers.{layer}.mix.weight", f"layers.{layer}.mix.bias"] for layer in range(2)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,11 @@ import torch
 from running import Mode, config_of, started
 from torch import nn
 
+from zeroxide.cli.configs.fit import fit
+from zeroxide.cli.planning.request import Option, Request
+from zeroxide.cli.planning.work import Workbench
+from zeroxide.cli.training.models import choose_model
+from zeroxide.config import load
 from zeroxide.losses import linear_cross_entropy
 
 VOCABULARY, WIDTH, MIB = 16384, 256, 1 << 20
@@ -61,3 +67,24 @@ def test_what_is_gathered_falls_with_the_blocks(tied: bool, tmp_path: Path) -> N
     # One in use and one on its way.
     assert small["gathered"] <= 3 * MATRIX // 8
     assert small["gradients"] <= 4 * MATRIX // 8
+
+
+def test_plans_of_models_that_are_not_there_know_the_blocks(tmp_path: Path) -> None:
+    """`zeroxide plan` and `zeroxide config check --model`. Catches: a plan of the model in one piece. GPT-2's
+    embedding, which is its projection as well, takes 50257 * 768 * 2 bytes, more than all of its blocks of rows."""
+    home = {"device": "nvme", "nvme_path": str(tmp_path)}
+    gathered = []
+    for rows in ({}, {"row_bytes": "8MiB"}):
+        config = {"zeroxide": {**rows, "prefetch": 0}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 3}}
+        config["optimizer"] = {"type": "AdamW"}
+        bench = Workbench(choose_model("gpt2"), ["split"], None, None, 1, lambda rehearsals: None)  # type: ignore[arg-type]
+        request = Request("gpt2", 1, 8, disk=tmp_path, config=config)
+        plan = bench.plan(request, Option("nvme", "split", checkpointing=False), torch.bfloat16, 0)
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+        config["zero_optimization"] |= {"offload_param": home, "offload_optimizer": home}
+        said = "\n".join(fit(load(config), str(tmp_path), 1, 1)[0])
+        gathered.append((plan.buckets["gathered"], said))
+    (whole, said), (small, less) = gathered
+    assert whole >= 50257 * 768 * 2
+    assert small < whole // 2
+    assert said != less

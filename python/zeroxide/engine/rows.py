@@ -127,7 +127,7 @@ def _check_ties(owner: ref[Any], *_: Any, **__: Any) -> None:
     weights = [getattr(each, "weight", None) for each in ends]
     tied = weights[0] is not None and weights[0] is weights[1]
     wanted = getattr(model.config, "tie_word_embeddings", tied)
-    if None not in weights and bool(wanted) != tied:
+    if all(each is not None for each in weights) and bool(wanted) != tied:
         raise ModelError(
             f"tie_weights: tie_word_embeddings is {wanted} now, and {weights[0]!r} is cut by rows (zeroxide.row_bytes) "
             f"as {'one weight' if tied else 'two weights'} of the model: set it before zeroxide.initialize"

@@ -19,7 +19,7 @@ from zeroxide.params.handle import handle_of
 from zeroxide.rows.block import BLOCKS, WEIGHT, RowBlock, RowBlocks, RowRange
 from zeroxide.rows.weight import CutWeight
 
-__all__ = ["ALIGNED", "CutMatrix", "cut_matrix", "cut_rows"]
+__all__ = ["ALIGNED", "CutMatrix", "block_ends", "cut_matrix", "cut_rows"]
 
 ALIGNED = 64
 """Rows of a block are a multiple of it, but for the last: then blocks begin where those of any state format do."""
@@ -67,12 +67,8 @@ def cut_rows(module: nn.Module, limit: int, itemsize: int) -> list[CutMatrix]:
 def cut_matrix(name: str, param: nn.Parameter, owners: Sequence[nn.Module], rows: int) -> CutMatrix:
     """Cuts the weight `param` of `owners` into blocks of at most `rows` rows, a multiple of `ALIGNED`."""
     shape = tuple(param.shape)
-    # As many blocks as it takes, of nearly one size.
-    count = -(-shape[0] // rows)
-    each = -(-shape[0] // count // ALIGNED) * ALIGNED
-    ends = [*range(0, shape[0], each), shape[0]]
     blocks = []
-    for first, end in pairwise(ends):
+    for first, end in pairwise(block_ends(shape[0], rows)):
         part = nn.Parameter(torch.empty(0, dtype=param.dtype, device=param.device), requires_grad=param.requires_grad)
         # So it has a version of its own, which views of one tensor share.
         part.data = param.detach()[first:end]
@@ -88,6 +84,17 @@ def cut_matrix(name: str, param: nn.Parameter, owners: Sequence[nn.Module], rows
         # Blocks share its memory, which goes with the last of them.
         param.data = torch.empty(0, dtype=param.dtype, device=param.device)
     return CutMatrix(param, tuple(owners), found)
+
+
+def block_ends(count: int, most: int) -> list[int]:
+    """Where blocks of `count` rows begin and end: as few as it takes, of nearly one size. A product with few rows is
+    another function's, with sums in another order; only where `most` leaves no room for the rest is that a block."""
+    full = count // ALIGNED
+    for blocks in range(-(-count // most), full + 1):
+        ends = [-(-full * number // blocks) * ALIGNED for number in range(blocks)] + [count]
+        if max(end - first for first, end in pairwise(ends)) <= most:
+            return ends
+    return [*range(0, count, ALIGNED), count]
 
 
 def _wanted(module: nn.Module, limit: int, itemsize: int) -> list[tuple[str, nn.Parameter, list[nn.Module]]]:
