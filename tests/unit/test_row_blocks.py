@@ -24,9 +24,12 @@ from torch.nn import functional
 import zeroxide
 from zeroxide.checkpoint.contents import param_records
 from zeroxide.checkpoint.format.manifest import read_manifest
+from zeroxide.config import load
 from zeroxide.device.placement import spec
 from zeroxide.engine import build
+from zeroxide.engine.rows import cut_by_config
 from zeroxide.errors import ConfigError, ModelError
+from zeroxide.integrations.lightning.folder import exact_state_dict
 from zeroxide.losses import linear_cross_entropy
 from zeroxide.rows import blocks_of
 
@@ -148,12 +151,12 @@ def records(engine: Any) -> list[Any]:
     return param_records(engine.training_state)
 
 
-def moments(engine: Any) -> dict[str, torch.Tensor]:
-    """The second moments by name, blocks of rows put together."""
+def moments(engine: Any, part: str = "exp_avg_sq") -> dict[str, torch.Tensor]:
+    """The second moments, or another part of the state, by name, blocks of rows put together."""
     found: dict[str, torch.Tensor] = {}
     for held in records(engine):
         values = torch.empty(held.numel)
-        engine.parts.core().read_param(held.unit, held.position, "exp_avg_sq", 0, spec(values))
+        engine.parts.core().read_param(held.unit, held.position, part, 0, spec(values))
         full = found.setdefault(held.name, torch.full((math.prod(held.full_shape),), torch.nan))
         full[held.first : held.first + held.numel] = values
     return found
@@ -398,6 +401,33 @@ def test_what_cannot_be_cut_is_refused_by_name(tmp_path: Any) -> None:
         )
 
 
+def test_pieces_of_another_length_are_refused(config: dict[str, Any]) -> None:
+    """Catches: a source with more rows than the matrix, or fewer, whose last rows are taken or left in silence."""
+    for more, line in (
+        (8, "wte.weight: expected 16000 elements, got more"),
+        (-8, "expected [0-9]+ elements, got [0-9]+"),
+    ):
+        with torch.device("meta"):
+            model = Model()
+        source = InPieces(Model().state_dict())
+        made, wrong = source.pieces, torch.zeros(VOCABULARY * WIDTH + more)
+
+        def pieces(name: str, shape: torch.Size, made: Any = made, wrong: torch.Tensor = wrong) -> Any:
+            return made(name, shape) if name != "wte.weight" else iter([(0, wrong)])
+
+        source.pieces = pieces  # type: ignore[method-assign]
+        with pytest.raises(ModelError, match=line):
+            zeroxide.initialize(model=model, config=cut(config), weights=source)
+
+
+@pytest.mark.parametrize("axis", ["tp", "pp"])
+def test_parts_of_a_model_on_other_ranks_are_refused(axis: str) -> None:
+    """Catches: rows of a part of a matrix taken for rows of all."""
+    config = load({"zeroxide": {"row_bytes": BLOCK, "mesh": {axis: 2}}}, world_size=2)
+    with pytest.raises(ConfigError, match=r"zeroxide\.row_bytes: cutting by rows .* is not built"):
+        cut_by_config(Model(), config)
+
+
 def test_who_touches_the_weight_is_told(config: dict[str, Any]) -> None:
     """Catches: values of a weight that has none taken in silence, shapes and dtypes that are not the matrix's, ids
     that are no rows."""
@@ -462,3 +492,17 @@ def test_blocks_of_rows_inside_of_a_layer_are_units_of_their_own(config: dict[st
     assert [names for names in units if len(names) > 1] == [
         [f"layers.{layer}.mix.weight", f"layers.{layer}.mix.bias"] for layer in range(2)
     ]
+
+
+def test_exact_weights_for_lightning_have_the_matrix(tmp_path: Any) -> None:
+    """Masters of bf16 weights, which a step of 1e-5 moves by less than bf16 shows. Catches: the last block alone, or
+    live weights in place of exact ones."""
+    config = config_of(Mode("cpu", "cpu"), tmp_path, "bf16")
+    config["optimizer"]["params"] = {"lr": 1e-5}
+    with started(Model(tied=True), config=cut(config, BLOCK // 2)) as engine:
+        train(engine)
+        found, wanted = exact_state_dict(engine), moments(engine, "weights")
+    assert set(found) == set(Model(tied=True).state_dict())
+    assert found["wte.weight"] is found["head.weight"]
+    assert all(torch.equal(found[name].flatten(), values) for name, values in wanted.items())
+    assert not torch.equal(found["wte.weight"], found["wte.weight"].bfloat16().float())

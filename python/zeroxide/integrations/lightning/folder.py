@@ -109,6 +109,10 @@ def _in_its_matrix(
     rows = rows_of(param)
     if rows is None or values is None:
         return values
-    full = torch.empty(rows.shape, dtype=values.dtype) if rows.first == 0 else found[plain_name(name)]
+    full = (
+        torch.empty(rows.shape, dtype=values.dtype, device=values.device)
+        if rows.first == 0
+        else found[plain_name(name)]
+    )
     full[rows.first : rows.end] = values
     return full
