@@ -52,6 +52,8 @@ def test_defaults_resolve():
         ({"host_memory": "0"}, "not a usable size"),
         ({"host_memory": "99999PiB"}, "not a usable size"),
         ({"host_memory": "-1GiB"}, "--host-memory"),
+        ({"row_bytes": "some"}, "--row-bytes: expected a size"),
+        ({"row_bytes": "0"}, "--row-bytes 0 is not a usable size: give 1 byte to 1 EiB"),
         ({"eval_batches": 0}, "--eval-batches"),
         ({"save_every": -5}, "--save-every"),
         ({"trace": "3"}, "--trace: expected FIRST:LAST, two steps of the run counted from 1, or none, got '3'"),
@@ -112,7 +114,7 @@ def test_every_option_either_conflicts_or_is_known_to_change_no_number():
         bias_lr=7.0, warmup=2, schedule="linear", weight_decay=7.0, clip=7.0, accumulate=7, dtype="fp32", seed=7,
         eval_every=7, eval_batches=7, save_every=7, out="x", sample_prompt="x", sample_tokens=7, threads=7,
         format="fp32", activation_checkpointing=True, io_engine="threads", trace="1:2", loss_chunk=7, durable_every=7,
-        activation_path="x",
+        activation_path="x", row_bytes="1MiB",
     )  # fmt: skip
     base = TrainOptions()
     for field in dataclasses.fields(TrainOptions):

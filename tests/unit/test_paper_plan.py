@@ -158,6 +158,15 @@ def test_what_cannot_be_cut_is_refused_in_one_line(line, words, model, capsys):
     assert err.count("\n") == 1
 
 
+def test_blocks_of_rows_over_axes_are_refused(model, tmp_path, capsys):
+    """Catches: a plan of matrices in one piece for a run that has them in blocks."""
+    config = tmp_path / "run.json"
+    config.write_text('{"zeroxide": {"row_bytes": "1MiB"}}')
+    words = ["--ranks", "2", "--mesh", "dp_shard=2", "--sequence", str(TOKENS), "--config", str(config)]
+    assert main(["plan", model, *words]) == 2
+    assert "zeroxide.row_bytes over several axes is not counted" in capsys.readouterr().err
+
+
 def test_experts_that_do_not_divide_are_refused(experts, capsys):
     assert main(["plan", experts, "--ranks", "3", "--mesh", "ep=3", "--sequence", "32"]) == 2
     assert "has 8 experts, which 3 ranks cannot share alike" in capsys.readouterr().err

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from zeroxide.cli.training.from_scratch import FromScratch
 from zeroxide.cli.training.loss import without_logits
+from zeroxide.cli.training.models import build_model, choose_model
 from zeroxide.errors import ModelError
 from zeroxide.rows import CutWeight, blocks_of
 
@@ -83,6 +85,19 @@ def test_what_transformers_does_to_embeddings_works_or_is_refused(tmp_path: Path
         assert tokens.shape == (2, 5)
         engine.backward(engine(input_ids=ids(0), labels=ids(0)).loss)
         engine.step()
+
+
+def test_weights_drawn_by_modules_are_those_of_the_model_in_one_piece(tmp_path: Path) -> None:
+    """`zeroxide train` draws each parameter by the initialiser of its module, which looks at the weight there. Catches:
+    a module that shows a source no parameter, a matrix drawn a block at a time."""
+    found = []
+    for rows in (None, 128 * 64 * 4):
+        model = build_model(choose_model("tiny"), torch.float32)
+        with started(model, config=config_for(tmp_path, rows), weights=FromScratch(model, 3)) as engine:
+            assert (blocks_of(model.lm_head) is None) is (rows is None)
+            found.append(engine.module_state_dict())
+    assert set(found[0]) == set(found[1])
+    assert all(torch.equal(values, found[1][name]) for name, values in found[0].items())
 
 
 class Scaled(nn.Embedding):

@@ -51,6 +51,7 @@ _OPTIONS = {
     "activation_checkpointing": (_MEMORY, "Compute activations again in backward."),
     "activation_path": (_MEMORY, "Directory for activations; with --host-memory, for those without room there."),
     "loss_chunk": (_MEMORY, "Vocabulary columns that have logits at a time; 0: all."),
+    "row_bytes": (_MEMORY, "Largest block of rows of embedding and output projection, as 64MiB. Default: all rows."),
     "trace": (_OUTPUT, "Steps of the report's timeline, FIRST:LAST, or none. Default: the newest two."),
     "io_engine": (_MEMORY, "Disk queue: auto, io_uring or threads."),
 }

@@ -7,8 +7,8 @@ device are asked for under the names and in the shapes of the model.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 from weakref import ref
@@ -20,7 +20,7 @@ from zeroxide.config import Config
 from zeroxide.device.placement import HOST
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.precision.policy import torch_dtype
-from zeroxide.rows import BLOCKS, CutMatrix, RowRange, cut_rows
+from zeroxide.rows import BLOCKS, WEIGHT, CutMatrix, RowRange, cut_rows
 from zeroxide.zero.hook_handle import Method
 from zeroxide.zero.init.materialize import PieceSource, WeightSource
 from zeroxide.zero.names import own_name, plain_name
@@ -56,8 +56,8 @@ class CutVocabulary:
                 each.param.data = torch.cat([block.detach() for block in blocks])
             for owner in each.owners:
                 owner._modules.pop(BLOCKS, None)
-                owner.__dict__.pop("weight", None)
-                owner._parameters = {"weight": each.param, **owner._parameters}
+                owner.__dict__.pop(WEIGHT, None)
+                owner._parameters = {WEIGHT: each.param, **owner._parameters}
 
 
 def cut_by_config(module: nn.Module, config: Config) -> list[CutMatrix]:
@@ -165,13 +165,14 @@ class _InRows:
         wanted = {name for _, name, _ in blocks}
         wanted |= {name for name, each in self.found.items() if any(owner in left.values() for owner in each.owners)}
         new = [self.found[name] for name in self.found if name in wanted and name not in self.made]
-        with ExitStack() as shown:
-            for each in new:
-                name = each.blocks.name
-                self.full[name] = own[name] = shown.enter_context(_in_one_piece(each, with_modules=bool(modules)))
-                if modules:
-                    left.setdefault(name.rpartition(".")[0], each.owners[0])
-            if own or left or not tensors:
+        for each in new:
+            dtype = torch.float32 if each.param.requires_grad else each.param.dtype
+            name, full = each.blocks.name, torch.zeros(each.blocks.shape, dtype=dtype, device=HOST)
+            self.full[name] = own[name] = full
+            if modules:
+                left.setdefault(name.rpartition(".")[0], each.owners[0])
+        if own or left or not tensors:
+            with _uncut(self.found.values(), self.full if modules else {}):
                 self.weights.fill(own, left)
         self.made |= {each.blocks.name for each in new}
         for tensor, name, rows in blocks:
@@ -181,20 +182,21 @@ class _InRows:
 
 
 @contextmanager
-def _in_one_piece(each: CutMatrix, *, with_modules: bool) -> Iterator[torch.Tensor]:
-    """Memory for all of a matrix, zero at first; its modules have it as their weight meanwhile."""
-    dtype = torch.float32 if each.param.requires_grad else each.param.dtype
-    full = nn.Parameter(torch.zeros(each.blocks.shape, dtype=dtype, device=HOST), requires_grad=False)
-    owners = each.owners if with_modules else ()
-    before = [(owner, owner.__dict__.pop("weight"), owner._parameters) for owner in owners]
+def _uncut(found: Iterable[CutMatrix], values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The modules have their parameters meanwhile, as whoever makes weights knows them: `values` by their names, and
+    others on the meta device."""
+    before = []
     try:
-        for owner in owners:
-            owner._parameters = {"weight": full, **owner._parameters}
-        yield full.data
+        for each in found:
+            full = values.get(each.blocks.name)
+            shown = each.param if full is None else nn.Parameter(full, requires_grad=False)
+            for owner in each.owners:
+                before.append((owner, owner.__dict__.pop(WEIGHT), owner._modules.pop(BLOCKS), owner._parameters))
+                owner._parameters = {WEIGHT: shown, **owner._parameters}
+        yield
     finally:
-        for owner, weight, parameters in before:
-            owner._parameters = parameters
-            owner.__dict__["weight"] = weight
+        for owner, weight, blocks, parameters in before:
+            owner._parameters, owner._modules[BLOCKS], owner.__dict__[WEIGHT] = parameters, blocks, weight
 
 
 class _PiecesInRows(_InRows):
@@ -209,12 +211,12 @@ class _PiecesInRows(_InRows):
         """See `PieceSource`."""
         found = self.rows(name)
         if found is None:
-            yield from self.weights.pieces(name, shape)
+            yield from self._made(self.weights.pieces(name, shape))
             return
         plain, rows = found
         known = self.under_way.get(plain)
         if known is None or known.place != rows.start:
-            known = self.under_way[plain] = _Pieces(self.weights.pieces(plain, torch.Size(rows.shape)))
+            known = self.under_way[plain] = _Pieces(self._made(self.weights.pieces(plain, torch.Size(rows.shape))))
         end = rows.start + shape.numel()
         for start, values in known.up_to(end):
             # Of blocks before, where this one is not asked for in its turn.
@@ -223,6 +225,18 @@ class _PiecesInRows(_InRows):
                 yield start + skipped - rows.start, values[skipped:]
         if rows.end == rows.shape[0]:
             del self.under_way[plain]
+            if known.rest is not None or next(known.pieces, None) is not None:
+                count = torch.Size(rows.shape).numel()
+                raise ModelError(f"pieces of {plain}: expected {count} elements, got more", name=plain)
+
+    def _made(self, pieces: Iterator[tuple[int, torch.Tensor]]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The pieces, each made while the modules have their parameters."""
+        while True:
+            with _uncut(self.found.values(), {}):
+                found = next(pieces, None)
+            if found is None:
+                return
+            yield found
 
 
 class _Pieces:

@@ -19,7 +19,7 @@ from torch import nn
 from zeroxide.errors import ModelError
 from zeroxide.params.absent import AbsentValues
 
-__all__ = ["BLOCKS", "RowBlock", "RowBlocks", "RowRange", "blocks_of", "in_blocks", "rows_of"]
+__all__ = ["BLOCKS", "WEIGHT", "RowBlock", "RowBlocks", "RowRange", "blocks_of", "in_blocks", "rows_of"]
 
 BLOCKS = "_weight_rows"
 """The name of a module's blocks among its modules."""

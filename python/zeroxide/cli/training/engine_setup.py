@@ -116,9 +116,16 @@ def _engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
             "io_engine": options.io_engine,
             "threads": options.threads,
             **_activations(options),
+            **_row_blocks(options.row_bytes),
             **({"durable_every": options.durable_every, "durable_name": durable_name} if options.durable_every else {}),
         },
     }
+
+
+def _row_blocks(given: str | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    return {"row_bytes": int(given) if given.isdecimal() else given}
 
 
 def _activations(options: TrainOptions) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class TrainOptions:
     """Directory for activations that wait for backward; with `host_memory`, for those that it has no room for."""
     loss_chunk: int = 0
     """Columns of the vocabulary whose logits are there at a time; 0: all."""
+    row_bytes: str | None = None
+    """Largest block of rows of embedding and output projection; None: they stay in one piece."""
     io_engine: str = "auto"
     """`auto`, `io_uring` or `threads`."""
     trace: str | None = None
@@ -136,7 +138,8 @@ class TrainOptions:
                 expected="--offload nvme:DIR",
                 got=self.offload,
             )
-        self._check_host_memory()
+        self._check_size("host_memory", self.host_memory, 1 << 20, "1 MiB")
+        self._check_size("row_bytes", self.row_bytes, 1, "1 byte")
         self._check_trace()
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
         return dataclasses.replace(self, warmup=warmup, format=state_format, threads=threads)
@@ -157,19 +160,17 @@ class TrainOptions:
                 got=self.offload,
             )
 
-    def _check_host_memory(self) -> None:
-        if self.host_memory is None:
+    @staticmethod
+    def _check_size(name: str, given: str | None, least: int, said: str) -> None:
+        if given is None:
             return
+        flag = FLAGS[name]
         try:
-            limit = parse_bytes(int(self.host_memory) if self.host_memory.isdecimal() else self.host_memory)
+            size = parse_bytes(int(given) if given.isdecimal() else given)
         except ValueError as error:
-            raise ConfigError(
-                f"--host-memory: expected {error}, got {self.host_memory!r}", path="host_memory"
-            ) from None
-        if not 1 << 20 <= limit < 1 << 60:
-            raise ConfigError(
-                f"--host-memory {self.host_memory} is not a usable size: give 1 MiB to 1 EiB", path="host_memory"
-            )
+            raise ConfigError(f"{flag}: expected {error}, got {given!r}", path=name) from None
+        if not least <= size < 1 << 60:
+            raise ConfigError(f"{flag} {given} is not a usable size: give {said} to 1 EiB", path=name)
 
     def _check_trace(self) -> None:
         if self.trace is None or self.trace == "none":
@@ -236,6 +237,7 @@ _DECIDE_THE_NUMBERS = (
     "accumulate",
     "dtype",
     "loss_chunk",
+    "row_bytes",
     "seed",
 )
 
