@@ -22,16 +22,16 @@ from typing import Any
 import side_by_side as bench
 
 CASES = {
-    "124M, cpu, 1 x 128": ("gpt2", "cpu", 1, 128, "split", False),
-    "124M, nvme, 1 x 128": ("gpt2", "nvme", 1, 128, "split", False),
-    "124M, cpu, 4 x 256": ("gpt2", "cpu", 4, 256, "split", False),
-    "124M, nvme, 4 x 256, checkpointing": ("gpt2", "nvme", 4, 256, "split", True),
-    "124M, nvme, 1 x 128, fp32": ("gpt2", "nvme", 1, 128, "fp32", False),
-    "29M, cpu, 4 x 256": ("small", "cpu", 4, 256, "split", False),
-    "29M, nvme, 4 x 256": ("small", "nvme", 4, 256, "split", False),
-    "llama 58M, nvme, 2 x 256": ("llama", "nvme", 2, 256, "split", False),
+    "124M, cpu, 1 x 128": ("gpt2", "cpu", 1, 128, "split", 0),
+    "124M, nvme, 1 x 128": ("gpt2", "nvme", 1, 128, "split", 0),
+    "124M, cpu, 4 x 256": ("gpt2", "cpu", 4, 256, "split", 0),
+    "124M, nvme, 4 x 256, recompute 12": ("gpt2", "nvme", 4, 256, "split", 12),
+    "124M, nvme, 1 x 128, fp32": ("gpt2", "nvme", 1, 128, "fp32", 0),
+    "29M, cpu, 4 x 256": ("small", "cpu", 4, 256, "split", 0),
+    "29M, nvme, 4 x 256": ("small", "nvme", 4, 256, "split", 0),
+    "llama 58M, nvme, 2 x 256": ("llama", "nvme", 2, 256, "split", 0),
 }
-"""Name -> model, home, batch, sequence, format, checkpointing."""
+"""Name -> model, home, batch, sequence, format, blocks that are recomputed."""
 MODELS: dict[str, dict[str, Any]] = {
     "small": {"model_type": "gpt2", "vocab_size": 8192, "n_embd": 512, "n_layer": 8, "n_head": 8, "n_positions": 1024},
     "llama": {
@@ -79,14 +79,14 @@ def measured(
     given = ["--batch", str(batch), "--sequence", str(sequence)]
     where = ["--disk", str(disk)] if home == "nvme" else []
     planned = json.loads(run(["plan", models[model], *given, *where, "--json"], environment))
-    name = f"{home}, {state_format}" + (", checkpointing" if again else "")
+    name = f"{home}, {state_format}" + (f", recompute {again}" if again else "")
     (each,) = [option for option in planned["options"] if option["option"]["name"] == name]
     out = folder / "run"
     shutil.rmtree(out, ignore_errors=True)
     words = ["train", "--model", models[model], "--offload", f"nvme:{disk}" if home == "nvme" else home]
     words += ["--batch-size", str(batch), "--seq-len", str(sequence), "--steps", str(count), "--format", state_format]
     words += ["--sample-tokens", "0", "--eval-batches", "1", "--trace", "none", "--out", str(out)]
-    words += ["--data", str(folder / "text.py"), *(["--activation-checkpointing"] if again else [])]
+    words += ["--data", str(folder / "text.py"), "--recompute", str(again)]
     run(words, environment)
     events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     (found,) = [event for event in events if event["event"] == "planned"]

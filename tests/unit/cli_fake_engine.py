@@ -12,8 +12,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from zeroxide.plan.recompute import Recompute
+
 
 class FakePlan:
+    recompute = Recompute()
+
     def expected_peaks(self, *, loaded: bool) -> dict[str, int]:
         return {"weights": 1 << 20}
 

@@ -113,7 +113,7 @@ def test_what_the_engine_is_asked_for(options):
     )
     config = fake.arguments["config"]
     assert config["bf16"] == {"enabled": True}
-    assert config["zeroxide"] == {"format": "split", "io_engine": "auto", "threads": 1}
+    assert config["zeroxide"] == {"format": "split", "io_engine": "auto", "threads": 1, "recompute": "none"}
     assert config["gradient_clipping"] == 0.5
     assert config["gradient_accumulation_steps"] == 2
     assert fake.arguments["offload"] == "cpu"

@@ -15,6 +15,7 @@ from zeroxide.cli.planning import measure
 from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file, machine_key
 from zeroxide.cli.planning.request import Request
 from zeroxide.cli.planning.search import recommended
+from zeroxide.cli.planning.show import how_to_run
 from zeroxide.cli.planning.work import Workbench, base_config, formats_of, threads_of
 from zeroxide.cli.training.models import choose_model
 
@@ -166,6 +167,34 @@ def test_activations_on_disk_fit_where_nothing_else_does(machine, capsys):
     assert best.written - same.written == best.read - same.read == best.disk_bytes - same.disk_bytes
     assert best.process <= least.process - (64 << 20)
     assert str(best.option).endswith(", activations on disk")
+
+
+def test_as_few_blocks_are_recomputed_as_a_budget_takes(machine):
+    """Budgets between what all activations take and what inputs of blocks do. Catches: one block too many or too few,
+    seconds or bytes of another option."""
+    found = Measurements.load(cache_file(), machine_key(threads_of({})))
+    bench = Workbench(choose_model("gpt2"), ["split"], found.machine, None, 1, lambda _: None)
+    config, _ = base_config({})
+    request = Request("gpt2", 8, 64, config=config)
+    none, every = bench(request, timed=False)
+    assert [str(each.option) for each in (none, every)] == ["cpu, split", "cpu, split, recompute 12"]
+    before = 0
+    for share in (0.8, 0.3):
+        limit = int(every.process + share * (none.process - every.process))
+        tight = bench(replace(request, host_memory=limit), timed=False)
+        best = recommended(tight)
+        assert len(tight) == 3
+        assert best is not None
+        count = best.option.recompute
+        assert before < count < 12
+        assert str(best.option) == f"cpu, split, recompute {count}"
+        assert how_to_run(request, best).endswith(f" --recompute {count}")
+        # One block less would not fit: they all keep the same.
+        assert best.process <= limit < best.process + (none.activations - every.activations) / 11
+        assert best.phases.forward == pytest.approx(none.phases.forward)
+        part = (best.phases.backward - none.phases.backward) / (every.phases.backward - none.phases.backward)
+        assert part == pytest.approx(count / 12, rel=0.01)
+        before = count
 
 
 def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, tmp_path, capsys):

@@ -104,6 +104,33 @@ def test_a_plan_is_of_one_run(known, tmp_path, change):
     assert planned_for(other, record, ranks_here=1) is None
 
 
+def test_a_run_that_recomputes_has_the_same_losses_and_a_plan_of_its_own(known, tmp_path, capsys):
+    """Catches: an option that does not come to the engine, and figures of a run that keeps its activations."""
+    key = Planned.key(
+        choose_model("tiny").digest(),
+        dtype="bf16",
+        batch=2,
+        sequence=32,
+        accumulate=1,
+        ranks=1,
+        home="",
+        option="cpu, split, recompute 2",
+    )
+    Measurements(None, {}, {key: PLANNED}).save(cache_file(), machine_key(1))
+    losses = {}
+    for asked in ("all", "1", "none"):
+        out = tmp_path / asked
+        assert run(options_for(known, tmp_path, offload="cpu", recompute=asked, steps=3, out=str(out))) == 0
+        events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses[asked] = [each["loss"] for each in events if each["event"] == "step"]
+        assert any(each["event"] == "planned" for each in events) is (asked == "all")
+        blocks = {"all": "2 of 2", "1": "1 of 2"}
+        assert (asked in blocks) is any(
+            f"activations of {blocks.get(asked)} blocks computed again" in line for line in events[0]["plan"]
+        )
+    assert losses["all"] == losses["1"] == losses["none"]
+
+
 def test_bytes_written_to_disk_are_in_the_log_of_steps(tmp_path):
     torch.manual_seed(0)
     log = tmp_path / "steps.jsonl"

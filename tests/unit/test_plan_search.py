@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from zeroxide.cli.planning.estimate import Estimate, Phases
 from zeroxide.cli.planning.request import OnPaper, Option, Request
-from zeroxide.cli.planning.search import largest_batch, nearest, options, recommended
+from zeroxide.cli.planning.search import fewest_blocks, largest_batch, nearest, options, recommended
 
 MIB = 1 << 20
 
 
 def made(process: int, seconds: float, written: int = 0, *, exact: bool = True, name: str = "cpu") -> Estimate:
     return Estimate(
-        option=Option(name, "split", False),
+        option=Option(name, "split"),
         exact=exact,
         buckets={"weights": process},
         activations=0,
@@ -129,7 +129,27 @@ def test_the_largest_batch_fits_and_one_more_does_not(limit, batch, sequence):
     ],
 )
 def test_options_are_those_that_differ(request_, offloads):
-    found = options(request_, ["fp32", "split"], checkpointing=True)
+    found = options(request_, ["fp32", "split"], blocks=3)
     assert {each.offload for each in found} == offloads
     assert len(found) == 2 * 2 * len(offloads)
-    assert not any(each.checkpointing for each in options(request_, ["fp32"], checkpointing=False))
+    assert {each.recompute for each in found} == {0, 3}
+    assert not any(each.recompute for each in options(request_, ["fp32"], blocks=0))
+
+
+@given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.data())
+def test_the_fewest_blocks_are_found(freed, data):
+    """Each block frees what it frees. Catches: one block too many, and a search that tries all where they are alike."""
+    count, tried = len(freed), []
+    most = sum(freed)
+    if not most:
+        return
+    short = data.draw(st.integers(1, most))
+
+    def lacks(blocks: int) -> int:
+        tried.append(blocks)
+        return short - sum(freed[:blocks])
+
+    found = fewest_blocks(count, lacks)
+    assert lacks(found) <= 0 < lacks(found - 1)
+    if len(set(freed)) == 1:
+        assert len(set(tried)) <= 4

@@ -10,10 +10,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from zeroxide.cli.planning.passes import rehearse_training
 from zeroxide.cli.training.loss import causal_lm_loss
 from zeroxide.cli.training.models import choose_model
+from zeroxide.plan.recompute import first_blocks
 from zeroxide.profiling.rehearsal import LARGE, PART, Operation, TensorForm, rehearse
 from zeroxide.profiling.replay import replay
 from zeroxide.zero.activation_file import ActivationFile
 from zeroxide.zero.activations_on_disk import ActivationsOnDisk
+from zeroxide.zero.recompute import recompute
 from zeroxide.zero.reduce import large_weights
 
 transformers = pytest.importorskip("transformers")
@@ -69,6 +71,17 @@ def test_bytes_are_those_of_a_real_pass(name, checkpointing):
     # Operations have memory of their own inside: the log-sum-exp of fp32 logits as much as its input.
     inside = BATCH * SEQUENCE * choose_model(name).vocabulary_size * 4
     assert peak - 1.1 * inside <= found.peak <= 1.02 * peak
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-llama"])
+def test_bytes_are_those_of_a_real_pass_that_recomputes_a_block(name):
+    """Catches: a block that keeps what it computes again."""
+    found = rehearse_training(choose_model(name), torch.bfloat16, BATCH, SEQUENCE, checkpointing=False, recompute=1)
+    model = real_model(name, checkpointing=False)
+    recompute(first_blocks(model, 1).modules)
+    kept, peak = allocated(model)
+    assert found.kept == pytest.approx(kept, rel=0.05)
+    assert peak - 1.1 * BATCH * SEQUENCE * choose_model(name).vocabulary_size * 4 <= found.peak <= 1.02 * peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

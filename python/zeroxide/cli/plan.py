@@ -209,7 +209,8 @@ def _answer(
     best = recommended(estimates)
     least = smaller = larger = None
     if best is None:
-        least, smaller = nearest(estimates), largest_batch(request, functools.partial(bench, timed=False))
+        whether = functools.partial(bench, timed=False, in_part=False)
+        least, smaller = nearest(estimates), largest_batch(request, whether)
         if request.disk is None:
             larger = _with_disk(request, bench)
     if as_json:
@@ -232,7 +233,11 @@ def _with_disk(request: Request, bench: Workbench) -> Any:
 
     elsewhere = dataclasses.replace(request, disk=Path("/"), disk_bytes=None)
     return recommended(
-        [dataclasses.replace(each) for each in bench(elsewhere, timed=False) if set(each.over) <= {"disk"}]
+        [
+            dataclasses.replace(each)
+            for each in bench(elsewhere, timed=False, in_part=False)
+            if set(each.over) <= {"disk"}
+        ]
     )
 
 

@@ -49,6 +49,7 @@ _OPTIONS = {
     "threads": (_MEMORY, "Compute threads; 0: all the process may use."),
     "format": (_MEMORY, "Optimizer state format: split, fp32, split-bf16 or compact. Default: split with bf16."),
     "activation_checkpointing": (_MEMORY, "Compute activations again in backward."),
+    "recompute": (_MEMORY, "Blocks that compute activations again: none, all, how many, or auto with --host-memory."),
     "activation_path": (_MEMORY, "Directory for activations; with --host-memory, for those without room there."),
     "loss_chunk": (_MEMORY, "Vocabulary columns that have logits at a time; 0: all."),
     "row_bytes": (_MEMORY, "Largest block of rows of embedding and output projection, as 64MiB. Default: all rows."),

@@ -16,15 +16,15 @@ LARGE_BLOCK = 16 << 20
 
 
 PASSING_BLOCK = 1 << 20
-"""The same when activations are on disk. The allocator fills the holes that they leave with smaller blocks, after which
-none is large enough for the next activation, and the heap grows by those that have gone."""
+"""The same when activations are on disk or computed again. The allocator fills the holes that they leave with smaller
+blocks, after which none is large enough for the next activation, and the heap grows by those that have gone."""
 
 
 def prepare_heap(plan: Plan, config: Config) -> None:
     """Has memory that torch's tensors give back stay in the process, for the next step; pages of libraries that only
     importing has touched leave it. It holds for the process, and cannot be taken back."""
     largest = LARGE_BLOCK if Home.DISK in (plan.weights, plan.state) else None
-    if config.activations.path is not None:
+    if config.activations.path is not None or plan.recompute.names:
         largest = PASSING_BLOCK
     if largest is None and config.zeroxide.accumulation_order == "layers":
         # Each micro-batch has a thread. Asked by another than the main one, the allocator has all share one heap:

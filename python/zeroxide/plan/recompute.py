@@ -14,7 +14,7 @@ from zeroxide.config import Config
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.plan.discover import blocks_in_lists, called_modules
 
-__all__ = ["Recompute", "RecomputedModule", "blocks_to_recompute", "plan_recompute"]
+__all__ = ["Recompute", "RecomputedModule", "blocks_to_recompute", "first_blocks", "plan_recompute"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,12 @@ def plan_recompute(module: nn.Module, config: Config) -> Recompute:
                 'model.gradient_checkpointing_disable(), or leave recompute "none"',
                 name=name,
             )
+    return first_blocks(module, count)
+
+
+def first_blocks(module: nn.Module, count: int) -> Recompute:
+    """The first `count` blocks of `module`, which has as many."""
+    blocks = blocks_to_recompute(module)
     chosen = blocks[:count]
     modules = [
         RecomputedModule(name if called is block else f"{name} ({type(called).__name__})", called)

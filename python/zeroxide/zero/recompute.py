@@ -38,10 +38,10 @@ _CACHE = "Cache"
 class Recomputed:
     """What has been put on one module, until it is removed."""
 
-    def __init__(self, each: RecomputedModule) -> None:
+    def __init__(self, each: RecomputedModule, has_values: bool) -> None:
         self._name = each.name
         self._module = each.module
-        self._looked = False
+        self._looked = not has_values
         """Whether the values of buffers were compared: some operations of torch change them and leave the version."""
         # Copies of the module have the forward of its class.
         self._method = Method.put(each.module, "forward", self._forward, each.module.forward)
@@ -86,9 +86,12 @@ class Recomputed:
         return ModelError(f"zeroxide.recompute: {self._name} {why}", name=self._name)
 
 
-def recompute(modules: Iterable[RecomputedModule]) -> list[Recomputed]:
-    """From here on the modules' activations are computed again in backward, until what is returned is removed."""
-    return [Recomputed(each) for each in modules]
+def recompute(modules: Iterable[RecomputedModule], *, has_values: bool = True) -> list[Recomputed]:
+    """From here on the modules' activations are computed again in backward, until what is returned is removed.
+
+    has_values: whether buffers have, which are then looked at.
+    """
+    return [Recomputed(each, has_values) for each in modules]
 
 
 def _call(forward: Callable[..., Any], shape: Any, *leaves: Any) -> Any:

@@ -111,7 +111,8 @@ def estimate(
     beside = machine.process_bytes + (activations if on_host else 0) + plan.resident_before
     steady = beside + sum(buckets.values())
     made = machine.process_bytes + plan.resident_before + plan.expected_peaks()["total"]
-    process = max(steady + steady // FRAGMENTS, made, machine.start_bytes)
+    # Where blocks are recomputed, the allocator gives what is freed back to the system (`engine/heap.py`).
+    process = max(steady if option.recompute else steady + steady // FRAGMENTS, made, machine.start_bytes)
     device = 0 if plan.numbers.device_buckets is None else sum(plan.numbers.device_buckets.values()) + activations
     passing = work.stowed * int(request.config.get("gradient_accumulation_steps", 1))
     read, written = (each + passing for each in plan.expected_traffic())

@@ -15,9 +15,11 @@ from zeroxide.cli.training.loss import causal_lm_loss
 from zeroxide.cli.training.models import ModelChoice
 from zeroxide.device.placement import HOST
 from zeroxide.errors import ModelError
+from zeroxide.plan.recompute import first_blocks
 from zeroxide.profiling.rehearsal import Operation, Pass, Rehearsal, rehearse
 from zeroxide.profiling.replay import replay
 from zeroxide.zero.activations_on_disk import MIN_BYTES
+from zeroxide.zero.recompute import recompute as recompute_blocks
 
 __all__ = ["PassSeconds", "meta_model", "missing", "pass_seconds", "rehearse_training", "time_operations"]
 
@@ -52,11 +54,13 @@ def rehearse_training(
     *,
     checkpointing: bool,
     stowed: bool = False,
+    recompute: int = 0,
 ) -> Rehearsal:
     """A micro-batch as `zeroxide train` computes it, of int64 tokens of shape (batch, sequence).
 
-    stowed: activations wait for backward on disk. Raises ModelError where the model has no activation checkpointing, or
-    does what shapes alone cannot answer.
+    checkpointing: the model computes its activations again. recompute: the engine does, those of so many of its first
+    blocks. stowed: activations wait for backward on disk. Raises ModelError where the model has no activation
+    checkpointing, or does what shapes alone cannot answer.
     """
     model = meta_model(choice, dtype)
     model.loss_function = causal_lm_loss
@@ -67,6 +71,7 @@ def rehearse_training(
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     model.train()
+    recompute_blocks(first_blocks(model, recompute).modules, has_values=False)
     tokens = torch.zeros((batch, sequence), dtype=torch.int64, device=HOST)
 
     def loss() -> torch.Tensor:

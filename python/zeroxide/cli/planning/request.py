@@ -56,8 +56,8 @@ class Option:
 
     offload: str
     format: str
-    checkpointing: bool
-    """Activations are computed again in backward."""
+    recompute: int = 0
+    """So many of the first blocks compute their activations again in backward (`zeroxide.recompute`)."""
     in_memory: int = 0
     """Most bytes of the state that stay in host memory where its home is a disk (`zeroxide.state_in_memory`)."""
     stowed: bool = False
@@ -65,5 +65,5 @@ class Option:
 
     def __str__(self) -> str:
         kept = f", {self.in_memory >> 20} MiB kept" if self.in_memory else ""
-        again = ", checkpointing" if self.checkpointing else ""
+        again = f", recompute {self.recompute}" if self.recompute else ""
         return f"{self.offload}, {self.format}{again}{kept}{', activations on disk' if self.stowed else ''}"

@@ -13,18 +13,18 @@ from dataclasses import replace
 from zeroxide.cli.planning.estimate import Estimate
 from zeroxide.cli.planning.request import OFFLOADS, Option, Request
 
-__all__ = ["largest_batch", "nearest", "options", "recommended"]
+__all__ = ["fewest_blocks", "largest_batch", "nearest", "options", "recommended"]
 
 
-def options(request: Request, formats: Sequence[str], *, checkpointing: bool) -> list[Option]:
+def options(request: Request, formats: Sequence[str], *, blocks: int) -> list[Option]:
     """All of them. Where the host computes, nothing differs between `none` and `cpu`, and `cpu` stands for both.
 
-    checkpointing: the model can compute its activations again.
+    blocks: that can compute their activations again, all of them or none.
     """
     offloads = [each for each in OFFLOADS if each != "none" or request.device is not None]
     if request.disk is None:
         offloads = [each for each in offloads if each in ("none", "cpu")]
-    again = (False, True) if checkpointing else (False,)
+    again = (0, blocks) if blocks else (0,)
     return [Option(offload, format, each) for format in formats for offload in offloads for each in again]
 
 
@@ -72,6 +72,26 @@ def largest_batch(
     most = _largest(1, max(2, sequence // step), lambda count: tried(1, count * step) is not None) * step
     found = tried(1, most)
     return None if found is None else (found, 1, most)
+
+
+def fewest_blocks(count: int, lacks: Callable[[int], int]) -> int:
+    """The fewest of 1 to `count` blocks to recompute with which nothing lacks: bytes that are short with so many,
+    negative where some are left. None lack with `count`, and some with none; with what is returned none do, and with
+    one less some do.
+
+    Blocks mostly keep the same, so that between two known counts bytes are taken to lie on a line: few are tried.
+    """
+    least, most = 0, count
+    known = {each: lacks(each) for each in (least, most)}
+    while most - least > 1:
+        line = known[least] / (known[least] - known[most])
+        guess = min(most - 1, max(least + 1, least + math.ceil(line * (most - least))))
+        known[guess] = lacks(guess)
+        if known[guess] > 0:
+            least = guess
+        else:
+            most = guess
+    return most
 
 
 def _largest(fits: int, too_large: int, check: Callable[[int], bool]) -> int:

@@ -47,17 +47,17 @@ def details(request: Request, best: Estimate) -> Iterator[str]:
 def how_to_run(request: Request, best: Estimate) -> str:
     """The command, or for what the command has no words for the arguments of `initialize`."""
     option = best.option
-    again = " --activation-checkpointing" if option.checkpointing else ""
+    again = f" --recompute {option.recompute}" if option.recompute else ""
     away = f" --activation-path {request.disk}" if option.stowed else ""
     if option.offload == "mixed" or option.in_memory:
-        also = ", and activation checkpointing" if option.checkpointing else ""
         homes = f'offload="nvme:{request.disk}"'
         if option.offload == "mixed":
             homes = f'offload_param="cpu", offload_optimizer="nvme:{request.disk}"'
         kept = f', "state_in_memory": {option.in_memory}' if option.in_memory else ""
         kept += f', "activations": "disk", "activation_path": "{request.disk}"' if option.stowed else ""
+        kept += f', "recompute": {option.recompute}' if option.recompute else ""
         own = f'{{"format": "{option.format}"{kept}}}'
-        return f'zeroxide.initialize(..., {homes}, config={{"zeroxide": {own}, ...}}){also}'
+        return f'zeroxide.initialize(..., {homes}, config={{"zeroxide": {own}, ...}})'
     home = f"nvme:{request.disk}" if option.offload == "nvme" else option.offload
     limit = f" --host-memory {request.host_memory}" if request.host_memory is not None else ""
     start = (

@@ -16,9 +16,9 @@ import torch
 from zeroxide import _core
 from zeroxide.cli.planning.estimate import FRAGMENTS, Estimate, Work, estimate
 from zeroxide.cli.planning.measured import Disk, Machine, Planned
-from zeroxide.cli.planning.passes import PassSeconds, meta_model, pass_seconds, rehearse_training
+from zeroxide.cli.planning.passes import meta_model, pass_seconds, rehearse_training
 from zeroxide.cli.planning.request import Option, Request
-from zeroxide.cli.planning.search import options
+from zeroxide.cli.planning.search import fewest_blocks, options
 from zeroxide.cli.training.models import ModelChoice
 from zeroxide.config import Config, load
 from zeroxide.device.placement import HOST, ON_PAPER
@@ -27,13 +27,14 @@ from zeroxide.engine.rows import cut_by_config
 from zeroxide.errors import ConfigError, StorageError
 from zeroxide.optim.groups import groups_for, state_plans
 from zeroxide.plan.plan import Plan, make_plan
+from zeroxide.plan.recompute import blocks_to_recompute
 from zeroxide.precision.policy import torch_dtype
 from zeroxide.profiling.rehearsal import Rehearsal
 
 __all__ = ["Workbench", "base_config", "formats_of", "threads_of"]
 
 _DEFAULTS: dict[str, Any] = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
-_OWN = ("format", "host_memory", "device_memory", "state_in_memory")
+_OWN = ("format", "host_memory", "device_memory", "state_in_memory", "recompute")
 """Keys of `zeroxide` that an option or the command decides."""
 _CHOSEN = ("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param")
 """Keys of `zero_optimization` that an option decides."""
@@ -110,48 +111,95 @@ class Workbench:
     """Told of rehearsals before their operations' times are asked for."""
 
     def __post_init__(self) -> None:
-        self._rehearsals: dict[tuple[int, int, bool, bool], Rehearsal] = {}
+        self._rehearsals: dict[tuple[int, int, bool, int], Rehearsal] = {}
+        self._blocks: int | None = None
         self._plans: dict[tuple[str, str], Plan] = {}
 
-    def __call__(self, request: Request, *, timed: bool = True) -> list[Estimate]:
+    def __call__(self, request: Request, *, timed: bool = True, in_part: bool = True) -> list[Estimate]:
         """All options, worked out. Raises ModelError, ConfigError or StorageError.
 
-        timed: what is not known yet of operations' times is measured; otherwise it follows from their sizes.
+        timed: what is not known yet of operations' times is measured; otherwise it follows from their sizes. in_part:
+        options that recompute some blocks are among them, which fit only where one that recomputes all does.
         """
-        config = load(_with_format(request.config, self.formats[0]), world_size=request.ranks)
-        dtype = torch_dtype(config.precision.dtype)
-        again = _checkpoints(self.choice)
-        rehearsals = {
-            each: self.rehearsal(request, dtype, checkpointing=each) for each in ((False, True) if again else (False,))
-        }
+        dtype = self._dtype(request)
+        blocks = self.blocks(dtype)
+        rehearsals = [self.rehearsal(request, dtype, recompute=each) for each in ((0, blocks) if blocks else (0,))]
         free = _free(request.disk)
         if timed:
-            self.prepare(list(rehearsals.values()))
+            self.prepare(rehearsals)
         found = []
-        for option in options(request, self.formats, checkpointing=again):
-            rehearsal = rehearsals[option.checkpointing]
-            seconds = pass_seconds(self.machine, rehearsal)
-            work = Work(rehearsal.peak, seconds, (rehearsal.forward.flops, rehearsal.backward.flops))
-
-            def worked_out(option: Option, dtype: torch.dtype = dtype, work: Work = work) -> Estimate:
-                plan = self.plan(request, option, dtype, work.activations)
-                return estimate(request, option, plan, work, self.machine, self.disk, free)
-
-            found.append(worked_out(option))
-            stowed = self._with_activations_on_disk(request, found[-1], seconds, dtype, free)
-            found += [stowed] if stowed is not None else []
-            kept = _kept_in_memory(request, found[-1])
-            while kept > 0:
-                each = worked_out(replace(option, in_memory=kept))
-                if each.fits:
-                    found.append(each)
-                    break
-                # Gradients of units whose state stays do not leave memory either.
-                kept = (kept - _short(request, each)) >> 20 << 20
+        for option in options(request, self.formats, blocks=blocks):
+            each = self._worked_out(request, option, dtype, free)
+            found.append(each)
+            others = (
+                self._with_activations_on_disk(request, each, dtype, free),
+                self._with_blocks_recomputed(request, each, dtype, free) if in_part else None,
+                self._with_state_in_memory(request, each, dtype, free),
+            )
+            found += [other for other in others if other is not None]
         return found
 
+    def _worked_out(self, request: Request, option: Option, dtype: torch.dtype, free: int | None) -> Estimate:
+        rehearsal = self.rehearsal(request, dtype, stowed=option.stowed, recompute=option.recompute)
+        # What is on disk meanwhile takes the same operations.
+        plain = self.rehearsal(request, dtype, recompute=option.recompute)
+        flops = (rehearsal.forward.flops, rehearsal.backward.flops)
+        work = Work(rehearsal.peak, pass_seconds(self.machine, plain), flops, rehearsal.stowed)
+        plan = self.plan(request, option, dtype, work.activations)
+        return estimate(request, option, plan, work, self.machine, self.disk, free)
+
+    def _with_state_in_memory(
+        self, request: Request, each: Estimate, dtype: torch.dtype, free: int | None
+    ) -> Estimate | None:
+        """An option that fits, with as much of its state on disk in memory instead as there is room for."""
+        kept = _kept_in_memory(request, each)
+        while kept > 0:
+            other = self._worked_out(request, replace(each.option, in_memory=kept), dtype, free)
+            if other.fits:
+                return other
+            # Gradients of units whose state stays do not leave memory either.
+            kept = (kept - _short(request, other)) >> 20 << 20
+        return None
+
+    def _with_blocks_recomputed(
+        self, request: Request, each: Estimate, dtype: torch.dtype, free: int | None
+    ) -> Estimate | None:
+        """An option whose activations alone have no room, with as few blocks recomputed as that takes; None where all
+        would have to be, which is an option of its own."""
+        if each.option.recompute or set(each.over) != {"host" if request.device is None else "device"}:
+            return None
+        found = self._fewest_recomputed(request, each.option, dtype, free)
+        return found if found.fits and found.option.recompute < self.blocks(dtype) else None
+
+    def _fewest_recomputed(self, request: Request, option: Option, dtype: torch.dtype, free: int | None) -> Estimate:
+        """An option that does not fit, with as few blocks recomputed as that takes, or with all."""
+        count = self.blocks(dtype)
+        known: dict[int, Estimate] = {}
+
+        def lacks(recompute: int) -> int:
+            known[recompute] = each = self._worked_out(request, replace(option, recompute=recompute), dtype, free)
+            if request.device is not None:
+                return each.device - request.device.memory
+            return each.process - (request.host_memory or 0)
+
+        if lacks(count) > 0 or count < 2:
+            return known[count]
+        return known[fewest_blocks(count, lacks)]
+
+    def fewest_recomputed(self, request: Request, option: Option) -> Estimate:
+        """The option, and where it does not fit with as few blocks recomputed as that takes: with all, where that does
+        not fit either. Raises as a call does."""
+        dtype = self._dtype(request)
+        free = _free(request.disk)
+        found = self._worked_out(request, option, dtype, free)
+        return found if found.fits else self._fewest_recomputed(request, option, dtype, free)
+
+    def _dtype(self, request: Request) -> torch.dtype:
+        config = load(_with_format(request.config, self.formats[0]), world_size=request.ranks)
+        return torch_dtype(config.precision.dtype)
+
     def _with_activations_on_disk(
-        self, request: Request, each: Estimate, seconds: PassSeconds, dtype: torch.dtype, free: int | None
+        self, request: Request, each: Estimate, dtype: torch.dtype, free: int | None
     ) -> Estimate | None:
         """An option that lacks host memory alone, with its activations on disk; None where that does not help."""
         if set(each.over) != {"host"} or request.disk is None or request.device is not None:
@@ -159,11 +207,7 @@ class Workbench:
         if each.process - each.activations - each.activations // FRAGMENTS > (request.host_memory or 0):
             # It would not fit without any activation.
             return None
-        option = replace(each.option, stowed=True)
-        found = self.rehearsal(request, dtype, checkpointing=option.checkpointing, stowed=True)
-        work = Work(found.peak, seconds, (found.forward.flops, found.backward.flops), found.stowed)
-        plan = self.plan(request, option, dtype, found.peak)
-        other = estimate(request, option, plan, work, self.machine, self.disk, free)
+        other = self._worked_out(request, replace(each.option, stowed=True), dtype, free)
         return other if other.fits else None
 
     def planned(self, request: Request, estimates: list[Estimate]) -> dict[str, Planned]:
@@ -193,16 +237,26 @@ class Workbench:
             )
         return found
 
-    def rehearsal(
-        self, request: Request, dtype: torch.dtype, *, checkpointing: bool, stowed: bool = False
-    ) -> Rehearsal:
+    def rehearsal(self, request: Request, dtype: torch.dtype, *, stowed: bool = False, recompute: int = 0) -> Rehearsal:
         """A micro-batch of the request's size, rehearsed once."""
-        key = (request.batch, request.sequence, checkpointing, stowed)
+        key = (request.batch, request.sequence, stowed, recompute)
         if key not in self._rehearsals:
             self._rehearsals[key] = rehearse_training(
-                self.choice, dtype, request.batch, request.sequence, checkpointing=checkpointing, stowed=stowed
+                self.choice,
+                dtype,
+                request.batch,
+                request.sequence,
+                checkpointing=False,
+                stowed=stowed,
+                recompute=recompute,
             )
         return self._rehearsals[key]
+
+    def blocks(self, dtype: torch.dtype) -> int:
+        """How many blocks of the model can be recomputed."""
+        if self._blocks is None:
+            self._blocks = len(blocks_to_recompute(meta_model(self.choice, dtype)))
+        return self._blocks
 
     def plan(self, request: Request, option: Option, dtype: torch.dtype, activations: int) -> Plan:
         """The plan of rank 0, without a budget, so that it tells by how much one is too small."""
@@ -213,14 +267,6 @@ class Workbench:
         if key not in self._plans:
             self._plans[key] = _plan(self.choice, request, option, dtype, activations, self.threads)
         return self._plans[key]
-
-
-def _checkpoints(choice: ModelChoice) -> bool:
-    """Whether the model can compute its activations again."""
-    import transformers
-
-    kind = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(choice.config), None)
-    return bool(getattr(kind, "supports_gradient_checkpointing", False))
 
 
 def _free(directory: Path | None) -> int | None:

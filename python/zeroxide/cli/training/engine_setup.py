@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-__all__ = ["make_engine"]
+__all__ = ["engine_config", "make_engine"]
 
 _BETAS = (0.9, 0.95)
 
@@ -64,7 +64,7 @@ def make_engine(
         model=model,
         model_parameters=_parameter_groups(model, options, bias_lr),
         lr_scheduler=lambda optimizer: _scheduler(optimizer, options),
-        config=_engine_config(options, durable_name),
+        config=engine_config(options, durable_name),
         offload=options.offload,
         host_memory=options.host_memory,
         weights=weights,
@@ -97,7 +97,8 @@ def _parameter_groups(model: torch.nn.Module, options: TrainOptions, bias_lr: fl
     return [group for group in groups if group["params"]]
 
 
-def _engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
+def engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
+    """The config of the run's engine; durable_name as `make_engine` has it."""
     return {
         "train_micro_batch_size_per_gpu": options.batch_size,
         "gradient_accumulation_steps": options.accumulate,
@@ -115,6 +116,7 @@ def _engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
             "format": options.format,
             "io_engine": options.io_engine,
             "threads": options.threads,
+            "recompute": int(options.recompute) if options.recompute.isdecimal() else options.recompute,
             **_activations(options),
             **_row_blocks(options.row_bytes),
             **({"durable_every": options.durable_every, "durable_name": durable_name} if options.durable_every else {}),

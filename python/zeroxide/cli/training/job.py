@@ -32,6 +32,7 @@ from zeroxide.cli.training.going_on import durable_name, go_on, note_for_commit
 from zeroxide.cli.training.interrupt import StopRequest
 from zeroxide.cli.training.models import ModelChoice, build_model, choose_model, num_parameters
 from zeroxide.cli.training.options import TrainOptions
+from zeroxide.cli.training.recompute import with_blocks_chosen
 from zeroxide.cli.training.report import Reporter, StepFigures
 from zeroxide.cli.training.run_folder import Record, RunFolder, refuse_differences
 from zeroxide.cli.training.running import Running
@@ -136,7 +137,8 @@ def _prepare(
     engine, notes = make_engine(options, choice, model, initialize, durable_name(begun.folder.path))
     cleanup.callback(engine.destroy)
     this = Running(options, begun.folder, reporter, together, choice, data, engine, model, count, batches, held_out)
-    this.planned = planned_for(options, begun.record, ranks_here=together.ranks.local_world)
+    recomputed = len(engine.plan().recompute.names)
+    this.planned = planned_for(options, begun.record, ranks_here=together.ranks.local_world, recomputed=recomputed)
     if resume:
         go_on(this, begun.record)
     this.seen.append(engine.memory()["process"])
@@ -165,6 +167,7 @@ def _begin(
     torch.set_num_threads(options.threads)
     choice = choose_model(options.model)
     _check_length(options, choice)
+    options = with_blocks_chosen(options, choice, ranks, reporter.say)
     # On resume the tokens in the folder are the run's data; the files they were made from need not be here any more.
     corpus = None if resume and "data" not in explicit else gather(options.data)
     if folder is None:

@@ -80,6 +80,9 @@ class TrainOptions:
     """Optimizer state format, `split`, `fp32`, `split-bf16` or `compact`; None: `split` with bf16, else `fp32`."""
     activation_checkpointing: bool = False
     """Compute activations again in backward instead of keeping them."""
+    recompute: str = "none"
+    """Blocks that compute their activations again: `none`, `all`, how many of the first, or `auto`: as few as
+    `host_memory` takes."""
     activation_path: str | None = None
     """Directory for activations that wait for backward; with `host_memory`, for those that it has no room for."""
     loss_chunk: int = 0
@@ -140,6 +143,7 @@ class TrainOptions:
             )
         self._check_size("host_memory", self.host_memory, 1 << 20, "1 MiB")
         self._check_size("row_bytes", self.row_bytes, 1, "1 byte")
+        self._check_recompute()
         self._check_trace()
         threads = self.threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
         return dataclasses.replace(self, warmup=warmup, format=state_format, threads=threads)
@@ -171,6 +175,20 @@ class TrainOptions:
             raise ConfigError(f"{flag}: expected {error}, got {given!r}", path=name) from None
         if not least <= size < 1 << 60:
             raise ConfigError(f"{flag} {given} is not a usable size: give {said} to 1 EiB", path=name)
+
+    def _check_recompute(self) -> None:
+        asked = self.recompute
+        problem = None
+        if asked not in ("none", "all", "auto") and not re.fullmatch(r"\d{1,9}", asked):
+            problem = "must be none, all, auto or a number of blocks"
+        elif asked not in ("none", "0") and self.activation_checkpointing:
+            problem = "and --activation-checkpointing would compute activations a third time: give one of them"
+        elif asked == "auto" and self.host_memory is None:
+            problem = "needs --host-memory, the budget that says how many blocks have no room"
+        elif asked == "auto" and self.activation_path is not None:
+            problem = "and --activation-path both choose what stays in memory: give a number of blocks beside that"
+        if problem is not None:
+            raise ConfigError(f"--recompute {asked} {problem}", path="recompute", got=asked)
 
     def _check_trace(self) -> None:
         if self.trace is None or self.trace == "none":
