@@ -59,7 +59,7 @@ def describe(plan: Plan) -> list[str]:
         lines += _as_integers(plan)
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
-    lines += _activations(plan) + _on_device(plan)
+    lines += _speculation(plan) + _activations(plan) + _on_device(plan)
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
     if filling:
         lines.append(f"while the engine is made, staging has {filling / MIB:.0f} MiB more for initial values")
@@ -88,6 +88,17 @@ def _on_device(plan: Plan) -> list[str]:
     each = ", ".join(f"{name} {size / MIB:.0f}" for name, size in buckets.items() if size)
     limit = "" if plan.device_limit is None else f" of {plan.device_limit / MIB:.0f}"
     return [f"on {plan.device} {sum(buckets.values()) / MIB:.0f}{limit} MiB ({each}), beside activations"]
+
+
+def _speculation(plan: Plan) -> list[str]:
+    """What updates take on disk that may be taken back, beside waiting for the norm, or none where none are."""
+    if not plan.speculates:
+        return []
+    least, waiting = sum(plan.expected_traffic()), sum(plan.numbers.disk_traffic())
+    return [
+        f"backward updates before it is known whether the step clips: {least / MIB:.0f} MiB a step on disk where it does "
+        f"not, {plan.traffic_of_redone() / MIB:.0f} more where it does; {waiting / MIB:.0f} where updates wait"
+    ]
 
 
 def _activations(plan: Plan) -> list[str]:
