@@ -385,8 +385,8 @@ def test_a_weight_that_backward_reads_after_its_update_is_refused(tmp_path: Path
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"gradient_clipping": 1.0}, "gradient_clipping 1 needs the norm"),
-        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}}, "fp16 leaves a step out"),
+        ({"gradient_clipping": 1.0, "weights": "cpu"}, "gradient_clipping 1 needs the norm"),
+        ({"bf16": {"enabled": False}, "fp16": {"enabled": True}, "state": "cpu"}, "fp16 leaves a step out"),
         ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation false leaves open"),
         ({"own": {"accumulation_order": "layers"}}, 'accumulation_order "layers" is not built'),
     ],

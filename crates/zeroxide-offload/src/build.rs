@@ -205,6 +205,12 @@ fn check_durable(settings: &Settings, units: &[Unit], placement: &Placement) -> 
     if settings.durable.is_none() {
         return Ok(());
     }
+    if settings.speculates {
+        return misuse(
+            "new",
+            "a durable run has no place to spare for updates that may be taken back",
+        );
+    }
     let out_of_reach = |unit: &&Unit| {
         matches!(
             unit.weights,

@@ -57,6 +57,7 @@ impl Disk {
             blocks,
             queue: Arc::clone(&queue),
             ephemeral: true,
+            spare: settings.speculates,
             durable: settings.durable.clone().map(|facts| Durable { facts }),
         })?);
         let ring = Arena::new(budget, Bucket::Staging, to_usize(settings.staging_bytes))?;

@@ -117,6 +117,8 @@ pub struct Settings {
     pub shares: Vec<u64>,
     /// Name of this run's folder inside them.
     pub job: String,
+    /// Gives what is at home on disk a second place, for updates that may be taken back.
+    pub speculates: bool,
     /// Makes what is on disk survive the process, and what is in host memory with it, at every commit: (name, value) of
     /// what a run must have in common with the one that it continues. `None` for a run that leaves nothing.
     pub durable: Option<Vec<(String, String)>>,

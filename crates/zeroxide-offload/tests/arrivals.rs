@@ -53,6 +53,7 @@ fn open() -> Offload {
         directories: Vec::new(),
         shares: Vec::new(),
         job: "arrivals".into(),
+        speculates: false,
         durable: None,
     };
     Offload::new(&settings, &[unit]).expect("nothing in the way")

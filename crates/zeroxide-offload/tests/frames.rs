@@ -63,6 +63,7 @@ fn open(directory: &std::path::Path) -> Offload {
         directories: vec![directory.to_path_buf()],
         shares: Vec::new(),
         job: "frames".into(),
+        speculates: false,
         durable: None,
     };
     let offload = Offload::new(&settings, &units).expect("nothing in the way");

@@ -73,6 +73,7 @@ impl Job {
             directories: vec![directory.path().to_path_buf()],
             shares: Vec::new(),
             job: format!("rank {rank}"),
+            speculates: false,
             durable: None,
         };
         Offload::new(&settings, &specs).expect("what the plan says is enough")

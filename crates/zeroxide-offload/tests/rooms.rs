@@ -59,6 +59,7 @@ fn open(gradients: bool) -> Offload {
         directories: Vec::new(),
         shares: Vec::new(),
         job: "rooms".into(),
+        speculates: false,
         durable: None,
     };
     Offload::new(&settings, &[unit]).expect("nothing in the way")

@@ -162,6 +162,11 @@ impl Placement {
         })
     }
 
+    /// Bytes that gradients take on disk where they wait for the step there.
+    pub fn gradients_on_disk(&self) -> u64 {
+        self.sum(|unit| unit.gradients_on_disk(self.dtypes.grad))
+    }
+
     /// Bytes of one tile of all components in the staging ring, the largest there is; `None` where nothing is on disk.
     pub fn ring_tile(&self) -> Option<u64> {
         let compute = self.dtypes.compute.size() as u64;
@@ -317,6 +322,20 @@ impl Placement {
             .skip(1)
             .map(|unit| unit.gradient_bytes(self.dtypes.grad))
             .sum()
+    }
+
+    /// What a step reads less, and what it writes more at the most, if backward updates before it is known whether the step clips and
+    /// it does not: gradients of every unit leave with its update, and none is read. Bytes.
+    pub fn speculation_traffic(&self) -> (u64, u64) {
+        let leaves = |unit: &PlacedUnit| {
+            if unit.shape.held_through_backward {
+                0
+            } else {
+                unit.gradients_on_disk(self.dtypes.grad)
+            }
+        };
+        let spilled = self.spilled_bytes();
+        (spilled, self.sum(leaves) - spilled)
     }
 
     fn moving(&self) -> impl Iterator<Item = &PlacedUnit> {

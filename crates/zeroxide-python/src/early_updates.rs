@@ -23,11 +23,26 @@ impl EarlyUpdates {
     }
 
     /// Backward begins: units may be updated with these hyperparameters, which the step must be given again.
+    /// What is updated may be taken back until the step where it `speculates`.
+    #[pyo3(signature = (groups, grad_scale, *, speculates = false))]
     #[expect(clippy::needless_pass_by_value, reason = "how arguments are extracted")]
-    fn begin(&self, py: Python<'_>, groups: Vec<PyRef<'_, Rule>>, grad_scale: f64) -> PyResult<()> {
+    fn begin(
+        &self,
+        py: Python<'_>,
+        groups: Vec<PyRef<'_, Rule>>,
+        grad_scale: f64,
+        speculates: bool,
+    ) -> PyResult<()> {
         let groups: Vec<Optimizer> = groups.iter().map(|rule| rule.optimizer()).collect();
         let core = &self.offload.get().inner;
-        map(py, py.detach(|| core.begin_early(&groups, grad_scale)))
+        let begun = py.detach(|| {
+            if speculates {
+                core.begin_speculation(&groups, grad_scale)
+            } else {
+                core.begin_early(&groups, grad_scale)
+            }
+        });
+        map(py, begun)
     }
 
     /// Begins the update of a unit whose gradients are complete. Raises `ModelError` where one is not finite, and
@@ -37,7 +52,13 @@ impl EarlyUpdates {
         map(py, py.detach(|| core.update_early(unit)))
     }
 
-    /// Backward failed with `cause`. True where it had begun to update: the state is mixed, and every later call says so.
+    /// Makes weights and state what they were before backward updated them; gradients stay. True where it had updated
+    /// anything. Raises `StorageError`.
+    fn take_back(&self, py: Python<'_>) -> PyResult<bool> {
+        map(py, py.detach(|| self.offload.get().inner.take_back()))
+    }
+
+    /// Backward failed with `cause`. True where it had begun to update and that is not taken back: the state is mixed, and every later call says so.
     fn fail(&self, py: Python<'_>, cause: &str) -> PyResult<bool> {
         let core = &self.offload.get().inner;
         map(py, py.detach(|| core.fail_early(cause)))

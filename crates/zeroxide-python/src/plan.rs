@@ -239,6 +239,19 @@ impl PyPlan {
         self.inner.placement.durable_bytes()
     }
 
+    /// Bytes of `disk_bytes` that gradients take.
+    #[getter]
+    fn spilled_bytes(&self) -> u64 {
+        self.inner.placement.gradients_on_disk()
+    }
+
+    /// Bytes that a step reads less, and those that it writes more, where backward updates before it is known whether the
+    /// step clips, and it does not.
+    #[getter]
+    fn speculation_traffic(&self) -> (u64, u64) {
+        self.inner.placement.speculation_traffic()
+    }
+
     /// Bytes by bucket in every step.
     #[getter]
     fn buckets<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -169,7 +169,8 @@ impl PyQuantisation {
 }
 
 /// Everything else that a core needs to know. `*_bytes` and `limit` are bytes; `shares` are the parts that `directories` have
-/// of all bytes, one above 0 for each, or none for equal ones; `mesh` is None for one rank; `durable` is
+/// of all bytes, one above 0 for each, or none for equal ones;
+/// what is on disk has a second place where it `speculates`; `mesh` is None for one rank; `durable` is
 /// (name, value) of what a run must have in common with the one that it continues, None for a run that leaves nothing.
 #[pyclass(frozen, module = "zeroxide._core", name = "Settings")]
 pub(crate) struct PySettings {
@@ -181,7 +182,7 @@ impl PySettings {
     #[new]
     #[pyo3(signature = (*, limit, threads, compute, grad, tile_elements, staging_bytes, gathered_bytes, engine,
                         queue_depth, directories, job, shares = Vec::new(), mesh = None, comm_dtype = None, quantisation = None, reduce_scale = 1.0,
-                        defers_steps = false, durable = None))]
+                        defers_steps = false, speculates = false, durable = None))]
     #[expect(
         clippy::too_many_arguments,
         clippy::needless_pass_by_value,
@@ -205,6 +206,7 @@ impl PySettings {
         quantisation: Option<PyRef<'_, PyQuantisation>>,
         reduce_scale: f32,
         defers_steps: bool,
+        speculates: bool,
         durable: Option<Vec<(String, String)>>,
     ) -> PyResult<Self> {
         Ok(Self {
@@ -216,6 +218,7 @@ impl PySettings {
                     .unwrap_or_default(),
                 reduce_scale,
                 defers_steps,
+                speculates,
                 limit,
                 threads,
                 compute: parse_dtype(compute)?,

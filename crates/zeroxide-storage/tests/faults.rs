@@ -264,6 +264,7 @@ fn written_store(faults: Vec<FaultRule>) -> (tempfile::TempDir, BlockStore, Vec<
         }],
         queue: queue(faults),
         ephemeral: true,
+        spare: false,
         durable: None,
     })
     .unwrap();

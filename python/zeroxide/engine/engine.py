@@ -204,7 +204,8 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         check_budget(parts.peak, parts.config.zeroxide.host_memory, counters.global_steps)
         every = parts.config.report.steps_per_print
         if every and counters.global_steps % every == 0:
-            print_progress(counters.global_steps, self.get_lr()[0], parts.updater.norm, counters.skipped_steps)
+            about = self.get_lr()[0], parts.updater.norm, counters.skipped_steps, parts.updater.redone
+            print_progress(counters.global_steps, *about)
         parts.observers.after_step(self._step_facts(), parts.timers, parts.accumulation.samples_of_step)
         if self._durable is not None:
             parts.context.take_down_edits()
@@ -222,6 +223,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
             loss_scale=parts.scaler.scale if self.fp16_enabled() else None,
             applied=parts.updater.applied,
             skipped=counters.skipped_steps,
+            redone=parts.updater.redone if parts.plan.speculates else None,
             written=None if io is None else int(io["write_bytes"]),
         )
 

@@ -44,6 +44,8 @@ class StepFacts:
     applied: bool
     skipped: int
     """Steps left out so far."""
+    redone: int | None = None
+    """Steps made again so far, since backward had updated and the step clipped; None where backward does not so."""
     written: int | None = None
     """Bytes that this rank has written to disk so far; None where no state is there."""
 
@@ -93,6 +95,7 @@ def _events(facts: StepFacts, loss: float | None, times: dict[str, float]) -> li
         ("train_loss", loss),
         ("lr", facts.lr),
         ("loss_scale", facts.loss_scale),
+        ("redone_steps", facts.redone),
         ("disk_written_bytes", facts.written),
         *((f"elapsed_time_ms_{word}", times.get(name)) for name, word in _TIMES.items()),
     ]
@@ -110,6 +113,7 @@ def _record(facts: StepFacts, loss: float | None, times: dict[str, float]) -> di
         "loss_scale": facts.loss_scale,
         "applied": facts.applied,
         "skipped_steps": facts.skipped,
+        "redone_steps": facts.redone,
         "disk_written_bytes": facts.written,
         "milliseconds": times or None,
     }

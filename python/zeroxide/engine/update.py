@@ -49,6 +49,8 @@ class Updater:
         """Norm of all gradients at the last step, before clipping and without the loss scale; None before the first."""
         self.applied = False
         """Whether the last step changed the weights."""
+        self.redone = 0
+        """Steps that backward had begun to update and that were made again, since they clipped."""
         self.clipping = config.gradients.clipping
         """Largest global gradient norm of the next step; None leaves gradients as they are."""
         self._config = config
@@ -78,12 +80,12 @@ class Updater:
         self._optimizer, self._weights, self._hooks, self._context = optimizer, weights, hooks, context
         self._residuals = residuals
 
-    def begin_early(self, early: _core.EarlyUpdates) -> None:
-        """Lets units be updated from here on with the hyperparameters as they are now. Raises ConfigError for wrong
-        ones."""
+    def begin_early(self, early: _core.EarlyUpdates, *, speculates: bool) -> None:
+        """Lets units be updated from here on with the hyperparameters as they are now, as a step does that does not
+        clip; where it `speculates`, until the step says otherwise. Raises ConfigError for wrong ones."""
         self._optimizer.check()
         self._context.before_change()
-        early.begin(self._optimizer.core_groups(), 1.0 / self._scaler.scale)
+        early.begin(self._optimizer.core_groups(), 1.0 / self._scaler.scale, speculates=speculates)
 
     def measure(self) -> float:
         """The norm of what has been accumulated on all ranks, without the loss scale. Every rank calls it."""
@@ -112,10 +114,14 @@ class Updater:
         if optimizer.overflow:
             self.norm = math.inf
             self._counters.skipped_steps += 1
+            if self.early is not None:
+                self.early.take_back()
             core.clear_gradients()
         elif accumulated:
             clip = self.clipping
             factor = min(1.0, clip / (self.norm + CLIP_EPSILON)) if clip and finite else 1.0
+            if self.early is not None and factor != 1.0:
+                self.redone += self.early.take_back()
             self._context.before_change()
             core.step(optimizer.core_groups(), factor / loss_scale)
             try:

@@ -1,8 +1,9 @@
 """Updates inside of backward: each unit's as soon as its gradients are complete, where a step needs no norm first.
 
 The hooks take it for what gradients are sent to: a unit that is complete is updated, and the end of backward updates
-what is left. `step` only ends what has begun. The hyperparameters are those of the moment in which backward began, and
-until the step ends the model is of neither step: what would use or show it is refused.
+what is left. `step` only ends what has begun. Where a step may clip or be left out, updates can be taken back, and an
+ordinary step follows, or none. The hyperparameters are those of the moment in which backward began, and until the step
+ends the model is of neither step: what would use or show it is refused.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class BackwardUpdates:
         self._updater = parts.updater
         self._guard = parts.guard
         self._accumulation = parts.accumulation
+        self._speculates = parts.plan.speculates
+        """Whether an update may be taken back."""
         self._consumes = parts.plan.gradients is Home.CONSUMED
         """Whether there is no room for gradients that wait."""
         self._updated: set[int] = set()
@@ -75,7 +78,7 @@ class BackwardUpdates:
         if not last:
             return
         clipping = self._updater.clipping
-        if clipping:
+        if clipping and not self._speculates:
             raise ConfigError(
                 f"gradient clipping is {clipping:g} now, and needs the norm of all gradients before the first update "
                 "(zeroxide.update_in_backward): set it back to 0",
@@ -84,7 +87,7 @@ class BackwardUpdates:
         self._guard.before_step()
         self._updated.clear()
         self._waiting.clear()
-        self._updater.begin_early(self._early)
+        self._updater.begin_early(self._early, speculates=self._speculates)
         self.open = True
 
     def _check_room(self, last: bool) -> None:
@@ -127,7 +130,7 @@ class BackwardUpdates:
                 self._update(unit)
 
     def abandon(self) -> None:
-        """A backward failed. Where it had begun to update, every later call says so."""
+        """A backward failed. Where it had begun to update, and that cannot be taken back, every later call says so."""
         if not self.open:
             return
         self.open = False
@@ -149,6 +152,10 @@ class BackwardUpdates:
                 "step: backward has begun to update the weights (zeroxide.update_in_backward), and this call would be "
                 "no optimizer step: call set_gradient_accumulation_boundary before backward"
             )
+
+    def take_back(self) -> bool:
+        """The step is not what backward has made of it, or there is none. Returns whether it had updated anything."""
+        return self.open and self._speculates and self._early.take_back()
 
     def after_step(self) -> None:
         """The step has ended what backward began."""

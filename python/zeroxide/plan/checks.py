@@ -13,6 +13,7 @@ from zeroxide.distributed import Ranks, UnitGroups
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
+from zeroxide.plan.speculation import speculation_problem
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
 __all__ = [
@@ -115,15 +116,7 @@ def check_update_in_backward(config: Config, ranks: Ranks, device: torch.device)
         return
     mesh = config.mesh
     problem = None
-    if config.gradients.clipping is not None:
-        default = ", the default," if config.gradients.clipping_is_default else ""
-        problem = (
-            f"gradient_clipping {config.gradients.clipping:g}{default} needs the norm of all gradients before the "
-            "first update: set gradient_clipping to 0"
-        )
-    elif config.precision.loss_scale is not None:
-        problem = "fp16 leaves a step out if any gradient overflows, after all are known: use bf16"
-    elif not config.batch.managed_gradient_accumulation:
+    if not config.batch.managed_gradient_accumulation:
         problem = (
             "managed_gradient_accumulation false leaves open during backward whether a step follows: leave it true, or "
             "say so with set_gradient_accumulation_boundary"
@@ -136,6 +129,8 @@ def check_update_in_backward(config: Config, ranks: Ranks, device: torch.device)
         problem = "several ranks must agree on a step first, and it is built for one rank"
     elif not is_host(device):
         problem = f"the model computes on {device}, and it is built for models that compute in host memory"
+    else:
+        problem = speculation_problem(config)
     if problem is not None:
         raise ConfigError(
             f"zeroxide.update_in_backward: {problem}; or set update_in_backward to false",

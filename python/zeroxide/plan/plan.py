@@ -22,6 +22,7 @@ from zeroxide.plan.quantisation import QuantisationPlan, plan_quantisation
 from zeroxide.plan.recompute import Recompute, plan_recompute
 from zeroxide.plan.report import describe
 from zeroxide.plan.schedule import ONE_MICRO_BATCH, Passes
+from zeroxide.plan.speculation import speculates
 from zeroxide.plan.state import StatePlan
 from zeroxide.precision.policy import torch_dtype
 
@@ -63,6 +64,8 @@ class Plan:
     """Whether state survives the process."""
     updates_in_backward: bool = False
     """Whether the update of a unit begins inside of backward."""
+    speculates: bool = False
+    """Whether such an update may be taken back, since only the norm of all gradients says what the step must be."""
     activations: Activations = field(default_factory=Activations)
     """Where activations wait for backward in host memory."""
     recompute: Recompute = field(default_factory=Recompute)
@@ -158,7 +161,10 @@ class Plan:
 
     @property
     def disk_bytes(self) -> int:
-        """Bytes that the state takes on disk: of a durable run, two versions of all of it."""
+        """Bytes that the state takes on disk: of a durable run, two versions of all of it; where updates may be taken
+        back, two versions of what is on disk, but for gradients."""
+        if self.speculates:
+            return 2 * self.numbers.disk_bytes - self.numbers.spilled_bytes
         return self.numbers.durable_bytes if self.durable else self.numbers.disk_bytes
 
     def expected_peaks(self, *, loaded: bool = False) -> dict[str, int]:
@@ -188,8 +194,17 @@ class Plan:
         return self.numbers.expected_process(made["peak"], *passed, loaded, self.updates_in_backward)
 
     def expected_traffic(self, passes: Passes = ONE_MICRO_BATCH) -> tuple[int, int]:
-        """Bytes read from and written to disk in a step of `passes`, once all state has been written once."""
-        return self.numbers.disk_traffic([(backward, list(units)) for backward, units in passes])
+        """Bytes read from and written to disk in a step of `passes`, once all state has been written once; where
+        updates may be taken back, in one that does not clip."""
+        read, written = self.numbers.disk_traffic([(backward, list(units)) for backward, units in passes])
+        less, more = self.numbers.speculation_traffic if self.speculates else (0, 0)
+        return read - less, written + more
+
+    def traffic_of_redone(self) -> int:
+        """Bytes that come on top where a step clips after backward has updated: all state and weights on disk are read
+        and written again, and gradients there are read."""
+        gradients = self.numbers.spilled_bytes
+        return 2 * (self.numbers.disk_bytes - gradients) + gradients
 
     @property
     def formats(self) -> list[str]:
@@ -282,6 +297,7 @@ def make_plan(
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
         updates_in_backward=config.zeroxide.update_in_backward,
+        speculates=speculates(config),
         activations=config.activations,
         recompute=plan_recompute(module, config),
     )
@@ -293,7 +309,7 @@ def _gradient_home(config: Config) -> _core.GradientHome | None:
     own = config.zeroxide
     if own.gradients != "auto":
         return _core.GradientHome(own.gradients)
-    consumes = own.update_in_backward and config.batch.gradient_accumulation_steps == 1
+    consumes = own.update_in_backward and not speculates(config) and config.batch.gradient_accumulation_steps == 1
     return _core.GradientHome.CONSUMED if consumes else None
 
 

@@ -59,7 +59,7 @@ def describe(plan: Plan) -> list[str]:
         lines += _as_integers(plan)
     buckets = ", ".join(f"{name} {size / MIB:.0f}" for name, size in plan.buckets.items() if size)
     lines.append(f"payload {plan.payload / MIB:.0f} MiB ({buckets}); on disk {plan.disk_bytes / MIB:.0f} MiB")
-    lines += _recomputed(plan) + _activations(plan) + _on_device(plan)
+    lines += _speculation(plan) + _recomputed(plan) + _activations(plan) + _on_device(plan)
     filling = plan.expected_peaks()["staging"] - plan.buckets["staging"]
     if filling:
         lines.append(f"while the engine is made, staging has {filling / MIB:.0f} MiB more for initial values")
@@ -97,6 +97,17 @@ def _recomputed(plan: Plan) -> list[str]:
         return []
     which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
     return [f"activations of {len(names)} of {plan.recompute.blocks} blocks computed again in backward: {which}"]
+
+
+def _speculation(plan: Plan) -> list[str]:
+    """What updates take on disk that may be taken back, beside waiting for the norm, or none where none are."""
+    if not plan.speculates:
+        return []
+    least, waiting = sum(plan.expected_traffic()), sum(plan.numbers.disk_traffic())
+    return [
+        f"backward updates before it is known whether the step clips: {least / MIB:.0f} MiB a step on disk where it "
+        f"does not, {plan.traffic_of_redone() / MIB:.0f} more where it does; {waiting / MIB:.0f} where updates wait"
+    ]
 
 
 def _activations(plan: Plan) -> list[str]:

@@ -19,6 +19,7 @@
 //! | `prepare_commit`, `roll_back` | yes | no | for the step under way, and all that they write or read |
 //! | `adopt`, `conclude_commit`, `committed_reads` | yes | no | for a few small files |
 //! | `CommittedReads` | no | no | for its own tiles |
+//! | `begin_early`, `begin_speculation`, `update_early`, `take_back`, `fail_early` | yes | no | for the step before, and what is in flight |
 //! | `fail_step` | yes | no | for what is in flight |
 //! | `watch_readers`, `set_group`, `lend`, `join`, `room`, `close` and what tells of parameters, windows and gradients | yes | no | `close` for what is in flight |
 //!

@@ -43,13 +43,27 @@ impl Offload {
         self.with("begin_early", |core| core.begin_early(groups, grad_scale))
     }
 
+    /// As [`begin_early`](Self::begin_early), for updates that [`take_back`](Self::take_back) may undo until the step: of
+    /// units whose weights and state are on disk. The others wait for the step.
+    pub fn begin_speculation(&self, groups: &[Optimizer], grad_scale: f64) -> Result<()> {
+        self.with("begin_speculation", |core| {
+            core.begin_speculation(groups, grad_scale)
+        })
+    }
+
+    /// Makes weights and state what they were before backward updated them; gradients stay, and a step with any constants
+    /// may follow. Returns whether backward had updated anything.
+    pub fn take_back(&self) -> Result<bool> {
+        self.with("take_back", Core::take_back)
+    }
+
     /// Begins the update of a unit whose gradients are complete. Until the step it may not be used.
     pub fn update_early(&self, unit: usize) -> Result<()> {
         self.with("update_early", |core| core.update_early(unit))
     }
 
-    /// A backward failed with `cause` that may have updated. Returns whether it had: then every later call says that the
-    /// state is mixed.
+    /// A backward failed with `cause` that may have updated. Returns whether that is not taken back: then every later call
+    /// says that the state is mixed.
     pub fn fail_early(&self, cause: &str) -> Result<bool> {
         self.with("fail_early", |core| Ok(core.fail_early(cause)))
     }

@@ -60,6 +60,16 @@ impl Spill {
         }
     }
 
+    /// Whether the unit's gradients are only there until its update.
+    pub(crate) fn is_consumed(&self, unit: usize) -> bool {
+        self.consumed[unit]
+    }
+
+    /// Whether the unit takes turns with others in room for gradients.
+    pub(crate) fn is_shared(&self, unit: usize) -> bool {
+        !self.own_room[unit]
+    }
+
     fn in_flight(&self) -> bool {
         self.writes.iter().any(|count| *count > 0)
     }
@@ -84,9 +94,9 @@ impl Core {
 
     fn bring(&mut self, unit: usize, spilled: bool) -> Result<()> {
         if !self.gradients.spill.own_room[unit] {
-            // Those that wait for their update alone leave when it is done.
+            // Those that wait for their update leave when it is done.
             for other in self.gradients.spill.present.clone() {
-                if !self.gradients.spill.consumed[other] {
+                if !self.gradients.spill.consumed[other] && !self.step.is_updating(other) {
                     self.spill(other)?;
                 }
             }
@@ -167,7 +177,7 @@ impl Core {
     }
 
     /// Starts to write the unit's gradients to disk; their memory is free as the writes end.
-    fn spill(&mut self, unit: usize) -> Result<()> {
+    pub(crate) fn spill(&mut self, unit: usize) -> Result<()> {
         // A step may still read them where they are.
         self.finish_unit(unit)?;
         self.await_spills(unit)?;

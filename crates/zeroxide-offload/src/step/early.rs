@@ -4,12 +4,14 @@
 //! [`Core::begin_early`] fixes the constants of the step, [`Core::update_early`] begins one unit's update, and the step
 //! itself updates what is left and ends it. The bits are those of a step that begins after backward: the same kernels
 //! with the same constants, each over one tile. Between the first update and the step the state is of neither: what
-//! would see it is refused, and what fails leaves it mixed and says so.
+//! would see it is refused, and what fails leaves it mixed and says so, unless it can be taken back
+//! ([`speculation`](crate::step::speculation)).
 
 use zeroxide_optim::Optimizer;
 
 use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
+use crate::step::speculation::Speculation;
 use crate::step::{Poison, Step};
 use crate::weights::residence::Residence;
 
@@ -18,7 +20,9 @@ pub(crate) struct EarlyUpdates {
     groups: Vec<Optimizer>,
     grad_scale: f64,
     /// Of each unit, whether its update has begun.
-    begun: Vec<bool>,
+    pub(super) begun: Vec<bool>,
+    /// Present where what is updated may be taken back.
+    pub(super) speculation: Option<Speculation>,
 }
 
 impl Step {
@@ -62,6 +66,7 @@ impl Core {
             groups: groups.to_vec(),
             grad_scale,
             begun: vec![false; self.units.len()],
+            speculation: None,
         });
         Ok(())
     }
@@ -70,7 +75,7 @@ impl Core {
     pub(crate) fn update_early(&mut self, unit: usize) -> Result<()> {
         self.check_usable()?;
         self.check_here("update_early", unit)?;
-        if self.step.has_begun(unit) {
+        if self.step.has_begun(unit) || self.waits_for_step(unit) {
             return Ok(());
         }
         let Some(early) = &self.step.early else {
@@ -114,8 +119,11 @@ impl Core {
     }
 
     /// Backward has failed with `cause`: no unit is updated any more before the step. Where one had been, the state is
-    /// mixed and every later call says so. Returns whether one had.
+    /// mixed and every later call says so, unless it is taken back. Returns whether the state is mixed.
     pub(crate) fn fail_early(&mut self, cause: &str) -> bool {
+        if self.step.is_speculating() && self.step.poisoned.is_none() {
+            return self.take_back().is_err();
+        }
         let begun = self.step.count_begun() > 0;
         if begun {
             let step = self.step.count;

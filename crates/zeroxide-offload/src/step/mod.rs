@@ -5,6 +5,7 @@ pub(crate) mod early;
 mod lent;
 mod missed;
 pub(crate) mod plan;
+mod speculation;
 pub(crate) mod stream;
 mod update;
 

@@ -52,7 +52,11 @@ impl Core {
         if !begun {
             self.catch_up_before_step()?;
         }
-        self.finish_spills()?;
+        if let Err(error) = self.finish_spills() {
+            // Without gradients there is no step: what was to be a part of it goes, too.
+            self.take_back()?;
+            return Err(error);
+        }
         self.state.cache.clear();
         self.wait_reads()?;
         let here = (0..self.units.len())
@@ -60,7 +64,7 @@ impl Core {
         let planned = here
             .map(|unit| self.plan_unit(unit, groups, grad_scale))
             .collect::<Result<Vec<_>>>()?;
-        self.step.early = None;
+        let early = self.step.early.take();
         if !begun {
             self.step.count += 1;
         }
@@ -74,6 +78,7 @@ impl Core {
             param.updates += 1;
         }
         self.clear_gradients();
+        self.accept_speculation(early)?;
         self.take_up(planned)?;
         if self.disk.is_none() && !self.step.deferred {
             return self.finish_step();

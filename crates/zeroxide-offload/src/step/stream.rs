@@ -272,7 +272,11 @@ impl Core {
             if !self.active().units[unit].without_gradient {
                 // Used up, and not needed before backward accumulates the next ones: room for the activations in
                 // between.
-                self.release_gradients(unit)?;
+                if self.step.is_speculating() {
+                    self.keep_gradients(unit)?;
+                } else {
+                    self.release_gradients(unit)?;
+                }
             }
         } else if !self.active().units[unit].without_gradient {
             self.release_unused(unit)?;

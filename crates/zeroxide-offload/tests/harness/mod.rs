@@ -39,6 +39,7 @@ pub(crate) struct Case {
     pub(crate) engine: EngineKind,
     pub(crate) directory: TempDir,
     pub(crate) durable: bool,
+    pub(crate) speculates: bool,
 }
 
 /// The random bits of a parameter.
@@ -63,6 +64,7 @@ impl Default for Case {
             engine: EngineKind::Auto,
             directory: tempfile::tempdir().expect("a temporary directory"),
             durable: false,
+            speculates: false,
         }
     }
 }
@@ -123,6 +125,7 @@ impl Case {
             directories: vec![self.directory.path().to_path_buf()],
             shares: Vec::new(),
             job: "test".into(),
+            speculates: self.speculates,
             durable: self
                 .durable
                 .then(|| vec![("world size".into(), "1".into())]),

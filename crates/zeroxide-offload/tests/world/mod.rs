@@ -118,6 +118,7 @@ impl Case {
             directories: vec![directory.path().to_path_buf()],
             shares: Vec::new(),
             job: format!("rank {rank}"),
+            speculates: false,
             durable: None,
         };
         Offload::new(&settings, &units).expect("nothing in the way")

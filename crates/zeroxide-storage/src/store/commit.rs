@@ -408,7 +408,7 @@ impl BlockStore {
         self.scratch[0].path()
     }
 
-    fn refuse(&self, call: &'static str, reason: &'static str) -> StorageError {
+    pub(super) fn refuse(&self, call: &'static str, reason: &'static str) -> StorageError {
         StorageError::Commit {
             call,
             path: self

@@ -22,6 +22,7 @@ mod placement;
 mod publish;
 mod scratch;
 mod sealed;
+mod speculation;
 mod versions;
 
 use std::fmt;
@@ -60,6 +61,8 @@ pub struct StoreOptions {
     pub queue: Arc<dyn Queue>,
     /// Whether the scratch directories are removed when the store is closed or dropped. Those of a durable store stay.
     pub ephemeral: bool,
+    /// Whether tiles have a second place, so that what is written can be taken back; not of a durable store.
+    pub spare: bool,
     /// What a store needs to survive its process; `None` for one that does not.
     pub durable: Option<Durable>,
 }
@@ -81,6 +84,8 @@ pub struct BlockStore {
     header: Header,
     /// Present in a durable store.
     commits: Option<Commits>,
+    /// Tiles have a second place that no commit takes.
+    spare: bool,
     scratch: Vec<Scratch>,
     release: Release,
     guard: ForkGuard,
@@ -96,7 +101,8 @@ enum Release {
 }
 
 impl BlockStore {
-    /// Makes the scratch directories, locks them, and preallocates room for all blocks: twice in a durable store.
+    /// Makes the scratch directories, locks them, and preallocates room for all blocks: twice in a durable store,
+    /// and in one that has places to spare.
     /// Nothing is left behind when that fails.
     ///
     /// A durable store that has been committed to before is opened instead, and changes nothing of it.
@@ -116,6 +122,7 @@ impl BlockStore {
             blocks,
             queue,
             ephemeral,
+            spare,
             durable,
         } = options;
         check_job(&job)?;
@@ -148,6 +155,7 @@ impl BlockStore {
                 blocks: blocks.iter().map(Into::into).collect(),
             },
             commits: None,
+            spare,
             scratch: Vec::with_capacity(directories.len()),
             // Until the store is complete, dropping it must leave nothing behind.
             release: Release::Remove,
@@ -170,7 +178,7 @@ impl BlockStore {
         if durable.is_some() {
             store.open_commits()?;
         } else {
-            store.allocate(1)?;
+            store.allocate(if spare { 2 } else { 1 })?;
         }
         store.release = if kept { Release::Keep } else { Release::Remove };
         Ok(store)

@@ -9,7 +9,8 @@
 //! committed  slot 1      slot 1          slot 0
 //! ```
 //!
-//! A store that commits nothing never leaves slot 0.
+//! A store that commits nothing never leaves slot 0, unless it speculates ([`speculation`](super::speculation)): what it
+//! keeps takes the part of a commit.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -98,6 +99,13 @@ impl Versions {
         }
     }
 
+    /// What was written of tiles that commits name since their last version was kept is gone again.
+    pub(super) fn take_back(&self) {
+        for tile in self.lock().iter_mut().filter(|tile| tile.kept) {
+            tile.newest = tile.committed;
+        }
+    }
+
     /// Forgets what was written since the last commit.
     pub(super) fn roll_back(&self) {
         for tile in &mut *self.lock() {
@@ -150,6 +158,23 @@ mod tests {
         versions.adopt(&[Some(Version { slot: 1, crc: 5 }); 2]);
         assert_eq!(versions.committed(0), None);
         assert_eq!(versions.begin(0, 6).0.slot, 0);
+    }
+
+    /// Catches: a version taken back that no commit names, which has no other place; one that stays; and one that was
+    /// never written before and is still there.
+    #[test]
+    fn taking_back_leaves_alone_what_has_one_place() {
+        let versions = Versions::new([true, false, true].into_iter());
+        versions.begin(0, 1);
+        versions.commit();
+        for (tile, crc) in [(0, 2), (1, 3), (2, 4)] {
+            versions.begin(tile, crc);
+        }
+        versions.take_back();
+        assert_eq!(versions.newest(0), Some(Version { slot: 0, crc: 1 }));
+        assert_eq!(versions.newest(1), Some(Version { slot: 0, crc: 3 }));
+        assert_eq!(versions.newest(2), None);
+        assert_eq!(versions.begin(0, 5).0.slot, 1);
     }
 
     #[test]

@@ -14,6 +14,7 @@ use super::{PATIENCE, arena, lease, pattern, stores};
 /// A durable store of [`stores::blocks`], made by a run of two ranks.
 pub(crate) fn options(directories: &[&Path]) -> StoreOptions {
     StoreOptions {
+        spare: false,
         durable: Some(Durable {
             facts: vec![("world size".into(), "2".into())],
         }),

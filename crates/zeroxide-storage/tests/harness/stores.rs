@@ -54,6 +54,7 @@ pub(crate) fn options(directories: &[&Path], ephemeral: bool) -> StoreOptions {
         blocks: blocks(),
         queue: queue(),
         ephemeral,
+        spare: false,
         durable: None,
     }
 }
