@@ -138,18 +138,27 @@ def test_options_are_those_that_differ(request_, offloads):
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.data())
 def test_the_fewest_blocks_are_found(freed, data):
-    """Each block frees what it frees. Catches: one block too many, and a search that tries all where they are alike."""
-    count, tried = len(freed), []
-    most = sum(freed)
+    """Each block frees what it frees. Catches: one block too many, or too few."""
+    count, most = len(freed), sum(freed)
     if not most:
         return
     short = data.draw(st.integers(1, most))
 
     def lacks(blocks: int) -> int:
-        tried.append(blocks)
         return short - sum(freed[:blocks])
 
     found = fewest_blocks(count, lacks)
     assert lacks(found) <= 0 < lacks(found - 1)
-    if len(set(freed)) == 1:
-        assert len(set(tried)) <= 4
+
+
+def test_of_blocks_that_are_alike_few_are_tried():
+    """None, all, those that the line says, and one less. Catches: a rehearsal for each of them."""
+    for short in (1, 2300, 4799):
+        tried = []
+
+        def lacks(blocks: int, short: int = short, tried: list[int] = tried) -> int:
+            tried.append(blocks)
+            return short - 100 * blocks
+
+        assert fewest_blocks(48, lacks) == -(-short // 100)
+        assert len(tried) <= 4

@@ -310,6 +310,16 @@ def test_weights_are_read_as_often_as_without(tmp_path):
     assert reads[0] == reads[1] > 0
 
 
+def test_freed_activations_leave_the_process(monkeypatch):
+    """Catches: an allocator that fills the holes of activations that have gone, so that the peak is another than the
+    plan's."""
+    asked: list[int | None] = []
+    monkeypatch.setattr("zeroxide.engine.heap._core.keep_freed_memory", lambda largest=None: asked.append(largest))
+    for blocks in (0, 1):
+        started(blocks, Model()).destroy()
+    assert asked == [None, 1 << 20]
+
+
 def test_a_copy_and_a_model_that_is_left_have_the_forward_of_their_class(monkeypatch):
     """Catches: a copy that runs the weights of the model it was made of."""
     model = Model()
