@@ -6,8 +6,8 @@ __all__ = ["print_progress", "print_times"]
 
 
 def print_progress(step: int, lr: float, norm: float | None, skipped: int, redone: int = 0) -> None:
-    """Prints one line about the optimizer step number `step`. Until now `skipped` steps were left out, and `redone` made
-    twice, since backward had updated and they clipped."""
+    """Prints one line about the optimizer step number `step`. Until now `skipped` steps were left out, and `redone`
+    made twice, since backward had updated and they clipped."""
     line = f"[zeroxide] step {step} lr {lr:.3e} grad norm {'-' if norm is None else f'{norm:.3f}'}"
     if skipped:
         line += f" skipped {skipped}"

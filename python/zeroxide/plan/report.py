@@ -96,8 +96,8 @@ def _speculation(plan: Plan) -> list[str]:
         return []
     least, waiting = sum(plan.expected_traffic()), sum(plan.numbers.disk_traffic())
     return [
-        f"backward updates before it is known whether the step clips: {least / MIB:.0f} MiB a step on disk where it does "
-        f"not, {plan.traffic_of_redone() / MIB:.0f} more where it does; {waiting / MIB:.0f} where updates wait"
+        f"backward updates before it is known whether the step clips: {least / MIB:.0f} MiB a step on disk where it "
+        f"does not, {plan.traffic_of_redone() / MIB:.0f} more where it does; {waiting / MIB:.0f} where updates wait"
     ]
 
 
