@@ -262,8 +262,9 @@ def test_a_step_that_does_not_clip_reads_no_gradients(tmp_path: Path) -> None:
     # Which frames backward finds taken differs: weights of a unit may be read once more, or less.
     largest = 2 * max(unit.numel for unit in waits.parts.plan.units)
     assert abs(usual[0] - less - read) <= 2 * largest
-    clipped = engine_with(tmp_path, early=True, clip=1e-3, own=own)
+    clipped = engine_with(tmp_path, early=True, clip=1e-9, own=own)
     assert sum(traffic(clipped)) > sum(usual)
+    assert clipped.parts.updater.redone == 3
     assert any("before it is known whether the step clips" in line for line in clipped.plan().describe())
     for engine in (waits, speculates, clipped):
         engine.destroy()

@@ -236,10 +236,9 @@ def make_plan(
     """Finds the units of `module` and places them.
 
     `experts` are those of `find_units`. `states` says by the ids of trainable parameters how each is updated; Adam in
-    the config's format where it does not. `resident` is the resident memory of the process in bytes without the model's
-    own parameters, to which comes what copies to and from `device`, on which the model is to compute, keep locked, and
-    buffers of activations. `asked` is what that device is to have. Raises ModelError for a model that cannot train,
-    BudgetError when `config.zeroxide.host_memory` or `config.zeroxide.device_memory` cannot hold what is to be there.
+    the config's format where it does not. `resident` is the process's resident memory in bytes without the model's
+    parameters, to which come locked buffers of copies to and from `device`, which computes, and of activations. `asked`
+    is what it is to have. Raises ModelError for a model that cannot train, BudgetError beyond the config's budgets.
     """
     compute, ranks = torch_dtype(config.precision.dtype), ranks or Ranks()
     units = find_units(module, config, compute, world=ranks.world, states=states or {}, device=device, experts=experts)
