@@ -14,7 +14,7 @@ from zeroxide.cli.training.models import PRESETS, preset
 from zeroxide.cli.training.options import TrainOptions
 from zeroxide.cli.training.recompute import with_blocks_chosen
 from zeroxide.distributed import Ranks
-from zeroxide.errors import BudgetError, ConfigError
+from zeroxide.errors import BudgetError, ConfigError, StorageError
 
 pytest.importorskip("transformers")
 
@@ -82,3 +82,12 @@ def test_what_does_not_go_together(change, said):
 def test_ranks_on_several_hosts_need_a_number():
     with pytest.raises(ConfigError, match="ranks on several hosts"):
         chosen(OPTIONS, Ranks(world=4, local_world=2))
+
+
+def test_the_directory_of_the_run_need_not_be_there_yet(tmp_path):
+    directory = tmp_path / "runs" / "blocks"
+    assert chosen(replace(OPTIONS, offload=f"nvme:{directory}"))[0] == "none"
+    assert directory.is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match=f"--offload nvme:{tmp_path}/file/blocks: Not a directory"):
+        chosen(replace(OPTIONS, offload=f"nvme:{tmp_path}/file/blocks"))

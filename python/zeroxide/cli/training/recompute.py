@@ -16,7 +16,7 @@ from zeroxide.cli.training.options import TrainOptions
 from zeroxide.config.sizes import format_bytes, parse_bytes
 from zeroxide.device.placement import compute_device, is_host
 from zeroxide.distributed import Ranks
-from zeroxide.errors import BudgetError, ConfigError
+from zeroxide.errors import BudgetError, ConfigError, StorageError
 
 __all__ = ["with_blocks_chosen"]
 
@@ -49,7 +49,7 @@ def with_blocks_chosen(
         options.batch_size,
         options.seq_len,
         host_memory=limit,
-        disk=Path(directory) if directory else None,
+        disk=_made(Path(directory).expanduser()) if directory else None,
         ranks=ranks.world,
         config=rest,
     )
@@ -71,6 +71,15 @@ def with_blocks_chosen(
         f"expected to take {format_bytes(found.process)} of {format_bytes(limit)}"
     )
     return dataclasses.replace(options, recompute=str(found.option.recompute) if found.option.recompute else "none")
+
+
+def _made(directory: Path) -> Path:
+    """The directory of the run's blocks, which is there from now on. Raises StorageError."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"--offload nvme:{directory}: {error.strerror}", path=directory, errno=error.errno) from None
+    return directory
 
 
 def _refused(problem: str) -> ConfigError:
