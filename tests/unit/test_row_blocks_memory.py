@@ -79,7 +79,7 @@ def test_plans_of_models_that_are_not_there_know_the_blocks(tmp_path: Path) -> N
         config["optimizer"] = {"type": "AdamW"}
         bench = Workbench(choose_model("gpt2"), ["split"], None, None, 1, lambda rehearsals: None)  # type: ignore[arg-type]
         request = Request("gpt2", 1, 8, disk=tmp_path, config=config)
-        plan = bench.plan(request, Option("nvme", "split", checkpointing=False), torch.bfloat16, 0)
+        plan = bench.plan(request, Option("nvme", "split"), torch.bfloat16, 0)
         (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
         config["zero_optimization"] |= {"offload_param": home, "offload_optimizer": home}
         said = "\n".join(fit(load(config), str(tmp_path), 1, 1)[0])
