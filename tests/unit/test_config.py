@@ -225,6 +225,7 @@ EFFECTS = [
     ("zeroxide.unrouted_experts", "lazy", {}, "zeroxide.unrouted_experts", "lazy"),
     ("zeroxide.micro_batch_seeds", True, {}, "zeroxide.micro_batch_seeds", True),
     ("zeroxide.update_in_backward", True, {}, "zeroxide.update_in_backward", True),
+    ("zeroxide.update_in_backward", "adaptive", {}, "zeroxide.update_in_backward", "adaptive"),
     ("zeroxide.trim_libraries", False, {}, "zeroxide.trim_libraries", False),
     ("zeroxide.checkpoint_background", True, {}, "checkpoint.background", True),
     ("zeroxide.checkpoint_memory", "1GiB", {}, "checkpoint.memory", GIB),

@@ -38,7 +38,7 @@ class Stack(nn.Module):
         return hidden @ self.table.weight.t()
 
 
-def engine_with(folder: Path, *, early: bool, clip: float, **changes: Any) -> Engine:
+def engine_with(folder: Path, *, early: bool | str, clip: float, **changes: Any) -> Engine:
     torch.manual_seed(0)
     own = changes.pop("own", {})
     model = changes.pop("model", Stack)

@@ -16,8 +16,8 @@ from zeroxide.config import load
 from zeroxide.distributed import Ranks
 from zeroxide.engine.engine import Engine
 from zeroxide.errors import ConfigError, ModelError, StorageError
-from zeroxide.plan.checks import check_update_in_backward
 from zeroxide.plan.home import Home
+from zeroxide.plan.update_in_backward import plan_early_updates
 
 WIDTH = 96
 BLOCKS = 4
@@ -402,4 +402,4 @@ def test_what_must_know_all_gradients_is_refused(tmp_path: Path, changes: dict[s
 def test_experts_that_make_up_for_missed_steps_are_refused() -> None:
     config = load({"gradient_clipping": 0, "zeroxide": {"update_in_backward": True, "unrouted_experts": "lazy"}})
     with pytest.raises(ConfigError, match='unrouted_experts "lazy" makes up for missed steps'):
-        check_update_in_backward(config, Ranks(), torch.device("cpu"))
+        plan_early_updates(config, Ranks(), torch.device("cpu"))

@@ -223,7 +223,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
             loss_scale=parts.scaler.scale if self.fp16_enabled() else None,
             applied=parts.updater.applied,
             skipped=counters.skipped_steps,
-            redone=parts.updater.redone if parts.plan.speculates else None,
+            redone=parts.updater.redone if parts.plan.early.speculates else None,
             written=None if io is None else int(io["write_bytes"]),
         )
 

@@ -83,9 +83,10 @@ def cut_vocabulary(module: nn.Module, config: Config, world: int, undo: Undo) ->
     found = cut_by_config(module, config)
     own = config.zeroxide
     # What waits for all gradients of a unit must not wait for those of a block that nobody used.
-    waits = own.update_in_backward or own.accumulation_order == "layers"
+    early = own.update_in_backward is True
+    waits = early or own.accumulation_order == "layers"
     for each in found:
-        if own.update_in_backward and len(each.owners) > 1:
+        if early and len(each.owners) > 1:
             raise ConfigError(
                 f"zeroxide.row_bytes: {each.blocks.name} is the weight of {len(each.owners)} modules, so that "
                 "gradients of its blocks are complete only when backward ends, and zeroxide.update_in_backward leaves "

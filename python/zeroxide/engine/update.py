@@ -115,13 +115,16 @@ class Updater:
             self.norm = math.inf
             self._counters.skipped_steps += 1
             if self.early is not None:
+                self.early.note(True)
                 self.early.take_back()
             core.clear_gradients()
         elif accumulated:
             clip = self.clipping
             factor = min(1.0, clip / (self.norm + CLIP_EPSILON)) if clip and finite else 1.0
-            if self.early is not None and factor != 1.0:
-                self.redone += self.early.take_back()
+            if self.early is not None:
+                self.early.note(factor != 1.0)
+                if factor != 1.0:
+                    self.redone += self.early.take_back()
             self._context.before_change()
             core.step(optimizer.core_groups(), factor / loss_scale)
             try:

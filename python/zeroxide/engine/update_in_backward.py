@@ -13,9 +13,11 @@ import sys
 import torch
 
 from zeroxide import _core
+from zeroxide.engine.clip_share import ClipShare
 from zeroxide.engine.parts import Parts
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.plan.home import Home
+from zeroxide.plan.plan import Plan
 from zeroxide.zero.passes import PassState
 from zeroxide.zero.reduce.sent import SentGradients
 from zeroxide.zero.unit import Unit
@@ -24,12 +26,17 @@ __all__ = ["BackwardUpdates", "connect_updates"]
 
 
 def connect_updates(parts: Parts) -> None:
-    """Has backward update, where the config asks for it and there is something to train."""
-    if not parts.config.zeroxide.update_in_backward or parts.optimizer is None:
+    """Has backward update, where the plan says so and there is something to train."""
+    if not parts.plan.early.updates or parts.optimizer is None:
         return
     made = BackwardUpdates(parts)
     parts.hooks.before_forward, parts.hooks.before_backward = made.before_forward, made.before_backward
     parts.updater.early = parts.hooks.reduction = parts.reduction = made
+
+
+def _clip_share(plan: Plan) -> ClipShare:
+    less, more = plan.numbers.speculation_traffic
+    return ClipShare(less - more, sum(plan.traffic_of_redone()))
 
 
 class BackwardUpdates:
@@ -48,8 +55,10 @@ class BackwardUpdates:
         self._updater = parts.updater
         self._guard = parts.guard
         self._accumulation = parts.accumulation
-        self._speculates = parts.plan.speculates
+        self._speculates = parts.plan.early.speculates
         """Whether an update may be taken back."""
+        self._clips = _clip_share(parts.plan) if parts.plan.early.chooses else None
+        """What says of each step whether it speculates; None where all do."""
         self._consumes = parts.plan.gradients is Home.CONSUMED
         """Whether there is no room for gradients that wait."""
         self._updated: set[int] = set()
@@ -75,7 +84,7 @@ class BackwardUpdates:
         last = self._hooks.synchronize and self._accumulation.is_boundary()
         if self._consumes:
             self._check_room(last)
-        if not last:
+        if not last or not (self._clips is None or self._clips.pays()):
             return
         clipping = self._updater.clipping
         if clipping and not self._speculates:
@@ -156,6 +165,11 @@ class BackwardUpdates:
     def take_back(self) -> bool:
         """The step is not what backward has made of it, or there is none. Returns whether it had updated anything."""
         return self.open and self._speculates and self._early.take_back()
+
+    def note(self, clips: bool) -> None:
+        """Whether a step clips or is left out, which says what is expected of the next ones."""
+        if self._clips is not None:
+            self._clips.note(clips)
 
     def after_step(self) -> None:
         """The step has ended what backward began."""

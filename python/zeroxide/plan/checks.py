@@ -13,7 +13,6 @@ from zeroxide.distributed import Ranks, UnitGroups
 from zeroxide.errors import ConfigError, ModelError
 from zeroxide.params.handle import handle_of
 from zeroxide.plan.parameters import ParameterPlan, check_sharing
-from zeroxide.plan.speculation import speculation_problem
 from zeroxide.precision.bits import FLOATS, why_not_bytes
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "check_routed",
     "check_together",
     "check_transport",
-    "check_update_in_backward",
 ]
 
 
@@ -110,41 +108,10 @@ def check_order(config: Config, ranks: Ranks, device: torch.device) -> None:
         )
 
 
-def check_update_in_backward(config: Config, ranks: Ranks, device: torch.device) -> None:
-    """Refuses updates inside of backward where a step must know all gradients first, or others have a part in them."""
-    if not config.zeroxide.update_in_backward:
-        return
-    mesh = config.mesh
-    problem = None
-    if not config.batch.managed_gradient_accumulation:
-        problem = (
-            "managed_gradient_accumulation false leaves open during backward whether a step follows: leave it true, or "
-            "say so with set_gradient_accumulation_boundary"
-        )
-    elif config.zeroxide.accumulation_order != "batches":
-        problem = 'accumulation_order "layers" is not built for it yet: use "batches"'
-    elif config.zeroxide.unrouted_experts == "lazy":
-        problem = 'unrouted_experts "lazy" makes up for missed steps between backward and step: use "skip" or "update"'
-    elif ranks.world > 1 or (mesh is not None and max(mesh.pp, mesh.tp, mesh.sp, mesh.ep) > 1):
-        problem = "several ranks must agree on a step first, and it is built for one rank"
-    elif not is_host(device):
-        problem = f"the model computes on {device}, and it is built for models that compute in host memory"
-    else:
-        problem = speculation_problem(config)
-    if problem is not None:
-        raise ConfigError(
-            f"zeroxide.update_in_backward: {problem}; or set update_in_backward to false",
-            path="zeroxide.update_in_backward",
-            expected="false",
-            got="true",
-        )
-
-
 def check_together(config: Config, ranks: Ranks, device: torch.device) -> None:
     """Refuses what the config asks for that does not go with the ranks, the device or what else it asks for."""
     check_transport(config, ranks)
     check_order(config, ranks, device)
-    check_update_in_backward(config, ranks, device)
     check_experts(config)
     check_routed(config, ranks, device)
     check_activations(config, device)

@@ -22,8 +22,8 @@ from zeroxide.plan.quantisation import QuantisationPlan, plan_quantisation
 from zeroxide.plan.recompute import Recompute, plan_recompute
 from zeroxide.plan.report import describe
 from zeroxide.plan.schedule import ONE_MICRO_BATCH, Passes
-from zeroxide.plan.speculation import speculates
 from zeroxide.plan.state import StatePlan
+from zeroxide.plan.update_in_backward import EarlyPlan, plan_early_updates
 from zeroxide.precision.policy import torch_dtype
 
 __all__ = ["EXTERNAL", "ParameterPlan", "Plan", "UnitPlan", "is_leaf", "make_plan"]
@@ -62,10 +62,8 @@ class Plan:
     """Blocks of page-locked memory for copies down from the device."""
     durable: bool = False
     """Whether state survives the process."""
-    updates_in_backward: bool = False
+    early: EarlyPlan = field(default_factory=EarlyPlan)
     """Whether the update of a unit begins inside of backward."""
-    speculates: bool = False
-    """Whether such an update may be taken back, since only the norm of all gradients says what the step must be."""
     activations: Activations = field(default_factory=Activations)
     """Where activations wait for backward in host memory."""
     recompute: Recompute = field(default_factory=Recompute)
@@ -163,7 +161,7 @@ class Plan:
     def disk_bytes(self) -> int:
         """Bytes that the state takes on disk: of a durable run, two versions of all of it; where updates may be taken
         back, two versions of what is on disk, but for gradients."""
-        if self.speculates:
+        if self.early.speculates:
             return 2 * self.numbers.disk_bytes - self.numbers.spilled_bytes
         return self.numbers.durable_bytes if self.durable else self.numbers.disk_bytes
 
@@ -191,20 +189,20 @@ class Plan:
         """
         grown = backward["heap"] - forward["heap"]
         passed = backward["peak"], backward["rss"], max(0, grown)
-        return self.numbers.expected_process(made["peak"], *passed, loaded, self.updates_in_backward)
+        return self.numbers.expected_process(made["peak"], *passed, loaded, self.early.updates)
 
     def expected_traffic(self, passes: Passes = ONE_MICRO_BATCH) -> tuple[int, int]:
         """Bytes read from and written to disk in a step of `passes`, once all state has been written once; where
         updates may be taken back, in one that does not clip."""
         read, written = self.numbers.disk_traffic([(backward, list(units)) for backward, units in passes])
-        less, more = self.numbers.speculation_traffic if self.speculates else (0, 0)
+        less, more = self.numbers.speculation_traffic if self.early.speculates else (0, 0)
         return read - less, written + more
 
-    def traffic_of_redone(self) -> int:
-        """Bytes that come on top where a step clips after backward has updated: all state and weights on disk are read
-        and written again, and gradients there are read."""
-        gradients = self.numbers.spilled_bytes
-        return 2 * (self.numbers.disk_bytes - gradients) + gradients
+    def traffic_of_redone(self) -> tuple[int, int]:
+        """Bytes read and written that come on top where a step clips after backward has updated: all state and weights
+        on disk are read and written again, and gradients there are read."""
+        moved = self.numbers.disk_bytes - self.numbers.spilled_bytes
+        return moved + self.numbers.spilled_bytes, moved
 
     @property
     def formats(self) -> list[str]:
@@ -245,6 +243,7 @@ def make_plan(
     blocks = _blocks_down(config, ranks, units)
     resident += pinned_bytes(device, blocks) + config.activations.memory
     check_together(config, ranks, device)
+    early = plan_early_updates(config, ranks, device)
     check_max_norm(module, config, ranks)
     transport = _transport(config, ranks)
     grad, comm = torch_dtype(config.precision.grad_dtype), torch_dtype(config.precision.reduce_dtype)
@@ -266,7 +265,7 @@ def make_plan(
         weights_on_disk=config.zero.offload_param.kind == "nvme",
         state_on_disk=config.zero.offload_optimizer.kind == "nvme",
         prefetch=config.zeroxide.prefetch,
-        gradients=_gradient_home(config),
+        gradients=_gradient_home(config, early),
         pinned=config.zeroxide.state_in_memory or 0,
         quantisation=quantisation.for_core(),
         tile_bytes=config.zeroxide.tile_bytes,
@@ -295,20 +294,25 @@ def make_plan(
         device_limit=config.zeroxide.device_memory,
         blocks_down=blocks,
         durable=config.zeroxide.durable_every > 0 and bool(states),
-        updates_in_backward=config.zeroxide.update_in_backward,
-        speculates=speculates(config),
+        early=early.after(_saved(numbers)),
         activations=config.activations,
         recompute=plan_recompute(module, config),
     )
 
 
-def _gradient_home(config: Config) -> _core.GradientHome | None:
+def _saved(numbers: _core.Plan) -> int:
+    """Bytes on disk that a step takes less if backward updates before the norm is known, and nothing clips."""
+    less, more = numbers.speculation_traffic
+    return less - more
+
+
+def _gradient_home(config: Config, early: EarlyPlan) -> _core.GradientHome | None:
     """Where gradients are to wait for the step; None leaves it to the plan. They need not, where each backward is a
     step's only one and updates."""
     own = config.zeroxide
     if own.gradients != "auto":
         return _core.GradientHome(own.gradients)
-    consumes = own.update_in_backward and not speculates(config) and config.batch.gradient_accumulation_steps == 1
+    consumes = early.updates and not early.speculates and config.batch.gradient_accumulation_steps == 1
     return _core.GradientHome.CONSUMED if consumes else None
 
 

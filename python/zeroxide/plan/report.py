@@ -101,12 +101,16 @@ def _recomputed(plan: Plan) -> list[str]:
 
 def _speculation(plan: Plan) -> list[str]:
     """What updates take on disk that may be taken back, beside waiting for the norm, or none where none are."""
-    if not plan.speculates:
+    if plan.early.problem is not None:
+        return [f'updates wait for the step, though update_in_backward is "adaptive": {plan.early.problem}']
+    if not plan.early.speculates:
         return []
     least, waiting = sum(plan.expected_traffic()), sum(plan.numbers.disk_traffic())
+    when = ", while few of the last steps did," if plan.early.chooses else ""
     return [
-        f"backward updates before it is known whether the step clips: {least / MIB:.0f} MiB a step on disk where it "
-        f"does not, {plan.traffic_of_redone() / MIB:.0f} more where it does; {waiting / MIB:.0f} where updates wait"
+        f"backward updates before it is known whether the step clips{when or ':'} {least / MIB:.0f} MiB a step on disk "
+        f"where it does not, {sum(plan.traffic_of_redone()) / MIB:.0f} more where it does; {waiting / MIB:.0f} where "
+        "updates wait"
     ]
 
 

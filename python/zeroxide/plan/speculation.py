@@ -1,21 +1,20 @@
-"""When updates inside of backward must be such that they can be taken back, and what that takes."""
+"""When updates inside of backward must be such that they can be taken back, and why they could not be."""
 
 from __future__ import annotations
 
 from zeroxide.config import Config
 
-__all__ = ["speculates", "speculation_problem"]
+__all__ = ["decides_late", "speculation_problem"]
 
 
-def speculates(config: Config) -> bool:
-    """Whether backward updates before it is known what the step must be: it may have to clip, or to be left out."""
-    knows_late = config.gradients.clipping is not None or config.precision.loss_scale is not None
-    return config.zeroxide.update_in_backward and knows_late
+def decides_late(config: Config) -> bool:
+    """Whether only all gradients together say what a step must be: it may have to clip, or to be left out."""
+    return config.gradients.clipping is not None or config.precision.loss_scale is not None
 
 
 def speculation_problem(config: Config) -> str | None:
-    """Why updates could not be taken back; None where they can, or need not be."""
-    if not speculates(config):
+    """Why updates inside of backward could not be taken back; None where they can, or need not be."""
+    if not decides_late(config):
         return None
     clipping = config.gradients.clipping
     if clipping is not None:

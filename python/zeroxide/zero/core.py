@@ -61,7 +61,7 @@ def open_core(plan: Plan, config: Config, ranks: Ranks) -> tuple[_core.Offload, 
         reduce_scale=1.0 if config.gradients.reduce_sum else 1.0 / plan.world,
         # A device computes with copies of what has been gathered; between ranks others may wait for the update.
         defers_steps=not is_host(plan.device) and plan.world == 1,
-        speculates=plan.speculates,
+        speculates=plan.early.speculates,
         durable=durable_facts(plan, config, ranks) if durable else None,
     )
     if durable:

@@ -173,7 +173,7 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
         # there, and on a device its arithmetic, too, which elsewhere shares the processor with the pass.
         total = max(compute, moved / disk.update)
         beside = 0.0 if request.device is not None else compute
-        update = max(beside, total - (backward if plan.updates_in_backward else forward))
+        update = max(beside, total - (backward if plan.early.updates else forward))
         waiting = max(0.0, update - compute)
         reads = max(0, read - state - _weight_bytes(plan)) * request.ranks / disk.read
     else:

@@ -84,8 +84,8 @@ class ZeroxideSection(Section):
     """Whether `train_batch` gives each micro-batch random numbers of its own, the same in both orders."""
     gradients: Annotated[Literal["auto", "host", "disk"], choice("auto", "host", "disk")] = "auto"
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
-    update_in_backward: Flag = False
-    """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
+    update_in_backward: Annotated[Flag | Literal["adaptive"], expecting('true, false or "adaptive"')] = False
+    """Whether backward updates each unit as soon as its gradients are complete; "adaptive" while that saves bytes."""
     activations: Annotated[Literal["auto", "memory", "disk"], choice("auto", "memory", "disk")] = "auto"
     """Where activations wait for backward: "auto" sends to activation_path, if given, what host_memory cannot hold."""
     activation_path: Directory | None = None
@@ -165,8 +165,8 @@ class Zeroxide(Resolved):
         default="auto", metadata=may_differ("hosts may have different amounts of memory; it changes no number")
     )
     """Where gradients wait for the step if the optimizer state is on disk: "auto" keeps few in host memory that fit."""
-    update_in_backward: bool = False
-    """Whether backward updates each unit as soon as its gradients are complete: they then take memory for two units."""
+    update_in_backward: bool | Literal["adaptive"] = False
+    """Whether backward updates each unit as soon as its gradients are complete; "adaptive" while that saves bytes."""
     trim_libraries: bool = field(default=True, metadata=may_differ("it concerns one process's memory"))
     """Whether pages of shared libraries that were touched only while importing are dropped from the resident set."""
     transport: Literal["auto", "shared_memory", "collective"] = "auto"
