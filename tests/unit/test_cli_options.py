@@ -103,7 +103,7 @@ def test_a_damaged_record_is_named(value, phrase):
 FREE = {
     "data", "offload", "host_memory", "eval_every", "eval_batches", "save_every", "out", "sample_prompt",
     "sample_tokens", "threads", "format", "durable_every", "activation_checkpointing", "io_engine", "trace",
-    "activation_path", "recompute",
+    "activation_path", "recompute", "update_in_backward",
 }  # fmt: skip
 
 
@@ -114,7 +114,7 @@ def test_every_option_either_conflicts_or_is_known_to_change_no_number():
         bias_lr=7.0, warmup=2, schedule="linear", weight_decay=7.0, clip=7.0, accumulate=7, dtype="fp32", seed=7,
         eval_every=7, eval_batches=7, save_every=7, out="x", sample_prompt="x", sample_tokens=7, threads=7,
         format="fp32", activation_checkpointing=True, io_engine="threads", trace="1:2", loss_chunk=7, durable_every=7,
-        activation_path="x", row_bytes="1MiB", recompute="all",
+        activation_path="x", row_bytes="1MiB", recompute="all", update_in_backward="always",
     )  # fmt: skip
     base = TrainOptions()
     for field in dataclasses.fields(TrainOptions):

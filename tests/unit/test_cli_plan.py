@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,12 +13,13 @@ import torch
 from zeroxide import _core
 from zeroxide.cli import main
 from zeroxide.cli.planning import measure
+from zeroxide.cli.planning.estimate import Estimate
 from zeroxide.cli.planning.measured import Disk, Machine, Measurements, age, cache_file, machine_key
 from zeroxide.cli.planning.request import Request
 from zeroxide.cli.planning.search import recommended
 from zeroxide.cli.planning.show import how_to_run
 from zeroxide.cli.planning.work import Workbench, base_config, formats_of, threads_of
-from zeroxide.cli.training.models import choose_model
+from zeroxide.cli.training.models import PRESETS, choose_model, preset
 
 pytest.importorskip("transformers")
 
@@ -49,6 +51,14 @@ def machine(tmp_path, monkeypatch):
 def planned(capsys, *words: str) -> dict:
     assert main(["plan", *words, "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def without_early(folder: Path) -> str:
+    """A config in which backward does not update."""
+    (folder / "late.json").write_text(
+        json.dumps({"zeroxide": {"update_in_backward": False}, "bf16": {"enabled": True}})
+    )
+    return str(folder / "late.json")
 
 
 def by_name(found: dict) -> dict:
@@ -109,7 +119,7 @@ def test_formats_are_those_that_the_core_has_for_the_dtype():
 
 def test_the_fastest_is_recommended_and_a_small_budget_moves_state_to_disk(machine, capsys):
     # 100 MiB a process, and 12 bytes a parameter of 124 million in memory: 2 GiB hold that, 1 GiB does not.
-    words = ("gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64")
+    words = ("gpt2", "--disk", str(machine), "--batch", "1", "--sequence", "64", "--config", without_early(machine))
     free, tight = planned(capsys, *words), planned(capsys, *words, "--host-memory", "1GiB")
     assert free["recommended"] == "cpu, split"
     # What the budget leaves beside weights, gradients and the rest is taken by state that need not be on disk.
@@ -167,6 +177,31 @@ def test_activations_on_disk_fit_where_nothing_else_does(machine, capsys):
     assert best.written - same.written == best.read - same.read == best.disk_bytes - same.disk_bytes
     assert best.process <= least.process - (64 << 20)
     assert str(best.option).endswith(", activations on disk")
+
+
+def test_on_a_slow_disk_some_blocks_are_recomputed_and_others_wait_there(machine):
+    """The disk takes seconds for what a block computes in less: all blocks but the fewest that hide their writes.
+    Catches: a count with more seconds than another, and one that is offered where nothing waits."""
+    found = Measurements.load(cache_file(), machine_key(threads_of({})))
+    choice = preset("eight", {**PRESETS["tiny"], "n_layer": 8})
+    request = Request("eight", 1024, 64, disk=machine, config=base_config({})[0])
+
+    def stowed(speed: float, limit: int) -> list[Estimate]:
+        bench = Workbench(choice, ["split"], found.machine, Disk(speed, speed, speed, 0.0), 1, lambda _: None)
+        seen = bench(replace(request, host_memory=limit), timed=False)
+        return [each for each in seen if each.option.stowed and each.option.offload == "cpu" and not each.option.early]
+
+    free = Workbench(choice, ["split"], found.machine, None, 1, lambda _: None)(request, timed=False)
+    kept = max(each.process for each in free if each.option.offload == "cpu")
+    slow = {each.option.recompute: each for each in stowed(2e7, kept - (128 << 20))}
+    assert len(slow) == 2
+    count = max(slow)
+    assert 0 < count < 8
+    assert slow[count].phases.total < slow[0].phases.total
+    assert slow[count].written < slow[0].written
+    assert how_to_run(request, slow[count]).endswith(f" --recompute {count} --activation-path {machine}")
+    quick = stowed(1e12, kept - (128 << 20))
+    assert [(each.option.recompute, each.phases.waiting) for each in quick] == [(0, 0.0)]
 
 
 def test_as_few_blocks_are_recomputed_as_a_budget_takes(machine):

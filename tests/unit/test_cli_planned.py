@@ -131,6 +131,38 @@ def test_a_run_that_recomputes_has_the_same_losses_and_a_plan_of_its_own(known, 
     assert losses["all"] == losses["1"] == losses["none"]
 
 
+def test_a_run_that_updates_in_backward_has_the_same_losses_and_a_plan_of_its_own(known, tmp_path, capsys):
+    """Catches: an option that does not come to the engine, and figures of a run whose updates wait."""
+    disk = tmp_path / "blocks"
+    key = Planned.key(
+        choose_model("tiny").digest(),
+        dtype="bf16",
+        batch=2,
+        sequence=32,
+        accumulate=1,
+        ranks=1,
+        home=str(disk),
+        option="nvme, split, early",
+    )
+    Measurements(None, {}, {key: PLANNED}).save(cache_file(), machine_key(1))
+    losses, said = {}, {}
+    for asked in ("never", "always", "adaptive"):
+        out = tmp_path / asked
+        options = options_for(
+            known, tmp_path, offload=f"nvme:{disk}", update_in_backward=asked, steps=3, out=str(out), clip=1e-3
+        )
+        assert run(options) == 0
+        events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+        losses[asked] = [each["loss"] for each in events if each["event"] == "step"]
+        assert any(each["event"] == "planned" for each in events) is (asked == "always")
+        said[asked] = [line for line in events[0]["plan"] if "update" in line]
+    assert losses["never"] == losses["always"] == losses["adaptive"]
+    assert any("backward updates before it is known" in line for line in said["always"])
+    # Gradients of so small a model wait in memory.
+    assert any('though update_in_backward is "adaptive"' in line for line in said["adaptive"])
+    assert not any("backward" in line for line in said["never"])
+
+
 def test_bytes_written_to_disk_are_in_the_log_of_steps(tmp_path):
     torch.manual_seed(0)
     log = tmp_path / "steps.jsonl"

@@ -91,3 +91,14 @@ def test_the_directory_of_the_run_need_not_be_there_yet(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match=f"--offload nvme:{tmp_path}/file/blocks: Not a directory"):
         chosen(replace(OPTIONS, offload=f"nvme:{tmp_path}/file/blocks"))
+
+
+def test_gradients_that_backward_consumes_leave_their_room_to_activations(tmp_path):
+    """Catches: a rehearsal of a run whose updates wait for the step."""
+    limit = {}
+    for early in ("never", "always", "adaptive"):
+        asked = replace(OPTIONS, offload=f"nvme:{tmp_path}", clip=0.0, update_in_backward=early, host_memory="64GiB")
+        takes = re.search(r"expected to take ([0-9.]+) MiB", chosen(asked)[1])
+        assert takes is not None
+        limit[early] = float(takes[1])
+    assert limit["always"] == limit["adaptive"] < limit["never"]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from zeroxide.cli.planning.estimate import Estimate, Phases
 from zeroxide.cli.planning.request import OnPaper, Option, Request
-from zeroxide.cli.planning.search import fewest_blocks, largest_batch, nearest, options, recommended
+from zeroxide.cli.planning.search import fastest, fewest_blocks, largest_batch, nearest, options, recommended
 
 MIB = 1 << 20
 
@@ -129,11 +129,24 @@ def test_the_largest_batch_fits_and_one_more_does_not(limit, batch, sequence):
     ],
 )
 def test_options_are_those_that_differ(request_, offloads):
-    found = options(request_, ["fp32", "split"], blocks=3)
+    early = {"nvme": (False, True)}
+    found = options(request_, ["fp32", "split"], blocks=3, early=lambda offload: early.get(offload, (False,)))
     assert {each.offload for each in found} == offloads
-    assert len(found) == 2 * 2 * len(offloads)
+    assert len(set(found)) == len(found) == 2 * 2 * (len(offloads) + ("nvme" in offloads))
     assert {each.recompute for each in found} == {0, 3}
-    assert not any(each.recompute for each in options(request_, ["fp32"], blocks=0))
+    assert {each.offload for each in found if each.early} == offloads & {"nvme"}
+    assert not any(each.recompute for each in options(request_, ["fp32"], blocks=0, early=lambda _: (False,)))
+
+
+@given(st.integers(1, 40), st.floats(0.1, 9), st.lists(st.floats(0, 20), min_size=1, max_size=3))
+def test_the_fastest_of_falling_and_rising_seconds_is_found(count, each, waits):
+    """What is recomputed costs as much each; what waits falls to nothing at its own rate. Catches: the wrong half."""
+
+    def seconds(blocks: int) -> float:
+        return each * blocks + sum(max(0.0, wait * (count - blocks) - 3) for wait in waits)
+
+    found = fastest(count, seconds)
+    assert seconds(found) == pytest.approx(min(map(seconds, range(count + 1))))
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=60), st.data())

@@ -76,6 +76,10 @@ Batch = Annotated[
     ),
 ]
 Sequence = Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens in each.", rich_help_panel=_SIZE)]
+ClippedSteps = Annotated[
+    float,
+    typer.Option(min=0, max=1, help="Share of the steps that gradient clipping changes.", rich_help_panel=_SIZE),
+]
 ConfigFile = Annotated[str | None, _size("The run's config, for all that a plan does not choose.", None)]
 Renew = Annotated[bool, typer.Option("--renew", help="Measure this machine and disk again.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -93,6 +97,7 @@ def plan(
     ranks: RankCount = 1,
     batch: Batch = None,
     sequence: Sequence = 128,
+    clipped_steps: ClippedSteps = 0.05,
     config: ConfigFile = None,
     mesh: MeshAxes = None,
     micro_batches: MicroBatches = None,
@@ -140,7 +145,19 @@ def plan(
     if sizes["host_memory"] is None and "host_memory" in decided:
         sizes["host_memory"] = parse_bytes(decided["host_memory"])
     micro = batch or rest.get("train_micro_batch_size_per_gpu") or 8
-    request = Request(model, micro, sequence, disk=folder, device=device, ranks=ranks, config=rest, **sizes)
+    early = decided.get("update_in_backward")
+    request = Request(
+        model,
+        micro,
+        sequence,
+        disk=folder,
+        device=device,
+        ranks=ranks,
+        clipped=clipped_steps,
+        early=early if isinstance(early, bool) else None,
+        config=rest,
+        **sizes,
+    )
     formats = [decided["format"]] if "format" in decided else formats_of(rest, ranks)
     choice = _choice(model, sequence)
     threads = threads_of(rest)

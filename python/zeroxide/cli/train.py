@@ -53,6 +53,7 @@ _OPTIONS = {
     "activation_path": (_MEMORY, "Directory for activations; with --host-memory, for those without room there."),
     "loss_chunk": (_MEMORY, "Vocabulary columns that have logits at a time; 0: all."),
     "row_bytes": (_MEMORY, "Largest block of rows of embedding and output projection, as 64MiB. Default: all rows."),
+    "update_in_backward": (_MEMORY, "Backward updates weights: never, always, or adaptive while that saves bytes."),
     "trace": (_OUTPUT, "Steps of the report's timeline, FIRST:LAST, or none. Default: the newest two."),
     "io_engine": (_MEMORY, "Disk queue: auto, io_uring or threads."),
 }

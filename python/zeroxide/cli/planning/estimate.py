@@ -115,7 +115,9 @@ def estimate(
     process = max(steady if option.recompute else steady + steady // FRAGMENTS, made, machine.start_bytes)
     device = 0 if plan.numbers.device_buckets is None else sum(plan.numbers.device_buckets.values()) + activations
     passing = work.stowed * int(request.config.get("gradient_accumulation_steps", 1))
-    read, written = (each + passing for each in plan.expected_traffic())
+    again = plan.traffic_of_redone() if plan.early.speculates else (0, 0)
+    once = zip(plan.expected_traffic(), again, strict=True)
+    read, written = (each + passing + round(request.clipped * redone) for each, redone in once)
     need = {
         "host": (process, request.host_memory),
         "disk": ((plan.disk_bytes + work.stowed) * request.ranks, _least(request.disk_bytes, free)),
@@ -164,18 +166,24 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
     hosted = kept - sum(plan.units[index].trainable for index in plan.units_on_device)
     compute = hosted * machine.update_seconds[option.format] * share
     read, written = plan.expected_traffic()
-    state = plan.disk_bytes if plan.weights is not Home.DISK else plan.disk_bytes - _weight_bytes(plan)
+    # What an update reads: state, weights, and gradients that wait on disk for it.
+    kept_there = plan.numbers.disk_bytes - plan.numbers.spilled_bytes
+    left = min(read, kept_there + (0 if plan.early.speculates else plan.numbers.speculation_traffic[0]))
     update = waiting = 0.0
     reads = 0.0
     if disk is not None and plan.state is Home.DISK:
-        moved = (min(read, state + _weight_bytes(plan)) + written) * request.ranks
+        moved = (left + written) * request.ranks
         # The step goes on under the forward that follows, or began under backward: its waits for the disk are hidden
         # there, and on a device its arithmetic, too, which elsewhere shares the processor with the pass.
         total = max(compute, moved / disk.update)
         beside = 0.0 if request.device is not None else compute
-        update = max(beside, total - (backward if plan.early.updates else forward))
-        waiting = max(0.0, update - compute)
-        reads = max(0, read - state - _weight_bytes(plan)) * request.ranks / disk.read
+        # Before the next forward ends all of it must be there.
+        update = max(beside, total - forward - (backward if plan.early.updates else 0.0))
+        redone = sum(plan.traffic_of_redone()) * request.ranks / disk.update
+        clips = request.clipped if plan.early.speculates else 0.0
+        update += clips * max(beside, redone - forward)
+        waiting = max(0.0, update - (1 + clips) * compute)
+        reads = (read - left) * request.ranks / disk.read
     else:
         update = compute
     writes = 0.0
@@ -189,13 +197,6 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
         update=update,
         waiting=waiting + micro * sum(late),
     )
-
-
-def _weight_bytes(plan: Plan) -> int:
-    """Of the weights at home on disk that this rank keeps."""
-    if plan.weights is not Home.DISK:
-        return 0
-    return sum(unit.words for unit in plan.units) * plan.compute.itemsize // plan.groups.shard.size
 
 
 def _compute(request: Request, plan: Plan, work: Work) -> tuple[float, float, tuple[float, float]]:

@@ -46,6 +46,10 @@ class Request:
     """All on one host."""
     drive_bytes: int | None = None
     """That a drive may be written in its life (TBW)."""
+    clipped: float = 0.05
+    """Share of the steps that clip, or are left out."""
+    early: bool | None = None
+    """Whether backward updates, where it can; None where an option decides."""
     config: dict[str, Any] = field(default_factory=dict)
     """What else the run's config says."""
 
@@ -62,8 +66,11 @@ class Option:
     """Most bytes of the state that stay in host memory where its home is a disk (`zeroxide.state_in_memory`)."""
     stowed: bool = False
     """Activations wait for backward on disk (`zeroxide.activations`)."""
+    early: bool = False
+    """Backward updates each unit as soon as its gradients are complete (`zeroxide.update_in_backward`)."""
 
     def __str__(self) -> str:
         kept = f", {self.in_memory >> 20} MiB kept" if self.in_memory else ""
         again = f", recompute {self.recompute}" if self.recompute else ""
-        return f"{self.offload}, {self.format}{again}{kept}{', activations on disk' if self.stowed else ''}"
+        early = ", early" if self.early else ""
+        return f"{self.offload}, {self.format}{early}{again}{kept}{', activations on disk' if self.stowed else ''}"

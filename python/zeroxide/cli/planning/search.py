@@ -13,19 +13,28 @@ from dataclasses import replace
 from zeroxide.cli.planning.estimate import Estimate
 from zeroxide.cli.planning.request import OFFLOADS, Option, Request
 
-__all__ = ["fewest_blocks", "largest_batch", "nearest", "options", "recommended"]
+__all__ = ["fastest", "fewest_blocks", "largest_batch", "nearest", "options", "recommended"]
 
 
-def options(request: Request, formats: Sequence[str], *, blocks: int) -> list[Option]:
+def options(
+    request: Request, formats: Sequence[str], *, blocks: int, early: Callable[[str], Sequence[bool]]
+) -> list[Option]:
     """All of them. Where the host computes, nothing differs between `none` and `cpu`, and `cpu` stands for both.
 
-    blocks: that can compute their activations again, all of them or none.
+    blocks: that can compute their activations again, all of them or none. early: whether backward updates, by where
+    weights and state are.
     """
     offloads = [each for each in OFFLOADS if each != "none" or request.device is not None]
     if request.disk is None:
         offloads = [each for each in offloads if each in ("none", "cpu")]
     again = (0, blocks) if blocks else (0,)
-    return [Option(offload, format, each) for format in formats for offload in offloads for each in again]
+    return [
+        Option(offload, format, each, early=whether)
+        for format in formats
+        for offload in offloads
+        for whether in early(offload)
+        for each in again
+    ]
 
 
 ALIKE = 1.05
@@ -92,6 +101,22 @@ def fewest_blocks(count: int, lacks: Callable[[int], int]) -> int:
         else:
             most = guess
     return most
+
+
+def fastest(count: int, seconds: Callable[[int], float]) -> int:
+    """The number from 0 to `count` with the fewest seconds, the smallest of several.
+
+    Seconds fall and then rise, as where each more costs as much as the one before and what it saves ends somewhere:
+    of two neighbours the one that takes fewer says on which side of them the fewest are.
+    """
+    least, most = 0, count
+    while least < most:
+        middle = (least + most) // 2
+        if seconds(middle) <= seconds(middle + 1):
+            most = middle
+        else:
+            least = middle + 1
+    return least
 
 
 def _largest(fits: int, too_large: int, check: Callable[[int], bool]) -> int:

@@ -48,6 +48,7 @@ def how_to_run(request: Request, best: Estimate) -> str:
     """The command, or for what the command has no words for the arguments of `initialize`."""
     option = best.option
     again = f" --recompute {option.recompute}" if option.recompute else ""
+    again += " --update-in-backward always" if option.early else ""
     away = f" --activation-path {request.disk}" if option.stowed else ""
     if option.offload == "mixed" or option.in_memory:
         homes = f'offload="nvme:{request.disk}"'
@@ -56,6 +57,7 @@ def how_to_run(request: Request, best: Estimate) -> str:
         kept = f', "state_in_memory": {option.in_memory}' if option.in_memory else ""
         kept += f', "activations": "disk", "activation_path": "{request.disk}"' if option.stowed else ""
         kept += f', "recompute": {option.recompute}' if option.recompute else ""
+        kept += ', "update_in_backward": true' if option.early else ""
         own = f'{{"format": "{option.format}"{kept}}}'
         return f'zeroxide.initialize(..., {homes}, config={{"zeroxide": {own}, ...}})'
     home = f"nvme:{request.disk}" if option.offload == "nvme" else option.offload

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ from zeroxide.cli.planning.estimate import FRAGMENTS, Estimate, Work, estimate
 from zeroxide.cli.planning.measured import Disk, Machine, Planned
 from zeroxide.cli.planning.passes import meta_model, pass_seconds, rehearse_training
 from zeroxide.cli.planning.request import Option, Request
-from zeroxide.cli.planning.search import fewest_blocks, options
+from zeroxide.cli.planning.search import fastest, fewest_blocks, options
 from zeroxide.cli.training.models import ModelChoice
 from zeroxide.config import Config, load
 from zeroxide.device.placement import HOST, ON_PAPER
@@ -28,20 +29,21 @@ from zeroxide.errors import ConfigError, StorageError
 from zeroxide.optim.groups import groups_for, state_plans
 from zeroxide.plan.plan import Plan, make_plan
 from zeroxide.plan.recompute import blocks_to_recompute
+from zeroxide.plan.update_in_backward import early_problem
 from zeroxide.precision.policy import torch_dtype
 from zeroxide.profiling.rehearsal import Rehearsal
 
 __all__ = ["Workbench", "base_config", "formats_of", "threads_of"]
 
 _DEFAULTS: dict[str, Any] = {"bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
-_OWN = ("format", "host_memory", "device_memory", "state_in_memory", "recompute")
+_OWN = ("format", "host_memory", "device_memory", "state_in_memory", "recompute", "update_in_backward")
 """Keys of `zeroxide` that an option or the command decides."""
 _CHOSEN = ("offload_param", "offload_optimizer", "cpu_offload", "cpu_offload_param")
 """Keys of `zero_optimization` that an option decides."""
 
 
 def base_config(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config without what an option decides, and what of that it had: `format` and `host_memory`."""
+    """The config without what an option decides, and what of that it had: `format`, `host_memory` and others."""
     config = copy.deepcopy(given) if given else copy.deepcopy(_DEFAULTS)
     config.setdefault("optimizer", _DEFAULTS["optimizer"])
     zero = config.get("zero_optimization")
@@ -69,9 +71,10 @@ def formats_of(config: dict[str, Any], ranks: int) -> list[str]:
     return found
 
 
-def _with_format(config: dict[str, Any], format: str, in_memory: int = 0) -> dict[str, Any]:
-    kept = {"state_in_memory": in_memory} if in_memory else {}
-    return {**config, "zeroxide": {**config.get("zeroxide", {}), "format": format, **kept}}
+def _with_format(config: dict[str, Any], format: str, **more: Any) -> dict[str, Any]:
+    """The config with that format, and with what else of `zeroxide` has a value."""
+    given = {key: value for key, value in more.items() if value}
+    return {**config, "zeroxide": {**config.get("zeroxide", {}), "format": format, **given}}
 
 
 def _kept_in_memory(request: Request, each: Estimate) -> int:
@@ -128,16 +131,29 @@ class Workbench:
         if timed:
             self.prepare(rehearsals)
         found = []
-        for option in options(request, self.formats, blocks=blocks):
+        early = functools.partial(self.early, request)
+        for option in options(request, self.formats, blocks=blocks, early=early):
             each = self._worked_out(request, option, dtype, free)
             found.append(each)
+            stowed = self._with_activations_on_disk(request, each, dtype, free)
             others = (
-                self._with_activations_on_disk(request, each, dtype, free),
+                stowed,
+                self._with_some_on_disk(request, stowed, dtype, free) if in_part else None,
                 self._with_blocks_recomputed(request, each, dtype, free) if in_part else None,
                 self._with_state_in_memory(request, each, dtype, free),
             )
             found += [other for other in others if other is not None]
         return found
+
+    def early(self, request: Request, offload: str) -> tuple[bool, ...]:
+        """Whether backward updates where weights and state are there: what is asked for, or both where it can."""
+        if request.early is False:
+            return (False,)
+        config = _loaded(request, Option(offload, self.formats[0]))
+        device = HOST if request.device is None else ON_PAPER
+        # Blocks of rows that modules share are complete only when backward ends.
+        can = config.zeroxide.row_bytes is None and early_problem(config, _ranks(request), device) is None
+        return ((True,) if request.early else (False, True)) if can else (False,)
 
     def _worked_out(self, request: Request, option: Option, dtype: torch.dtype, free: int | None) -> Estimate:
         rehearsal = self.rehearsal(request, dtype, stowed=option.stowed, recompute=option.recompute)
@@ -210,6 +226,25 @@ class Workbench:
         other = self._worked_out(request, replace(each.option, stowed=True), dtype, free)
         return other if other.fits else None
 
+    def _with_some_on_disk(
+        self, request: Request, stowed: Estimate | None, dtype: torch.dtype, free: int | None
+    ) -> Estimate | None:
+        """An option whose passes wait for activations on disk, with as many of the first blocks recomputed instead as
+        makes it fastest; None where that is none of them or all."""
+        count = self.blocks(dtype)
+        if stowed is None or stowed.option.recompute or stowed.phases.waiting == 0.0 or count < 2:
+            return None
+        known = {0: stowed}
+
+        def seconds(recompute: int) -> float:
+            if recompute not in known:
+                option = replace(stowed.option, recompute=recompute)
+                known[recompute] = self._worked_out(request, option, dtype, free)
+            return known[recompute].phases.total
+
+        found = fastest(count, seconds)
+        return known[found] if 0 < found < count and known[found].fits else None
+
     def planned(self, request: Request, estimates: list[Estimate]) -> dict[str, Planned]:
         """What runs are to be compared with, by `Planned.key`; nothing of a device that need not be here."""
         if request.device is not None:
@@ -261,7 +296,7 @@ class Workbench:
     def plan(self, request: Request, option: Option, dtype: torch.dtype, activations: int) -> Plan:
         """The plan of rank 0, without a budget, so that it tells by how much one is too small."""
         # What is at home on a device depends on what activations leave.
-        key = (f"{option.offload} {option.in_memory}", option.format)
+        key = (f"{option.offload} {option.in_memory} {option.early}", option.format)
         if request.device is not None:
             key = (str(option), str(activations))
         if key not in self._plans:
@@ -283,29 +318,38 @@ def _plan(
     choice: ModelChoice, request: Request, option: Option, dtype: torch.dtype, activations: int, threads: int
 ) -> Plan:
     module = meta_model(choice, dtype)
+    config = _loaded(request, option)
+    device, asked = _device(request, option, config, activations)
+    cut_by_config(module, config)
+    groups = groups_for(module, config, None, None)
+    states = state_plans(groups, config)
+    return make_plan(
+        module, config, threads=threads, resident=0, ranks=_ranks(request), states=states, device=device, asked=asked
+    )
+
+
+def _loaded(request: Request, option: Option) -> Config:
+    """The config of a run of the option. Raises ConfigError."""
     home = f"nvme:{request.disk}"
     param, state = {"none": ("none", "none"), "cpu": ("cpu", "cpu"), "mixed": ("cpu", home), "nvme": (home, home)}[
         option.offload
     ]
-    config = load(
-        _with_format(request.config, option.format, option.in_memory),
+    more = {"state_in_memory": option.in_memory, "update_in_backward": option.early}
+    return load(
+        _with_format(request.config, option.format, **more),
         world_size=request.ranks,
         offload_param=param,
         offload_optimizer=state,
     )
-    device, asked = _device(request, option, config, activations)
-    ranks = Ranks(
+
+
+def _ranks(request: Request) -> Ranks:
+    return Ranks(
         world=request.ranks,
         local_world=request.ranks,
         backend="fake",
         same_host=True,
         shares_memory=request.ranks > 1 and request.device is None,
-    )
-    cut_by_config(module, config)
-    groups = groups_for(module, config, None, None)
-    states = state_plans(groups, config)
-    return make_plan(
-        module, config, threads=threads, resident=0, ranks=ranks, states=states, device=device, asked=asked
     )
 
 

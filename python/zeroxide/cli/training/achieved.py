@@ -18,10 +18,12 @@ STEPS_UNTIL_STEADY = 2
 """The first step finds no moments on disk, and ends within the second."""
 
 
-def planned_for(options: TrainOptions, record: Record, *, ranks_here: int, recomputed: int = 0) -> Planned | None:
+def planned_for(
+    options: TrainOptions, record: Record, *, ranks_here: int, recomputed: int = 0, early: bool = False
+) -> Planned | None:
     """What `zeroxide plan` expected of this run on this machine, if it was asked. Ranks are all on one host then.
 
-    recomputed: blocks that compute their activations again.
+    recomputed: blocks that compute their activations again. early: whether backward updates.
     """
     path = cache_file()
     if ranks_here != record.ranks or not path.is_file():
@@ -30,7 +32,8 @@ def planned_for(options: TrainOptions, record: Record, *, ranks_here: int, recom
     if options.activation_checkpointing:
         # The model's own: no plan is of that.
         return None
-    again = f", recompute {recomputed}" if recomputed else ""
+    again = ", early" if early else ""
+    again += f", recompute {recomputed}" if recomputed else ""
     away = ", activations on disk" if options.activation_path is not None else ""
     key = Planned.key(
         record.model_digest,

@@ -116,6 +116,7 @@ def engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
             "format": options.format,
             "io_engine": options.io_engine,
             "threads": options.threads,
+            "update_in_backward": {"never": False, "always": True}.get(options.update_in_backward, "adaptive"),
             "recompute": int(options.recompute) if options.recompute.isdecimal() else options.recompute,
             **_activations(options),
             **_row_blocks(options.row_bytes),

@@ -137,8 +137,14 @@ def _prepare(
     engine, notes = make_engine(options, choice, model, initialize, durable_name(begun.folder.path))
     cleanup.callback(engine.destroy)
     this = Running(options, begun.folder, reporter, together, choice, data, engine, model, count, batches, held_out)
-    recomputed = len(engine.plan().recompute.names)
-    this.planned = planned_for(options, begun.record, ranks_here=together.ranks.local_world, recomputed=recomputed)
+    plan = engine.plan()
+    this.planned = planned_for(
+        options,
+        begun.record,
+        ranks_here=together.ranks.local_world,
+        recomputed=len(plan.recompute.names),
+        early=plan.early.updates,
+    )
     if resume:
         go_on(this, begun.record)
     this.seen.append(engine.memory()["process"])

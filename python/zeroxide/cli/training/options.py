@@ -22,6 +22,7 @@ _LARGEST_SEQUENCE = 1 << 20
 SCHEDULES = ("cosine", "linear", "constant")
 DTYPES = ("bf16", "fp16", "fp32")
 IO_ENGINES = ("auto", "io_uring", "threads")
+EARLY = ("never", "always", "adaptive")
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,9 @@ class TrainOptions:
     """Columns of the vocabulary whose logits are there at a time; 0: all."""
     row_bytes: str | None = None
     """Largest block of rows of embedding and output projection; None: they stay in one piece."""
+    update_in_backward: str = "never"
+    """Backward updates each unit as soon as its gradients are complete: `never`, `always`, or `adaptive`, while that
+    takes fewer bytes on disk."""
     io_engine: str = "auto"
     """`auto`, `io_uring` or `threads`."""
     trace: str | None = None
@@ -117,6 +121,7 @@ class TrainOptions:
             ("schedule", SCHEDULES),
             ("dtype", DTYPES),
             ("io_engine", IO_ENGINES),
+            ("update_in_backward", EARLY),
         ):
             _choice(name, getattr(self, name), choices)
         if self.format is not None:

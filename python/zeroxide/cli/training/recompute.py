@@ -44,6 +44,7 @@ def with_blocks_chosen(
     limit = parse_bytes(int(options.host_memory) if options.host_memory.isdecimal() else options.host_memory)
     home, _, directory = options.offload.partition(":")
     rest, _ = base_config(engine_config(dataclasses.replace(options, recompute="none"), "run"))
+    asked = {"never": False, "always": True}.get(options.update_in_backward)
     request = Request(
         options.model,
         options.batch_size,
@@ -51,12 +52,15 @@ def with_blocks_chosen(
         host_memory=limit,
         disk=_made(Path(directory).expanduser()) if directory else None,
         ranks=ranks.world,
+        early=asked,
         config=rest,
     )
     measuring = Measuring(options.threads * ranks.local_world, say, renew=False)
     machine = measuring.machine([options.format])
     bench = Workbench(choice, [options.format], machine, None, options.threads, lambda _: None)
-    found = bench.fewest_recomputed(request, Option("nvme" if home == "nvme" else "cpu", options.format))
+    where = "nvme" if home == "nvme" else "cpu"
+    early = bench.early(request, where)[-1]
+    found = bench.fewest_recomputed(request, Option(where, options.format, early=early))
     if not found.fits:
         blocks = found.option.recompute
         raise BudgetError(
