@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from zeroxide.cli.planning.passes import meta_model
 from zeroxide.cli.training.from_safetensors import FromSafetensors
 from zeroxide.cli.training.from_scratch import FromScratch
 from zeroxide.cli.training.models import PRESETS, build_model, choose_model, num_parameters
@@ -30,6 +31,15 @@ def test_presets_have_the_published_sizes(name, count):
     model = build(name, torch.bfloat16)
     assert num_parameters(model) == count
     assert all(parameter.is_meta and parameter.dtype == torch.bfloat16 for parameter in model.parameters())
+
+
+def test_models_that_are_built_leave_the_choice_as_it_was():
+    """A run is found again by its model's digest. Catches: a config that is handed to transformers itself."""
+    choice = choose_model("tiny")
+    before = choice.digest()
+    build_model(choice, torch.bfloat16)
+    meta_model(choice, torch.float32)
+    assert choice.digest() == before == choose_model("tiny").digest()
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS))

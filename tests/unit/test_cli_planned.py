@@ -6,9 +6,11 @@ import json
 
 import pytest
 import torch
+from test_cli_plan import machine
 from torch import nn
 
 import zeroxide
+from zeroxide.cli import main
 from zeroxide.cli.planning.measured import Measurements, Planned, cache_file, machine_key
 from zeroxide.cli.training.achieved import planned_for
 from zeroxide.cli.training.job import run
@@ -17,6 +19,8 @@ from zeroxide.cli.training.options import TrainOptions
 from zeroxide.cli.training.run_folder import Record
 
 pytest.importorskip("transformers")
+
+__all__ = ["machine"]
 
 PLANNED = Planned(process=1 << 30, read=1, written=2, forward_and_update=0.5, backward=0.25)
 
@@ -102,6 +106,19 @@ def test_a_plan_is_of_one_run(known, tmp_path, change):
     assert planned_for(record.options, record, ranks_here=1) == PLANNED
     other = options_for(known, tmp_path, **change)
     assert planned_for(other, record, ranks_here=1) is None
+
+
+@pytest.mark.parametrize("home", ["cpu", "nvme"])
+def test_a_run_finds_what_the_command_has_planned(home, machine, tmp_path, capsys):
+    """From the command to the run's log. Catches: a plan that builds models from the config by which it is kept, which
+    transformers changes then."""
+    words = ["--batch", "2", "--sequence", "32", "--disk", str(machine)]
+    assert main(["plan", "tiny", *words]) == 0
+    offload = f"nvme:{machine}" if home == "nvme" else home
+    assert run(options_for(machine, tmp_path, offload=offload, threads=0, steps=3)) == 0
+    events = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    (found,) = [each for each in events if each["event"] == "planned"]
+    assert found["expected"]["process"] > 100 << 20
 
 
 def test_a_run_that_recomputes_has_the_same_losses_and_a_plan_of_its_own(known, tmp_path, capsys):

@@ -38,7 +38,7 @@ def meta_model(choice: ModelChoice, dtype: torch.dtype) -> Any:
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    choice.config, dtype=dtype, trust_remote_code=False
+                    choice.own_config(), dtype=dtype, trust_remote_code=False
                 )
         # What a config says goes into transformers' arithmetic, where anything may come of it.
         except Exception as error:

@@ -7,6 +7,7 @@ unit, from a weight source.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -124,6 +125,10 @@ class ModelChoice:
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return int(longest) if longest else None
 
+    def own_config(self) -> PretrainedConfig:
+        """A copy of the config for a model of its own: transformers writes into the one that a model is built from."""
+        return copy.deepcopy(self.config)
+
     def digest(self) -> str:
         """Return a hash of the config: equal exactly where the same model would be built."""
         fields = {key: value for key, value in self.config.to_dict().items() if key not in _NOT_THE_MODEL}
@@ -177,7 +182,7 @@ def build_model(choice: ModelChoice, dtype: torch.dtype) -> PreTrainedModel:
         try:
             with torch.device("meta"):
                 model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                    choice.config, dtype=dtype, trust_remote_code=False
+                    choice.own_config(), dtype=dtype, trust_remote_code=False
                 )
         except Exception as error:
             line = next((text for text in str(error).splitlines() if text.strip()), type(error).__name__)
