@@ -4,6 +4,14 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
+/// Looks before the first sleep: an answer is often a few microseconds away.
+pub(crate) const SPINS: u32 = 200;
+
+/// What the word reads, to be told apart from what it reads once it has been woken.
+pub(crate) fn read(word: &AtomicU32) -> u32 {
+    word.load(Ordering::Acquire)
+}
+
 /// Wakes whoever sleeps on `word`, in any process.
 pub(crate) fn wake(word: &AtomicU32) {
     word.fetch_add(1, Ordering::Release);

@@ -12,6 +12,7 @@ mod error;
 mod futex;
 mod peers;
 mod shm_reduce;
+mod word;
 
 pub use cancel::CancelToken;
 pub use error::{ExchangeError, Result};

@@ -5,19 +5,17 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
 use zeroxide_memory::SharedSegment;
 
 use crate::cancel::CancelToken;
 use crate::error::Result;
-use crate::futex;
+use crate::{futex, word};
 
 /// Longest sleep before looking again whether waiting was cancelled.
 const LOOK_AGAIN: Duration = Duration::from_millis(50);
-/// Looks before the first sleep: an answer is often a few microseconds away.
-const SPINS: u32 = 200;
 /// Of a `sent` word: this many low bits say where the bytes are, the others which round it was.
 pub(crate) const PLACE_BITS: u32 = 16;
 
@@ -65,16 +63,14 @@ impl Peers {
 
     /// Whether every rank has sent the unit's round `round`.
     pub(crate) fn have_sent(&self, unit: usize, round: u64) -> bool {
-        self.all(self.sent(unit), |word| {
-            word.load(Ordering::Acquire) >> PLACE_BITS == round
+        self.all(self.sent(unit), |sent| {
+            word::read(sent) >> PLACE_BITS == round
         })
     }
 
     /// Whether all ranks have read the unit's round `round`.
     pub(crate) fn have_taken(&self, unit: usize, round: u64) -> bool {
-        self.all(self.taken(unit), |word| {
-            word.load(Ordering::Acquire) >= round
-        })
+        self.all(self.taken(unit), |taken| word::read(taken) >= round)
     }
 
     /// The ranks of this rank's shard group, which have one copy of the weights.
@@ -87,7 +83,7 @@ impl Peers {
     pub(crate) fn have_version(&self, unit: usize, version: u64) -> bool {
         self.segments[self.group()]
             .iter()
-            .all(|segment| segment.word(Self::version(unit)).load(Ordering::Acquire) >= version)
+            .all(|segment| word::read(segment.word(Self::version(unit))) >= version)
     }
 
     fn all(&self, word: usize, holds: impl Fn(&AtomicU64) -> bool) -> bool {
@@ -140,11 +136,11 @@ impl PeerWait {
         let word = self.peers.own().futex(0);
         let mut looks = 0;
         loop {
-            let seen = word.load(Ordering::Acquire);
+            let seen = futex::read(word);
             if self.until.holds(&self.peers) {
                 return Ok(());
             }
-            if looks < SPINS {
+            if looks < futex::SPINS {
                 looks += 1;
                 std::hint::spin_loop();
                 continue;

@@ -15,7 +15,6 @@
 
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use zeroxide_layout::{PAGE, checked_align_up_usize};
 use zeroxide_memory::{Bucket, Budget, FRAME, Lease, Reservation, SharedSegment};
@@ -23,6 +22,7 @@ use zeroxide_memory::{Bucket, Budget, FRAME, Lease, Reservation, SharedSegment};
 use crate::cancel::CancelToken;
 use crate::error::{ExchangeError, Result};
 use crate::peers::{PLACE_BITS, PeerWait, Peers, Until, words};
+use crate::word;
 
 /// Place: nothing was sent, the rank has no gradient of this unit.
 const NOTHING: u64 = 0;
@@ -317,13 +317,9 @@ impl SharedMemoryReducer {
                 });
             }
         };
-        let word = (self.rounds[unit] << PLACE_BITS) | place;
+        let sent = (self.rounds[unit] << PLACE_BITS) | place;
         self.outgoing[unit] = Outgoing::Sent { place, bytes };
-        // Release: whoever sees the word sees the bytes.
-        self.peers
-            .own()
-            .word(self.peers.sent(unit))
-            .store(word, Ordering::Release);
+        word::say(self.peers.own().word(self.peers.sent(unit)), sent);
         self.peers.wake_others();
         Ok(())
     }
@@ -331,12 +327,8 @@ impl SharedMemoryReducer {
     /// Whether this rank has sent the unit in its present round.
     pub fn is_sent(&self, unit: usize) -> bool {
         // A round ends for this rank with `taken`; a lease kept for the others is of the round before.
-        let word = self
-            .peers
-            .own()
-            .word(self.peers.sent(unit))
-            .load(Ordering::Relaxed);
-        word >> PLACE_BITS == self.rounds[unit]
+        let sent = word::own(self.peers.own().word(self.peers.sent(unit)));
+        sent >> PLACE_BITS == self.rounds[unit]
     }
 
     /// Whether every rank has sent the unit's present round.
@@ -377,10 +369,8 @@ impl SharedMemoryReducer {
         let outcome = read(&bytes)?;
         drop(bytes);
         drop(leases);
-        self.peers
-            .own()
-            .word(self.peers.taken(unit))
-            .store(self.rounds[unit], Ordering::Release);
+        let taken = self.peers.own().word(self.peers.taken(unit));
+        word::say(taken, self.rounds[unit]);
         self.rounds[unit] += 1;
         self.peers.wake_others();
         self.reclaim()?;
@@ -393,8 +383,7 @@ impl SharedMemoryReducer {
             return None;
         }
         let segment = &self.peers.segments[rank];
-        let place =
-            segment.word(self.peers.sent(unit)).load(Ordering::Acquire) & ((1 << PLACE_BITS) - 1);
+        let place = word::read(segment.word(self.peers.sent(unit))) & ((1 << PLACE_BITS) - 1);
         if place == NOTHING {
             return None;
         }
@@ -410,12 +399,7 @@ impl SharedMemoryReducer {
             let Outgoing::Sent { place, .. } = self.outgoing[unit] else {
                 continue;
             };
-            let sent = self
-                .peers
-                .own()
-                .word(self.peers.sent(unit))
-                .load(Ordering::Relaxed)
-                >> PLACE_BITS;
+            let sent = word::own(self.peers.own().word(self.peers.sent(unit))) >> PLACE_BITS;
             if !self.peers.have_taken(unit, sent) {
                 continue;
             }
@@ -431,10 +415,7 @@ impl SharedMemoryReducer {
 
     /// Says that this rank's part of the unit's weights is that of step `version`.
     pub fn set_version(&self, unit: usize, version: u64) {
-        self.peers
-            .own()
-            .word(Peers::version(unit))
-            .store(version, Ordering::Release);
+        word::say(self.peers.own().word(Peers::version(unit)), version);
         self.peers.wake_others();
     }
 

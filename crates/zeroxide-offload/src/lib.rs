@@ -18,6 +18,7 @@ mod rooms;
 mod settings;
 mod state;
 mod step;
+mod sync;
 mod tile_io;
 mod unit;
 mod weights;

@@ -29,6 +29,7 @@ mod measure;
 mod private;
 mod queue;
 mod store;
+mod sync;
 #[expect(
     unsafe_code,
     reason = "the system calls that the standard library lacks"

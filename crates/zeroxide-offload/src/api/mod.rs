@@ -47,7 +47,8 @@ use crate::core::Core;
 use crate::error::{OffloadError, Result, misuse};
 use crate::io_report::{IoReport, Traffic};
 use crate::settings::{Settings, UnitSpec};
-use crate::step::driver::Driver;
+use crate::step::driver;
+use crate::step::turns::Turns;
 use crate::weights::bringer::Bringer;
 use crate::weights::stray;
 
@@ -56,7 +57,7 @@ pub struct Offload {
     pub(crate) guard: ForkGuard,
     core: Arc<Mutex<Option<Core>>>,
     /// Goes on with steps that have outlived their call.
-    driver: Driver,
+    turns: Turns,
     budget: Budget,
     recorder: Recorder,
     /// What is counted of the disk; gone once closed. Its lock is never held while anything is waited for.
@@ -86,15 +87,15 @@ impl Offload {
             .collect();
         let core = Arc::new(Mutex::new(Some(core)));
         let bringer = Arc::new(Bringer::new());
-        let (net, driver) = {
+        let (net, turns) = {
             let guard = core.lock().expect("made just now");
             let made = guard.as_ref().expect("made just now");
             let shared = Arc::downgrade(&core);
             let net = stray::spread(made, Weak::clone(&shared), Arc::clone(&bringer))?;
-            (net, Driver::start(made, shared)?)
+            (net, driver::start(made, shared)?)
         };
         Ok(Self {
-            driver,
+            turns,
             guard: ForkGuard::new(),
             cancel_token,
             core,
@@ -116,13 +117,13 @@ impl Offload {
         // Before the lock: a thread that held it at the fork is not there to give it back, and neither is one that
         // would report a transfer.
         self.guard.check_process()?;
-        let mut present = self.driver.call();
+        let present = self.turns.call();
         let mut guard = self.lock();
         let Some(core) = guard.as_mut() else {
             return misuse(call, "already closed");
         };
         let outcome = work(core);
-        present.stepping = core.step.active.is_some();
+        present.leaves(core.step.active.is_some());
         outcome
     }
 
@@ -137,16 +138,16 @@ impl Offload {
     ) -> Result<T> {
         loop {
             self.guard.check_process()?;
-            let mut present = self.driver.call();
+            let present = self.turns.call();
             let mut guard = self.lock();
             let Some(core) = guard.as_mut() else {
                 return misuse(call, "already closed");
             };
             let found = before(core);
-            present.stepping = core.step.active.is_some();
+            present.leaves(core.step.active.is_some());
             let Some(wait) = found? else {
                 let outcome = work(core);
-                present.stepping = core.step.active.is_some();
+                present.leaves(core.step.active.is_some());
                 return outcome;
             };
             drop(guard);
@@ -290,7 +291,7 @@ impl Offload {
             Vec::new(),
         );
         drop(self.net.lock().expect("no call panics under it").take());
-        self.driver.end();
+        self.turns.end();
         let Some(mut core) = self.lock().take() else {
             return Ok(());
         };
@@ -319,9 +320,9 @@ impl Drop for Offload {
         if self.guard.is_forked() {
             // The parts would wait for threads that are not there. The exit of the child gives their memory back.
             std::mem::forget(Arc::clone(&self.core));
-            self.driver.forget();
+            self.turns.forget();
         } else {
-            self.driver.end();
+            self.turns.end();
             // The net's thread, which is waited for next, may itself wait for a listener that needs what the caller holds.
             self.bringer.close();
         }

@@ -7,6 +7,7 @@ mod missed;
 pub(crate) mod plan;
 mod speculation;
 pub(crate) mod stream;
+pub(crate) mod turns;
 mod update;
 
 use std::cell::Cell;

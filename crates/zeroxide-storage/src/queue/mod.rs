@@ -16,6 +16,7 @@
 mod counters;
 mod inbox;
 mod journal;
+mod notify;
 mod operation;
 mod reply;
 #[expect(unsafe_code, reason = "the kernel is handed raw pointers into leases")]
@@ -35,8 +36,9 @@ use crate::file::DiskFile;
 
 pub use counters::{IoCounters, KindCounters};
 pub use journal::{Journal, JournalEntry};
+pub use notify::Notify;
 pub use operation::{Completion, OpKind, Operation};
-pub use reply::{Notify, Reply};
+pub use reply::Reply;
 pub use simulated::{Fault, FaultRule, SimBacking, SimOptions, Trigger};
 
 use simulated::SimulatedQueue;
