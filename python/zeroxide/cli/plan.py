@@ -128,7 +128,7 @@ def plan(
         return _on_paper(model, asked, given, ranks, sequence, measured, as_json=as_json)
     _check_one_host(asked, ranks)
     device = _device(device_memory, device_rate, link_rate)
-    sizes = {
+    more: dict[str, Any] = {
         "host_memory": _bytes("--host-memory", host_memory),
         "disk_bytes": _bytes("--disk-bytes", disk_bytes),
         "drive_bytes": _bytes("--drive-tbw", drive_tbw),
@@ -142,22 +142,12 @@ def plan(
     from zeroxide.cli.planning.work import Workbench, base_config, formats_of, threads_of
 
     rest, decided = base_config(given)
-    if sizes["host_memory"] is None and "host_memory" in decided:
-        sizes["host_memory"] = parse_bytes(decided["host_memory"])
+    if more["host_memory"] is None and "host_memory" in decided:
+        more["host_memory"] = parse_bytes(decided["host_memory"])
     micro = batch or rest.get("train_micro_batch_size_per_gpu") or 8
     early = decided.get("update_in_backward")
-    request = Request(
-        model,
-        micro,
-        sequence,
-        disk=folder,
-        device=device,
-        ranks=ranks,
-        clipped=clipped_steps,
-        early=early if isinstance(early, bool) else None,
-        config=rest,
-        **sizes,
-    )
+    more |= {"clipped": clipped_steps, "early": early if isinstance(early, bool) else None}
+    request = Request(model, micro, sequence, disk=folder, device=device, ranks=ranks, config=rest, **more)
     formats = [decided["format"]] if "format" in decided else formats_of(rest, ranks)
     choice = _choice(model, sequence)
     threads = threads_of(rest)
