@@ -232,6 +232,30 @@ def test_as_few_blocks_are_recomputed_as_a_budget_takes(machine):
         before = count
 
 
+def test_memory_that_the_system_gives_anew_takes_time_where_none_is_kept(machine):
+    """Blocks of 1 MiB are given back where activations are recomputed, and of 16 MiB where state is on disk; on a disk
+    each byte takes its part of the processor. Catches: seconds left out, and in options without such blocks."""
+    found = Measurements.load(cache_file(), machine_key(threads_of({})))
+    request = Request("gpt2", 8, 128, disk=machine, config=base_config({})[0])
+
+    def seconds(fresh: float, work: float) -> dict[str, float]:
+        slow = replace(found.disks[str(machine)], read=1e12, write=1e12, update=1e12, work=work)
+        bench = Workbench(
+            choose_model("gpt2"), ["split"], replace(found.machine, fresh_seconds=fresh), slow, 1, lambda _: None
+        )
+        return {str(each.option): each.phases.total for each in bench(request, timed=False)}
+
+    plain, fresh, work = seconds(0.0, 0.0), seconds(1e-6, 0.0), seconds(0.0, 1e-6)
+    more = {name: fresh[name] - plain[name] for name in plain}
+    assert more["cpu, split"] == 0.0
+    # Inputs of twelve blocks and what they compute from them: 48 blocks of 1.5 MiB and 24 of 6 MiB at the least, twice.
+    assert more["cpu, split, recompute 12"] > 1e-6 * 2 * (48 * 1.5 + 24 * 6) * MIB
+    assert 0 < more["nvme, split"] < more["nvme, split, recompute 12"]
+    assert work["cpu, split"] == plain["cpu, split"]
+    # All is read and written once, weights are read in backward as well.
+    assert work["nvme, split"] - plain["nvme, split"] > 1e-6 * 2 * 12 * 124e6
+
+
 def test_what_cannot_fit_is_refused_with_the_nearest_budget(machine, tmp_path, capsys):
     config = tmp_path / "split.json"
     config.write_text(json.dumps({"bf16": {"enabled": True}, "zeroxide": {"format": "split"}}))

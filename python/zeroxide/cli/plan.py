@@ -153,7 +153,7 @@ def plan(
     threads = threads_of(rest)
     measuring = Measuring(threads, lambda line: print(line, file=sys.stderr, flush=True), renew=renew)
     machine = measuring.machine(formats)
-    speed = None if folder is None else measuring.disk(folder, formats[-1])
+    speed = None if folder is None else measuring.disk(folder)
     bench = Workbench(choice, formats, machine, speed, threads, functools.partial(measuring.operations, machine))
     return _answer(request, bench, measuring.taken, measuring.keep_plans, as_json=as_json)
 

@@ -71,6 +71,12 @@ class Pass:
     """What forward, or backward, does."""
 
     operations: Counter[Operation] = field(default_factory=Counter)
+    made: Counter[int] = field(default_factory=Counter)
+    """How many blocks of memory of so many bytes are asked for."""
+
+    def made_from(self, least: int) -> int:
+        """Bytes of all blocks of `least` bytes and more."""
+        return sum(size * count for size, count in self.made.items() if size >= least)
 
     @property
     def flops(self) -> int:
@@ -134,6 +140,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._storages[key] = weakref.ref(storage, self._freed(key, nbytes))
         self.live += nbytes
         self.peak = max(self.peak, self.live)
+        self.into.made[nbytes] += 1
         return part
 
     def _freed(self, key: int, nbytes: int) -> Callable[[Any], None]:

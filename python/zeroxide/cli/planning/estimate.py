@@ -176,6 +176,7 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
         # The step goes on under the forward that follows, or began under backward: its waits for the disk are hidden
         # there, and on a device its arithmetic, too, which elsewhere shares the processor with the pass.
         total = max(compute, moved / disk.update)
+        compute += moved * disk.work
         beside = 0.0 if request.device is not None else compute
         # Before the next forward ends all of it must be there.
         update = max(beside, total - forward - (backward if plan.early.updates else 0.0))
@@ -184,6 +185,9 @@ def _phases(request: Request, option: Option, plan: Plan, work: Work, machine: M
         update += clips * max(beside, redone - forward)
         waiting = max(0.0, update - (1 + clips) * compute)
         reads = (read - left) * request.ranks / disk.read
+        if request.device is None:
+            # The processor's part of those reads; what backward writes is counted in the update.
+            backward += (read - left) * request.ranks * disk.work
     else:
         update = compute
     writes = 0.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from zeroxide.profiling.rehearsal import Rehearsal
 __all__ = ["Measuring"]
 
 _DISK_BYTES, _DISK_SECONDS = 256 << 20, 1.0
+_FRESH_BYTES = 64 << 20
 _SMALL, _USUAL = 64, 768
 """Widths of the probe's models: one whose operations take next to nothing, and one with buffers of a usual size."""
 
@@ -43,6 +45,7 @@ class Measuring:
             found = Machine(usual["process_bytes"], small["peak_bytes"], 0.0, {}, taken=time.time())
             self._found.machine = found
             found.operation_seconds = self._beside_operations(found, small["pass_seconds"])
+            found.fresh_seconds = _fresh_seconds()
         for each in formats:
             if each not in found.update_seconds:
                 self._say(f"measuring an update in host memory, format {each}")
@@ -70,8 +73,12 @@ class Measuring:
             time_operations(machine, wanted, self._threads, self._say)
             self._save()
 
-    def disk(self, directory: Path, format: str) -> Disk:
-        """How fast the disk of a directory is. Raises StorageError, ZeroxideError."""
+    def disk(self, directory: Path) -> Disk:
+        """How fast the disk of a directory is. Raises StorageError, ZeroxideError.
+
+        The update is one in `split`, which computes least for what it moves: what formats of fewer bytes compute for
+        as many is known from memory.
+        """
         from zeroxide import _core
 
         key = str(directory.resolve())
@@ -81,8 +88,10 @@ class Measuring:
             if not directory.is_dir():
                 raise StorageError(f"--disk {directory} is no directory: make it, or give another one", path=directory)
             speed = _core.measure_disk(directory, _DISK_BYTES, _DISK_SECONDS)
-            taken = run_probe("update", threads=self._threads, offload=f"nvme:{directory}", format=format)
-            found = Disk(speed.read, speed.write, taken["bytes"] / taken["seconds"], time.time())
+            taken = run_probe("update", threads=self._threads, offload=f"nvme:{directory}", format="split")
+            without = run_probe("update", threads=self._threads, offload="cpu", format="split")
+            work = max(0.0, taken["processor_seconds"] - without["processor_seconds"]) / self._threads / taken["bytes"]
+            found = Disk(speed.read, speed.write, taken["bytes"] / taken["seconds"], work, time.time())
             self._found.disks[key] = found
             self._save()
         rates = ", ".join(
@@ -101,3 +110,21 @@ class Measuring:
 
     def _save(self) -> None:
         self._found.save(self._path, self._key)
+
+
+def _fresh_seconds() -> float:
+    """Of a byte: what the first touch of memory takes that the system gives, and giving it back, beside touching it."""
+    pages = _FRESH_BYTES // mmap.PAGESIZE
+    touch = bytes(pages)
+    fresh, again = [], []
+    for _ in range(3):
+        begun = time.perf_counter()
+        memory = mmap.mmap(-1, _FRESH_BYTES)
+        memory[:: mmap.PAGESIZE] = touch
+        used = time.perf_counter()
+        memory[:: mmap.PAGESIZE] = touch
+        again.append(time.perf_counter() - used)
+        begun += again[-1]
+        memory.close()
+        fresh.append(time.perf_counter() - begun)
+    return max(0.0, min(fresh) - min(again)) / _FRESH_BYTES

@@ -19,7 +19,7 @@ from typing import Any
 
 __all__ = ["Disk", "Machine", "Measurements", "Planned", "age", "cache_file", "machine_key"]
 
-_VERSION = 1
+_VERSION = 2
 _PLANS = 500
 """So many plans are kept, the newest."""
 
@@ -42,6 +42,8 @@ class Machine:
     """A second, of a matrix product: for operations that are too large to be run again."""
     bytes_per_second: float = 0.0
     """Read and written by an operation that works element by element, for the same."""
+    fresh_seconds: float = 0.0
+    """Of a byte of memory that the system has to give first, beside using it."""
     taken: float = 0.0
     """When, in seconds since 1970."""
 
@@ -55,6 +57,8 @@ class Disk:
     write: float
     update: float
     """Bytes read and written a second while state there is updated, through the store that training uses."""
+    work: float = 0.0
+    """Seconds of all processors together that a byte read or written takes from what else they do."""
     taken: float = 0.0
     """When, in seconds since 1970."""
 

@@ -95,13 +95,17 @@ class PassSeconds:
     backward: float
 
 
-def pass_seconds(machine: Machine, rehearsal: Rehearsal) -> PassSeconds:
-    """What the operations take by themselves, and what comes with each. A model that runs operations one by one."""
-    return PassSeconds(*(_seconds(machine, each) for each in (rehearsal.forward, rehearsal.backward)))
+def pass_seconds(machine: Machine, rehearsal: Rehearsal, fresh_from: int | None = None) -> PassSeconds:
+    """What the operations take by themselves, and what comes with each. A model that runs operations one by one.
+
+    fresh_from: bytes from which a block of memory is the system's anew each time; None where freed memory is reused.
+    """
+    return PassSeconds(*(_seconds(machine, each, fresh_from) for each in (rehearsal.forward, rehearsal.backward)))
 
 
-def _seconds(machine: Machine, work: Pass) -> float:
-    return sum(count * _one(machine, each) for each, count in work.operations.items())
+def _seconds(machine: Machine, work: Pass, fresh_from: int | None) -> float:
+    fresh = 0 if fresh_from is None else work.made_from(fresh_from)
+    return fresh * machine.fresh_seconds + sum(count * _one(machine, each) for each, count in work.operations.items())
 
 
 def _one(machine: Machine, operation: Operation) -> float:

@@ -24,6 +24,7 @@ from zeroxide.cli.training.models import ModelChoice
 from zeroxide.config import Config, load
 from zeroxide.device.placement import HOST, ON_PAPER
 from zeroxide.distributed import Ranks
+from zeroxide.engine.heap import LARGE_BLOCK, PASSING_BLOCK
 from zeroxide.engine.rows import cut_by_config
 from zeroxide.errors import ConfigError, StorageError
 from zeroxide.optim.groups import groups_for, state_plans
@@ -160,7 +161,8 @@ class Workbench:
         # What is on disk meanwhile takes the same operations.
         plain = self.rehearsal(request, dtype, recompute=option.recompute)
         flops = (rehearsal.forward.flops, rehearsal.backward.flops)
-        work = Work(rehearsal.peak, pass_seconds(self.machine, plain), flops, rehearsal.stowed)
+        seconds = pass_seconds(self.machine, plain, _fresh_from(option))
+        work = Work(rehearsal.peak, seconds, flops, rehearsal.stowed)
         plan = self.plan(request, option, dtype, work.activations)
         return estimate(request, option, plan, work, self.machine, self.disk, free)
 
@@ -302,6 +304,13 @@ class Workbench:
         if key not in self._plans:
             self._plans[key] = _plan(self.choice, request, option, dtype, activations, self.threads)
         return self._plans[key]
+
+
+def _fresh_from(option: Option) -> int | None:
+    """Bytes from which blocks are given back to the system and asked for anew, as `engine/heap.py` sets it."""
+    if option.recompute or option.stowed:
+        return PASSING_BLOCK
+    return LARGE_BLOCK if option.offload in ("mixed", "nvme") else None
 
 
 def _free(directory: Path | None) -> int | None:
