@@ -45,7 +45,8 @@ class Measuring:
             found = Machine(usual["process_bytes"], small["peak_bytes"], 0.0, {}, taken=time.time())
             self._found.machine = found
             found.operation_seconds = self._beside_operations(found, small["pass_seconds"])
-            found.fresh_seconds = _fresh_seconds()
+            # An operation's threads touch its memory side by side.
+            found.fresh_seconds = _fresh_seconds() / self._threads
         for each in formats:
             if each not in found.update_seconds:
                 self._say(f"measuring an update in host memory, format {each}")
