@@ -178,7 +178,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step (default %(default)s)")
     parser.add_argument("--steps", type=int, default=3, help="optimizer steps (default %(default)s)")
     parser.add_argument("--clip", type=float, default=1.0, help="largest global norm; 0 for none (default %(default)s)")
-    parser.add_argument("--update-in-backward", action="store_true", help="as soon as gradients are complete; speculated on where steps may clip")
+    parser.add_argument("--update-in-backward", action="store_true", help="at once; taken back where a step clips")
     parser.add_argument("--format", default=None, help="state format (default: zeroxide's)")
     parser.add_argument("--checkpointing", action="store_true", help="compute activations again in backward")
     parser.add_argument("--loss-chunk", type=int, default=0, help="vocabulary columns with logits at a time; 0: all")
