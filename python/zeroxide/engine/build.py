@@ -30,7 +30,7 @@ from zeroxide.engine.data import Loaders, check_schedule, schedule_for
 from zeroxide.engine.engine import Engine
 from zeroxide.engine.evaluation import freeze, thaw
 from zeroxide.engine.experts import leave_out_unrouted, take_experts
-from zeroxide.engine.heap import prepare_heap
+from zeroxide.engine.heap import plan_within, prepare_heap
 from zeroxide.engine.meeting import meet
 from zeroxide.engine.observers import Observers, open_observers
 from zeroxide.engine.offload_states import check_offload
@@ -53,7 +53,7 @@ from zeroxide.parallel.pipe.stages import PipelineStages
 from zeroxide.params.empty import ParameterTable
 from zeroxide.plan.home import Home
 from zeroxide.plan.on_device import place_state
-from zeroxide.plan.plan import Plan, make_plan
+from zeroxide.plan.plan import Plan
 from zeroxide.precision.loss_scale import LossScaler
 from zeroxide.precision.policy import cast_buffers, check_batch_norms, check_shapes, own_dtype, torch_dtype
 from zeroxide.zero.access.state_dict import StateDicts, refuse_loading
@@ -240,11 +240,11 @@ class Build:
         check_direct_storage(config, self.device)
         states = state_plans(self.groups, config)
         asked, self.launcher = place_state(config, self.module, self.device, self.ranks.world)
-        self.plan = make_plan(
+        self.plan = plan_within(
+            lambda: resident_without(self.module) - self.tensor.beside,
             self.module,
             config,
             threads=config.zeroxide.threads or len(os.sched_getaffinity(0)),
-            resident=resident_without(self.module) - self.tensor.beside,
             ranks=self.ranks,
             states=states,
             device=self.device,

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 from zeroxide import _core
 from zeroxide.config import Config
+from zeroxide.errors import BudgetError
 from zeroxide.plan.home import Home
-from zeroxide.plan.plan import Plan
+from zeroxide.plan.plan import Plan, make_plan
 
-__all__ = ["prepare_heap"]
+__all__ = ["plan_within", "prepare_heap"]
 
 LARGE_BLOCK = 16 << 20
 """Bytes from which the allocator gives freed memory back when state is on disk: logits and their like."""
@@ -36,3 +41,18 @@ def prepare_heap(plan: Plan, config: Config) -> None:
         _core.keep_freed_memory(largest)
     if config.zeroxide.trim_libraries:
         _core.drop_clean_text()
+
+
+def plan_within(resident: Callable[[], int], module: nn.Module, config: Config, **given: Any) -> Plan:
+    """What `make_plan` plans beside what the process has resident now; where the budget has no room for that, beside
+    what is left when pages of libraries that only importing has touched have gone, as they do while the engine is made.
+
+    given: what else `make_plan` takes. Raises as it does.
+    """
+    try:
+        return make_plan(module, config, resident=resident(), **given)
+    except BudgetError:
+        if not config.zeroxide.trim_libraries:
+            raise
+    _core.drop_clean_text()
+    return make_plan(module, config, resident=resident(), **given)
