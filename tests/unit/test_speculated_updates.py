@@ -221,6 +221,34 @@ def test_what_lies_between_backward_and_step_is_refused_and_harmless(tmp_path: P
     engine.destroy()
 
 
+@pytest.mark.parametrize("clip", [1e-3, 1e9])
+def test_no_checkpoint_is_loaded_inside_a_step(tmp_path: Path, clip: float) -> None:
+    """Catches: a load that is refused when some of it has changed, or that says so where nothing has."""
+    engine = engine_with(tmp_path, early=True, clip=clip, own={"gradients": "disk"})
+    generator = torch.Generator().manual_seed(5)
+
+    def backward() -> None:
+        engine.backward(loss_of(engine, torch.randint(0, 256, (2, 7), generator=generator)))
+
+    for number in range(STEPS):
+        backward()
+        if number == 2:
+            with pytest.raises(ModelError, match=r"load_checkpoint: backward has begun to update.*engine\.step\(\)"):
+                engine.load_checkpoint(str(tmp_path / "saved"))
+        engine.step()
+        if number == 0:
+            engine.save_checkpoint(str(tmp_path / "saved"))
+    assert_same(waiting(tmp_path, clip)["state"], state_of(engine)["state"])
+    engine.load_checkpoint(str(tmp_path / "saved"))
+    generator.manual_seed(5)
+    torch.randint(0, 256, (2, 7), generator=generator)
+    for _ in range(STEPS - 1):
+        backward()
+        engine.step()
+    assert_same(waiting(tmp_path, clip)["state"], state_of(engine)["state"])
+    engine.destroy()
+
+
 def test_the_plan_counts_a_second_place_for_all_but_gradients(tmp_path: Path) -> None:
     own = {"gradients": "disk"}
     usual = engine_with(tmp_path, early=False, clip=1.0, own=own)

@@ -317,6 +317,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         (`zeroxide.durable_every`), CheckpointError for one of another kind, StorageError for damage.
         """
         durable = self._durable_or_raise("resume")
+        self._check_between_steps("resume")
         with self.parts.health.doing("a run was resumed"):
             self.parts.context.before_change()
             try:
@@ -329,6 +330,11 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
         """What each commit of a durable run holds for its caller, and `resume` brings back: JSON, such as where the
         data goes on. Raises ModelError for a run that is not durable."""
         return self._durable_or_raise("client_state").client_state
+
+    def _check_between_steps(self, call: str) -> None:
+        """Raises ModelError for a call that replaces state of which backward has updated a part."""
+        if self.parts.updater.early is not None:
+            self.parts.updater.early.check_closed(call)
 
     def _durable_or_raise(self, call: str) -> DurableRun:
         self._check_trained(call)
@@ -371,6 +377,7 @@ class Engine(Accessors, DeepSpeedMethods, nn.Module):
 
         self._check_trained("load_checkpoint")
         refuse_custom_load("load_checkpoint", custom_load_fn)
+        self._check_between_steps("load_checkpoint")
         self.wait_for_checkpoint()
         # What is of two steps already is not one that was left as it is, or that another checkpoint mends.
         self.parts.core().check_usable()

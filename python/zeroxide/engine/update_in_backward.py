@@ -65,6 +65,14 @@ class BackwardUpdates:
         self._waiting: list[Unit] = []
         """Complete units whose frozen parameters backward may still read."""
 
+    def check_closed(self, call: str) -> None:
+        """Raises ModelError for a call that replaces state between a backward that updates and its step."""
+        if self.open:
+            raise ModelError(
+                f"{call}: backward has begun to update the weights (zeroxide.update_in_backward), and the step that "
+                "ends it has not been made: call engine.step() first"
+            )
+
     def before_forward(self) -> None:
         """Raises ModelError between a backward that updates and its step."""
         if self.open:
