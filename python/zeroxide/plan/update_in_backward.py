@@ -36,7 +36,7 @@ class EarlyPlan:
         """What is left of it if a step that speculates and does not clip takes `saved` bytes less on disk."""
         if not self.chooses or saved > 0:
             return self
-        return EarlyPlan(problem="gradients wait in host memory, so that speculating saves no byte on disk")
+        return EarlyPlan(problem="speculating saves no byte on disk where gradients wait in host memory, or most do")
 
 
 def plan_early_updates(config: Config, ranks: Ranks, device: torch.device) -> EarlyPlan:
