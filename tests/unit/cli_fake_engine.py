@@ -13,10 +13,12 @@ from safetensors.torch import save_file
 from torch import nn
 
 from zeroxide.plan.recompute import Recompute
+from zeroxide.plan.update_in_backward import EarlyPlan
 
 
 class FakePlan:
     recompute = Recompute()
+    early = EarlyPlan()
 
     def expected_peaks(self, *, loaded: bool) -> dict[str, int]:
         return {"weights": 1 << 20}

@@ -20,7 +20,7 @@ PLACES = (
     "groups_for",
     "check_groups",
     "mark_leaf_modules",
-    "make_plan",
+    "plan_within",
     "check_all_grouped",
     "open_core",
     "Messages",

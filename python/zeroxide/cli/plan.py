@@ -78,7 +78,7 @@ Batch = Annotated[
 Sequence = Annotated[int, typer.Option(min=2, max=1 << 20, help="Tokens in each.", rich_help_panel=_SIZE)]
 ClippedSteps = Annotated[
     float,
-    typer.Option(min=0, max=1, help="Share of the steps that gradient clipping changes.", rich_help_panel=_SIZE),
+    typer.Option(min=0, max=1, help="Of the steps, how many gradient clipping changes.", rich_help_panel=_SIZE),
 ]
 ConfigFile = Annotated[str | None, _size("The run's config, for all that a plan does not choose.", None)]
 Renew = Annotated[bool, typer.Option("--renew", help="Measure this machine and disk again.")]

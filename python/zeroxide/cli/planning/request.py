@@ -47,7 +47,7 @@ class Request:
     drive_bytes: int | None = None
     """That a drive may be written in its life (TBW)."""
     clipped: float = 0.05
-    """Share of the steps that clip, or are left out."""
+    """Of the steps, how many clip or are left out: 0.05 is one in twenty."""
     early: bool | None = None
     """Whether backward updates, where it can; None where an option decides."""
     config: dict[str, Any] = field(default_factory=dict)

@@ -116,10 +116,10 @@ def engine_config(options: TrainOptions, durable_name: str) -> dict[str, Any]:
             "format": options.format,
             "io_engine": options.io_engine,
             "threads": options.threads,
-            "update_in_backward": {"never": False, "always": True}.get(options.update_in_backward, "adaptive"),
             "recompute": int(options.recompute) if options.recompute.isdecimal() else options.recompute,
             **_activations(options),
             **_row_blocks(options.row_bytes),
+            **_early_updates(options.update_in_backward),
             **({"durable_every": options.durable_every, "durable_name": durable_name} if options.durable_every else {}),
         },
     }
@@ -129,6 +129,10 @@ def _row_blocks(given: str | None) -> dict[str, Any]:
     if given is None:
         return {}
     return {"row_bytes": int(given) if given.isdecimal() else given}
+
+
+def _early_updates(given: str) -> dict[str, Any]:
+    return {} if given == "never" else {"update_in_backward": True if given == "always" else given}
 
 
 def _activations(options: TrainOptions) -> dict[str, Any]:
